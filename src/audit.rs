@@ -1,0 +1,276 @@
+//! The arbiter's part: it opens a slot's books, closes those of the dead, keeps count of the contexts
+//! and of the pool's size, and checks that everything adds up.
+//!
+//! One arbiter serves a page at a time (it holds a file lock), so these functions have one caller. All
+//! of them may be interrupted anywhere: what a killed arbiter left half done, the next one finishes.
+
+use crate::lock::SlotSet;
+use crate::page::{NAME_BYTES, Page, Phase, SLOTS, SlotIndex};
+use crate::snapshot::Owner;
+use crate::sync::Ordering;
+use crate::units::{Granules, MAX_GRANULES, Nanos};
+
+/// A process for ever: pids are used again, start times are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Process {
+    /// The pid, as the arbiter sees it.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (field 22 of /proc/PID/stat).
+    pub started: u64,
+}
+
+/// What an audit found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audit {
+    /// A move is in flight, or somebody moved while the arbiter looked: nothing can be said.
+    Busy,
+    /// The sums agree.
+    Balanced,
+    /// They did not, and now do: the pool's counter was off by this many granules. Positive: granules
+    /// had leaked and are back.
+    Repaired(i64),
+}
+
+/// The dead client's last balance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reaped {
+    /// Whose it was.
+    pub process: Process,
+    /// What it was doing.
+    pub phase: Phase,
+    /// Granules that went back to the pool.
+    pub returned: Granules,
+}
+
+impl Page {
+    /// Opens a slot for a process. `None` when all slots are taken.
+    pub fn open_slot(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
+        let occupied = self.occupied();
+        let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !occupied.contains(*slot))?;
+        self.clear(slot);
+        let row = self.slot(slot);
+        let mut bytes = [0; NAME_BYTES];
+        let fits = name.floor_char_boundary(NAME_BYTES);
+        bytes[..fits].copy_from_slice(&name.as_bytes()[..fits]);
+        for (chunk, word) in bytes.chunks_exact(8).zip(&row.name) {
+            word.store(u64::from_le_bytes(chunk.try_into().expect("eight bytes")), Ordering::Relaxed);
+        }
+        row.weight.store(weight, Ordering::Relaxed);
+        row.started.store(process.started, Ordering::Relaxed);
+        let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation.wrapping_add(1);
+        row.owner.store(Owner { generation, pid: process.pid }.into(), Ordering::Release);
+        self.set_occupied(occupied.with(slot));
+        Some(slot)
+    }
+
+    fn set_occupied(&self, occupied: SlotSet) {
+        self.header.occupied.store(occupied.bits(), Ordering::Release);
+    }
+
+    /// Who owns a slot.
+    pub fn owner(&self, slot: SlotIndex) -> Option<Process> {
+        let row = self.slot(slot);
+        let owner = Owner::from(row.owner.load(Ordering::Acquire));
+        (owner.pid != 0).then(|| Process { pid: owner.pid, started: row.started.load(Ordering::Relaxed) })
+    }
+
+    /// Closes the books of a client that is dead, or that has left: settles its move in flight, returns
+    /// its granules to the pool, clears the slot and decides anew.
+    pub fn reap(&self, slot: SlotIndex) -> Option<Reaped> {
+        let process = self.owner(slot)?;
+        let view = self.view(slot);
+        // It must not be admitted or asked to evict while its books are closed.
+        let own = &self.slot(slot).own;
+        own.phase.store(Phase::Leaving as u32, Ordering::Release);
+        let balance = self.settle(slot);
+        let returned = self.give(slot, balance.resident);
+        self.set_pinned(slot, 0);
+        self.clear(slot);
+        let row = self.slot(slot);
+        let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation;
+        row.owner.store(Owner { generation, pid: 0 }.into(), Ordering::Release);
+        self.set_occupied(self.occupied().without(slot));
+        self.header.reaped.fetch_add(1, Ordering::Relaxed);
+        self.decide();
+        Some(Reaped { process, phase: view.phase, returned })
+    }
+
+    fn clear(&self, slot: SlotIndex) {
+        let own = &self.slot(slot).own;
+        own.phase.store(Phase::Idle as u32, Ordering::Relaxed);
+        let words = [
+            &own.demand,
+            &own.ticket,
+            &own.wait_since,
+            &own.slice_start,
+            &own.last_ran,
+            &own.slices,
+            &own.yields,
+            &own.bytes_in,
+            &own.bytes_out,
+            &own.fill_ns,
+            &own.evict_ns,
+            &own.run_ns,
+        ];
+        for word in words {
+            word.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Sets what a client's context takes up, and takes it from the pool. True when it changed.
+    pub fn set_pinned(&self, slot: SlotIndex, pinned: Granules) -> bool {
+        let pinned = pinned.min(MAX_GRANULES);
+        let word = &self.slot(slot).pinned;
+        let before = word.load(Ordering::Relaxed).min(u64::from(MAX_GRANULES)) as Granules;
+        if before == pinned {
+            return false;
+        }
+        word.store(u64::from(pinned), Ordering::Release);
+        self.adjust_free(before as i32 - pinned as i32);
+        true
+    }
+
+    /// Changes the size of the pool. True when it changed. The caller decides anew.
+    pub fn set_capacity(&self, capacity: Granules) -> bool {
+        let (before, capacity) = (self.capacity(), capacity.min(MAX_GRANULES));
+        if before == capacity {
+            return false;
+        }
+        self.header.capacity.store(u64::from(capacity), Ordering::Release);
+        self.adjust_free(capacity as i32 - before as i32);
+        true
+    }
+
+    /// Checks I1, and repairs the pool's counter if it is broken.
+    ///
+    /// The sums mean something only in a moment with no move in flight. Two looks at every account and
+    /// at the counter that come out the same, sequence numbers and tag included, were such a moment.
+    pub fn audit(&self) -> Audit {
+        let look = || {
+            let free = self.header.free.load(Ordering::Acquire);
+            let accounts: [u64; SLOTS] =
+                std::array::from_fn(|index| self.slots[index].account.load(Ordering::Acquire));
+            (free, accounts)
+        };
+        let first = look();
+        let (word, accounts) = first;
+        let mut held = 0;
+        for account in accounts.map(crate::account::Account::from) {
+            if account.operation.is_some() {
+                return Audit::Busy;
+            }
+            held += i64::from(account.resident);
+        }
+        let pinned: i64 =
+            (0..SLOTS).filter_map(SlotIndex::new).map(|slot| i64::from(self.view(slot).pinned)).sum();
+        if look() != first {
+            return Audit::Busy;
+        }
+        self.header.audits.fetch_add(1, Ordering::Relaxed);
+        let expected = i64::from(self.capacity()) - held - pinned;
+        let free = crate::account::Free::from(word);
+        let off = expected - i64::from(free.granules);
+        if off == 0 {
+            return Audit::Balanced;
+        }
+        let granules = expected.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32;
+        let repaired = crate::account::Free { granules, tag: None };
+        // Only if nothing has moved since: else the sums are another moment's.
+        if self
+            .header
+            .free
+            .compare_exchange(word, repaired.into(), Ordering::AcqRel, Ordering::Acquire)
+            .is_err()
+        {
+            return Audit::Busy;
+        }
+        self.header.repaired.fetch_add(1, Ordering::Relaxed);
+        crate::sync::futex_wake_low(&self.header.free);
+        Audit::Repaired(off)
+    }
+
+    /// An arbiter begins to serve this page.
+    pub fn adopt(&self, pid: u32) {
+        self.header.arbiter_pid.store(pid, Ordering::Relaxed);
+        self.header.arbiter_generation.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Puts the bit map of occupied slots right, after a restart: an arbiter killed between the two
+    /// stores of [`Page::open_slot`] or [`Page::reap`] left them different.
+    pub fn rebuild_occupied(&self) {
+        let owned = (0..SLOTS).filter_map(SlotIndex::new).filter(|slot| self.owner(*slot).is_some());
+        self.set_occupied(owned.collect());
+    }
+
+    /// The arbiter is alive.
+    pub fn beat(&self, time: Nanos) {
+        self.header.heartbeat.store(time, Ordering::Relaxed);
+    }
+
+    /// Audits done, leaks repaired, clients reaped, since the page was made.
+    pub fn audit_counts(&self) -> (u64, u64, u64) {
+        let header = &self.header;
+        (
+            header.audits.load(Ordering::Relaxed),
+            header.repaired.load(Ordering::Relaxed),
+            header.reaped.load(Ordering::Relaxed),
+        )
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const SOMEBODY: Process = Process { pid: 42, started: 7 };
+
+    #[test]
+    fn the_dead_leave_nothing_behind() {
+        let page = Page::for_tests(100);
+        let slot = page.open_slot(SOMEBODY, "job", 1).unwrap();
+        page.set_pinned(slot, 10);
+        page.take(slot, 30).unwrap();
+        assert_eq!(page.free().granules, 60);
+        let reaped = page.reap(slot).unwrap();
+        assert_eq!((reaped.process, reaped.returned), (SOMEBODY, 30));
+        assert_eq!(page.free().granules, 100);
+        assert_eq!(page.owner(slot), None);
+        assert_eq!(page.audit(), Audit::Balanced);
+        assert_eq!(page.reap(slot), None);
+    }
+
+    #[test]
+    fn a_leak_is_found_and_repaired() {
+        let page = Page::for_tests(100);
+        page.adjust_free(-5);
+        assert_eq!(page.audit(), Audit::Repaired(5));
+        assert_eq!(page.audit(), Audit::Balanced);
+        page.adjust_free(3);
+        assert_eq!(page.audit(), Audit::Repaired(-3));
+        assert_eq!(page.free().granules, 100);
+    }
+
+    #[test]
+    fn every_slot_can_be_had_and_no_more() {
+        let page = Page::for_tests(100);
+        for index in 0..SLOTS {
+            let slot = page.open_slot(SOMEBODY, &"ä".repeat(60), 1).unwrap();
+            assert_eq!(slot.get(), index);
+        }
+        assert_eq!(page.open_slot(SOMEBODY, "one too many", 1), None);
+        let first = SlotIndex::new(0).unwrap();
+        assert_eq!(page.details(first).unwrap().name, "ä".repeat(32));
+        page.reap(first);
+        assert_eq!(page.open_slot(SOMEBODY, "again", 1), Some(first));
+    }
+
+    #[test]
+    fn a_smaller_pool_is_a_debt() {
+        let page = Page::for_tests(100);
+        let slot = page.open_slot(SOMEBODY, "job", 1).unwrap();
+        page.take(slot, 90).unwrap();
+        page.set_capacity(50);
+        assert_eq!(page.free().granules, -40);
+        assert_eq!(page.audit(), Audit::Balanced);
+    }
+}

@@ -1,0 +1,483 @@
+//! One process's part in the protocol.
+//!
+//! ```text
+//!            request                admitted             all in place
+//!   Idle ───────────────▶ Waiting ───────────▶ Filling ───────────────▶ Running
+//!    ▲                     ▲   ▲                  │                       │ │
+//!    │                     │   └────── recalled ──┘◀──── grown ───────────┘ │ recalled, or
+//!    │ nothing more to do  │ more to do                                     │ idle and awaited
+//!    └─────────────────────┴──────────────── Draining ◀─────────────────────┘
+//! ```
+//!
+//! A [`Client`] belongs to one thread, which walks it along these arrows; [`Client::poll`] does what is
+//! due and says what to wait for. How memory moves is the business of a [`Runtime`]: the shim moves
+//! CUDA allocations, another runtime whatever it has. [`Books`] may be used from every thread of the
+//! process: they hold what the client has and what it asks for.
+//!
+//! A runtime that needs no thread of its own calls [`Client::acquire`], [`Client::should_yield`] and
+//! [`Client::release`] around its work, and [`Client::serve`] while it has none.
+
+use crate::account::Free;
+use crate::lock::SlotSet;
+use crate::page::{Direction, Page, Phase, SlotIndex};
+use crate::policy;
+use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
+use crate::units::{Granules, MILLISECOND, Nanos};
+use std::ops::Deref;
+
+/// How a [`Runtime::fill`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fill {
+    /// All memory is in place.
+    Complete,
+    /// The right to load was withdrawn. What is in place stays until it is asked for.
+    Recalled,
+}
+
+/// What moves a client's memory.
+pub trait Runtime {
+    /// Why memory could not be moved.
+    type Error;
+
+    /// Brings in all that is out. Takes granules with [`Books::take`] before it maps them, chunk by
+    /// chunk, and ends early when that says [`Fill::Recalled`].
+    ///
+    /// # Errors
+    /// The copy or the mapping failed for a reason that waiting does not mend.
+    fn fill(&mut self) -> Result<Fill, Self::Error>;
+
+    /// Moves out `granules` or a little more, and gives each chunk back with [`Books::give`] as soon as
+    /// it is unmapped. The client has drained: nothing on the GPU uses the memory.
+    ///
+    /// # Errors
+    /// As for [`Runtime::fill`].
+    fn evict(&mut self, granules: Granules) -> Result<(), Self::Error>;
+}
+
+/// What a client has and asks for. Cheap to clone; usable from every thread of the process.
+///
+/// Granules are counted before they are mapped and after they are released, so the GPU never holds
+/// more than the books say.
+pub struct Books<P> {
+    page: P,
+    slot: SlotIndex,
+    /// An account has one move in flight at a time, and one author.
+    author: Arc<Mutex<()>>,
+}
+
+impl<P: Clone> Clone for Books<P> {
+    fn clone(&self) -> Self {
+        Self { page: self.page.clone(), slot: self.slot, author: self.author.clone() }
+    }
+}
+
+/// How long a fill that finds no free granules sleeps before it looks whether it was recalled, ns. A
+/// recall rings the doorbell and not the pool's futex; only a fill that was admitted and then
+/// overruled, by a death or by a context that grew, ever waits this long for nothing.
+const STARVED_LOOK: Nanos = 10 * MILLISECOND;
+
+impl<P: Deref<Target = Page>> Books<P> {
+    fn author(&self) -> MutexGuard<'_, ()> {
+        // A panic between two stores leaves an operation announced, which the next move closes.
+        self.author.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The page.
+    pub fn page(&self) -> &Page {
+        &self.page
+    }
+
+    /// The client's slot.
+    pub fn slot(&self) -> SlotIndex {
+        self.slot
+    }
+
+    /// Granules that the client holds on the GPU.
+    pub fn resident(&self) -> Granules {
+        self.page.account(self.slot).resident
+    }
+
+    /// Granules that its allocations need.
+    pub fn demand(&self) -> Granules {
+        self.page.view(self.slot).demand
+    }
+
+    /// Whether the client may load and run, as things stand.
+    pub fn admitted(&self) -> bool {
+        self.page.admitted().contains(self.slot)
+    }
+
+    /// Takes `amount` granules, waiting until the pool has them.
+    ///
+    /// [`Fill::Recalled`] when the client stopped being admitted; nothing was taken then.
+    pub fn take(&self, amount: Granules) -> Fill {
+        loop {
+            if !self.admitted() {
+                return Fill::Recalled;
+            }
+            match self.try_take(amount) {
+                Ok(()) => return Fill::Complete,
+                Err(free) => {
+                    let until = now().saturating_add(STARVED_LOOK);
+                    futex_wait_low(&self.page.header.free, free.granules as u32, Some(until));
+                }
+            }
+        }
+    }
+
+    /// Takes `amount` granules if the pool has them.
+    ///
+    /// # Errors
+    /// What the pool had.
+    pub fn try_take(&self, amount: Granules) -> Result<(), Free> {
+        let _author = self.author();
+        self.page.take(self.slot, amount)
+    }
+
+    /// Gives back `amount` granules, or all if it holds fewer, and wakes who waits for them.
+    pub fn give(&self, amount: Granules) {
+        let _author = self.author();
+        self.page.give(self.slot, amount);
+    }
+
+    /// Says that the client's allocations need `amount` granules more, and decides anew. True when it
+    /// is still admitted: then it may [take](Books::try_take) what it needs at once.
+    ///
+    /// The caller has shut its gate before, or opens it only when it has the granules (I2).
+    pub fn grow(&self, amount: Granules) -> bool {
+        self.change_demand(|demand| demand.saturating_add(u64::from(amount)));
+        self.page.decide().admitted.contains(self.slot)
+    }
+
+    /// Says that the client's allocations need `amount` granules less.
+    pub fn shrink(&self, amount: Granules) {
+        self.change_demand(|demand| demand.saturating_sub(u64::from(amount)));
+        self.page.decide();
+    }
+
+    fn change_demand(&self, change: impl Fn(u64) -> u64) {
+        let _author = self.author();
+        let word = &self.page.slot(self.slot).own.demand;
+        word.store(change(word.load(Ordering::Relaxed)), Ordering::Release);
+    }
+
+    /// The most granules that this client's allocations can have: the pool less all contexts.
+    pub fn usable(&self) -> Granules {
+        crate::snapshot::Snapshot::take(&self.page, SlotSet::EMPTY).usable()
+    }
+
+    /// Counts a copy, and takes it into the link's measured bandwidth.
+    pub fn copied(&self, direction: Direction, bytes: u64, took: Nanos) {
+        let own = &self.page.slot(self.slot).own;
+        let (total, time) = match direction {
+            Direction::In => (&own.bytes_in, &own.fill_ns),
+            Direction::Out => (&own.bytes_out, &own.evict_ns),
+        };
+        add(total, bytes);
+        add(time, took);
+        self.page.observe_copy(direction, bytes, took);
+    }
+}
+
+/// Adds to a counter that has one writer.
+fn add(counter: &AtomicU64, amount: u64) {
+    counter.store(counter.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+}
+
+/// What a client's thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// It has just begun to run: open the gate.
+    Open,
+    /// It must give way: shut the gate, [begin to drain](Client::drain), drain, and say so with
+    /// [`Client::drained`].
+    Yield,
+    /// Nothing is due. Sleep on the doorbell while it shows `seen`, at most until `until`.
+    Sleep {
+        /// What the doorbell showed before the client looked.
+        seen: u32,
+        /// When something is due without a ring, CLOCK_MONOTONIC ns.
+        until: Option<Nanos>,
+    },
+}
+
+/// A registered client: the thread that walks it through its phases.
+pub struct Client<P> {
+    books: Books<P>,
+    phase: Phase,
+}
+
+impl<P: Deref<Target = Page> + Clone> Client<P> {
+    /// The client that owns `slot` of `page`, which registration has just opened for it.
+    pub fn new(page: P, slot: SlotIndex) -> Self {
+        crate::sync::register_barriers();
+        Self { books: Books { page, slot, author: Arc::new(Mutex::new(())) }, phase: Phase::Idle }
+    }
+
+    /// Its books.
+    pub fn books(&self) -> &Books<P> {
+        &self.books
+    }
+
+    /// Its phase.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    fn page(&self) -> &Page {
+        &self.books.page
+    }
+
+    fn own(&self) -> &crate::page::OwnWords {
+        &self.page().slot(self.books.slot).own
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.own().phase.store(phase as u32, Ordering::Release);
+    }
+
+    /// Idle or drained -> Waiting: takes a place at the end of the queue.
+    fn queue(&mut self) {
+        let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
+        self.own().ticket.store(ticket, Ordering::Relaxed);
+        self.own().wait_since.store(now(), Ordering::Relaxed);
+        self.enter(Phase::Waiting);
+        self.page().decide();
+    }
+
+    /// Asks for the GPU. Does nothing unless the client is Idle.
+    pub fn request(&mut self) {
+        if self.phase == Phase::Idle {
+            self.queue();
+        }
+    }
+
+    /// Does what is due in the present phase, and says what is next.
+    ///
+    /// # Errors
+    /// What the runtime said. The client is where it was, with its books true; the caller decides
+    /// whether to go on or to [leave](Client::leave).
+    pub fn poll<R: Runtime>(&mut self, runtime: &mut R) -> Result<Next, R::Error> {
+        loop {
+            let seen = self.page().doorbell(self.books.slot);
+            let admitted = self.books.admitted();
+            match self.phase {
+                Phase::Waiting if admitted => {
+                    self.enter(Phase::Filling);
+                }
+                Phase::Filling if !admitted => {
+                    self.enter(Phase::Waiting);
+                }
+                Phase::Filling => {
+                    if runtime.fill()? == Fill::Complete && self.books.admitted() {
+                        self.begin_running();
+                        return Ok(Next::Open);
+                    }
+                    // Recalled: the loop sees it. Or more was asked for meanwhile: fill again.
+                }
+                Phase::Running if !admitted => return Ok(Next::Yield),
+                Phase::Running => match self.look_ahead() {
+                    Some(due) if due <= now() => self.end_of_slice(),
+                    until => return Ok(Next::Sleep { seen, until }),
+                },
+                Phase::Idle if admitted => {
+                    // A decision that had not seen the release. Decide again: the bit goes.
+                    self.page().decide();
+                }
+                Phase::Idle | Phase::Waiting => {
+                    let snapshot = self.look();
+                    let share = policy::evict_share(&snapshot, self.books.slot);
+                    if share > 0 {
+                        runtime.evict(share)?;
+                        continue;
+                    }
+                    let until = match self.phase {
+                        Phase::Waiting => policy::next_decision(&snapshot),
+                        _ => None,
+                    };
+                    match until {
+                        Some(due) if due <= now() => self.end_of_slice(),
+                        until => return Ok(Next::Sleep { seen, until }),
+                    }
+                }
+                Phase::Draining | Phase::Leaving => return Ok(Next::Sleep { seen, until: None }),
+            }
+        }
+    }
+
+    fn look(&self) -> crate::snapshot::Snapshot {
+        crate::snapshot::Snapshot::take(self.page(), self.page().admitted())
+    }
+
+    fn look_ahead(&self) -> Option<Nanos> {
+        policy::next_decision(&self.look())
+    }
+
+    fn end_of_slice(&self) {
+        self.page().decide();
+    }
+
+    fn begin_running(&mut self) {
+        let time = now();
+        let own = self.own();
+        if own.wait_since.swap(0, Ordering::Relaxed) != 0 {
+            own.slice_start.store(time, Ordering::Relaxed);
+            add(&own.slices, 1);
+        }
+        self.enter(Phase::Running);
+        // A waiter may have come while this client was filling; its clock starts now.
+        if policy::first_waiter(&self.look()).is_some() {
+            self.page().decide();
+        }
+    }
+
+    /// Running -> Filling: its memory is no longer all in place, because it grew. The gate is shut;
+    /// the work in flight needs no drain, since it uses only what is there.
+    pub fn refill(&mut self) {
+        if self.phase == Phase::Running {
+            self.enter(Phase::Filling);
+        }
+    }
+
+    /// Whether somebody waits who is not admitted.
+    pub fn awaited(&self) -> bool {
+        policy::first_waiter(&self.look()).is_some()
+    }
+
+    /// Running -> Draining: the gate is shut, the submitted work goes on.
+    pub fn drain(&mut self) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        let (time, own) = (now(), self.own());
+        let started = own.slice_start.load(Ordering::Relaxed);
+        add(&own.run_ns, time.saturating_sub(started));
+        own.last_ran.store(time, Ordering::Relaxed);
+        add(&own.yields, 1);
+        self.enter(Phase::Draining);
+    }
+
+    /// Draining -> Waiting, at the end of the queue, if there is `more` to do; else -> Idle.
+    pub fn drained(&mut self, more: bool) {
+        if self.phase != Phase::Draining {
+            return;
+        }
+        if more {
+            self.queue();
+        } else {
+            self.enter(Phase::Idle);
+            self.page().decide();
+        }
+    }
+
+    /// Gives the slot up. The caller has released all memory; the books say so, whatever they said
+    /// before. The arbiter clears the slot when it next looks.
+    pub fn leave(mut self) {
+        let all = self.books.resident();
+        self.books.give(all);
+        self.books.change_demand(|_| 0);
+        self.enter(Phase::Leaving);
+        self.page().decide();
+    }
+
+    /// Waits for the GPU and brings all memory in. When it returns, the client runs.
+    ///
+    /// # Errors
+    /// What the runtime said.
+    pub fn acquire<R: Runtime>(&mut self, runtime: &mut R) -> Result<(), R::Error> {
+        self.request();
+        while self.phase != Phase::Running {
+            if let Next::Sleep { seen, until } = self.poll(runtime)? {
+                self.page().wait_doorbell(self.books.slot, seen, until);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a running client should [release](Client::release) now: its slice is over and somebody
+    /// waits. Costs two loads when nobody does.
+    pub fn should_yield(&self) -> bool {
+        if self.phase != Phase::Running {
+            return false;
+        }
+        if self.books.admitted() && self.look_ahead().is_some_and(|due| due <= now()) {
+            self.end_of_slice();
+        }
+        !self.books.admitted()
+    }
+
+    /// Stops running. The caller has waited for its work. With `more` to do it queues again at once.
+    pub fn release(&mut self, more: bool) {
+        self.drain();
+        self.drained(more);
+    }
+
+    /// Makes room for others while this client does not run, until the time `until` (ns) or, without
+    /// one, until something has happened.
+    ///
+    /// # Errors
+    /// What the runtime said.
+    pub fn serve<R: Runtime>(&mut self, runtime: &mut R, until: Option<Nanos>) -> Result<(), R::Error> {
+        if let Next::Sleep { seen, until: due } = self.poll(runtime)? {
+            let until = [until, due].into_iter().flatten().min();
+            self.page().wait_doorbell(self.books.slot, seen, until);
+        }
+        Ok(())
+    }
+}
+
+/// A runtime with no memory to move: for clients that only take turns.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoMemory;
+
+impl Runtime for NoMemory {
+    type Error = std::convert::Infallible;
+
+    fn fill(&mut self) -> Result<Fill, Self::Error> {
+        Ok(Fill::Complete)
+    }
+
+    fn evict(&mut self, _granules: Granules) -> Result<(), Self::Error> {
+        Ok(())
+    }
+}
+
+/// A runtime that moves nothing but the books: what the model checker and the benchmarks use.
+pub struct Bookkeeper<P> {
+    books: Books<P>,
+    chunk: Granules,
+}
+
+impl<P: Deref<Target = Page> + Clone> Bookkeeper<P> {
+    /// Takes and gives back `chunk` granules at a time.
+    pub fn new(books: &Books<P>, chunk: Granules) -> Self {
+        Self { books: books.clone(), chunk }
+    }
+}
+
+impl<P: Deref<Target = Page>> Runtime for Bookkeeper<P> {
+    type Error = std::convert::Infallible;
+
+    fn fill(&mut self) -> Result<Fill, Self::Error> {
+        loop {
+            let missing = self.books.demand().saturating_sub(self.books.resident());
+            if missing == 0 {
+                return Ok(Fill::Complete);
+            }
+            if self.books.take(missing.min(self.chunk)) == Fill::Recalled {
+                return Ok(Fill::Recalled);
+            }
+        }
+    }
+
+    fn evict(&mut self, granules: Granules) -> Result<(), Self::Error> {
+        let mut left = granules;
+        while left > 0 {
+            let chunk = left.min(self.chunk);
+            self.books.give(chunk);
+            left -= chunk;
+        }
+        Ok(())
+    }
+}

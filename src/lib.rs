@@ -1,0 +1,44 @@
+//! nvshare: several processes share one GPU as if each had all of it.
+//!
+//! This crate is the part that every participant agrees on. It knows nothing of CUDA.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`page`] | the control page: one file per GPU, mapped by everyone |
+//! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
+//! | [`lock`] | the word that says who may load and run, and how a decision is published |
+//! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
+//! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
+//! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
+//! | [`register`] | how a process gets its slot and the page's descriptor |
+//! | [`sync`] | atomics and futexes, real or modelled by loom |
+//!
+//! The protocol rests on three invariants (DESIGN section 5), named I1 to I3 throughout:
+//!
+//! - **I1** `free + sum(resident) + sum(pinned) == capacity`, but for operations in flight, which
+//!   [`account::Account`] announces.
+//! - **I2** a client submits GPU work only in [`page::Phase::Running`] with its gate open; Running
+//!   implies that all its memory is in place.
+//! - **I3** whom a decision admits fits, or it admits exactly one.
+
+pub mod account;
+pub mod audit;
+pub mod client;
+pub mod lock;
+pub mod page;
+pub mod policy;
+pub mod pool;
+pub mod snapshot;
+pub mod sync;
+pub mod units;
+
+#[cfg(not(loom))]
+pub mod map;
+#[cfg(not(loom))]
+pub mod paths;
+#[cfg(not(loom))]
+pub mod register;
+
+pub use client::{Books, Client, Fill, Runtime};
+pub use page::{Page, Phase, SlotIndex};
+pub use units::{GRANULE, GpuUuid, Granules, Nanos};

@@ -1,0 +1,202 @@
+//! The lock word: who may load and run, and how a decision is published.
+//!
+//! `version:16 | admitted:48`, a bit per slot. A decision is four steps, and anybody may take them:
+//!
+//! 1. read the word;
+//! 2. look at the slots;
+//! 3. ask the pure function [`policy::admit`](crate::policy::admit);
+//! 4. swap the word for the new mask with the next version, if nobody else did meanwhile.
+//!
+//! A lost swap means that someone else decided: start over. **Every decision is published, also one
+//! that changes nothing**: its new version makes every other decision that looked earlier lose its
+//! swap. So decisions stand in one order, each looked at the slots after the one before it was
+//! published, and whoever changes its slot and then decides is seen by its own decision and by all
+//! later ones. That is why no wake-up is lost, without a lock that a stopped process could hold.
+//!
+//! The version wraps after 65,536 decisions: a decider would have to sleep through exactly that many
+//! to publish a stale look, and what it publishes is corrected by whoever it wrongs (DESIGN section 5).
+
+use crate::page::{Page, SLOTS, SlotIndex};
+use crate::policy;
+use crate::snapshot::Snapshot;
+use crate::sync::{Ordering, now};
+use std::fmt;
+
+const MASK: u64 = (1 << 48) - 1;
+const IN_USE: u64 = if SLOTS == 64 { u64::MAX } else { (1 << SLOTS) - 1 };
+const _: () = assert!(IN_USE <= MASK);
+
+/// A set of slots.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Hash)]
+pub struct SlotSet(u64);
+
+impl SlotSet {
+    /// No slot.
+    pub const EMPTY: Self = Self(0);
+
+    /// The slots whose bits are set; bits of no slot are dropped.
+    pub fn from_bits(bits: u64) -> Self {
+        Self(bits & IN_USE)
+    }
+
+    /// A bit per slot.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Whether the slot is in it.
+    pub fn contains(self, slot: SlotIndex) -> bool {
+        self.0 >> slot.get() & 1 == 1
+    }
+
+    /// The set with the slot in it.
+    #[must_use]
+    pub fn with(self, slot: SlotIndex) -> Self {
+        Self(self.0 | 1 << slot.get())
+    }
+
+    /// The set without the slot.
+    #[must_use]
+    pub fn without(self, slot: SlotIndex) -> Self {
+        Self(self.0 & !(1 << slot.get()))
+    }
+
+    /// The slots that are in one of the two and not in both.
+    #[must_use]
+    pub fn difference(self, other: Self) -> Self {
+        Self(self.0 ^ other.0)
+    }
+
+    /// Whether it holds no slot.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// How many slots it holds.
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// The slots, by index.
+    pub fn iter(self) -> impl Iterator<Item = SlotIndex> {
+        let mut bits = self.0;
+        std::iter::from_fn(move || {
+            let slot = SlotIndex::new(bits.trailing_zeros() as usize)?;
+            bits &= bits - 1;
+            Some(slot)
+        })
+    }
+}
+
+impl FromIterator<SlotIndex> for SlotSet {
+    fn from_iter<I: IntoIterator<Item = SlotIndex>>(slots: I) -> Self {
+        slots.into_iter().fold(Self::EMPTY, Self::with)
+    }
+}
+
+impl fmt::Debug for SlotSet {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_set().entries(self.iter().map(SlotIndex::get)).finish()
+    }
+}
+
+/// The lock word, taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LockWord {
+    /// Counts decisions.
+    pub version: u16,
+    /// Who may load and run.
+    pub admitted: SlotSet,
+}
+
+impl From<u64> for LockWord {
+    fn from(word: u64) -> Self {
+        Self { version: (word >> 48) as u16, admitted: SlotSet::from_bits(word & MASK) }
+    }
+}
+
+impl From<LockWord> for u64 {
+    fn from(lock: LockWord) -> Self {
+        u64::from(lock.version) << 48 | lock.admitted.bits()
+    }
+}
+
+impl LockWord {
+    fn decided(self, admitted: SlotSet) -> Self {
+        Self { version: self.version.wrapping_add(1), admitted }
+    }
+}
+
+impl Page {
+    /// Who may load and run.
+    pub fn admitted(&self) -> SlotSet {
+        LockWord::from(self.header.lock.load(Ordering::Acquire)).admitted
+    }
+
+    /// Decides who may load and run, publishes it, and rings whoever has something to do about it:
+    /// those whose bit changed, those who must make room, and those who have just become unable to run
+    /// on for ever because somebody waits.
+    ///
+    /// Call it after every change that a decision looks at: a new waiter, a release, a change of
+    /// demand, the end of a slice, a death, a change of settings. Returns the snapshot it decided on,
+    /// with the new mask in it.
+    pub fn decide(&self) -> Snapshot {
+        loop {
+            let word = self.header.lock.load(Ordering::Acquire);
+            let lock = LockWord::from(word);
+            let mut snapshot = Snapshot::take(self, lock.admitted);
+            let next = lock.decided(policy::admit(&snapshot, now()));
+            let published =
+                self.header.lock.compare_exchange(word, next.into(), Ordering::AcqRel, Ordering::Acquire);
+            if published.is_err() {
+                continue;
+            }
+            snapshot.admitted = next.admitted;
+            for slot in self.concerned(lock.admitted, &snapshot).iter() {
+                self.ring(slot);
+            }
+            return snapshot;
+        }
+    }
+
+    fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
+        let changed = before.difference(snapshot.admitted);
+        let evicting = policy::evictors(snapshot);
+        // Holders learn that their slice has an end now.
+        let limited =
+            if policy::first_waiter(snapshot).is_some() { snapshot.admitted } else { SlotSet::EMPTY };
+        SlotSet::from_bits(changed.bits() | evicting.bits() | limited.bits())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_word_round_trips_and_garbage_has_no_foreign_bits() {
+        for word in [0, 1, u64::MAX, 0x1234_5678_9abc_def0] {
+            let lock = LockWord::from(word);
+            assert_eq!(LockWord::from(u64::from(lock)), lock);
+            assert!(lock.admitted.iter().all(|slot| slot.get() < SLOTS));
+        }
+    }
+
+    #[test]
+    fn a_set_lists_what_was_put_in() {
+        let slots: Vec<_> = [0, 5, 47].into_iter().map(|index| SlotIndex::new(index).unwrap()).collect();
+        let set: SlotSet = slots.iter().copied().collect();
+        assert_eq!(set.iter().collect::<Vec<_>>(), slots);
+        assert_eq!(set.len(), 3);
+        assert!(!set.without(slots[1]).contains(slots[1]));
+    }
+
+    #[test]
+    fn every_decision_has_a_version_of_its_own() {
+        let page = Page::for_tests(4);
+        let version = || LockWord::from(page.header.lock.load(Ordering::Relaxed)).version;
+        let before = version();
+        page.decide();
+        assert_eq!(version(), before + 1);
+    }
+}

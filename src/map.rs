@@ -1,0 +1,133 @@
+//! The mapped page: one of the two edges where this project is unsafe.
+//!
+//! **Why it is sound.** A mapping is shared with processes that may write anything at any time. Rust
+//! allows that for atomics and for nothing else, so [`Page`] consists of atomics alone. Every bit
+//! pattern is a valid `AtomicU32` or `AtomicU64`. The mapping is page-aligned, so every field is
+//! aligned, and its length is checked against the file's before and after mapping. What is left is a
+//! file that shrinks under the mapping: an access then raises SIGBUS. The arbiter seals the file's
+//! size where the kernel can (memfd); in tmpfs, only who may write the runtime directory can do it.
+
+use crate::page::{PAGE_BYTES, Page, PageError};
+use memmap2::{MmapOptions, MmapRaw};
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+/// A page in shared memory. Clones share the mapping.
+#[derive(Clone)]
+pub struct MappedPage {
+    mapping: Arc<MmapRaw>,
+}
+
+/// Why a page could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The kernel refused.
+    #[error("the kernel would not map it: {0}")]
+    Io(#[from] io::Error),
+    /// It is no page, or another release's.
+    #[error(transparent)]
+    Page(#[from] PageError),
+}
+
+impl MappedPage {
+    /// Maps a page and checks that it is one.
+    ///
+    /// # Errors
+    /// The file cannot be mapped, is too short, or is not a page of this layout.
+    pub fn open(fd: impl AsFd) -> Result<Self, MapError> {
+        let page = Self::map(fd)?;
+        page.check()?;
+        Ok(page)
+    }
+
+    /// Maps a page that nobody has initialised yet. The file has [`PAGE_BYTES`] bytes.
+    ///
+    /// # Errors
+    /// The file cannot be mapped or is too short.
+    pub fn map(fd: impl AsFd) -> Result<Self, MapError> {
+        let file = File::from(fd.as_fd().try_clone_to_owned()?);
+        let found = file.metadata()?.len();
+        if found < PAGE_BYTES as u64 {
+            return Err(PageError::Short { found }.into());
+        }
+        let mapping = MmapOptions::new().len(PAGE_BYTES).map_raw(&file)?;
+        // A child of fork has no part in the protocol (DESIGN section 5): it must not even see it.
+        #[cfg(not(miri))]
+        mapping.advise(memmap2::Advice::DontFork)?;
+        Ok(Self { mapping: Arc::new(mapping) })
+    }
+
+    /// Where the mapping begins, to tell whether it is still there after a fork.
+    pub fn address(&self) -> usize {
+        self.mapping.as_ptr() as usize
+    }
+}
+
+impl Deref for MappedPage {
+    type Target = Page;
+
+    fn deref(&self) -> &Page {
+        // SAFETY: the mapping is PAGE_BYTES long (`map` checked), aligned to a memory page, lives as
+        // long as `self`, and consists of atomics, for which any bits and any concurrent writer are
+        // allowed.
+        unsafe { &*self.mapping.as_mut_ptr().cast::<Page>() }
+    }
+}
+
+/// Overwrites a page with words of the caller's: what a hostile or broken process can do. For tests
+/// of every reader; the words go round until the page is full.
+pub fn scribble(page: &Page, words: &[u64]) {
+    use crate::sync::{AtomicU64, Ordering};
+    if words.is_empty() {
+        return;
+    }
+    // SAFETY: a page is a whole number of 8-byte aligned words, all of them atomics.
+    let all =
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(page).cast::<AtomicU64>(), PAGE_BYTES / 8) };
+    for (word, value) in all.iter().zip(words.iter().cycle()) {
+        word.store(*value, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::GpuUuid;
+    use std::io::Write;
+
+    fn file(bytes: &[u8]) -> File {
+        let path = std::env::temp_dir().join(format!(
+            "nvshare-map-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
+        let mut file =
+            File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn two_mappings_are_one_page() {
+        let file = file(&vec![0; PAGE_BYTES]);
+        let first = MappedPage::map(&file).unwrap();
+        first.initialise(GpuUuid([1; 16]), 9);
+        let second = MappedPage::open(&file).unwrap();
+        first.set_capacity(12);
+        assert_eq!((second.capacity(), second.free().granules, second.gpu()), (12, 12, GpuUuid([1; 16])));
+    }
+
+    #[test]
+    fn what_is_no_page_is_refused() {
+        assert!(matches!(
+            MappedPage::open(file(b"short")),
+            Err(MapError::Page(PageError::Short { found: 5 }))
+        ));
+        let zeros = vec![0; PAGE_BYTES];
+        assert!(matches!(MappedPage::open(file(&zeros)), Err(MapError::Page(PageError::Magic { found: 0 }))));
+    }
+}

@@ -1,0 +1,570 @@
+//! The control page: one per GPU, in shared memory, mapped by everyone.
+//!
+//! Fixed layout, little-endian, atomics only. Anybody who maps the page may write anything into it at
+//! any moment, so no reader trusts a value: counts are masked to their bounds, enums are parsed,
+//! indices come out of [`SlotIndex::new`]. Every access is atomic, so a hostile writer can cause wrong
+//! numbers and never undefined behaviour.
+//!
+//! A slot keeps apart, a pair of cache lines each, what the arbiter writes, what the owner writes and
+//! what others write: a doorbell that rings does not slow the owner's own words.
+
+use crate::account::{Account, Free};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, SECOND};
+
+/// The first eight bytes of a page: `nvshare` and a line feed, so that a text file is not one.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
+
+/// Version of this layout. Both sides check it before anything else, and refuse a difference.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Clients that one GPU can have at a time. The lock word has a bit for each.
+pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
+
+/// The most bytes of a client's name that the page keeps.
+pub const NAME_BYTES: usize = 64;
+
+/// A client's place in the page: an index below [`SLOTS`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotIndex(u8);
+
+impl SlotIndex {
+    /// The slot with this index, if there is one.
+    pub fn new(index: usize) -> Option<Self> {
+        (index < SLOTS).then_some(Self(index as u8))
+    }
+
+    /// The index.
+    pub fn get(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// What a client is doing. Only the client itself writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
+pub enum Phase {
+    /// Wants nothing. Its memory stays on the GPU until someone needs the room.
+    #[default]
+    Idle = 0,
+    /// Wants to run, and waits for its bit.
+    Waiting = 1,
+    /// Has its bit, and brings its memory in.
+    Filling = 2,
+    /// All its memory is in place and its gate is open (I2).
+    Running = 3,
+    /// Its gate is shut, and it waits for the work it has submitted.
+    Draining = 4,
+    /// Has given everything back and wants its slot to be cleared.
+    Leaving = 5,
+}
+
+impl Phase {
+    /// Reads a phase. What is none is Idle: a client that wants nothing and is given nothing.
+    pub fn parse(word: u32) -> Self {
+        match word {
+            1 => Self::Waiting,
+            2 => Self::Filling,
+            3 => Self::Running,
+            4 => Self::Draining,
+            5 => Self::Leaving,
+            _ => Self::Idle,
+        }
+    }
+
+    /// Wants the GPU, or has it: a decision may admit it.
+    pub fn wants_gpu(self) -> bool {
+        matches!(self, Self::Waiting | Self::Filling | Self::Running)
+    }
+
+    /// The word in lower case, as `nvshare status` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Waiting => "waiting",
+            Self::Filling => "filling",
+            Self::Running => "running",
+            Self::Draining => "draining",
+            Self::Leaving => "leaving",
+        }
+    }
+}
+
+/// How long a client runs while others wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantum {
+    /// Always this long, in ns.
+    Fixed(Nanos),
+    /// A multiple of the switch that the slice's end causes.
+    Auto {
+        /// The multiple, in thousandths: 5,000 is five times the switch.
+        factor_milli: u32,
+        /// No slice is shorter, in ns.
+        min: Nanos,
+        /// No slice is longer, in ns.
+        max: Nanos,
+    },
+}
+
+impl Default for Quantum {
+    fn default() -> Self {
+        Self::Auto { factor_milli: 5_000, min: 100 * MILLISECOND, max: 60 * SECOND }
+    }
+}
+
+/// What the operator decides, one for a GPU; the arbiter writes it, everybody reads it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// How long a client runs while others wait.
+    pub quantum: Quantum,
+    /// A holder that has had no work for this long, in ns, gives way to a waiter.
+    pub idle_grace: Nanos,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { quantum: Quantum::default(), idle_grace: 5 * MILLISECOND }
+    }
+}
+
+/// Which way a copy goes over the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// Host to GPU.
+    In,
+    /// GPU to host.
+    Out,
+}
+
+/// Bandwidth assumed of a link that nobody has measured yet, in bytes a second: PCIe 3 x16.
+pub const DEFAULT_BANDWIDTH: u64 = 12 << 30;
+
+/// What belongs to the GPU as a whole.
+#[repr(C, align(128))]
+pub struct Header {
+    /// [`MAGIC`].
+    pub(crate) magic: AtomicU64,
+    /// [`LAYOUT_VERSION`].
+    pub(crate) layout_version: AtomicU32,
+    /// [`SLOTS`].
+    pub(crate) slot_count: AtomicU32,
+    /// Bytes in the whole page.
+    pub(crate) page_bytes: AtomicU64,
+    /// The GPU's UUID, two halves.
+    pub(crate) gpu: [AtomicU64; 2],
+    /// Granules in the pool.
+    pub(crate) capacity: AtomicU64,
+    /// A bit per slot in use. The arbiter writes it.
+    pub(crate) occupied: AtomicU64,
+
+    quantum_mode: AtomicU32,
+    factor_milli: AtomicU32,
+    quantum_fixed: AtomicU64,
+    quantum_min: AtomicU64,
+    quantum_max: AtomicU64,
+    idle_grace: AtomicU64,
+    bandwidth: [AtomicU64; 2],
+
+    pub(crate) arbiter_pid: AtomicU32,
+    /// How many arbiters this page has had.
+    pub(crate) arbiter_generation: AtomicU32,
+    /// When the arbiter last looked, CLOCK_MONOTONIC ns.
+    pub(crate) heartbeat: AtomicU64,
+    pub(crate) audits: AtomicU64,
+    pub(crate) repaired: AtomicU64,
+    pub(crate) reaped: AtomicU64,
+
+    pub(crate) free: Line,
+    pub(crate) lock: Line,
+    pub(crate) next_ticket: Line,
+}
+
+/// A word with two cache lines to itself: adjacent lines are fetched in pairs.
+#[repr(C, align(128))]
+pub struct Line(pub(crate) AtomicU64);
+
+impl std::ops::Deref for Line {
+    type Target = AtomicU64;
+    fn deref(&self) -> &AtomicU64 {
+        &self.0
+    }
+}
+
+/// One client's row.
+#[repr(C, align(128))]
+pub struct Slot {
+    /// generation:32 | pid:32. Pid 0: nobody. The arbiter writes it.
+    pub(crate) owner: AtomicU64,
+    /// When the owner's process started, in clock ticks since boot: with the pid, a process for ever.
+    pub(crate) started: AtomicU64,
+    /// Granules of the client's context, never movable. The arbiter writes it.
+    pub(crate) pinned: AtomicU64,
+    pub(crate) weight: AtomicU32,
+    pub(crate) name: [AtomicU64; NAME_BYTES / 8],
+
+    /// What the owner writes.
+    pub(crate) own: OwnWords,
+    /// What helpers write beside the owner.
+    pub(crate) account: Line,
+    /// What others write: rings.
+    pub(crate) doorbell: Bell,
+}
+
+/// A futex with two cache lines to itself.
+#[repr(C, align(128))]
+pub struct Bell(pub(crate) AtomicU32);
+
+/// A slot's words that only its owner writes.
+#[repr(C, align(128))]
+pub struct OwnWords {
+    pub(crate) phase: AtomicU32,
+    /// Granules its allocations need.
+    pub(crate) demand: AtomicU64,
+    /// Its place in the queue.
+    pub(crate) ticket: AtomicU64,
+    /// Since when it waits, ns; 0 when it does not.
+    pub(crate) wait_since: AtomicU64,
+    /// When its slice began, ns; 0 before it runs.
+    pub(crate) slice_start: AtomicU64,
+    /// When it last ran, ns.
+    pub(crate) last_ran: AtomicU64,
+    /// Times that it was admitted and filled.
+    pub(crate) slices: AtomicU64,
+    /// Times that it gave way.
+    pub(crate) yields: AtomicU64,
+    pub(crate) bytes_in: AtomicU64,
+    pub(crate) bytes_out: AtomicU64,
+    /// Time spent filling, ns.
+    pub(crate) fill_ns: AtomicU64,
+    /// Time spent evicting, ns.
+    pub(crate) evict_ns: AtomicU64,
+    /// Time spent running, ns.
+    pub(crate) run_ns: AtomicU64,
+}
+
+/// The whole page.
+#[repr(C)]
+pub struct Page {
+    /// What belongs to the GPU.
+    pub header: Header,
+    /// A row per client.
+    pub slots: [Slot; SLOTS],
+}
+
+/// Bytes that a page takes up.
+pub const PAGE_BYTES: usize = size_of::<Page>();
+
+/// Why a mapped file is not a page that this program can use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PageError {
+    /// Too short to hold even the identity.
+    #[error(
+        "it has {found} bytes and a control page of layout {LAYOUT_VERSION} has {PAGE_BYTES}; it was truncated or is some other file"
+    )]
+    Short {
+        /// Bytes found.
+        found: u64,
+    },
+    /// Something else altogether.
+    #[error(
+        "it does not begin with nvshare's magic (found {found:#018x}); it is not a control page, or it was overwritten"
+    )]
+    Magic {
+        /// What stands there.
+        found: u64,
+    },
+    /// Another release wrote it.
+    #[error(
+        "it has layout version {found} and this program has {LAYOUT_VERSION}; run the same nvshare release on both sides, and restart the arbiter after an update"
+    )]
+    Version {
+        /// The page's version.
+        found: u32,
+    },
+    /// The version fits and the geometry does not.
+    #[error(
+        "it claims {slots} slots in {bytes} bytes, and layout {LAYOUT_VERSION} has {SLOTS} in {PAGE_BYTES}; it was overwritten"
+    )]
+    Geometry {
+        /// Slots claimed.
+        slots: u32,
+        /// Bytes claimed.
+        bytes: u64,
+    },
+}
+
+impl Page {
+    /// Makes a page of a zeroed one: identity, an empty pool of `capacity` granules, default settings.
+    /// The magic comes last, so that nobody takes a half-made page for a whole one.
+    pub fn initialise(&self, gpu: GpuUuid, capacity: Granules) {
+        let header = &self.header;
+        header.layout_version.store(LAYOUT_VERSION, Ordering::Relaxed);
+        header.slot_count.store(SLOTS as u32, Ordering::Relaxed);
+        header.page_bytes.store(PAGE_BYTES as u64, Ordering::Relaxed);
+        for (half, word) in gpu.0.chunks_exact(8).zip(&header.gpu) {
+            word.store(u64::from_le_bytes(half.try_into().expect("eight bytes")), Ordering::Relaxed);
+        }
+        let capacity = capacity.min(MAX_GRANULES);
+        header.capacity.store(u64::from(capacity), Ordering::Relaxed);
+        header.free.store(Free { granules: capacity as i32, tag: None }.into(), Ordering::Relaxed);
+        header.next_ticket.store(1, Ordering::Relaxed);
+        self.set_settings(Settings::default());
+        for word in &header.bandwidth {
+            word.store(DEFAULT_BANDWIDTH, Ordering::Relaxed);
+        }
+        header.magic.store(MAGIC, Ordering::Release);
+    }
+
+    /// Checks that this is a page of this layout.
+    ///
+    /// # Errors
+    /// What is wrong with it, in a sentence that begins with "it".
+    pub fn check(&self) -> Result<(), PageError> {
+        let header = &self.header;
+        let magic = header.magic.load(Ordering::Acquire);
+        if magic != MAGIC {
+            return Err(PageError::Magic { found: magic });
+        }
+        let version = header.layout_version.load(Ordering::Relaxed);
+        if version != LAYOUT_VERSION {
+            return Err(PageError::Version { found: version });
+        }
+        let (slots, bytes) =
+            (header.slot_count.load(Ordering::Relaxed), header.page_bytes.load(Ordering::Relaxed));
+        if (slots, bytes) != (SLOTS as u32, PAGE_BYTES as u64) {
+            return Err(PageError::Geometry { slots, bytes });
+        }
+        Ok(())
+    }
+
+    /// The GPU that the page is for.
+    pub fn gpu(&self) -> GpuUuid {
+        let mut bytes = [0; 16];
+        for (half, word) in bytes.chunks_exact_mut(8).zip(&self.header.gpu) {
+            half.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes());
+        }
+        GpuUuid(bytes)
+    }
+
+    /// Granules in the pool.
+    pub fn capacity(&self) -> Granules {
+        self.header.capacity.load(Ordering::Relaxed).min(u64::from(MAX_GRANULES)) as Granules
+    }
+
+    /// The row of a slot.
+    pub fn slot(&self, slot: SlotIndex) -> &Slot {
+        &self.slots[slot.get()]
+    }
+
+    /// The slots that somebody owns.
+    pub fn occupied(&self) -> crate::lock::SlotSet {
+        crate::lock::SlotSet::from_bits(self.header.occupied.load(Ordering::Acquire))
+    }
+
+    /// The operator's settings; what makes no sense is read as the default.
+    pub fn settings(&self) -> Settings {
+        let header = &self.header;
+        let quantum = if header.quantum_mode.load(Ordering::Relaxed) == 1 {
+            Quantum::Fixed(header.quantum_fixed.load(Ordering::Relaxed))
+        } else {
+            let min = header.quantum_min.load(Ordering::Relaxed);
+            Quantum::Auto {
+                factor_milli: header.factor_milli.load(Ordering::Relaxed),
+                min,
+                max: header.quantum_max.load(Ordering::Relaxed).max(min),
+            }
+        };
+        Settings { quantum, idle_grace: header.idle_grace.load(Ordering::Relaxed) }
+    }
+
+    /// Puts the operator's settings into the page. The caller then [decides](Page::decide).
+    pub fn set_settings(&self, settings: Settings) {
+        let header = &self.header;
+        match settings.quantum {
+            Quantum::Fixed(ns) => {
+                header.quantum_fixed.store(ns, Ordering::Relaxed);
+                header.quantum_mode.store(1, Ordering::Relaxed);
+            }
+            Quantum::Auto { factor_milli, min, max } => {
+                header.factor_milli.store(factor_milli, Ordering::Relaxed);
+                header.quantum_min.store(min, Ordering::Relaxed);
+                header.quantum_max.store(max, Ordering::Relaxed);
+                header.quantum_mode.store(0, Ordering::Relaxed);
+            }
+        }
+        header.idle_grace.store(settings.idle_grace, Ordering::Relaxed);
+    }
+
+    /// The link's measured bandwidth, bytes a second; never 0.
+    pub fn bandwidth(&self, direction: Direction) -> u64 {
+        self.header.bandwidth[direction as usize].load(Ordering::Relaxed).max(1)
+    }
+
+    /// Takes a measured copy into the average: a quarter new, three quarters old. Copies of less than
+    /// 64 MiB say more about latency than about the link, and are left out.
+    pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
+        const ENOUGH: u64 = 64 << 20;
+        if bytes < ENOUGH || took == 0 {
+            return;
+        }
+        let measured = (u128::from(bytes) * u128::from(SECOND) / u128::from(took)).min(1 << 44) as u64;
+        let word = &self.header.bandwidth[direction as usize];
+        let old = word.load(Ordering::Relaxed).min(1 << 44);
+        // A lost update loses one sample of an average.
+        word.store((old / 4 * 3 + measured / 4).max(1), Ordering::Relaxed);
+    }
+
+    /// Sets the bandwidth that holds until the first measurement, bytes a second each way.
+    pub fn set_bandwidth(&self, bytes_per_second: u64) {
+        for word in &self.header.bandwidth {
+            word.store(bytes_per_second.max(1), Ordering::Relaxed);
+        }
+    }
+
+    /// The arbiter that serves this page: its pid (0: none yet), how many the page has had, and when
+    /// the last one was last alive (CLOCK_MONOTONIC ns).
+    pub fn arbiter(&self) -> (u32, u32, Nanos) {
+        let header = &self.header;
+        (
+            header.arbiter_pid.load(Ordering::Relaxed),
+            header.arbiter_generation.load(Ordering::Relaxed),
+            header.heartbeat.load(Ordering::Relaxed),
+        )
+    }
+
+    /// Sleeps until a slot's doorbell no longer shows `seen`, until the time `until`, or for no reason.
+    pub fn wait_doorbell(&self, slot: SlotIndex, seen: u32, until: Option<Nanos>) {
+        crate::sync::futex_wait(&self.slot(slot).doorbell.0, seen, until);
+    }
+
+    /// What a slot's doorbell shows: read it before looking at anything that a ring announces.
+    pub fn doorbell(&self, slot: SlotIndex) -> u32 {
+        self.slot(slot).doorbell.0.load(Ordering::Acquire)
+    }
+
+    /// Rings a slot's doorbell: its owner looks at the page again.
+    pub fn ring(&self, slot: SlotIndex) {
+        let bell = &self.slot(slot).doorbell.0;
+        bell.fetch_add(1, Ordering::AcqRel);
+        crate::sync::futex_wake(bell);
+    }
+
+    /// A page on the heap, for models and tests: initialised, with every slot empty.
+    pub fn on_heap(gpu: GpuUuid, capacity: Granules) -> Box<Self> {
+        let page = Box::new(Self::zeroed());
+        page.initialise(gpu, capacity);
+        page
+    }
+
+    #[cfg(all(test, not(loom)))]
+    pub(crate) fn for_tests(capacity: Granules) -> Box<Self> {
+        Self::on_heap(GpuUuid([7; 16]), capacity)
+    }
+
+    fn zeroed() -> Self {
+        fn word() -> AtomicU64 {
+            AtomicU64::new(0)
+        }
+        fn half() -> AtomicU32 {
+            AtomicU32::new(0)
+        }
+        let slot = |_| Slot {
+            owner: word(),
+            started: word(),
+            pinned: word(),
+            weight: half(),
+            name: std::array::from_fn(|_| word()),
+            own: OwnWords {
+                phase: half(),
+                demand: word(),
+                ticket: word(),
+                wait_since: word(),
+                slice_start: word(),
+                last_ran: word(),
+                slices: word(),
+                yields: word(),
+                bytes_in: word(),
+                bytes_out: word(),
+                fill_ns: word(),
+                evict_ns: word(),
+                run_ns: word(),
+            },
+            account: Line(AtomicU64::new(Account::default().into())),
+            doorbell: Bell(half()),
+        };
+        Self {
+            header: Header {
+                magic: word(),
+                layout_version: half(),
+                slot_count: half(),
+                page_bytes: word(),
+                gpu: [word(), word()],
+                capacity: word(),
+                occupied: word(),
+                quantum_mode: half(),
+                factor_milli: half(),
+                quantum_fixed: word(),
+                quantum_min: word(),
+                quantum_max: word(),
+                idle_grace: word(),
+                bandwidth: [word(), word()],
+                arbiter_pid: half(),
+                arbiter_generation: half(),
+                heartbeat: word(),
+                audits: word(),
+                repaired: word(),
+                reaped: word(),
+                free: Line(word()),
+                lock: Line(word()),
+                next_ticket: Line(word()),
+            },
+            slots: std::array::from_fn(slot),
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::mem::offset_of;
+
+    #[test]
+    fn slots_are_whole_cache_lines_and_writers_are_apart() {
+        assert_eq!(size_of::<Slot>() % 128, 0);
+        assert_eq!(offset_of!(Slot, own) % 128, 0);
+        assert_eq!(offset_of!(Slot, account) % 128, 0);
+        assert_eq!(offset_of!(Slot, doorbell) % 128, 0);
+        assert_eq!(offset_of!(Page, slots) % 128, 0);
+        assert_eq!(PAGE_BYTES % 128, 0);
+    }
+
+    #[test]
+    fn the_layout_has_not_moved() {
+        // Whoever changes these numbers changes LAYOUT_VERSION too.
+        assert_eq!(LAYOUT_VERSION, 1);
+        assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 512, 640 + 48 * 512));
+        assert_eq!(offset_of!(Header, free), 256);
+    }
+
+    #[test]
+    fn a_page_of_another_kind_is_refused_by_name() {
+        let page = Page::for_tests(1);
+        assert_eq!(page.check(), Ok(()));
+        page.header.layout_version.store(9, Ordering::Relaxed);
+        let error = page.check().unwrap_err().to_string();
+        assert!(error.contains("version 9") && error.contains("has 1"), "{error}");
+        page.header.magic.store(3, Ordering::Relaxed);
+        assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
+    }
+
+    #[test]
+    fn bandwidth_is_an_average_of_large_copies() {
+        let page = Page::for_tests(1);
+        page.set_bandwidth(40 << 30);
+        page.observe_copy(Direction::In, 1 << 20, 1);
+        assert_eq!(page.bandwidth(Direction::In), 40 << 30);
+        page.observe_copy(Direction::In, 20 << 30, SECOND);
+        assert_eq!(page.bandwidth(Direction::In), 35 << 30);
+        assert_eq!(page.bandwidth(Direction::Out), 40 << 30);
+    }
+}

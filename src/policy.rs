@@ -1,0 +1,168 @@
+//! Who runs, how long, and who makes room: pure functions of a snapshot, shared by the clients, the
+//! arbiter and the simulator.
+//!
+//! - Everybody's memory fits: all run at once, and nothing ever switches.
+//! - It does not fit: slices that are not over go on; then waiters in the order of their tickets; then
+//!   those whose slice is over. Whoever does not fit beside the ones before is passed over, and a
+//!   smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first
+//!   waiter, and such a slice is protected from everybody but that one ([`Rank`]).
+//! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
+//!
+//! **Bound on a wait** (L1). With n clients, a waiter has at most n - 1 tickets before it. Each of
+//! those runs at most one quantum, plus the time of its fill and of its drain, before it goes to the
+//! end of the queue. So a wait is at most (n - 1) x (longest quantum + longest fill + longest drain).
+
+use crate::lock::SlotSet;
+use crate::page::{Phase, Quantum, SlotIndex};
+use crate::snapshot::{SlotView, Snapshot};
+use crate::units::{Granules, Nanos, SECOND, bytes_of};
+
+/// Whom to admit, now.
+pub fn admit(snapshot: &Snapshot, now: Nanos) -> SlotSet {
+    let mut left = snapshot.usable();
+    let mut chosen = SlotSet::EMPTY;
+    for (slot, demand) in queue(snapshot, now) {
+        if demand <= left {
+            left -= demand;
+        } else if chosen.is_empty() {
+            left = 0;
+        } else {
+            continue;
+        }
+        chosen = chosen.with(slot);
+    }
+    chosen
+}
+
+/// Where a client stands in the queue; its ticket decides between equals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    /// Runs, and its slice is not over.
+    Holder,
+    /// Waits, and nobody has waited longer.
+    FirstWaiter,
+    /// Runs beside a holder in room that the first waiter is too large for.
+    GapFiller,
+    /// Waits.
+    Waiter,
+    /// Runs, and its slice is over.
+    Overdue,
+}
+
+fn rank(snapshot: &Snapshot, slot: SlotIndex, first: Option<SlotIndex>, now: Nanos) -> Rank {
+    if !snapshot.admitted.contains(slot) {
+        return if first == Some(slot) { Rank::FirstWaiter } else { Rank::Waiter };
+    }
+    if slice_end(snapshot, slot).is_some_and(|end| end <= now) {
+        return Rank::Overdue;
+    }
+    let place = |slot| (snapshot.view(slot).ticket, slot);
+    if first.is_none_or(|first| place(slot) < place(first)) { Rank::Holder } else { Rank::GapFiller }
+}
+
+/// Those who want the GPU, in the order in which they get it.
+fn queue(snapshot: &Snapshot, now: Nanos) -> impl Iterator<Item = (SlotIndex, Granules)> {
+    let first = first_waiter(snapshot);
+    let mut order: Vec<_> = snapshot
+        .clients()
+        .filter(|(_, view)| view.phase.wants_gpu())
+        .map(|(slot, view)| (rank(snapshot, slot, first, now), view.ticket, slot, view.demand))
+        .collect();
+    order.sort_unstable();
+    order.into_iter().map(|(_, _, slot, demand)| (slot, demand))
+}
+
+/// The waiter whose turn is next, if somebody waits who is not admitted.
+pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
+    snapshot
+        .clients()
+        .filter(|(slot, view)| view.phase.wants_gpu() && !snapshot.admitted.contains(*slot))
+        .min_by_key(|(slot, view)| (view.ticket, *slot))
+        .map(|(slot, _)| slot)
+}
+
+/// When a holder's slice is over, ns, if it runs and somebody waits. A slice begins when its holder
+/// runs, so filling costs nobody any of it.
+pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
+    let view = snapshot.view(holder);
+    let waiter = first_waiter(snapshot)?;
+    (view.phase == Phase::Running).then(|| view.slice_start.saturating_add(quantum(snapshot, waiter)))
+}
+
+/// When, at the latest, somebody must decide again though nothing changed: the first end of a slice.
+pub fn next_decision(snapshot: &Snapshot) -> Option<Nanos> {
+    snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot)).min()
+}
+
+/// How long a slice is that ends because `waiter` waits, ns.
+pub fn quantum(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
+    match snapshot.settings.quantum {
+        Quantum::Fixed(ns) => ns,
+        Quantum::Auto { factor_milli, min, max } => {
+            let scaled = u128::from(switch_time(snapshot, waiter)) * u128::from(factor_milli) / 1_000;
+            u64::try_from(scaled).unwrap_or(u64::MAX).clamp(min, max.max(min))
+        }
+    }
+}
+
+/// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes
+/// out, so the slower of the two directions counts.
+pub fn switch_time(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
+    let missing = snapshot.view(waiter).missing();
+    let in_the_way = i64::from(missing).saturating_sub(i64::from(snapshot.free)).clamp(0, i64::from(missing));
+    let fill = copy_time(missing, snapshot.bandwidth_in);
+    let evict = copy_time(in_the_way as Granules, snapshot.bandwidth_out);
+    fill.max(evict)
+}
+
+fn copy_time(granules: Granules, bandwidth: u64) -> Nanos {
+    let ns = u128::from(bytes_of(granules)) * u128::from(SECOND) / u128::from(bandwidth.max(1));
+    u64::try_from(ns).unwrap_or(u64::MAX)
+}
+
+/// Granules that the admitted ones still lack and the pool does not have.
+///
+/// A granule that is taken, or given, changes both sides of this alike, so everybody comes to the
+/// same figure while memory is on the move.
+pub fn lacking(snapshot: &Snapshot) -> Granules {
+    let missing: i64 = snapshot
+        .admitted
+        .iter()
+        .map(|slot| snapshot.view(slot))
+        .filter(|view| view.phase.wants_gpu())
+        .map(|view| i64::from(view.missing()))
+        .sum();
+    (missing - i64::from(snapshot.free)).clamp(0, i64::from(Granules::MAX)) as Granules
+}
+
+/// Granules that a client must evict now: its share of what the admitted ones lack.
+///
+/// Clients that are not admitted make room in this order: the one that ran last evicts first, since
+/// its turn is furthest away. A client that still drains will evict when it has, and keeps its place.
+pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
+    shares(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
+}
+
+/// Those who must evict now.
+pub fn evictors(snapshot: &Snapshot) -> SlotSet {
+    shares(snapshot).filter(|(_, share)| *share > 0).map(|(slot, _)| slot).collect()
+}
+
+fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
+    let mut lacking = lacking(snapshot);
+    let mut order: Vec<(SlotIndex, &SlotView)> = snapshot
+        .clients()
+        .filter(|(slot, view)| {
+            view.resident > 0 && !(snapshot.admitted.contains(*slot) && view.phase.wants_gpu())
+        })
+        .collect();
+    order.sort_unstable_by_key(|(slot, view)| (std::cmp::Reverse(view.last_ran), *slot));
+    order.into_iter().map(move |(slot, view)| {
+        let share = view.resident.min(lacking);
+        lacking -= share;
+        (slot, share)
+    })
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

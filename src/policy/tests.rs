@@ -1,0 +1,237 @@
+use super::*;
+use crate::page::{Page, SLOTS, Settings};
+use crate::units::MILLISECOND;
+use proptest::prelude::*;
+
+fn slot(index: usize) -> SlotIndex {
+    SlotIndex::new(index).unwrap()
+}
+
+/// Clients by slot, given as (phase, demand, resident, ticket); the rest is empty.
+fn snapshot(
+    capacity: Granules,
+    clients: &[(Phase, Granules, Granules, u64)],
+    admitted: &[usize],
+) -> Snapshot {
+    let mut snapshot = Snapshot::take(&Page::for_tests(capacity), SlotSet::EMPTY);
+    for (index, (phase, demand, resident, ticket)) in clients.iter().copied().enumerate() {
+        snapshot.occupied = snapshot.occupied.with(slot(index));
+        let view = &mut snapshot.slots[index];
+        *view = SlotView { phase, demand, resident, ticket, ..SlotView::default() };
+        snapshot.free -= resident as i32;
+    }
+    snapshot.admitted = admitted.iter().map(|index| slot(*index)).collect();
+    snapshot.settings = Settings { quantum: Quantum::Fixed(100 * MILLISECOND), ..Settings::default() };
+    snapshot
+}
+
+fn set(indices: &[usize]) -> SlotSet {
+    indices.iter().map(|index| slot(*index)).collect()
+}
+
+#[test]
+fn all_run_when_all_fit() {
+    let snapshot =
+        snapshot(10, &[(Phase::Running, 5, 5, 1), (Phase::Waiting, 5, 0, 2), (Phase::Idle, 9, 0, 0)], &[0]);
+    assert_eq!(admit(&snapshot, u64::MAX), set(&[0, 1]));
+}
+
+#[test]
+fn a_slice_goes_on_until_it_is_over() {
+    let mut snapshot = snapshot(10, &[(Phase::Running, 8, 8, 1), (Phase::Waiting, 8, 0, 2)], &[0]);
+    snapshot.slots[0].slice_start = 1_000;
+    let end = 1_000 + 100 * MILLISECOND;
+    assert_eq!(slice_end(&snapshot, slot(0)), Some(end));
+    assert_eq!(admit(&snapshot, end - 1), set(&[0]));
+    assert_eq!(admit(&snapshot, end), set(&[1]));
+}
+
+#[test]
+fn a_small_one_fills_the_gap_and_leaves_it_in_time() {
+    let clients = [(Phase::Running, 6, 6, 1), (Phase::Waiting, 8, 0, 2), (Phase::Waiting, 3, 0, 3)];
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    assert_eq!(admit(&snapshot, 0), set(&[0, 2]));
+    snapshot.admitted = set(&[0, 2]);
+    snapshot.slots[2].phase = Phase::Running;
+    snapshot.slots[2].slice_start = 99 * MILLISECOND;
+    assert_eq!(
+        admit(&snapshot, 100 * MILLISECOND),
+        set(&[1]),
+        "the small one's young slice protects it from nobody"
+    );
+}
+
+#[test]
+fn one_that_fits_nowhere_is_admitted_alone() {
+    let snapshot = snapshot(10, &[(Phase::Waiting, 50, 0, 1), (Phase::Waiting, 1, 0, 2)], &[]);
+    assert_eq!(admit(&snapshot, 0), set(&[0]));
+}
+
+#[test]
+fn contexts_count() {
+    let mut snapshot = snapshot(10, &[(Phase::Running, 5, 5, 1), (Phase::Waiting, 5, 0, 2)], &[0]);
+    snapshot.slots[1].pinned = 1;
+    assert_eq!(admit(&snapshot, 0), set(&[0]));
+}
+
+#[test]
+fn whoever_ran_last_evicts_first() {
+    let mut snapshot =
+        snapshot(10, &[(Phase::Waiting, 8, 0, 1), (Phase::Idle, 4, 4, 2), (Phase::Waiting, 5, 5, 3)], &[0]);
+    snapshot.slots[1].last_ran = 10;
+    snapshot.slots[2].last_ran = 20;
+    assert_eq!(lacking(&snapshot), 7);
+    assert_eq!(
+        (evict_share(&snapshot, slot(2)), evict_share(&snapshot, slot(1)), evict_share(&snapshot, slot(0))),
+        (5, 2, 0)
+    );
+}
+
+#[test]
+fn a_debt_is_somebodys_share() {
+    let mut snapshot = snapshot(10, &[(Phase::Running, 4, 4, 1), (Phase::Idle, 6, 6, 0)], &[0]);
+    snapshot.free = -2;
+    assert_eq!(evict_share(&snapshot, slot(1)), 2);
+}
+
+#[test]
+fn auto_is_a_multiple_of_the_switch() {
+    let mut snapshot = snapshot(1024, &[(Phase::Running, 768, 768, 1), (Phase::Waiting, 512, 0, 2)], &[0]);
+    (snapshot.bandwidth_in, snapshot.bandwidth_out) = (2 << 30, 1 << 30);
+    snapshot.settings.quantum = Quantum::Auto { factor_milli: 5_000, min: 0, max: u64::MAX };
+    // 1 GiB comes in at 2 GiB/s; 256 granules are free, so half a GiB goes out at 1 GiB/s.
+    assert_eq!(switch_time(&snapshot, slot(1)), 500 * MILLISECOND);
+    assert_eq!(quantum(&snapshot, slot(1)), 2_500 * MILLISECOND);
+}
+
+fn any_phase() -> impl Strategy<Value = Phase> {
+    (0..6u32).prop_map(Phase::parse)
+}
+
+prop_compose! {
+    /// A page that honest clients could have made: residents fit, and the counter is what is left.
+    fn honest()(capacity in 1..1000u32,
+                clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), 0..1000u64, any::<u64>()), 0..SLOTS),
+                admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
+        let mut snapshot = snapshot(capacity, &[], &[]);
+        let mut free = capacity as i32;
+        for (index, (phase, demand, resident, pinned, ticket, slice_start, last_ran)) in clients.into_iter().enumerate() {
+            let pinned = pinned.min(free as u32 / 4);
+            free -= pinned as i32;
+            let resident = resident.min(demand).min(free as u32);
+            free -= resident as i32;
+            snapshot.occupied = snapshot.occupied.with(slot(index));
+            snapshot.slots[index] = SlotView { phase, demand, resident, pinned, ticket, slice_start, last_ran };
+        }
+        snapshot.free = free;
+        snapshot.admitted = SlotSet::from_bits(admitted & snapshot.occupied.bits());
+        if !fixed {
+            snapshot.settings.quantum = Quantum::Auto { factor_milli: 5_000, min: ns, max: ns * 2 };
+        }
+        snapshot
+    }
+}
+
+proptest! {
+    /// I3.
+    #[test]
+    fn whom_it_admits_fits_or_is_alone(snapshot in honest(), now: u64) {
+        let chosen = admit(&snapshot, now);
+        let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).demand).sum();
+        // A client without memory runs beside anybody.
+        let with_memory = chosen.iter().filter(|slot| snapshot.view(*slot).demand > 0).count();
+        prop_assert!(total <= snapshot.usable() || with_memory == 1);
+        prop_assert!(chosen.iter().all(|slot| snapshot.occupied.contains(slot) && snapshot.view(slot).phase.wants_gpu()));
+    }
+
+    /// Nobody is left out for nothing: whoever is not admitted does not fit beside those who are.
+    #[test]
+    fn nobody_waits_beside_room(snapshot in honest(), now: u64) {
+        let chosen = admit(&snapshot, now);
+        let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).demand).sum();
+        for (slot, view) in snapshot.clients() {
+            if view.phase.wants_gpu() && !chosen.contains(slot) {
+                prop_assert!(total + view.demand > snapshot.usable());
+            }
+        }
+    }
+
+    /// The first waiter gets in as soon as every slice is over: the order of tickets starves nobody.
+    #[test]
+    fn the_first_waiter_is_next(snapshot in honest()) {
+        let mut snapshot = snapshot;
+        for view in &mut snapshot.slots {
+            view.slice_start = 0;
+            if view.phase == Phase::Filling || view.phase == Phase::Waiting {
+                view.phase = Phase::Running;
+            }
+        }
+        if let Some(waiter) = first_waiter(&snapshot) {
+            prop_assert!(admit(&snapshot, u64::MAX).contains(waiter));
+        }
+    }
+
+    /// When all who want the GPU fit, all are admitted: nothing ever switches.
+    #[test]
+    fn it_never_switches_when_all_fit(snapshot in honest(), now: u64) {
+        let wanting: Vec<_> = snapshot.clients().filter(|(_, view)| view.phase.wants_gpu()).collect();
+        if wanting.iter().map(|(_, view)| view.demand).sum::<u32>() <= snapshot.usable() {
+            prop_assert_eq!(admit(&snapshot, now), wanting.iter().map(|(slot, _)| *slot).collect());
+        }
+    }
+
+    /// What the admitted lack is there, among those who are not admitted: a fill always completes.
+    #[test]
+    fn the_shares_cover_what_is_lacking(snapshot in honest(), now: u64) {
+        let mut snapshot = snapshot;
+        snapshot.admitted = admit(&snapshot, now);
+        let total: u32 = snapshot.admitted.iter().map(|slot| snapshot.view(slot).demand).sum();
+        prop_assume!(total <= snapshot.usable());
+        let given: u32 = snapshot.clients().map(|(slot, _)| evict_share(&snapshot, slot)).sum();
+        prop_assert_eq!(given, lacking(&snapshot));
+        for (slot, view) in snapshot.clients() {
+            prop_assert!(evict_share(&snapshot, slot) <= view.resident);
+        }
+    }
+
+    /// Deciding is a function: the same snapshot and time give the same answer, and an answer that is
+    /// published is its own answer until something changes. (With `auto`, a slice's length depends on
+    /// who is next, so a new first waiter is such a change.)
+    #[test]
+    fn it_settles(snapshot in honest(), now: u64) {
+        let mut snapshot = snapshot;
+        snapshot.settings.quantum = Quantum::Fixed(1_000);
+        let chosen = admit(&snapshot, now);
+        prop_assert_eq!(admit(&snapshot, now), chosen);
+        for (slot, was) in snapshot.clone().clients() {
+            // What its owner does next: the admitted run, the others wait again at the end.
+            let view = &mut snapshot.slots[slot.get()];
+            if chosen.contains(slot) && !snapshot.admitted.contains(slot) {
+                *view = SlotView { phase: Phase::Waiting, ..*was };
+            } else if !chosen.contains(slot) && snapshot.admitted.contains(slot) && was.phase.wants_gpu() {
+                *view = SlotView { phase: Phase::Draining, ..*was };
+            }
+        }
+        snapshot.admitted = chosen;
+        let again = admit(&snapshot, now);
+        // Only the waiter that has become the first may take a gap away from who fills it.
+        let next = first_waiter(&snapshot).filter(|waiter| again.contains(*waiter));
+        prop_assert!(next.is_some() || chosen.iter().all(|slot| again.contains(slot)), "{chosen:?} then {again:?}");
+    }
+
+    /// Garbage in every field, and still an answer.
+    #[test]
+    fn garbage_gives_some_answer(words in prop::collection::vec(any::<u64>(), crate::page::PAGE_BYTES / 8), now: u64) {
+        let page = Page::for_tests(1);
+        crate::map::scribble(&page, &words);
+        let snapshot = Snapshot::take(&page, page.admitted());
+        let chosen = admit(&snapshot, now);
+        prop_assert!(chosen.iter().all(|slot| snapshot.occupied.contains(slot)));
+        let _ = (next_decision(&snapshot), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot));
+        for (slot, _) in snapshot.clients() {
+            let _ = (quantum(&snapshot, slot), switch_time(&snapshot, slot), evict_share(&snapshot, slot));
+        }
+        page.decide();
+        page.audit();
+    }
+}

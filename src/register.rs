@@ -1,0 +1,335 @@
+//! Registration: how a process gets its slot and the page's descriptor.
+//!
+//! Once per process and GPU, over a SOCK_SEQPACKET Unix socket: one [`Hello`] out, one [`Reply`] back,
+//! with the page's descriptor (SCM_RIGHTS) when the status is [`Status::Welcome`]. A container needs
+//! only the socket. Messages are plain structs of fixed size, so there is nothing to parse and little
+//! to get wrong; what does not fit is refused with a sentence that says why.
+//!
+//! The connection has no further use: the arbiter watches the process, not the socket.
+
+use crate::map::{MapError, MappedPage};
+use crate::page::{LAYOUT_VERSION, NAME_BYTES, SlotIndex};
+use crate::sync::now;
+use crate::units::{GpuUuid, Nanos, format_nanos};
+use bytemuck::{Pod, Zeroable};
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
+    recvmsg, sendmsg, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// First eight bytes of every message.
+pub const WIRE_MAGIC: u64 = u64::from_le_bytes(*b"nvshare?");
+
+/// Bytes of the sentence in a reply.
+const TEXT_BYTES: usize = 256;
+
+/// What a client says.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Hello {
+    /// [`WIRE_MAGIC`].
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of the client.
+    pub layout_version: u32,
+    /// Its share against others'; 1 is usual.
+    pub weight: u32,
+    /// The GPU that it wants.
+    pub gpu: [u8; 16],
+    /// What it calls itself, zero-padded UTF-8.
+    pub name: [u8; NAME_BYTES],
+}
+
+impl Hello {
+    /// A client's request for a slot on a GPU.
+    pub fn new(gpu: GpuUuid, name: &str) -> Self {
+        Self { magic: WIRE_MAGIC, layout_version: LAYOUT_VERSION, weight: 1, gpu: gpu.0, name: padded(name) }
+    }
+
+    /// Its name, as far as it is text.
+    pub fn name(&self) -> String {
+        text(&self.name)
+    }
+
+    /// Reads what came over a socket.
+    ///
+    /// # Errors
+    /// The reply to send instead: it says what is wrong.
+    pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
+        let hello: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
+            Reply::refuse(
+                Status::Malformed,
+                &format!("a hello has {} bytes and this message has {}", size_of::<Self>(), bytes.len()),
+            )
+        })?;
+        if hello.magic != WIRE_MAGIC {
+            return Err(Reply::refuse(Status::Malformed, "this is not an nvshare hello (wrong magic)"));
+        }
+        if hello.layout_version != LAYOUT_VERSION {
+            return Err(Reply::refuse(
+                Status::LayoutVersion,
+                &format!(
+                    "the client has page layout {} and the arbiter {LAYOUT_VERSION}; run the same nvshare release on both sides",
+                    hello.layout_version
+                ),
+            ));
+        }
+        Ok(hello)
+    }
+}
+
+/// How a registration ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Status {
+    /// A slot and the page's descriptor come with it.
+    Welcome = 1,
+    /// The two sides have different page layouts.
+    LayoutVersion = 2,
+    /// No such GPU here.
+    UnknownGpu = 3,
+    /// All slots of this GPU are taken.
+    Full = 4,
+    /// The hello made no sense.
+    Malformed = 5,
+    /// Anything else; the text says what.
+    Refused = 6,
+}
+
+impl Status {
+    fn parse(word: u32) -> Option<Self> {
+        [Self::Welcome, Self::LayoutVersion, Self::UnknownGpu, Self::Full, Self::Malformed, Self::Refused]
+            .into_iter()
+            .find(|status| *status as u32 == word)
+    }
+}
+
+/// What the arbiter answers.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Reply {
+    /// [`WIRE_MAGIC`].
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of the arbiter.
+    pub layout_version: u32,
+    /// A [`Status`].
+    pub status: u32,
+    /// The slot's index.
+    pub slot: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// A sentence for a person, zero-padded UTF-8.
+    pub text: [u8; TEXT_BYTES],
+}
+
+impl Reply {
+    /// A slot for the client.
+    pub fn welcome(slot: SlotIndex) -> Self {
+        Self { slot: slot.get() as u32, ..*Self::refuse(Status::Welcome, "") }
+    }
+
+    /// No slot, and why.
+    pub fn refuse(status: Status, why: &str) -> Box<Self> {
+        Box::new(Self {
+            magic: WIRE_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            status: status as u32,
+            slot: 0,
+            reserved: 0,
+            text: padded(why),
+        })
+    }
+
+    /// The sentence, as far as it is text.
+    pub fn text(&self) -> String {
+        text(&self.text)
+    }
+}
+
+fn padded<const N: usize>(text: &str) -> [u8; N] {
+    let mut bytes = [0; N];
+    let fits = text.floor_char_boundary(N);
+    bytes[..fits].copy_from_slice(&text.as_bytes()[..fits]);
+    bytes
+}
+
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// Why a process got no slot.
+#[derive(Debug, thiserror::Error)]
+pub enum RegisterError {
+    /// Nobody answers.
+    #[error(
+        "no arbiter answers at {} (waited {}): {cause}. Start nvshare-arbiter, or use `nvshare run`, which starts one; NVSHARE_RUNTIME_DIR names its directory",
+        .path.display(), format_nanos(*.waited)
+    )]
+    NoArbiter {
+        /// Its socket.
+        path: PathBuf,
+        /// How long, ns.
+        waited: Nanos,
+        /// What the last try said.
+        cause: Errno,
+    },
+    /// The arbiter answered, with a reason.
+    #[error("the arbiter at {} refused: {text}", .path.display())]
+    Refused {
+        /// Its socket.
+        path: PathBuf,
+        /// The kind of refusal.
+        status: Status,
+        /// Its sentence.
+        text: String,
+    },
+    /// Something answered that is not our arbiter.
+    #[error("what answers at {} is not an nvshare arbiter of this release: {what}", .path.display())]
+    Nonsense {
+        /// The socket.
+        path: PathBuf,
+        /// What was wrong with its answer.
+        what: String,
+    },
+    /// The page that came is not usable.
+    #[error("the page that the arbiter at {} sent for {gpu} is not usable: {cause}", .path.display())]
+    Page {
+        /// The socket.
+        path: PathBuf,
+        /// The GPU.
+        gpu: GpuUuid,
+        /// Why.
+        cause: MapError,
+    },
+}
+
+/// A slot, and the page that it is in.
+pub struct Registration {
+    /// The GPU's page.
+    pub page: MappedPage,
+    /// The client's slot in it.
+    pub slot: SlotIndex,
+}
+
+/// How long an arbiter that has accepted a connection may take to answer.
+const ANSWER_TIMEOUT: i64 = 5;
+
+/// Connects to the arbiter, trying again until `timeout` is over.
+///
+/// # Errors
+/// [`RegisterError::NoArbiter`].
+pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
+    let begin = now();
+    let fail = |cause| RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause };
+    let address = UnixAddr::new(path).map_err(fail)?;
+    loop {
+        let fd =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(fail)?;
+        match connect(fd.as_raw_fd(), &address) {
+            Ok(()) => return Ok(fd),
+            Err(Errno::EINTR) => {}
+            Err(cause) if now() - begin >= timeout.as_nanos() as Nanos => return Err(fail(cause)),
+            // The arbiter is starting: there is nothing to wait on before its socket exists.
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// Registers this process with the arbiter at `path`.
+///
+/// # Errors
+/// Nobody answers within `timeout`, the answer is a refusal, or makes no sense.
+pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
+    let gpu = GpuUuid(hello.gpu);
+    let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
+    let fd = dial(path, timeout)?;
+    let broke = |error: Errno| nonsense(format!("the connection broke: {error}"));
+    setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
+    let (reply, sent) = match send(fd.as_fd(), bytemuck::bytes_of(hello), None) {
+        // A refusal may come before the arbiter has read anything.
+        Ok(()) | Err(Errno::EPIPE) => receive_reply(fd.as_fd()).map_err(|error| match error {
+            Errno::EAGAIN => {
+                nonsense(format!("it took the connection and said nothing for {ANSWER_TIMEOUT} s"))
+            }
+            error => broke(error),
+        })?,
+        Err(error) => return Err(broke(error)),
+    };
+    let Ok(reply) = bytemuck::try_pod_read_unaligned::<Reply>(&reply) else {
+        return Err(nonsense(format!(
+            "its answer has {} bytes instead of {}",
+            reply.len(),
+            size_of::<Reply>()
+        )));
+    };
+    if reply.magic != WIRE_MAGIC {
+        return Err(nonsense("its answer begins with the wrong magic".into()));
+    }
+    let Some(status) = Status::parse(reply.status) else {
+        return Err(nonsense(format!("its answer has the unknown status {}", reply.status)));
+    };
+    if status != Status::Welcome {
+        return Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() });
+    }
+    let slot = SlotIndex::new(reply.slot as usize)
+        .ok_or_else(|| nonsense(format!("it gave slot {}", reply.slot)))?;
+    let sent = sent.ok_or_else(|| nonsense("it sent no page".into()))?;
+    let page =
+        MappedPage::open(sent).map_err(|cause| RegisterError::Page { path: path.to_owned(), gpu, cause })?;
+    if page.gpu() != gpu {
+        return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
+    }
+    Ok(Registration { page, slot })
+}
+
+/// Sends one message, with a descriptor or without.
+///
+/// # Errors
+/// The socket's.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> nix::Result<()> {
+    let fds = fd.map(|fd| [fd.as_raw_fd()]);
+    let control: Vec<_> = fds.iter().map(|fds| ControlMessage::ScmRights(fds)).collect();
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, flags, None) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+fn receive_reply(socket: BorrowedFd<'_>) -> nix::Result<(Vec<u8>, Option<OwnedFd>)> {
+    // Room for more than a reply, so that a longer message is seen as one.
+    let mut bytes = vec![0; size_of::<Reply>() + 1];
+    let mut control = cmsg_space!([i32; 4]);
+    let mut fds = Vec::new();
+    let length = loop {
+        let mut slices = [IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+            Ok(message) => {
+                for part in message.cmsgs()? {
+                    if let ControlMessageOwned::ScmRights(received) = part {
+                        // SAFETY: the kernel has just installed these descriptors for this message;
+                        // nobody else knows them, so they are ours to close.
+                        fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+                    }
+                }
+                break message.bytes;
+            }
+        }
+    };
+    bytes.truncate(length);
+    Ok((bytes, fds.into_iter().next()))
+}

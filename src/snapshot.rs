@@ -1,0 +1,209 @@
+//! What a decision looks at: the page at a moment, as plain numbers.
+//!
+//! A snapshot is not atomic as a whole, and need not be: a decision that missed a change loses its
+//! swap to the decision that follows the change ([`crate::lock`]). Every value is masked to its bounds
+//! on the way in, so the policy may add what it finds without overflow.
+
+use crate::account::Operation;
+use crate::lock::SlotSet;
+use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex};
+use crate::sync::Ordering;
+use crate::units::{Granules, MAX_GRANULES, Nanos};
+
+/// One client, at a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SlotView {
+    /// What it is doing.
+    pub phase: Phase,
+    /// Granules its allocations need.
+    pub demand: Granules,
+    /// Granules it holds on the GPU.
+    pub resident: Granules,
+    /// Granules of its context.
+    pub pinned: Granules,
+    /// Its place in the queue.
+    pub ticket: u64,
+    /// When its slice began, ns; 0 before it runs.
+    pub slice_start: Nanos,
+    /// When it last ran, ns.
+    pub last_ran: Nanos,
+}
+
+impl SlotView {
+    /// Granules that it must bring in before it can run.
+    pub fn missing(&self) -> Granules {
+        self.demand.saturating_sub(self.resident)
+    }
+}
+
+/// A GPU's page, at a moment. Slots that nobody owns are absent from `occupied`, and zero.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Granules in the pool.
+    pub capacity: Granules,
+    /// Free granules; negative is a debt.
+    pub free: i32,
+    /// Who may load and run.
+    pub admitted: SlotSet,
+    /// Slots that somebody owns.
+    pub occupied: SlotSet,
+    /// The operator's settings.
+    pub settings: Settings,
+    /// Bytes a second, into the GPU.
+    pub bandwidth_in: u64,
+    /// Bytes a second, out of the GPU.
+    pub bandwidth_out: u64,
+    /// The clients, by slot.
+    pub slots: [SlotView; SLOTS],
+}
+
+impl Snapshot {
+    /// Looks at the page, with the mask that the caller read from the lock word before.
+    pub fn take(page: &Page, admitted: SlotSet) -> Self {
+        let occupied = page.occupied();
+        let mut slots = [SlotView::default(); SLOTS];
+        for slot in occupied.iter() {
+            slots[slot.get()] = page.view(slot);
+        }
+        Self {
+            capacity: page.capacity(),
+            free: page.free().granules,
+            admitted,
+            occupied,
+            settings: page.settings(),
+            bandwidth_in: page.bandwidth(Direction::In),
+            bandwidth_out: page.bandwidth(Direction::Out),
+            slots,
+        }
+    }
+
+    /// The clients: slot and view.
+    pub fn clients(&self) -> impl Iterator<Item = (SlotIndex, &SlotView)> {
+        self.occupied.iter().map(|slot| (slot, &self.slots[slot.get()]))
+    }
+
+    /// A client's view.
+    pub fn view(&self, slot: SlotIndex) -> &SlotView {
+        &self.slots[slot.get()]
+    }
+
+    /// Granules that clients' allocations can have: the pool less the contexts.
+    pub fn usable(&self) -> Granules {
+        let pinned: u64 = self.clients().map(|(_, view)| u64::from(view.pinned)).sum();
+        u64::from(self.capacity).saturating_sub(pinned) as Granules
+    }
+}
+
+fn granules(word: u64) -> Granules {
+    word.min(u64::from(MAX_GRANULES)) as Granules
+}
+
+impl Page {
+    /// One client, as the policy sees it.
+    pub fn view(&self, slot: SlotIndex) -> SlotView {
+        let row = self.slot(slot);
+        let own = &row.own;
+        SlotView {
+            phase: Phase::parse(own.phase.load(Ordering::Acquire)),
+            demand: granules(own.demand.load(Ordering::Relaxed)),
+            resident: self.account(slot).resident,
+            pinned: granules(row.pinned.load(Ordering::Relaxed)),
+            ticket: own.ticket.load(Ordering::Relaxed),
+            slice_start: own.slice_start.load(Ordering::Relaxed),
+            last_ran: own.last_ran.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Everything that is known of a client, for people.
+    pub fn details(&self, slot: SlotIndex) -> Option<Details> {
+        let row = self.slot(slot);
+        let own = &row.own;
+        let owner = Owner::from(row.owner.load(Ordering::Acquire));
+        if owner.pid == 0 {
+            return None;
+        }
+        let read = |word: &crate::sync::AtomicU64| word.load(Ordering::Relaxed);
+        Some(Details {
+            slot,
+            owner,
+            name: self.name(slot),
+            weight: row.weight.load(Ordering::Relaxed),
+            view: self.view(slot),
+            operation: self.account(slot).operation,
+            wait_since: read(&own.wait_since),
+            slices: read(&own.slices),
+            yields: read(&own.yields),
+            bytes_in: read(&own.bytes_in),
+            bytes_out: read(&own.bytes_out),
+            fill_ns: read(&own.fill_ns),
+            evict_ns: read(&own.evict_ns),
+            run_ns: read(&own.run_ns),
+        })
+    }
+
+    fn name(&self, slot: SlotIndex) -> String {
+        let bytes: Vec<u8> = self
+            .slot(slot)
+            .name
+            .iter()
+            .flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes())
+            .take_while(|byte| *byte != 0)
+            .collect();
+        // A name comes from a stranger and ends up on somebody's terminal.
+        String::from_utf8_lossy(&bytes).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    }
+}
+
+/// Whose slot it is. One word in the page, so that a slot changes hands at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// How many owners the slot has had.
+    pub generation: u32,
+    /// The process, as the arbiter sees it; 0 for nobody.
+    pub pid: u32,
+}
+
+impl From<u64> for Owner {
+    fn from(word: u64) -> Self {
+        Self { generation: (word >> 32) as u32, pid: word as u32 }
+    }
+}
+
+impl From<Owner> for u64 {
+    fn from(owner: Owner) -> Self {
+        u64::from(owner.generation) << 32 | u64::from(owner.pid)
+    }
+}
+
+/// Everything that is known of a client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Details {
+    /// Its slot.
+    pub slot: SlotIndex,
+    /// Its process.
+    pub owner: Owner,
+    /// What it calls itself.
+    pub name: String,
+    /// Its share against others'.
+    pub weight: u32,
+    /// What the policy sees of it.
+    pub view: SlotView,
+    /// The move of granules in flight.
+    pub operation: Option<Operation>,
+    /// Since when it waits, ns; 0 when it does not.
+    pub wait_since: Nanos,
+    /// Times that it was admitted and filled.
+    pub slices: u64,
+    /// Times that it gave way.
+    pub yields: u64,
+    /// Bytes copied to the GPU.
+    pub bytes_in: u64,
+    /// Bytes copied to the host.
+    pub bytes_out: u64,
+    /// Time spent filling, ns.
+    pub fill_ns: Nanos,
+    /// Time spent evicting, ns.
+    pub evict_ns: Nanos,
+    /// Time spent running, ns.
+    pub run_ns: Nanos,
+}
