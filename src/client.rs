@@ -111,8 +111,14 @@ impl<P: Deref<Target = Page>> Books<P> {
     ///
     /// [`Fill::Recalled`] when the client stopped being admitted; nothing was taken then.
     pub fn take(&self, amount: Granules) -> Fill {
+        self.take_unless(amount, || false)
+    }
+
+    /// As [`Books::take`], and gives up when `hopeless` says that the pool will never have them. It is
+    /// asked before each wait.
+    pub fn take_unless(&self, amount: Granules, hopeless: impl Fn() -> bool) -> Fill {
         loop {
-            if !self.admitted() {
+            if !self.admitted() || hopeless() {
                 return Fill::Recalled;
             }
             match self.try_take(amount) {

@@ -1,11 +1,13 @@
-//! The part of the CUDA driver's ABI that the shim itself speaks: result codes, handles, constants and the few structs
-//! that calls of its own need. What the shim merely forwards needs none of this (see [`crate::table`]).
+//! The part of the CUDA driver's ABI that the shim itself speaks: result codes, handles, constants and the few
+//! structs that calls of its own need. What the shim merely forwards needs none of this (see [`crate::table`]).
 //!
 //! Names and values are those of `cuda.h` (checked against CUDA 13), so that a reader can search for them there. A
-//! handle is a number to the shim, never a pointer to follow; handles are therefore newtypes over `usize`, which travel
-//! in the same registers as the pointers that they are in C and are free to cross threads.
+//! handle is a number to the shim, never a pointer to follow; handles are therefore newtypes over `usize`, which
+//! travel in the same registers as the pointers that they are in C and are free to cross threads.
 
 #![allow(non_camel_case_types)]
+// A constant's neighbours are stated with it, used or not.
+#![allow(dead_code)]
 
 use std::ffi::c_void;
 use std::fmt;

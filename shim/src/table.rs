@@ -2,9 +2,10 @@
 //!
 //! # What a row makes
 //!
-//! A row of class [`Class::Submit`] or [`Class::NeedsMemory`] makes the exported C function of that name, which passes the
-//! gate (`session::enter()` or `session::enter_query()`; the gate is left when the guard drops) and forwards to the
-//! driver. The classes [`Class::Alloc`] to [`Class::Init`] name a handwritten function in `crate::hooks`:
+//! A row of class [`Class::Submit`] or [`Class::NeedsMemory`] makes the exported C function of that name, which
+//! passes the gate (`session::enter()` or `session::enter_query()`; the gate is left when the guard drops) and
+//! forwards to the driver. The classes [`Class::Alloc`] to [`Class::Init`] name a handwritten function in
+//! `crate::hooks`:
 //!
 //! ```text
 //! table row      cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) @ 3020;
@@ -12,36 +13,37 @@
 //! you may call   table::real::cuMemAlloc_v2(dptr, bytesize) -> CuResult                       (the driver's own)
 //! ```
 //!
-//! The exported `cuMemAlloc_v2` calls the hook if `session::enabled()` and the driver's own if not. `table::real::*` exists
-//! for every hooked row, and answers CUDA_ERROR_NOT_FOUND where the driver hasn't the symbol. The address alone, of any
-//! symbol whether or not in the table, is [`real_address`]. A hook must not unwind: the exported function is `extern "C"`,
-//! so a panic that reaches it aborts the process. [`Class::Lookup`] is `crate::interpose`'s. A [`Class::Pass`] row makes
-//! nothing: the application gets the driver's own function, and the row says that somebody thought about it.
+//! The exported `cuMemAlloc_v2` calls the hook if `session::enabled()` and the driver's own if not. `table::real::*`
+//! exists for every hooked row, and answers CUDA_ERROR_NOT_FOUND where the driver hasn't the symbol. The address
+//! alone, of any symbol whether or not in the table, is [`real_address`]. A hook must not unwind: the exported
+//! function is `extern "C"`, so a panic that reaches it aborts the process. [`Class::Lookup`] is
+//! `crate::interpose`'s. A [`Class::Pass`] row makes nothing: the application gets the driver's own function, and the
+//! row says that somebody thought about it.
 //!
-//! `@` is the API version since which `cuGetProcAddress` answers the base name (the name without `_v2`, `_ptds`, `_ptsz`)
-//! with this symbol; an older request gets an older row.
+//! `@` is the API version since which `cuGetProcAddress` answers the base name (the name without `_v2`, `_ptds`,
+//! `_ptsz`) with this symbol; an older request gets an older row.
 //!
 //! # Why forwarding needs only the number of arguments
 //!
 //! Every argument of every forwarded function is a pointer, a handle, an integer of up to 64 bits, or `CUmemLocation`
 //! by value, which is two 32-bit words. The System V ABI of x86-64 puts each of them into one general register, the
-//! first six in rdi to r9 and the others in one 8-byte slot of the stack each; AAPCS64 on Linux does the same with x0 to x7
-//! and 8-byte slots. So does a function of as many `usize`. Whatever a caller leaves in the unused upper half of a
-//! register or slot is handed on unchanged, and the callee ignores it as it would have without us. All return a 32-bit
-//! integer. Driver functions that take a float or a large struct by value (`cuParamSetf`, `cuTexRefSetMipmapLevelBias`
-//! and `Clamp`, `cuIpcOpenMemHandle`, `cuIpcOpenEventHandle`, `cuEGLStreamProducerPresentFrame`) must never be given such
-//! a row; they are all [`Class::Pass`].
+//! first six in rdi to r9 and the others in one 8-byte slot of the stack each; AAPCS64 on Linux does the same with x0
+//! to x7 and 8-byte slots. So does a function of as many `usize`. Whatever a caller leaves in the unused upper half
+//! of a register or slot is handed on unchanged, and the callee ignores it as it would have without us. All return a
+//! 32-bit integer. Driver functions that take a float or a large struct by value (`cuParamSetf`,
+//! `cuTexRefSetMipmapLevelBias` and `Clamp`, `cuIpcOpenMemHandle`, `cuIpcOpenEventHandle`,
+//! `cuEGLStreamProducerPresentFrame`) must never be given such a row; they are all [`Class::Pass`].
 //!
 //! # Cost
 //!
-//! A forwarded call adds, to the gate, one load and one branch: the driver's address is kept in a static per row once it
-//! has been looked up.
+//! A forwarded call adds, to the gate, one load and one branch: the driver's address is kept in a static per row once
+//! it has been looked up.
 //!
 //! # Extra names for the same code
 //!
-//! The address of a hook that [`Entry::hook`] gives away is of a private function, not of the exported one of the same
-//! body: an executable that defines `cuInit` itself (generated stub loaders do) would otherwise catch that address in
-//! symbol resolution, and its stub would be handed itself as the driver.
+//! The address of a hook that [`Hooked::hook`] gives away is of a private function, not of the exported one of the
+//! same body: an executable that defines `cuInit` itself (generated stub loaders do) would otherwise catch that
+//! address in symbol resolution, and its stub would be handed itself as the driver.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -78,6 +80,7 @@ pub enum Class {
 
 impl Class {
     /// All of them.
+    #[cfg(test)]
     pub const ALL: [Class; 11] = [
         Class::Submit,
         Class::NeedsMemory,
@@ -175,8 +178,10 @@ pub struct Entry {
     /// Whether it is the form whose default stream is the thread's own (`_ptds`, `_ptsz`).
     pub per_thread: bool,
     /// How many arguments it takes; not known for rows that only pass through.
+    #[cfg_attr(not(test), expect(dead_code))]
     pub arity: Option<u8>,
     /// What it is to nvshare.
+    #[cfg_attr(not(test), expect(dead_code))]
     pub class: Class,
     /// What stands in for it and where the driver's own is; `None` for rows that pass through.
     pub hooked: Option<Hooked>,
@@ -228,8 +233,8 @@ const fn base_name(export: &'static str) -> &'static str {
 
 /// The row of an exported symbol.
 ///
-/// A linear search through names: lookups happen a few hundred times in the life of a process, and a search that neither
-/// allocates nor locks is safe however early a lookup comes.
+/// A linear search through names: lookups happen a few hundred times in the life of a process, and a search that
+/// neither allocates nor locks is safe however early a lookup comes.
 pub fn by_export(export: &[u8]) -> Option<&'static Entry> {
     ENTRIES.iter().find(|entry| entry.export.as_bytes() == export)
 }
@@ -252,14 +257,8 @@ pub fn by_version(base: &[u8], version: u32, per_thread: bool) -> Option<&'stati
         .or(Some(entry))
 }
 
-/// The hooked rows whose function in the driver has this address. The driver may give one function several names.
-pub fn by_real_address(address: usize) -> impl Iterator<Item = &'static Entry> {
-    ENTRIES
-        .iter()
-        .filter(move |e| e.hooked.is_some_and(|hooked| hooked.real.get_if_loaded() == Some(address)))
-}
-
 /// The driver's address of an exported symbol, whether or not the table knows it.
+#[allow(dead_code)]
 pub fn real_address(export: &CStr) -> Option<usize> {
     match by_export(export.to_bytes()).and_then(|entry| entry.hooked) {
         Some(hooked) => hooked.real.get(),
@@ -320,11 +319,14 @@ macro_rules! forward {
         #[inline(always)]
         pub(super) unsafe fn $name($($a: usize),*) -> CuResult {
             let Some(real) = slot::$name.get() else { return CuResult::NOT_FOUND };
-            // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
-            // function of as many words can be called in its place.
             let real: unsafe extern "C" fn($(word!($a)),*) -> CuResult =
-                unsafe { std::mem::transmute::<usize, _>(real) };
-            let _pass = enter!($class);
+                // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
+                // function of as many words can be called in its place.
+                unsafe { std::mem::transmute(real) };
+            let _pass = match enter!($class) {
+                Ok(pass) => pass,
+                Err(result) => return result,
+            };
             // SAFETY: the application's own arguments, unchanged; the pass keeps memory in place meanwhile.
             unsafe { real($($a),*) }
         }
@@ -384,9 +386,9 @@ macro_rules! entry_points {
                 #[inline]
                 pub unsafe fn $hname($($arg: $ty),*) -> CuResult {
                     let Some(real) = slot::$hname.get() else { return CuResult::NOT_FOUND };
-                    // SAFETY: the driver's function of this name has this signature, the one in cuda.h.
                     let real: unsafe extern "C" fn($($ty),*) -> CuResult =
-                        unsafe { std::mem::transmute::<usize, _>(real) };
+                        // SAFETY: the driver's function of this name has this signature, the one in cuda.h.
+                        unsafe { std::mem::transmute(real) };
                     // SAFETY: the caller's arguments.
                     unsafe { real($($arg),*) }
                 }
@@ -699,11 +701,16 @@ entry_points! {
         }
         Lookup {
             cuGetProcAddress(symbol: *const c_char, pfn: *mut *mut c_void, version: i32, flags: u64) @ 11_030;
-            cuGetProcAddress_v2(symbol: *const c_char, pfn: *mut *mut c_void, version: i32, flags: u64, status: *mut CUdriverProcAddressQueryResult) @ 12_000;
+            cuGetProcAddress_v2(
+                symbol: *const c_char, pfn: *mut *mut c_void, version: i32, flags: u64,
+                status: *mut CUdriverProcAddressQueryResult
+            ) @ 12_000;
         }
         Alloc {
             cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) @ 3_020;
-            cuMemAllocPitch_v2(dptr: *mut CUdeviceptr, pitch: *mut usize, width: usize, height: usize, element_size: u32) @ 3_020;
+            cuMemAllocPitch_v2(
+                dptr: *mut CUdeviceptr, pitch: *mut usize, width: usize, height: usize, element_size: u32
+            ) @ 3_020;
         }
         Free {
             cuMemFree_v2(dptr: CUdeviceptr) @ 3_020;
@@ -712,8 +719,13 @@ entry_points! {
             cuMemGetInfo_v2(free: *mut usize, total: *mut usize) @ 3_020;
             cuMemGetAddressRange_v2(base: *mut CUdeviceptr, size: *mut usize, dptr: CUdeviceptr) @ 3_020;
             cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) @ 3_020;
-            cuPointerGetAttribute(data: *mut c_void, attribute: CUpointer_attribute, ptr: CUdeviceptr) @ 4_000;
-            cuPointerGetAttributes(num_attributes: u32, attributes: *mut CUpointer_attribute, data: *mut *mut c_void, ptr: CUdeviceptr) @ 7_000;
+            cuPointerGetAttribute(
+                data: *mut c_void, attribute: CUpointer_attribute, ptr: CUdeviceptr
+            ) @ 4_000;
+            cuPointerGetAttributes(
+                num_attributes: u32, attributes: *mut CUpointer_attribute, data: *mut *mut c_void,
+                ptr: CUdeviceptr
+            ) @ 7_000;
         }
         Context {
             cuDevicePrimaryCtxRetain(ctx: *mut CUcontext, dev: CUdevice) @ 7_000;
@@ -723,12 +735,16 @@ entry_points! {
             cuDevicePrimaryCtxReset_v2(dev: CUdevice) @ 11_000;
             cuCtxCreate(ctx: *mut CUcontext, flags: u32, dev: CUdevice) @ 2_000;
             cuCtxCreate_v2(ctx: *mut CUcontext, flags: u32, dev: CUdevice) @ 3_020;
-            cuCtxCreate_v3(ctx: *mut CUcontext, params: *mut c_void, count: i32, flags: u32, dev: CUdevice) @ 11_040;
+            cuCtxCreate_v3(
+                ctx: *mut CUcontext, params: *mut c_void, count: i32, flags: u32, dev: CUdevice
+            ) @ 11_040;
             cuCtxCreate_v4(ctx: *mut CUcontext, params: *mut c_void, flags: u32, dev: CUdevice) @ 12_050;
             cuCtxDestroy(ctx: CUcontext) @ 2_000;
             cuCtxDestroy_v2(ctx: CUcontext) @ 4_000;
             cuCtxDetach(ctx: CUcontext) @ 2_000;
-            cuGreenCtxCreate(ctx: *mut CUgreenCtx, desc: CUdevResourceDesc, dev: CUdevice, flags: u32) @ 12_040;
+            cuGreenCtxCreate(
+                ctx: *mut CUgreenCtx, desc: CUdevResourceDesc, dev: CUdevice, flags: u32
+            ) @ 12_040;
             cuGreenCtxDestroy(ctx: CUgreenCtx) @ 12_040;
         }
         Stream {
@@ -736,17 +752,31 @@ entry_points! {
             cuStreamCreateWithPriority(stream: *mut CUstream, flags: u32, priority: i32) @ 5_050;
             cuStreamDestroy(stream: CUstream) @ 2_000;
             cuStreamDestroy_v2(stream: CUstream) @ 4_000;
-            cuGreenCtxStreamCreate(stream: *mut CUstream, green_ctx: CUgreenCtx, flags: u32, priority: i32) @ 12_050;
+            cuGreenCtxStreamCreate(
+                stream: *mut CUstream, green_ctx: CUgreenCtx, flags: u32, priority: i32
+            ) @ 12_050;
         }
         Capture {
             cuStreamBeginCapture(stream: CUstream) @ 10_000;
             cuStreamBeginCapture_ptsz(stream: CUstream) @ 10_000;
             cuStreamBeginCapture_v2(stream: CUstream, mode: CUstreamCaptureMode) @ 10_010;
             cuStreamBeginCapture_v2_ptsz(stream: CUstream, mode: CUstreamCaptureMode) @ 10_010;
-            cuStreamBeginCaptureToGraph(stream: CUstream, graph: CUgraph, dependencies: *const CUgraphNode, dependency_data: *const c_void, num_dependencies: usize, mode: CUstreamCaptureMode) @ 12_030;
-            cuStreamBeginCaptureToGraph_ptsz(stream: CUstream, graph: CUgraph, dependencies: *const CUgraphNode, dependency_data: *const c_void, num_dependencies: usize, mode: CUstreamCaptureMode) @ 12_030;
-            cuStreamBeginRecaptureToGraph(stream: CUstream, mode: CUstreamCaptureMode, graph: CUgraph, callback: *mut c_void, user_data: *mut c_void) @ 13_030;
-            cuStreamBeginRecaptureToGraph_ptsz(stream: CUstream, mode: CUstreamCaptureMode, graph: CUgraph, callback: *mut c_void, user_data: *mut c_void) @ 13_030;
+            cuStreamBeginCaptureToGraph(
+                stream: CUstream, graph: CUgraph, dependencies: *const CUgraphNode,
+                dependency_data: *const c_void, num_dependencies: usize, mode: CUstreamCaptureMode
+            ) @ 12_030;
+            cuStreamBeginCaptureToGraph_ptsz(
+                stream: CUstream, graph: CUgraph, dependencies: *const CUgraphNode,
+                dependency_data: *const c_void, num_dependencies: usize, mode: CUstreamCaptureMode
+            ) @ 12_030;
+            cuStreamBeginRecaptureToGraph(
+                stream: CUstream, mode: CUstreamCaptureMode, graph: CUgraph, callback: *mut c_void,
+                user_data: *mut c_void
+            ) @ 13_030;
+            cuStreamBeginRecaptureToGraph_ptsz(
+                stream: CUstream, mode: CUstreamCaptureMode, graph: CUgraph, callback: *mut c_void,
+                user_data: *mut c_void
+            ) @ 13_030;
             cuStreamBeginCaptureToCig(stream: CUstream, params: *mut c_void) @ 13_010;
             cuStreamBeginCaptureToCig_ptsz(stream: CUstream, params: *mut c_void) @ 13_010;
             cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) @ 10_000;
@@ -1238,7 +1268,10 @@ mod tests {
                 assert!(entry.is_some_and(|e| !e.per_thread), "no row answers {symbol} at {version}");
                 if per_thread && version >= 7000 {
                     let entry = by_version(symbol.as_bytes(), version, true);
-                    assert!(entry.is_some_and(|e| e.per_thread), "no _ptsz row answers {symbol} at {version}");
+                    assert!(
+                        entry.is_some_and(|e| e.per_thread),
+                        "no _ptsz row answers {symbol} at {version}"
+                    );
                 }
             }
         }
@@ -1265,16 +1298,28 @@ mod tests {
             forms.entry((entry.base, entry.per_thread)).or_default().push(entry);
         }
         for rows in forms.values_mut() {
-            rows.sort_by_key(|e| e.export.len().max(e.base.len()) * 1000 + e.export.as_bytes().len());
+            // `cuX`, `cuX_v2`, `cuX_v3` is also the order of the names, with or without `_ptsz`, once that is cut
+            // off.
             rows.sort_by_key(|e| e.export.trim_end_matches("_ptds").trim_end_matches("_ptsz"));
-            assert!(rows.is_sorted_by_key(|e| e.since), "{:?}", rows.iter().map(|e| e.export).collect::<Vec<_>>());
+            assert!(
+                rows.is_sorted_by_key(|e| e.since),
+                "{:?}",
+                rows.iter().map(|e| e.export).collect::<Vec<_>>()
+            );
         }
     }
 
     #[test]
     fn all_versions_of_a_submission_pass_the_gate() {
         // A class is a property of what an entry point does; where versions differ, the exceptions are listed.
-        let exempt = ["cuMemAlloc", "cuMemAllocPitch", "cuMemFree", "cuMemGetInfo", "cuMemGetAddressRange", "cuDeviceTotalMem"];
+        let exempt = [
+            "cuMemAlloc",
+            "cuMemAllocPitch",
+            "cuMemFree",
+            "cuMemGetInfo",
+            "cuMemGetAddressRange",
+            "cuDeviceTotalMem",
+        ];
         let mut classes: BTreeMap<_, HashSet<_>> = BTreeMap::new();
         for entry in ENTRIES.iter().filter(|e| !exempt.contains(&e.base)) {
             classes.entry(entry.base).or_default().insert(entry.class);
@@ -1296,7 +1341,9 @@ mod tests {
 
     #[test]
     fn versions_choose_the_row() {
-        let at = |base: &str, version, per_thread| by_version(base.as_bytes(), version, per_thread).unwrap().export;
+        let at = |base: &str, version, per_thread| {
+            by_version(base.as_bytes(), version, per_thread).unwrap().export
+        };
         assert_eq!(at("cuMemAlloc", 3019, false), "cuMemAlloc");
         assert_eq!(at("cuMemAlloc", 13000, false), "cuMemAlloc_v2");
         assert_eq!(at("cuMemAlloc", 13000, true), "cuMemAlloc_v2");
@@ -1333,10 +1380,22 @@ mod tests {
     #[test]
     fn what_is_of_which_class() {
         let class = |export: &str| by_export(export.as_bytes()).unwrap().class;
-        for export in ["cuMemcpyPeerAsync_ptsz", "cuMemsetD2D32Async", "cuGraphUpload", "cuMemFreeAsync", "cuLaunchHostFunc"] {
+        for export in [
+            "cuMemcpyPeerAsync_ptsz",
+            "cuMemsetD2D32Async",
+            "cuGraphUpload",
+            "cuMemFreeAsync",
+            "cuLaunchHostFunc",
+        ] {
             assert_eq!(class(export), Class::Submit, "{export}");
         }
-        for export in ["cuEventRecord", "cuStreamWaitEvent_ptsz", "cuCtxSynchronize", "cuIpcOpenMemHandle_v2", "cuParamSetf"] {
+        for export in [
+            "cuEventRecord",
+            "cuStreamWaitEvent_ptsz",
+            "cuCtxSynchronize",
+            "cuIpcOpenMemHandle_v2",
+            "cuParamSetf",
+        ] {
             assert_eq!(class(export), Class::Pass, "{export}");
         }
         for class in Class::ALL {

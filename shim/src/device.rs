@@ -1,0 +1,333 @@
+//! One GPU of this process: its memory, its books, and what the application's threads do with them.
+
+use crate::abi::*;
+use crate::drain::Streams;
+use crate::driver::Driver;
+use crate::hostpool::{HostPool, PinError, Pinner};
+use crate::memory::{Allocation, Backing, CHUNK, Freed, Memory, Region, SMALL};
+use crate::session;
+use crate::swap::SwapError;
+use nvshare::Books;
+use nvshare::map::MappedPage;
+use nvshare::units::{GRANULE, GpuUuid, bytes_of, format_size, granules_for};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard};
+
+/// What the engine and the application's threads share.
+pub struct Shared {
+    /// The driver.
+    pub driver: &'static Driver,
+    /// The GPU, as the driver counts.
+    pub device: CUdevice,
+    /// The GPU.
+    pub gpu: GpuUuid,
+    /// What this client has and asks for.
+    pub books: Books<MappedPage>,
+    /// Host memory for what is evicted.
+    pub host: HostPool,
+    /// The streams that may have work.
+    pub streams: Streams,
+    memory: Mutex<Memory>,
+    /// The engine is to give everything back and end.
+    pub leaving: AtomicBool,
+}
+
+/// Registers host memory with the driver.
+pub struct DriverPinner {
+    driver: &'static Driver,
+    context: CUcontext,
+}
+
+impl DriverPinner {
+    /// Registers in this context, for all contexts.
+    pub fn new(driver: &'static Driver, context: CUcontext) -> Self {
+        Self { driver, context }
+    }
+}
+
+impl Pinner for DriverPinner {
+    fn pin(&self, address: *mut u8, length: usize) -> Result<(), PinError> {
+        let refused = |result: CuResult| PinError::new(format!("cuMemHostRegister said {result}"));
+        self.driver.ctx_push_current(self.context).map_err(refused)?;
+        // SAFETY: the pool mapped this memory, keeps it while it is registered, and unpins it first.
+        let pinned = unsafe { self.driver.mem_host_register(address, length, CU_MEMHOSTREGISTER_PORTABLE) };
+        let _ = self.driver.ctx_pop_current();
+        pinned.map_err(refused)
+    }
+
+    fn unpin(&self, address: *mut u8, _length: usize) {
+        if self.driver.ctx_push_current(self.context).is_ok() {
+            let _ = self.driver.mem_host_unregister(address);
+            let _ = self.driver.ctx_pop_current();
+        }
+    }
+}
+
+impl Shared {
+    /// The shared part of a client that has just registered.
+    pub fn new(
+        driver: &'static Driver,
+        device: CUdevice,
+        gpu: GpuUuid,
+        books: Books<MappedPage>,
+        host: HostPool,
+    ) -> Self {
+        Self {
+            driver,
+            device,
+            gpu,
+            books,
+            host,
+            streams: Streams::default(),
+            memory: Mutex::default(),
+            leaving: AtomicBool::new(false),
+        }
+    }
+
+    /// The map of the application's memory.
+    pub fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Wakes the engine: something that it looks at has changed.
+    pub fn knock(&self) {
+        self.books.page().ring(self.books.slot());
+    }
+
+    /// Makes a chunk of GPU memory, or of host memory that the GPU can use, at its address.
+    ///
+    /// # Errors
+    /// The driver's; nothing is left behind.
+    pub fn map(
+        &self,
+        address: CUdeviceptr,
+        size: u64,
+        overflow: bool,
+    ) -> Result<CUmemGenericAllocationHandle, SwapError> {
+        let said = |call| move |result| SwapError::Driver { call, result };
+        let location = if overflow {
+            let node =
+                self.driver.device_attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, self.device).unwrap_or(0);
+            CUmemLocation::host_numa(node.max(0))
+        } else {
+            CUmemLocation::device(self.device)
+        };
+        let bytes = size as usize;
+        let handle = self
+            .driver
+            .mem_create(bytes, &CUmemAllocationProp::pinned(location))
+            .map_err(said("cuMemCreate"))?;
+        let mapped =
+            self.driver.mem_map(address, bytes, 0, handle, 0).map_err(said("cuMemMap")).and_then(|()| {
+                let access = [CUmemAccessDesc::read_write(self.device)];
+                self.driver.mem_set_access(address, bytes, &access).map_err(|result| {
+                    let _ = self.driver.mem_unmap(address, bytes);
+                    SwapError::Driver { call: "cuMemSetAccess", result }
+                })
+            });
+        if let Err(error) = mapped {
+            let _ = self.driver.mem_release(handle);
+            return Err(error);
+        }
+        Ok(handle)
+    }
+
+    /// Unmaps and releases a chunk's memory.
+    pub fn release(&self, address: CUdeviceptr, size: u64, handle: CUmemGenericAllocationHandle) {
+        let unmapped = self.driver.mem_unmap(address, size as usize);
+        let released = self.driver.mem_release(handle);
+        if let Err(result) = unmapped.and(released) {
+            tracing::error!(gpu = %self.gpu, "{} at {address:#x} could not be released: {result}", format_size(size));
+        }
+    }
+
+    /// cuMemAlloc.
+    ///
+    /// # Errors
+    /// As the driver's own: INVALID_VALUE for no bytes, OUT_OF_MEMORY for more than there can be.
+    pub fn allocate(&self, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
+        if bytes == 0 {
+            return Err(CuResult::INVALID_VALUE);
+        }
+        let mut memory = self.memory();
+        if bytes > SMALL {
+            let base = self.reserve(bytes)?;
+            memory.add_whole(base, whole_granules(bytes), bytes, context);
+            self.populate(&mut memory, base);
+            return Ok(base);
+        }
+        if let Some(base) = memory.take_small(bytes, context) {
+            return Ok(base);
+        }
+        let slab = self.reserve(GRANULE)?;
+        memory.add_slab(slab, context);
+        self.populate(&mut memory, slab);
+        Ok(memory.take_small(bytes, context).expect("a new slab has room for a small allocation"))
+    }
+
+    /// Addresses for `bytes`, if the GPU and the host can ever hold them.
+    fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
+        let refuse = |why: String| {
+            tracing::warn!(
+                gpu = %self.gpu,
+                "an allocation of {} is refused: this process has {}, and {why}",
+                format_size(bytes),
+                format_size(bytes_of(self.books.demand()))
+            );
+            CuResult::OUT_OF_MEMORY
+        };
+        let usable = self.books.usable();
+        let left = bytes_of(usable.saturating_sub(self.books.demand()));
+        if bytes > left {
+            let contexts = self.books.page().capacity().saturating_sub(usable);
+            return Err(refuse(format!(
+                "the pool has {} of which contexts take {}",
+                format_size(bytes_of(self.books.page().capacity())),
+                format_size(bytes_of(contexts))
+            )));
+        }
+        let size = whole_granules(bytes);
+        self.host.commit(size).map_err(|error| refuse(error.to_string()))?;
+        self.driver
+            .mem_address_reserve(size as usize, GRANULE as usize, 0, 0)
+            .inspect_err(|_| self.host.uncommit(size))
+    }
+
+    /// Backs a new region with GPU memory if the client runs and there is room. If not, shuts the gate
+    /// before the application learns the address, and leaves the region to the engine.
+    fn populate(&self, memory: &mut Memory, base: CUdeviceptr) {
+        let Some(granules) = memory.region(base).map(Region::granules) else { return };
+        let admitted = self.books.grow(granules);
+        if !memory.open {
+            return;
+        }
+        if let Some(region) = memory.region_mut(base).filter(|_| admitted) {
+            for chunk in &mut region.chunks {
+                if self.books.try_take(chunk.granules()).is_err() {
+                    break;
+                }
+                match self.map(chunk.address, chunk.size, false) {
+                    Ok(handle) => chunk.backing = Backing::Device(handle),
+                    Err(_) => {
+                        self.books.give(chunk.granules());
+                        break;
+                    }
+                }
+            }
+            if region.chunks.iter().all(|chunk| chunk.backing.usable()) {
+                return;
+            }
+        }
+        session::gate().close();
+        self.knock();
+    }
+
+    /// cuMemFree. False if the address is none that this process got here.
+    ///
+    /// As the driver's own, it returns when the work that may use the memory is done. While a capture is
+    /// open there is no asking for that, and while memory moves the region is the engine's: the engine
+    /// finishes the free then.
+    pub fn free(&self, base: CUdeviceptr) -> bool {
+        let (allocation, busy) = {
+            let mut memory = self.memory();
+            let Some(allocation) = memory.begin_free(base) else { return false };
+            (allocation, memory.region(allocation.region).is_some_and(Region::in_use_by_gpu))
+        };
+        let unused = !busy || self.wait_for_work();
+        let mut memory = self.memory();
+        if unused && !memory.moving {
+            self.finish_free(&mut memory, allocation);
+        } else {
+            memory.doom(allocation);
+            drop(memory);
+            self.knock();
+        }
+        true
+    }
+
+    fn finish_free(&self, memory: &mut Memory, allocation: Allocation) {
+        if let Freed::Region(region) = memory.finish_free(allocation)
+            && let Some(region) = memory.remove(region)
+        {
+            self.dispose(region);
+        }
+    }
+
+    /// Waits for all work submitted so far. False if an open capture forbids to ask.
+    fn wait_for_work(&self) -> bool {
+        session::with_no_capture(|| {
+            // A broken context does no work any more, so its memory is not in use either.
+            if let Err(result) = self.streams.wait(self.driver) {
+                tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
+            }
+        })
+        .is_some()
+    }
+
+    /// Finishes the frees that could not be finished at once.
+    pub fn bury(&self) {
+        if !self.memory().has_doomed() || !self.wait_for_work() {
+            return;
+        }
+        let mut memory = self.memory();
+        if !memory.moving {
+            for allocation in memory.take_doomed() {
+                self.finish_free(&mut memory, allocation);
+            }
+        }
+    }
+
+    /// Releases a region that nothing uses any more.
+    pub fn dispose(&self, region: Region) {
+        let granules = region.granules();
+        for chunk in region.chunks {
+            let size = chunk.granules();
+            match chunk.backing {
+                Backing::Device(handle) => {
+                    self.release(chunk.address, chunk.size, handle);
+                    self.books.give(size);
+                }
+                Backing::Overflow(handle) => self.release(chunk.address, chunk.size, handle),
+                Backing::Evicted(block) => self.host.free(block),
+                Backing::Absent => {}
+                // Nothing is disposed of while memory moves.
+                Backing::Moving => unreachable!("a moving chunk was disposed of"),
+            }
+        }
+        if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize) {
+            tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
+        }
+        self.host.uncommit(region.size);
+        self.books.shrink(granules);
+    }
+
+    /// A context is about to be destroyed that is not the last one: its memory goes with it.
+    pub fn release_context(&self, context: CUcontext) {
+        let _ = self.wait_for_work();
+        self.streams.remove_context(context);
+        // Nothing of it may be on its way.
+        let regions = loop {
+            let mut memory = self.memory();
+            if !memory.moving {
+                break memory.remove_context(context);
+            }
+            drop(memory);
+            std::thread::yield_now();
+        };
+        regions.into_iter().for_each(|region| self.dispose(region));
+    }
+
+    /// Free and total memory, in bytes, as this process sees it: as if it had the pool to itself, but
+    /// for the contexts.
+    pub fn memory_info(&self) -> (u64, u64) {
+        let total = bytes_of(self.books.page().capacity());
+        let free = bytes_of(self.books.usable().saturating_sub(self.books.demand()));
+        (free, total)
+    }
+}
+
+fn whole_granules(bytes: u64) -> u64 {
+    bytes_of(granules_for(bytes))
+}
+
+const _: () = assert!(CHUNK.is_multiple_of(GRANULE) && SMALL < GRANULE);

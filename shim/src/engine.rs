@@ -1,0 +1,306 @@
+//! The engine: one thread per GPU that walks the client through its phases.
+//!
+//! It sleeps on the slot's doorbell, which rings for everything that concerns it: a decision of another
+//! client's, a thread at the gate, an allocation that found no room, a capture that ended. While nobody
+//! else wants the GPU it never wakes.
+
+use crate::abi::*;
+use crate::device::Shared;
+use crate::drain::Mark;
+use crate::session::{self, CaptureHold};
+use crate::swap::{Swap, SwapError};
+use nvshare::client::Next;
+use nvshare::map::MappedPage;
+use nvshare::sync::now;
+use nvshare::units::{MILLISECOND, Nanos, bytes_of, format_nanos};
+use nvshare::{Client, Phase};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+/// Starts the engine of a client that has just registered.
+///
+/// # Errors
+/// The system has no thread for it.
+pub fn start(
+    shared: Arc<Shared>,
+    client: Client<MappedPage>,
+    context: CUcontext,
+) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name("nvshare".into()).spawn(move || {
+        // The application's signals are for its own threads.
+        let _ = nix::sys::signal::SigSet::all().thread_set_mask();
+        run(shared, client, context);
+    })
+}
+
+fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
+    let gpu = shared.gpu;
+    let begun = shared
+        .driver
+        .ctx_set_current(context)
+        .map_err(|result| SwapError::Driver { call: "cuCtxSetCurrent", result })
+        .and_then(|()| Swap::new(shared.clone()));
+    match begun {
+        Ok(swap) => Engine { shared, client, swap, idle: Idle::default(), growing: Arc::default() }.run(),
+        Err(error) => {
+            tracing::error!(%gpu, "the engine could not start: {error}");
+            session::break_down(error.cuda());
+        }
+    }
+}
+
+impl SwapError {
+    /// What the application is told.
+    fn cuda(&self) -> CuResult {
+        match self {
+            Self::Driver { result, .. } => *result,
+            Self::Host(_) => CuResult::OUT_OF_MEMORY,
+        }
+    }
+
+    /// Whether the process is ending, or its context, and nothing is wrong.
+    fn is_farewell(&self) -> bool {
+        let farewells = [CuResult::DEINITIALIZED, CuResult::CONTEXT_IS_DESTROYED, CuResult::INVALID_CONTEXT];
+        matches!(self, Self::Driver { result, .. } if farewells.contains(result))
+    }
+}
+
+/// Finds out whether a holder has run out of work.
+#[derive(Default)]
+struct Idle {
+    passes: u32,
+    since: Nanos,
+    /// The end of all work at the last pass.
+    mark: Option<Mark>,
+}
+
+struct Engine {
+    shared: Arc<Shared>,
+    client: Client<MappedPage>,
+    swap: Swap,
+    idle: Idle,
+    growing: Arc<AtomicBool>,
+}
+
+impl Engine {
+    fn run(mut self) {
+        loop {
+            if self.shared.leaving.load(Ordering::Acquire) {
+                return self.leave();
+            }
+            match self.client.poll(&mut self.swap) {
+                Ok(Next::Open) => self.open(),
+                Ok(Next::Yield) => self.give_way(),
+                Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
+                Err(error) if error.is_farewell() => {
+                    tracing::debug!(gpu = %self.shared.gpu, "the engine ends: {error}");
+                    return;
+                }
+                Err(SwapError::Host(why)) => self.no_host_memory(&why),
+                Err(error) => return self.break_down(&error),
+            }
+        }
+    }
+
+    fn page(&self) -> &nvshare::Page {
+        self.shared.books.page()
+    }
+
+    fn slot(&self) -> nvshare::SlotIndex {
+        self.shared.books.slot()
+    }
+
+    /// All memory is in place. Under the map's lock, because an allocation must not slip in between the
+    /// last look and the gate (I2).
+    fn open(&mut self) {
+        let mut memory = self.shared.memory();
+        if memory.is_missing() {
+            drop(memory);
+            self.client.refill();
+            return;
+        }
+        memory.open = true;
+        session::vote_open(self.shared.device);
+        drop(memory);
+        self.idle.since = now();
+        tracing::trace!(gpu = %self.shared.gpu, "running");
+    }
+
+    /// Something may be due that the page does not know of; if not, sleep.
+    fn rest(&mut self, seen: u32, until: Option<Nanos>) {
+        if self.shared.memory().has_doomed() {
+            self.shared.bury();
+        }
+        let until = match self.client.phase() {
+            Phase::Idle if session::gate().waiting() > 0 => return self.client.request(),
+            Phase::Running => {
+                if self.grown() {
+                    return;
+                }
+                self.grow_host_pool();
+                if self.client.awaited() {
+                    match self.look_idle() {
+                        Some(look_again) => Some(until.map_or(look_again, |until| until.min(look_again))),
+                        None => return self.give_way(),
+                    }
+                } else {
+                    until
+                }
+            }
+            Phase::Waiting => {
+                self.grow_host_pool();
+                until
+            }
+            _ => until,
+        };
+        self.page().wait_doorbell(self.slot(), seen, until);
+    }
+
+    /// An allocation found no room, and shut the gate.
+    fn grown(&mut self) -> bool {
+        let mut memory = self.shared.memory();
+        if memory.is_missing() {
+            memory.open = false;
+            session::vote_close(self.shared.device);
+            drop(memory);
+            self.client.refill();
+            return true;
+        }
+        if memory.open && !session::gate().is_open() {
+            // An allocation shut the gate, and was freed before it was filled.
+            session::vote_open(self.shared.device);
+        }
+        false
+    }
+
+    /// When to look again whether the holder is idle, ns; `None` if it is. Called only while somebody
+    /// waits.
+    fn look_idle(&mut self) -> Option<Nanos> {
+        let (time, grace) = (now(), self.page().settings().idle_grace);
+        let gate = session::gate();
+        let passes = gate.passes();
+        if passes != self.idle.passes || gate.occupied() {
+            self.idle.passes = passes;
+            self.idle.since = time;
+            if let Some(mark) = self.idle.mark.take() {
+                self.shared.streams.keep(mark);
+            }
+            return Some(time + grace);
+        }
+        let quiet_until = self.idle.since + grace;
+        if time < quiet_until {
+            return Some(quiet_until);
+        }
+        if self.idle.mark.is_none() {
+            let driver = self.shared.driver;
+            self.idle.mark = session::with_no_capture(|| self.shared.streams.mark(driver).ok()).flatten();
+        }
+        let look_again = time + (grace / 2).max(MILLISECOND);
+        match self.idle.mark.take() {
+            Some(mark) if mark.is_done(self.shared.driver) => {
+                mark.destroy(self.shared.driver);
+                tracing::debug!(gpu = %self.shared.gpu, "idle for {}: giving way", format_nanos(time - self.idle.since));
+                None
+            }
+            mark => {
+                self.idle.mark = mark;
+                Some(look_again)
+            }
+        }
+    }
+
+    /// Shuts the gate, drains, and lets others run.
+    fn give_way(&mut self) {
+        loop {
+            let hold = CaptureHold::new();
+            session::vote_shut(self.shared.device);
+            if !hold.is_broken() {
+                break;
+            }
+            session::vote_open(self.shared.device);
+        }
+        self.shared.memory().open = false;
+        self.client.drain();
+        let began = now();
+        if let Err(result) = self.shared.streams.wait(self.shared.driver) {
+            // The application's own calls will tell it: its context is broken. There is no work left to
+            // wait for, and its memory can go.
+            tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
+        }
+        tracing::debug!(gpu = %self.shared.gpu, "drained in {}", format_nanos(now() - began));
+        self.client.drained(session::gate().waiting() > 0);
+    }
+
+    /// Host memory for what may have to go out, made before it has to. Only where memory is short: a
+    /// process that fits beside all others never pins any.
+    fn grow_host_pool(&mut self) {
+        let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
+        let wanted: u64 = snapshot.clients().map(|(_, view)| u64::from(view.demand)).sum();
+        let bytes = bytes_of(self.shared.books.demand());
+        if wanted <= u64::from(snapshot.usable())
+            || self.shared.host.capacity() >= bytes
+            || self.growing.swap(true, Ordering::AcqRel)
+        {
+            return;
+        }
+        let (shared, growing) = (self.shared.clone(), self.growing.clone());
+        let grown = std::thread::Builder::new().name("nvshare-host".into()).spawn(move || {
+            let began = now();
+            match shared.host.ensure(bytes) {
+                Ok(()) => {
+                    tracing::debug!(gpu = %shared.gpu, "host memory ready in {}", format_nanos(now() - began))
+                }
+                Err(error) => tracing::warn!(gpu = %shared.gpu, "host memory ahead of need: {error}"),
+            }
+            growing.store(false, Ordering::Release);
+        });
+        if grown.is_err() {
+            self.growing.store(false, Ordering::Release);
+        }
+    }
+
+    /// Others wait for what this client cannot put anywhere. Host memory may come back: try again.
+    fn no_host_memory(&mut self, why: &str) {
+        tracing::error!(
+            gpu = %self.shared.gpu,
+            "memory stays on the GPU, and others wait for it: {why}; trying again"
+        );
+        let seen = self.page().doorbell(self.slot());
+        self.page().wait_doorbell(self.slot(), seen, Some(now() + 500 * MILLISECOND));
+    }
+
+    /// Memory could not be moved, and the application's data with it: its calls fail from now on, and
+    /// the others get the room.
+    fn break_down(self, error: &SwapError) {
+        tracing::error!(
+            gpu = %self.shared.gpu,
+            "memory could not be moved, every CUDA call of this process fails from now on: {error}"
+        );
+        session::break_down(error.cuda());
+        let regions = self.shared.memory().take_all();
+        regions.into_iter().for_each(|region| self.shared.dispose(region));
+        self.client.leave();
+    }
+
+    /// The last context goes: everything back.
+    fn leave(mut self) {
+        session::vote_shut(self.shared.device);
+        let _ = self.shared.streams.wait(self.shared.driver);
+        if let Some(mark) = self.idle.mark.take() {
+            mark.destroy(self.shared.driver);
+        }
+        let regions = {
+            let mut memory = self.shared.memory();
+            memory.open = false;
+            memory.take_all()
+        };
+        regions.into_iter().for_each(|region| self.shared.dispose(region));
+        self.swap.destroy();
+        while self.growing.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        self.shared.host.trim(0);
+        self.client.leave();
+    }
+}

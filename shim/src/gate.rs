@@ -1,0 +1,167 @@
+//! The gate: threads that submit GPU work pass it, and memory moves only while it is shut.
+//!
+//! Each thread has a *lane*, a counter of its own that is odd while the thread is inside. To enter, it
+//! makes its counter odd and then looks at the gate; to shut, the engine shuts the gate and then looks
+//! at every counter. Each side stores before it loads, with a barrier between, so at least one of them
+//! sees the other: either the thread finds the gate shut and turns back, or the engine finds the
+//! counter odd and waits for it (Dekker's argument). The barrier is asymmetric
+//! ([`nvshare::sync::light_barrier`]): entering costs two stores and two loads to memory that no other
+//! thread writes, no lock, no fence and no system call.
+//!
+//! Leaving is the same argument once more: the thread makes its counter even and then looks whether
+//! somebody is shutting the gate and sleeps on the counter.
+
+use nvshare::sync::{
+    Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, park, register_barriers,
+    unpark_all,
+};
+
+const OPEN: u32 = 0;
+const SHUT: u32 = 1;
+
+/// One thread's announcement: odd while it is inside. Padded, because it is written all the time.
+#[repr(align(128))]
+pub struct Lane {
+    passes: AtomicU32,
+    /// Threads never write here: it says that the lane's thread is gone.
+    retired: AtomicU32,
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self { passes: AtomicU32::new(0), retired: AtomicU32::new(0) }
+    }
+
+    /// Whether the lane's thread is inside.
+    pub fn inside(&self) -> bool {
+        self.passes.load(Ordering::Relaxed) & 1 == 1
+    }
+
+    /// The lane's thread ends: the gate forgets the lane.
+    pub fn retire(&self) {
+        self.retired.store(1, Ordering::Release);
+    }
+}
+
+/// The gate of a process.
+pub struct Gate {
+    state: AtomicU32,
+    /// Threads that stand before the shut gate.
+    waiting: AtomicU32,
+    lanes: Mutex<Vec<Arc<Lane>>>,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Gate {
+    /// A gate that is shut, with nobody inside: nothing runs before the client is admitted.
+    pub fn new() -> Self {
+        register_barriers();
+        Self { state: AtomicU32::new(SHUT), waiting: AtomicU32::new(0), lanes: Mutex::new(Vec::new()) }
+    }
+
+    fn lanes(&self) -> MutexGuard<'_, Vec<Arc<Lane>>> {
+        self.lanes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// A lane for a new thread.
+    pub fn lane(&self) -> Arc<Lane> {
+        let lane = Arc::new(Lane::new());
+        self.lanes().push(lane.clone());
+        lane
+    }
+
+    /// Goes in if the gate is open. Only the lane's own thread may call it, from outside.
+    #[inline]
+    pub fn try_enter(&self, lane: &Lane) -> bool {
+        let passes = lane.passes.load(Ordering::Relaxed);
+        lane.passes.store(passes.wrapping_add(1), Ordering::Relaxed);
+        light_barrier();
+        if self.state.load(Ordering::Acquire) == OPEN {
+            return true;
+        }
+        self.leave(lane);
+        false
+    }
+
+    /// Goes in, waiting until the gate opens; `knock` is called before each wait, to tell the engine
+    /// that somebody wants in.
+    pub fn enter(&self, lane: &Lane, knock: impl Fn()) {
+        while !self.try_enter(lane) {
+            self.waiting.fetch_add(1, Ordering::AcqRel);
+            knock();
+            park(&self.state, SHUT);
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// Comes out. Only the lane's own thread may call it, from inside.
+    #[inline]
+    pub fn leave(&self, lane: &Lane) {
+        let passes = lane.passes.load(Ordering::Relaxed);
+        // Release: what the thread did inside happens before whatever the engine does next.
+        lane.passes.store(passes.wrapping_add(1), Ordering::Release);
+        light_barrier();
+        if self.state.load(Ordering::Relaxed) == SHUT {
+            unpark_all(&lane.passes);
+        }
+    }
+
+    /// Lets nobody in from now on, and does not wait for those inside. Whoever calls it and then
+    /// submits work is already held.
+    pub fn close(&self) {
+        self.state.store(SHUT, Ordering::SeqCst);
+        heavy_barrier();
+    }
+
+    /// Shuts the gate: when it returns, nobody is inside, and nobody comes in until [`Gate::open`].
+    pub fn shut(&self) {
+        self.close();
+        let lanes: Vec<_> = {
+            let mut lanes = self.lanes();
+            lanes.retain(|lane| lane.retired.load(Ordering::Acquire) == 0);
+            lanes.clone()
+        };
+        // A lane that is made after this look belongs to a thread that will find the gate shut.
+        for lane in lanes {
+            loop {
+                let passes = lane.passes.load(Ordering::Acquire);
+                if passes & 1 == 0 {
+                    break;
+                }
+                park(&lane.passes, passes);
+            }
+        }
+    }
+
+    /// Opens the gate, and wakes whoever stands before it. All memory is in place.
+    pub fn open(&self) {
+        self.state.store(OPEN, Ordering::Release);
+        unpark_all(&self.state);
+    }
+
+    /// Whether the gate is open.
+    pub fn is_open(&self) -> bool {
+        self.state.load(Ordering::Acquire) == OPEN
+    }
+
+    /// How many threads stand before the shut gate.
+    pub fn waiting(&self) -> u32 {
+        self.waiting.load(Ordering::Acquire)
+    }
+
+    /// How often threads have gone in, all together, modulo 2^32: whether anything was submitted
+    /// between two looks.
+    pub fn passes(&self) -> u32 {
+        self.lanes().iter().fold(0, |sum, lane| sum.wrapping_add(lane.passes.load(Ordering::Relaxed)))
+    }
+
+    /// Whether some thread is inside.
+    pub fn occupied(&self) -> bool {
+        self.lanes().iter().any(|lane| lane.inside())
+    }
+}

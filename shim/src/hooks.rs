@@ -1,0 +1,642 @@
+//! What nvshare does at the entry points that need more than the gate.
+//!
+//! Each function has the signature of the driver's entry point of that name, and is called in its place. None may
+//! unwind into C: whatever could panic runs inside [`guarded`].
+
+#![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
+
+use std::ffi::c_void;
+
+use crate::abi::*;
+use crate::driver::Driver;
+use crate::memory::Allocation;
+use crate::session;
+use crate::table::real;
+
+/// Every row of a pitched allocation begins at a multiple of this, as the driver's own do on all recent GPUs.
+const PITCH_ALIGNMENT: usize = 512;
+
+/// Runs what might panic. A panic is a bug of ours, and no reason to take the host program down.
+fn guarded(action: impl FnOnce() -> CuResult) -> CuResult {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(action)).unwrap_or_else(|_| {
+        tracing::error!("nvshare panicked inside a CUDA call; the call fails with CUDA_ERROR_UNKNOWN");
+        CuResult::UNKNOWN
+    })
+}
+
+/// Runs `action` in a capture mode that allows it to map memory while another thread captures: reserving, creating and
+/// mapping touch no stream, so they cannot end up in anybody's graph.
+fn relaxed<T>(action: impl FnOnce() -> T) -> T {
+    let Ok(driver) = Driver::get() else { return action() };
+    let before = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
+    let result = action();
+    if let Ok(before) = before {
+        let _ = driver.exchange_capture_mode(before);
+    }
+    result
+}
+
+fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
+    session::all().iter().find_map(|device| device.memory().containing(address))
+}
+
+/// Answers what the driver cannot know about an allocation that consists of chunks. False for attributes that it can.
+///
+/// # Safety
+/// `data` points to where the value of this attribute goes.
+unsafe fn own_attribute(data: *mut c_void, attribute: CUpointer_attribute, allocation: Allocation) -> bool {
+    // SAFETY: the caller's promise; both attributes are eight bytes.
+    unsafe {
+        match attribute {
+            CU_POINTER_ATTRIBUTE_RANGE_START_ADDR => data.cast::<CUdeviceptr>().write(allocation.base),
+            CU_POINTER_ATTRIBUTE_RANGE_SIZE => data.cast::<usize>().write(allocation.size as usize),
+            _ => return false,
+        }
+    }
+    true
+}
+
+/// A context was made or retained. If the process cannot take part, `undo` it.
+fn made(
+    result: CuResult,
+    context: *const CUcontext,
+    device: CUdevice,
+    undo: impl FnOnce(CUcontext) -> CuResult,
+) -> CuResult {
+    if !result.is_success() {
+        return result;
+    }
+    // SAFETY: the driver has just written through this pointer of the caller's.
+    let context = unsafe { *context };
+    match session::context_made(context, device) {
+        Ok(()) => CuResult::SUCCESS,
+        Err(error) => {
+            let _ = undo(context);
+            error
+        }
+    }
+}
+
+fn context_ends(context: CUcontext) -> CuResult {
+    session::context_ends(context);
+    CuResult::SUCCESS
+}
+
+fn primary_ends(device: CUdevice) {
+    if let Some(context) = session::primary_ends(device) {
+        session::context_ends(context);
+    }
+}
+
+fn stream_made(result: CuResult, stream: *const CUstream, flags: u32) -> CuResult {
+    if result.is_success()
+        && let Some((device, context)) = session::current()
+    {
+        // SAFETY: the driver has just written through this pointer of the caller's.
+        device.streams.add(unsafe { *stream }, context, flags);
+    }
+    result
+}
+
+fn stream_ends(stream: CUstream) -> CuResult {
+    session::forget_capture(stream);
+    if let Ok(driver) = Driver::get() {
+        session::all().iter().for_each(|device| device.streams.remove(driver, stream));
+    }
+    CuResult::SUCCESS
+}
+
+// Init
+
+pub unsafe fn cuInit(flags: u32) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuInit(flags) };
+    guarded(|| match result {
+        CuResult::SUCCESS => session::initialise().map_or_else(|error| error, |()| result),
+        failed => failed,
+    })
+}
+
+// Alloc
+
+pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult {
+    guarded(|| {
+        let Some((device, context)) = session::current() else {
+            // SAFETY: the caller's arguments.
+            return unsafe { real::cuMemAlloc_v2(dptr, bytesize) };
+        };
+        if dptr.is_null() {
+            return CuResult::INVALID_VALUE;
+        }
+        match relaxed(|| device.allocate(bytesize as u64, context)) {
+            // SAFETY: the caller's pointer to where the address goes, not null.
+            Ok(address) => unsafe { dptr.write(address) },
+            Err(result) => return result,
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuMemAllocPitch_v2(
+    dptr: *mut CUdeviceptr,
+    pitch: *mut usize,
+    width: usize,
+    height: usize,
+    element_size: u32,
+) -> CuResult {
+    guarded(|| {
+        let Some((device, context)) = session::current() else {
+            // SAFETY: the caller's arguments.
+            return unsafe { real::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) };
+        };
+        if dptr.is_null()
+            || pitch.is_null()
+            || width == 0
+            || height == 0
+            || !matches!(element_size, 4 | 8 | 16)
+        {
+            return CuResult::INVALID_VALUE;
+        }
+        let row = width.checked_next_multiple_of(PITCH_ALIGNMENT);
+        let Some((row, bytes)) = row.and_then(|row| Some((row, row.checked_mul(height)?))) else {
+            return CuResult::OUT_OF_MEMORY;
+        };
+        match relaxed(|| device.allocate(bytes as u64, context)) {
+            // SAFETY: the caller's pointers to where address and pitch go, not null.
+            Ok(address) => unsafe {
+                dptr.write(address);
+                pitch.write(row);
+            },
+            Err(result) => return result,
+        }
+        CuResult::SUCCESS
+    })
+}
+
+// Free
+
+pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
+    guarded(|| {
+        if dptr == 0 {
+            return CuResult::SUCCESS;
+        }
+        if session::all().iter().any(|device| relaxed(|| device.free(dptr))) {
+            return CuResult::SUCCESS;
+        }
+        // SAFETY: the caller's arguments.
+        let result = unsafe { real::cuMemFree_v2(dptr) };
+        if result == CuResult::INVALID_VALUE {
+            tracing::warn!(
+                "cuMemFree({dptr:#x}): no allocation begins there; it was never made, or is freed already"
+            );
+        }
+        result
+    })
+}
+
+// QueryMemory
+
+pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
+    guarded(|| {
+        let Some((device, _)) = session::current() else {
+            // SAFETY: the caller's arguments.
+            return unsafe { real::cuMemGetInfo_v2(free, total) };
+        };
+        if free.is_null() || total.is_null() {
+            return CuResult::INVALID_VALUE;
+        }
+        let (left, all) = device.memory_info();
+        // SAFETY: the caller's pointers to where the figures go, not null.
+        unsafe {
+            free.write(left as usize);
+            total.write(all as usize);
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuMemGetAddressRange_v2(
+    base: *mut CUdeviceptr,
+    size: *mut usize,
+    dptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        let Some(allocation) = allocation_of(dptr) else {
+            // SAFETY: the caller's arguments.
+            return unsafe { real::cuMemGetAddressRange_v2(base, size, dptr) };
+        };
+        // SAFETY: the caller's pointers to where the answers go; each may be null, and is then not wanted.
+        unsafe {
+            if let Some(base) = base.as_mut() {
+                *base = allocation.base;
+            }
+            if let Some(size) = size.as_mut() {
+                *size = allocation.size as usize;
+            }
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CuResult {
+    guarded(|| {
+        let Some(device) = session::of_device(dev).filter(|_| !bytes.is_null()) else {
+            // SAFETY: the caller's arguments.
+            return unsafe { real::cuDeviceTotalMem_v2(bytes, dev) };
+        };
+        // SAFETY: the caller's pointer to where the figure goes, not null.
+        unsafe { bytes.write(device.memory_info().1 as usize) };
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuPointerGetAttribute(
+    data: *mut c_void,
+    attribute: CUpointer_attribute,
+    ptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        if !data.is_null()
+            && let Some(allocation) = allocation_of(ptr)
+            // SAFETY: the caller's pointer to where this attribute goes, not null.
+            && unsafe { own_attribute(data, attribute, allocation) }
+        {
+            return CuResult::SUCCESS;
+        }
+        let _pass = match session::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        // SAFETY: the caller's arguments.
+        unsafe { real::cuPointerGetAttribute(data, attribute, ptr) }
+    })
+}
+
+pub unsafe fn cuPointerGetAttributes(
+    num_attributes: u32,
+    attributes: *mut CUpointer_attribute,
+    data: *mut *mut c_void,
+    ptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        let _pass = match session::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        // SAFETY: the caller's arguments.
+        let result = unsafe { real::cuPointerGetAttributes(num_attributes, attributes, data, ptr) };
+        if result == CuResult::SUCCESS
+            && let Some(allocation) = allocation_of(ptr)
+        {
+            for index in 0..num_attributes as usize {
+                // SAFETY: the driver has just read and written these arrays of `num_attributes`.
+                unsafe { own_attribute(*data.add(index), *attributes.add(index), allocation) };
+            }
+        }
+        result
+    })
+}
+
+// Context
+
+pub unsafe fn cuDevicePrimaryCtxRetain(ctx: *mut CUcontext, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuDevicePrimaryCtxRetain(ctx, dev) };
+    guarded(|| {
+        // SAFETY: on success the driver has written the context.
+        let result = made(result, ctx, dev, |_| unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) });
+        if result.is_success() {
+            // SAFETY: as above.
+            session::primary_retained(dev, unsafe { *ctx });
+        }
+        result
+    })
+}
+
+pub unsafe fn cuDevicePrimaryCtxRelease(dev: CUdevice) -> CuResult {
+    let _ = guarded(|| {
+        if session::primary_released(dev) {
+            primary_ends(dev);
+        }
+        CuResult::SUCCESS
+    });
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuDevicePrimaryCtxRelease(dev) }
+}
+
+pub unsafe fn cuDevicePrimaryCtxRelease_v2(dev: CUdevice) -> CuResult {
+    let _ = guarded(|| {
+        if session::primary_released(dev) {
+            primary_ends(dev);
+        }
+        CuResult::SUCCESS
+    });
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) }
+}
+
+pub unsafe fn cuDevicePrimaryCtxReset(dev: CUdevice) -> CuResult {
+    let _ = guarded(|| {
+        primary_ends(dev);
+        CuResult::SUCCESS
+    });
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuDevicePrimaryCtxReset(dev) }
+}
+
+pub unsafe fn cuDevicePrimaryCtxReset_v2(dev: CUdevice) -> CuResult {
+    let _ = guarded(|| {
+        primary_ends(dev);
+        CuResult::SUCCESS
+    });
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuDevicePrimaryCtxReset_v2(dev) }
+}
+
+pub unsafe fn cuCtxCreate(ctx: *mut CUcontext, flags: u32, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuCtxCreate(ctx, flags, dev) };
+    guarded(|| {
+        // SAFETY: on success the driver has written the context, and it is nobody's yet.
+        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    })
+}
+
+pub unsafe fn cuCtxCreate_v2(ctx: *mut CUcontext, flags: u32, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuCtxCreate_v2(ctx, flags, dev) };
+    guarded(|| {
+        // SAFETY: on success the driver has written the context, and it is nobody's yet.
+        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    })
+}
+
+pub unsafe fn cuCtxCreate_v3(
+    ctx: *mut CUcontext,
+    params: *mut c_void,
+    count: i32,
+    flags: u32,
+    dev: CUdevice,
+) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuCtxCreate_v3(ctx, params, count, flags, dev) };
+    guarded(|| {
+        // SAFETY: on success the driver has written the context, and it is nobody's yet.
+        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    })
+}
+
+pub unsafe fn cuCtxCreate_v4(
+    ctx: *mut CUcontext,
+    params: *mut c_void,
+    flags: u32,
+    dev: CUdevice,
+) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuCtxCreate_v4(ctx, params, flags, dev) };
+    guarded(|| {
+        // SAFETY: on success the driver has written the context, and it is nobody's yet.
+        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    })
+}
+
+pub unsafe fn cuCtxDestroy(ctx: CUcontext) -> CuResult {
+    let _ = guarded(|| context_ends(ctx));
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuCtxDestroy(ctx) }
+}
+
+pub unsafe fn cuCtxDestroy_v2(ctx: CUcontext) -> CuResult {
+    let _ = guarded(|| context_ends(ctx));
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuCtxDestroy_v2(ctx) }
+}
+
+pub unsafe fn cuCtxDetach(ctx: CUcontext) -> CuResult {
+    let _ = guarded(|| context_ends(ctx));
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuCtxDetach(ctx) }
+}
+
+pub unsafe fn cuGreenCtxCreate(
+    ctx: *mut CUgreenCtx,
+    desc: CUdevResourceDesc,
+    dev: CUdevice,
+    flags: u32,
+) -> CuResult {
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuGreenCtxCreate(ctx, desc, dev, flags) }
+}
+
+pub unsafe fn cuGreenCtxDestroy(ctx: CUgreenCtx) -> CuResult {
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuGreenCtxDestroy(ctx) }
+}
+
+// Stream
+
+pub unsafe fn cuStreamCreate(stream: *mut CUstream, flags: u32) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuStreamCreate(stream, flags) };
+    guarded(|| stream_made(result, stream, flags))
+}
+
+pub unsafe fn cuStreamCreateWithPriority(stream: *mut CUstream, flags: u32, priority: i32) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuStreamCreateWithPriority(stream, flags, priority) };
+    guarded(|| stream_made(result, stream, flags))
+}
+
+pub unsafe fn cuStreamDestroy(stream: CUstream) -> CuResult {
+    let _ = guarded(|| stream_ends(stream));
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuStreamDestroy(stream) }
+}
+
+pub unsafe fn cuStreamDestroy_v2(stream: CUstream) -> CuResult {
+    let _ = guarded(|| stream_ends(stream));
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuStreamDestroy_v2(stream) }
+}
+
+pub unsafe fn cuGreenCtxStreamCreate(
+    stream: *mut CUstream,
+    green_ctx: CUgreenCtx,
+    flags: u32,
+    priority: i32,
+) -> CuResult {
+    // SAFETY: the caller's arguments.
+    unsafe { real::cuGreenCtxStreamCreate(stream, green_ctx, flags, priority) }
+}
+
+// Capture
+
+pub unsafe fn cuStreamBeginCapture(stream: CUstream) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginCapture(stream) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCapture_ptsz(stream: CUstream) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginCapture_ptsz(stream) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCapture_v2(stream: CUstream, mode: CUstreamCaptureMode) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginCapture_v2(stream, mode) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCapture_v2_ptsz(stream: CUstream, mode: CUstreamCaptureMode) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginCapture_v2_ptsz(stream, mode) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCaptureToGraph(
+    stream: CUstream,
+    graph: CUgraph,
+    dependencies: *const CUgraphNode,
+    dependency_data: *const c_void,
+    num_dependencies: usize,
+    mode: CUstreamCaptureMode,
+) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe {
+                real::cuStreamBeginCaptureToGraph(
+                    stream,
+                    graph,
+                    dependencies,
+                    dependency_data,
+                    num_dependencies,
+                    mode,
+                )
+            }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCaptureToGraph_ptsz(
+    stream: CUstream,
+    graph: CUgraph,
+    dependencies: *const CUgraphNode,
+    dependency_data: *const c_void,
+    num_dependencies: usize,
+    mode: CUstreamCaptureMode,
+) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe {
+                real::cuStreamBeginCaptureToGraph_ptsz(
+                    stream,
+                    graph,
+                    dependencies,
+                    dependency_data,
+                    num_dependencies,
+                    mode,
+                )
+            }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginRecaptureToGraph(
+    stream: CUstream,
+    mode: CUstreamCaptureMode,
+    graph: CUgraph,
+    callback: *mut c_void,
+    user_data: *mut c_void,
+) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginRecaptureToGraph(stream, mode, graph, callback, user_data) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginRecaptureToGraph_ptsz(
+    stream: CUstream,
+    mode: CUstreamCaptureMode,
+    graph: CUgraph,
+    callback: *mut c_void,
+    user_data: *mut c_void,
+) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginRecaptureToGraph_ptsz(stream, mode, graph, callback, user_data) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCaptureToCig(stream: CUstream, params: *mut c_void) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginCaptureToCig(stream, params) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamBeginCaptureToCig_ptsz(stream: CUstream, params: *mut c_void) -> CuResult {
+    guarded(|| {
+        session::begin_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamBeginCaptureToCig_ptsz(stream, params) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> CuResult {
+    guarded(|| {
+        session::end_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamEndCapture(stream, graph) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamEndCapture_ptsz(stream: CUstream, graph: *mut CUgraph) -> CuResult {
+    guarded(|| {
+        session::end_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamEndCapture_ptsz(stream, graph) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamEndCaptureToCig(stream: CUstream) -> CuResult {
+    guarded(|| {
+        session::end_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamEndCaptureToCig(stream) }
+        })
+    })
+}
+
+pub unsafe fn cuStreamEndCaptureToCig_ptsz(stream: CUstream) -> CuResult {
+    guarded(|| {
+        session::end_capture(stream, || {
+            // SAFETY: the caller's arguments.
+            unsafe { real::cuStreamEndCaptureToCig_ptsz(stream) }
+        })
+    })
+}

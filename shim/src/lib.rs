@@ -1,0 +1,34 @@
+//! libnvshare.so: preloaded into a process, it lets the process share its GPUs (see `docs/`).
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`table`] | what is known about each entry point of the driver, and the functions that stand in for them |
+//! | [`interpose`] | `dlsym` and `cuGetProcAddress`, which hand those functions out |
+//! | [`hooks`] | the entry points that need more than the gate |
+//! | [`gate`] | threads that submit work pass it, and memory moves only while it is shut |
+//! | [`session`] | the process: its gate, its GPUs, its captures |
+//! | [`device`] | one GPU: allocating and freeing |
+//! | [`memory`] | the map of what is allocated, and where its bytes are |
+//! | [`engine`] | the thread that walks the client through its phases |
+//! | [`swap`] | moving memory in a pipeline |
+//! | [`drain`] | waiting for submitted work |
+//! | [`hostpool`] | host memory for what is evicted |
+//! | [`abi`], [`driver`] | the CUDA driver |
+
+#![cfg_attr(test, allow(dead_code))]
+
+mod abi;
+mod device;
+mod drain;
+mod driver;
+mod engine;
+mod gate;
+mod hooks;
+mod hostpool;
+mod interpose;
+mod log;
+mod memory;
+mod session;
+mod settings;
+mod swap;
+mod table;

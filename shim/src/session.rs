@@ -1,0 +1,484 @@
+//! The process's part in sharing: the gate that its threads pass, the GPUs that it has attached to,
+//! the captures that it has open.
+//!
+//! Nothing here exists before the first context: no thread, no connection, and a gate that stands open
+//! because there is nothing to guard.
+
+use crate::abi::*;
+use crate::device::{DriverPinner, Shared};
+use crate::driver::Driver;
+use crate::engine;
+use crate::gate::{Gate, Lane};
+use crate::hostpool::{HostPool, HostPoolConfig};
+use crate::settings::{OnMissingArbiter, settings};
+use nvshare::register::{self, Hello, RegisterError};
+use nvshare::units::GpuUuid;
+use nvshare::{Client, paths};
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock};
+use std::thread::JoinHandle;
+
+static GATE: LazyLock<Gate> = LazyLock::new(|| {
+    let gate = Gate::new();
+    gate.open();
+    gate
+});
+
+/// The process's gate.
+pub fn gate() -> &'static Gate {
+    &GATE
+}
+
+/// Set in a forked child of a process that had attached: the GPUs are the parent's.
+static FORGOTTEN: AtomicBool = AtomicBool::new(false);
+
+/// No arbiter answered, and the user asked to go on without one.
+static PASSTHROUGH: AtomicBool = AtomicBool::new(false);
+
+/// What every call returns once memory could not be moved: the application's data is lost.
+static BROKEN: AtomicI32 = AtomicI32::new(0);
+
+/// Whether nvshare does anything in this process.
+pub fn enabled() -> bool {
+    static ON: OnceLock<bool> = OnceLock::new();
+    *ON.get_or_init(|| {
+        // SAFETY: getenv with a C string; the value is looked at before anybody can change it.
+        let value = unsafe { libc::getenv(c"NVSHARE_DISABLE".as_ptr()) };
+        // SAFETY: a C string, if there is one.
+        value.is_null() || unsafe { *value } != b'1' as libc::c_char
+    }) && !FORGOTTEN.load(Ordering::Relaxed)
+        && !PASSTHROUGH.load(Ordering::Relaxed)
+}
+
+thread_local! {
+    /// This thread's lane, or null before its first pass. Apart from its owner below, because a plain
+    /// pointer can be read without asking whether it was initialised or destroyed.
+    static LANE: Cell<*const Lane> = const { Cell::new(std::ptr::null()) };
+    static OWNER: RefCell<Option<LaneOwner>> = const { RefCell::new(None) };
+}
+
+struct LaneOwner(Arc<Lane>);
+
+impl Drop for LaneOwner {
+    fn drop(&mut self) {
+        LANE.set(std::ptr::null());
+        self.0.retire();
+    }
+}
+
+/// Leave to be inside; ends when dropped.
+pub struct Pass {
+    lane: *const Lane,
+}
+
+impl Drop for Pass {
+    #[inline]
+    fn drop(&mut self) {
+        if !self.lane.is_null() {
+            // SAFETY: the lane lives as long as its thread, and a pass stays in its thread.
+            GATE.leave(unsafe { &*self.lane });
+        }
+    }
+}
+
+/// Goes through the gate to submit work, waiting while memory is out.
+///
+/// # Errors
+/// What the driver's call must return instead: memory could not be moved, and data is lost.
+#[inline]
+pub fn enter() -> Result<Pass, CuResult> {
+    let lane = LANE.get();
+    if !lane.is_null() {
+        // SAFETY: as above.
+        let inside = unsafe { &*lane };
+        if !inside.inside() && GATE.try_enter(inside) {
+            return Ok(Pass { lane });
+        }
+    }
+    enter_slowly()
+}
+
+/// Goes through the gate for a call that wants memory mapped and submits nothing.
+///
+/// # Errors
+/// As [`enter`].
+#[inline]
+pub fn enter_query() -> Result<Pass, CuResult> {
+    enter()
+}
+
+#[cold]
+#[inline(never)]
+fn enter_slowly() -> Result<Pass, CuResult> {
+    let outside = Ok(Pass { lane: std::ptr::null() });
+    if !enabled() {
+        return outside;
+    }
+    let Some(lane) = own_lane() else {
+        // The thread is ending and has no lane any more. It waits until it may go in, as it can; what
+        // it then submits is marked by the drain, which comes after the gate is shut.
+        while !GATE.is_open() && BROKEN.load(Ordering::Relaxed) == 0 {
+            knock();
+            std::thread::yield_now();
+        }
+        return outside;
+    };
+    // SAFETY: as above.
+    let inside = unsafe { &*lane };
+    if inside.inside() {
+        // A call within a call, of a driver callback or of a library that wraps the driver.
+        return outside;
+    }
+    GATE.enter(inside, knock);
+    match BROKEN.load(Ordering::Relaxed) {
+        0 => Ok(Pass { lane }),
+        code => {
+            GATE.leave(inside);
+            Err(CuResult(code))
+        }
+    }
+}
+
+fn own_lane() -> Option<*const Lane> {
+    let lane = LANE.get();
+    if !lane.is_null() {
+        return Some(lane);
+    }
+    OWNER
+        .try_with(|owner| {
+            let lane = GATE.lane();
+            let pointer = Arc::as_ptr(&lane);
+            *owner.borrow_mut() = Some(LaneOwner(lane));
+            LANE.set(pointer);
+            pointer
+        })
+        .ok()
+}
+
+/// Tells the engines that a thread stands before the gate.
+fn knock() {
+    for device in devices().iter() {
+        device.shared.knock();
+    }
+}
+
+/// A GPU that this process has attached to.
+struct Attached {
+    shared: Arc<Shared>,
+    contexts: Vec<CUcontext>,
+    engine: Option<JoinHandle<()>>,
+}
+
+static DEVICES: Mutex<Vec<Attached>> = Mutex::new(Vec::new());
+
+fn devices() -> MutexGuard<'static, Vec<Attached>> {
+    DEVICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The shared part of the GPU of the current context.
+pub fn current() -> Option<(Arc<Shared>, CUcontext)> {
+    let context = Driver::get().ok()?.ctx_current().ok().filter(|context| !context.is_null())?;
+    let devices = devices();
+    let of_context = devices.iter().find(|device| device.contexts.contains(&context));
+    of_context.map(|device| (device.shared.clone(), context))
+}
+
+/// The shared parts of all GPUs.
+pub fn all() -> Vec<Arc<Shared>> {
+    devices().iter().map(|device| device.shared.clone()).collect()
+}
+
+/// The shared part of a GPU.
+pub fn of_device(device: CUdevice) -> Option<Arc<Shared>> {
+    devices().iter().find(|attached| attached.shared.device == device).map(|attached| attached.shared.clone())
+}
+
+/// Which engines want the gate open; it is open when all do.
+static OPEN_VOTES: Mutex<Vec<CUdevice>> = Mutex::new(Vec::new());
+
+fn votes() -> MutexGuard<'static, Vec<CUdevice>> {
+    OPEN_VOTES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// A GPU's engine has all memory in place.
+pub fn vote_open(device: CUdevice) {
+    let attached = ATTACHED.load(Ordering::Acquire) as usize;
+    let mut votes = votes();
+    if !votes.contains(&device) {
+        votes.push(device);
+    }
+    if votes.len() >= attached {
+        GATE.open();
+    }
+}
+
+/// A GPU's engine wants nobody inside; when it returns, nobody is.
+pub fn vote_shut(device: CUdevice) {
+    votes().retain(|voter| *voter != device);
+    GATE.shut();
+}
+
+/// A GPU whose memory is no longer all in place: nobody more comes in.
+pub fn vote_close(device: CUdevice) {
+    votes().retain(|voter| *voter != device);
+    GATE.close();
+}
+
+static ATTACHED: AtomicU32 = AtomicU32::new(0);
+
+/// cuInit was called: is there an arbiter?
+///
+/// # Errors
+/// SYSTEM_NOT_READY without one, INVALID_VALUE for settings that make no sense. The log says why.
+pub fn initialise() -> Result<(), CuResult> {
+    crate::log::initialise();
+    let settings = settings().map_err(|error| {
+        tracing::error!("{error}");
+        CuResult::INVALID_VALUE
+    })?;
+    static ATFORK: OnceLock<()> = OnceLock::new();
+    ATFORK.get_or_init(|| {
+        // SAFETY: the handler only stores into an atomic, which is allowed after a fork.
+        unsafe { libc::pthread_atfork(None, None, Some(forget)) };
+    });
+    let path = paths::socket(&paths::runtime_dir());
+    match register::dial(&path, settings.connect_timeout) {
+        Ok(_connection) => Ok(()),
+        Err(error) => missing_arbiter(&error, settings.on_missing_arbiter),
+    }
+}
+
+fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<(), CuResult> {
+    if policy == OnMissingArbiter::Passthrough && matches!(error, RegisterError::NoArbiter { .. }) {
+        tracing::warn!("{error}; going on without nvshare, as NVSHARE_ON_MISSING_ARBITER=passthrough says");
+        PASSTHROUGH.store(true, Ordering::Relaxed);
+        return Ok(());
+    }
+    tracing::error!("{error}");
+    Err(CuResult::SYSTEM_NOT_READY)
+}
+
+extern "C" fn forget() {
+    if ATTACHED.load(Ordering::Relaxed) > 0 {
+        FORGOTTEN.store(true, Ordering::Relaxed);
+        // The child has the parent's gate and none of its engines.
+        GATE.open();
+    }
+}
+
+/// A context was made on a GPU. The first one attaches the process to it.
+///
+/// # Errors
+/// SYSTEM_NOT_READY if the arbiter gives no slot; the log says why. The caller destroys the context.
+pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult> {
+    let mut devices = devices();
+    if let Some(attached) = devices.iter_mut().find(|attached| attached.shared.device == device) {
+        if !attached.contexts.contains(&context) {
+            attached.contexts.push(context);
+            attached.shared.streams.add_context(context);
+        }
+        return Ok(());
+    }
+    let driver = Driver::get().map_err(|error| {
+        tracing::error!("{error}");
+        CuResult::SYSTEM_NOT_READY
+    })?;
+    let uuid = driver.device_uuid(device).inspect_err(|result| {
+        tracing::error!("device {device}: the driver does not tell its UUID: {result}");
+    })?;
+    let gpu = GpuUuid(uuid.bytes);
+    let settings = settings().map_err(|_| CuResult::INVALID_VALUE)?;
+    let hello = Hello::new(gpu, &settings.name);
+    let path = paths::socket(&paths::runtime_dir());
+    let registration = match register::register(&path, &hello, settings.connect_timeout) {
+        Ok(registration) => registration,
+        Err(error) => return missing_arbiter(&error, settings.on_missing_arbiter),
+    };
+    let client = Client::new(registration.page, registration.slot);
+    let config = HostPoolConfig { limit: settings.host_memory, ..HostPoolConfig::default() };
+    let host = HostPool::new(config, Box::new(DriverPinner::new(driver, context)));
+    let shared = Arc::new(Shared::new(driver, device, gpu, client.books().clone(), host));
+    shared.streams.add_context(context);
+    tracing::info!(%gpu, slot = registration.slot.get(), "attached");
+    ATTACHED.fetch_add(1, Ordering::AcqRel);
+    GATE.close();
+    let engine = match engine::start(shared.clone(), client, context) {
+        Ok(engine) => engine,
+        Err(error) => {
+            tracing::error!(%gpu, "no thread for the engine: {error}");
+            ATTACHED.fetch_sub(1, Ordering::AcqRel);
+            GATE.open();
+            return Err(CuResult::SYSTEM_NOT_READY);
+        }
+    };
+    devices.push(Attached { shared, contexts: vec![context], engine: Some(engine) });
+    Ok(())
+}
+
+/// How often each GPU's primary context was retained, and which it is.
+static PRIMARIES: Mutex<Vec<Primary>> = Mutex::new(Vec::new());
+
+struct Primary {
+    device: CUdevice,
+    context: CUcontext,
+    retained: u32,
+}
+
+fn primaries() -> MutexGuard<'static, Vec<Primary>> {
+    PRIMARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The primary context of a GPU was retained once more.
+pub fn primary_retained(device: CUdevice, context: CUcontext) {
+    let mut primaries = primaries();
+    match primaries.iter_mut().find(|primary| primary.device == device) {
+        Some(primary) => primary.retained += 1,
+        None => primaries.push(Primary { device, context, retained: 1 }),
+    }
+}
+
+/// The primary context of a GPU is about to be released once. True if this is the last time.
+pub fn primary_released(device: CUdevice) -> bool {
+    let mut primaries = primaries();
+    let Some(primary) = primaries.iter_mut().find(|primary| primary.device == device) else { return false };
+    primary.retained = primary.retained.saturating_sub(1);
+    primary.retained == 0
+}
+
+/// The primary context of a GPU, which ends now.
+pub fn primary_ends(device: CUdevice) -> Option<CUcontext> {
+    let mut primaries = primaries();
+    let index = primaries.iter().position(|primary| primary.device == device)?;
+    Some(primaries.swap_remove(index).context)
+}
+
+/// A context is about to be destroyed. Its memory goes with it; the last one detaches the process.
+pub fn context_ends(context: CUcontext) {
+    let attached = {
+        let mut devices = devices();
+        let Some(index) = devices.iter().position(|attached| attached.contexts.contains(&context)) else {
+            return;
+        };
+        let attached = &mut devices[index];
+        attached.contexts.retain(|known| *known != context);
+        if !attached.contexts.is_empty() {
+            let shared = attached.shared.clone();
+            drop(devices);
+            shared.release_context(context);
+            return;
+        }
+        devices.swap_remove(index)
+    };
+    let Attached { shared, engine, .. } = attached;
+    shared.leaving.store(true, Ordering::Release);
+    shared.knock();
+    if let Some(engine) = engine
+        && engine.join().is_err()
+    {
+        tracing::error!(gpu = %shared.gpu, "the engine ended with a panic");
+    }
+    ATTACHED.fetch_sub(1, Ordering::AcqRel);
+    votes().retain(|voter| *voter != shared.device);
+    if ATTACHED.load(Ordering::Acquire) == 0 {
+        GATE.open();
+    }
+    tracing::info!(gpu = %shared.gpu, "detached");
+}
+
+/// Memory could not be moved: every call returns this from now on.
+pub fn break_down(result: CuResult) {
+    BROKEN.store(result.0, Ordering::Release);
+    GATE.open();
+}
+
+// --- Captures -----------------------------------------------------------------------------------
+
+/// The streams that capture, each from its beginning to its end.
+static CAPTURING: Mutex<Option<HashSet<CUstream>>> = Mutex::new(None);
+
+/// How many; a word to sleep on.
+static CAPTURES: AtomicU32 = AtomicU32::new(0);
+
+/// Engines that want to drain: no new capture begins. A word to sleep on.
+static HOLD_CAPTURES: AtomicU32 = AtomicU32::new(0);
+
+fn capturing() -> MutexGuard<'static, Option<HashSet<CUstream>>> {
+    CAPTURING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Begins a capture with `call`, in a moment when nobody wants to drain.
+pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
+    let _pass = loop {
+        match enter() {
+            Ok(pass) => {
+                let hold = HOLD_CAPTURES.load(Ordering::SeqCst);
+                // A stream that forks into another's capture belongs to an open one: let it.
+                if hold == 0 || CAPTURES.load(Ordering::SeqCst) > 0 {
+                    break pass;
+                }
+                drop(pass);
+                nvshare::sync::park(&HOLD_CAPTURES, hold);
+            }
+            Err(result) => return result,
+        }
+    };
+    let mut set = capturing();
+    let result = call();
+    if result.is_success() && set.get_or_insert_default().insert(stream) {
+        CAPTURES.fetch_add(1, Ordering::SeqCst);
+    }
+    result
+}
+
+/// Ends a capture with `call`, whatever comes of it.
+pub fn end_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
+    let result = call();
+    forget_capture(stream);
+    result
+}
+
+/// A stream captures no more.
+pub fn forget_capture(stream: CUstream) {
+    if capturing().as_mut().is_some_and(|set| set.remove(&stream)) {
+        CAPTURES.fetch_sub(1, Ordering::SeqCst);
+        nvshare::sync::unpark_all(&CAPTURES);
+        // An engine may have put off a free until now.
+        knock();
+    }
+}
+
+/// Runs `action` while no capture is open and none can begin, or not at all.
+pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
+    let set = capturing();
+    set.as_ref().is_none_or(HashSet::is_empty).then(action)
+}
+
+/// Keeps new captures from beginning, and waits for the open ones to end.
+pub struct CaptureHold(());
+
+impl CaptureHold {
+    /// Waits until no capture is open. The gate is open meanwhile, so that those that are can end.
+    pub fn new() -> Self {
+        HOLD_CAPTURES.fetch_add(1, Ordering::SeqCst);
+        loop {
+            match CAPTURES.load(Ordering::SeqCst) {
+                0 => return Self(()),
+                open => nvshare::sync::park(&CAPTURES, open),
+            }
+        }
+    }
+
+    /// Whether a capture slipped in between the look and the gate.
+    pub fn is_broken(&self) -> bool {
+        CAPTURES.load(Ordering::SeqCst) > 0
+    }
+}
+
+impl Drop for CaptureHold {
+    fn drop(&mut self) {
+        HOLD_CAPTURES.fetch_sub(1, Ordering::SeqCst);
+        nvshare::sync::unpark_all(&HOLD_CAPTURES);
+    }
+}

@@ -1,0 +1,126 @@
+//! What the environment says. Read once, at the first call into CUDA.
+
+use nvshare::units::parse_size;
+use std::str::FromStr;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// What to do when no arbiter answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnMissingArbiter {
+    /// cuInit fails.
+    Fail,
+    /// The process uses the GPU without nvshare.
+    Passthrough,
+}
+
+/// The process's settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// NVSHARE_CLIENT_NAME: what the client is called in `nvshare status`; the program's name if unset.
+    pub name: String,
+    /// NVSHARE_CONNECT_TIMEOUT: how long to wait for an arbiter.
+    pub connect_timeout: Duration,
+    /// NVSHARE_ON_MISSING_ARBITER: `fail` or `passthrough`.
+    pub on_missing_arbiter: OnMissingArbiter,
+    /// NVSHARE_HOST_MEMORY: the most host memory for evicted data, in bytes.
+    pub host_memory: Option<u64>,
+}
+
+impl Settings {
+    /// Reads the settings from variables that `get` finds.
+    ///
+    /// # Errors
+    /// A sentence that names the variable, the value, and what would be right.
+    fn read(get: impl Fn(&str) -> Option<String>) -> Result<Self, String> {
+        fn parse<T>(
+            value: Option<String>,
+            name: &str,
+            right: &str,
+            default: T,
+            read: impl Fn(&str) -> Option<T>,
+        ) -> Result<T, String> {
+            value.map_or(Ok(default), |text| read(&text).ok_or_else(|| format!("{name}='{text}': {right}")))
+        }
+        Ok(Self {
+            name: get("NVSHARE_CLIENT_NAME").filter(|name| !name.is_empty()).unwrap_or_else(program),
+            connect_timeout: parse(
+                get("NVSHARE_CONNECT_TIMEOUT"),
+                "NVSHARE_CONNECT_TIMEOUT",
+                "write seconds between 0 and 86400, such as 10 or 0.5",
+                Duration::from_secs(10),
+                |text| {
+                    f64::from_str(text.trim())
+                        .ok()
+                        .filter(|seconds| (0.0..=86_400.0).contains(seconds))
+                        .map(Duration::from_secs_f64)
+                },
+            )?,
+            on_missing_arbiter: parse(
+                get("NVSHARE_ON_MISSING_ARBITER"),
+                "NVSHARE_ON_MISSING_ARBITER",
+                "write fail or passthrough",
+                OnMissingArbiter::Fail,
+                |text| match text {
+                    "fail" => Some(OnMissingArbiter::Fail),
+                    "passthrough" => Some(OnMissingArbiter::Passthrough),
+                    _ => None,
+                },
+            )?,
+            host_memory: parse(
+                get("NVSHARE_HOST_MEMORY"),
+                "NVSHARE_HOST_MEMORY",
+                "write a size, such as 64GiB",
+                None,
+                |text| parse_size(text).ok().map(Some),
+            )?,
+        })
+    }
+}
+
+fn program() -> String {
+    std::fs::read_to_string("/proc/self/comm")
+        .map_or_else(|_| "unnamed".into(), |name| name.trim().to_owned())
+}
+
+/// The settings of this process.
+///
+/// # Errors
+/// The same sentence every time, if a variable makes no sense.
+pub fn settings() -> Result<&'static Settings, &'static str> {
+    static SETTINGS: OnceLock<Result<Settings, String>> = OnceLock::new();
+    SETTINGS.get_or_init(|| Settings::read(|name| std::env::var(name).ok())).as_ref().map_err(String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(name: &str, value: &str) -> Result<Settings, String> {
+        Settings::read(|asked| (asked == name).then(|| value.to_owned()))
+    }
+
+    #[test]
+    fn a_value_that_makes_no_sense_is_named() {
+        for (name, value) in [
+            ("NVSHARE_CONNECT_TIMEOUT", "soon"),
+            ("NVSHARE_CONNECT_TIMEOUT", "-1"),
+            ("NVSHARE_CONNECT_TIMEOUT", "nan"),
+            ("NVSHARE_ON_MISSING_ARBITER", "maybe"),
+            ("NVSHARE_HOST_MEMORY", "lots"),
+        ] {
+            let error = read(name, value).unwrap_err();
+            assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");
+        }
+    }
+
+    #[test]
+    fn sensible_values_are_taken() {
+        assert_eq!(
+            read("NVSHARE_CONNECT_TIMEOUT", "0.5").unwrap().connect_timeout,
+            Duration::from_millis(500)
+        );
+        assert_eq!(read("NVSHARE_HOST_MEMORY", "1GiB").unwrap().host_memory, Some(1 << 30));
+        assert_eq!(read("NVSHARE_CLIENT_NAME", "job 7").unwrap().name, "job 7");
+    }
+}

@@ -1,0 +1,192 @@
+"""Several processes share a real GPU: what issue 2 promises, measured with unmodified PyTorch.
+
+    python3 tests/gpu/sharing.py [--bin target/release] [--iterations 4000] [--only NAME ...]
+
+Runs, side by side on the same machine: one process native and under nvshare; four that fit; two of 12 GiB
+that take turns in 14.9 GiB; four of 12 GiB against running them one after another. Prints the raw figures
+as it goes, one JSON object a line, and a table at the end. Exit status 1 if any result was wrong.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+CAPACITY = "14.9GiB"
+
+
+class Arbiter:
+    """A private arbiter in a directory of its own."""
+
+    def __init__(self, binaries, capacity=None, options=()):
+        self.binaries = binaries
+        self.directory = tempfile.mkdtemp(prefix="nvshare-gpu-")
+        command = [str(binaries / "nvshare-arbiter"), "--runtime-dir", self.directory, *options]
+        if capacity:
+            command += ["--capacity", capacity]
+        self.process = subprocess.Popen(command)
+        while not os.path.exists(self.directory + "/arbiter.sock"):
+            if self.process.poll() is not None:
+                sys.exit("the arbiter did not start")
+            time.sleep(0.01)
+
+    def environment(self):
+        return {
+            "NVSHARE_RUNTIME_DIR": self.directory,
+            "LD_PRELOAD": str(self.binaries / "libnvshare.so"),
+            "CUDA_MODULE_LOADING": "LAZY",
+        }
+
+    def status(self):
+        command = [str(self.binaries / "nvshare"), "status", "--json", "--runtime-dir", self.directory]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    def clients(self):
+        return [client for gpu in self.status()["gpus"] for client in gpu["clients"]]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def start(arguments, environment=None):
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "add.py"), *map(str, arguments)],
+        env=os.environ | {"CUDA_MODULE_LOADING": "LAZY"} | (environment or {}),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate()
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    result = json.loads(lines[-1]) if lines else {"right": False}
+    result["status"] = process.returncode
+    return result
+
+
+def together(count, arguments, environment=None, watch=None):
+    """Runs `count` jobs at once, from the moment when all are set up. Returns results and samples."""
+    with tempfile.TemporaryDirectory() as directory:
+        gate = ["--barrier", directory + "/barrier", "--parties", count]
+        jobs = [start([*arguments, "--seed", seed + 1, *gate], environment) for seed in range(count)]
+        samples = []
+        while watch and any(job.poll() is None for job in jobs):
+            try:
+                samples.append(watch())
+            except (subprocess.CalledProcessError, ValueError):
+                pass
+            time.sleep(0.25)
+        return [finish(job) for job in jobs], samples
+
+
+def say(name, **figures):
+    print(json.dumps({"name": name, **figures}), flush=True)
+
+
+def span(results):
+    return max(result["end"] for result in results) - min(result["start"] for result in results)
+
+
+def one_process(binaries, iterations):
+    native, shared = [], []
+    with Arbiter(binaries) as arbiter:
+        for _ in range(3):
+            native.append(finish(start(["--iterations", iterations])))
+            shared.append(finish(start(["--iterations", iterations], arbiter.environment())))
+    rate = {
+        "native": statistics.median(result["iterations_per_s"] for result in native),
+        "nvshare": statistics.median(result["iterations_per_s"] for result in shared),
+    }
+    slower = 1 - rate["nvshare"] / rate["native"]
+    say("one_process", iterations_per_s=rate, native=native, nvshare=shared)
+    return all(r["right"] for r in native + shared), f"one process: {slower * 100:+.2f} % slower than native (bar 0.5 %)"
+
+
+def four_fit(binaries, iterations):
+    size = ["--n", 14_000, "--iterations", iterations * 4]
+    native, shared, yields = [], [], 0
+    with Arbiter(binaries) as arbiter:
+        for _ in range(2):
+            native.append(together(4, size)[0])
+            results, samples = together(4, size, arbiter.environment(), arbiter.clients)
+            shared.append(results)
+            yields += sum(max((c["yields"] for s in samples for c in s if c["slot"] == slot), default=0) for slot in range(4))
+    times = {"native": statistics.median(map(span, native)), "nvshare": statistics.median(map(span, shared))}
+    say("four_fit", seconds=times, switches=yields, native=native, nvshare=shared)
+    right = all(r["right"] for run in native + shared for r in run)
+    return right, f"four that fit: {(times['nvshare'] / times['native'] - 1) * 100:+.2f} % slower than native, {yields} switches (bars 1 %, 0)"
+
+
+def two_take_turns(binaries, iterations):
+    output = subprocess.run([sys.executable, str(HERE / "bandwidth.py")], stdout=subprocess.PIPE, check=True).stdout
+    link = json.loads(output)
+    with Arbiter(binaries, CAPACITY, ["--quantum", "500ms"]) as arbiter:
+        results, samples = together(2, ["--iterations", iterations], arbiter.environment(), arbiter.clients)
+    last = {}
+    for sample in samples:
+        for client in sample:
+            last[client["slot"]] = client
+    filled = sum(client["bytes_in"] for client in last.values())
+    fill_s = sum(client["fill_ns"] for client in last.values()) / 1e9
+    say("two_take_turns", link=link, filled_bytes=filled, fill_s=fill_s, clients=list(last.values()), results=results)
+    rate = filled / max(fill_s, 1e-9)
+    share = rate / link["in"]
+    right = all(r["right"] for r in results)
+    return right, (
+        f"two of 12 GiB in {CAPACITY}: {rate / 2**30:.1f} GiB/s of switch, "
+        f"{share * 100:.0f} % of the pinned {link['in'] / 2**30:.1f} GiB/s (bar 75 %)"
+    )
+
+
+def four_take_turns(binaries, iterations):
+    alone = [finish(start(["--iterations", iterations, "--seed", seed + 1])) for seed in range(4)]
+    with Arbiter(binaries, CAPACITY) as arbiter:
+        results, samples = together(4, ["--iterations", iterations], arbiter.environment(), arbiter.clients)
+    in_turn = sum(result["loop_s"] for result in alone)
+    at_once = span(results)
+    last = {}
+    for sample in samples:
+        for client in sample:
+            last[client["slot"]] = client
+    say("four_take_turns", one_after_another_s=in_turn, nvshare_s=at_once, alone=alone, results=results, clients=list(last.values()))
+    right = all(r["right"] for r in alone + results)
+    switches = sum(client["yields"] for client in last.values())
+    return right, f"four of 12 GiB in {CAPACITY}: {at_once / in_turn:.3f} x one after another, {switches} switches (bar 1.25 x)"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", type=pathlib.Path, default=HERE.parent.parent / "target/release")
+    parser.add_argument("--iterations", type=int, default=4_000)
+    runs = [one_process, four_fit, two_take_turns, four_take_turns]
+    parser.add_argument("--only", nargs="*", choices=[run.__name__ for run in runs])
+    arguments = parser.parse_args()
+    binaries = arguments.bin.resolve()
+    table, good = [], True
+    for run in runs:
+        if arguments.only and run.__name__ not in arguments.only:
+            continue
+        right, line = run(binaries, arguments.iterations)
+        good &= right
+        table.append(line + ("" if right else "  WRONG RESULTS"))
+        print("#", table[-1], flush=True)
+    print("\n".join(table))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
