@@ -82,9 +82,7 @@ impl Page {
         // It must not be admitted or asked to evict while its books are closed.
         let own = &self.slot(slot).own;
         own.phase.store(Phase::Leaving as u32, Ordering::Release);
-        let balance = self.settle(slot);
-        let returned = self.give(slot, balance.resident);
-        self.set_pinned(slot, 0);
+        let returned = self.close_account(slot);
         self.clear(slot);
         let row = self.slot(slot);
         let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation;
@@ -93,6 +91,15 @@ impl Page {
         self.header.reaped.fetch_add(1, Ordering::Relaxed);
         self.decide();
         Some(Reaped { process, phase: view.phase, returned })
+    }
+
+    /// Settles the account of a slot whose owner is dead, and returns what it holds to the pool. Says how
+    /// many granules that were. May be done again after an arbiter was killed in the middle.
+    pub fn close_account(&self, slot: SlotIndex) -> Granules {
+        let balance = self.settle(slot);
+        let returned = self.give(slot, balance.resident);
+        self.set_pinned(slot, 0);
+        returned
     }
 
     fn clear(&self, slot: SlotIndex) {

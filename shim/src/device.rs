@@ -136,7 +136,9 @@ impl Shared {
     pub fn release(&self, address: CUdeviceptr, size: u64, handle: CUmemGenericAllocationHandle) {
         let unmapped = self.driver.mem_unmap(address, size as usize);
         let released = self.driver.mem_release(handle);
-        if let Err(result) = unmapped.and(released) {
+        if let Err(result) = unmapped.and(released)
+            && result != CuResult::DEINITIALIZED
+        {
             tracing::error!(gpu = %self.gpu, "{} at {address:#x} could not be released: {result}", format_size(size));
         }
     }

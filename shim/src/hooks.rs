@@ -18,6 +18,9 @@ const PITCH_ALIGNMENT: usize = 512;
 
 /// Runs what might panic. A panic is a bug of ours, and no reason to take the host program down.
 fn guarded(action: impl FnOnce() -> CuResult) -> CuResult {
+    if session::is_ending() {
+        return CuResult::DEINITIALIZED;
+    }
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(action)).unwrap_or_else(|_| {
         tracing::error!("nvshare panicked inside a CUDA call; the call fails with CUDA_ERROR_UNKNOWN");
         CuResult::UNKNOWN

@@ -83,6 +83,13 @@ impl Drop for Pass {
     }
 }
 
+/// Whether this thread has run its thread-local destructors: exit handlers run then, the CUDA runtime's
+/// among them. The process is ending, the arbiter closes its books, and there is nothing to do any more
+/// (nor can anything be logged: the log needs thread-locals).
+pub fn is_ending() -> bool {
+    OWNER.try_with(|_| ()).is_err()
+}
+
 /// Goes through the gate to submit work, waiting while memory is out.
 ///
 /// # Errors

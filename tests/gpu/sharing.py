@@ -117,7 +117,7 @@ def one_process(binaries, iterations):
 
 
 def four_fit(binaries, iterations):
-    size = ["--n", 14_000, "--iterations", iterations * 4]
+    size = ["--n", 14_000, "--iterations", iterations * 2]
     native, shared, yields = [], [], 0
     with Arbiter(binaries) as arbiter:
         for _ in range(2):

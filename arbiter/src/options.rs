@@ -1,0 +1,150 @@
+//! The arbiter's command line.
+
+use clap::{Parser, ValueEnum};
+use nvshare::page::{Quantum, Settings};
+use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, parse_size};
+use std::path::PathBuf;
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Creates the control pages of this node's GPUs, registers clients, and cleans up after the dead.
+#[derive(Debug, Parser)]
+#[command(name = "nvshare-arbiter", version)]
+pub struct Options {
+    /// Where pages and socket are [default: /run/nvshare for root, else $XDG_RUNTIME_DIR/nvshare]
+    #[arg(long, env = "NVSHARE_RUNTIME_DIR", value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
+    /// Serve only this GPU (repeatable); without NVML, name every GPU and give --capacity
+    #[arg(long = "gpu", value_name = "UUID", value_parser = gpu)]
+    pub gpus: Vec<GpuUuid>,
+    /// Size of each GPU's pool, such as 14.9GiB [default: all its memory but the headroom]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub capacity: Option<u64>,
+    /// What stays outside a pool that is sized by itself: the driver's own needs
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]
+    pub headroom: u64,
+    /// How long a client runs while others wait: auto, or a time such as 500ms or 2s
+    #[arg(long, value_name = "auto|TIME", default_value = "auto", value_parser = quantum)]
+    pub quantum: QuantumOption,
+    /// With auto: the multiple of the switch that a slice lasts
+    #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = factor)]
+    pub quantum_factor: f64,
+    /// With auto: no slice is shorter
+    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = time)]
+    pub quantum_min: Nanos,
+    /// With auto: no slice is longer
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
+    pub quantum_max: Nanos,
+    /// A holder without work for this long gives way to a waiter
+    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
+    pub idle_grace: Nanos,
+    /// Report a client that has not given way for this long
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = time)]
+    pub unresponsive_after: Nanos,
+    /// Kill such a client (SIGKILL) instead of only reporting it
+    #[arg(long)]
+    pub kill_unresponsive: bool,
+    /// The NVML library
+    #[arg(long, value_name = "PATH", default_value = "libnvidia-ml.so.1")]
+    pub nvml_library: PathBuf,
+    /// How log lines look; NVSHARE_LOG says what is logged
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+    /// End when the process --owner-pid has ended and no client is left
+    #[arg(long, requires = "owner_pid")]
+    pub exit_when_idle: bool,
+    /// The process that started a private arbiter
+    #[arg(long, value_name = "PID")]
+    pub owner_pid: Option<i32>,
+    /// Write "ready" to this descriptor when clients can connect
+    #[arg(long, value_name = "FD")]
+    pub ready_fd: Option<i32>,
+}
+
+/// What --quantum says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuantumOption {
+    /// A multiple of the switch.
+    Auto,
+    /// This long, in ns.
+    Fixed(Nanos),
+}
+
+fn gpu(text: &str) -> Result<GpuUuid, String> {
+    text.parse().map_err(|error: nvshare::units::UuidError| error.to_string())
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| error.to_string())
+}
+
+/// Reads a time: a number and `us`, `ms`, `s` or `m`.
+fn time(text: &str) -> Result<Nanos, String> {
+    let right = || format!("'{text}' is not a time: write a number and a unit, such as 500ms, 2s or 1m");
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(right)?;
+    let (number, unit) = text.split_at(split);
+    let scale = match unit {
+        "us" => 1_000,
+        "ms" => MILLISECOND,
+        "s" => SECOND,
+        "m" => 60 * SECOND,
+        _ => return Err(right()),
+    };
+    let value = number.parse::<f64>().map_err(|_| right())? * scale as f64;
+    if value.is_finite() && (0.0..=86_400e9).contains(&value) { Ok(value as Nanos) } else { Err(right()) }
+}
+
+fn quantum(text: &str) -> Result<QuantumOption, String> {
+    if text == "auto" { Ok(QuantumOption::Auto) } else { time(text).map(QuantumOption::Fixed) }
+}
+
+fn factor(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|factor| (0.1..=1_000.0).contains(factor))
+        .ok_or_else(|| format!("'{text}' is not a factor: write a number between 0.1 and 1000, such as 5"))
+}
+
+impl Options {
+    /// What the pages are told.
+    pub fn settings(&self) -> Settings {
+        let quantum = match self.quantum {
+            QuantumOption::Fixed(ns) => Quantum::Fixed(ns),
+            QuantumOption::Auto => Quantum::Auto {
+                factor_milli: (self.quantum_factor * 1_000.0) as u32,
+                min: self.quantum_min,
+                max: self.quantum_max.max(self.quantum_min),
+            },
+        };
+        Settings { quantum, idle_grace: self.idle_grace }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_units() {
+        assert_eq!(time("500ms"), Ok(500 * MILLISECOND));
+        assert_eq!(time("1.5s"), Ok(1_500 * MILLISECOND));
+        for bad in ["", "5", "-1s", "s", "1 parsec", "1e99s", "99999999s"] {
+            assert!(time(bad).unwrap_err().contains(&format!("'{bad}'")), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Options::command().debug_assert();
+        let options = Options::parse_from(["nvshare-arbiter", "--quantum", "2s"]);
+        assert_eq!(options.settings().quantum, Quantum::Fixed(2 * SECOND));
+    }
+}

@@ -1,0 +1,471 @@
+//! The loop: one thread around epoll. New connections, hellos, deaths, signals and a timer; nothing in
+//! it waits for a client.
+
+use crate::liveness;
+use crate::options::Options;
+use crate::pages::{self, Served};
+use crate::sampling::{Gpu, Pinned, Source};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, recv,
+    socket, sockopt,
+};
+use nvshare::audit::Process;
+use nvshare::page::{Phase, SlotIndex};
+use nvshare::register::{Hello, Reply, Status, send};
+use nvshare::sync::now;
+use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_for};
+use nvshare::{paths, policy, snapshot::Snapshot};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+/// Between two looks at everything, while there are clients and while there are none.
+const TICK: Nanos = 100 * MILLISECOND;
+const QUIET_TICK: Nanos = SECOND;
+
+/// Between two samples of NVML.
+const SAMPLE_EVERY: Nanos = 500 * MILLISECOND;
+
+/// How long a connection may say nothing.
+const PATIENCE: Nanos = 5 * SECOND;
+
+/// Connections that have said nothing yet; more are turned away.
+const MOST_PENDING: usize = 64;
+
+/// What a descriptor that epoll reports is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Token {
+    Listener,
+    Signals,
+    Owner,
+    Connection(RawFd),
+    Client(u64),
+}
+
+impl Token {
+    fn word(self) -> u64 {
+        match self {
+            Self::Listener => 0,
+            Self::Signals => 1,
+            Self::Owner => 2,
+            Self::Connection(fd) => 1 << 32 | fd as u64,
+            Self::Client(number) => 2 << 32 | number,
+        }
+    }
+
+    fn parse(word: u64) -> Self {
+        match (word >> 32, word & 0xffff_ffff) {
+            (0, 0) => Self::Listener,
+            (0, 1) => Self::Signals,
+            (1, fd) => Self::Connection(fd as RawFd),
+            (2, number) => Self::Client(number),
+            _ => Self::Owner,
+        }
+    }
+}
+
+/// A client that lives.
+struct Live {
+    gpu: usize,
+    slot: SlotIndex,
+    _pidfd: OwnedFd,
+}
+
+struct Pending {
+    fd: OwnedFd,
+    since: Nanos,
+}
+
+/// The arbiter.
+pub struct Server {
+    options: Options,
+    socket: PathBuf,
+    epoll: Epoll,
+    listener: OwnedFd,
+    signals: SignalFd,
+    /// Of the process that started a private arbiter; `None` once it has ended.
+    owner: Option<OwnedFd>,
+    gpus: Vec<Served>,
+    totals: HashMap<GpuUuid, u64>,
+    pinned: Vec<Pinned>,
+    source: Option<Box<dyn Source>>,
+    source_failed: bool,
+    sampled: Nanos,
+    clients: HashMap<u64, Live>,
+    next_client: u64,
+    pending: HashMap<RawFd, Pending>,
+    reported: HashSet<(usize, SlotIndex)>,
+    overdue: HashMap<(usize, SlotIndex), Nanos>,
+}
+
+/// Why the arbiter could not begin to serve.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The socket or the loop could not be made.
+    #[error("{what}: {cause}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// What the kernel said.
+        cause: Errno,
+    },
+    /// A page could not be served.
+    #[error(transparent)]
+    Page(#[from] pages::PageFileError),
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(Errno) -> StartError {
+    let what = what.into();
+    move |cause| StartError::System { what, cause }
+}
+
+impl Server {
+    /// Serves `gpus` in `dir`; takes over what is there.
+    ///
+    /// # Errors
+    /// A page, the socket or the loop cannot be made.
+    pub fn start(
+        options: Options,
+        dir: PathBuf,
+        gpus: Vec<Gpu>,
+        source: Option<Box<dyn Source>>,
+    ) -> Result<Self, StartError> {
+        let path = paths::socket(&dir);
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("no epoll"))?;
+        let mask = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect::<SigSet>();
+        mask.thread_block().map_err(failed("signals cannot be blocked"))?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(failed("no signalfd"))?;
+        let mut served = Vec::new();
+        let mut survivors = Vec::new();
+        for gpu in &gpus {
+            let capacity =
+                granules_for(options.capacity.unwrap_or(gpu.total.saturating_sub(options.headroom)));
+            let (page, alive) = pages::serve(&dir, gpu.uuid, capacity, options.settings())?;
+            if let Some(link) = gpu.link.filter(|_| page.page.audit_counts().0 == 0) {
+                page.page.set_bandwidth(link);
+            }
+            survivors.extend(alive.into_iter().map(|(slot, fd)| (served.len(), slot, fd)));
+            served.push(page);
+        }
+        let listener = bind_socket(&path)?;
+        let owner = options.owner_pid.and_then(|pid| liveness::pidfd(pid as u32).ok());
+        let add = |fd: &dyn AsFd, token: Token| {
+            epoll
+                .add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token.word()))
+                .map_err(failed("a descriptor cannot be watched"))
+        };
+        add(&listener, Token::Listener)?;
+        add(&signals, Token::Signals)?;
+        if let Some(owner) = &owner {
+            add(owner, Token::Owner)?;
+        }
+        let mut server = Self {
+            socket: path,
+            epoll,
+            listener,
+            signals,
+            owner,
+            pinned: served.iter().map(|_| Pinned::default()).collect(),
+            totals: gpus.iter().map(|gpu| (gpu.uuid, gpu.total)).collect(),
+            gpus: served,
+            source,
+            source_failed: false,
+            sampled: 0,
+            clients: HashMap::new(),
+            next_client: 0,
+            pending: HashMap::new(),
+            reported: HashSet::new(),
+            overdue: HashMap::new(),
+            options,
+        };
+        for (gpu, slot, fd) in survivors {
+            server.watch(gpu, slot, fd);
+        }
+        Ok(server)
+    }
+
+    /// Serves until a signal, or until a private arbiter's owner and clients are gone.
+    ///
+    /// # Errors
+    /// epoll's.
+    pub fn run(mut self) -> Result<(), StartError> {
+        let mut events = [EpollEvent::empty(); 64];
+        let mut next_tick = 0;
+        loop {
+            let time = now();
+            if time >= next_tick {
+                self.tick(time);
+                next_tick = now()
+                    + if self.clients.is_empty() && self.pending.is_empty() { QUIET_TICK } else { TICK };
+            }
+            if self.options.exit_when_idle && self.owner.is_none() && self.clients.is_empty() {
+                tracing::info!("nobody is left: ending");
+                return self.end();
+            }
+            let milliseconds = next_tick.saturating_sub(now()).div_ceil(MILLISECOND).min(1_000) as u16;
+            let count = match self.epoll.wait(&mut events, EpollTimeout::from(milliseconds)) {
+                Err(Errno::EINTR) => continue,
+                result => result.map_err(failed("epoll"))?,
+            };
+            for event in &events[..count] {
+                match Token::parse(event.data()) {
+                    Token::Listener => self.accept(),
+                    Token::Signals => {
+                        if let Ok(Some(signal)) = self.signals.read_signal() {
+                            tracing::info!(
+                                signal = signal.ssi_signo,
+                                "ending; clients go on, and the next arbiter takes over"
+                            );
+                            return self.end();
+                        }
+                    }
+                    Token::Owner => {
+                        self.owner = None;
+                    }
+                    Token::Connection(fd) => self.hello(fd),
+                    Token::Client(number) => self.died(number),
+                }
+            }
+        }
+    }
+
+    fn end(self) -> Result<(), StartError> {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        // The pages stay: clients go on with them, and the next arbiter takes them over.
+        let _ = std::fs::remove_file(&self.socket);
+        if self.options.exit_when_idle && self.clients.is_empty() {
+            for served in &self.gpus {
+                let _ = std::fs::remove_file(paths::page(
+                    self.socket.parent().unwrap_or(&self.socket),
+                    served.gpu,
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, gpu: usize, slot: SlotIndex, pidfd: OwnedFd) {
+        let number = self.next_client;
+        self.next_client = (self.next_client + 1) & 0xffff_ffff;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Client(number).word());
+        if let Err(error) = self.epoll.add(&pidfd, event) {
+            tracing::error!("a client cannot be watched, its death will not be seen: {error}");
+        }
+        self.clients.insert(number, Live { gpu, slot, _pidfd: pidfd });
+    }
+
+    fn died(&mut self, number: u64) {
+        self.close(number, "its process ended");
+    }
+
+    fn close(&mut self, number: u64, why: &str) {
+        let Some(live) = self.clients.remove(&number) else { return };
+        let served = &self.gpus[live.gpu];
+        pages::reap(&served.page, served.gpu, live.slot, why);
+        self.pinned[live.gpu].forget(live.slot);
+        self.reported.remove(&(live.gpu, live.slot));
+        self.overdue.remove(&(live.gpu, live.slot));
+    }
+
+    fn accept(&mut self) {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        while let Ok(fd) = accept4(self.listener.as_raw_fd(), flags) {
+            // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
+            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+            if self.pending.len() >= MOST_PENDING {
+                answer(
+                    &fd,
+                    &Reply::refuse(Status::Refused, "too many connections wait to be heard; try again"),
+                    None,
+                );
+                continue;
+            }
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Connection(fd.as_raw_fd()).word());
+            if self.epoll.add(&fd, event).is_ok() {
+                self.pending.insert(fd.as_raw_fd(), Pending { fd, since: now() });
+            }
+        }
+    }
+
+    fn hello(&mut self, fd: RawFd) {
+        let Some(pending) = self.pending.remove(&fd) else { return };
+        let fd = pending.fd;
+        let mut bytes = [0; 2 * size_of::<Hello>()];
+        let length = match recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+            // A connection that ends without a word asked whether somebody is here.
+            Ok(0) | Err(_) => return,
+            Ok(length) => length,
+        };
+        match self.register(&fd, &bytes[..length]) {
+            Ok((page, slot)) => answer(&fd, &Reply::welcome(slot), Some(page)),
+            Err(refusal) => {
+                tracing::warn!("a client is refused: {}", refusal.text());
+                answer(&fd, &refusal, None);
+            }
+        }
+    }
+
+    /// Opens a slot for whoever is at the other end.
+    fn register(&mut self, fd: &OwnedFd, bytes: &[u8]) -> Result<(OwnedFd, SlotIndex), Box<Reply>> {
+        let hello = Hello::read(bytes)?;
+        let refuse = |why: String| Reply::refuse(Status::Refused, &why);
+        let wanted = GpuUuid(hello.gpu);
+        let index = self.gpus.iter().position(|served| served.gpu == wanted).ok_or_else(|| {
+            let known: Vec<_> = self.gpus.iter().map(|served| served.gpu.to_string()).collect();
+            Reply::refuse(
+                Status::UnknownGpu,
+                &format!("no GPU {wanted} is served here; there is {}", known.join(", ")),
+            )
+        })?;
+        let peer = getsockopt(fd, sockopt::PeerCredentials)
+            .map_err(|error| refuse(format!("the kernel does not tell who asks: {error}")))?;
+        let pid = peer.pid() as u32;
+        let gone = || {
+            refuse(format!(
+                "process {pid} cannot be seen from the arbiter; it has ended, or is in a pid namespace that the arbiter cannot see into"
+            ))
+        };
+        let pidfd = liveness::pidfd(pid).map_err(|_| gone())?;
+        let started = liveness::started(pid).ok_or_else(gone)?;
+        let served = &self.gpus[index];
+        let process = Process { pid, started };
+        let slot = served.page.open_slot(process, &hello.name(), hello.weight.max(1)).ok_or_else(|| {
+            Reply::refuse(
+                Status::Full,
+                &format!(
+                    "all {} slots of {wanted} are taken; end a client first (`nvshare status` lists them)",
+                    nvshare::page::SLOTS
+                ),
+            )
+        })?;
+        tracing::info!(gpu = %wanted, slot = slot.get(), pid, client = hello.name(), "registered");
+        let page = served.file.as_fd().try_clone_to_owned();
+        self.watch(index, slot, pidfd);
+        // Its context is there already, or soon: look at once.
+        self.sampled = 0;
+        let page = page.map_err(|error| refuse(format!("the arbiter has no descriptor left: {error}")))?;
+        Ok((page, slot))
+    }
+
+    fn tick(&mut self, time: Nanos) {
+        self.pending.retain(|_, pending| time.saturating_sub(pending.since) < PATIENCE);
+        let left: Vec<_> = self
+            .clients
+            .iter()
+            .filter(|(_, live)| self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving)
+            .map(|(number, _)| *number)
+            .collect();
+        left.into_iter().for_each(|number| self.close(number, "left"));
+        for served in &self.gpus {
+            served.page.beat(time);
+            pages::audit(&served.page, served.gpu);
+        }
+        self.look_for_unresponsive(time);
+        if time.saturating_sub(self.sampled) >= SAMPLE_EVERY {
+            self.sampled = time;
+            self.sample();
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+    }
+
+    fn sample(&mut self) {
+        let Some(source) = &self.source else { return };
+        for (served, pinned) in self.gpus.iter().zip(&mut self.pinned) {
+            match pinned.sample(&served.page, source.as_ref()) {
+                Ok(changed) => {
+                    if changed | resize(&self.options, &self.totals, served, source.as_ref()) {
+                        served.page.decide();
+                    }
+                    self.source_failed = false;
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut self.source_failed, true) {
+                        tracing::warn!(gpu = %served.gpu, "NVML does not answer, contexts are not counted meanwhile: {error}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reports clients that hold the GPU though somebody waits and their right to it has ended: stopped
+    /// by a signal or a debugger, or stuck in a kernel. Memory is never taken from them.
+    fn look_for_unresponsive(&mut self, time: Nanos) {
+        for (index, served) in self.gpus.iter().enumerate() {
+            let snapshot = Snapshot::take(&served.page, served.page.admitted());
+            let awaited = policy::first_waiter(&snapshot).is_some();
+            for (slot, view) in snapshot.clients() {
+                let key = (index, slot);
+                let recalled = !snapshot.admitted.contains(slot)
+                    && matches!(view.phase, Phase::Running | Phase::Filling | Phase::Draining);
+                let sits = awaited && snapshot.admitted.contains(slot) && view.phase == Phase::Waiting;
+                if !recalled && !sits {
+                    self.overdue.remove(&key);
+                    self.reported.remove(&key);
+                    continue;
+                }
+                let since = *self.overdue.entry(key).or_insert(time);
+                if time - since < self.options.unresponsive_after || !self.reported.insert(key) {
+                    continue;
+                }
+                let Some(details) = served.page.details(slot) else { continue };
+                tracing::warn!(
+                    gpu = %served.gpu,
+                    slot = slot.get(),
+                    pid = details.owner.pid,
+                    client = details.name,
+                    phase = view.phase.name(),
+                    "it has not given way for {}: it is stopped (SIGSTOP, a debugger) or runs a kernel that long; others wait. Continue or end it",
+                    format_nanos(time - since)
+                );
+                if self.options.kill_unresponsive {
+                    let pid = nix::unistd::Pid::from_raw(details.owner.pid as i32);
+                    let killed = nix::sys::signal::kill(pid, Signal::SIGKILL);
+                    tracing::warn!(gpu = %served.gpu, %pid, "killed it, as --kill-unresponsive says: {killed:?}");
+                }
+            }
+        }
+    }
+}
+
+/// A pool that is sized by itself follows what programs outside nvshare take. True if it changed.
+fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, source: &dyn Source) -> bool {
+    if options.capacity.is_some() {
+        return false;
+    }
+    let (Some(total), Ok(used)) = (totals.get(&served.gpu), source.used(served.gpu)) else { return false };
+    let page = &served.page;
+    let clients: HashSet<_> =
+        page.occupied().iter().filter_map(|slot| page.owner(slot)).map(|owner| owner.pid).collect();
+    let foreign: u64 = used.iter().filter(|(pid, _)| !clients.contains(pid)).map(|(_, bytes)| bytes).sum();
+    let capacity = granules_for(total.saturating_sub(options.headroom).saturating_sub(foreign));
+    // A few granules more or less are not worth a decision.
+    if capacity.abs_diff(page.capacity()) < 16 {
+        return false;
+    }
+    tracing::info!(gpu = %served.gpu, from = page.capacity(), to = capacity, "programs outside nvshare have changed what they take: the pool, in granules");
+    page.set_capacity(capacity)
+}
+
+fn answer(fd: &OwnedFd, reply: &Reply, page: Option<OwnedFd>) {
+    // A client that is gone, or that has filled its own socket, learns nothing: its loss.
+    let _ = send(fd.as_fd(), bytemuck::bytes_of(reply), page.as_ref().map(AsFd::as_fd));
+}
+
+/// Binds the socket. Who may connect is a matter of the directory's permissions.
+fn bind_socket(path: &std::path::Path) -> Result<OwnedFd, StartError> {
+    let what = || format!("the socket {} cannot be made", path.display());
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed(what()))?;
+    // This arbiter holds the directory's lock: a socket that is there is a dead one's.
+    let _ = std::fs::remove_file(path);
+    bind(fd.as_raw_fd(), &UnixAddr::new(path).map_err(failed(what()))?).map_err(failed(what()))?;
+    let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+    let _ = std::fs::set_permissions(path, everybody);
+    listen(&fd, Backlog::MAXCONN).map_err(failed(what()))?;
+    Ok(fd)
+}

@@ -1,0 +1,146 @@
+//! `nvshare run`: a program on the shared GPUs.
+
+use crate::{Failure, node, status};
+use nix::sys::signal::{SigSet, Signal};
+use nvshare::paths;
+use nvshare::units::{format_size, parse_size};
+use std::ffi::OsString;
+use std::io::ErrorKind;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+/// Options of `nvshare run`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  nvshare run -- python3 train.py
+  nvshare run --capacity 14.9GiB -- python3 train.py     a large GPU stands in for a small one
+  nvshare run --name notebook -- jupyter lab
+
+Without an arbiter on this machine, a private one is started; it ends after the last program.")]
+pub struct Options {
+    /// Size of each GPU's pool, if this starts the arbiter
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    capacity: Option<u64>,
+    /// How long a client runs while others wait, if this starts the arbiter: auto, or a time such as 500ms
+    #[arg(long, value_name = "auto|TIME")]
+    quantum: Option<String>,
+    /// Where the arbiter's socket is
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// What the program is called in `nvshare status` [default: its own name]
+    #[arg(long)]
+    name: Option<String>,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
+    program: Vec<OsString>,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| error.to_string())
+}
+
+/// Signals that a terminal or an operator sends, for the program to decide about.
+const FORWARDED: [Signal; 8] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGCONT,
+    Signal::SIGWINCH,
+];
+
+/// Runs the program, and ends as it ends.
+///
+/// # Errors
+/// The program or the arbiter cannot be started.
+pub fn run(options: Options) -> Result<ExitCode, Failure> {
+    let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
+    let shim = node::shim()?;
+    if node::answers(&dir) {
+        check_capacity(&dir, options.capacity);
+    } else {
+        let mut arguments = Vec::new();
+        if let Some(capacity) = options.capacity {
+            arguments.extend(["--capacity".to_owned(), capacity.to_string()]);
+        }
+        if let Some(quantum) = &options.quantum {
+            arguments.extend(["--quantum".to_owned(), quantum.clone()]);
+        }
+        if node::start_arbiter(&dir, &arguments, &[])?.is_none() {
+            check_capacity(&dir, options.capacity);
+        }
+    }
+    let mut preload = OsString::from(&shim);
+    if let Some(before) = std::env::var_os("LD_PRELOAD").filter(|value| !value.is_empty()) {
+        preload.push(":");
+        preload.push(before);
+    }
+    let mut command = Command::new(&options.program[0]);
+    command.args(&options.program[1..]).env("LD_PRELOAD", preload).env(paths::RUNTIME_DIR, &dir);
+    if std::env::var_os("CUDA_MODULE_LOADING").is_none() {
+        command.env("CUDA_MODULE_LOADING", "LAZY");
+    }
+    if let Some(name) = &options.name {
+        command.env("NVSHARE_CLIENT_NAME", name);
+    }
+    supervise(command, &options.program[0])
+}
+
+/// A pool has one size; who asks for another is told.
+fn check_capacity(dir: &std::path::Path, wanted: Option<u64>) {
+    let Some(wanted) = wanted else { return };
+    for gpu in status::read(dir).map(|node| node.gpus).unwrap_or_default() {
+        if gpu.capacity_bytes.abs_diff(wanted) >= nvshare::GRANULE {
+            eprintln!(
+                "nvshare: --capacity {}: an arbiter runs already and has {} of {}; it keeps them",
+                format_size(wanted),
+                format_size(gpu.capacity_bytes),
+                gpu.uuid
+            );
+        }
+    }
+}
+
+/// Starts the program, passes signals on to it, and takes over its exit status.
+fn supervise(mut command: Command, program: &OsString) -> Result<ExitCode, Failure> {
+    let fail = |error: nix::Error| Failure::with_status(1, format!("signals cannot be passed on: {error}"));
+    let mut waited: SigSet = FORWARDED.into_iter().collect();
+    waited.add(Signal::SIGCHLD);
+    let before = waited.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).map_err(fail)?;
+    // SAFETY: sigprocmask is allowed between fork and exec. The program gets the mask that we had.
+    unsafe { command.pre_exec(move || before.thread_set_mask().map_err(std::io::Error::from)) };
+    let name = program.to_string_lossy();
+    let mut child = command.spawn().map_err(|error| match error.kind() {
+        ErrorKind::NotFound => Failure::with_status(127, format!("{name}: no such program")),
+        ErrorKind::PermissionDenied => Failure::with_status(126, format!("{name}: cannot be run: {error}")),
+        _ => Failure::with_status(126, format!("{name}: {error}")),
+    })?;
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    loop {
+        match waited.wait().map_err(fail)? {
+            Signal::SIGCHLD => {
+                let ended = child.try_wait().map_err(|error| Failure::with_status(1, error.to_string()))?;
+                if let Some(status) = ended {
+                    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+                    return Ok(ExitCode::from(code as u8));
+                }
+            }
+            // A terminal sends SIGINT to the whole group: the program has it already.
+            signal => {
+                if signal != Signal::SIGINT
+                    || nix::unistd::getpgrp() != nix::unistd::getpgid(Some(pid)).unwrap_or(pid)
+                    || !at_terminal()
+                {
+                    let _ = nix::sys::signal::kill(pid, signal);
+                }
+            }
+        }
+    }
+}
+
+fn at_terminal() -> bool {
+    std::io::IsTerminal::is_terminal(&std::io::stdin())
+}

@@ -1,0 +1,263 @@
+//! `nvshare status`: what the pages of this node say.
+//!
+//! It reads the pages itself and asks nobody, so it works while the arbiter is down, and shows what every
+//! client sees.
+
+use crate::Failure;
+use nvshare::map::MappedPage;
+use nvshare::page::{Direction, Page, SLOTS, SlotIndex};
+use nvshare::snapshot::Snapshot;
+use nvshare::sync::now;
+use nvshare::units::{GRANULE, Granules, SECOND, bytes_of, format_nanos, format_size};
+use nvshare::{paths, policy};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// Options of `nvshare status`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  nvshare status
+  nvshare status --json | jq '.gpus[].clients[] | {name, phase}'")]
+pub struct Options {
+    /// One JSON object, for programs
+    #[arg(long)]
+    json: bool,
+    /// Where the pages are
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+}
+
+/// All GPUs of a node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Node {
+    /// The GPUs that have a page, by UUID.
+    pub gpus: Vec<Gpu>,
+    /// Pages that cannot be read, and why.
+    pub unreadable: Vec<String>,
+}
+
+/// One GPU.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// Its UUID.
+    pub uuid: String,
+    /// Bytes in the pool.
+    pub capacity_bytes: u64,
+    /// Bytes that are free; negative is a debt.
+    pub free_bytes: i64,
+    /// Bytes of all clients' contexts.
+    pub pinned_bytes: u64,
+    /// Measured or assumed bandwidth into the GPU, bytes a second.
+    pub bandwidth_in: u64,
+    /// The same out of it.
+    pub bandwidth_out: u64,
+    /// The arbiter's pid.
+    pub arbiter_pid: u32,
+    /// Whether it was alive within the last 3 s.
+    pub arbiter_alive: bool,
+    /// How many arbiters the page has had.
+    pub arbiter_generation: u32,
+    /// Times that the books were checked.
+    pub audits: u64,
+    /// Times that they did not balance and were repaired.
+    pub repaired: u64,
+    /// Clients that were cleaned up after.
+    pub reaped: u64,
+    /// The clients, by slot.
+    pub clients: Vec<Client>,
+}
+
+/// One client.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Client {
+    /// Its slot.
+    pub slot: usize,
+    /// Its process, as the arbiter sees it.
+    pub pid: u32,
+    /// What it calls itself.
+    pub name: String,
+    /// idle, waiting, filling, running, draining or leaving.
+    pub phase: String,
+    /// Whether it may load and run.
+    pub admitted: bool,
+    /// Bytes that its allocations need.
+    pub demand_bytes: u64,
+    /// Bytes of them on the GPU.
+    pub resident_bytes: u64,
+    /// Bytes of its context.
+    pub pinned_bytes: u64,
+    /// How long it has been waiting, ns; null if it does not wait.
+    pub waiting_ns: Option<u64>,
+    /// How long its slice lasts yet, ns; null if nobody waits for its end.
+    pub slice_left_ns: Option<u64>,
+    /// Times that it was admitted and filled.
+    pub slices: u64,
+    /// Times that it gave way.
+    pub yields: u64,
+    /// Bytes copied to the GPU.
+    pub bytes_in: u64,
+    /// Bytes copied to the host.
+    pub bytes_out: u64,
+    /// Time spent copying in, ns.
+    pub fill_ns: u64,
+    /// Time spent copying out, ns.
+    pub evict_ns: u64,
+    /// Time spent running in slices that have ended, ns.
+    pub run_ns: u64,
+}
+
+/// Reads all pages of a runtime directory.
+///
+/// # Errors
+/// The directory has none.
+pub fn read(dir: &Path) -> Result<Node, Failure> {
+    let nothing = |why: &str| {
+        Failure::usage(format!(
+            "{}: {why}. Start nvshare-arbiter or a program with `nvshare run`, or name the directory with --runtime-dir",
+            dir.display()
+        ))
+    };
+    let pages =
+        paths::pages(dir).map_err(|error| nothing(&format!("there is no nvshare node here ({error})")))?;
+    let mut node = Node { gpus: Vec::new(), unreadable: Vec::new() };
+    for (_, path) in pages {
+        let page = File::options()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|error| error.to_string())
+            .and_then(|file| MappedPage::open(file).map_err(|error| error.to_string()));
+        match page {
+            Ok(page) => node.gpus.push(gpu(&page)),
+            Err(why) => node.unreadable.push(format!("{}: {why}", path.display())),
+        }
+    }
+    if node.gpus.is_empty() && node.unreadable.is_empty() {
+        return Err(nothing("no arbiter has made a page here"));
+    }
+    Ok(node)
+}
+
+fn gpu(page: &Page) -> Gpu {
+    let time = now();
+    let snapshot = Snapshot::take(page, page.admitted());
+    let (arbiter_pid, arbiter_generation, heartbeat) = page.arbiter();
+    let (audits, repaired, reaped) = page.audit_counts();
+    let pinned: u64 = snapshot.clients().map(|(_, view)| bytes_of(view.pinned)).sum();
+    Gpu {
+        uuid: page.gpu().to_string(),
+        capacity_bytes: bytes_of(snapshot.capacity),
+        free_bytes: i64::from(snapshot.free) * GRANULE as i64,
+        pinned_bytes: pinned,
+        bandwidth_in: page.bandwidth(Direction::In),
+        bandwidth_out: page.bandwidth(Direction::Out),
+        arbiter_pid,
+        arbiter_alive: time.saturating_sub(heartbeat) < 3 * SECOND,
+        arbiter_generation,
+        audits,
+        repaired,
+        reaped,
+        clients: (0..SLOTS)
+            .filter_map(SlotIndex::new)
+            .filter_map(|slot| client(page, &snapshot, slot, time))
+            .collect(),
+    }
+}
+
+fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Option<Client> {
+    let details = page.details(slot)?;
+    let bytes = |granules: Granules| bytes_of(granules);
+    let waiting = (details.wait_since != 0).then(|| time.saturating_sub(details.wait_since));
+    Some(Client {
+        slot: slot.get(),
+        pid: details.owner.pid,
+        name: details.name,
+        phase: details.view.phase.name().into(),
+        admitted: snapshot.admitted.contains(slot),
+        demand_bytes: bytes(details.view.demand),
+        resident_bytes: bytes(details.view.resident),
+        pinned_bytes: bytes(details.view.pinned),
+        waiting_ns: waiting,
+        slice_left_ns: policy::slice_end(snapshot, slot)
+            .filter(|_| snapshot.admitted.contains(slot))
+            .map(|end| end.saturating_sub(time)),
+        slices: details.slices,
+        yields: details.yields,
+        bytes_in: details.bytes_in,
+        bytes_out: details.bytes_out,
+        fill_ns: details.fill_ns,
+        evict_ns: details.evict_ns,
+        run_ns: details.run_ns,
+    })
+}
+
+/// Prints the status.
+///
+/// # Errors
+/// There is nothing to show, or some page cannot be read.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
+    let node = read(&dir)?;
+    if options.json {
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&node)
+                .map_err(|error| Failure::with_status(1, error.to_string()))?
+        );
+    } else {
+        node.gpus.iter().for_each(print);
+    }
+    if node.unreadable.is_empty() { Ok(()) } else { Err(Failure::usage(node.unreadable.join("\n         "))) }
+}
+
+fn print(gpu: &Gpu) {
+    let arbiter = if gpu.arbiter_alive { "alive" } else { "NOT ALIVE: no new clients until it is back" };
+    let free = if gpu.free_bytes < 0 {
+        format!("{} owed", format_size(gpu.free_bytes.unsigned_abs()))
+    } else {
+        format!("{} free", format_size(gpu.free_bytes as u64))
+    };
+    println!(
+        "{}  {} pool, {free}, {} in contexts",
+        gpu.uuid,
+        format_size(gpu.capacity_bytes),
+        format_size(gpu.pinned_bytes)
+    );
+    println!(
+        "  arbiter {} {arbiter}; link {}/s in, {}/s out",
+        gpu.arbiter_pid,
+        format_size(gpu.bandwidth_in),
+        format_size(gpu.bandwidth_out)
+    );
+    if gpu.clients.is_empty() {
+        println!("  no clients");
+        return;
+    }
+    let mut table = comfy_table::Table::new();
+    table.load_preset(comfy_table::presets::NOTHING);
+    table.set_header([
+        "slot", "pid", "name", "phase", "needs", "on GPU", "context", "since", "slices", "in", "out",
+    ]);
+    for client in &gpu.clients {
+        let since = match (client.waiting_ns, client.slice_left_ns) {
+            (Some(ns), _) => format!("waits {}", format_nanos(ns)),
+            (None, Some(ns)) => format!("{} left", format_nanos(ns)),
+            (None, None) => "-".into(),
+        };
+        table.add_row([
+            client.slot.to_string(),
+            client.pid.to_string(),
+            client.name.clone(),
+            client.phase.clone(),
+            format_size(client.demand_bytes),
+            format_size(client.resident_bytes),
+            format_size(client.pinned_bytes),
+            since,
+            client.slices.to_string(),
+            format_size(client.bytes_in),
+            format_size(client.bytes_out),
+        ]);
+    }
+    println!("{table}");
+}
