@@ -86,8 +86,11 @@ fn lock(dir: &Path) -> Result<Flock<File>, String> {
     }
 }
 
+/// NVML, if there is one.
+type Sampler = Option<Box<dyn Source>>;
+
 /// The GPUs to serve, and where samples come from.
-fn gpus(options: &Options) -> Result<(Vec<Gpu>, Option<Box<dyn Source>>), String> {
+fn gpus(options: &Options) -> Result<(Vec<Gpu>, Sampler), String> {
     let source = match NvmlSource::open(&options.nvml_library) {
         Ok(source) => source,
         Err(error) => {

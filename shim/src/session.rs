@@ -247,7 +247,7 @@ pub fn initialise() -> Result<(), CuResult> {
     })?;
     static ATFORK: OnceLock<()> = OnceLock::new();
     ATFORK.get_or_init(|| {
-        // SAFETY: the handler only stores into an atomic, which is allowed after a fork.
+        // SAFETY: the handler stores into atomics and wakes nobody's futex but its own, which is allowed after a fork.
         unsafe { libc::pthread_atfork(None, None, Some(forget)) };
     });
     let path = paths::socket(&paths::runtime_dir());
@@ -270,6 +270,7 @@ fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<()
 extern "C" fn forget() {
     if ATTACHED.load(Ordering::Relaxed) > 0 {
         FORGOTTEN.store(true, Ordering::Relaxed);
+        crate::hostpool::forget();
         // The child has the parent's gate and none of its engines.
         GATE.open();
     }

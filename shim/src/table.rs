@@ -258,7 +258,6 @@ pub fn by_version(base: &[u8], version: u32, per_thread: bool) -> Option<&'stati
 }
 
 /// The driver's address of an exported symbol, whether or not the table knows it.
-#[allow(dead_code)]
 pub fn real_address(export: &CStr) -> Option<usize> {
     match by_export(export.to_bytes()).and_then(|entry| entry.hooked) {
         Some(hooked) => hooked.real.get(),

@@ -35,6 +35,7 @@ def main():
     parser.add_argument("--n", type=int, default=28_000)
     parser.add_argument("--iterations", type=int, default=4_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sync-every", type=int, default=0, help="wait for the GPU after so many iterations")
     parser.add_argument("--barrier", help="a file: start when --parties processes have reached it")
     parser.add_argument("--parties", type=int, default=1)
     arguments = parser.parse_args()
@@ -54,8 +55,10 @@ def main():
     barrier(arguments.barrier, arguments.parties)
 
     start = time.monotonic()
-    for _ in range(arguments.iterations):
+    for iteration in range(arguments.iterations):
         z = torch.add(x, y)
+        if arguments.sync_every and iteration % arguments.sync_every == 0:
+            torch.cuda.synchronize()
     torch.cuda.synchronize()
     end = time.monotonic()
 

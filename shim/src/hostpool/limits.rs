@@ -4,13 +4,17 @@
 //! Three bounds, and the tightest one holds: what the user set, what the control group still allows (v2
 //! `memory.max` and v1 `memory.limit_in_bytes`, of the group and of every group above it), and what the
 //! machine has left (`MemAvailable`). The last two keep a reserve for everybody else.
+//!
+//! A group's usage counts the page cache, and a job that has read its data set is at the limit for that
+//! alone. The kernel drops such pages before it kills, so the inactive ones do not count here (as they do
+//! not count in Kubernetes' working set).
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 /// Bytes that may still be taken, and what sets the bound.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Room {
+pub struct HostLimits {
     /// Bytes left.
     pub bytes: u64,
     /// For a person: where the bound comes from.
@@ -24,63 +28,78 @@ fn less_reserve(limit: u64, used: u64) -> u64 {
     limit.saturating_sub(used).saturating_sub(RESERVE.max(limit / 20))
 }
 
+/// From here on a limit in version 1 means "none": the kernel writes the largest multiple of a page there.
+const UNLIMITED: u64 = 1 << 62;
+
 fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// What the machine and the control groups leave, read below `root` (`/` but in tests).
-pub fn probe(root: &Path) -> Room {
-    let machine = machine(root);
-    groups(root)
-        .into_iter()
-        .chain(machine)
-        .min_by_key(|room| room.bytes)
-        .unwrap_or(Room { bytes: u64::MAX, bound: "nothing".into() })
+impl HostLimits {
+    /// What the machine and the control groups leave, read below `root` (`/` but in tests).
+    pub fn probe(root: &Path) -> Self {
+        groups(root)
+            .into_iter()
+            .chain(machine(root))
+            .min_by_key(|limits| limits.bytes)
+            .unwrap_or(Self { bytes: u64::MAX, bound: "nothing".into() })
+    }
 }
 
-fn machine(root: &Path) -> Option<Room> {
+fn machine(root: &Path) -> Option<HostLimits> {
     let text = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let field = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name))?;
         line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
     };
     let (total, available) = (field("MemTotal:")?, field("MemAvailable:")?);
-    Some(Room {
+    Some(HostLimits {
         bytes: less_reserve(total, total.saturating_sub(available)),
         bound: "the machine's free memory (MemAvailable)".into(),
     })
 }
 
-/// A room for each control group that limits memory, from the process's own up to the root.
-fn groups(root: &Path) -> Vec<Room> {
+/// What each control group that limits memory leaves, from the process's own up to the root.
+fn groups(root: &Path) -> Vec<HostLimits> {
     let Ok(text) = fs::read_to_string(root.join("proc/self/cgroup")) else { return Vec::new() };
-    let mut rooms = Vec::new();
+    let mut left = Vec::new();
     for line in text.lines() {
         let mut fields = line.splitn(3, ':');
         let (Some(_), Some(controllers), Some(path)) = (fields.next(), fields.next(), fields.next()) else {
             continue;
         };
-        let (base, limit, usage) = if controllers.is_empty() {
-            ("sys/fs/cgroup", "memory.max", "memory.current")
+        let (base, limit, usage, cache) = if controllers.is_empty() {
+            ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
         } else if controllers.split(',').any(|name| name == "memory") {
-            ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         } else {
             continue;
         };
         let base = root.join(base);
-        // In a container the path is the host's, and only the mount's root is there.
-        let own = PathBuf::from(path.trim_start_matches('/'));
+        // In a container the path is the host's, and only the mount's root is there. A process moved out
+        // of its namespace's root sees `/../..`, which would lead out of the mount.
+        let own: PathBuf =
+            Path::new(path).components().filter(|part| matches!(part, Component::Normal(_))).collect();
         for group in own.ancestors().map(|part| base.join(part)) {
-            if let Some(limit_bytes) = number(&group.join(limit)) {
+            let limit_bytes = number(&group.join(limit)).filter(|bytes| *bytes < UNLIMITED);
+            if let Some(limit_bytes) = limit_bytes {
                 let used = number(&group.join(usage)).unwrap_or(0);
-                rooms.push(Room {
+                let used = used.saturating_sub(inactive(&group, cache));
+                left.push(HostLimits {
                     bytes: less_reserve(limit_bytes, used),
                     bound: format!("the control group's {}", group.join(limit).display()),
                 });
             }
         }
     }
-    rooms
+    left
+}
+
+/// Bytes of page cache that the group can lose at once.
+fn inactive(group: &Path, name: &str) -> u64 {
+    let Ok(text) = fs::read_to_string(group.join("memory.stat")) else { return 0 };
+    let mut fields = text.lines().filter_map(|line| line.split_once(' '));
+    fields.find(|(key, _)| *key == name).and_then(|(_, value)| value.trim().parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -107,7 +126,7 @@ mod tests {
     #[test]
     fn the_machine_bounds_it() {
         let root = tree("machine", &[meminfo(100 * GIB, 50 * GIB)]);
-        assert_eq!(probe(&root).bytes, 45 * GIB);
+        assert_eq!(HostLimits::probe(&root).bytes, 45 * GIB);
         fs::remove_dir_all(root).unwrap();
     }
 
@@ -123,9 +142,9 @@ mod tests {
                 ("sys/fs/cgroup/pods/memory.current", (10 * GIB).to_string()),
             ],
         );
-        let room = probe(&root);
-        assert_eq!(room.bytes, 9 * GIB);
-        assert!(room.bound.contains("pods/memory.max"), "{}", room.bound);
+        let limits = HostLimits::probe(&root);
+        assert_eq!(limits.bytes, 9 * GIB);
+        assert!(limits.bound.contains("pods/memory.max"), "{}", limits.bound);
         fs::remove_dir_all(root).unwrap();
     }
 
@@ -139,7 +158,79 @@ mod tests {
                 ("sys/fs/cgroup/memory/job/memory.usage_in_bytes", (7 * GIB).to_string()),
             ],
         );
-        assert_eq!(probe(&root).bytes, GIB - 8 * GIB / 20);
+        assert_eq!(HostLimits::probe(&root).bytes, GIB - 8 * GIB / 20);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn the_group_itself_counts_when_it_is_tighter_than_those_above() {
+        let root = tree(
+            "nested",
+            &[
+                meminfo(100 * GIB, 100 * GIB),
+                ("proc/self/cgroup", "0::/pods/job/step\n".into()),
+                ("sys/fs/cgroup/pods/job/step/memory.max", (4 * GIB).to_string()),
+                ("sys/fs/cgroup/pods/job/memory.max", (8 * GIB).to_string()),
+                ("sys/fs/cgroup/pods/memory.max", "max\n".into()),
+            ],
+        );
+        // 5 % of 4 GiB would be less than the least reserve.
+        assert_eq!(HostLimits::probe(&root).bytes, 4 * GIB - RESERVE);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_container_sees_only_its_own_group_at_the_root_of_the_mount() {
+        let root = tree(
+            "container",
+            &[
+                ("proc/self/cgroup", "0::/../../kubepods/elsewhere\n".into()),
+                ("sys/fs/cgroup/memory.max", (40 * GIB).to_string()),
+                ("memory.max", GIB.to_string()),
+            ],
+        );
+        assert_eq!(HostLimits::probe(&root).bytes, 38 * GIB);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn page_cache_is_not_in_the_way() {
+        let root = tree(
+            "cache",
+            &[
+                ("proc/self/cgroup", "0::/job\n".into()),
+                ("sys/fs/cgroup/job/memory.max", (20 * GIB).to_string()),
+                ("sys/fs/cgroup/job/memory.current", (19 * GIB).to_string()),
+                ("sys/fs/cgroup/job/memory.stat", format!("anon 5\ninactive_file {}\nfile 7\n", 9 * GIB)),
+            ],
+        );
+        assert_eq!(HostLimits::probe(&root).bytes, 9 * GIB);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_group_of_the_first_version_without_a_limit_bounds_nothing() {
+        let root = tree(
+            "v1-none",
+            &[
+                ("proc/self/cgroup", "4:memory:/\n".into()),
+                ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n".into()),
+            ],
+        );
+        assert_eq!(HostLimits::probe(&root).bytes, u64::MAX);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn a_group_smaller_than_the_reserve_leaves_nothing() {
+        let root = tree(
+            "small",
+            &[
+                ("proc/self/cgroup", "0::/job\n".into()),
+                ("sys/fs/cgroup/job/memory.max", (200u64 << 20).to_string()),
+            ],
+        );
+        assert_eq!(HostLimits::probe(&root).bytes, 0);
         fs::remove_dir_all(root).unwrap();
     }
 
@@ -149,8 +240,8 @@ mod tests {
             "garbage",
             &[("proc/self/cgroup", "::::\nfoo\n0::\n".into()), ("proc/meminfo", "MemTotal: lots".into())],
         );
-        assert_eq!(probe(&root).bytes, u64::MAX);
-        assert_eq!(probe(Path::new("/nowhere/at/all")).bytes, u64::MAX);
+        assert_eq!(HostLimits::probe(&root).bytes, u64::MAX);
+        assert_eq!(HostLimits::probe(Path::new("/nowhere/at/all")).bytes, u64::MAX);
         fs::remove_dir_all(root).unwrap();
     }
 }

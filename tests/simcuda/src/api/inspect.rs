@@ -1,0 +1,33 @@
+//! What tests ask the simulator itself.
+
+use std::ffi::{c_int, c_uint};
+
+use simstate::{Counters, ProcessUsage, ledger};
+
+use crate::abi::{Error, Out};
+use crate::driver::driver;
+
+/// Writes what happened on a GPU in all processes since its segment was made: [`Counters`], eight 64-bit numbers in
+/// the order bytes in, bytes out, launches, illegal accesses, refused allocations, `cuMemCreate` calls, managed pages
+/// brought in, managed pages driven out. Needs `cuInit`.
+#[unsafe(no_mangle)]
+extern "C" fn nvsharesim_counters(gpu: c_uint, counters: Out<Counters>) -> c_int {
+    super::enter("nvsharesim_counters", || {
+        let gpu = driver()?.segment.gpu(gpu as usize).ok_or(Error::INVALID_DEVICE)?;
+        counters.set(gpu.counters())
+    })
+}
+
+/// Writes what every living process uses of a GPU, as many [`ProcessUsage`] as there is room for, and sets `count`,
+/// which says how much room there is, to how many processes there are. Needs `cuInit`.
+#[unsafe(no_mangle)]
+extern "C" fn nvsharesim_usage(gpu: c_uint, usage: Out<ProcessUsage>, count: Out<c_uint>) -> c_int {
+    super::enter("nvsharesim_usage", || {
+        let gpu = driver()?.segment.gpu(gpu as usize).ok_or(Error::INVALID_DEVICE)?;
+        let room = count.get()? as usize;
+        let all = ledger::usage(gpu);
+        count.set(all.len() as c_uint)?;
+        usage.fill(all.into_iter(), room);
+        Ok(())
+    })
+}

@@ -1,0 +1,394 @@
+//! Allocations, host memory, managed memory, and what is known about a pointer.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::sync::Arc;
+
+use super::driver_api;
+use crate::abi::{
+    Error, Handle, In, LOCATION_DEVICE, MEMORYTYPE_DEVICE, MEMORYTYPE_HOST, MemLocation, Out, Result,
+};
+use crate::context::{self, Context, Null};
+use crate::driver::{Driver, driver, lock};
+use crate::graph;
+use crate::memory::backing::Physical;
+use crate::memory::va::{self, Access, Kind};
+use crate::op::{Op, Prefetch};
+
+/// `cuMemAlloc` takes memory in units of this size.
+const UNIT: u64 = 64 << 10;
+
+driver_api! {
+    fn cuMemGetInfo_v2(free: Out<usize>, total: Out<usize>) {
+        let context = context::healthy()?;
+        let capacity = driver()?.segment.memory();
+        let used = context.core.device.ledger()?.used();
+        free.set_if_wanted(capacity.saturating_sub(used) as usize);
+        total.set_if_wanted(capacity as usize);
+        Ok(())
+    }
+
+    fn cuMemAlloc_v2(pointer: Out<u64>, bytes: usize) {
+        pointer.required()?;
+        pointer.set(self::allocate(bytes as u64)?)
+    }
+
+    fn cuMemAllocPitch_v2(pointer: Out<u64>, pitch: Out<usize>, width: usize, height: usize, element: c_uint) {
+        pointer.required()?;
+        pitch.required()?;
+        if !matches!(element, 4 | 8 | 16) {
+            return Err(Error::INVALID_VALUE);
+        }
+        let row = width.checked_next_multiple_of(512).ok_or(Error::INVALID_VALUE)?;
+        let bytes = row.checked_mul(height).ok_or(Error::INVALID_VALUE)?;
+        pointer.set(self::allocate(bytes as u64)?)?;
+        pitch.set(row)
+    }
+
+    /// Waits for the work of the context first, as the real one does.
+    fn cuMemFree_v2(pointer: u64) {
+        let context = context::healthy()?;
+        if pointer == 0 {
+            return Ok(());
+        }
+        graph::refuse_unsafe(&context.core)?;
+        let freeable = |kind: &Kind| matches!(kind, Kind::Allocation { .. } | Kind::Managed);
+        self::free(&context, pointer, freeable)
+    }
+
+    fn cuMemGetAddressRange_v2(base: Out<u64>, size: Out<usize>, pointer: u64) {
+        context::healthy()?;
+        let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
+        let (start, region) = space.find(pointer).ok_or(Error::INVALID_VALUE)?;
+        let (start, len) = match region.kind {
+            // The real driver answers with the mapping, not with the reservation around it.
+            Kind::Reservation { .. } => {
+                let (start, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
+                (start, mapping.size)
+            }
+            _ => (start, region.size),
+        };
+        base.set_if_wanted(start);
+        size.set_if_wanted(len as usize);
+        Ok(())
+    }
+
+    fn cuMemAllocHost_v2(pointer: Out<u64>, bytes: usize) {
+        self::allocate_host(pointer, bytes, 0)
+    }
+
+    fn cuMemHostAlloc(pointer: Out<u64>, bytes: usize, flags: c_uint) {
+        if flags & !7 != 0 {
+            return Err(Error::INVALID_VALUE);
+        }
+        self::allocate_host(pointer, bytes, flags)
+    }
+
+    fn cuMemFreeHost(pointer: u64) {
+        let context = context::healthy()?;
+        graph::refuse_unsafe(&context.core)?;
+        self::free(&context, pointer, |kind| matches!(kind, Kind::HostAllocation { .. }))
+    }
+
+    fn cuMemHostGetDevicePointer_v2(device: Out<u64>, host: u64, flags: c_uint) {
+        context::healthy()?;
+        if flags != 0 {
+            return Err(Error::INVALID_VALUE);
+        }
+        self::host_flags(host)?;
+        device.set(host)
+    }
+
+    fn cuMemHostGetFlags(flags: Out<c_uint>, host: u64) {
+        context::healthy()?;
+        flags.set(self::host_flags(host)?)
+    }
+
+    fn cuMemHostRegister_v2(host: u64, bytes: usize, flags: c_uint) {
+        let context = context::healthy()?;
+        if host == 0 || bytes == 0 || flags & !0xf != 0 {
+            return Err(Error::INVALID_VALUE);
+        }
+        if flags & 0x4 != 0 {
+            // Memory of other devices.
+            return Err(Error::NOT_SUPPORTED);
+        }
+        graph::refuse_unsafe(&context.core)?;
+        let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
+        space.register(host, bytes as u64, flags, context.core.device.index, context.handle())
+    }
+
+    fn cuMemHostUnregister(host: u64) {
+        let context = context::healthy()?;
+        graph::refuse_unsafe(&context.core)?;
+        self::free(&context, host, |kind| matches!(kind, Kind::HostRegistration { .. }))
+            .map_err(|_| Error::HOST_MEMORY_NOT_REGISTERED)
+    }
+
+    fn cuMemAllocManaged(pointer: Out<u64>, bytes: usize, flags: c_uint) {
+        let context = context::healthy()?;
+        pointer.required()?;
+        if bytes == 0 || !matches!(flags, 1 | 2) {
+            return Err(Error::INVALID_VALUE);
+        }
+        graph::refuse_unsafe(&context.core)?;
+        let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
+        let device = context.core.device.index;
+        pointer.set(space.allocate_host(bytes as u64, Kind::Managed, device, context.handle())?)
+    }
+
+    fn cuMemPrefetchAsync / cuMemPrefetchAsync_ptsz |null| (
+        pointer: u64, bytes: usize, device: c_int, stream: Handle,
+    ) {
+        let kind = if device == -1 { crate::abi::LOCATION_HOST } else { LOCATION_DEVICE };
+        self::prefetch(null, pointer, bytes, MemLocation { kind, id: device }, stream)
+    }
+
+    fn cuMemPrefetchAsync_v2 / cuMemPrefetchAsync_v2_ptsz |null| (
+        pointer: u64, bytes: usize, location: MemLocation, flags: c_uint, stream: Handle,
+    ) {
+        if flags != 0 {
+            return Err(Error::INVALID_VALUE);
+        }
+        self::prefetch(null, pointer, bytes, location, stream)
+    }
+
+    /// Advice is checked and has no effect: pages go by their last use alone.
+    fn cuMemAdvise(pointer: u64, bytes: usize, advice: c_uint, device: c_int) {
+        let _ = device;
+        self::advise(pointer, bytes, advice)
+    }
+
+    fn cuMemAdvise_v2(pointer: u64, bytes: usize, advice: c_uint, location: MemLocation) {
+        let _ = location;
+        self::advise(pointer, bytes, advice)
+    }
+
+    fn cuStreamAttachMemAsync / cuStreamAttachMemAsync_ptsz |null| (
+        stream: Handle, pointer: u64, len: usize, flags: c_uint,
+    ) {
+        let _ = len;
+        let stream = context::stream(null, stream)?;
+        stream.usable()?;
+        if !matches!(flags, 1 | 2 | 4) {
+            return Err(Error::INVALID_VALUE);
+        }
+        self::require_managed(pointer, 1)
+    }
+
+    fn cuPointerGetAttribute(data: Out<c_void>, attribute: c_uint, pointer: u64) {
+        let driver = driver()?;
+        data.required()?;
+        let known = self::describe(driver, pointer).ok_or(Error::INVALID_VALUE)?;
+        known.answer(driver, data, attribute)
+    }
+
+    /// Unlike the function for a single attribute, answers zeros for a pointer it doesn't know.
+    fn cuPointerGetAttributes(count: c_uint, attributes: In<c_uint>, data: In<Out<c_void>>, pointer: u64) {
+        let driver = driver()?;
+        let known = self::describe(driver, pointer).unwrap_or(Pointer { address: pointer, ..Pointer::default() });
+        for i in 0..count as usize {
+            known.answer(driver, data.at(i)?, attributes.at(i)?)?;
+        }
+        Ok(())
+    }
+
+    fn cuPointerSetAttribute(value: In<c_uint>, attribute: c_uint, pointer: u64) {
+        value.get()?;
+        self::describe(driver()?, pointer).ok_or(Error::INVALID_VALUE)?;
+        // Synchronous memory operations, the only attribute that can be set: all of them are.
+        if attribute == 6 { Ok(()) } else { Err(Error::INVALID_VALUE) }
+    }
+}
+
+fn allocate(bytes: u64) -> Result<u64> {
+    let context = context::healthy()?;
+    if bytes == 0 {
+        return Err(Error::INVALID_VALUE);
+    }
+    graph::refuse_unsafe(&context.core)?;
+    let unit = if bytes >= va::GRANULARITY { va::GRANULARITY } else { UNIT };
+    let size = bytes.checked_next_multiple_of(unit).ok_or(Error::OUT_OF_MEMORY)?;
+    let driver = driver()?;
+    let device = context.core.device;
+    let location = MemLocation { kind: LOCATION_DEVICE, id: device.index as c_int };
+    let backing = driver.memory.backing.clone();
+    let physical = Arc::new(Physical::new(backing, 0, size, location, Some(device.ledger()?))?);
+    let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
+    space.allocate(physical, device.index, context.handle())
+}
+
+fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
+    let context = context::healthy()?;
+    pointer.required()?;
+    if bytes == 0 {
+        return Err(Error::INVALID_VALUE);
+    }
+    graph::refuse_unsafe(&context.core)?;
+    let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
+    let kind = Kind::HostAllocation { flags };
+    pointer.set(space.allocate_host(bytes as u64, kind, context.core.device.index, context.handle())?)
+}
+
+/// Frees what begins at `pointer` once nothing uses it any more.
+fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -> bool + Copy) -> Result {
+    let driver = driver()?;
+    {
+        let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
+        let (base, region) = space.find(pointer).ok_or(Error::INVALID_VALUE)?;
+        if base != pointer || !which(&region.kind) {
+            return Err(Error::INVALID_VALUE);
+        }
+    }
+    for stream in context.core.live_streams() {
+        crate::stream::Fence::of(&stream).wait();
+    }
+    let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
+    let region = space.free(pointer, which).ok_or(Error::INVALID_VALUE)?;
+    drop(space);
+    if matches!(region.kind, Kind::Managed) {
+        let device = driver.device(region.device as c_int)?;
+        lock(&device.pager).forget(device.ledger()?, pointer, region.size);
+    }
+    context.core.healthy()
+}
+
+fn host_flags(host: u64) -> Result<c_uint> {
+    let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
+    match space.find(host).ok_or(Error::INVALID_VALUE)?.1.kind {
+        // Host allocations are mapped and portable whether that was asked for or not.
+        Kind::HostAllocation { flags } => Ok(flags | 2),
+        Kind::HostRegistration { flags } => Ok(flags | 2),
+        _ => Err(Error::INVALID_VALUE),
+    }
+}
+
+fn require_managed(pointer: u64, bytes: usize) -> Result {
+    let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
+    match space.find(pointer) {
+        Some((base, region))
+            if matches!(region.kind, Kind::Managed) && bytes as u64 <= region.size - (pointer - base) =>
+        {
+            Ok(())
+        }
+        _ => Err(Error::INVALID_VALUE),
+    }
+}
+
+fn prefetch(null: Null, pointer: u64, bytes: usize, location: MemLocation, stream: Handle) -> Result {
+    if bytes == 0 {
+        return Err(Error::INVALID_VALUE);
+    }
+    require_managed(pointer, bytes)?;
+    let to_gpu = match location.kind {
+        LOCATION_DEVICE => {
+            driver()?.device(location.id)?;
+            true
+        }
+        2..=4 => false,
+        _ => return Err(Error::INVALID_VALUE),
+    };
+    let operation = Op::Prefetch(Prefetch { address: pointer, len: bytes as u64, to_gpu });
+    context::stream(null, stream)?.enqueue(operation).map(|_| ())
+}
+
+fn advise(pointer: u64, bytes: usize, advice: c_uint) -> Result {
+    context::healthy()?;
+    if !(1..=6).contains(&advice) {
+        return Err(Error::INVALID_VALUE);
+    }
+    require_managed(pointer, bytes)
+}
+
+/// What is known about a pointer.
+#[derive(Default)]
+struct Pointer {
+    address: u64,
+    memory_type: c_uint,
+    context: Handle,
+    device: c_int,
+    base: u64,
+    size: u64,
+    mapping: (u64, u64),
+    host: bool,
+    managed: bool,
+    mapped: bool,
+    access: c_uint,
+    id: u64,
+}
+
+fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
+    let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
+    let (base, region) = space.find(address)?;
+    let mut known = Pointer {
+        address,
+        memory_type: MEMORYTYPE_DEVICE,
+        context: region.context,
+        device: region.device as c_int,
+        base,
+        size: region.size,
+        mapping: (base, region.size),
+        host: false,
+        managed: false,
+        mapped: true,
+        access: 3,
+        id: region.id,
+    };
+    match &region.kind {
+        Kind::Allocation { .. } => {}
+        Kind::Managed => (known.managed, known.host) = (true, true),
+        Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => {
+            (known.memory_type, known.host) = (MEMORYTYPE_HOST, true);
+        }
+        Kind::Reservation { .. } => match space.find_mapping(address) {
+            Some((base, mapping)) => {
+                known.mapping = (base, mapping.size);
+                known.mapped = mapping.access != Access::None;
+                known.access = if mapping.access == Access::None { 0 } else { 3 };
+                if mapping.physical.location.kind == LOCATION_DEVICE {
+                    known.device = mapping.physical.location.id;
+                } else {
+                    known.memory_type = MEMORYTYPE_HOST;
+                }
+            }
+            None => (known.mapped, known.access, known.mapping) = (false, 0, (0, 0)),
+        },
+    }
+    Some(known)
+}
+
+impl Pointer {
+    /// Writes the value of a `CUpointer_attribute`.
+    fn answer(&self, driver: &Driver, data: Out<c_void>, attribute: c_uint) -> Result {
+        let known = self.base != 0;
+        match attribute {
+            1 => data.of::<Handle>().set(self.context),
+            2 => data.of::<c_uint>().set(self.memory_type),
+            3 => data.of::<u64>().set(if known { self.address } else { 0 }),
+            4 if known && !self.host => Err(Error::INVALID_VALUE),
+            4 => data.of::<u64>().set(if known { self.address } else { 0 }),
+            6 => data.of::<c_uint>().set(1),
+            7 => data.of::<u64>().set(self.id),
+            8 => data.of::<c_uint>().set(c_uint::from(self.managed)),
+            9 => data.of::<c_int>().set(if known { self.device } else { -2 }),
+            10 => data.of::<c_uint>().set(0),
+            11 => data.of::<u64>().set(self.base),
+            12 => data.of::<usize>().set(self.size as usize),
+            13 => data.of::<c_uint>().set(c_uint::from(known && self.mapped)),
+            14 => data.of::<u64>().set(0),
+            15 => data.of::<c_uint>().set(0),
+            16 => data.of::<c_uint>().set(self.access),
+            17 => data.of::<Handle>().set(0),
+            18 => data.of::<usize>().set(self.mapping.1 as usize),
+            19 => data.of::<u64>().set(self.mapping.0),
+            20 => {
+                let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
+                let block = match space.find_mapping(self.address) {
+                    Some((_, mapping)) => mapping.physical.handle as u64,
+                    None => self.id,
+                };
+                data.of::<u64>().set(block)
+            }
+            _ => Err(Error::INVALID_VALUE),
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! Contexts, and which one is current.
+//!
+//! What streams need of their context is its [`Core`]: the sticky error and the counts that ordering with the legacy
+//! stream rests on. The [`Context`] around it is what handles name. A context costs memory on its GPU, and everything
+//! that was made in it goes away with it.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Weak};
+
+use simstate::{Kind, counters::Count};
+
+use crate::abi::{Error, Handle, Result};
+use crate::driver::{Device, driver, lock};
+use crate::graph::Capture;
+use crate::handles::{self, Cache};
+use crate::memory::va;
+use crate::stream::{self, Fence, Role, Stream};
+
+/// The part of a context that its streams share.
+pub struct Core {
+    pub handle: Handle,
+    pub device: &'static Device,
+    error: AtomicI32,
+    /// Unfinished operations in blocking streams, and in the legacy stream.
+    pub blocking_pending: AtomicUsize,
+    pub legacy_pending: AtomicUsize,
+    pub streams: Mutex<Vec<Weak<Stream>>>,
+    pub captures: Mutex<Vec<Arc<Capture>>>,
+    /// How many captures are open; the first thing that a launch looks at.
+    pub open_captures: AtomicUsize,
+}
+
+impl Core {
+    /// The sticky error, if an operation has failed.
+    #[inline]
+    pub fn healthy(&self) -> Result {
+        match self.error.load(SeqCst) {
+            0 => Ok(()),
+            error => Err(Error(error)),
+        }
+    }
+
+    /// Makes every later call fail with `error`; the first one stays.
+    pub fn fail(&self, error: Error) {
+        if error == Error::ILLEGAL_ADDRESS
+            && let Ok(ledger) = self.device.ledger()
+        {
+            ledger.count(Count::IllegalAccesses, 1);
+        }
+        let _ = self.error.compare_exchange(0, error.0, SeqCst, SeqCst);
+    }
+
+    pub fn live_streams(&self) -> Vec<Arc<Stream>> {
+        let mut streams = lock(&self.streams);
+        streams.retain(|stream| stream.strong_count() > 0);
+        streams.iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// A context.
+pub struct Context {
+    pub core: Arc<Core>,
+    pub legacy: Arc<Stream>,
+    /// Counts up and never repeats (`cuCtxGetId`).
+    pub id: u64,
+    pub primary: bool,
+    pub flags: AtomicU32,
+    pub cache_config: AtomicU32,
+    pub limits: [AtomicU64; 16],
+    bytes: u64,
+    destroyed: AtomicBool,
+}
+
+impl Context {
+    /// Makes a context, which costs memory.
+    pub fn create(device: &'static Device, primary: bool, flags: u32) -> Result<Arc<Context>> {
+        static IDS: AtomicU64 = AtomicU64::new(1);
+        let driver = driver()?;
+        let bytes = driver.config.context_bytes;
+        let ledger = device.ledger()?;
+        if ledger.take(Kind::Context, bytes).is_err() {
+            ledger.count(Count::OutOfMemory, 1);
+            return Err(Error::OUT_OF_MEMORY);
+        }
+        let core = Arc::new(Core {
+            handle: handles::fresh(),
+            device,
+            error: AtomicI32::new(0),
+            blocking_pending: AtomicUsize::new(0),
+            legacy_pending: AtomicUsize::new(0),
+            streams: Mutex::default(),
+            captures: Mutex::default(),
+            open_captures: AtomicUsize::new(0),
+        });
+        let legacy = Stream::create(&core, Role::Legacy, 0, 0, None);
+        let context = Arc::new(Context {
+            core,
+            legacy,
+            id: IDS.fetch_add(1, SeqCst),
+            primary,
+            flags: AtomicU32::new(flags),
+            cache_config: AtomicU32::new(0),
+            limits: Default::default(),
+            bytes,
+            destroyed: AtomicBool::new(false),
+        });
+        for (limit, default) in [1024, 1 << 20, 8 << 20, 2, 2048, 64].into_iter().enumerate() {
+            context.limits[limit].store(default, SeqCst);
+        }
+        driver.contexts.insert(context.core.handle, context.clone());
+        Ok(context)
+    }
+
+    pub fn handle(&self) -> Handle {
+        self.core.handle
+    }
+
+    /// Waits for all work of the context.
+    pub fn synchronize(&self) -> Result {
+        self.core.healthy()?;
+        if self.core.open_captures.load(SeqCst) > 0 {
+            crate::graph::invalidate_all(&self.core);
+            return Err(Error::STREAM_CAPTURE_UNSUPPORTED);
+        }
+        for stream in self.core.live_streams() {
+            Fence::of(&stream).wait();
+        }
+        self.core.healthy()
+    }
+
+    /// Ends the context and everything in it.
+    pub fn destroy(&self) -> Result {
+        let driver = driver()?;
+        if self.destroyed.swap(true, SeqCst) {
+            return Err(Error::INVALID_CONTEXT);
+        }
+        for stream in self.core.live_streams() {
+            Fence::of(&stream).wait();
+            stream.close();
+        }
+        let handle = self.handle();
+        let _ = driver.contexts.remove(handle);
+        driver.streams.remove_if(|stream| stream.core.handle == handle);
+        driver.events.remove_if(|event| event.context == handle);
+        driver.functions.remove_if(|function| function.context == handle);
+        driver.modules.remove_if(|module| module.context == handle);
+        let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
+        for address in space.of_context(handle) {
+            if let Some(region) = space.free(address, |_| true)
+                && matches!(region.kind, va::Kind::Managed)
+            {
+                let ledger = self.core.device.ledger()?;
+                lock(&self.core.device.pager).forget(ledger, address, region.size);
+            }
+        }
+        drop(space);
+        self.core.device.ledger()?.give(Kind::Context, self.bytes);
+        Ok(())
+    }
+
+    fn usable(&self) -> Result {
+        if self.destroyed.load(SeqCst) { Err(Error::CONTEXT_IS_DESTROYED) } else { Ok(()) }
+    }
+}
+
+/// Which stream the null handle means to a caller: that depends on the flavour of the entry point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Null {
+    Legacy,
+    PerThread,
+}
+
+const STREAM_LEGACY: Handle = 1;
+const STREAM_PER_THREAD: Handle = 2;
+
+thread_local! {
+    static CURRENT: RefCell<Vec<Arc<Context>>> = const { RefCell::new(Vec::new()) };
+    static PER_THREAD: RefCell<PerThread> = const { RefCell::new(PerThread(Vec::new())) };
+    static LAST_STREAM: Cache<Stream> = const { Cache::new() };
+}
+
+/// The thread's own default streams, one for each context that it used; they end with the thread.
+struct PerThread(Vec<Arc<Stream>>);
+
+impl Drop for PerThread {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|stream| stream.close());
+    }
+}
+
+/// Calls `f` with the current context, which must be there; its sticky error is `f`'s business.
+#[inline]
+pub fn with_current<R>(f: impl FnOnce(&Arc<Context>) -> Result<R>) -> Result<R> {
+    driver()?;
+    let with = |stack: &RefCell<Vec<Arc<Context>>>| {
+        let stack = stack.borrow();
+        let context = stack.last().ok_or(Error::INVALID_CONTEXT)?;
+        context.usable()?;
+        f(context)
+    };
+    CURRENT.try_with(with).unwrap_or(Err(Error::INVALID_CONTEXT))
+}
+
+/// The current context, whatever state it is in.
+pub fn current() -> Result<Arc<Context>> {
+    with_current(|context| Ok(context.clone()))
+}
+
+/// The current context, without a sticky error.
+pub fn healthy() -> Result<Arc<Context>> {
+    let context = current()?;
+    context.core.healthy()?;
+    Ok(context)
+}
+
+/// The handle of the current context, or 0.
+pub fn current_handle() -> Handle {
+    CURRENT.with_borrow(|stack| stack.last().map_or(0, |context| context.handle()))
+}
+
+/// The context with that handle.
+pub fn by_handle(handle: Handle) -> Result<Arc<Context>> {
+    driver()?.contexts.get(handle).map_err(|_| Error::INVALID_CONTEXT)
+}
+
+/// The context with that handle, or the current one for 0.
+pub fn by_handle_or_current(handle: Handle) -> Result<Arc<Context>> {
+    if handle == 0 { current() } else { by_handle(handle) }
+}
+
+pub fn push(context: Arc<Context>) {
+    CURRENT.with_borrow_mut(|stack| stack.push(context));
+}
+
+pub fn pop() -> Result<Handle> {
+    let popped = CURRENT.with_borrow_mut(Vec::pop);
+    popped.map(|context| context.handle()).ok_or(Error::INVALID_CONTEXT)
+}
+
+/// Replaces the top of the stack; 0 leaves the thread without a context.
+pub fn set_current(handle: Handle) -> Result {
+    let context = if handle == 0 { None } else { Some(by_handle(handle)?) };
+    CURRENT.with_borrow_mut(|stack| {
+        stack.pop();
+        stack.extend(context);
+    });
+    Ok(())
+}
+
+/// Calls `f` with the stream that a handle means.
+#[inline]
+pub fn with_stream<R>(null: Null, handle: Handle, f: impl FnOnce(&Arc<Stream>) -> Result<R>) -> Result<R> {
+    match (handle, null) {
+        (0, Null::Legacy) | (STREAM_LEGACY, _) => with_current(|context| f(&context.legacy)),
+        (0, Null::PerThread) | (STREAM_PER_THREAD, _) => f(&per_thread()?),
+        _ => driver()?.streams.with(&LAST_STREAM, handle, f)?,
+    }
+}
+
+/// The stream that a handle means.
+pub fn stream(null: Null, handle: Handle) -> Result<Arc<Stream>> {
+    with_stream(null, handle, |stream| Ok(stream.clone()))
+}
+
+fn per_thread() -> Result<Arc<Stream>> {
+    let context = current()?;
+    let find = |own: &RefCell<PerThread>| {
+        let own = &mut own.borrow_mut().0;
+        own.retain(|stream| !stream.closed());
+        if let Some(stream) = own.iter().find(|stream| stream.core.handle == context.handle()) {
+            return stream.clone();
+        }
+        let stream = Stream::create(&context.core, Role::PerThread, 0, 0, Some(context.legacy.clone()));
+        own.push(stream.clone());
+        stream
+    };
+    PER_THREAD.try_with(find).map_err(|_| Error::INVALID_CONTEXT)
+}
+
+/// Makes a stream in the current context.
+pub fn create_stream(flags: u32, priority: i32) -> Result<Handle> {
+    if flags & !stream::NON_BLOCKING != 0 {
+        return Err(Error::INVALID_VALUE);
+    }
+    let context = healthy()?;
+    let priority = priority.clamp(stream::GREATEST_PRIORITY, stream::LEAST_PRIORITY);
+    let stream = Stream::create(&context.core, Role::Created, flags, priority, Some(context.legacy.clone()));
+    driver()?.streams.insert(stream.handle, stream.clone());
+    Ok(stream.handle)
+}

@@ -1,0 +1,325 @@
+//! The address space: which addresses mean something to the GPU.
+//!
+//! Device addresses are addresses of this process. A reservation is an inaccessible mapping of nothing; mapping an
+//! allocation puts its part of the memfd there, still inaccessible, and setting access unlocks it. The table here says
+//! the same as the kernel's page tables, so that an access can be judged before it is made: no GPU operation ever
+//! faults, an illegal one is found in the table.
+//!
+//! Whoever touches device memory holds the table's lock for reading while it does (see [`super::access`]), and whoever
+//! changes a mapping holds it for writing. So memory never disappears under a running operation; the operation finds
+//! it gone when it looks at the next piece.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use super::backing::Physical;
+use crate::abi::{Error, Result};
+
+/// What the granularity of `cuMemCreate` and friends is.
+pub const GRANULARITY: u64 = 2 << 20;
+
+/// What an address may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    None,
+    Read,
+    ReadWrite,
+}
+
+/// An allocation in a reservation.
+pub struct Mapping {
+    pub size: u64,
+    pub physical: Arc<Physical>,
+    pub access: Access,
+}
+
+/// What a range of addresses is.
+pub enum Kind {
+    /// `cuMemAddressReserve`.
+    Reservation { maps: BTreeMap<u64, Mapping> },
+    /// `cuMemAlloc`, with what it keeps alive.
+    Allocation { _physical: Arc<Physical> },
+    /// `cuMemAllocManaged`.
+    Managed,
+    /// `cuMemHostAlloc`, with its flags.
+    HostAllocation { flags: u32 },
+    /// `cuMemHostRegister`, with its flags.
+    HostRegistration { flags: u32 },
+}
+
+/// A range of addresses.
+pub struct Region {
+    pub size: u64,
+    pub kind: Kind,
+    /// The device it belongs to.
+    pub device: usize,
+    /// The context it goes away with; 0 for reservations, which belong to none.
+    pub context: usize,
+    /// `CU_POINTER_ATTRIBUTE_BUFFER_ID`.
+    pub id: u64,
+}
+
+/// Where the bytes at an address are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On that GPU.
+    Device(usize),
+    /// Managed memory of that GPU.
+    Managed(usize),
+    /// In page-locked host memory.
+    Pinned,
+}
+
+/// All ranges of the process, by their first address.
+#[derive(Default)]
+pub struct Space {
+    regions: BTreeMap<u64, Region>,
+    next_id: u64,
+}
+
+fn os() -> Error {
+    // The kernel refuses mappings only for want of memory or of mappings.
+    Error::OUT_OF_MEMORY
+}
+
+fn map(address: u64, size: u64, protection: i32, flags: i32, fd: i32, offset: u64) -> Result<u64> {
+    // SAFETY: with MAP_FIXED the address lies in a range that the table holds as ours (the callers look it up under
+    // the write lock) and nothing else uses; without it, the kernel chooses unused addresses.
+    let at =
+        unsafe { libc::mmap(address as *mut _, size as usize, protection, flags, fd, offset as libc::off_t) };
+    if at == libc::MAP_FAILED { Err(os()) } else { Ok(at as u64) }
+}
+
+fn unmap(address: u64, size: u64) {
+    if size > 0 {
+        // SAFETY: the range is ours and is being given up; the table no longer holds it.
+        unsafe { libc::munmap(address as *mut _, size as usize) };
+    }
+}
+
+const NOTHING: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// Finds unused addresses, inaccessible for now; `wanted` is a wish.
+fn reserve(size: u64, alignment: u64, wanted: u64) -> Result<u64> {
+    if wanted != 0 && wanted.is_multiple_of(alignment) {
+        let at = map(wanted, size, libc::PROT_NONE, NOTHING, -1, 0)?;
+        if at == wanted {
+            return Ok(at);
+        }
+        unmap(at, size);
+    }
+    let room = size.checked_add(alignment).ok_or(Error::OUT_OF_MEMORY)?;
+    let at = map(0, room, libc::PROT_NONE, NOTHING, -1, 0)?;
+    let aligned = at.next_multiple_of(alignment);
+    unmap(at, aligned - at);
+    unmap(aligned + size, at + room - aligned - size);
+    Ok(aligned)
+}
+
+fn protect(address: u64, size: u64, access: Access) -> Result {
+    // The host side can't tell GPU reads from writes, and the application's own CPU has no business here either way:
+    // read-only is enforced by the table.
+    let protection =
+        if access == Access::None { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE };
+    // SAFETY: the range is a mapping that the table holds as ours, under the write lock.
+    let rc = unsafe { libc::mprotect(address as *mut _, size as usize, protection) };
+    if rc == 0 { Ok(()) } else { Err(os()) }
+}
+
+impl Space {
+    fn add(&mut self, address: u64, size: u64, kind: Kind, device: usize, context: usize) {
+        self.next_id += 1;
+        self.regions.insert(address, Region { size, kind, device, context, id: self.next_id });
+    }
+
+    /// The range that holds `address`, with its first address.
+    pub fn find(&self, address: u64) -> Option<(u64, &Region)> {
+        let (&base, region) = self.regions.range(..=address).next_back()?;
+        (address - base < region.size).then_some((base, region))
+    }
+
+    /// What `address` is mapped to inside a reservation, with the mapping's first address.
+    pub fn find_mapping(&self, address: u64) -> Option<(u64, &Mapping)> {
+        let (_, region) = self.find(address)?;
+        let Kind::Reservation { maps } = &region.kind else { return None };
+        let (&base, mapping) = maps.range(..=address).next_back()?;
+        (address - base < mapping.size).then_some((base, mapping))
+    }
+
+    /// Where `address` is, and how far that holds; `None` if the GPU may not use it so.
+    fn place(&self, address: u64, write: bool) -> Option<(Place, u64)> {
+        let (base, region) = self.find(address)?;
+        let rest = base + region.size - address;
+        match &region.kind {
+            Kind::Reservation { .. } => {
+                let (base, mapping) = self.find_mapping(address)?;
+                let needed = if write { Access::ReadWrite } else { Access::Read };
+                let on_gpu = mapping.physical.location.kind == crate::abi::LOCATION_DEVICE;
+                let place =
+                    if on_gpu { Place::Device(mapping.physical.location.id as usize) } else { Place::Pinned };
+                (mapping.access >= needed).then_some((place, base + mapping.size - address))
+            }
+            Kind::Allocation { .. } => Some((Place::Device(region.device), rest)),
+            Kind::Managed => Some((Place::Managed(region.device), rest)),
+            Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => Some((Place::Pinned, rest)),
+        }
+    }
+
+    /// Where a range begins; an error if the GPU may not use all of it.
+    pub fn check(&self, address: u64, len: u64, write: bool) -> Result<Place> {
+        let end = address.checked_add(len).ok_or(Error::ILLEGAL_ADDRESS)?;
+        let (first, mut holds) = self.place(address, write).ok_or(Error::ILLEGAL_ADDRESS)?;
+        let mut at = address;
+        while holds < end - at {
+            at += holds;
+            holds = self.place(at, write).ok_or(Error::ILLEGAL_ADDRESS)?.1;
+        }
+        Ok(first)
+    }
+
+    /// Whether the range touches anything in the table.
+    fn overlaps(&self, address: u64, size: u64) -> bool {
+        let below = self.regions.range(..address.saturating_add(size)).next_back();
+        below.is_some_and(|(&base, region)| base + region.size > address)
+    }
+
+    pub fn reserve(&mut self, size: u64, alignment: u64, wanted: u64, device: usize) -> Result<u64> {
+        let alignment = alignment.max(GRANULARITY);
+        let address = reserve(size, alignment, wanted)?;
+        self.add(address, size, Kind::Reservation { maps: BTreeMap::new() }, device, 0);
+        Ok(address)
+    }
+
+    pub fn free_reservation(&mut self, address: u64, size: u64) -> Result {
+        match self.regions.get(&address) {
+            Some(Region { size: has, kind: Kind::Reservation { maps }, .. })
+                if *has == size && maps.is_empty() =>
+            {
+                self.regions.remove(&address);
+                unmap(address, size);
+                Ok(())
+            }
+            _ => Err(Error::INVALID_VALUE),
+        }
+    }
+
+    pub fn map(&mut self, address: u64, size: u64, physical: Arc<Physical>) -> Result {
+        let end = address.checked_add(size).ok_or(Error::INVALID_VALUE)?;
+        let region = self.regions.range_mut(..=address).next_back();
+        let Some((&base, Region { size: has, kind: Kind::Reservation { maps }, .. })) = region else {
+            return Err(Error::INVALID_VALUE);
+        };
+        let taken = maps.range(..end).next_back().is_some_and(|(&at, mapping)| at + mapping.size > address);
+        if end > base + *has || taken {
+            return Err(Error::INVALID_VALUE);
+        }
+        map(
+            address,
+            size,
+            libc::PROT_NONE,
+            libc::MAP_SHARED | libc::MAP_FIXED,
+            physical.fd(),
+            physical.offset,
+        )?;
+        maps.insert(address, Mapping { size, physical, access: Access::None });
+        Ok(())
+    }
+
+    /// The mappings that make up exactly this range; an error if there is a gap or one is cut.
+    fn whole_mappings(&mut self, address: u64, size: u64) -> Result<(&mut BTreeMap<u64, Mapping>, Vec<u64>)> {
+        let end = address.checked_add(size).ok_or(Error::INVALID_VALUE)?;
+        let region = self.regions.range_mut(..=address).next_back();
+        let Some((_, Region { kind: Kind::Reservation { maps }, .. })) = region else {
+            return Err(Error::INVALID_VALUE);
+        };
+        let mut at = address;
+        let mut keys = Vec::new();
+        while at < end {
+            let mapping = maps.get(&at).ok_or(Error::INVALID_VALUE)?;
+            keys.push(at);
+            at += mapping.size;
+        }
+        if at == end && !keys.is_empty() { Ok((maps, keys)) } else { Err(Error::INVALID_VALUE) }
+    }
+
+    pub fn unmap(&mut self, address: u64, size: u64) -> Result {
+        let (maps, keys) = self.whole_mappings(address, size)?;
+        map(address, size, libc::PROT_NONE, NOTHING | libc::MAP_FIXED, -1, 0)?;
+        for key in keys {
+            maps.remove(&key);
+        }
+        Ok(())
+    }
+
+    pub fn set_access(&mut self, address: u64, size: u64, access: Access) -> Result {
+        let (maps, keys) = self.whole_mappings(address, size)?;
+        protect(address, size, access)?;
+        for key in keys {
+            if let Some(mapping) = maps.get_mut(&key) {
+                mapping.access = access;
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps a physical allocation somewhere, accessible (`cuMemAlloc`).
+    pub fn allocate(&mut self, physical: Arc<Physical>, device: usize, context: usize) -> Result<u64> {
+        let alignment = if physical.size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
+        let size = physical.size;
+        let address = reserve(size, alignment, 0)?;
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        map(address, size, rw, libc::MAP_SHARED | libc::MAP_FIXED, physical.fd(), physical.offset)
+            .inspect_err(|_| unmap(address, size))?;
+        self.add(address, size, Kind::Allocation { _physical: physical }, device, context);
+        Ok(address)
+    }
+
+    /// Makes zeroed host memory (`cuMemAllocManaged`, `cuMemHostAlloc`).
+    pub fn allocate_host(&mut self, size: u64, kind: Kind, device: usize, context: usize) -> Result<u64> {
+        let alignment = if matches!(kind, Kind::Managed) { GRANULARITY } else { 4096 };
+        let size = size.checked_next_multiple_of(alignment).ok_or(Error::OUT_OF_MEMORY)?;
+        let address = reserve(size, alignment, 0)?;
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        map(address, size, rw, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED, -1, 0)
+            .inspect_err(|_| unmap(address, size))?;
+        self.add(address, size, kind, device, context);
+        Ok(address)
+    }
+
+    pub fn register(&mut self, address: u64, size: u64, flags: u32, device: usize, context: usize) -> Result {
+        if self.overlaps(address, size) {
+            return Err(Error::HOST_MEMORY_ALREADY_REGISTERED);
+        }
+        self.add(address, size, Kind::HostRegistration { flags }, device, context);
+        Ok(())
+    }
+
+    /// Takes the range that begins at `address` out of the table if `which` agrees. The addresses are freed unless
+    /// they are the application's.
+    pub fn free(&mut self, address: u64, which: impl Fn(&Kind) -> bool) -> Option<Region> {
+        if !which(&self.regions.get(&address)?.kind) {
+            return None;
+        }
+        let region = self.regions.remove(&address)?;
+        if !matches!(region.kind, Kind::HostRegistration { .. }) {
+            unmap(address, region.size);
+        }
+        Some(region)
+    }
+
+    /// The ranges that go away with a context.
+    pub fn of_context(&self, context: usize) -> Vec<u64> {
+        self.regions.iter().filter(|(_, region)| region.context == context).map(|(&base, _)| base).collect()
+    }
+
+    /// The next range of managed memory at or after `address`, before `end`.
+    pub fn managed_in(&self, address: u64, end: u64) -> Vec<(u64, u64, usize)> {
+        let first = self.find(address).map_or(address, |(base, _)| base);
+        let regions = self.regions.range((Bound::Included(first), Bound::Excluded(end)));
+        regions
+            .filter(|(_, region)| matches!(region.kind, Kind::Managed))
+            .map(|(&base, region)| (base.max(address), (base + region.size).min(end), region.device))
+            .collect()
+    }
+}

@@ -1,0 +1,270 @@
+//! A small program against the simulated driver, loaded as programs load it, and the means to run scenarios in
+//! processes of their own: a scenario starts this very test again with a machine of its own in the environment.
+
+// Every test file uses its own part of it.
+#![allow(dead_code)]
+
+use std::ffi::{c_int, c_void};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use libloading::Library;
+
+pub const MIB: u64 = 1 << 20;
+pub const PAGE: u64 = 2 * MIB;
+pub const ILLEGAL_ADDRESS: i32 = 700;
+pub const OUT_OF_MEMORY: i32 = 2;
+pub const NOT_READY: i32 = 600;
+
+const ROLE: &str = "SIM_TEST_ROLE";
+
+/// What this process is to do: the scenario's role, or nothing for the test itself.
+pub fn role() -> Option<String> {
+    std::env::var(ROLE).ok()
+}
+
+/// A simulated machine, gone when dropped.
+pub struct Machine {
+    name: String,
+    vars: Vec<(&'static str, String)>,
+}
+
+impl Machine {
+    pub fn new(vars: &[(&'static str, &str)]) -> Machine {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("simtest-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Machine { name, vars: vars.iter().map(|(name, value)| (*name, value.to_string())).collect() }
+    }
+
+    /// Starts the test `test` of this file again in a role.
+    pub fn start(&self, test: &str, role: &str) -> Child {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([test, "--exact", "--nocapture", "--test-threads=1"]);
+        command.env(ROLE, role).env("NVSHARE_SIM_NAME", &self.name);
+        command.envs(self.vars.iter().map(|(name, value)| (*name, value)));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Runs the test `test` in a role to its end, which must be a good one.
+    pub fn run(&self, test: &str, role: &str) {
+        let output = self.start(test, role).wait_with_output().unwrap();
+        assert!(output.status.success(), "{test} as {role}: {}", String::from_utf8_lossy(&output.stdout));
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(format!("/dev/shm/{}", self.name));
+    }
+}
+
+/// The built library, beside the directory of this test's executable.
+pub fn library_path() -> PathBuf {
+    let mut path = std::env::current_exe().unwrap();
+    path.pop();
+    path.pop();
+    path.join("libsimcuda.so")
+}
+
+/// The driver.
+pub struct Cuda(Library);
+
+/// Calls a function of the driver: `call!(cuda, "name", argument as type, ...)`.
+macro_rules! call {
+    ($cuda:expr, $name:literal $(, $arg:expr => $type:ty)* $(,)?) => {{
+        // SAFETY: the types are those of `cuda.h`, and pointers are to locals that outlive the call.
+        unsafe {
+            let function = $cuda.symbol($name) as *const ();
+            let function: extern "C" fn($($type),*) -> i32 = std::mem::transmute(function);
+            function($($arg),*)
+        }
+    }};
+}
+pub(crate) use call;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Location(u32, i32);
+
+#[repr(C)]
+struct Prop(u32, u32, Location, usize, [u8; 8]);
+
+#[repr(C)]
+struct Access(Location, u32);
+
+/// `nvsharesim_counters`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub launches: u64,
+    pub illegal_accesses: u64,
+    pub out_of_memory: u64,
+    pub vmm_creates: u64,
+    pub um_faults: u64,
+    pub um_evictions: u64,
+}
+
+impl Cuda {
+    /// Loads and initialises the driver.
+    pub fn load() -> Cuda {
+        // SAFETY: loading the driver has no effects.
+        let cuda = Cuda(unsafe { Library::new(library_path()) }.expect("libsimcuda.so"));
+        assert_eq!(call!(cuda, "cuInit", 0 => u32), 0);
+        cuda
+    }
+
+    /// With a context, too.
+    pub fn with_context() -> Cuda {
+        let cuda = Cuda::load();
+        let mut context = 0usize;
+        assert_eq!(call!(cuda, "cuDevicePrimaryCtxRetain", &mut context => &mut usize, 0 => c_int), 0);
+        assert_eq!(call!(cuda, "cuCtxSetCurrent", context => usize), 0);
+        cuda
+    }
+
+    pub fn symbol(&self, name: &str) -> usize {
+        // SAFETY: only the address is taken.
+        match unsafe { self.0.get::<*const c_void>(name) } {
+            Ok(symbol) => *symbol as usize,
+            Err(_) => panic!("{name} is missing"),
+        }
+    }
+
+    pub fn try_alloc(&self, bytes: u64) -> Result<u64, i32> {
+        let mut pointer = 0u64;
+        match call!(self, "cuMemAlloc_v2", &mut pointer => &mut u64, bytes => u64) {
+            0 => Ok(pointer),
+            error => Err(error),
+        }
+    }
+
+    pub fn alloc(&self, bytes: u64) -> u64 {
+        self.try_alloc(bytes).unwrap()
+    }
+
+    pub fn managed(&self, bytes: u64) -> u64 {
+        let mut pointer = 0u64;
+        assert_eq!(call!(self, "cuMemAllocManaged", &mut pointer => &mut u64, bytes => u64, 1 => u32), 0);
+        pointer
+    }
+
+    pub fn free(&self, pointer: u64) {
+        assert_eq!(call!(self, "cuMemFree_v2", pointer => u64), 0);
+    }
+
+    pub fn free_bytes(&self) -> u64 {
+        let (mut free, mut total) = (0u64, 0u64);
+        assert_eq!(call!(self, "cuMemGetInfo_v2", &mut free => &mut u64, &mut total => &mut u64), 0);
+        free
+    }
+
+    pub fn stream(&self, flags: u32) -> usize {
+        let mut stream = 0usize;
+        assert_eq!(call!(self, "cuStreamCreate", &mut stream => &mut usize, flags => u32), 0);
+        stream
+    }
+
+    pub fn sync(&self, stream: usize) -> i32 {
+        call!(self, "cuStreamSynchronize", stream => usize)
+    }
+
+    pub fn function(&self, name: &str) -> usize {
+        let ptx = concat!(include_str!("../../kernels.ptx"), "\0");
+        let (mut module, mut function) = (0usize, 0usize);
+        assert_eq!(call!(self, "cuModuleLoadData", &mut module => &mut usize, ptx.as_ptr() => *const u8), 0);
+        let name = std::ffi::CString::new(name).unwrap();
+        let code = call!(
+            self, "cuModuleGetFunction",
+            &mut function => &mut usize, module => usize, name.as_ptr() => *const std::ffi::c_char,
+        );
+        assert_eq!(code, 0);
+        function
+    }
+
+    pub fn launch(&self, function: usize, stream: usize, arguments: &[u64]) -> i32 {
+        let addresses: Vec<*const u64> = arguments.iter().map(|argument| argument as *const u64).collect();
+        call!(
+            self, "cuLaunchKernel",
+            function => usize, 8 => u32, 1 => u32, 1 => u32, 128 => u32, 1 => u32, 1 => u32, 0 => u32,
+            stream => usize, addresses.as_ptr() => *const *const u64, 0 => usize,
+        )
+    }
+
+    pub fn read(&self, pointer: u64, words: usize) -> Vec<u64> {
+        let mut data = vec![0u64; words];
+        let bytes = words as u64 * 8;
+        let code =
+            call!(self, "cuMemcpyDtoH_v2", data.as_mut_ptr() => *mut u64, pointer => u64, bytes => u64);
+        assert_eq!(code, 0);
+        data
+    }
+
+    pub fn write(&self, pointer: u64, data: &[u64]) {
+        let bytes = data.len() as u64 * 8;
+        let code = call!(self, "cuMemcpyHtoD_v2", pointer => u64, data.as_ptr() => *const u64, bytes => u64);
+        assert_eq!(code, 0);
+    }
+
+    pub fn reserve(&self, bytes: u64) -> u64 {
+        let mut pointer = 0u64;
+        let code = call!(
+            self, "cuMemAddressReserve",
+            &mut pointer => &mut u64, bytes => u64, 0 => u64, 0 => u64, 0 => u64,
+        );
+        assert_eq!(code, 0);
+        pointer
+    }
+
+    pub fn try_create(&self, bytes: u64, on_host: bool) -> Result<usize, i32> {
+        let location = if on_host { Location(3, 0) } else { Location(1, 0) };
+        let (mut handle, prop) = (0usize, Prop(1, 0, location, 0, [0; 8]));
+        match call!(self, "cuMemCreate", &mut handle => &mut usize, bytes => u64, &prop => &Prop, 0 => u64) {
+            0 => Ok(handle),
+            error => Err(error),
+        }
+    }
+
+    pub fn map(&self, pointer: u64, bytes: u64, handle: usize) -> i32 {
+        call!(self, "cuMemMap", pointer => u64, bytes => u64, 0 => u64, handle => usize, 0 => u64)
+    }
+
+    pub fn set_access(&self, pointer: u64, bytes: u64) -> i32 {
+        let access = Access(Location(1, 0), 3);
+        call!(self, "cuMemSetAccess", pointer => u64, bytes => u64, &access => &Access, 1 => u64)
+    }
+
+    pub fn unmap(&self, pointer: u64, bytes: u64) -> i32 {
+        call!(self, "cuMemUnmap", pointer => u64, bytes => u64)
+    }
+
+    pub fn release(&self, handle: usize) -> i32 {
+        call!(self, "cuMemRelease", handle => usize)
+    }
+
+    /// Creates, maps, opens and lets go of the handle.
+    pub fn back(&self, pointer: u64, bytes: u64) {
+        let handle = self.try_create(bytes, false).unwrap();
+        assert_eq!(self.map(pointer, bytes, handle), 0);
+        assert_eq!(self.set_access(pointer, bytes), 0);
+        assert_eq!(self.release(handle), 0);
+    }
+
+    pub fn counters(&self) -> Counters {
+        let mut counters = Counters::default();
+        assert_eq!(call!(self, "nvsharesim_counters", 0 => u32, &mut counters => &mut Counters), 0);
+        counters
+    }
+}
+
+/// What `nvshare_iota_u64` writes.
+pub fn iota(i: u64, seed: u64) -> u64 {
+    seed.wrapping_add(i).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+}
+
+/// What `nvshare_mix_u64` makes of a word.
+pub fn mix(x: u64, seed: u64) -> u64 {
+    x.rotate_left(13).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(seed)
+}
