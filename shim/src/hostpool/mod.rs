@@ -44,7 +44,6 @@ static FORKS: AtomicU32 = AtomicU32::new(0);
 /// For the child of a fork, before it does anything else: the pools that exist are its parent's. They
 /// refuse everything from now on, and leave memory and driver alone when they are dropped. One atomic
 /// addition and no lock, so a fork handler may call it.
-
 pub fn forget() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
