@@ -33,7 +33,7 @@ const SAMPLE_EVERY: Nanos = 500 * MILLISECOND;
 /// How long a connection may say nothing.
 const PATIENCE: Nanos = 5 * SECOND;
 
-/// Connections that have said nothing yet; more are turned away.
+/// Connections that have said nothing yet.
 const MOST_PENDING: usize = 64;
 
 /// What a descriptor that epoll reports is.
@@ -277,13 +277,12 @@ impl Server {
         while let Ok(fd) = accept4(self.listener.as_raw_fd(), flags) {
             // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            if self.pending.len() >= MOST_PENDING {
-                answer(
-                    &fd,
-                    &Reply::refuse(Status::Refused, "too many connections wait to be heard; try again"),
-                    None,
-                );
-                continue;
+            // The one that has been silent for longest makes room: silence must not keep anybody out.
+            if self.pending.len() >= MOST_PENDING
+                && let Some(oldest) =
+                    self.pending.iter().min_by_key(|(_, pending)| pending.since).map(|(fd, _)| *fd)
+            {
+                self.pending.remove(&oldest);
             }
             let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Connection(fd.as_raw_fd()).word());
             if self.epoll.add(&fd, event).is_ok() {

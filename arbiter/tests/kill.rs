@@ -1,0 +1,183 @@
+//! Processes are killed at random moments, in every phase, the arbiter among them; the others go on, and
+//! the books balance to the granule.
+//!
+//! The clients move granules and no bytes, so a round takes milliseconds and hundreds of them fit into a
+//! test. (What happens to bytes is the business of the tests on the simulated GPU.)
+
+use nvshare::audit::Audit;
+use nvshare::client::Bookkeeper;
+use nvshare::map::MappedPage;
+use nvshare::page::Phase;
+use nvshare::register::{self, Hello};
+use nvshare::units::GpuUuid;
+use nvshare::{Client, paths};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const GPU: &str = "GPU-00000000-0000-0000-0000-0000000000aa";
+/// The pool, in granules. Each client needs 60, so they take turns.
+const CAPACITY: u32 = 100;
+const DEMAND: u32 = 60;
+const ROUNDS: u32 = 400;
+
+/// What a client process does: takes turns for ever, and checks I2 whenever it runs.
+#[test]
+#[ignore = "the body of the client processes that the other test starts"]
+fn client() {
+    let dir = PathBuf::from(std::env::var_os("NVSHARE_TEST_DIR").expect("started by the other test"));
+    let hello = Hello::new(GPU.parse().unwrap(), "victim");
+    let registration = register::register(&paths::socket(&dir), &hello, Duration::from_secs(20)).unwrap();
+    let mut client = Client::new(registration.page, registration.slot);
+    let books = client.books().clone();
+    books.grow(DEMAND);
+    let mut runtime = Bookkeeper::new(&books, 4);
+    loop {
+        client.acquire(&mut runtime).unwrap();
+        assert_eq!(books.resident(), DEMAND, "I2: Running implies that all memory is in place");
+        client.release(true);
+        if std::os::unix::process::parent_id() == 1 {
+            return;
+        }
+    }
+}
+
+/// Pseudo-random numbers that a failure can be repeated with (xorshift, Marsaglia 2003).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+struct Node {
+    dir: PathBuf,
+    arbiter: Child,
+    clients: Vec<Child>,
+}
+
+fn arbiter(dir: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_nvshare-arbiter"))
+        .arg("--runtime-dir")
+        .arg(dir)
+        .args(["--gpu", GPU, "--capacity", &format!("{}M", 2 * CAPACITY), "--quantum", "1ms"])
+        .args(["--nvml-library", "/nonexistent/libnvidia-ml.so"])
+        .env("NVSHARE_LOG", "error")
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn victim(dir: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "client", "--ignored", "--test-threads=1"])
+        .env("NVSHARE_TEST_DIR", dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let patience = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < patience, "still not: {what}");
+        std::thread::yield_now();
+    }
+}
+
+impl Node {
+    fn page(&self) -> MappedPage {
+        let path = paths::page(&self.dir, GPU.parse::<GpuUuid>().unwrap());
+        MappedPage::open(File::options().read(true).write(true).open(path).unwrap()).unwrap()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        for child in self.clients.iter_mut().chain([&mut self.arbiter]) {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+#[test]
+fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
+    let seed =
+        std::env::var("NVSHARE_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0x5eed_cafe);
+    println!("NVSHARE_TEST_SEED={seed}");
+    let mut dice = Dice(seed);
+    let dir = std::env::temp_dir().join(format!("nvshare-kill-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let mut node = Node { arbiter: arbiter(&dir), clients: Vec::new(), dir };
+    until("the socket is there", || paths::socket(&node.dir).exists());
+    node.clients = (0..3).map(|_| victim(&node.dir)).collect();
+    let page = node.page();
+    let slices =
+        || -> u64 { page.occupied().iter().filter_map(|slot| page.details(slot)).map(|d| d.slices).sum() };
+    let mut phases = std::collections::HashSet::new();
+    for round in 0..ROUNDS {
+        until("three clients take turns", || page.occupied().len() == 3 && slices() > 0);
+        let spin = dice.below(3_000_000);
+        let moment = Instant::now() + Duration::from_nanos(spin);
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+        let (with_client, with_arbiter) = match dice.below(8) {
+            0 => (false, true),
+            1 => (true, true),
+            _ => (true, false),
+        };
+        let victim_index = dice.below(3) as usize;
+        let pid = node.clients[victim_index].id();
+        let slot =
+            page.occupied().iter().find(|slot| page.owner(*slot).is_some_and(|owner| owner.pid == pid));
+        if with_client {
+            phases.extend(slot.map(|slot| page.view(slot).phase.name()));
+            node.clients[victim_index].kill().unwrap();
+        }
+        if with_arbiter {
+            node.arbiter.kill().unwrap();
+            node.arbiter.wait().unwrap();
+        }
+        if with_client {
+            node.clients[victim_index].wait().unwrap();
+        }
+        if with_arbiter {
+            // Hand-offs go on without an arbiter, if two live clients are there to hand over.
+            if !with_client {
+                let before = slices();
+                until("turns are taken without an arbiter", || slices() > before);
+            }
+            node.arbiter = arbiter(&node.dir);
+        }
+        if with_client {
+            if let Some(slot) = slot {
+                until("the dead one is reaped", || page.owner(slot).is_none_or(|owner| owner.pid != pid));
+            }
+            node.clients[victim_index] = victim(&node.dir);
+        }
+        for (index, child) in node.clients.iter_mut().enumerate() {
+            assert!(child.try_wait().unwrap().is_none(), "round {round}: client {index} ended by itself");
+        }
+    }
+    println!("killed in phases: {phases:?}");
+    assert!(phases.len() >= 3, "the dice never found more than {phases:?}");
+    for child in &mut node.clients {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    until("all are reaped", || page.occupied().is_empty());
+    assert_eq!(page.free().granules, CAPACITY as i32, "a granule was lost");
+    until("the books can be looked at", || page.audit() != Audit::Busy);
+    assert_eq!(page.audit(), Audit::Balanced);
+    assert_eq!(page.audit_counts().1, 0, "an audit had to repair the books");
+    assert!((0..48).filter_map(nvshare::SlotIndex::new).all(|slot| page.view(slot).phase != Phase::Running));
+}

@@ -1,0 +1,173 @@
+//! The arbiter as a process: what good and bad input gets.
+
+use nvshare::page::SLOTS;
+use nvshare::paths;
+use nvshare::register::{self, Hello, RegisterError, Status};
+use nvshare::units::GpuUuid;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const GPU: &str = "GPU-00000000-0000-0000-0000-0000000000bb";
+
+struct Arbiter {
+    dir: PathBuf,
+    child: Child,
+}
+
+fn command(dir: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare-arbiter"));
+    command
+        .arg("--runtime-dir")
+        .arg(dir)
+        .args(["--nvml-library", "/nonexistent/libnvidia-ml.so"])
+        .args(arguments)
+        .stdin(Stdio::null());
+    command
+}
+
+fn directory(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("nvshare-service-{}-{name}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+impl Arbiter {
+    fn start(dir: PathBuf) -> Self {
+        let child =
+            command(&dir, &["--gpu", GPU, "--capacity", "64MiB"]).stderr(Stdio::null()).spawn().unwrap();
+        let arbiter = Self { dir, child };
+        let patience = Instant::now() + Duration::from_secs(20);
+        while register::dial(&paths::socket(&arbiter.dir), Duration::ZERO).is_err() {
+            assert!(Instant::now() < patience, "no arbiter answers");
+        }
+        arbiter
+    }
+
+    fn register(&self, hello: &Hello) -> Result<register::Registration, RegisterError> {
+        register::register(&paths::socket(&self.dir), hello, Duration::from_secs(5))
+    }
+}
+
+impl Drop for Arbiter {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn hello() -> Hello {
+    Hello::new(GPU.parse().unwrap(), "test")
+}
+
+fn refused(result: Result<register::Registration, RegisterError>) -> (Status, String) {
+    match result {
+        Err(RegisterError::Refused { status, text, .. }) => (status, text),
+        Err(other) => panic!("not a refusal: {other}"),
+        Ok(_) => panic!("not refused"),
+    }
+}
+
+fn fails_with_two(output: &Output, words: &[&str]) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(words.iter().all(|word| said.contains(word)), "{said}");
+}
+
+#[test]
+fn a_second_arbiter_is_refused_with_the_pid_of_the_first() {
+    let first = Arbiter::start(directory("second"));
+    let output = command(&first.dir, &["--gpu", GPU, "--capacity", "64MiB"]).output().unwrap();
+    fails_with_two(&output, &[&first.child.id().to_string(), first.dir.to_str().unwrap()]);
+}
+
+#[test]
+fn values_that_make_no_sense_are_named() {
+    let dir = directory("values");
+    for (arguments, words) in [
+        (&["--gpu", "card-0"][..], &["'card-0'", "nvidia-smi"][..]),
+        (&["--capacity", "lots"], &["'lots'", "14.9GiB"]),
+        (&["--quantum", "soon"], &["'soon'", "500ms"]),
+        (&["--quantum-factor", "-1"], &["'-1'"]),
+        (&["--capacity", "1GiB"], &["NVML", "--gpu"]),
+    ] {
+        fails_with_two(&command(&dir, arguments).output().unwrap(), words);
+    }
+    let _ = std::fs::remove_dir_all(dir);
+}
+
+#[test]
+fn who_cannot_be_served_is_told_why() {
+    let arbiter = Arbiter::start(directory("refusals"));
+    let other: GpuUuid = "GPU-00000000-0000-0000-0000-0000000000cc".parse().unwrap();
+    let (status, text) = refused(arbiter.register(&Hello::new(other, "test")));
+    assert!(
+        status == Status::UnknownGpu && text.contains(&other.to_string()) && text.contains(GPU),
+        "{text}"
+    );
+    let (status, text) = refused(arbiter.register(&Hello { layout_version: 77, ..hello() }));
+    assert!(status == Status::LayoutVersion && text.contains("77") && text.contains("arbiter 1"), "{text}");
+    let (status, _) = refused(arbiter.register(&Hello { magic: 0, ..hello() }));
+    assert_eq!(status, Status::Malformed);
+    let all: Vec<_> = (0..SLOTS).map(|_| arbiter.register(&hello()).unwrap()).collect();
+    let (status, text) = refused(arbiter.register(&hello()));
+    assert!(status == Status::Full && text.contains("48"), "{text}");
+    drop(all);
+}
+
+#[test]
+fn nonsense_on_the_socket_harms_nobody() {
+    let arbiter = Arbiter::start(directory("nonsense"));
+    let mut noise = 0x9e37_79b9_7f4a_7c15u64;
+    for length in (0..600).step_by(7) {
+        let bytes: Vec<u8> = (0..length)
+            .map(|_| {
+                noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (noise >> 56) as u8
+            })
+            .collect();
+        let fd = register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap();
+        let _ = register::send(std::os::fd::AsFd::as_fd(&fd), &bytes, None);
+    }
+    // Connections that say nothing, more than are kept waiting.
+    let silent: Vec<_> = (0..100)
+        .map(|_| register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap())
+        .collect();
+    drop(silent);
+    assert!(arbiter.register(&hello()).is_ok());
+}
+
+#[test]
+fn a_page_of_garbage_is_moved_aside() {
+    let dir = directory("garbage");
+    let path = paths::page(&dir, GPU.parse().unwrap());
+    for bytes in [&b"short"[..], &[0xa5; 64 << 10]] {
+        std::fs::write(&path, bytes).unwrap();
+        let arbiter = Arbiter::start(dir.clone());
+        assert!(arbiter.register(&hello()).is_ok());
+        let aside = dir.join(format!("{GPU}.page.bad-1"));
+        assert_eq!(std::fs::read(aside).unwrap(), bytes);
+        drop(arbiter);
+        std::fs::create_dir_all(&dir).unwrap();
+    }
+    let _ = std::fs::remove_dir_all(dir);
+}
+
+#[test]
+fn sigterm_leaves_the_page_and_the_next_one_takes_it_over() {
+    let mut first = Arbiter::start(directory("takeover"));
+    let client = first.register(&hello()).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(first.child.id() as i32), nix::sys::signal::SIGTERM)
+        .unwrap();
+    assert!(first.child.wait().unwrap().success());
+    assert!(!paths::socket(&first.dir).exists());
+    first.child =
+        command(&first.dir, &["--gpu", GPU, "--capacity", "32MiB"]).stderr(Stdio::null()).spawn().unwrap();
+    let patience = Instant::now() + Duration::from_secs(20);
+    while client.page.arbiter().1 < 2 || client.page.capacity() != 16 {
+        assert!(Instant::now() < patience, "nobody took the page over");
+    }
+    assert_eq!(client.page.owner(client.slot).unwrap().pid, std::process::id(), "the client is still there");
+}

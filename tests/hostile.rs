@@ -1,0 +1,167 @@
+//! A page and a socket full of lies: no reader panics, hangs, or reads out of bounds.
+
+use nvshare::Page;
+use nvshare::map::{MapError, MappedPage, scribble};
+use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES, PageError, SLOTS, SlotIndex};
+use nvshare::register::{self, Hello, RegisterError, Reply, Status};
+use nvshare::snapshot::Snapshot;
+use nvshare::units::GpuUuid;
+use nvshare::{audit::Process, policy};
+use proptest::prelude::*;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+const GPU: GpuUuid = GpuUuid([3; 16]);
+
+/// Everything that reads a page, one after another.
+fn read_everything(page: &Page) {
+    let _ = page.check();
+    let snapshot = Snapshot::take(page, page.admitted());
+    let _ = (policy::admit(&snapshot, 0), policy::admit(&snapshot, u64::MAX), policy::lacking(&snapshot));
+    let _ = (policy::evictors(&snapshot), policy::next_decision(&snapshot), policy::first_waiter(&snapshot));
+    for slot in (0..SLOTS).filter_map(SlotIndex::new) {
+        let _ = (page.details(slot), page.owner(slot), page.account(slot), page.view(slot));
+        let _ = (policy::quantum(&snapshot, slot), policy::evict_share(&snapshot, slot));
+    }
+    page.decide();
+    page.audit();
+    page.rebuild_occupied();
+    page.open_slot(Process { pid: 1, started: 1 }, "victim", 1);
+    for slot in page.occupied().iter() {
+        page.set_pinned(slot, 7);
+        page.reap(slot);
+    }
+    page.set_capacity(1);
+    page.audit();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_garbage(words in prop::collection::vec(any::<u64>(), 1..400)) {
+        let page = Page::on_heap(GPU, 100);
+        scribble(&page, &words);
+        read_everything(&page);
+    }
+}
+
+#[test]
+fn a_lie_in_any_single_word() {
+    for index in 0..PAGE_BYTES / 8 {
+        for lie in [0, 1, u64::MAX, 1 << 63, 0x7fff_ffff, 0xffff_ffff_0000_0000] {
+            let page = Page::on_heap(GPU, 100);
+            page.open_slot(Process { pid: 9, started: 9 }, "honest", 1);
+            let honest = bytes(&page);
+            let mut words: Vec<u64> =
+                honest.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+            words[index] = lie;
+            scribble(&page, &words);
+            read_everything(&page);
+        }
+    }
+}
+
+/// A page's bytes, through a file: the mapping is the only view that is ours to read.
+fn bytes(page: &Page) -> Vec<u8> {
+    // SAFETY: nobody else has this page, so plain reads race with nothing.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(page).cast::<u8>(), PAGE_BYTES) }.to_vec()
+}
+
+fn temporary(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("nvshare-hostile-{}-{name}", std::process::id()))
+}
+
+fn file(content: &[u8]) -> File {
+    let path = temporary(&format!("{:?}", std::thread::current().id()));
+    let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    file.write_all(content).unwrap();
+    file
+}
+
+#[test]
+fn files_that_are_no_pages() {
+    let page = Page::on_heap(GPU, 100);
+    let good = bytes(&page);
+    assert!(MappedPage::open(file(&good)).is_ok());
+    for length in [0, 1, 8, 4096, PAGE_BYTES - 1] {
+        assert!(matches!(
+            MappedPage::open(file(&good[..length])),
+            Err(MapError::Page(PageError::Short { .. }) | MapError::Io(_))
+        ));
+    }
+    let mut other = good.clone();
+    other[8..12].copy_from_slice(&9u32.to_le_bytes());
+    let error = MappedPage::open(file(&other)).err().unwrap().to_string();
+    assert!(error.contains('9') && error.contains(&LAYOUT_VERSION.to_string()), "{error}");
+}
+
+/// An arbiter that answers `answer`, with a descriptor or without, to whoever comes first.
+fn liar(name: &str, answer: Vec<u8>, fd: Option<File>) -> PathBuf {
+    use nix::sys::socket::{
+        AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept, bind, listen, recv, socket,
+    };
+    let path = temporary(name);
+    let _ = std::fs::remove_file(&path);
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    listen(&listener, Backlog::new(1).unwrap()).unwrap();
+    std::thread::spawn(move || {
+        // SAFETY: accept has just made the descriptor.
+        let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
+        let mut hello = [0; 512];
+        let _ = recv(peer.as_raw_fd(), &mut hello, MsgFlags::empty());
+        let _ = register::send(peer.as_fd(), &answer, fd.as_ref().map(|file| -> BorrowedFd { file.as_fd() }));
+    });
+    path
+}
+
+#[test]
+fn an_arbiter_that_lies() {
+    let page = bytes(&Page::on_heap(GPU, 100));
+    let welcome = |change: fn(&mut Reply)| {
+        let mut reply = Reply::welcome(SlotIndex::new(0).unwrap());
+        change(&mut reply);
+        bytemuck::bytes_of(&reply).to_vec()
+    };
+    let other = bytes(&Page::on_heap(GpuUuid([4; 16]), 100));
+    let cases: Vec<(&str, Vec<u8>, Option<Vec<u8>>, &str)> = vec![
+        ("short", vec![1, 2, 3], None, "3 bytes"),
+        ("long", vec![7; 1000], None, "bytes instead of"),
+        ("empty", Vec::new(), None, "0 bytes"),
+        ("magic", welcome(|reply| reply.magic = 1), None, "wrong magic"),
+        ("status", welcome(|reply| reply.status = 99), None, "unknown status 99"),
+        ("slot", welcome(|reply| reply.slot = 48), Some(page.clone()), "slot 48"),
+        ("no page", welcome(|_| ()), None, "no page"),
+        ("truncated", welcome(|_| ()), Some(page[..100].to_vec()), "truncated"),
+        ("zeros", welcome(|_| ()), Some(vec![0; PAGE_BYTES]), "magic"),
+        ("other GPU", welcome(|_| ()), Some(other), "page of GPU-04040404"),
+    ];
+    for (name, answer, content, words) in cases {
+        let path = liar(name, answer, content.map(|content| file(&content)));
+        let result = register::register(&path, &Hello::new(GPU, "victim"), Duration::from_secs(5));
+        let error = result.err().unwrap_or_else(|| panic!("{name}: taken for an arbiter")).to_string();
+        assert!(error.contains(words), "{name}: {error}");
+        std::fs::remove_file(path).unwrap();
+    }
+    let refusal = Reply::refuse(Status::Full, "all taken\u{1b}[2J");
+    let path = liar("refusal", bytemuck::bytes_of(refusal.as_ref()).to_vec(), None);
+    match register::register(&path, &Hello::new(GPU, "victim"), Duration::from_secs(5)) {
+        Err(RegisterError::Refused { status: Status::Full, text, .. }) => assert_eq!(text, "all taken?[2J"),
+        other => panic!("{:?}", other.err()),
+    }
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn an_arbiter_that_is_not_there() {
+    let path = temporary("nobody");
+    let error =
+        register::register(&path, &Hello::new(GPU, "victim"), Duration::from_millis(20)).err().unwrap();
+    assert!(matches!(error, RegisterError::NoArbiter { .. }));
+    assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+}
