@@ -123,12 +123,15 @@ impl<P: Deref<Target = Page>> Books<P> {
             }
             match self.try_take(amount) {
                 Ok(()) => return Fill::Complete,
-                Err(free) => {
-                    let until = now().saturating_add(STARVED_LOOK);
-                    futex_wait_low(&self.page.header.free, free.granules as u32, Some(until));
-                }
+                Err(free) => self.wait_for_granules(free),
             }
         }
+    }
+
+    /// Sleeps while the pool's counter still shows what [`Books::try_take`] saw, or for a while.
+    pub fn wait_for_granules(&self, seen: Free) {
+        let until = now().saturating_add(STARVED_LOOK);
+        futex_wait_low(&self.page.header.free, seen.granules as u32, Some(until));
     }
 
     /// Takes `amount` granules if the pool has them.

@@ -17,7 +17,8 @@ impl Page {
     }
 
     fn set_account(&self, slot: SlotIndex, account: Account) {
-        self.slot(slot).account.store(account.into(), Ordering::Release);
+        // A swap and not a store: a helper may swap the same word, and swaps stand in one order.
+        self.slot(slot).account.swap(account.into(), Ordering::AcqRel);
     }
 
     /// Marks the move that `free` is tagged with as Applied, so that the tag may be overwritten.
@@ -101,6 +102,23 @@ impl Page {
         let _ = self.count(None, |free| Some(free.saturating_add(by)));
         if by > 0 {
             crate::sync::futex_wake_low(&self.header.free);
+        }
+    }
+
+    /// Takes granules as [`Page::take`] does, and stops after so many steps, as a killed client does:
+    /// 0 announces nothing, 1 announces, 2 also counts, 3 also closes.
+    #[cfg(any(loom, test))]
+    pub fn stop_in_take(&self, slot: SlotIndex, amount: Granules, steps: u32) {
+        let account = self.account(slot).announced(Kind::Take, amount);
+        if steps >= 1 {
+            self.set_account(slot, account);
+        }
+        if steps >= 2 {
+            let tag = Some(Tag { slot, sequence: account.sequence });
+            let _ = self.count(tag, |free| Some(free.saturating_sub_unsigned(amount)));
+        }
+        if steps >= 3 {
+            self.set_account(slot, account.closed());
         }
     }
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import statistics
@@ -61,11 +62,12 @@ class Arbiter:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def start(arguments, environment=None):
+def start(arguments, environment=None, log=None):
     return subprocess.Popen(
         [sys.executable, str(HERE / "add.py"), *map(str, arguments)],
         env=os.environ | {"CUDA_MODULE_LOADING": "LAZY"} | (environment or {}),
         stdout=subprocess.PIPE,
+        stderr=log,
         text=True,
     )
 
@@ -78,11 +80,11 @@ def finish(process):
     return result
 
 
-def together(count, arguments, environment=None, watch=None):
+def together(count, arguments, environment=None, watch=None, log=None):
     """Runs `count` jobs at once, from the moment when all are set up. Returns results and samples."""
     with tempfile.TemporaryDirectory() as directory:
         gate = ["--barrier", directory + "/barrier", "--parties", count]
-        jobs = [start([*arguments, "--seed", seed + 1, *gate], environment) for seed in range(count)]
+        jobs = [start([*arguments, "--seed", seed + 1, *gate], environment, log) for seed in range(count)]
         samples = []
         while watch and any(job.poll() is None for job in jobs):
             try:
@@ -131,25 +133,41 @@ def four_fit(binaries, iterations):
     return right, f"four that fit: {(times['nvshare'] / times['native'] - 1) * 100:+.2f} % slower than native, {yields} switches (bars 1 %, 0)"
 
 
+def switches(log):
+    """Bytes a second of each whole switch in a debug log: from the end of the drain to all in place."""
+    line = re.compile(r"nvshare\[\d+\] +([\d.]+) +DEBUG (drained|filled)(?: ([\d.]+) GiB)?")
+    events = sorted((float(found[1]), found[2], float(found[3] or 0)) for found in map(line.match, log) if found)
+    rates, drained = [], None
+    for time_s, what, gib in events:
+        if what == "drained":
+            drained = time_s
+        elif drained is not None and gib >= 5:
+            rates.append(gib * 2**30 / (time_s - drained))
+            drained = None
+    return rates
+
+
 def two_take_turns(binaries, iterations):
     output = subprocess.run([sys.executable, str(HERE / "bandwidth.py")], stdout=subprocess.PIPE, check=True).stdout
     link = json.loads(output)
-    with Arbiter(binaries, CAPACITY, ["--quantum", "500ms"]) as arbiter:
-        results, samples = together(2, ["--iterations", iterations], arbiter.environment(), arbiter.clients)
-    last = {}
-    for sample in samples:
-        for client in sample:
-            last[client["slot"]] = client
-    filled = sum(client["bytes_in"] for client in last.values())
-    fill_s = sum(client["fill_ns"] for client in last.values()) / 1e9
-    say("two_take_turns", link=link, filled_bytes=filled, fill_s=fill_s, clients=list(last.values()), results=results)
-    rate = filled / max(fill_s, 1e-9)
-    share = rate / link["in"]
-    right = all(r["right"] for r in results)
-    return right, (
-        f"two of 12 GiB in {CAPACITY}: {rate / 2**30:.1f} GiB/s of switch, "
-        f"{share * 100:.0f} % of the pinned {link['in'] / 2**30:.1f} GiB/s (bar 75 %)"
-    )
+    right, lines = True, []
+    # With a full queue of launches, and with an application that waits for the GPU now and then.
+    for name, more in [("queue full", ["--iterations", iterations]), ("waits every 10", ["--iterations", 1000, "--sync-every", 10])]:
+        with Arbiter(binaries, CAPACITY, ["--quantum", "300ms"]) as arbiter, tempfile.TemporaryFile("w+") as log:
+            environment = arbiter.environment() | {"NVSHARE_LOG": "debug"}
+            results, samples = together(2, more, environment, arbiter.clients, log)
+            log.seek(0)
+            rates = switches(log)
+        right &= all(r["right"] for r in results)
+        # The first switches fill memory that is new and has no bytes to copy yet.
+        rate = statistics.median(rates)
+        say("two_take_turns", variant=name, link=link, switch_bytes_per_s=rates, results=results)
+        lines.append(
+            f"two of 12 GiB in {CAPACITY}, {name}: {len(rates)} switches at {rate / 2**30:.1f} GiB/s, "
+            f"{rate / link['in'] * 100:.0f} % of the pinned {link['in'] / 2**30:.1f} GiB/s one way (bar 75 %), "
+            f"{rate / link['both'] * 100:.0f} % of {link['both'] / 2**30:.1f} with both ways busy"
+        )
+    return right, "\n".join(lines)
 
 
 def four_take_turns(binaries, iterations):

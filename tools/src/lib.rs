@@ -1,5 +1,19 @@
 //! The command line of nvshare, and what its tests share with it.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`run`], [`status`], [`bench`], [`demo`] | the commands |
+//! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
+//! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
+//! | [`cuda`] | the CUDA driver |
+//! | [`internal`] | what the commands start themselves again as |
 
+pub mod bench;
+pub mod crew;
+pub mod cuda;
+pub mod demo;
+pub mod internal;
+pub mod job;
 pub mod node;
 pub mod run;
 pub mod status;
@@ -23,4 +37,15 @@ impl Failure {
     pub fn with_status(status: u8, message: impl Into<String>) -> Self {
         Self { status, message: message.into() }
     }
+}
+
+impl From<cuda::CudaError> for Failure {
+    fn from(error: cuda::CudaError) -> Self {
+        Self::with_status(1, error.to_string())
+    }
+}
+
+/// Reads a size from the command line.
+fn size(text: &str) -> Result<u64, String> {
+    nvshare::units::parse_size(text).map_err(|error| error.to_string())
 }

@@ -1,12 +1,23 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::{Parser, Subcommand};
-use nvshare_tools::{Failure, run, status};
+use nvshare_tools::{Failure, bench, demo, internal, run, status};
 use std::process::ExitCode;
 
 /// Several processes share one GPU as if each had all of it.
 #[derive(Debug, Parser)]
-#[command(name = "nvshare", version, arg_required_else_help = true)]
+#[command(
+    name = "nvshare",
+    version,
+    arg_required_else_help = true,
+    after_help = "Examples:
+  nvshare demo                        see it work, without a GPU
+  nvshare run -- python3 train.py     run a program on the shared GPUs; as many at once as you like
+  nvshare status                      who runs, who waits, whose memory is where
+  nvshare bench handoff               what a hand-off between two processes costs here
+
+`nvshare COMMAND --help` has more."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -18,12 +29,22 @@ enum Command {
     Run(run::Options),
     /// Show GPUs and clients: who runs, who waits, whose memory is where
     Status(status::Options),
+    /// Measure this machine: a launch, a hand-off, a switch
+    Bench(bench::Options),
+    /// See several jobs share a GPU that is too small for them; simulated, or real with --gpu
+    Demo(demo::Options),
+    #[command(hide = true)]
+    Internal(internal::Options),
 }
 
 fn main() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let result = match Cli::parse().command {
         Command::Run(options) => run::run(options),
-        Command::Status(options) => status::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::Status(options) => status::run(&options).map(done),
+        Command::Bench(options) => bench::run(&options).map(done),
+        Command::Demo(options) => demo::run(&options).map(done),
+        Command::Internal(options) => internal::run(options).map(done),
     };
     result.unwrap_or_else(|Failure { status, message }| {
         eprintln!("nvshare: {message}");

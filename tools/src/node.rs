@@ -1,19 +1,24 @@
 //! The pieces of nvshare on this machine: where they are, and a private arbiter to use them with.
 
 use crate::Failure;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use nvshare::paths;
 use nvshare::register;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Finds a file of ours: beside the running program, beside its test binaries' parent, or where packages
 /// put libraries.
-fn beside(name: &str) -> Option<PathBuf> {
+pub(crate) fn beside(name: &str) -> Option<PathBuf> {
     let own = std::env::current_exe().ok()?;
     let dir = own.parent()?;
     [
@@ -69,6 +74,20 @@ pub fn simulated_gpu() -> Result<(PathBuf, PathBuf), Failure> {
     Ok((find("libsimcuda.so")?, find("libsimnvml.so")?))
 }
 
+/// The program `nvshare` itself, also when a test asks.
+///
+/// # Errors
+/// It is not built.
+pub fn program() -> Result<PathBuf, Failure> {
+    std::env::current_exe()
+        .ok()
+        .filter(|path| path.file_name().is_some_and(|name| name == "nvshare"))
+        .or_else(|| beside("nvshare"))
+        .ok_or_else(|| {
+            Failure::usage("nvshare is not beside this program: build it with `cargo build --release`")
+        })
+}
+
 /// Whether an arbiter answers in this directory.
 pub fn answers(dir: &Path) -> bool {
     register::dial(&paths::socket(dir), Duration::ZERO).is_ok()
@@ -82,9 +101,9 @@ pub fn answers(dir: &Path) -> bool {
 pub fn start_arbiter(
     dir: &Path,
     arguments: &[String],
-    environment: &[(String, String)],
+    environment: &[(String, OsString)],
 ) -> Result<Option<Child>, Failure> {
-    let (ready, write) = nix::unistd::pipe()
+    let (ready, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)
         .map_err(|error| Failure::with_status(1, format!("no pipe can be made: {error}")))?;
     let program = arbiter();
     let mut command = Command::new(&program);
@@ -103,7 +122,7 @@ pub fn start_arbiter(
     if std::env::var_os("NVSHARE_LOG").is_none() {
         command.env("NVSHARE_LOG", "warn");
     }
-    keep_open(&mut command, &ready);
+    pass_on(&mut command, &write);
     let mut child = command.spawn().map_err(|error| {
         Failure::usage(format!("the arbiter ({}) cannot be started: {error}", program.display()))
     })?;
@@ -126,13 +145,14 @@ pub fn start_arbiter(
     Err(Failure::usage(format!("the arbiter did not start: {}", said.trim())))
 }
 
-/// The arbiter outlives the pipe's other end: only the write end may pass on.
-fn keep_open(command: &mut Command, read_end: &OwnedFd) {
-    let read_end = read_end.as_raw_fd();
-    // SAFETY: close is allowed between fork and exec, and the child has no other use for this descriptor.
+/// Lets the child, and no other program that starts meanwhile, inherit a descriptor.
+pub(crate) fn pass_on(command: &mut Command, fd: &impl AsRawFd) {
+    let fd = fd.as_raw_fd();
+    // SAFETY: fcntl is allowed between fork and exec; the descriptor is open in the child, which has all of ours.
     unsafe {
         command.pre_exec(move || {
-            nix::libc::close(read_end);
+            let fd = BorrowedFd::borrow_raw(fd);
+            nix::fcntl::fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
             Ok(())
         })
     };
@@ -146,5 +166,136 @@ fn forward_log(child: &mut Child) {
                 eprintln!("{line}");
             }
         });
+    }
+}
+
+/// Environment variables for a program.
+pub type Environment = Vec<(String, OsString)>;
+
+/// A directory of this process's own, gone when dropped.
+#[derive(Debug)]
+pub struct TempDir(PathBuf);
+
+impl TempDir {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new() -> Result<Self, Failure> {
+        let template = std::env::temp_dir().join("nvshare-XXXXXX");
+        nix::unistd::mkdtemp(&template).map(Self).map_err(|error| {
+            Failure::with_status(1, format!("no directory can be made as {}: {error}", template.display()))
+        })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A simulated GPU of this process's own: programs that get its [environment](Self::environment) find it as
+/// `libcuda.so.1`. Gone when dropped.
+#[derive(Debug)]
+pub struct SimulatedGpu {
+    libraries: TempDir,
+    name: String,
+    settings: Vec<(&'static str, String)>,
+}
+
+impl SimulatedGpu {
+    /// Makes one. The settings are variables of the simulator without `NVSHARE_SIM_`, such as `MEMORY`.
+    ///
+    /// # Errors
+    /// The simulator is not built.
+    pub fn new(settings: &[(&'static str, String)]) -> Result<Self, Failure> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let (cuda, nvml) = simulated_gpu()?;
+        let libraries = TempDir::new()?;
+        for (library, link) in [(cuda, "libcuda.so.1"), (nvml, "libnvidia-ml.so.1")] {
+            std::os::unix::fs::symlink(&library, libraries.path().join(link))
+                .map_err(|error| Failure::with_status(1, format!("{}: {error}", library.display())))?;
+        }
+        let name = format!("nvshare-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Ok(Self { libraries, name, settings: settings.to_vec() })
+    }
+
+    /// For programs that are to find it. `other` replaces settings.
+    pub fn environment(&self, other: &[(&'static str, String)]) -> Environment {
+        let mut path = OsString::from(self.libraries.path());
+        if let Some(before) = std::env::var_os("LD_LIBRARY_PATH").filter(|value| !value.is_empty()) {
+            path.push(":");
+            path.push(before);
+        }
+        let settings = self.settings.iter().chain(other);
+        let mut environment: Environment =
+            settings.map(|(name, value)| (format!("NVSHARE_SIM_{name}"), value.into())).collect();
+        environment.push(("NVSHARE_SIM_NAME".into(), self.name.clone().into()));
+        environment.push(("LD_LIBRARY_PATH".into(), path));
+        environment
+    }
+}
+
+impl Drop for SimulatedGpu {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(Path::new("/dev/shm").join(&self.name));
+    }
+}
+
+/// A private arbiter in a directory of its own, and how programs become its clients. Both gone when dropped.
+#[derive(Debug)]
+pub struct Node {
+    dir: TempDir,
+    arbiter: Child,
+    gpu: Environment,
+    shim: PathBuf,
+}
+
+impl Node {
+    /// Starts an arbiter with these arguments, on the GPU that this environment leads to: a simulated one's, or
+    /// nothing for the machine's own.
+    ///
+    /// # Errors
+    /// A part is not built, or the arbiter does not start; the message is its own.
+    pub fn start(gpu: Environment, arguments: &[String]) -> Result<Self, Failure> {
+        let shim = shim()?;
+        let dir = TempDir::new()?;
+        let arbiter = start_arbiter(dir.path(), arguments, &gpu)?
+            .ok_or_else(|| Failure::with_status(1, "somebody else's arbiter is in a directory just made"))?;
+        Ok(Self { dir, arbiter, gpu, shim })
+    }
+
+    /// Its runtime directory.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The arbiter's pid.
+    pub fn arbiter_pid(&self) -> u32 {
+        self.arbiter.id()
+    }
+
+    /// For programs that are to be its clients.
+    pub fn environment(&self) -> Environment {
+        let mut environment = self.gpu.clone();
+        environment.extend([
+            ("LD_PRELOAD".into(), self.shim.clone().into()),
+            (paths::RUNTIME_DIR.into(), self.dir().into()),
+            ("CUDA_MODULE_LOADING".into(), "LAZY".into()),
+        ]);
+        environment
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(Pid::from_raw(self.arbiter.id() as i32), Signal::SIGTERM);
+        let _ = self.arbiter.wait();
     }
 }

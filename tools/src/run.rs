@@ -3,7 +3,7 @@
 use crate::{Failure, node, status};
 use nix::sys::signal::{SigSet, Signal};
 use nvshare::paths;
-use nvshare::units::{format_size, parse_size};
+use nvshare::units::format_size;
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -20,7 +20,7 @@ use std::process::{Command, ExitCode};
 Without an arbiter on this machine, a private one is started; it ends after the last program.")]
 pub struct Options {
     /// Size of each GPU's pool, if this starts the arbiter
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size)]
     capacity: Option<u64>,
     /// How long a client runs while others wait, if this starts the arbiter: auto, or a time such as 500ms
     #[arg(long, value_name = "auto|TIME")]
@@ -34,10 +34,6 @@ pub struct Options {
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    parse_size(text).map_err(|error| error.to_string())
 }
 
 /// Signals that a terminal or an operator sends, for the program to decide about.

@@ -1,0 +1,90 @@
+//! The gate: nobody is inside while memory moves (I2), and nobody is left standing before it.
+#![cfg(loom)]
+
+#[path = "../../shim/src/gate.rs"]
+#[allow(dead_code)]
+mod gate;
+
+use gate::Gate;
+use loom::cell::UnsafeCell;
+use loom::sync::Arc;
+use loom::thread;
+use loom_tests::check;
+
+/// What the gate guards: submitters read it inside, the engine writes it while the gate is shut. Loom
+/// fails the model if a read and the write can meet.
+struct Memory(UnsafeCell<u32>);
+
+// SAFETY: whether it is right to share it is what the model finds out.
+unsafe impl Sync for Memory {}
+// SAFETY: as above.
+unsafe impl Send for Memory {}
+
+fn submit(gate: &Gate, memory: &Memory) {
+    let lane = gate.lane();
+    gate.enter(&lane, || ());
+    // SAFETY: loom checks the access.
+    memory.0.with(|value| assert_ne!(unsafe { *value }, 1, "inside while memory moves"));
+    gate.leave(&lane);
+    lane.retire();
+}
+
+fn swap(gate: &Gate, memory: &Memory) {
+    gate.shut();
+    // SAFETY: loom checks the access.
+    memory.0.with_mut(|value| unsafe { *value = 1 });
+    // SAFETY: as above.
+    memory.0.with_mut(|value| unsafe { *value = 2 });
+    gate.open();
+}
+
+/// One submitter and the engine.
+#[test]
+fn memory_moves_while_nobody_is_inside() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        gate.open();
+        let submitter = thread::spawn({
+            let (gate, memory) = (gate.clone(), memory.clone());
+            move || submit(&gate, &memory)
+        });
+        swap(&gate, &memory);
+        submitter.join().unwrap();
+    });
+}
+
+/// Two submitters and the engine.
+#[test]
+fn two_submitters_and_a_swap() {
+    check(1, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        gate.open();
+        let submitters: Vec<_> = (0..2)
+            .map(|_| {
+                let (gate, memory) = (gate.clone(), memory.clone());
+                thread::spawn(move || submit(&gate, &memory))
+            })
+            .collect();
+        swap(&gate, &memory);
+        for submitter in submitters {
+            submitter.join().unwrap();
+        }
+    });
+}
+
+/// A thread that stands before the gate from the beginning gets in when it opens.
+#[test]
+fn whoever_waits_is_let_in() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        let submitter = thread::spawn({
+            let (gate, memory) = (gate.clone(), memory.clone());
+            move || submit(&gate, &memory)
+        });
+        gate.open();
+        submitter.join().unwrap();
+    });
+}

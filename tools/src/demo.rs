@@ -1,0 +1,413 @@
+//! `nvshare demo`: several jobs, each of which needs most of the GPU, in three ways: one after another, together under
+//! nvshare, and together in Unified Memory.
+//!
+//! The simulated GPU is the field report's T4 at a hundredth of its size and of its rates, in half its time:
+//!
+//! | | T4 | here |
+//! |---|---|---|
+//! | memory | 14,913 MiB | 148 MiB |
+//! | a job, in four buffers | 11,968 MiB | 120 MiB |
+//! | a context, modules loaded at once (native) / when needed (as `nvshare run` has it) | 1,006 / 718 MiB | 10 / 6 MiB |
+//! | an iteration over all of a job's memory | 39 ms | 20 ms |
+//! | pinned copies, each way | 12 GB/s | 240 MB/s |
+//! | Unified Memory that is faulted in while as much is driven out | 1.3 to 1.6 s an iteration | 0.75 s |
+//!
+//! Memory goes in granules of 2 MiB, so contexts are a little smaller than a hundredth.
+
+use crate::crew::{self, Crew, Message};
+use crate::job::{Event, Job};
+use crate::node::{Environment, Node, SimulatedGpu};
+use crate::{Failure, status};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nvshare::units::format_size;
+use std::collections::HashMap;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Options of `nvshare demo`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  nvshare demo                     about a minute, on any machine
+  nvshare demo --jobs 3 --iterations 500
+  nvshare demo --gpu               on this machine's GPU: a pool of 14.9 GiB, jobs of 12 GiB
+
+Every job checks all of its data at the end, to the last bit.")]
+pub struct Options {
+    /// Use the machine's GPU instead of a simulated one
+    #[arg(long)]
+    gpu: bool,
+    /// Jobs that share the GPU
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=16))]
+    jobs: u32,
+    /// Walks of each job over all of its memory [default: 250, 2000 with --gpu]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    iterations: Option<u32>,
+    /// Size of the pool [default: 14.9GiB]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size, requires = "gpu")]
+    capacity: Option<u64>,
+    /// Memory of each job [default: 12GiB]
+    #[arg(long, value_name = "SIZE", value_parser = crate::size, requires = "gpu")]
+    size: Option<u64>,
+}
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+/// The simulated T4.
+const MEMORY: u64 = 148 * MIB;
+const JOB: u64 = 120 * MIB;
+const CONTEXT_EAGER: u64 = 10 * MIB;
+const CONTEXT_LAZY: u64 = 6 * MIB;
+/// What a job needs beside its buffers: a granule for its small allocations.
+const SMALL: u64 = 2 * MIB;
+/// Bytes a second that kernels touch: a job's 120 MiB in 20 ms.
+const DEVICE_BANDWIDTH: u64 = 6_291_456_000;
+const LINK_BANDWIDTH: u64 = 240_000_000;
+/// In and out together, as measured in the field; here it is all charged to the way in.
+const UM_BANDWIDTH: u64 = 168_000_000;
+const NEVER_SLOW: u64 = 1 << 40;
+
+/// Unified Memory would take all day: it gets this long, and the rest is reckoned from its rate.
+const UM_SECONDS: f64 = 20.0;
+
+/// A job that says nothing for so long is stuck.
+const SILENCE: Duration = Duration::from_secs(300);
+
+/// One of the ways to run the jobs.
+struct Way {
+    name: &'static str,
+    /// Time for all of them.
+    seconds: f64,
+    /// It was stopped, and the time is reckoned.
+    reckoned: bool,
+    /// Times that the GPU changed hands; `None` where nothing counts them.
+    switches: Option<u64>,
+    right: usize,
+    jobs: usize,
+}
+
+struct Stage {
+    gpu: Option<SimulatedGpu>,
+    capacity: u64,
+    job: Job,
+    jobs: usize,
+    screen: Screen,
+}
+
+/// Runs the demo.
+///
+/// # Errors
+/// The options make no sense, a part of nvshare is missing, or a job failed.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let stage = Stage::of(options)?;
+    crew::clean_up_when_interrupted();
+    stage.introduce();
+    let native = stage.one_after_another()?;
+    let shared = stage.shared()?;
+    let managed = if options.gpu { None } else { Some(stage.managed()?) };
+    let ways: Vec<Way> = [Some(native), Some(shared), managed].into_iter().flatten().collect();
+    stage.conclude(&ways);
+    match ways.iter().find(|way| way.right < way.jobs) {
+        Some(way) => Err(Failure::with_status(1, format!("{}: wrong results", way.name))),
+        None => Ok(()),
+    }
+}
+
+impl Stage {
+    fn of(options: &Options) -> Result<Self, Failure> {
+        let capacity = options.capacity.unwrap_or(if options.gpu { 149 * GIB / 10 } else { MEMORY });
+        let size = options.size.unwrap_or(if options.gpu { 12 * GIB } else { JOB });
+        if size.saturating_add(SMALL) > capacity {
+            return Err(Failure::usage(format!(
+                "--size {}: a job does not fit in --capacity {}",
+                format_size(size),
+                format_size(capacity)
+            )));
+        }
+        let contexts = u64::from(options.jobs) * CONTEXT_LAZY;
+        if !options.gpu && contexts + JOB + SMALL > MEMORY {
+            return Err(Failure::usage(format!(
+                "--jobs {}: their contexts alone take {} of the simulated GPU's {}, and no job fits beside them; there can be {}",
+                options.jobs,
+                format_size(contexts),
+                format_size(MEMORY),
+                (MEMORY - JOB - SMALL) / CONTEXT_LAZY
+            )));
+        }
+        let gpu = if options.gpu {
+            None
+        } else {
+            Some(SimulatedGpu::new(&[
+                ("MEMORY", MEMORY.to_string()),
+                ("CONTEXT_BYTES", CONTEXT_LAZY.to_string()),
+                ("DEVICE_BANDWIDTH", DEVICE_BANDWIDTH.to_string()),
+                ("LINK_BANDWIDTH", LINK_BANDWIDTH.to_string()),
+                ("UM_FAULT_BANDWIDTH", UM_BANDWIDTH.to_string()),
+                ("UM_EVICT_BANDWIDTH", NEVER_SLOW.to_string()),
+            ])?)
+        };
+        let job = Job {
+            size,
+            buffers: 4,
+            iterations: options.iterations.unwrap_or(if options.gpu { 2_000 } else { 250 }).into(),
+            seed: 1,
+            managed: false,
+            seconds: None,
+            controlled: false,
+        };
+        Ok(Self { gpu, capacity, job, jobs: options.jobs as usize, screen: Screen::new() })
+    }
+
+    fn environment(&self, other: &[(&'static str, String)]) -> Environment {
+        self.gpu.as_ref().map(|gpu| gpu.environment(other)).unwrap_or_default()
+    }
+
+    fn introduce(&self) {
+        let kind = if self.gpu.is_some() {
+            "a simulated GPU (a T4 at a hundredth of its size)"
+        } else {
+            "this machine's GPU"
+        };
+        println!(
+            "{} jobs of {} each, {} iterations, on {kind} with {}: one fits at a time.\n",
+            self.jobs,
+            format_size(self.job.size),
+            self.job.iterations,
+            format_size(self.capacity)
+        );
+    }
+
+    fn job(&self, index: usize) -> Job {
+        Job { seed: index as u64 + 1, ..self.job.clone() }
+    }
+
+    fn one_after_another(&self) -> Result<Way, Failure> {
+        let name = "one after another";
+        let view = self.screen.view(name, self.jobs, self.job.iterations);
+        let began = Instant::now();
+        let mut right = 0;
+        for index in 0..self.jobs {
+            let ended = play(&[self.job(index)], &self.environment(&[]), &view, index, &mut || ())?;
+            right += ended.right;
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        view.close();
+        Ok(Way { name, seconds, reckoned: false, switches: Some(0), right, jobs: self.jobs })
+    }
+
+    fn shared(&self) -> Result<Way, Failure> {
+        let name = "together, nvshare";
+        let mut arguments = vec!["--capacity".to_owned(), self.capacity.to_string()];
+        if self.gpu.is_some() {
+            // Its quantum follows the link, of which the simulated NVML says what a real one's would be.
+            let switch = self.job.size as f64 / LINK_BANDWIDTH as f64;
+            arguments.extend(["--quantum-min".into(), format!("{}ms", (5_000.0 * switch) as u64)]);
+        }
+        let node = Node::start(self.environment(&[]), &arguments)?;
+        let jobs: Vec<Job> = (0..self.jobs).map(|index| self.job(index)).collect();
+        let view = self.screen.view(name, self.jobs, self.job.iterations);
+        let began = Instant::now();
+        let mut yields = Yields::default();
+        let ended = play(&jobs, &node.environment(), &view, 0, &mut || yields.look(node.dir()))?;
+        let seconds = began.elapsed().as_secs_f64();
+        view.close();
+        let switches = Some(yields.total());
+        Ok(Way { name, seconds, reckoned: false, switches, right: ended.right, jobs: self.jobs })
+    }
+
+    fn managed(&self) -> Result<Way, Failure> {
+        let name = "together, Unified Memory";
+        let job = |index| Job { managed: true, seconds: Some(UM_SECONDS), ..self.job(index) };
+        let jobs: Vec<Job> = (0..self.jobs).map(job).collect();
+        let view = self.screen.view(name, self.jobs, self.job.iterations);
+        let environment = self.environment(&[("CONTEXT_BYTES", CONTEXT_EAGER.to_string())]);
+        let began = Instant::now();
+        let ended = play(&jobs, &environment, &view, 0, &mut || ())?;
+        let elapsed = began.elapsed().as_secs_f64();
+        view.close();
+        let wanted = (self.job.iterations * self.jobs as u64) as f64;
+        let reckoned = ended.iterations < self.job.iterations * self.jobs as u64;
+        let seconds = if reckoned { elapsed * wanted / ended.iterations.max(1) as f64 } else { elapsed };
+        Ok(Way { name, seconds, reckoned, switches: None, right: ended.right, jobs: self.jobs })
+    }
+
+    fn conclude(&self, ways: &[Way]) {
+        let alone = ways.first().map_or(1.0, |way| way.seconds);
+        let mut table = comfy_table::Table::new();
+        table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+        table.set_header(["", "total", "against one after another", "switches", "results"]);
+        for way in ways {
+            let about = if way.reckoned { "~ " } else { "" };
+            table.add_row([
+                way.name.to_owned(),
+                format!("{about}{:.1} s", way.seconds),
+                format!("{about}{:.2} x", way.seconds / alone),
+                way.switches.map_or("-".into(), |switches| switches.to_string()),
+                if way.right == way.jobs {
+                    "right".into()
+                } else {
+                    format!("WRONG in {} of {}", way.jobs - way.right, way.jobs)
+                },
+            ]);
+        }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(comfy_table::CellAlignment::Right);
+        }
+        println!("\n{table}");
+        if ways.iter().any(|way| way.reckoned) {
+            println!(
+                "~ Unified Memory was stopped after {UM_SECONDS} s of iterations; its total is reckoned from its rate."
+            );
+        }
+        if self.gpu.is_none() {
+            println!(
+                "Unified Memory is left out on a real GPU: jobs that together need more managed memory than the card has\nfree could bring down what else runs there."
+            );
+        }
+    }
+}
+
+/// What a run of some jobs came to.
+#[derive(Default)]
+struct Ended {
+    right: usize,
+    iterations: u64,
+}
+
+/// Runs jobs at once to their end, the first of them on line `first` of the view. `look` is called ever so often.
+fn play(
+    jobs: &[Job],
+    environment: &Environment,
+    view: &View,
+    first: usize,
+    look: &mut dyn FnMut(),
+) -> Result<Ended, Failure> {
+    let mut crew = Crew::start(jobs, environment)?;
+    let mut done = vec![false; jobs.len()];
+    let mut ended = Ended::default();
+    let mut last = Instant::now();
+    while done.contains(&false) {
+        crew::interrupted()?;
+        look();
+        let Some((index, message)) = crew.next(Instant::now() + Duration::from_millis(20)) else {
+            if last.elapsed() > SILENCE {
+                return Err(Failure::with_status(
+                    1,
+                    format!("no job has said anything for {} s", SILENCE.as_secs()),
+                ));
+            }
+            continue;
+        };
+        last = Instant::now();
+        match message {
+            Message::Event(Event::Ready { .. }) => view.ready(first + index),
+            Message::Event(Event::Progress { done }) => view.progress(first + index, done),
+            Message::Event(Event::Done(outcome)) => {
+                done[index] = true;
+                ended.right += usize::from(outcome.right);
+                ended.iterations += outcome.iterations;
+                view.done(first + index, outcome.iterations, outcome.right);
+            }
+            Message::Ended(_) if done[index] => {}
+            Message::Ended(said) => {
+                return Err(Failure::with_status(1, format!("job {} failed: {said}", first + index + 1)));
+            }
+        }
+    }
+    Ok(ended)
+}
+
+/// How often each client has given way. Clients leave, and their rows with them, so the page is looked at meanwhile.
+#[derive(Default)]
+struct Yields(HashMap<u32, u64>);
+
+impl Yields {
+    fn look(&mut self, dir: &Path) {
+        for client in status::read(dir).into_iter().flat_map(|node| node.gpus).flat_map(|gpu| gpu.clients) {
+            let yields = self.0.entry(client.pid).or_default();
+            *yields = client.yields.max(*yields);
+        }
+    }
+
+    fn total(&self) -> u64 {
+        self.0.values().sum()
+    }
+}
+
+/// Where progress is shown: bars on a terminal, else a line now and then.
+enum Screen {
+    Bars(MultiProgress),
+    Lines,
+}
+
+/// One way's progress.
+struct View {
+    bars: Vec<ProgressBar>,
+    lines: bool,
+    iterations: u64,
+}
+
+impl Screen {
+    fn new() -> Self {
+        if std::io::stdout().is_terminal() {
+            Self::Bars(MultiProgress::with_draw_target(ProgressDrawTarget::stdout()))
+        } else {
+            Self::Lines
+        }
+    }
+
+    fn view(&self, name: &str, jobs: usize, iterations: u64) -> View {
+        println!("{name}");
+        let style = "  {prefix} {bar:40.cyan/blue} {pos:>5}/{len} {per_sec:>9} {msg}";
+        let style = ProgressStyle::with_template(style).expect("the template is well-formed");
+        let bar = |index| {
+            let bar = match self {
+                Self::Bars(all) => all.add(ProgressBar::new(iterations)),
+                Self::Lines => ProgressBar::hidden(),
+            };
+            bar.set_length(iterations);
+            bar.set_style(style.clone());
+            bar.set_prefix(format!("job {}", index + 1));
+            bar.tick();
+            bar
+        };
+        View { bars: (0..jobs).map(bar).collect(), lines: matches!(self, Self::Lines), iterations }
+    }
+}
+
+impl View {
+    fn ready(&self, job: usize) {
+        self.bars[job].reset_elapsed();
+        self.say(job, "its memory is filled");
+    }
+
+    fn progress(&self, job: usize, done: u64) {
+        let quarter = |done: u64| 4 * done / self.iterations;
+        let before = self.bars[job].position();
+        self.bars[job].set_position(done);
+        if quarter(done) > quarter(before) && done < self.iterations {
+            self.say(job, &format!("{done}/{}", self.iterations));
+        }
+    }
+
+    fn done(&self, job: usize, iterations: u64, right: bool) {
+        let result = if right { "right" } else { "WRONG" };
+        self.bars[job].set_position(iterations);
+        self.bars[job].abandon_with_message(result);
+        self.say(job, &format!("{iterations}/{}, {result}", self.iterations));
+    }
+
+    fn say(&self, job: usize, what: &str) {
+        if self.lines {
+            println!("  job {}: {what}", job + 1);
+        }
+    }
+
+    /// The bars stay where they are; what comes next goes below.
+    fn close(self) {
+        if !self.lines {
+            println!();
+        }
+    }
+}
