@@ -3,6 +3,7 @@
 use crate::Failure;
 use crate::job::{Event, Job};
 use crate::node::{self, Environment};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};

@@ -8,9 +8,9 @@
 //! system call of any of its threads in between is counted.
 
 use super::stats::Row;
-use crate::Failure;
 use crate::cuda::{Gpu, Handle, LaunchKernel};
 use crate::node::{self, Environment, Node, SimulatedGpu};
+use crate::{Failure, crew};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::time::TimeValLike;

@@ -197,7 +197,7 @@ struct Switch {
 fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
     let job = |seed| Job {
         size: plan.size,
-        buffers: 4,
+        buffers: 12,
         iterations: u64::MAX,
         seed,
         managed: false,
@@ -262,6 +262,7 @@ fn wait_for(crew: &mut Crew, what: &str, wanted: impl Fn(&Event) -> bool) -> Res
                 return Err(Failure::with_status(1, format!("job {} could not {what}: {said}", index + 1)));
             }
             Some(_) => {}
+            None if Instant::now() < until => {}
             None => {
                 return Err(Failure::with_status(
                     1,
