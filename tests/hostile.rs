@@ -120,6 +120,9 @@ fn liar(name: &str, answer: Vec<u8>, fd: Option<File>) -> PathBuf {
     path
 }
 
+/// A name, what the arbiter answers, the file that it sends, and words that the error must have.
+type Lie = (&'static str, Vec<u8>, Option<Vec<u8>>, &'static str);
+
 #[test]
 fn an_arbiter_that_lies() {
     let page = bytes(&Page::on_heap(GPU, 100));
@@ -129,7 +132,7 @@ fn an_arbiter_that_lies() {
         bytemuck::bytes_of(&reply).to_vec()
     };
     let other = bytes(&Page::on_heap(GpuUuid([4; 16]), 100));
-    let cases: Vec<(&str, Vec<u8>, Option<Vec<u8>>, &str)> = vec![
+    let cases: Vec<Lie> = vec![
         ("short", vec![1, 2, 3], None, "3 bytes"),
         ("long", vec![7; 1000], None, "bytes instead of"),
         ("empty", Vec::new(), None, "0 bytes"),

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# A test that has never failed proves nothing: breaks the code in a copy of the tree, one line at a time, and
+# demands that the test named for it fails. Prints a line per mutant; exit status 1 if one survives.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r Cargo.toml Cargo.lock src shim arbiter tools tests loom-tests "$copy"
+export RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target/loom-mutants}" RUST_BACKTRACE=0
+survived=0
+
+# name | file | what stands there | what a mistake would make of it | test binary | test
+mutants=(
+  'tag overwritten without help|src/pool.rs|            self.help(free);||pool|a_killed_move_is_settled_exactly'
+  'settling ignores the tag|src/pool.rs|if free.tag == Some(Tag { slot, sequence: account.sequence })|if false|pool|a_killed_move_is_settled_exactly'
+  'giving back wakes nobody|src/pool.rs|crate::sync::futex_wake_low(\&self.header.free);\n        amount|amount|pool|a_starved_fill_is_woken'
+  'gate entered without a barrier|shim/src/gate.rs|        light_barrier();\n        if self.state.load(Ordering::Acquire) == OPEN|        if self.state.load(Ordering::Acquire) == OPEN|gate|memory_moves_while_nobody_is_inside'
+  'gate opened without waking|shim/src/gate.rs|        unpark_all(\&self.state);||gate|whoever_waits_is_let_in'
+  'gate shut without waiting|shim/src/gate.rs|if passes \& 1 == 0 {|if true {|gate|memory_moves_while_nobody_is_inside'
+  'doorbells not rung|src/lock.rs|                self.ring(slot);|let _ = slot;|decide|two_take_turns'
+)
+for mutant in "${mutants[@]}"; do
+  IFS='|' read -r name file old new binary test <<<"$mutant"
+  cp "$file" "$copy/$file"
+  perl -0pi -e 'BEGIN { ($old, $new) = (shift, shift); $old =~ s/\\n/\n/g; $old =~ s/\\&/&/g; $new =~ s/\\n/\n/g } s/\Q$old\E/$new/ or die "nothing to break\n"' "$old" "$new" "$copy/$file"
+  if (cd "$copy" && timeout 120 cargo test --release -q -p loom-tests --test "$binary" "$test") >"$copy/log" 2>&1; then
+    printf '%-34s %-42s SURVIVED\n' "$name" "$test"
+    survived=1
+  elif grep -q '^error\[' "$copy/log"; then
+    printf '%-34s %-42s does not compile\n' "$name" "$test"
+    survived=1
+  else
+    printf '%-34s %-42s caught\n' "$name" "$test"
+  fi
+  cp "$file" "$copy/$file"
+done
+exit $survived
