@@ -112,15 +112,18 @@ impl Pinned {
         let mut changed = false;
         for (slot, account) in before {
             let Some(owner) = page.owner(slot) else { continue };
-            let moving = matches!(page.view(slot).phase, Phase::Filling | Phase::Draining);
-            if account.operation.is_some() || page.account(slot) != account || moving {
+            if account.operation.is_some() || page.account(slot) != account {
                 continue;
             }
             // A process with several slots on one GPU: its context belongs to the first.
             let bytes = used.insert(owner.pid, 0).unwrap_or(0);
             let resident = u64::from(account.resident) * GRANULE;
             let pinned = granules_for(bytes.saturating_sub(resident));
-            changed |= self.follow(page, slot, pinned);
+            // While it fills, something may be booked that is not there yet, and the rest comes out too
+            // low: such a sample can only raise the figure.
+            if page.view(slot).phase != Phase::Filling || pinned >= page.view(slot).pinned {
+                changed |= self.follow(page, slot, pinned);
+            }
         }
         Ok(changed)
     }

@@ -129,6 +129,11 @@ impl Engine {
 
     /// Something may be due that the page does not know of; if not, sleep.
     fn rest(&mut self, seen: u32, until: Option<Nanos>) {
+        // Everything that a ring announces is looked at here, after `seen` was read: a ring that came
+        // before that is not waited for, so what it announced must not be missed.
+        if self.shared.leaving.load(Ordering::Acquire) {
+            return;
+        }
         if self.shared.memory().has_doomed() {
             self.shared.bury();
         }

@@ -185,6 +185,7 @@ impl Swap {
     }
 
     fn fill_all(&mut self, moved: &mut u64, starved: &mut Nanos) -> Result<Fill, SwapError> {
+        let mut refused = None;
         loop {
             let Some((address, size, backing)) = self.shared.memory().next_missing() else {
                 self.finish()?;
@@ -203,14 +204,19 @@ impl Swap {
                     return Ok(Fill::Recalled);
                 }
             };
-            let handle = match self.create(address, size, overflow) {
+            let handle = match self.shared.map(address, size, overflow) {
                 Ok(handle) => handle,
                 Err(error) => {
+                    // Given back before the next try: what is booked and not there hides somebody's
+                    // context from the arbiter, which would then never make the room.
                     self.shared.memory().settle(address, backing);
                     if !overflow {
                         self.shared.books.give(granules);
                     }
-                    return Err(error);
+                    if overflow || !self.may_try_again(&error, size, &mut refused) {
+                        return Err(error);
+                    }
+                    continue;
                 }
             };
             let source = match backing {
@@ -244,34 +250,24 @@ impl Swap {
         }
     }
 
-    fn create(
-        &self,
-        address: CUdeviceptr,
-        size: u64,
-        overflow: bool,
-    ) -> Result<CUmemGenericAllocationHandle, SwapError> {
-        let began = now();
-        let mut warned = false;
-        loop {
-            match self.shared.map(address, size, overflow) {
-                Err(SwapError::Driver { result: CuResult::OUT_OF_MEMORY, .. })
-                    if !overflow && now() - began < CREATE_PATIENCE =>
-                {
-                    if !warned {
-                        warned = true;
-                        tracing::warn!(
-                            gpu = %self.shared.gpu,
-                            "the GPU has no room for {} that the pool had: another program uses it beside nvshare; trying again for {}",
-                            format_size(size),
-                            format_nanos(CREATE_PATIENCE)
-                        );
-                    }
-                    // Nothing announces that a program outside nvshare has freed memory.
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                result => return result,
-            }
+    /// The driver had no room that the pool had: a context grew that is not counted yet, or a program uses
+    /// the GPU beside nvshare. Waits a little. False if that went on for too long.
+    fn may_try_again(&self, error: &SwapError, size: u64, refused: &mut Option<Nanos>) -> bool {
+        if !matches!(error, SwapError::Driver { result: CuResult::OUT_OF_MEMORY, .. }) {
+            return false;
         }
+        let since = *refused.get_or_insert_with(|| {
+            tracing::warn!(
+                gpu = %self.shared.gpu,
+                "the GPU has no room for {} that the pool had: a context has grown, or another program uses the GPU beside nvshare; trying again for {}",
+                format_size(size),
+                format_nanos(CREATE_PATIENCE)
+            );
+            now()
+        });
+        // Nothing announces that memory outside the books was freed.
+        std::thread::sleep(Duration::from_millis(20));
+        now() - since < CREATE_PATIENCE
     }
 
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {

@@ -69,7 +69,7 @@ const UM_BANDWIDTH: u64 = 168_000_000;
 const NEVER_SLOW: u64 = 1 << 40;
 
 /// Unified Memory would take all day: it gets this long, and the rest is reckoned from its rate.
-const UM_SECONDS: f64 = 20.0;
+const UM_SECONDS: f64 = 15.0;
 
 /// A job that says nothing for so long is stuck.
 const SILENCE: Duration = Duration::from_secs(300);

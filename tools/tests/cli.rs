@@ -1,260 +1,299 @@
-//! The command line from outside: exit statuses, and what is said to people whose input makes no sense.
+//! The command line from outside: exit statuses, messages, signals.
 //!
-//! A socket that somebody listens on stands for the arbiter, and an empty file for the shim, which the dynamic linker
-//! passes over: nothing but the program itself has to be built.
+//! Needs the other parts beside the program: `cargo build --workspace` first.
 
-use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-use nix::unistd::Pid;
 use nvshare::map::{MappedPage, scribble};
 use nvshare::page::PAGE_BYTES;
 use nvshare::{GpuUuid, paths};
-use nvshare_tools::node::TempDir;
-use std::fs::{self, File, Permissions};
-use std::io::{BufRead, BufReader};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use nvshare_tools::bench::stats::Row;
+use nvshare_tools::node::{Environment, SimulatedGpu, TempDir};
+use nvshare_tools::status;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
-/// How a command ended, and what it said.
-#[derive(Debug)]
-struct Ended {
-    status: i32,
-    stdout: String,
-    stderr: String,
-}
-
-impl Ended {
-    #[track_caller]
-    fn refused(&self, status: i32, sentences: &[&str]) {
-        assert_eq!(self.status, status, "{self:?}");
-        for sentence in sentences {
-            assert!(self.stderr.contains(sentence), "{sentence:?} is not in {self:?}");
-        }
-        assert!(!self.stderr.contains("panicked"), "{self:?}");
-    }
-}
-
-fn command(arguments: &[&str]) -> Command {
+fn nvshare(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare"));
-    command.args(arguments).stdin(Stdio::null());
-    for name in
-        [paths::RUNTIME_DIR, "NVSHARE_LIBRARY", "NVSHARE_CLIENT_NAME", "CUDA_MODULE_LOADING", "LD_PRELOAD"]
-    {
-        command.env_remove(name);
-    }
+    command.args(arguments).env_remove(paths::RUNTIME_DIR).stdin(Stdio::null());
     command
 }
 
-fn end(command: &mut Command) -> Ended {
-    let output = command.output().expect("the program starts");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ended {
-        status: output.status.code().expect("an exit status and no signal"),
-        stdout: text(&output.stdout),
-        stderr: text(&output.stderr),
-    }
+fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn status(dir: &Path, more: &[&str]) -> Ended {
-    end(command(&["status", "--runtime-dir"]).arg(dir).args(more))
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn page_path(dir: &Path, gpu: u8) -> PathBuf {
-    paths::page(dir, GpuUuid([gpu; 16]))
-}
-
-/// A runtime directory whose arbiter takes connections, and never says anything.
-struct Answering {
+/// A machine with a simulated GPU and no arbiter.
+struct Machine {
+    gpu: SimulatedGpu,
     dir: TempDir,
-    _socket: OwnedFd,
 }
 
-impl Answering {
+impl Machine {
     fn new() -> Self {
-        let dir = TempDir::new().expect("a directory");
-        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        bind(socket.as_raw_fd(), &UnixAddr::new(&paths::socket(dir.path())).unwrap()).unwrap();
-        listen(&socket, Backlog::new(8).unwrap()).unwrap();
-        File::create(dir.path().join("shim")).unwrap();
-        Self { dir, _socket: socket }
+        let gpu = SimulatedGpu::new(&[("MEMORY", "64MiB".into())]);
+        let gpu = gpu.expect("the workspace is built: cargo build --workspace");
+        Self { gpu, dir: TempDir::new().unwrap() }
     }
 
-    fn command(&self, options: &[&str], program: &[&str]) -> Command {
-        let mut command = command(&["run", "--runtime-dir"]);
-        command.arg(self.dir.path()).args(options).arg("--").args(program);
-        command.env("NVSHARE_LIBRARY", self.dir.path().join("shim"));
+    fn environment(&self) -> Environment {
+        let mut environment = self.gpu.environment(&[]);
+        environment.push((paths::RUNTIME_DIR.into(), self.dir.path().into()));
+        environment
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = nvshare(arguments);
+        command.envs(self.environment());
         command
     }
 
-    fn run(&self, program: &[&str]) -> Ended {
-        end(&mut self.command(&[], program))
+    /// `nvshare run OPTIONS -- PROGRAM`, with a pool that fits the GPU.
+    fn run(&self, program: &[&str]) -> Output {
+        let arguments = [&["run", "--capacity", "32MiB", "--"], program].concat();
+        self.command(&arguments).output().unwrap()
     }
 }
 
 #[test]
-fn a_size_that_is_none_is_named_with_its_option() {
-    for size in ["lots", "-1", "12XiB", "", "99999999999G"] {
-        let ended = end(&mut command(&["run", &format!("--capacity={size}"), "--", "true"]));
-        ended.refused(2, &["--capacity"]);
-        assert!(size.is_empty() || ended.stderr.contains(size), "{ended:?}");
+fn bad_input_is_named_and_ends_with_status_2() {
+    for (arguments, named) in [
+        (&["run", "--capacity", "lots", "--", "true"][..], "'lots'"),
+        (&["run"], "PROGRAM"),
+        (&["status", "--runtime-dir", "/nonexistent"], "/nonexistent"),
+        (&["bench", "handoff", "--iterations", "5"], "5"),
+        (&["bench", "switch", "--size", "10MiB"], "10.00 MiB"),
+        (&["bench", "switch", "--size", "10 parsecs"], "'10 parsecs'"),
+        (&["bench", "nothing"], "nothing"),
+        (&["demo", "--jobs", "0"], "0"),
+        (&["demo", "--jobs", "9"], "--jobs 9"),
+        (&["demo", "--capacity", "1GiB"], "--gpu"),
+        (&["demo", "--gpu", "--capacity", "1GiB", "--size", "2GiB"], "2.00 GiB"),
+        (&["frobnicate"], "frobnicate"),
+    ] {
+        let output = nvshare(arguments).output().unwrap();
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(named), "{arguments:?}: {said}");
     }
-    end(&mut command(&["bench", "switch", "--size", "much"])).refused(2, &["--size", "much"]);
 }
 
 #[test]
-fn what_makes_no_sense_is_exit_status_2() {
-    end(&mut command(&[])).refused(2, &["Usage"]);
-    end(&mut command(&["fly"])).refused(2, &["fly"]);
-    end(&mut command(&["run"])).refused(2, &["PROGRAM"]);
-    end(&mut command(&["bench", "handoff", "--iterations", "0"])).refused(2, &["--iterations"]);
-    let fits_twice = ["bench", "switch", "--capacity", "148MiB", "--size", "10MiB"];
-    end(&mut command(&fits_twice)).refused(2, &["--size", "--capacity"]);
-    end(&mut command(&["demo", "--jobs", "0"])).refused(2, &["--jobs"]);
+fn help_has_examples() {
+    for arguments in [
+        &["--help"][..],
+        &["run", "--help"],
+        &["status", "--help"],
+        &["bench", "--help"],
+        &["demo", "--help"],
+    ] {
+        let output = nvshare(arguments).output().unwrap();
+        assert!(output.status.success() && stdout(&output).contains("Examples:"), "{arguments:?}");
+    }
+    let version = nvshare(&["--version"]).output().unwrap();
+    assert!(stdout(&version).contains(env!("CARGO_PKG_VERSION")));
+}
+
+fn page_file(dir: &Path, number: u8) -> File {
+    let path = paths::page(dir, GpuUuid([number; 16]));
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
+    file.set_len(PAGE_BYTES as u64).unwrap();
+    file
 }
 
 #[test]
-fn help_is_no_error_and_does_not_show_what_nobody_types() {
-    let help = end(&mut command(&["--help"]));
-    assert_eq!(help.status, 0);
-    assert!(help.stdout.contains("Examples:") && !help.stdout.contains("internal"), "{help:?}");
-}
-
-#[test]
-fn status_says_where_it_looked_and_what_to_do() {
+fn status_shows_good_pages_and_says_what_is_wrong_with_others() {
     let dir = TempDir::new().unwrap();
-    let missing = dir.path().join("nowhere");
-    status(&missing, &[]).refused(2, &[missing.to_str().unwrap(), "nvshare run", "--runtime-dir"]);
-    status(dir.path(), &[]).refused(2, &[dir.path().to_str().unwrap(), "no arbiter has made a page here"]);
+    let runtime_dir = dir.path().to_str().unwrap();
+    let status =
+        |more: &[&str]| nvshare(&["status", "--runtime-dir", runtime_dir]).args(more).output().unwrap();
+    let empty = status(&[]);
+    assert!(empty.status.code() == Some(2) && stderr(&empty).contains("nvshare run"), "{empty:?}");
+
+    let good = MappedPage::map(page_file(dir.path(), 1)).unwrap();
+    good.initialise(GpuUuid([1; 16]), 50);
+    let output = status(&["--json"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let node: status::Node = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((node.gpus.len(), node.gpus[0].capacity_bytes), (1, 100 << 20));
+
+    // Another layout: the version follows the eight bytes of the magic.
+    let other = page_file(dir.path(), 2);
+    MappedPage::map(&other).unwrap().initialise(GpuUuid([2; 16]), 50);
+    other.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+    // Not a page at all, and a page that was cut off.
+    scribble(&MappedPage::map(page_file(dir.path(), 3)).unwrap(), &[0xdead_beef, 7]);
+    page_file(dir.path(), 4).set_len(100).unwrap();
+    let output = status(&[]);
+    let (shown, said) = (stdout(&output), stderr(&output));
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(shown.contains("GPU-01010101") && shown.contains("100.00 MiB"), "{shown}");
+    for words in ["version 9", "has 1", "0x00000000deadbeef", "100 bytes"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
 }
 
 #[test]
-fn a_page_of_garbage_is_refused_by_name() {
-    let cases: [(&[u8], &str); 4] = [
-        (b"", "0 bytes"),
-        (b"short", "5 bytes"),
-        (&[0; PAGE_BYTES], "magic"),
-        (&[0xff; PAGE_BYTES], "magic"),
-    ];
-    for (bytes, sentence) in cases {
-        let dir = TempDir::new().unwrap();
-        let page = page_path(dir.path(), 7);
-        fs::write(&page, bytes).unwrap();
+fn status_survives_any_words_in_a_page() {
+    let dir = TempDir::new().unwrap();
+    let page = MappedPage::map(page_file(dir.path(), 1)).unwrap();
+    for words in [&[u64::MAX][..], &[0x8000_0000_0000_0001, 3], &[1, 2, 3, 5, 7, u64::MAX, 1 << 63]] {
+        scribble(&page, words);
+        // The identity is right, so that the rest is looked at.
+        page.initialise(GpuUuid([1; 16]), u32::MAX);
         for more in [&[][..], &["--json"]] {
-            status(dir.path(), more).refused(2, &[page.to_str().unwrap(), sentence]);
+            let arguments = [&["status", "--runtime-dir", dir.path().to_str().unwrap()], more].concat();
+            let output = nvshare(&arguments).output().unwrap();
+            assert_eq!(output.status.code(), Some(0), "{words:x?}: {}", stderr(&output));
+            assert!(!stderr(&output).contains("panicked"), "{}", stderr(&output));
         }
     }
 }
 
-/// A page with words of garbage everywhere but where its identity is checked.
-fn garbage(path: &Path, words: &[u64]) {
-    let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
-    file.set_len(PAGE_BYTES as u64).unwrap();
-    let page = MappedPage::map(&file).unwrap();
-    scribble(&page, words);
-    page.initialise(GpuUuid([1; 16]), 74);
+#[test]
+fn run_ends_as_the_program_ends() {
+    let machine = Machine::new();
+    let output = machine.run(&["sh", "-c", "echo $LD_PRELOAD $CUDA_MODULE_LOADING; exit 7"]);
+    assert_eq!(output.status.code(), Some(7), "{}", stderr(&output));
+    assert!(
+        stdout(&output).contains("libnvshare.so") && stdout(&output).contains("LAZY"),
+        "{}",
+        stdout(&output)
+    );
+    assert_eq!(machine.run(&["sh", "-c", "kill -9 $$"]).status.code(), Some(128 + 9));
+    let missing = machine.run(&["/nonexistent/program"]);
+    assert!(missing.status.code() == Some(127) && stderr(&missing).contains("/nonexistent/program"));
+    let not_a_program = machine.run(&["/etc/passwd"]);
+    assert!(not_a_program.status.code() == Some(126) && stderr(&not_a_program).contains("/etc/passwd"));
 }
 
-#[test]
-fn garbage_behind_a_right_beginning_is_shown_and_breaks_nothing() {
-    let patterns: [&[u64]; 4] = [
-        &[u64::MAX],
-        &[1 << 63],
-        &[0x8000_0000_0000_0001, u64::MAX, 3, 0],
-        &[u64::MAX / 3, 0x1b5b_1b5b_1b5b_1b5b],
-    ];
-    for words in patterns {
-        let dir = TempDir::new().unwrap();
-        garbage(&page_path(dir.path(), 1), words);
-        let text = status(dir.path(), &[]);
-        text.refused(0, &[]);
-        assert!(!text.stdout.contains('\u{1b}'), "a name reached the terminal as it was: {text:?}");
-        let json = status(dir.path(), &["--json"]);
-        json.refused(0, &[]);
-        let node: serde_json::Value = serde_json::from_str(&json.stdout).expect("JSON");
-        assert_eq!(node["gpus"].as_array().map(Vec::len), Some(1));
-    }
-}
-
-#[test]
-fn a_broken_page_does_not_hide_a_whole_one() {
-    let dir = TempDir::new().unwrap();
-    garbage(&page_path(dir.path(), 1), &[0]);
-    fs::write(page_path(dir.path(), 2), b"short").unwrap();
-    let ended = status(dir.path(), &[]);
-    ended.refused(2, &["5 bytes"]);
-    assert!(ended.stdout.contains("148.00 MiB pool") && ended.stdout.contains("no clients"), "{ended:?}");
-}
-
-#[test]
-fn a_library_that_is_not_there_is_named() {
-    let node = Answering::new();
-    let mut command = node.command(&[], &["true"]);
-    end(command.env("NVSHARE_LIBRARY", "/nowhere/lib.so"))
-        .refused(2, &["NVSHARE_LIBRARY", "/nowhere/lib.so"]);
-}
-
-#[test]
-fn run_passes_the_exit_status_on() {
-    let node = Answering::new();
-    for status in [0, 1, 7, 255] {
-        assert_eq!(node.run(&["sh", "-c", &format!("exit {status}")]).status, status);
-    }
-    assert_eq!(node.run(&["sh", "-c", "kill -KILL $$"]).status, 128 + 9);
-    assert_eq!(node.run(&["sh", "-c", "kill -SEGV $$"]).status, 128 + 11);
-}
-
-#[test]
-fn a_program_that_cannot_start_has_the_shells_statuses() {
-    let node = Answering::new();
-    node.run(&["nvshare-no-such-program"]).refused(127, &["nvshare-no-such-program", "no such program"]);
-    let file = node.dir.path().join("data");
-    fs::write(&file, "data").unwrap();
-    fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
-    node.run(&[file.to_str().unwrap()]).refused(126, &[file.to_str().unwrap()]);
-}
-
-#[test]
-fn the_program_is_told_where_it_is() {
-    let node = Answering::new();
-    let show =
-        "echo $LD_PRELOAD; echo $NVSHARE_RUNTIME_DIR; echo $NVSHARE_CLIENT_NAME; echo $CUDA_MODULE_LOADING";
-    let mut command = node.command(&["--name", "notebook"], &["sh", "-c", show]);
-    let ended = end(command.env("LD_PRELOAD", "before.so").env("CUDA_MODULE_LOADING", "EAGER"));
-    let dir = node.dir.path().display();
-    assert_eq!(ended.stdout, format!("{dir}/shim:before.so\n{dir}\nnotebook\nEAGER\n"));
-}
-
-#[test]
-fn the_programs_options_are_its_own() {
-    let node = Answering::new();
-    assert_eq!(node.run(&["echo", "--capacity", "lots", "--help"]).stdout, "--capacity lots --help\n");
-}
-
-#[test]
-fn signals_reach_the_program() {
-    let node = Answering::new();
-    let script = "trap 'exit 5' TERM; echo ready; while :; do sleep 0.02; done";
-    let mut child = node.command(&[], &["sh", "-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+/// Starts a program that says a line when it is ready, and waits for that line.
+fn start(mut command: Command) -> (Child, BufReader<std::process::ChildStdout>) {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    output.read_line(&mut line).unwrap();
     assert_eq!(line, "ready\n");
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(5));
+    (child, output)
 }
 
 #[test]
-fn a_bench_says_json_with_these_keys_and_no_others() {
-    let ended = end(&mut command(&["bench", "handoff", "--iterations", "1000", "--json"]));
-    assert_eq!(ended.status, 0, "{ended:?}");
-    let rows: Vec<serde_json::Map<_, _>> =
-        ended.stdout.lines().map(|line| serde_json::from_str(line).expect("an object a line")).collect();
-    let names: Vec<_> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["handoff", "futex_pingpong", "handoff_ratio_p50", "handoff_ratio_p99"]);
-    for row in &rows {
-        let mut keys: Vec<_> = row.keys().map(String::as_str).collect();
-        keys.sort_unstable();
-        assert_eq!(keys, ["max", "n", "name", "p50", "p99", "unit"]);
+fn run_passes_signals_on() {
+    let machine = Machine::new();
+    for (signal, number) in [("TERM", 15), ("USR1", 10), ("HUP", 1), ("INT", 2)] {
+        let script = format!("trap 'exit 42' {signal}; echo ready; while :; do sleep 0.01; done");
+        let (mut child, _output) =
+            start(machine.command(&["run", "--capacity", "32MiB", "--", "sh", "-c", &script]));
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::try_from(number).unwrap()).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(42), "SIG{signal}");
     }
+}
+
+#[test]
+fn several_at_once_share_one_arbiter_which_ends_after_them() {
+    let machine = Machine::new();
+    let arguments = ["run", "--capacity", "32MiB", "--", "sh", "-c", "echo ready; cat"];
+    let children: Vec<_> = (0..6)
+        .map(|_| {
+            let mut command = machine.command(&arguments);
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    let children: Vec<_> = children
+        .into_iter()
+        .map(|mut child| {
+            let mut line = String::new();
+            BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+            assert_eq!(line, "ready\n");
+            child
+        })
+        .collect();
+    let node = status::read(machine.dir.path()).unwrap();
+    assert_eq!(node.gpus.len(), 1);
+    assert!(node.gpus[0].arbiter_alive && node.gpus[0].arbiter_generation == 1, "{node:?}");
+
+    // Another size than the running one's is not to be had, and this is said.
+    let other = machine.command(&["run", "--capacity", "16MiB", "--", "true"]).output().unwrap();
+    assert!(other.status.success());
+    assert!(
+        stderr(&other).contains("16.00 MiB") && stderr(&other).contains("32.00 MiB"),
+        "{}",
+        stderr(&other)
+    );
+
+    let arbiter = node.gpus[0].arbiter_pid;
+    for mut child in children {
+        drop(child.stdin.take());
+        assert!(child.wait().unwrap().success());
+    }
+    let until = Instant::now() + Duration::from_secs(10);
+    while Path::new(&format!("/proc/{arbiter}")).exists() && state(arbiter) != Some('Z') {
+        assert!(Instant::now() < until, "the arbiter is still there");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+#[test]
+fn run_says_what_the_arbiter_said() {
+    let machine = Machine::new();
+    let output = machine.command(&["run", "--quantum", "soon", "--", "true"]).output().unwrap();
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("'soon'"), "{}", stderr(&output));
+    let output = machine.command(&["run", "--capacity", "1TiB", "--", "true"]).output().unwrap();
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("1.00 TiB"), "{}", stderr(&output));
+}
+
+fn bench(arguments: &[&str]) -> Vec<Row> {
+    let output = nvshare(&[&["bench", "--json"], arguments].concat()).output().unwrap();
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    let rows: Vec<Row> =
+        stdout(&output).lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let _ = std::io::stderr().write_all(&output.stdout);
+    rows
+}
+
+fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
+    rows.iter().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name} in {rows:?}"))
+}
+
+#[test]
+fn bench_handoff_has_its_rows() {
+    let rows = bench(&["handoff", "--iterations", "2000"]);
+    for name in ["handoff", "futex_pingpong"] {
+        let row = row(&rows, name);
+        assert!(row.n == 2_000 && row.p50 > 0.0 && row.p50 <= row.p99 && row.p99 <= row.max, "{row:?}");
+    }
+    assert!(row(&rows, "handoff_ratio_p50").p50 > 0.0);
+    assert!(row(&rows, "handoff_ratio_p99").p50 > 0.0);
+}
+
+#[test]
+fn bench_launch_has_its_rows_and_makes_no_system_call() {
+    let rows = bench(&["launch", "--pairs", "100"]);
+    for name in ["launch_native", "launch_nvshare", "launch_added_1_thread", "launch_added_8_threads"] {
+        assert!(row(&rows, name).n >= 100, "{rows:?}");
+    }
+    let calls = row(&rows, "launch_syscalls_per_million");
+    assert_eq!((calls.n, calls.max), (1_000_000, 0.0));
+}
+
+#[test]
+fn bench_switch_switches_and_the_data_is_right() {
+    let rows = bench(&["switch", "--capacity", "74MiB", "--size", "60MiB", "--iterations", "3"]);
+    assert_eq!(row(&rows, "switch_time").n, 3);
+    assert!(
+        row(&rows, "switch_bandwidth").p50 > 0.0 && row(&rows, "switch_efficiency").p50 < 1.1,
+        "{rows:?}"
+    );
 }
