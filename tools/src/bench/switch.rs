@@ -47,6 +47,10 @@ pub struct Copies {
 
 const GIB: f64 = (1u64 << 30) as f64;
 
+/// A simulated context.
+const CONTEXT: u64 = GRANULE;
+/// The most buffers of a job. A buffer is at least one chunk, and several chunks make a pipeline.
+const BUFFERS: u64 = 12;
 /// A link slow enough that a small machine's memory keeps up with it, both ways at once.
 const SIMULATED_LINK: &str = "512MiB";
 /// How long each of the two runs between switches.
@@ -78,11 +82,17 @@ impl Plan {
                 format_size(capacity)
             )));
         }
-        if size.saturating_add(GRANULE) > capacity {
+        // Its small allocations share a granule; on a real GPU nobody knows yet what contexts will take.
+        let contexts = if options.gpu { 0 } else { 2 * CONTEXT };
+        let need =
+            size.checked_next_multiple_of(GRANULE).and_then(|size| size.checked_add(GRANULE + contexts));
+        if need.is_none_or(|need| need > capacity) {
             return Err(Failure::usage(format!(
-                "--size {}: not even one of them fits in --capacity {}",
+                "--size {}: not even one of them fits in --capacity {} beside {} of contexts; ask for at most {}",
                 format_size(size),
-                format_size(capacity)
+                format_size(capacity),
+                format_size(contexts),
+                format_size(capacity.saturating_sub(GRANULE + contexts) / GRANULE * GRANULE)
             )));
         }
         Ok(Self { capacity, size, switches: options.iterations as usize })
@@ -102,7 +112,7 @@ pub fn measure(options: &Options) -> Result<Vec<Row>, Failure> {
         let settings = [
             ("MEMORY", plan.capacity.to_string()),
             ("LINK_BANDWIDTH", SIMULATED_LINK.into()),
-            ("CONTEXT_BYTES", "2MiB".into()),
+            ("CONTEXT_BYTES", CONTEXT.to_string()),
         ];
         Some(SimulatedGpu::new(&settings)?)
     };
@@ -197,7 +207,8 @@ struct Switch {
 fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
     let job = |seed| Job {
         size: plan.size,
-        buffers: 12,
+        // Each of them whole granules, or rounding would make the job larger.
+        buffers: (1..=BUFFERS).rev().find(|buffers| plan.size.is_multiple_of(buffers * GRANULE)).unwrap_or(1),
         iterations: u64::MAX,
         seed,
         managed: false,
