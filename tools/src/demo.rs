@@ -8,7 +8,7 @@
 //! | memory | 14,913 MiB | 148 MiB |
 //! | a job, in four buffers | 11,968 MiB | 120 MiB |
 //! | a context, modules loaded at once (native) / when needed (as `nvshare run` has it) | 1,006 / 718 MiB | 10 / 6 MiB |
-//! | an iteration over all of a job's memory | 39 ms | 20 ms |
+//! | an iteration over all of a job's memory | 39 ms | 20 ms, or what the CPU takes to compute it |
 //! | pinned copies, each way | 12 GB/s | 240 MB/s |
 //! | Unified Memory that is faulted in while as much is driven out | 1.3 to 1.6 s an iteration | 0.75 s |
 //!
@@ -40,7 +40,7 @@ pub struct Options {
     /// Jobs that share the GPU
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=16))]
     jobs: u32,
-    /// Walks of each job over all of its memory [default: 250, 2000 with --gpu]
+    /// Walks of each job over all of its memory [default: 200, 2000 with --gpu]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     iterations: Option<u32>,
     /// Size of the pool [default: 14.9GiB]
@@ -150,7 +150,7 @@ impl Stage {
         let job = Job {
             size,
             buffers: 4,
-            iterations: options.iterations.unwrap_or(if options.gpu { 2_000 } else { 250 }).into(),
+            iterations: options.iterations.unwrap_or(if options.gpu { 2_000 } else { 200 }).into(),
             seed: 1,
             managed: false,
             seconds: None,
@@ -337,7 +337,7 @@ impl Yields {
 
 /// Where progress is shown: bars on a terminal, else a line now and then.
 enum Screen {
-    Bars(MultiProgress),
+    Bars,
     Lines,
 }
 
@@ -350,20 +350,18 @@ struct View {
 
 impl Screen {
     fn new() -> Self {
-        if std::io::stdout().is_terminal() {
-            Self::Bars(MultiProgress::with_draw_target(ProgressDrawTarget::stdout()))
-        } else {
-            Self::Lines
-        }
+        if std::io::stdout().is_terminal() { Self::Bars } else { Self::Lines }
     }
 
     fn view(&self, name: &str, jobs: usize, iterations: u64) -> View {
         println!("{name}");
+        // Bars of its own for each way: those of the one before stay as they are.
+        let all = MultiProgress::with_draw_target(ProgressDrawTarget::stdout());
         let style = "  {prefix} {bar:40.cyan/blue} {pos:>5}/{len} {per_sec:>9} {msg}";
         let style = ProgressStyle::with_template(style).expect("the template is well-formed");
         let bar = |index| {
             let bar = match self {
-                Self::Bars(all) => all.add(ProgressBar::new(iterations)),
+                Self::Bars => all.add(ProgressBar::new(iterations)),
                 Self::Lines => ProgressBar::hidden(),
             };
             bar.set_length(iterations);
