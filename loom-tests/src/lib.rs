@@ -9,6 +9,8 @@
 use nvshare::sync::Arc;
 use nvshare::{GpuUuid, Page};
 use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 /// A page that the participants of a model share.
 #[derive(Clone)]
@@ -30,13 +32,16 @@ impl Deref for Shared {
 }
 
 /// Checks `model` in every interleaving with at most `preemptions` of them.
+///
+/// A model's participants are spawned, all of them, and its main thread only joins: loom 0.7 overlooks
+/// interleavings of what the main thread does between a spawn and a join.
 pub fn check(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     run(preemptions, None, model);
 }
 
-/// Checks a model that has too many interleavings for a test in the first `permutations` of them: loom
-/// begins with those that have few preemptions, and these find most of what there is to find.
-/// NVSHARE_LOOM_PERMUTATIONS sets another number, for a long run.
+/// Checks a model that has too many interleavings for a test in the first `permutations` of them, which
+/// differ from each other mostly near the end. NVSHARE_LOOM_PERMUTATIONS sets another number, for a
+/// long run.
 pub fn check_some(preemptions: usize, permutations: usize, model: impl Fn() + Sync + Send + 'static) {
     let most = std::env::var("NVSHARE_LOOM_PERMUTATIONS").ok().and_then(|text| text.parse().ok());
     run(preemptions, Some(most.unwrap_or(permutations)), model);
@@ -47,5 +52,18 @@ fn run(preemptions: usize, permutations: Option<usize>, model: impl Fn() + Sync 
     builder.preemption_bound = Some(preemptions);
     builder.max_branches = 100_000;
     builder.max_permutations = permutations;
-    builder.check(model);
+    // How often loom looks at `max_permutations`.
+    builder.checkpoint_interval = 1_000;
+    let count = std::sync::Arc::new(AtomicUsize::new(0));
+    let begun = Instant::now();
+    builder.check({
+        let count = count.clone();
+        move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            model();
+        }
+    });
+    let count = count.load(Ordering::Relaxed);
+    println!("{count} interleavings with at most {preemptions} preemptions in {:?}", begun.elapsed());
+    assert!(count > 1, "loom found nothing to interleave");
 }

@@ -26,9 +26,12 @@ fn two_clients_move_granules() {
                 second_books.give(1);
             }
         });
-        if first_books.try_take(2).is_ok() {
-            first_books.give(2);
-        }
+        let one = thread::spawn(move || {
+            if first_books.try_take(2).is_ok() {
+                first_books.give(2);
+            }
+        });
+        one.join().unwrap();
         other.join().unwrap();
         let held = page.account(first).resident + page.account(second).resident;
         assert_eq!(page.free().granules + held as i32, 3);
@@ -45,13 +48,13 @@ fn a_starved_fill_is_woken() {
         let (_, waiter) = client(&page);
         holder.try_take(2).unwrap();
         let other = thread::spawn(move || holder.give(2));
-        loop {
+        let starved = thread::spawn(move || {
             // The waiter is not admitted in this model, so it waits as `take` does, on the counter.
-            match waiter.try_take(2) {
-                Ok(()) => break,
-                Err(free) => waiter.wait_for_granules(free),
+            while let Err(free) = waiter.try_take(2) {
+                waiter.wait_for_granules(free);
             }
-        }
+        });
+        starved.join().unwrap();
         other.join().unwrap();
         assert_eq!(page.free().granules, 0);
     });
@@ -69,14 +72,17 @@ fn a_killed_move_is_settled_exactly() {
             dead_books.try_take(1).unwrap();
             let killed = thread::spawn({
                 let page = page.clone();
-                move || page.stop_in_take(dead, 2, steps)
+                move || {
+                    page.stop_in_take(dead, 2, steps);
+                    // The arbiter, when it has seen the death.
+                    page.reap(dead).unwrap();
+                }
             });
             let other = thread::spawn(move || {
                 live.try_take(1).unwrap();
                 live.give(1);
             });
             killed.join().unwrap();
-            page.reap(dead).unwrap();
             other.join().unwrap();
             assert_eq!(page.free().granules, 4);
             assert_eq!(page.audit(), Audit::Balanced);
@@ -94,8 +100,12 @@ fn an_audit_repairs_nothing_that_is_whole() {
             books.try_take(2).unwrap();
             books.give(2);
         });
-        assert!(!matches!(page.audit(), Audit::Repaired(_)));
+        let auditor = thread::spawn({
+            let page = page.clone();
+            move || assert!(!matches!(page.audit(), Audit::Repaired(_)))
+        });
         mover.join().unwrap();
+        auditor.join().unwrap();
         assert_eq!(page.audit(), Audit::Balanced);
     });
 }
