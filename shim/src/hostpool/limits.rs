@@ -186,7 +186,7 @@ mod tests {
             &[
                 ("proc/self/cgroup", "0::/../../kubepods/elsewhere\n".into()),
                 ("sys/fs/cgroup/memory.max", (40 * GIB).to_string()),
-                ("memory.max", GIB.to_string()),
+                ("sys/memory.max", GIB.to_string()),
             ],
         );
         assert_eq!(HostLimits::probe(&root).bytes, 38 * GIB);
