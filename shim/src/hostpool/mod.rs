@@ -125,6 +125,9 @@ pub struct HostPoolConfig {
     pub limit: Option<u64>,
     /// Bytes of an arena.
     pub arena: usize,
+    /// What arenas are a multiple of, bytes, unless the bound is nearer: a pool that grew by each small
+    /// allocation would have no arena for a block that is larger than one of them.
+    pub step: u64,
     /// Threads that touch a new arena.
     pub threads: usize,
     /// Where `/proc` and `/sys` are found: `/` but in tests.
@@ -134,7 +137,13 @@ pub struct HostPoolConfig {
 impl Default for HostPoolConfig {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { limit: None, arena: 512 << 20, threads: cores.min(8), root: "/".into() }
+        Self {
+            limit: None,
+            arena: 512 << 20,
+            step: crate::memory::CHUNK,
+            threads: cores.min(8),
+            root: "/".into(),
+        }
     }
 }
 
@@ -378,7 +387,7 @@ impl HostPool {
             if left == 0 {
                 return Err(HostPoolError::Bound { wanted: missing, left, bound: bound.what });
             }
-            let length = missing.next_multiple_of(GRANULE).min(self.config.arena as u64).min(left);
+            let length = missing.next_multiple_of(self.config.step).min(self.config.arena as u64).min(left);
             self.grow(&resizing, length)?;
         }
     }
@@ -422,7 +431,10 @@ impl HostPool {
             }
             // Somebody waits for this block: nothing is made for him that nobody may ever want.
             let wanted = promised.saturating_sub(self.capacity()).min(self.config.arena as u64);
-            self.grow(&resizing, length.max(wanted.next_multiple_of(GRANULE).min(left)))?;
+            self.grow(
+                &resizing,
+                length.max(wanted.next_multiple_of(self.config.step).min(self.config.arena as u64).min(left)),
+            )?;
         }
     }
 
@@ -573,7 +585,7 @@ mod tests {
 
     /// A machine without limits, so that a test asks nothing of the one it runs on.
     fn config(arena: usize, limit: Option<u64>) -> HostPoolConfig {
-        HostPoolConfig { limit, arena, threads: 2, root: "/nowhere/at/all".into() }
+        HostPoolConfig { limit, arena, step: GRANULE, threads: 2, root: "/nowhere/at/all".into() }
     }
 
     fn pool(arena: usize, limit: Option<u64>) -> (HostPool, Count) {
@@ -936,6 +948,16 @@ mod tests {
         assert_eq!(pool.capacity(), 6 * GRANULE);
         pool.free(large);
         small.into_iter().for_each(|block| pool.free(block));
+    }
+
+    #[test]
+    fn arenas_are_made_in_steps_up_to_the_bound() {
+        let config = HostPoolConfig { step: 8 * GRANULE, ..config(64 * BLOCK, Some(20 * GRANULE)) };
+        let pool = HostPool::new(config, Box::new(Count::default()));
+        for (wanted, made) in [(1, 8), (8, 8), (9, 16), (17, 20)] {
+            pool.ensure(wanted * GRANULE).unwrap();
+            assert_eq!(pool.capacity(), made * GRANULE, "for {wanted}");
+        }
     }
 
     #[test]
