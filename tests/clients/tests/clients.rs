@@ -169,6 +169,24 @@ fn cuda_bindings_runs_on_the_simulated_gpu() {
     runs_on_the_simulated_gpu(Kind::CudaBindings);
 }
 
+/// cuda-bindings gets its entry points from cuGetProcAddress. Were the simulated driver's own functions found by their
+/// names, it would find the preloaded shim's and give those out, and the shim's part in this would not be tested.
+#[test]
+fn the_simulated_driver_gives_out_its_own_functions() {
+    let (driver, shim) = (node::simulated_gpu().unwrap().0, node::shim().unwrap());
+    let preload = format!("{}:{}", shim.display(), driver.display());
+    let output =
+        Command::new("true").envs([("LD_PRELOAD", &*preload), ("LD_DEBUG", "bindings")]).output().unwrap();
+    let bindings = String::from_utf8_lossy(&output.stderr);
+    let from_driver = format!("binding file {}", driver.display());
+    let mut bindings = bindings.lines().filter(|line| line.contains(&from_driver)).peekable();
+    assert!(bindings.peek().is_some(), "the dynamic linker does not say what it binds");
+    let to_shim = format!("to {}", shim.display());
+    let hooked: Vec<_> =
+        bindings.filter(|line| line.contains(&to_shim) && line.contains("symbol `cu")).collect();
+    assert!(hooked.is_empty(), "{hooked:#?}");
+}
+
 /// With `nvshare run` as a user types it: the program is a client, all of its memory is counted, and nothing moves.
 fn runs_alone_under_nvshare(kind: Kind) {
     let (gpu, dir) = (gpu(), TempDir::new().unwrap());
