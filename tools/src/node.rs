@@ -201,7 +201,7 @@ impl Drop for TempDir {
 }
 
 /// A simulated GPU of this process's own: programs that get its [environment](Self::environment) find it as
-/// `libcuda.so.1`. Gone when dropped.
+/// `libcuda.so.1` and `libcuda.so`. Gone when dropped.
 #[derive(Debug)]
 pub struct SimulatedGpu {
     libraries: TempDir,
@@ -218,8 +218,10 @@ impl SimulatedGpu {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (cuda, nvml) = simulated_gpu()?;
         let libraries = TempDir::new()?;
-        for (library, link) in [(cuda, "libcuda.so.1"), (nvml, "libnvidia-ml.so.1")] {
-            std::os::unix::fs::symlink(&library, libraries.path().join(link))
+        // Some programs try libcuda.so before libcuda.so.1, and with a real driver they would find that one's.
+        let links = [(&cuda, "libcuda.so.1"), (&cuda, "libcuda.so"), (&nvml, "libnvidia-ml.so.1")];
+        for (library, link) in links {
+            std::os::unix::fs::symlink(library, libraries.path().join(link))
                 .map_err(|error| Failure::with_status(1, format!("{}: {error}", library.display())))?;
         }
         let name = format!("nvshare-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
