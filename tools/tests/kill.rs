@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 /// Rounds in a batch. At the end of each, everybody ends and the pool must be whole.
 const ROUNDS: u32 = 30;
-const BATCHES: u32 = 10;
+const BATCHES: u32 = 8;
 
 /// Jobs that iterate, beside one that holds memory and does nothing until its batch ends.
 const WORKERS: usize = 3;
@@ -53,8 +53,12 @@ impl Dice {
         self.0 % limit
     }
 
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
+    /// Draws a card; a deck that is empty is `whole` again. So chance has the order, and not the count.
+    fn draw<T: Copy>(&mut self, deck: &mut Vec<T>, whole: &[T]) -> T {
+        if deck.is_empty() {
+            deck.extend(whole);
+        }
+        deck.swap_remove(self.below(deck.len() as u64) as usize)
     }
 
     /// Burns up to so many microseconds: a moment that nothing in the protocol knows of.
@@ -90,6 +94,30 @@ const MOMENTS: [Moment; 7] = [
     Moment::Draining,
     Moment::Leaving,
     Moment::Evicting,
+];
+
+/// What happens in a round.
+#[derive(Debug, Clone, Copy)]
+enum Round {
+    Client,
+    Arbiter,
+    Both,
+    ClientWithoutArbiter,
+    Chance,
+}
+
+/// As often as they happen; a batch is a whole number of these.
+const DECK: [Round; 10] = [
+    Round::Client,
+    Round::Client,
+    Round::Client,
+    Round::Client,
+    Round::Arbiter,
+    Round::Both,
+    Round::Both,
+    Round::ClientWithoutArbiter,
+    Round::Chance,
+    Round::Chance,
 ];
 
 impl Moment {
@@ -135,8 +163,11 @@ impl Client {
         self.child.id()
     }
 
+    /// Its slot. It may have one more that it does not know of, from an arbiter that was killed before it could
+    /// tell: nothing is ever asked for in that one.
     fn slot(&self, page: &MappedPage) -> Option<SlotIndex> {
-        page.occupied().iter().find(|slot| page.owner(*slot).is_some_and(|owner| owner.pid == self.pid()))
+        let own = |slot: &SlotIndex| page.owner(*slot).is_some_and(|owner| owner.pid == self.pid());
+        page.occupied().iter().filter(own).max_by_key(|slot| page.view(*slot).ticket)
     }
 
     fn signal(&self, signal: Signal) {
@@ -181,14 +212,17 @@ struct Tally {
     moments: BTreeMap<Moment, u32>,
     clients: u32,
     arbiters: u32,
+    /// Clients that died in a wanted moment while no arbiter lived.
+    alone: u32,
     finished: u32,
-    /// Clients that died with a move of granules announced.
-    moves: u32,
+    /// Repairs that audits made after an arbiter's death.
     repaired: u64,
 }
 
 struct Stage {
     dice: Dice,
+    rounds: Vec<Round>,
+    moments: Vec<Moment>,
     gpu: SimulatedGpu,
     arbiter: Option<Child>,
     dir: TempDir,
@@ -246,14 +280,24 @@ impl Stage {
         let page = MappedPage::open(File::options().read(true).write(true).open(found).unwrap()).unwrap();
         assert_ne!(page.gpu(), GpuUuid([0; 16]));
         let (dice, tally) = (Dice(seed), Tally::default());
-        let mut stage = Self { dice, gpu, arbiter: Some(arbiter), dir, page, clients: Vec::new(), tally };
+        let mut stage = Self {
+            dice,
+            rounds: Vec::new(),
+            moments: Vec::new(),
+            gpu,
+            arbiter: Some(arbiter),
+            dir,
+            page,
+            clients: Vec::new(),
+            tally,
+        };
         stage.recruit();
         stage
     }
 
     fn client(&mut self, works: bool) -> Client {
         let size = (12 + 2 * self.dice.below(5)) << 20;
-        let iterations = if works { 1 + self.dice.below(30) } else { 3 };
+        let iterations = if works { 1 + self.dice.below(12) } else { 3 };
         let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare"));
         command
             .args(["internal", "job", "--controlled", "--buffers", "4"])
@@ -309,11 +353,18 @@ impl Stage {
         }
     }
 
-    /// Waits until a client is in this moment, and stops it there. The others go on, and come and go.
-    fn stop_one_in(&mut self, moment: Moment) -> usize {
+    /// Waits until a client is in the moment that is next, and stops it there. The others go on, and come and go. `None` if
+    /// no arbiter lives and those who have a slot have all ended: then it never comes.
+    fn stop_one(&mut self) -> Option<usize> {
+        let moment = self.dice.draw(&mut self.moments, &MOMENTS);
         let mut stopped = None;
+        let mut looks = 0;
         until(&format!("a client is {moment:?}"), || {
-            self.recruit();
+            // Not at every look: system calls slow down those who are looked at.
+            if looks % 64 == 0 {
+                self.recruit();
+            }
+            looks += 1;
             stopped = (0..self.clients.len()).find(|index| {
                 let client = &self.clients[*index];
                 let Some(slot) = client.slot(&self.page).filter(|slot| moment.is_now(&self.page, *slot))
@@ -330,18 +381,18 @@ impl Stage {
                 }
                 there
             });
-            stopped.is_some()
+            let somebody = self.arbiter.is_some()
+                || self.clients.iter().any(|client| client.works && client.slot(&self.page).is_some());
+            stopped.is_some() || !somebody
         });
-        let index = stopped.expect("until has seen it");
+        let index = stopped?;
         *self.tally.moments.entry(moment).or_default() += 1;
-        index
+        Some(index)
     }
 
     fn kill_client(&mut self, index: usize) -> u32 {
         let mut victim = self.clients.swap_remove(index);
         let pid = victim.pid();
-        let slot = victim.slot(&self.page);
-        self.tally.moves += u32::from(slot.is_some_and(|slot| self.page.account(slot).operation.is_some()));
         if victim.kill() {
             self.tally.clients += 1;
         } else {
@@ -360,6 +411,13 @@ impl Stage {
 
     /// Starts an arbiter on what is there; at times kills it while it takes over, and starts another.
     fn start_arbiter(&mut self) {
+        // This one does not end before it is told to, so it must still be a client afterwards.
+        let sleeper = self.clients.iter().find(|client| !client.works).map(Client::pid);
+        let slots = |page: &MappedPage| {
+            let slots = page.occupied().iter();
+            slots.filter(|slot| page.owner(*slot).map(|it| it.pid) == sleeper).collect::<Vec<_>>()
+        };
+        let before = slots(&self.page);
         while self.dice.below(3) == 0 {
             self.arbiter = Some(arbiter(&self.gpu, self.dir.path()));
             self.dice.spin(30_000);
@@ -367,11 +425,16 @@ impl Stage {
         }
         self.arbiter = Some(arbiter(&self.gpu, self.dir.path()));
         answers(self.dir.path());
+        let after = slots(&self.page);
+        assert!(
+            before.iter().all(|slot| after.contains(slot)),
+            "a living client lost its slot in a take-over: it had {before:?} and has {after:?}"
+        );
     }
 
     /// A client dies in a moment of the protocol.
-    fn round_of_a_client(&mut self, moment: Moment) -> Vec<u32> {
-        let victim = self.stop_one_in(moment);
+    fn round_of_a_client(&mut self) -> Vec<u32> {
+        let victim = self.stop_one().expect("an arbiter lives");
         vec![self.kill_client(victim)]
     }
 
@@ -402,8 +465,8 @@ impl Stage {
     }
 
     /// A client dies in a moment, and the arbiter at the same time: before it, or while it reaps.
-    fn round_of_both(&mut self, moment: Moment) -> Vec<u32> {
-        let victim = self.stop_one_in(moment);
+    fn round_of_both(&mut self) -> Vec<u32> {
+        let victim = self.stop_one().expect("an arbiter lives");
         let pid = if self.dice.below(2) == 0 {
             let pid = self.kill_client(victim);
             self.dice.spin(300);
@@ -417,26 +480,24 @@ impl Stage {
         vec![pid]
     }
 
-    /// A client dies in a moment while no arbiter lives. The next one must find it.
+    /// A client dies in a moment while no arbiter lives, and one more at any. The next arbiter must find both.
     fn round_without_an_arbiter(&mut self) -> Vec<u32> {
         self.kill_arbiter();
-        // Whoever ends now keeps its slot, so the crew runs out of clients with a slot: take what is there.
-        self.dice.spin(20_000);
-        let pids = (0..1 + self.dice.below(2))
-            .map(|_| {
-                let victim = self.dice.below(self.clients.len() as u64) as usize;
-                self.kill_client(victim)
-            })
-            .collect();
+        let mut dead: Vec<_> = self.stop_one().into_iter().map(|victim| self.kill_client(victim)).collect();
+        self.tally.alone += dead.len() as u32;
+        if self.dice.below(2) == 0 {
+            let victim = self.dice.below(self.clients.len() as u64) as usize;
+            dead.push(self.kill_client(victim));
+        }
         self.start_arbiter();
-        pids
+        dead
     }
 
     /// Somebody dies, at a moment that nobody looked for.
     fn round_of_chance(&mut self) -> Vec<u32> {
         self.dice.spin(100_000);
-        let (with_client, with_arbiter) =
-            self.dice.of(&[(true, false), (true, false), (false, true), (true, true)]);
+        let who = self.dice.below(4);
+        let (with_client, with_arbiter) = (who != 0, who <= 1);
         let mut pids = Vec::new();
         if with_client {
             let victim = self.dice.below(self.clients.len() as u64) as usize;
@@ -452,13 +513,12 @@ impl Stage {
     fn round(&mut self) {
         self.recruit();
         let (arbiters, repaired) = (self.tally.arbiters, self.page.audit_counts().1);
-        let moment = self.dice.of(&MOMENTS);
-        let dead = match self.dice.below(10) {
-            0..=4 => self.round_of_a_client(moment),
-            5 => self.round_of_the_arbiter(),
-            6..=7 => self.round_of_both(moment),
-            8 => self.round_without_an_arbiter(),
-            _ => self.round_of_chance(),
+        let dead = match self.dice.draw(&mut self.rounds, &DECK) {
+            Round::Client => self.round_of_a_client(),
+            Round::Arbiter => self.round_of_the_arbiter(),
+            Round::Both => self.round_of_both(),
+            Round::ClientWithoutArbiter => self.round_without_an_arbiter(),
+            Round::Chance => self.round_of_chance(),
         };
         for pid in dead {
             until("the dead one is reaped", || {
@@ -540,9 +600,15 @@ impl Stage {
 
     /// All die at once, the arbiter too.
     fn massacre(&mut self) {
-        self.kill_arbiter();
+        let arbiter_first = self.dice.below(2) == 0;
+        if arbiter_first {
+            self.kill_arbiter();
+        }
         while !self.clients.is_empty() {
             self.kill_client(0);
+        }
+        if !arbiter_first {
+            self.kill_arbiter();
         }
         self.start_arbiter();
         self.is_whole();
@@ -576,5 +642,6 @@ fn whoever_is_killed_in_whatever_phase_the_others_keep_their_data_and_no_granule
         let hits = tally.moments.get(&moment).copied().unwrap_or(0);
         assert!(hits >= EACH, "only {hits} clients died {moment:?}, {EACH} must: {tally:?}");
     }
+    assert!(tally.alone >= EACH, "too few clients died while no arbiter lived: {tally:?}");
     assert!(tally.finished >= ROUNDS, "too few jobs were left to end: {tally:?}");
 }
