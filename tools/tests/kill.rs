@@ -14,11 +14,12 @@
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
+use nvshare::account::Account;
 use nvshare::map::MappedPage;
 use nvshare::page::{Phase, SLOTS, SlotIndex};
 use nvshare::policy;
 use nvshare::snapshot::Snapshot;
-use nvshare::units::{GRANULE, GpuUuid};
+use nvshare::units::{GRANULE, GpuUuid, Granules};
 use nvshare_tools::node::{self, SimulatedGpu, TempDir};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -204,6 +205,30 @@ impl Drop for Client {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whose a slot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Nobody,
+    Living,
+    Dead,
+}
+
+/// What a slot has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Row {
+    owner: Owner,
+    account: Account,
+    pinned: Granules,
+    demand: Granules,
+}
+
+/// The books, word by word. Two looks that are the same saw one moment: accounts count their moves.
+#[derive(Debug, PartialEq, Eq)]
+struct Look {
+    free: i32,
+    rows: Vec<Row>,
 }
 
 /// What was seen, for the verdict at the end and for people.
@@ -541,32 +566,49 @@ impl Stage {
         self.tally.repaired += repaired;
     }
 
-    /// Every granule is free, or in the context or among the data of a process that lives.
+    /// Every granule is free, or in the context or among the data of a process that lives; nobody has more than
+    /// it asked for.
     fn balances(&mut self) {
-        let mut last = None;
         until("the books balance", || {
-            self.recruit();
-            let look = |page: &MappedPage| {
-                let living = |slot| {
-                    page.owner(slot)
-                        .is_some_and(|owner| self.clients.iter().any(|client| client.pid() == owner.pid))
-                };
-                let of = |slot| (living(slot), page.account(slot), page.view(slot).pinned);
-                (page.free(), (0..SLOTS).filter_map(SlotIndex::new).map(of).collect::<Vec<_>>())
-            };
-            let first = look(&self.page);
-            let (free, rows) = &first;
+            let first = self.look();
             // Nothing can be said while granules are on the move.
-            if rows.iter().any(|(_, account, _)| account.operation.is_some()) || look(&self.page) != first {
-                return false;
+            let quiet = first.rows.iter().all(|row| row.account.operation.is_none()) && self.look() == first;
+            if quiet {
+                for (index, row) in first.rows.iter().enumerate() {
+                    let (held, most) = match row.owner {
+                        Owner::Nobody => (row.account.resident + row.pinned, 0),
+                        // Demand is raised before granules are taken, and lowered after they are given back.
+                        Owner::Living => (row.account.resident, row.demand),
+                        Owner::Dead => continue,
+                    };
+                    assert!(held <= most, "slot {index} holds {held} granules of {most}: {row:?}");
+                }
+                let living = first.rows.iter().filter(|row| row.owner == Owner::Living);
+                let held: u32 = living.map(|row| row.account.resident + row.pinned).sum();
+                if i64::from(first.free) + i64::from(held) == (CAPACITY / GRANULE) as i64 {
+                    return true;
+                }
             }
-            let held: u32 =
-                rows.iter().filter(|row| row.0).map(|(_, account, pinned)| account.resident + pinned).sum();
-            let all = i64::from(free.granules) + i64::from(held);
-            last = Some(all);
-            all == (CAPACITY / GRANULE) as i64
+            // Those who have ended by themselves are still to be reaped.
+            self.recruit();
+            false
         });
-        assert_eq!(last, Some(i64::from(self.page.capacity())));
+    }
+
+    fn look(&self) -> Look {
+        let row = |slot| {
+            let owner = match self.page.owner(slot) {
+                None => Owner::Nobody,
+                Some(owner) if self.clients.iter().any(|client| client.pid() == owner.pid) => Owner::Living,
+                Some(_) => Owner::Dead,
+            };
+            let view = self.page.view(slot);
+            Row { owner, account: self.page.account(slot), pinned: view.pinned, demand: view.demand }
+        };
+        Look {
+            free: self.page.free().granules,
+            rows: (0..SLOTS).filter_map(SlotIndex::new).map(row).collect(),
+        }
     }
 
     /// Nobody is left, and so nobody has anything.
