@@ -2,7 +2,7 @@
 
 use crate::Failure;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
 use nvshare::paths;
 use nvshare::register;
@@ -161,11 +161,15 @@ pub(crate) fn pass_on(command: &mut Command, fd: &impl AsRawFd) {
 /// What the arbiter logs appears among this process's own messages, for as long as this process lives.
 fn forward_log(child: &mut Child) {
     if let Some(stderr) = child.stderr.take() {
+        // A thread begins with its maker's mask. Signals are for whoever waits for them: one that came to this thread
+        // would kill the process, or, a SIGCHLD, be lost.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 eprintln!("{line}");
             }
         });
+        let _ = before.and_then(|before| before.thread_set_mask());
     }
 }
 
