@@ -335,10 +335,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             add(&own.slices, 1);
         }
         self.enter(Phase::Running);
-        // A waiter may have come while this client was filling; its clock starts now.
-        if policy::first_waiter(&self.look()).is_some() {
-            self.page().decide();
-        }
+        // A waiter that came while this client was filling has rung it, as every decision with a waiter
+        // rings every holder: the next look finds the waiter and the end of the slice.
     }
 
     /// Running -> Filling: its memory is no longer all in place, because it grew. The gate is shut;

@@ -12,6 +12,11 @@ use crate::account::{Account, Free};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, SECOND};
 
+/// In a word of bandwidth: nobody has measured yet.
+const GUESSED: u64 = 1 << 63;
+/// No link is faster, bytes a second: bounds what garbage can do to the reckoning.
+const FASTEST: u64 = 1 << 44;
+
 /// The first eight bytes of a page: `nvshare` and a line feed, so that a text file is not one.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
@@ -395,29 +400,39 @@ impl Page {
         header.idle_grace.store(settings.idle_grace, Ordering::Relaxed);
     }
 
-    /// The link's measured bandwidth, bytes a second; never 0.
+    /// The link's bandwidth, bytes a second, measured or as first guessed; never 0.
     pub fn bandwidth(&self, direction: Direction) -> u64 {
-        self.header.bandwidth[direction as usize].load(Ordering::Relaxed).max(1)
+        (self.header.bandwidth[direction as usize].load(Ordering::Relaxed) & !GUESSED).clamp(1, FASTEST)
     }
 
-    /// Takes a measured copy into the average: a quarter new, three quarters old. Copies of less than
+    /// Takes a measured copy into the average; the first one replaces the guess. Copies of less than
     /// 64 MiB say more about latency than about the link, and are left out.
+    ///
+    /// What is averaged is the time that a byte takes, a quarter new and three quarters old, because a
+    /// time is what the bandwidth is used for. (An average of bandwidths would believe the fast copies.)
     pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
         const ENOUGH: u64 = 64 << 20;
         if bytes < ENOUGH || took == 0 {
             return;
         }
-        let measured = (u128::from(bytes) * u128::from(SECOND) / u128::from(took)).min(1 << 44) as u64;
+        let measured = u128::from(bytes) * u128::from(SECOND) / u128::from(took);
+        let measured = measured.clamp(1, u128::from(FASTEST));
         let word = &self.header.bandwidth[direction as usize];
-        let old = word.load(Ordering::Relaxed).min(1 << 44);
+        let average = if word.load(Ordering::Relaxed) & GUESSED != 0 {
+            measured
+        } else {
+            // 1 / (3/4 / old + 1/4 / measured)
+            let old = u128::from(self.bandwidth(direction));
+            4 * old * measured / (3 * measured + old)
+        };
         // A lost update loses one sample of an average.
-        word.store((old / 4 * 3 + measured / 4).max(1), Ordering::Relaxed);
+        word.store((average as u64).max(1), Ordering::Relaxed);
     }
 
     /// Sets the bandwidth that holds until the first measurement, bytes a second each way.
-    pub fn set_bandwidth(&self, bytes_per_second: u64) {
+    pub fn guess_bandwidth(&self, bytes_per_second: u64) {
         for word in &self.header.bandwidth {
-            word.store(bytes_per_second.max(1), Ordering::Relaxed);
+            word.store(bytes_per_second.clamp(1, FASTEST) | GUESSED, Ordering::Relaxed);
         }
     }
 
@@ -560,11 +575,26 @@ mod tests {
     #[test]
     fn bandwidth_is_an_average_of_large_copies() {
         let page = Page::for_tests(1);
-        page.set_bandwidth(40 << 30);
+        page.guess_bandwidth(400 << 30);
         page.observe_copy(Direction::In, 1 << 20, 1);
-        assert_eq!(page.bandwidth(Direction::In), 40 << 30);
+        assert_eq!(page.bandwidth(Direction::In), 400 << 30, "too small to tell");
+        page.observe_copy(Direction::In, 40 << 30, SECOND);
+        assert_eq!(page.bandwidth(Direction::In), 40 << 30, "a guess is no measurement");
         page.observe_copy(Direction::In, 20 << 30, SECOND);
-        assert_eq!(page.bandwidth(Direction::In), 35 << 30);
-        assert_eq!(page.bandwidth(Direction::Out), 40 << 30);
+        assert_eq!(page.bandwidth(Direction::In), 32 << 30, "a quarter of the copies takes twice as long");
+        assert_eq!(page.bandwidth(Direction::Out), 400 << 30);
+    }
+
+    #[test]
+    fn a_bandwidth_of_garbage_is_a_number_that_can_be_reckoned_with() {
+        let page = Page::for_tests(1);
+        for garbage in [0, 1, u64::MAX, GUESSED, !GUESSED] {
+            for bytes in [u64::MAX, 64 << 20] {
+                page.header.bandwidth[0].store(garbage, Ordering::Relaxed);
+                page.observe_copy(Direction::In, bytes, 1);
+                page.observe_copy(Direction::In, bytes, u64::MAX);
+                assert!((1..=FASTEST).contains(&page.bandwidth(Direction::In)));
+            }
+        }
     }
 }

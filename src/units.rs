@@ -26,6 +26,11 @@ pub fn granules_for(bytes: u64) -> Granules {
     bytes.div_ceil(GRANULE).min(u64::from(MAX_GRANULES)) as Granules
 }
 
+/// The whole granules in `bytes`; saturates at [`MAX_GRANULES`].
+pub fn granules_in(bytes: u64) -> Granules {
+    (bytes / GRANULE).min(u64::from(MAX_GRANULES)) as Granules
+}
+
 /// The bytes in `granules`.
 pub fn bytes_of(granules: Granules) -> u64 {
     u64::from(granules) * GRANULE

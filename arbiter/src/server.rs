@@ -17,7 +17,7 @@ use nvshare::audit::Process;
 use nvshare::page::{Phase, SlotIndex};
 use nvshare::register::{Hello, Reply, Status, send};
 use nvshare::sync::now;
-use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_for};
+use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_in};
 use nvshare::{paths, policy, snapshot::Snapshot};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -144,10 +144,10 @@ impl Server {
         let mut survivors = Vec::new();
         for gpu in &gpus {
             let capacity =
-                granules_for(options.capacity.unwrap_or(gpu.total.saturating_sub(options.headroom)));
+                granules_in(options.capacity.unwrap_or(gpu.total.saturating_sub(options.headroom)));
             let (page, alive) = pages::serve(&dir, gpu.uuid, capacity, options.settings())?;
             if let Some(link) = gpu.link.filter(|_| page.page.audit_counts().0 == 0) {
-                page.page.set_bandwidth(link);
+                page.page.guess_bandwidth(link);
             }
             survivors.extend(alive.into_iter().map(|(slot, fd)| (served.len(), slot, fd)));
             served.push(page);
@@ -441,7 +441,7 @@ fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, so
     let clients: HashSet<_> =
         page.occupied().iter().filter_map(|slot| page.owner(slot)).map(|owner| owner.pid).collect();
     let foreign: u64 = used.iter().filter(|(pid, _)| !clients.contains(pid)).map(|(_, bytes)| bytes).sum();
-    let capacity = granules_for(total.saturating_sub(options.headroom).saturating_sub(foreign));
+    let capacity = granules_in(total.saturating_sub(options.headroom).saturating_sub(foreign));
     // A few granules more or less are not worth a decision.
     if capacity.abs_diff(page.capacity()) < 16 {
         return false;

@@ -149,6 +149,7 @@ impl Shared {
     /// As the driver's own: INVALID_VALUE for no bytes, OUT_OF_MEMORY for more than there can be.
     pub fn allocate(&self, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
         if bytes == 0 {
+            tracing::warn!(gpu = %self.gpu, "an allocation of 0 B is refused, as the driver refuses it: ask for one byte or more");
             return Err(CuResult::INVALID_VALUE);
         }
         let mut memory = self.memory();

@@ -162,6 +162,10 @@ pub unsafe fn cuMemAllocPitch_v2(
         }
         let row = width.checked_next_multiple_of(PITCH_ALIGNMENT);
         let Some((row, bytes)) = row.and_then(|row| Some((row, row.checked_mul(height)?))) else {
+            tracing::warn!(
+                gpu = %device.gpu,
+                "cuMemAllocPitch: {height} rows of {width} B are more than an address can count; the width is in bytes"
+            );
             return CuResult::OUT_OF_MEMORY;
         };
         match relaxed(|| device.allocate(bytes as u64, context)) {
@@ -189,9 +193,16 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         // SAFETY: the caller's arguments.
         let result = unsafe { real::cuMemFree_v2(dptr) };
         if result == CuResult::INVALID_VALUE {
-            tracing::warn!(
-                "cuMemFree({dptr:#x}): no allocation begins there; it was never made, or is freed already"
-            );
+            match allocation_of(dptr) {
+                Some(allocation) => tracing::warn!(
+                    "cuMemFree({dptr:#x}): it lies inside the allocation of {} at {:#x}; free that address",
+                    nvshare::units::format_size(allocation.size),
+                    allocation.base
+                ),
+                None => tracing::warn!(
+                    "cuMemFree({dptr:#x}): no allocation begins there; it was never made, or is freed already"
+                ),
+            }
         }
         result
     })

@@ -1,25 +1,28 @@
 //! Where the shim's log goes: standard error of the application, one line a message.
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Sets the log up, once. NVSHARE_LOG says what is logged, as in `debug` or `warn`; warnings and errors
 /// if it says nothing. What makes no sense is told and then ignored: a log is no reason to fail.
 pub fn initialise() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        let wanted = std::env::var("NVSHARE_LOG").unwrap_or_default();
-        let filter = match EnvFilter::try_new(if wanted.is_empty() { "warn" } else { &wanted }) {
-            Ok(filter) => filter,
-            Err(_) => {
+        let wanted = std::env::var_os("NVSHARE_LOG").unwrap_or_default();
+        let wanted = wanted.to_string_lossy();
+        // Only a level: a filter by module would take any word for the name of one, and log nothing.
+        let level = match wanted.trim() {
+            "" => LevelFilter::WARN,
+            word => word.parse().unwrap_or_else(|_| {
                 eprintln!(
-                    "nvshare: NVSHARE_LOG='{wanted}': write error, warn, info, debug or trace; taking warn"
+                    "nvshare[{}]: NVSHARE_LOG='{wanted}': write error, warn, info, debug or trace; taking warn",
+                    std::process::id()
                 );
-                EnvFilter::new("warn")
-            }
+                LevelFilter::WARN
+            }),
         };
         // A host program in Rust may have a subscriber of its own, in its own copy of the library.
         let _ = tracing_subscriber::fmt()
-            .with_env_filter(filter)
+            .with_max_level(level)
             .with_writer(std::io::stderr)
             .with_ansi(false)
             .with_target(false)

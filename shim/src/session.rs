@@ -16,6 +16,7 @@ use nvshare::units::GpuUuid;
 use nvshare::{Client, paths};
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
+use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
@@ -47,7 +48,7 @@ pub fn enabled() -> bool {
         // SAFETY: getenv with a C string; the value is looked at before anybody can change it.
         let value = unsafe { libc::getenv(c"NVSHARE_DISABLE".as_ptr()) };
         // SAFETY: a C string, if there is one.
-        value.is_null() || unsafe { *value } != b'1' as libc::c_char
+        value.is_null() || unsafe { CStr::from_ptr(value) } != c"1"
     }) && !FORGOTTEN.load(Ordering::Relaxed)
         && !PASSTHROUGH.load(Ordering::Relaxed)
 }
@@ -242,7 +243,7 @@ static ATTACHED: AtomicU32 = AtomicU32::new(0);
 pub fn initialise() -> Result<(), CuResult> {
     crate::log::initialise();
     let settings = settings().map_err(|error| {
-        tracing::error!("{error}");
+        tracing::error!("cuInit fails with CUDA_ERROR_INVALID_VALUE: {error}");
         CuResult::INVALID_VALUE
     })?;
     static ATFORK: OnceLock<()> = OnceLock::new();
@@ -263,7 +264,7 @@ fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<()
         PASSTHROUGH.store(true, Ordering::Relaxed);
         return Ok(());
     }
-    tracing::error!("{error}");
+    tracing::error!("this process cannot use the GPU (CUDA_ERROR_SYSTEM_NOT_READY): {error}");
     Err(CuResult::SYSTEM_NOT_READY)
 }
 

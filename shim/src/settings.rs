@@ -33,6 +33,11 @@ impl Settings {
     /// # Errors
     /// A sentence that names the variable, the value, and what would be right.
     fn read(get: impl Fn(&str) -> Option<String>) -> Result<Self, String> {
+        if let Some(text) = get("NVSHARE_DISABLE").filter(|text| !matches!(text.as_str(), "" | "0" | "1")) {
+            return Err(format!(
+                "NVSHARE_DISABLE='{text}': write 1 to run this process without nvshare, or 0"
+            ));
+        }
         fn parse<T>(
             value: Option<String>,
             name: &str,
@@ -89,7 +94,9 @@ fn program() -> String {
 /// The same sentence every time, if a variable makes no sense.
 pub fn settings() -> Result<&'static Settings, &'static str> {
     static SETTINGS: OnceLock<Result<Settings, String>> = OnceLock::new();
-    SETTINGS.get_or_init(|| Settings::read(|name| std::env::var(name).ok())).as_ref().map_err(String::as_str)
+    // What is no text is no value either: read as far as it is text, so that it is refused and not overlooked.
+    let get = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
+    SETTINGS.get_or_init(|| Settings::read(get)).as_ref().map_err(String::as_str)
 }
 
 #[cfg(test)]
@@ -108,6 +115,7 @@ mod tests {
             ("NVSHARE_CONNECT_TIMEOUT", "nan"),
             ("NVSHARE_ON_MISSING_ARBITER", "maybe"),
             ("NVSHARE_HOST_MEMORY", "lots"),
+            ("NVSHARE_DISABLE", "yes"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");

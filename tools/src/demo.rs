@@ -198,12 +198,7 @@ impl Stage {
 
     fn shared(&self) -> Result<Way, Failure> {
         let name = "together, nvshare";
-        let mut arguments = vec!["--capacity".to_owned(), self.capacity.to_string()];
-        if self.gpu.is_some() {
-            // Its quantum follows the link, of which the simulated NVML says what a real one's would be.
-            let switch = self.job.size as f64 / LINK_BANDWIDTH as f64;
-            arguments.extend(["--quantum-min".into(), format!("{}ms", (5_000.0 * switch) as u64)]);
-        }
+        let arguments = ["--capacity".to_owned(), self.capacity.to_string()];
         let node = Node::start(self.environment(&[]), &arguments)?;
         let jobs: Vec<Job> = (0..self.jobs).map(|index| self.job(index)).collect();
         let view = self.screen.view(name, self.jobs, self.job.iterations);

@@ -125,6 +125,9 @@ pub struct HostPoolConfig {
     pub limit: Option<u64>,
     /// Bytes of an arena.
     pub arena: usize,
+    /// What arenas are a multiple of, bytes, unless the bound is nearer: a pool that grew by each small
+    /// allocation would have no arena for a block that is larger than one of them.
+    pub step: u64,
     /// Threads that touch a new arena.
     pub threads: usize,
     /// Where `/proc` and `/sys` are found: `/` but in tests.
@@ -134,7 +137,13 @@ pub struct HostPoolConfig {
 impl Default for HostPoolConfig {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { limit: None, arena: 512 << 20, threads: cores.min(8), root: "/".into() }
+        Self {
+            limit: None,
+            arena: 512 << 20,
+            step: crate::memory::CHUNK,
+            threads: cores.min(8),
+            root: "/".into(),
+        }
     }
 }
 
@@ -378,7 +387,7 @@ impl HostPool {
             if left == 0 {
                 return Err(HostPoolError::Bound { wanted: missing, left, bound: bound.what });
             }
-            let length = missing.next_multiple_of(GRANULE).min(self.config.arena as u64).min(left);
+            let length = missing.next_multiple_of(self.config.step).min(self.config.arena as u64).min(left);
             self.grow(&resizing, length)?;
         }
     }
@@ -405,18 +414,27 @@ impl HostPool {
             state.resizing = true;
             drop(state);
             let resizing = Resizing(self);
-            let bound = self.measure(&resizing);
             let length = length as u64;
+            // What is free lies in arenas that are too small for this block, and often for the next.
+            let promised = self.state().committed;
+            if self.capacity().saturating_add(length) > promised {
+                self.release(&resizing, promised.saturating_sub(length));
+            }
+            let bound = self.measure(&resizing);
             let mut left = self.left(&bound);
             if left < length && left.saturating_add(self.unused()) >= length {
-                // What is free lies in arenas that are too small.
                 self.release(&resizing, 0);
                 left = self.left(&bound);
             }
             if left < length {
                 return Err(HostPoolError::Bound { wanted: length, left, bound: bound.what });
             }
-            self.grow(&resizing, length.max(left.min(self.config.arena as u64)))?;
+            // Somebody waits for this block: nothing is made for him that nobody may ever want.
+            let wanted = promised.saturating_sub(self.capacity()).min(self.config.arena as u64);
+            self.grow(
+                &resizing,
+                length.max(wanted.next_multiple_of(self.config.step).min(self.config.arena as u64).min(left)),
+            )?;
         }
     }
 
@@ -567,7 +585,7 @@ mod tests {
 
     /// A machine without limits, so that a test asks nothing of the one it runs on.
     fn config(arena: usize, limit: Option<u64>) -> HostPoolConfig {
-        HostPoolConfig { limit, arena, threads: 2, root: "/nowhere/at/all".into() }
+        HostPoolConfig { limit, arena, step: GRANULE, threads: 2, root: "/nowhere/at/all".into() }
     }
 
     fn pool(arena: usize, limit: Option<u64>) -> (HostPool, Count) {
@@ -776,7 +794,7 @@ mod tests {
         assert!(matches!(pool.alloc(BLOCK), Err(HostPoolError::Bound { left: 0, .. })));
         machine.has(16 * MIB);
         pool.free(pool.alloc(BLOCK).unwrap());
-        assert_eq!(pool.capacity(), 16 * MIB);
+        assert_eq!(pool.capacity(), 6 * MIB, "all that is promised, in one arena");
     }
 
     #[test]
@@ -837,6 +855,7 @@ mod tests {
     #[test]
     fn threads_share_it() {
         let (pool, count) = pool(16 * BLOCK, Some(24 * GRANULE));
+        pool.commit(16 * GRANULE).unwrap();
         std::thread::scope(|scope| {
             for thread in 0..4u8 {
                 let pool = &pool;
@@ -915,8 +934,36 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_fits_no_arena_takes_the_place_of_those_that_are_too_small() {
+        let (pool, _) = pool(64 * BLOCK, None);
+        pool.commit(4 * GRANULE).unwrap();
+        pool.ensure(2 * GRANULE).unwrap();
+        pool.ensure(4 * GRANULE).unwrap();
+        let block = pool.alloc(4 * BLOCK).unwrap();
+        assert_eq!(pool.capacity(), 4 * GRANULE, "as much as is promised and no more");
+        pool.free(block);
+        // What is in use stays, and what is promised for others is not given up for it.
+        let small = [pool.alloc(3 * BLOCK).unwrap(), pool.alloc(BLOCK).unwrap()];
+        let large = pool.alloc(2 * BLOCK).unwrap();
+        assert_eq!(pool.capacity(), 6 * GRANULE);
+        pool.free(large);
+        small.into_iter().for_each(|block| pool.free(block));
+    }
+
+    #[test]
+    fn arenas_are_made_in_steps_up_to_the_bound() {
+        let config = HostPoolConfig { step: 8 * GRANULE, ..config(64 * BLOCK, Some(20 * GRANULE)) };
+        let pool = HostPool::new(config, Box::new(Count::default()));
+        for (wanted, made) in [(1, 8), (8, 8), (9, 16), (17, 20)] {
+            pool.ensure(wanted * GRANULE).unwrap();
+            assert_eq!(pool.capacity(), made * GRANULE, "for {wanted}");
+        }
+    }
+
+    #[test]
     fn two_in_need_make_one_arena() {
         let (pool, count) = pool(64 * BLOCK, None);
+        pool.commit(4 * GRANULE).unwrap();
         let start = Barrier::new(4);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -932,6 +979,7 @@ mod tests {
     #[test]
     fn a_child_has_neither_the_memory_nor_the_pool() {
         let (pool, count) = pool(2 * BLOCK, None);
+        pool.commit(2 * GRANULE).unwrap();
         let block = pool.alloc(BLOCK).unwrap();
         let address = block.as_ptr();
         let locked = pool.state();
