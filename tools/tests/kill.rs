@@ -276,6 +276,14 @@ fn answers(dir: &Path) {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let pids: Vec<_> = self.clients.iter().map(|client| (client.pid(), client.works)).collect();
+            eprintln!("living clients, and whether they work: {pids:?}");
+            eprintln!("admitted: {:?}, {:?}", self.page.admitted(), self.page.free());
+            for details in self.page.occupied().iter().filter_map(|slot| self.page.details(slot)) {
+                eprintln!("{details:?}");
+            }
+        }
         if let Some(arbiter) = &mut self.arbiter {
             let _ = arbiter.kill();
             let _ = arbiter.wait();
@@ -470,7 +478,9 @@ impl Stage {
             self.recruit();
             filler = self.clients.iter().find_map(|client| {
                 let slot = client.slot(&self.page)?;
-                Moment::Filling.is_now(&self.page, slot).then_some((client.pid(), slot))
+                // A turn that begins, and not one that goes on because the client has allocated more.
+                let begins = self.page.details(slot).is_some_and(|it| it.wait_since != 0);
+                (begins && Moment::Filling.is_now(&self.page, slot)).then_some((client.pid(), slot))
             });
             filler.is_some()
         });
