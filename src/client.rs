@@ -214,13 +214,15 @@ pub enum Next {
 pub struct Client<P> {
     books: Books<P>,
     phase: Phase,
+    /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
+    decided: Nanos,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The client that owns `slot` of `page`, which registration has just opened for it.
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
-        Self { books: Books { page, slot, author: Arc::new(Mutex::new(())) }, phase: Phase::Idle }
+        Self { books: Books { page, slot, author: Arc::new(Mutex::new(())) }, phase: Phase::Idle, decided: 0 }
     }
 
     /// Its books.
@@ -243,6 +245,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     fn enter(&mut self, phase: Phase) {
         self.phase = phase;
+        self.decided = 0;
         self.own().phase.store(phase as u32, Ordering::Release);
     }
 
@@ -268,6 +271,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// What the runtime said. The client is where it was, with its books true; the caller decides
     /// whether to go on or to [leave](Client::leave).
     pub fn poll<R: Runtime>(&mut self, runtime: &mut R) -> Result<Next, R::Error> {
+        let mut evicts = true;
         loop {
             let seen = self.page().doorbell(self.books.slot);
             let admitted = self.books.admitted();
@@ -291,23 +295,32 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     until => return Ok(Next::Sleep { seen, until }),
                 },
                 Phase::Idle if admitted => {
-                    // A decision that had not seen the release. Decide again: the bit goes.
+                    // A decision that had not seen the release, or a page that lies about the phase. Say
+                    // it again and decide: the bit goes.
+                    self.enter(Phase::Idle);
                     self.page().decide();
                 }
                 Phase::Idle | Phase::Waiting => {
                     let snapshot = self.look();
                     let share = policy::evict_share(&snapshot, self.books.slot);
-                    if share > 0 {
+                    if share > 0 && evicts {
+                        let before = self.books.resident();
                         runtime.evict(share)?;
+                        // A page that lies about the account asks for memory that is not there.
+                        evicts = self.books.resident() < before;
                         continue;
                     }
                     let until = match self.phase {
-                        Phase::Waiting => policy::next_decision(&snapshot),
+                        Phase::Waiting => policy::next_decision(&snapshot, self.decided),
                         _ => None,
                     };
+                    let retry = (!evicts).then(|| now().saturating_add(STARVED_LOOK));
                     match until {
                         Some(due) if due <= now() => self.end_of_slice(),
-                        until => return Ok(Next::Sleep { seen, until }),
+                        until => {
+                            let until = [until, retry].into_iter().flatten().min();
+                            return Ok(Next::Sleep { seen, until });
+                        }
                     }
                 }
                 Phase::Draining | Phase::Leaving => return Ok(Next::Sleep { seen, until: None }),
@@ -320,10 +333,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     }
 
     fn look_ahead(&self) -> Option<Nanos> {
-        policy::next_decision(&self.look())
+        policy::next_decision(&self.look(), self.decided)
     }
 
-    fn end_of_slice(&self) {
+    fn end_of_slice(&mut self) {
+        // The time before the decision: an end that comes in between is still to be decided.
+        self.decided = now();
         self.page().decide();
     }
 
@@ -404,7 +419,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Whether a running client should [release](Client::release) now: its slice is over and somebody
     /// waits. Costs two loads when nobody does.
-    pub fn should_yield(&self) -> bool {
+    pub fn should_yield(&mut self) -> bool {
         if self.phase != Phase::Running {
             return false;
         }

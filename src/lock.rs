@@ -22,6 +22,11 @@ use crate::snapshot::Snapshot;
 use crate::sync::{Ordering, now};
 use std::fmt;
 
+/// Swaps that a decision loses before it stops being polite. Honest deciders come nowhere near: each loss is
+/// a whole decision of somebody else's. Only who writes garbage into the word all the time does, and it
+/// must not keep everybody else in a loop.
+const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 10_000 };
+
 const MASK: u64 = (1 << 48) - 1;
 const IN_USE: u64 = if SLOTS == 64 { u64::MAX } else { (1 << SLOTS) - 1 };
 const _: () = assert!(IN_USE <= MASK);
@@ -141,6 +146,7 @@ impl Page {
     /// demand, the end of a slice, a death, a change of settings. Returns the snapshot it decided on,
     /// with the new mask in it.
     pub fn decide(&self) -> Snapshot {
+        let mut lost = 0;
         loop {
             let word = self.header.lock.load(Ordering::Acquire);
             let lock = LockWord::from(word);
@@ -149,7 +155,11 @@ impl Page {
             let published =
                 self.header.lock.compare_exchange(word, next.into(), Ordering::AcqRel, Ordering::Acquire);
             if published.is_err() {
-                continue;
+                lost += 1;
+                if lost < MOST_LOST {
+                    continue;
+                }
+                self.header.lock.store(next.into(), Ordering::Release);
             }
             snapshot.admitted = next.admitted;
             for slot in self.concerned(lock.admitted, &snapshot).iter() {

@@ -89,9 +89,14 @@ pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     (view.phase == Phase::Running).then(|| view.slice_start.saturating_add(quantum(snapshot, waiter)))
 }
 
-/// When, at the latest, somebody must decide again though nothing changed: the first end of a slice.
-pub fn next_decision(snapshot: &Snapshot) -> Option<Nanos> {
-    snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot)).min()
+/// When, at the latest, somebody must decide again though nothing changed: the first end of a slice
+/// after the time `decided`, when the asker last decided.
+///
+/// An end that lies further back was over when that decision was made. Its holder may go on all the same,
+/// in room that no waiter can use, and deciding once more would change nothing; whoever changes something
+/// decides anyway.
+pub fn next_decision(snapshot: &Snapshot, decided: Nanos) -> Option<Nanos> {
+    snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot)).filter(|end| *end > decided).min()
 }
 
 /// How long a slice is that ends because `waiter` waits, ns.

@@ -150,6 +150,21 @@ impl Reply {
     pub fn text(&self) -> String {
         text(&self.text)
     }
+
+    /// Reads what came over a socket, and how the registration ended.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words that follow the name of who sent it.
+    pub fn read(bytes: &[u8]) -> Result<(Self, Status), String> {
+        let reply: Self = bytemuck::try_pod_read_unaligned(bytes)
+            .map_err(|_| format!("its answer has {} bytes instead of {}", bytes.len(), size_of::<Self>()))?;
+        if reply.magic != WIRE_MAGIC {
+            return Err("its answer begins with the wrong magic".into());
+        }
+        let status = Status::parse(reply.status)
+            .ok_or_else(|| format!("its answer has the unknown status {}", reply.status))?;
+        Ok((reply, status))
+    }
 }
 
 fn padded<const N: usize>(text: &str) -> [u8; N] {
@@ -292,19 +307,7 @@ fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError>
         Err(cause @ Errno::ECONNRESET) => return Ok(Answer::Hangup(cause)),
         Err(error) => return Err(broke(error)),
     };
-    let Ok(reply) = bytemuck::try_pod_read_unaligned::<Reply>(&reply) else {
-        return Err(nonsense(format!(
-            "its answer has {} bytes instead of {}",
-            reply.len(),
-            size_of::<Reply>()
-        )));
-    };
-    if reply.magic != WIRE_MAGIC {
-        return Err(nonsense("its answer begins with the wrong magic".into()));
-    }
-    let Some(status) = Status::parse(reply.status) else {
-        return Err(nonsense(format!("its answer has the unknown status {}", reply.status)));
-    };
+    let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
     if status != Status::Welcome {
         return Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() });
     }

@@ -114,10 +114,14 @@ impl FromStr for GpuUuid {
         let fail = || UuidError { text: text.to_owned() };
         let body = text.strip_prefix("GPU-").or_else(|| text.strip_prefix("MIG-")).ok_or_else(fail)?;
         let groups: Vec<&str> = body.split('-').collect();
-        if groups.iter().map(|group| group.len()).ne([8, 4, 4, 4, 12]) || !body.is_ascii() {
+        if groups.iter().map(|group| group.len()).ne([8, 4, 4, 4, 12]) {
             return Err(fail());
         }
         let digits = groups.concat();
+        // from_str_radix alone would take a plus sign for half a byte.
+        if !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+            return Err(fail());
+        }
         let mut bytes = [0; 16];
         for (index, byte) in bytes.iter_mut().enumerate() {
             *byte = u8::from_str_radix(&digits[2 * index..2 * index + 2], 16).map_err(|_| fail())?;
@@ -180,7 +184,8 @@ mod tests {
             "8ac1f0c2-0123-4567-89ab-cdef01234567",
             "GPU-8ac1f0c2",
             "GPU-zac1f0c2-0123-4567-89ab-cdef01234567",
-            "GPU-é",
+            "GPU-+ac1f0c2-0123-4567-89ab-cdef01234567",
+            "GPU-éac1f0c-0123-4567-89ab-cdef01234567",
         ] {
             assert!(bad.parse::<GpuUuid>().is_err(), "{bad}");
         }

@@ -1,17 +1,23 @@
 //! A page and a socket full of lies: no reader panics, hangs, or reads out of bounds.
 
-use nvshare::Page;
+use nvshare::client::{Bookkeeper, Next, NoMemory};
 use nvshare::map::{MapError, MappedPage, scribble};
-use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES, PageError, SLOTS, SlotIndex};
+use nvshare::page::{
+    LAYOUT_VERSION, PAGE_BYTES, PageError, Phase, Quantum, SLOTS, Settings, Slot, SlotIndex,
+};
 use nvshare::register::{self, Hello, RegisterError, Reply, Status};
 use nvshare::snapshot::Snapshot;
-use nvshare::units::GpuUuid;
+use nvshare::units::{GpuUuid, Granules, MILLISECOND};
+use nvshare::{Client, Page};
 use nvshare::{audit::Process, policy};
 use proptest::prelude::*;
 use std::fs::File;
 use std::io::Write;
+use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 const GPU: GpuUuid = GpuUuid([3; 16]);
@@ -21,7 +27,8 @@ fn read_everything(page: &Page) {
     let _ = page.check();
     let snapshot = Snapshot::take(page, page.admitted());
     let _ = (policy::admit(&snapshot, 0), policy::admit(&snapshot, u64::MAX), policy::lacking(&snapshot));
-    let _ = (policy::evictors(&snapshot), policy::next_decision(&snapshot), policy::first_waiter(&snapshot));
+    let _ =
+        (policy::evictors(&snapshot), policy::next_decision(&snapshot, 0), policy::first_waiter(&snapshot));
     for slot in (0..SLOTS).filter_map(SlotIndex::new) {
         let _ = (page.details(slot), page.owner(slot), page.account(slot), page.view(slot));
         let _ = (policy::quantum(&snapshot, slot), policy::evict_share(&snapshot, slot));
@@ -55,9 +62,7 @@ fn a_lie_in_any_single_word() {
         for lie in [0, 1, u64::MAX, 1 << 63, 0x7fff_ffff, 0xffff_ffff_0000_0000] {
             let page = Page::on_heap(GPU, 100);
             page.open_slot(Process { pid: 9, started: 9 }, "honest", 1);
-            let honest = bytes(&page);
-            let mut words: Vec<u64> =
-                honest.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+            let mut words = words(&page);
             words[index] = lie;
             scribble(&page, &words);
             read_everything(&page);
@@ -65,10 +70,124 @@ fn a_lie_in_any_single_word() {
     }
 }
 
+/// A client on a page of 100 granules that is all its tests', and what moves its memory.
+fn client(page: &Arc<Page>, needs: Granules) -> (Client<Arc<Page>>, Bookkeeper<Arc<Page>>) {
+    let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 1).unwrap();
+    let client = Client::new(page.clone(), slot);
+    client.books().grow(needs);
+    let runtime = Bookkeeper::new(client.books(), 10);
+    (client, runtime)
+}
+
+/// Runs `what` on a thread of its own; one that is not done after 10 s hangs.
+fn ends(what: impl FnOnce() + Send + 'static) {
+    let (done, waits) = mpsc::channel();
+    std::thread::spawn(move || {
+        what();
+        let _ = done.send(());
+    });
+    waits.recv_timeout(Duration::from_secs(10)).expect("it hangs, or has panicked");
+}
+
+/// Not even a lie: a small client whose slice is over runs on beside a large one, in room that a second
+/// large one cannot use. It has nothing to decide until something changes.
+#[test]
+fn an_overdue_holder_in_a_gap_sleeps() {
+    ends(|| {
+        let page: Arc<Page> = Page::on_heap(GPU, 100).into();
+        page.set_settings(Settings { quantum: Quantum::Fixed(200 * MILLISECOND), ..Settings::default() });
+        let ((mut small, mut moves), (mut large, mut large_moves), (mut second, _)) =
+            (client(&page, 10), client(&page, 60), client(&page, 63));
+        small.request();
+        assert_eq!(small.poll(&mut moves), Ok(Next::Open));
+        std::thread::sleep(Duration::from_millis(210));
+        large.request();
+        assert_eq!(large.poll(&mut large_moves), Ok(Next::Open));
+        second.request();
+        let rings = page.doorbell(large.books().slot());
+        assert!(matches!(small.poll(&mut moves), Ok(Next::Sleep { until: Some(_), .. })));
+        assert!(!small.should_yield());
+        let rings = page.doorbell(large.books().slot()).wrapping_sub(rings);
+        assert!(rings <= 2, "it has rung the other holder {rings} times");
+    });
+}
+
+/// The page says that an idle client waits: it is admitted, and says no.
+#[test]
+fn a_lie_about_the_phase_of_an_idle_client() {
+    ends(|| {
+        let page: Arc<Page> = Page::on_heap(GPU, 100).into();
+        let (mut victim, mut moves) = client(&page, 10);
+        lie_in(&page, victim.books().slot(), PHASE, Phase::Waiting as u64);
+        page.decide();
+        assert!(victim.books().admitted());
+        assert!(matches!(victim.poll(&mut moves), Ok(Next::Sleep { .. })));
+        assert!(!victim.books().admitted());
+    });
+}
+
+/// The page says that a client holds memory which it does not have, and others need it.
+#[test]
+fn a_lie_about_the_memory_of_a_client_that_has_none() {
+    ends(|| {
+        let page: Arc<Page> = Page::on_heap(GPU, 100).into();
+        let ((mut victim, _), (mut waiter, _)) = (client(&page, 10), client(&page, 60));
+        page.set_pinned(victim.books().slot(), 90);
+        lie_in(&page, victim.books().slot(), ACCOUNT, 99);
+        waiter.request();
+        match victim.poll(&mut NoMemory) {
+            Ok(Next::Sleep { until: Some(_), .. }) => {}
+            other => panic!("{other:?}: it must look again, and after a while"),
+        }
+    });
+}
+
+/// Where a row of layout 1 has them, in bytes: the fields are the crate's own.
+const PHASE: usize = 128;
+const ACCOUNT: usize = 256;
+
+/// Puts a word into a slot's row, at an offset of the row.
+fn lie_in(page: &Page, slot: SlotIndex, offset: usize, lie: u64) {
+    let row = offset_of!(Page, slots) + slot.get() * size_of::<Slot>();
+    let mut all = words(page);
+    all[(row + offset) / 8] = lie;
+    scribble(page, &all);
+}
+
+/// Somebody writes garbage into the page all the time, the lock word most of all.
+#[test]
+fn a_page_that_never_stands_still() {
+    let page: Arc<Page> = Page::on_heap(GPU, 100).into();
+    let stop = Arc::new(AtomicBool::new(false));
+    let vandals: Vec<_> = (0..if cfg!(miri) { 1 } else { 3 })
+        .map(|_| {
+            let (page, stop) = (page.clone(), stop.clone());
+            std::thread::spawn(move || {
+                let mut garbage = vec![0x9e37_79b9_7f4a_7c15_u64; 400];
+                while !stop.load(Ordering::Relaxed) {
+                    for word in &mut garbage {
+                        *word = word.wrapping_mul(0xd134_2543_de82_ef95).wrapping_add(1);
+                    }
+                    scribble(&page, &garbage);
+                }
+            })
+        })
+        .collect();
+    let victim = page.clone();
+    ends(move || (0..if cfg!(miri) { 2 } else { 200 }).for_each(|_| read_everything(&victim)));
+    stop.store(true, Ordering::Relaxed);
+    vandals.into_iter().for_each(|vandal| vandal.join().unwrap());
+}
+
 /// A page's bytes, through a file: the mapping is the only view that is ours to read.
 fn bytes(page: &Page) -> Vec<u8> {
     // SAFETY: nobody else has this page, so plain reads race with nothing.
     unsafe { std::slice::from_raw_parts(std::ptr::from_ref(page).cast::<u8>(), PAGE_BYTES) }.to_vec()
+}
+
+/// The same as words.
+fn words(page: &Page) -> Vec<u64> {
+    bytes(page).chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect()
 }
 
 fn temporary(name: &str) -> PathBuf {

@@ -227,7 +227,7 @@ proptest! {
         let snapshot = Snapshot::take(&page, page.admitted());
         let chosen = admit(&snapshot, now);
         prop_assert!(chosen.iter().all(|slot| snapshot.occupied.contains(slot)));
-        let _ = (next_decision(&snapshot), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot));
+        let _ = (next_decision(&snapshot, 0), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot));
         for (slot, _) in snapshot.clients() {
             let _ = (quantum(&snapshot, slot), switch_time(&snapshot, slot), evict_share(&snapshot, slot));
         }

@@ -1,0 +1,61 @@
+//! What comes over the arbiter's socket: any bytes are a message or are refused with a sentence, and what
+//! is a message is the same bytes again.
+
+use nvshare::page::{LAYOUT_VERSION, SlotIndex};
+use nvshare::register::{Hello, Reply, Status, WIRE_MAGIC};
+use nvshare::units::GpuUuid;
+
+/// Reads the bytes as either side does. The first one says whether they are read as they are, or with the
+/// identity put right: a fuzzer should not have to guess twelve bytes before it comes to the rest.
+pub fn run(bytes: &[u8]) {
+    let Some((first, bytes)) = bytes.split_first() else { return };
+    let mut bytes = bytes.to_vec();
+    if first & 1 == 1 && bytes.len() >= 12 {
+        bytes[..8].copy_from_slice(&WIRE_MAGIC.to_le_bytes());
+        bytes[8..12].copy_from_slice(&LAYOUT_VERSION.to_le_bytes());
+    }
+    if first & 2 == 2 {
+        bytes.resize(size_of::<Hello>(), *first);
+    }
+    if first & 4 == 4 {
+        bytes.resize(size_of::<Reply>(), *first);
+    }
+    hello(&bytes);
+    reply(&bytes);
+}
+
+fn hello(bytes: &[u8]) {
+    match Hello::read(bytes) {
+        Ok(hello) => {
+            assert_eq!(bytemuck::bytes_of(&hello), bytes);
+            let name = hello.name();
+            presentable(&name);
+            // What a person reads is itself a name, and the same one.
+            let again = Hello::new(GpuUuid(hello.gpu), &name);
+            assert!(name.starts_with(&again.name()));
+        }
+        Err(refusal) => {
+            let text = refusal.text();
+            assert!(!text.is_empty(), "a refusal that does not say why");
+            let (read, status) = Reply::read(bytemuck::bytes_of(&*refusal)).expect("our own reply");
+            assert_eq!(read, *refusal);
+            assert!(matches!(status, Status::Malformed | Status::LayoutVersion));
+        }
+    }
+}
+
+fn reply(bytes: &[u8]) {
+    match Reply::read(bytes) {
+        Ok((reply, status)) => {
+            assert_eq!(bytemuck::bytes_of(&reply), bytes);
+            assert_eq!(reply.status, status as u32);
+            presentable(&reply.text());
+            let _ = SlotIndex::new(reply.slot as usize);
+        }
+        Err(why) => assert!(!why.is_empty()),
+    }
+}
+
+fn presentable(text: &str) {
+    assert!(!text.chars().any(char::is_control), "a text that talks to terminals");
+}
