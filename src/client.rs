@@ -9,6 +9,9 @@
 //!    └─────────────────────┴──────────────── Draining ◀─────────────────────┘
 //! ```
 //!
+//! A client that is recalled while it fills what it has grown by drains too: what it submitted before it grew
+//! is in flight, and nothing that it uses may be evicted.
+//!
 //! A [`Client`] belongs to one thread, which walks it along these arrows; [`Client::poll`] does what is
 //! due and says what to wait for. How memory moves is the business of a [`Runtime`]: the shim moves
 //! CUDA allocations, another runtime whatever it has. [`Books`] may be used from every thread of the
@@ -214,13 +217,19 @@ pub enum Next {
 pub struct Client<P> {
     books: Books<P>,
     phase: Phase,
+    /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
+    undrained: bool,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The client that owns `slot` of `page`, which registration has just opened for it.
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
-        Self { books: Books { page, slot, author: Arc::new(Mutex::new(())) }, phase: Phase::Idle }
+        Self {
+            books: Books { page, slot, author: Arc::new(Mutex::new(())) },
+            phase: Phase::Idle,
+            undrained: false,
+        }
     }
 
     /// Its books.
@@ -275,6 +284,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 Phase::Waiting if admitted => {
                     self.enter(Phase::Filling);
                 }
+                // It had grown: what it submitted before may still use what it has.
+                Phase::Filling if !admitted && self.undrained => return Ok(Next::Yield),
                 Phase::Filling if !admitted => {
                     self.enter(Phase::Waiting);
                 }
@@ -334,13 +345,15 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             own.slice_start.store(time, Ordering::Relaxed);
             add(&own.slices, 1);
         }
+        self.undrained = true;
         self.enter(Phase::Running);
         // A waiter that came while this client was filling has rung it, as every decision with a waiter
         // rings every holder: the next look finds the waiter and the end of the slice.
     }
 
     /// Running -> Filling: its memory is no longer all in place, because it grew. The gate is shut;
-    /// the work in flight needs no drain, since it uses only what is there.
+    /// the work in flight needs no drain, since it uses only what is there. Should the client be recalled
+    /// before it runs again, it drains then ([`Next::Yield`]).
     pub fn refill(&mut self) {
         if self.phase == Phase::Running {
             self.enter(Phase::Filling);
@@ -352,9 +365,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         policy::first_waiter(&self.look()).is_some()
     }
 
-    /// Running -> Draining: the gate is shut, the submitted work goes on.
+    /// Running -> Draining, or Filling -> Draining after a [refill](Client::refill): the gate is shut, the
+    /// submitted work goes on.
     pub fn drain(&mut self) {
-        if self.phase != Phase::Running {
+        let refills = self.phase == Phase::Filling && self.undrained;
+        if self.phase != Phase::Running && !refills {
             return;
         }
         let (time, own) = (now(), self.own());
@@ -370,6 +385,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         if self.phase != Phase::Draining {
             return;
         }
+        self.undrained = false;
         if more {
             self.queue();
         } else {
@@ -388,15 +404,18 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.page().decide();
     }
 
-    /// Waits for the GPU and brings all memory in. When it returns, the client runs.
+    /// Waits for the GPU and brings all memory in. When it returns, the client runs. The caller has waited for
+    /// the work that it submitted before.
     ///
     /// # Errors
     /// What the runtime said.
     pub fn acquire<R: Runtime>(&mut self, runtime: &mut R) -> Result<(), R::Error> {
         self.request();
         while self.phase != Phase::Running {
-            if let Next::Sleep { seen, until } = self.poll(runtime)? {
-                self.page().wait_doorbell(self.books.slot, seen, until);
+            match self.poll(runtime)? {
+                Next::Sleep { seen, until } => self.page().wait_doorbell(self.books.slot, seen, until),
+                Next::Yield => self.release(true),
+                Next::Open => {}
             }
         }
         Ok(())
@@ -486,5 +505,39 @@ impl<P: Deref<Target = Page>> Runtime for Bookkeeper<P> {
             left -= chunk;
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::audit::Process;
+
+    #[test]
+    fn who_is_recalled_while_it_fills_what_it_has_grown_by_drains_before_it_evicts() {
+        let page = Page::for_tests(100);
+        let client = |demand| {
+            let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 1).unwrap();
+            let mut client = Client::new(&*page, slot);
+            let mut runtime = Bookkeeper::new(client.books(), 10);
+            client.books().grow(demand);
+            client.acquire(&mut runtime).unwrap();
+            (client, runtime)
+        };
+        let (first, _) = client(50);
+        let (mut second, mut runtime) = client(40);
+        assert!(second.books().grow(10), "it fits still");
+        second.refill();
+        // Somebody's context grows, and now it does not fit any more. What the other lacks must come from it.
+        page.set_pinned(first.books().slot(), 5);
+        first.books().grow(10);
+        assert!(!second.books().admitted());
+        assert_eq!(second.poll(&mut runtime), Ok(Next::Yield));
+        assert_eq!(second.books().resident(), 40, "evicted while its work may be in flight");
+        second.drain();
+        assert_eq!(second.phase(), Phase::Draining);
+        second.drained(true);
+        assert!(matches!(second.poll(&mut runtime), Ok(Next::Sleep { .. })));
+        assert!(second.books().resident() < 40, "it has drained, and another lacks the room");
     }
 }
