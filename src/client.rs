@@ -217,8 +217,8 @@ pub enum Next {
 pub struct Client<P> {
     books: Books<P>,
     phase: Phase,
-    /// It fills while work that it submitted before is still under way.
-    working: bool,
+    /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
+    undrained: bool,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
 }
@@ -230,7 +230,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         Self {
             books: Books { page, slot, author: Arc::new(Mutex::new(())) },
             phase: Phase::Idle,
-            working: false,
+            undrained: false,
             decided: 0,
         }
     }
@@ -291,7 +291,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 }
                 // What it grew by must not come in any more, and what it has must not go out before the
                 // work that uses it is done.
-                Phase::Filling if !admitted && self.working => return Ok(Next::Yield),
+                Phase::Filling if !admitted && self.undrained => return Ok(Next::Yield),
                 Phase::Filling if !admitted => {
                     self.enter(Phase::Waiting);
                 }
@@ -362,7 +362,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             own.slice_start.store(time, Ordering::Relaxed);
             add(&own.slices, 1);
         }
-        self.working = false;
+        self.undrained = true;
         self.enter(Phase::Running);
         // A waiter that came while this client was filling has rung it, as every decision with a waiter
         // rings every holder: the next look finds the waiter and the end of the slice.
@@ -373,7 +373,6 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// withdrawn before all is in place, [`Client::poll`] says [`Next::Yield`].
     pub fn refill(&mut self) {
         if self.phase == Phase::Running {
-            self.working = true;
             self.enter(Phase::Filling);
         }
     }
@@ -386,10 +385,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// Running -> Draining: the gate is shut, the submitted work goes on. Also from Filling, for a client
     /// that grew and still has work.
     pub fn drain(&mut self) {
-        if self.phase != Phase::Running && !self.working {
+        let refills = self.phase == Phase::Filling && self.undrained;
+        if self.phase != Phase::Running && !refills {
             return;
         }
-        self.working = false;
         let (time, own) = (now(), self.own());
         let started = own.slice_start.load(Ordering::Relaxed);
         add(&own.run_ns, time.saturating_sub(started));
@@ -403,6 +402,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         if self.phase != Phase::Draining {
             return;
         }
+        self.undrained = false;
         if more {
             self.queue();
         } else {
@@ -421,7 +421,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.page().decide();
     }
 
-    /// Waits for the GPU and brings all memory in. When it returns, the client runs.
+    /// Waits for the GPU and brings all memory in. When it returns, the client runs. The caller has waited for
+    /// the work that it submitted before.
     ///
     /// # Errors
     /// What the runtime said.
@@ -430,7 +431,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         while self.phase != Phase::Running {
             match self.poll(runtime)? {
                 Next::Sleep { seen, until } => self.page().wait_doorbell(self.books.slot, seen, until),
-                // It grew, and lost its place. Its thread is here, so none of its work is under way.
+                // It grew, and lost its place.
                 Next::Yield => self.release(true),
                 Next::Open => {}
             }
