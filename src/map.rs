@@ -112,6 +112,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no files")]
     fn two_mappings_are_one_page() {
         let file = file(&vec![0; PAGE_BYTES]);
         let first = MappedPage::map(&file).unwrap();
@@ -122,6 +123,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no files")]
     fn what_is_no_page_is_refused() {
         assert!(matches!(
             MappedPage::open(file(b"short")),
