@@ -11,6 +11,7 @@
 use crate::account::{Account, Free};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, SECOND};
+use std::cell::UnsafeCell;
 
 /// In a word of bandwidth: nobody has measured yet.
 const GUESSED: u64 = 1 << 63;
@@ -144,13 +145,16 @@ pub enum Direction {
 /// Bandwidth assumed of a link that nobody has measured yet, in bytes a second: PCIe 3 x16.
 pub const DEFAULT_BANDWIDTH: u64 = 12 << 30;
 
-/// Bytes that nobody uses. They have a type, and an atomic one, because others may write them too: of plain
-/// padding, Rust would assume that it stands still. Not loom's atomics, which have nothing to do here.
-struct Padding<const N: usize>([std::sync::atomic::AtomicU8; N]);
+/// Bytes that nobody uses. They have a type because other processes may write them too, at any time: of
+/// plain padding behind a shared reference, Rust would assume that it stands still.
+struct Padding<const N: usize>(UnsafeCell<[u8; N]>);
+
+// SAFETY: nothing reads or writes the bytes, so threads cannot meet in them.
+unsafe impl<const N: usize> Sync for Padding<N> {}
 
 impl<const N: usize> Padding<N> {
     fn new() -> Self {
-        Self([const { std::sync::atomic::AtomicU8::new(0) }; N])
+        Self(UnsafeCell::new([0; N]))
     }
 }
 
