@@ -25,7 +25,7 @@ use std::fmt;
 /// Swaps that a decision loses before it stops being polite. Honest deciders come nowhere near: each loss is
 /// a whole decision of somebody else's. Only who writes garbage into the word all the time does, and it
 /// must not keep everybody else in a loop.
-const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 10_000 };
+const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 1_000 };
 
 const MASK: u64 = (1 << 48) - 1;
 const IN_USE: u64 = if SLOTS == 64 { u64::MAX } else { (1 << SLOTS) - 1 };
@@ -199,6 +199,27 @@ mod tests {
         assert_eq!(set.iter().collect::<Vec<_>>(), slots);
         assert_eq!(set.len(), 3);
         assert!(!set.without(slots[1]).contains(slots[1]));
+    }
+
+    /// Somebody writes nothing but lock words, as fast as it can.
+    #[test]
+    #[cfg_attr(miri, ignore = "a thousand looks at a page take Miri minutes")]
+    fn a_word_that_never_stands_still() {
+        use std::sync::atomic::AtomicBool;
+        let (page, stop) = (Page::for_tests(4), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        page.header.lock.fetch_add(0x1_0000_0000_0001, Ordering::Relaxed);
+                    }
+                });
+            }
+            for _ in 0..20 {
+                page.decide();
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! The mapped page: one of the two edges where this project is unsafe.
 //!
 //! **Why it is sound.** A mapping is shared with processes that may write anything at any time. Rust
-//! allows that for atomics and for nothing else, so [`Page`] consists of atomics alone. Every bit
-//! pattern is a valid `AtomicU32` or `AtomicU64`. The mapping is page-aligned, so every field is
-//! aligned, and its length is checked against the file's before and after mapping. What is left is a
-//! file that shrinks under the mapping: an access then raises SIGBUS. The arbiter seals the file's
-//! size where the kernel can (memfd); in tmpfs, only who may write the runtime directory can do it.
+//! allows that for atomics and for nothing else, so [`Page`] consists of atomics alone, and of padding
+//! that is typed as changeable and never touched. Every bit pattern is a valid `AtomicU32` or
+//! `AtomicU64`. The mapping is page-aligned, so every field is aligned, and its length is checked
+//! against the file's before and after mapping. What is left is a file that shrinks under the mapping: an
+//! access then raises SIGBUS. The arbiter seals the file's size where the kernel can (memfd); in tmpfs,
+//! only who may write the runtime directory can do it.
 
 use crate::page::{PAGE_BYTES, Page, PageError};
 use memmap2::{MmapOptions, MmapRaw};
@@ -84,7 +85,8 @@ pub fn scribble(page: &Page, words: &[u64]) {
     if words.is_empty() {
         return;
     }
-    // SAFETY: a page is a whole number of 8-byte aligned words, all of them atomics.
+    // SAFETY: a page is a whole number of 8-byte aligned words, all of them atomics or padding that nobody
+    // else touches.
     let all =
         unsafe { std::slice::from_raw_parts(std::ptr::from_ref(page).cast::<AtomicU64>(), PAGE_BYTES / 8) };
     for (word, value) in all.iter().zip(words.iter().cycle()) {
@@ -112,6 +114,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no files")]
     fn two_mappings_are_one_page() {
         let file = file(&vec![0; PAGE_BYTES]);
         let first = MappedPage::map(&file).unwrap();
@@ -122,6 +125,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no files")]
     fn what_is_no_page_is_refused() {
         assert!(matches!(
             MappedPage::open(file(b"short")),

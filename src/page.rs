@@ -11,6 +11,7 @@
 use crate::account::{Account, Free};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, SECOND};
+use std::cell::UnsafeCell;
 
 /// In a word of bandwidth: nobody has measured yet.
 const GUESSED: u64 = 1 << 63;
@@ -144,6 +145,19 @@ pub enum Direction {
 /// Bandwidth assumed of a link that nobody has measured yet, in bytes a second: PCIe 3 x16.
 pub const DEFAULT_BANDWIDTH: u64 = 12 << 30;
 
+/// Bytes that nobody uses. They have a type because other processes may write them too, at any time: of
+/// plain padding behind a shared reference, Rust would assume that it stands still.
+struct Padding<const N: usize>(UnsafeCell<[u8; N]>);
+
+// SAFETY: nothing reads or writes the bytes, so threads cannot meet in them.
+unsafe impl<const N: usize> Sync for Padding<N> {}
+
+impl<const N: usize> Padding<N> {
+    fn new() -> Self {
+        Self(UnsafeCell::new([0; N]))
+    }
+}
+
 /// What belongs to the GPU as a whole.
 #[repr(C, align(128))]
 pub struct Header {
@@ -178,6 +192,7 @@ pub struct Header {
     pub(crate) audits: AtomicU64,
     pub(crate) repaired: AtomicU64,
     pub(crate) reaped: AtomicU64,
+    _to_the_next_line: Padding<104>,
 
     pub(crate) free: Line,
     pub(crate) lock: Line,
@@ -186,7 +201,7 @@ pub struct Header {
 
 /// A word with two cache lines to itself: adjacent lines are fetched in pairs.
 #[repr(C, align(128))]
-pub struct Line(pub(crate) AtomicU64);
+pub struct Line(pub(crate) AtomicU64, Padding<120>);
 
 impl std::ops::Deref for Line {
     type Target = AtomicU64;
@@ -205,7 +220,9 @@ pub struct Slot {
     /// Granules of the client's context, never movable. The arbiter writes it.
     pub(crate) pinned: AtomicU64,
     pub(crate) weight: AtomicU32,
+    _after_weight: Padding<4>,
     pub(crate) name: [AtomicU64; NAME_BYTES / 8],
+    _to_the_next_line: Padding<32>,
 
     /// What the owner writes.
     pub(crate) own: OwnWords,
@@ -217,12 +234,13 @@ pub struct Slot {
 
 /// A futex with two cache lines to itself.
 #[repr(C, align(128))]
-pub struct Bell(pub(crate) AtomicU32);
+pub struct Bell(pub(crate) AtomicU32, Padding<124>);
 
 /// A slot's words that only its owner writes.
 #[repr(C, align(128))]
 pub struct OwnWords {
     pub(crate) phase: AtomicU32,
+    _after_phase: Padding<4>,
     /// Granules its allocations need.
     pub(crate) demand: AtomicU64,
     /// Its place in the queue.
@@ -245,6 +263,7 @@ pub struct OwnWords {
     pub(crate) evict_ns: AtomicU64,
     /// Time spent running, ns.
     pub(crate) run_ns: AtomicU64,
+    _to_the_next_line: Padding<24>,
 }
 
 /// The whole page.
@@ -488,9 +507,12 @@ impl Page {
             started: word(),
             pinned: word(),
             weight: half(),
+            _after_weight: Padding::new(),
             name: std::array::from_fn(|_| word()),
+            _to_the_next_line: Padding::new(),
             own: OwnWords {
                 phase: half(),
+                _after_phase: Padding::new(),
                 demand: word(),
                 ticket: word(),
                 wait_since: word(),
@@ -503,9 +525,10 @@ impl Page {
                 fill_ns: word(),
                 evict_ns: word(),
                 run_ns: word(),
+                _to_the_next_line: Padding::new(),
             },
-            account: Line(AtomicU64::new(Account::default().into())),
-            doorbell: Bell(half()),
+            account: Line(AtomicU64::new(Account::default().into()), Padding::new()),
+            doorbell: Bell(half(), Padding::new()),
         };
         Self {
             header: Header {
@@ -529,9 +552,10 @@ impl Page {
                 audits: word(),
                 repaired: word(),
                 reaped: word(),
-                free: Line(word()),
-                lock: Line(word()),
-                next_ticket: Line(word()),
+                _to_the_next_line: Padding::new(),
+                free: Line(word(), Padding::new()),
+                lock: Line(word(), Padding::new()),
+                next_ticket: Line(word(), Padding::new()),
             },
             slots: std::array::from_fn(slot),
         }
