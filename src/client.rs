@@ -9,6 +9,9 @@
 //!    └─────────────────────┴──────────────── Draining ◀─────────────────────┘
 //! ```
 //!
+//! A client that grew fills while its earlier work is still under way. Recalled then, it drains before it
+//! waits, as from Running: who waits may be asked to evict at any moment.
+//!
 //! A [`Client`] belongs to one thread, which walks it along these arrows; [`Client::poll`] does what is
 //! due and says what to wait for. How memory moves is the business of a [`Runtime`]: the shim moves
 //! CUDA allocations, another runtime whatever it has. [`Books`] may be used from every thread of the
@@ -214,6 +217,8 @@ pub enum Next {
 pub struct Client<P> {
     books: Books<P>,
     phase: Phase,
+    /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
+    undrained: bool,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
 }
@@ -222,7 +227,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The client that owns `slot` of `page`, which registration has just opened for it.
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
-        Self { books: Books { page, slot, author: Arc::new(Mutex::new(())) }, phase: Phase::Idle, decided: 0 }
+        Self {
+            books: Books { page, slot, author: Arc::new(Mutex::new(())) },
+            phase: Phase::Idle,
+            undrained: false,
+            decided: 0,
+        }
     }
 
     /// Its books.
@@ -279,6 +289,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 Phase::Waiting if admitted => {
                     self.enter(Phase::Filling);
                 }
+                // What it grew by must not come in any more, and what it has must not go out before the
+                // work that uses it is done.
+                Phase::Filling if !admitted && self.undrained => return Ok(Next::Yield),
                 Phase::Filling if !admitted => {
                     self.enter(Phase::Waiting);
                 }
@@ -349,13 +362,15 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             own.slice_start.store(time, Ordering::Relaxed);
             add(&own.slices, 1);
         }
+        self.undrained = true;
         self.enter(Phase::Running);
         // A waiter that came while this client was filling has rung it, as every decision with a waiter
         // rings every holder: the next look finds the waiter and the end of the slice.
     }
 
     /// Running -> Filling: its memory is no longer all in place, because it grew. The gate is shut;
-    /// the work in flight needs no drain, since it uses only what is there.
+    /// the work in flight needs no drain, since it uses only what is there. If the right to load is
+    /// withdrawn before all is in place, [`Client::poll`] says [`Next::Yield`].
     pub fn refill(&mut self) {
         if self.phase == Phase::Running {
             self.enter(Phase::Filling);
@@ -367,9 +382,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         policy::first_waiter(&self.look()).is_some()
     }
 
-    /// Running -> Draining: the gate is shut, the submitted work goes on.
+    /// Running -> Draining: the gate is shut, the submitted work goes on. Also from Filling, for a client
+    /// that grew and still has work.
     pub fn drain(&mut self) {
-        if self.phase != Phase::Running {
+        let refills = self.phase == Phase::Filling && self.undrained;
+        if self.phase != Phase::Running && !refills {
             return;
         }
         let (time, own) = (now(), self.own());
@@ -385,6 +402,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         if self.phase != Phase::Draining {
             return;
         }
+        self.undrained = false;
         if more {
             self.queue();
         } else {
@@ -403,15 +421,19 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.page().decide();
     }
 
-    /// Waits for the GPU and brings all memory in. When it returns, the client runs.
+    /// Waits for the GPU and brings all memory in. When it returns, the client runs. The caller has waited for
+    /// the work that it submitted before.
     ///
     /// # Errors
     /// What the runtime said.
     pub fn acquire<R: Runtime>(&mut self, runtime: &mut R) -> Result<(), R::Error> {
         self.request();
         while self.phase != Phase::Running {
-            if let Next::Sleep { seen, until } = self.poll(runtime)? {
-                self.page().wait_doorbell(self.books.slot, seen, until);
+            match self.poll(runtime)? {
+                Next::Sleep { seen, until } => self.page().wait_doorbell(self.books.slot, seen, until),
+                // It grew, and lost its place.
+                Next::Yield => self.release(true),
+                Next::Open => {}
             }
         }
         Ok(())
@@ -501,5 +523,72 @@ impl<P: Deref<Target = Page>> Runtime for Bookkeeper<P> {
             left -= chunk;
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::audit::Process;
+
+    type Shared = std::sync::Arc<Page>;
+
+    fn client(page: &Shared, demand: Granules) -> (Client<Shared>, Bookkeeper<Shared>) {
+        let slot = page.open_slot(Process { pid: 7, started: 7 }, "", 1).expect("a slot is free");
+        let client = Client::new(page.clone(), slot);
+        client.books().grow(demand);
+        let runtime = Bookkeeper::new(client.books(), 1);
+        (client, runtime)
+    }
+
+    /// Two that fit run. The second one grows while its work is under way, and no longer fits.
+    #[test]
+    fn a_client_that_grew_and_was_recalled_drains_before_anything_is_evicted() {
+        let page = Shared::from(Page::for_tests(4));
+        let (mut first, mut moves) = client(&page, 2);
+        let (mut second, mut its_moves) = client(&page, 2);
+        first.acquire(&mut moves).unwrap();
+        second.acquire(&mut its_moves).unwrap();
+        assert!(!second.books().grow(1), "the one that came later is recalled");
+        second.refill();
+        // The first one asks for what the second one has.
+        first.books().grow(2);
+        first.refill();
+        assert_eq!(second.poll(&mut its_moves), Ok(Next::Yield));
+        assert_eq!(second.books().resident(), 2, "its work still uses it");
+        second.drain();
+        assert_eq!(second.phase(), Phase::Draining);
+        second.poll(&mut its_moves).unwrap();
+        assert_eq!(second.books().resident(), 2, "and still does");
+        second.drained(true);
+        second.poll(&mut its_moves).unwrap();
+        assert_eq!(second.books().resident(), 0, "now it makes room");
+        first.acquire(&mut moves).unwrap();
+        assert_eq!(first.books().resident(), 4);
+    }
+
+    /// As above, for a runtime that asks for its turn again and has no work under way then.
+    #[test]
+    fn a_client_that_grew_and_was_recalled_queues_again() {
+        let page = Shared::from(Page::for_tests(4));
+        let (mut first, mut moves) = client(&page, 2);
+        let (mut second, mut its_moves) = client(&page, 2);
+        first.acquire(&mut moves).unwrap();
+        second.acquire(&mut its_moves).unwrap();
+        second.books().grow(1);
+        second.refill();
+        let waiter = second.books().slot();
+        let again = std::thread::spawn(move || {
+            second.acquire(&mut its_moves).unwrap();
+            second.books().resident()
+        });
+        while page.view(waiter).phase != Phase::Waiting {
+            std::thread::yield_now();
+        }
+        first.release(false);
+        while page.view(waiter).phase != Phase::Running {
+            first.poll(&mut moves).unwrap();
+        }
+        assert_eq!(again.join().unwrap(), 3);
     }
 }

@@ -236,6 +236,9 @@ pub struct Registration {
 /// How long an arbiter that has accepted a connection may take to answer.
 const ANSWER_TIMEOUT: i64 = 5;
 
+/// Between two tries to reach an arbiter that is starting.
+const DIAL_AGAIN: Duration = Duration::from_millis(10);
+
 /// Connects to the arbiter, trying again until `timeout` is over.
 ///
 /// # Errors
@@ -252,30 +255,56 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
             Err(Errno::EINTR) => {}
             Err(cause) if now() - begin >= timeout.as_nanos() as Nanos => return Err(fail(cause)),
             // The arbiter is starting: there is nothing to wait on before its socket exists.
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            Err(_) => std::thread::sleep(DIAL_AGAIN),
         }
     }
 }
 
-/// Registers this process with the arbiter at `path`.
+/// Registers this process with the arbiter at `path`. If the arbiter ends before it has answered, the
+/// next one is asked, as long as `timeout` lasts.
 ///
 /// # Errors
 /// Nobody answers within `timeout`, the answer is a refusal, or makes no sense.
 pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
+    let begin = now();
+    loop {
+        let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
+        match ask(dial(path, left)?, path, hello)? {
+            Answer::Registered(registration) => return Ok(registration),
+            Answer::Hangup(cause) if left.is_zero() => {
+                return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
+            }
+            // Its successor is starting, as in `dial`.
+            Answer::Hangup(_) => std::thread::sleep(DIAL_AGAIN),
+        }
+    }
+}
+
+enum Answer {
+    Registered(Registration),
+    /// The other end closed without a word: it has ended. Should it have opened a slot already, its
+    /// successor keeps that one until this process ends; it asks for nothing and holds nothing.
+    Hangup(Errno),
+}
+
+fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError> {
     let gpu = GpuUuid(hello.gpu);
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
-    let fd = dial(path, timeout)?;
     let broke = |error: Errno| nonsense(format!("the connection broke: {error}"));
     setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
     setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
     let (reply, sent) = match send(fd.as_fd(), bytemuck::bytes_of(hello), None) {
         // A refusal may come before the arbiter has read anything.
-        Ok(()) | Err(Errno::EPIPE) => receive_reply(fd.as_fd()).map_err(|error| match error {
-            Errno::EAGAIN => {
-                nonsense(format!("it took the connection and said nothing for {ANSWER_TIMEOUT} s"))
+        Ok(()) | Err(Errno::EPIPE) => match receive_reply(fd.as_fd()) {
+            Ok((reply, _)) if reply.is_empty() => return Ok(Answer::Hangup(Errno::ECONNRESET)),
+            Err(cause @ (Errno::ECONNRESET | Errno::EPIPE)) => return Ok(Answer::Hangup(cause)),
+            Err(Errno::EAGAIN) => {
+                let what = format!("it took the connection and said nothing for {ANSWER_TIMEOUT} s");
+                return Err(nonsense(what));
             }
-            error => broke(error),
-        })?,
+            reply => reply.map_err(broke)?,
+        },
+        Err(cause @ Errno::ECONNRESET) => return Ok(Answer::Hangup(cause)),
         Err(error) => return Err(broke(error)),
     };
     let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
@@ -290,7 +319,7 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    Ok(Registration { page, slot })
+    Ok(Answer::Registered(Registration { page, slot }))
 }
 
 /// Sends one message, with a descriptor or without.

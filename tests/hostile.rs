@@ -226,8 +226,9 @@ fn files_that_are_no_pages() {
     assert!(error.contains('9') && error.contains(&LAYOUT_VERSION.to_string()), "{error}");
 }
 
-/// An arbiter that answers `answer`, with a descriptor or without, to whoever comes first.
-fn liar(name: &str, answer: Vec<u8>, fd: Option<File>) -> PathBuf {
+/// An arbiter that answers each connection with the next of `answers`, with a descriptor or without; an empty
+/// one is no answer: it hangs up.
+fn liar(name: &str, answers: Vec<Vec<u8>>, fd: Option<File>) -> PathBuf {
     use nix::sys::socket::{
         AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept, bind, listen, recv, socket,
     };
@@ -237,11 +238,16 @@ fn liar(name: &str, answer: Vec<u8>, fd: Option<File>) -> PathBuf {
     bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     listen(&listener, Backlog::new(1).unwrap()).unwrap();
     std::thread::spawn(move || {
-        // SAFETY: accept has just made the descriptor.
-        let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
-        let mut hello = [0; 512];
-        let _ = recv(peer.as_raw_fd(), &mut hello, MsgFlags::empty());
-        let _ = register::send(peer.as_fd(), &answer, fd.as_ref().map(|file| -> BorrowedFd { file.as_fd() }));
+        for answer in answers {
+            // SAFETY: accept has just made the descriptor.
+            let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
+            let mut hello = [0; 512];
+            let _ = recv(peer.as_raw_fd(), &mut hello, MsgFlags::empty());
+            if !answer.is_empty() {
+                let fd = fd.as_ref().map(|file| -> BorrowedFd { file.as_fd() });
+                let _ = register::send(peer.as_fd(), &answer, fd);
+            }
+        }
     });
     path
 }
@@ -262,7 +268,6 @@ fn an_arbiter_that_lies() {
     let cases: Vec<Lie> = vec![
         ("short", vec![1, 2, 3], None, "3 bytes"),
         ("long", vec![7; 1000], None, "bytes instead of"),
-        ("empty", Vec::new(), None, "0 bytes"),
         ("magic", welcome(|reply| reply.magic = 1), None, "wrong magic"),
         ("status", welcome(|reply| reply.status = 99), None, "unknown status 99"),
         ("slot", welcome(|reply| reply.slot = 48), Some(page.clone()), "slot 48"),
@@ -272,18 +277,37 @@ fn an_arbiter_that_lies() {
         ("other GPU", welcome(|_| ()), Some(other), "page of GPU-04040404"),
     ];
     for (name, answer, content, words) in cases {
-        let path = liar(name, answer, content.map(|content| file(&content)));
+        let path = liar(name, vec![answer], content.map(|content| file(&content)));
         let result = register::register(&path, &Hello::new(GPU, "victim"), Duration::from_secs(5));
         let error = result.err().unwrap_or_else(|| panic!("{name}: taken for an arbiter")).to_string();
         assert!(error.contains(words), "{name}: {error}");
         std::fs::remove_file(path).unwrap();
     }
     let refusal = Reply::refuse(Status::Full, "all taken\u{1b}[2J");
-    let path = liar("refusal", bytemuck::bytes_of(refusal.as_ref()).to_vec(), None);
+    let path = liar("refusal", vec![bytemuck::bytes_of(refusal.as_ref()).to_vec()], None);
     match register::register(&path, &Hello::new(GPU, "victim"), Duration::from_secs(5)) {
         Err(RegisterError::Refused { status: Status::Full, text, .. }) => assert_eq!(text, "all taken?[2J"),
         other => panic!("{:?}", other.err()),
     }
+    std::fs::remove_file(path).unwrap();
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "Miri has no sockets")]
+fn an_arbiter_that_ends_before_it_has_answered() {
+    let page = bytes(&Page::on_heap(GPU, 100));
+    let welcome = Reply::welcome(SlotIndex::new(7).unwrap());
+    let answers = vec![Vec::new(), Vec::new(), bytemuck::bytes_of(&welcome).to_vec()];
+    let path = liar("successor", answers, Some(file(&page)));
+    let registration =
+        register::register(&path, &Hello::new(GPU, "patient"), Duration::from_secs(60)).unwrap();
+    assert_eq!(registration.slot.get(), 7, "its successor was not asked");
+    std::fs::remove_file(path).unwrap();
+
+    // No successor comes.
+    let path = liar("last", vec![Vec::new()], None);
+    let error = register::register(&path, &Hello::new(GPU, "patient"), Duration::ZERO).err().unwrap();
+    assert!(matches!(error, RegisterError::NoArbiter { .. }), "{error}");
     std::fs::remove_file(path).unwrap();
 }
 

@@ -13,14 +13,13 @@ use std::io::Write;
 use std::os::fd::FromRawFd;
 use std::path::Path;
 use std::process::ExitCode;
-use tracing_subscriber::EnvFilter;
 
 /// Bad input, or a directory that another arbiter serves.
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    log(options.log_format);
+    log(&options);
     match serve(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -30,11 +29,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn log(format: LogFormat) {
-    let filter = EnvFilter::try_from_env("NVSHARE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-    match format {
+fn log(options: &Options) {
+    let builder = tracing_subscriber::fmt()
+        .with_max_level(options.log_level)
+        .with_writer(std::io::stderr)
+        .with_target(false);
+    match options.log_format {
         LogFormat::Text => builder.with_ansi(false).init(),
         LogFormat::Json => builder.json().init(),
     }

@@ -2,8 +2,9 @@
 
 use clap::{Parser, ValueEnum};
 use nvshare::page::{Quantum, Settings};
-use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, parse_size};
+use nvshare::units::{GRANULE, GpuUuid, MILLISECOND, Nanos, SECOND, format_size, parse_size};
 use std::path::PathBuf;
+use tracing_subscriber::filter::LevelFilter;
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -25,7 +26,7 @@ pub struct Options {
     #[arg(long = "gpu", value_name = "UUID", value_parser = gpu)]
     pub gpus: Vec<GpuUuid>,
     /// Size of each GPU's pool, such as 14.9GiB [default: all its memory but the headroom]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = pool)]
     pub capacity: Option<u64>,
     /// What stays outside a pool that is sized by itself: the driver's own needs
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]
@@ -54,7 +55,10 @@ pub struct Options {
     /// The NVML library
     #[arg(long, value_name = "PATH", default_value = "libnvidia-ml.so.1")]
     pub nvml_library: PathBuf,
-    /// How log lines look; NVSHARE_LOG says what is logged
+    /// What is logged: error, warn, info, debug or trace
+    #[arg(long, env = "NVSHARE_LOG", value_name = "LEVEL", default_value = "info", value_parser = level)]
+    pub log_level: LevelFilter,
+    /// How log lines look
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
     /// End when the process --owner-pid has ended and no client is left
@@ -83,6 +87,23 @@ fn gpu(text: &str) -> Result<GpuUuid, String> {
 
 fn size(text: &str) -> Result<u64, String> {
     parse_size(text).map_err(|error| error.to_string())
+}
+
+/// The size of a pool, at least a granule.
+fn pool(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if bytes < GRANULE {
+        return Err(format!("'{text}' is no pool: memory is dealt out by {}", format_size(GRANULE)));
+    }
+    Ok(bytes)
+}
+
+fn level(text: &str) -> Result<LevelFilter, String> {
+    if text.is_empty() {
+        // A variable that is set to nothing says nothing.
+        return Ok(LevelFilter::INFO);
+    }
+    text.parse().map_err(|_| format!("'{text}' is no level: write error, warn, info, debug or trace"))
 }
 
 /// Reads a time: a number and `us`, `ms`, `s` or `m`.
@@ -144,6 +165,10 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Options::command().debug_assert();
+        for bad in [["--capacity", "1MiB"], ["--log-level", "chatty"]] {
+            let error = Options::try_parse_from(["nvshare-arbiter"].iter().chain(&bad)).unwrap_err();
+            assert!(error.to_string().contains(&format!("'{}'", bad[1])), "{error}");
+        }
         let options = Options::parse_from(["nvshare-arbiter", "--quantum", "2s"]);
         assert_eq!(options.settings().quantum, Quantum::Fixed(2 * SECOND));
     }

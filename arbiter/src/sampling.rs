@@ -8,7 +8,7 @@ use nvml_wrapper::Nvml;
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvshare::page::{Page, Phase, SlotIndex};
 use nvshare::units::{GRANULE, GpuUuid, Granules, granules_for};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 /// A GPU, as NVML sees it.
@@ -109,15 +109,22 @@ impl Pinned {
             return Ok(false);
         }
         let mut used = source.used(page.gpu())?;
-        let mut changed = false;
-        for (slot, account) in before {
-            let Some(owner) = page.owner(slot) else { continue };
-            if account.operation.is_some() || page.account(slot) != account {
-                continue;
+        // A process may have several slots on one GPU, one of them perhaps from an arbiter that was killed
+        // before it could tell: its context is what it has less what is resident in all of them.
+        let (mut resident, mut moving) = (HashMap::<_, u64>::new(), HashSet::new());
+        for (slot, account) in &before {
+            let Some(owner) = page.owner(*slot) else { continue };
+            *resident.entry(owner.pid).or_default() += u64::from(account.resident) * GRANULE;
+            if account.operation.is_some() || page.account(*slot) != *account {
+                moving.insert(owner.pid);
             }
-            // A process with several slots on one GPU: its context belongs to the first.
+        }
+        let mut changed = false;
+        for (slot, _) in before {
+            let Some(owner) = page.owner(slot).filter(|owner| !moving.contains(&owner.pid)) else { continue };
+            // It belongs to the first of them.
             let bytes = used.insert(owner.pid, 0).unwrap_or(0);
-            let resident = u64::from(account.resident) * GRANULE;
+            let resident = resident.get(&owner.pid).copied().unwrap_or(0);
             let pinned = granules_for(bytes.saturating_sub(resident));
             // While it fills, something may be booked that is not there yet, and the rest comes out too
             // low: such a sample can only raise the figure.
@@ -183,6 +190,21 @@ mod tests {
         assert_eq!(page.view(slot).pinned, 11);
         assert!(sample(3 * GRANULE));
         assert_eq!((page.view(slot).pinned, page.free().granules), (5, 95), "the highest of the three");
+    }
+
+    #[test]
+    fn what_one_slot_of_a_process_holds_is_not_the_context_of_its_other_slot() {
+        let page = Page::on_heap(GpuUuid([1; 16]), 100);
+        let process = Process { pid: 7, started: 1 };
+        // Its arbiter was killed before it could say which slot it had opened; the next one opened another.
+        let orphan = page.open_slot(process, "job", 1).unwrap();
+        let slot = page.open_slot(process, "job", 1).unwrap();
+        let client = nvshare::Client::new(&*page, slot);
+        client.books().grow(30);
+        client.books().try_take(30).unwrap();
+        Pinned::default().sample(&page, &Fake(Cell::new(32 * GRANULE))).unwrap();
+        assert_eq!(page.view(orphan).pinned + page.view(slot).pinned, 2);
+        assert_eq!(page.free().granules, 68);
     }
 
     #[test]

@@ -88,6 +88,12 @@ fn two_take_turns() {
     turns(&[2, 2], 3, 2);
 }
 
+/// Three clients of which one fits: a decision may be overtaken twice, and each gets its turn.
+#[test]
+fn three_take_turns() {
+    turns(&[2, 2, 2], 3, 1);
+}
+
 /// Two clients that fit: both run, in any order, without moving anything out.
 #[test]
 fn two_that_fit_run_together() {

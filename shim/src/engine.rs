@@ -223,7 +223,11 @@ impl Engine {
             if !hold.is_broken() {
                 break;
             }
-            session::vote_open(self.shared.device);
+            // Under the map's lock: an allocation may have shut the gate meanwhile (I2).
+            let memory = self.shared.memory();
+            if !memory.is_missing() {
+                session::vote_open(self.shared.device);
+            }
         }
         self.shared.memory().open = false;
         self.client.drain();

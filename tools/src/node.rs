@@ -2,7 +2,7 @@
 
 use crate::Failure;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
 use nvshare::paths;
 use nvshare::register;
@@ -161,11 +161,15 @@ pub(crate) fn pass_on(command: &mut Command, fd: &impl AsRawFd) {
 /// What the arbiter logs appears among this process's own messages, for as long as this process lives.
 fn forward_log(child: &mut Child) {
     if let Some(stderr) = child.stderr.take() {
+        // A thread begins with its maker's mask. Signals are for whoever waits for them: one that came to this thread
+        // would kill the process, or, a SIGCHLD, be lost.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 eprintln!("{line}");
             }
         });
+        let _ = before.and_then(|before| before.thread_set_mask());
     }
 }
 
@@ -201,7 +205,7 @@ impl Drop for TempDir {
 }
 
 /// A simulated GPU of this process's own: programs that get its [environment](Self::environment) find it as
-/// `libcuda.so.1`. Gone when dropped.
+/// `libcuda.so.1` and `libcuda.so`. Gone when dropped.
 #[derive(Debug)]
 pub struct SimulatedGpu {
     libraries: TempDir,
@@ -218,8 +222,10 @@ impl SimulatedGpu {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (cuda, nvml) = simulated_gpu()?;
         let libraries = TempDir::new()?;
-        for (library, link) in [(cuda, "libcuda.so.1"), (nvml, "libnvidia-ml.so.1")] {
-            std::os::unix::fs::symlink(&library, libraries.path().join(link))
+        // Some programs try libcuda.so before libcuda.so.1, and with a real driver they would find that one's.
+        let links = [(&cuda, "libcuda.so.1"), (&cuda, "libcuda.so"), (&nvml, "libnvidia-ml.so.1")];
+        for (library, link) in links {
+            std::os::unix::fs::symlink(library, libraries.path().join(link))
                 .map_err(|error| Failure::with_status(1, format!("{}: {error}", library.display())))?;
         }
         let name = format!("nvshare-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));

@@ -419,7 +419,6 @@ fn a_socket_that_answers_nonsense_is_no_arbiter() {
     let slot = bytes(&Reply { slot: SLOTS as u32, ..welcome() });
     for (reply, why) in [
         (b"HTTP/1.1 400 Bad Request".to_vec(), "24 bytes"),
-        (Vec::new(), "0 bytes"),
         (long, "281 bytes"),
         (random, "wrong magic"),
         (status, "unknown status 77"),
@@ -429,6 +428,17 @@ fn a_socket_that_answers_nonsense_is_no_arbiter() {
         let not_ours = "is not an nvshare arbiter of this release";
         answered(move |_| (reply.clone(), None), &[why, not_ours], &[]);
     }
+}
+
+/// An arbiter that ends before it has answered is asked again, or its successor is, until the time is over.
+#[test]
+fn an_arbiter_that_always_hangs_up_is_missing() {
+    let patience = [("NVSHARE_CONNECT_TIMEOUT", "0.1")];
+    answered(
+        |_| (Vec::new(), None),
+        &["no arbiter answers at", "ECONNRESET", "Start nvshare-arbiter"],
+        &patience,
+    );
 }
 
 #[test]

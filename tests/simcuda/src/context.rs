@@ -43,6 +43,15 @@ impl Core {
 
     /// Makes every later call fail with `error`; the first one stays.
     pub fn fail(&self, error: Error) {
+        if self.error.load(SeqCst) == 0 {
+            // As the real driver does in the system's log (Xid 31).
+            eprintln!(
+                "simulated GPU: error {} in process {}; the last bad address was {:#x}",
+                error.0,
+                std::process::id(),
+                crate::memory::va::FAULT.get()
+            );
+        }
         if error == Error::ILLEGAL_ADDRESS
             && let Ok(ledger) = self.device.ledger()
         {

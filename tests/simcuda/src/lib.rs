@@ -5,9 +5,9 @@
 //! machine, so over-commitment fails; and a GPU access to memory that isn't mapped is `CUDA_ERROR_ILLEGAL_ADDRESS`,
 //! judged when the operation runs, and sticky.
 //!
-//! Put a directory with links `libcuda.so.1` to `libsimcuda.so` and `libnvidia-ml.so.1` to `libsimnvml.so` on
-//! `LD_LIBRARY_PATH`. The environment variables are listed in [`simstate::config`]. Tests look inside with
-//! `nvsharesim_counters` and `nvsharesim_usage` or with the crate `simstate`.
+//! Put a directory with links `libcuda.so.1` and `libcuda.so` to `libsimcuda.so`, and `libnvidia-ml.so.1` to
+//! `libsimnvml.so`, on `LD_LIBRARY_PATH`. The environment variables are listed in [`simstate::config`]. Tests look
+//! inside with `nvsharesim_counters` and `nvsharesim_usage` or with the crate `simstate`.
 //!
 //! A function that isn't exported isn't supported: neither `dlsym` nor `cuGetProcAddress` finds it.
 //!

@@ -16,6 +16,11 @@ use std::sync::Arc;
 use super::backing::Physical;
 use crate::abi::{Error, Result};
 
+thread_local! {
+    /// The last address that this thread found to be no business of the GPU's, for the message.
+    pub static FAULT: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// What the granularity of `cuMemCreate` and friends is.
 pub const GRANULARITY: u64 = 2 << 20;
 
@@ -168,12 +173,16 @@ impl Space {
 
     /// Where a range begins; an error if the GPU may not use all of it.
     pub fn check(&self, address: u64, len: u64, write: bool) -> Result<Place> {
-        let end = address.checked_add(len).ok_or(Error::ILLEGAL_ADDRESS)?;
-        let (first, mut holds) = self.place(address, write).ok_or(Error::ILLEGAL_ADDRESS)?;
+        let fault = |at: u64| {
+            FAULT.set(at);
+            Error::ILLEGAL_ADDRESS
+        };
+        let end = address.checked_add(len).ok_or_else(|| fault(address))?;
+        let (first, mut holds) = self.place(address, write).ok_or_else(|| fault(address))?;
         let mut at = address;
         while holds < end - at {
             at += holds;
-            holds = self.place(at, write).ok_or(Error::ILLEGAL_ADDRESS)?.1;
+            holds = self.place(at, write).ok_or_else(|| fault(at))?.1;
         }
         Ok(first)
     }
