@@ -18,7 +18,7 @@ mutants=(
   'gate opened without waking|shim/src/gate.rs|        unpark_all(\&self.state);||gate|whoever_waits_is_let_in'
   'gate shut without waiting|shim/src/gate.rs|if passes \& 1 == 0 {|if true {|gate|memory_moves_while_nobody_is_inside'
   'gate left without waking the engine|shim/src/gate.rs|            unpark_all(\&lane.passes);||gate|memory_moves_while_nobody_is_inside'
-  'a decision that changes nothing is not published|src/lock.rs|            let published =|            if next.admitted == lock.admitted { return snapshot; }\n            let published =|decide|two_take_turns'
+  'a decision that changes nothing is not published|src/lock.rs|            let published =|            if next.admitted == lock.admitted { return snapshot; }\n            let published =|decide|a_waiter_that_is_killed_holds_nobody_up'
   'doorbells not rung|src/lock.rs|                self.ring(slot);|let _ = slot;|decide|two_take_turns'
 )
 for mutant in "${mutants[@]}"; do

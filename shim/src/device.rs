@@ -11,7 +11,7 @@ use nvshare::Books;
 use nvshare::map::MappedPage;
 use nvshare::units::{GRANULE, GpuUuid, bytes_of, format_size, granules_for};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// What the engine and the application's threads share.
 pub struct Shared {
@@ -28,27 +28,43 @@ pub struct Shared {
     /// The streams that may have work.
     pub streams: Streams,
     memory: Mutex<Memory>,
+    pinner: Arc<DriverPinner>,
+    home: Mutex<Home>,
+    moved: Condvar,
     /// The engine is to give everything back and end.
     pub leaving: AtomicBool,
+}
+
+/// Where the engine lives, if it is about to change.
+#[derive(Default)]
+struct Home {
+    /// The context to move to.
+    heir: Option<CUcontext>,
+    engine_ended: bool,
 }
 
 /// Registers host memory with the driver.
 pub struct DriverPinner {
     driver: &'static Driver,
-    context: CUcontext,
+    /// The registration is good in all contexts and goes with this one.
+    context: Mutex<CUcontext>,
 }
 
 impl DriverPinner {
     /// Registers in this context, for all contexts.
     pub fn new(driver: &'static Driver, context: CUcontext) -> Self {
-        Self { driver, context }
+        Self { driver, context: Mutex::new(context) }
+    }
+
+    fn context(&self) -> MutexGuard<'_, CUcontext> {
+        self.context.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-impl Pinner for DriverPinner {
+impl Pinner for Arc<DriverPinner> {
     fn pin(&self, address: *mut u8, length: usize) -> Result<(), PinError> {
         let refused = |result: CuResult| PinError::new(format!("cuMemHostRegister said {result}"));
-        self.driver.ctx_push_current(self.context).map_err(refused)?;
+        self.driver.ctx_push_current(*self.context()).map_err(refused)?;
         // SAFETY: the pool mapped this memory, keeps it while it is registered, and unpins it first.
         let pinned = unsafe { self.driver.mem_host_register(address, length, CU_MEMHOSTREGISTER_PORTABLE) };
         let _ = self.driver.ctx_pop_current();
@@ -56,7 +72,7 @@ impl Pinner for DriverPinner {
     }
 
     fn unpin(&self, address: *mut u8, _length: usize) {
-        if self.driver.ctx_push_current(self.context).is_ok() {
+        if self.driver.ctx_push_current(*self.context()).is_ok() {
             let _ = self.driver.mem_host_unregister(address);
             let _ = self.driver.ctx_pop_current();
         }
@@ -71,6 +87,7 @@ impl Shared {
         gpu: GpuUuid,
         books: Books<MappedPage>,
         host: HostPool,
+        pinner: Arc<DriverPinner>,
     ) -> Self {
         Self {
             driver,
@@ -78,6 +95,9 @@ impl Shared {
             gpu,
             books,
             host,
+            pinner,
+            home: Mutex::default(),
+            moved: Condvar::new(),
             streams: Streams::default(),
             memory: Mutex::default(),
             leaving: AtomicBool::new(false),
@@ -302,6 +322,44 @@ impl Shared {
         }
         self.host.uncommit(region.size);
         self.books.shrink(granules);
+    }
+
+    /// The context that the engine is about to move to, because its own will be destroyed.
+    pub fn heir(&self) -> Option<CUcontext> {
+        self.home().heir
+    }
+
+    fn home(&self) -> MutexGuard<'_, Home> {
+        self.home.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Has the engine move what it has in `context` to `heir`, and waits until it has. Nothing to do if its
+    /// home is another one, or if it has ended.
+    pub fn leave_context(&self, context: CUcontext, heir: CUcontext) {
+        if *self.pinner.context() != context {
+            return;
+        }
+        let mut home = self.home();
+        home.heir = Some(heir);
+        drop(home);
+        self.knock();
+        home = self.home();
+        while home.heir.is_some() && !home.engine_ended {
+            home = self.moved.wait(home).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+    }
+
+    /// The engine is at home in `context` now: the host memory too.
+    pub fn at_home(&self, context: CUcontext) {
+        self.host.repin(|| *self.pinner.context() = context);
+        self.home().heir = None;
+        self.moved.notify_all();
+    }
+
+    /// The engine has ended: nobody waits for it any more.
+    pub fn engine_ended(&self) {
+        self.home().engine_ended = true;
+        self.moved.notify_all();
     }
 
     /// A context is about to be destroyed that is not the last one: its memory goes with it.

@@ -30,8 +30,19 @@ pub fn start(
     std::thread::Builder::new().name("nvshare".into()).spawn(move || {
         // The application's signals are for its own threads.
         let _ = nix::sys::signal::SigSet::all().thread_set_mask();
+        let ended = Ended(shared.clone());
         run(shared, client, context);
+        drop(ended);
     })
+}
+
+/// Says, however the engine ends, that it has.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.engine_ended();
+    }
 }
 
 fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
@@ -89,6 +100,11 @@ impl Engine {
             if self.shared.leaving.load(Ordering::Acquire) {
                 return self.leave();
             }
+            if let Some(heir) = self.shared.heir()
+                && let Err(error) = self.move_to(heir)
+            {
+                return self.break_down(&error);
+            }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
                 Ok(Next::Yield) => self.give_way(),
@@ -111,6 +127,18 @@ impl Engine {
         self.shared.books.slot()
     }
 
+    /// The context that the engine lives in will be destroyed, and others of the process go on: everything
+    /// that is bound to it is made anew in one of those. Nothing is being copied now.
+    fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
+        if let Some(mark) = self.idle.mark.take() {
+            mark.destroy(self.shared.driver);
+        }
+        self.swap.move_to(context)?;
+        self.shared.at_home(context);
+        tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
+        Ok(())
+    }
+
     /// All memory is in place. Under the map's lock, because an allocation must not slip in between the
     /// last look and the gate (I2).
     fn open(&mut self) {
@@ -131,7 +159,7 @@ impl Engine {
     fn rest(&mut self, seen: u32, until: Option<Nanos>) {
         // Everything that a ring announces is looked at here, after `seen` was read: a ring that came
         // before that is not waited for, so what it announced must not be missed.
-        if self.shared.leaving.load(Ordering::Acquire) {
+        if self.shared.leaving.load(Ordering::Acquire) || self.shared.heir().is_some() {
             return;
         }
         if self.shared.memory().has_doomed() {

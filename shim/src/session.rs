@@ -307,8 +307,9 @@ pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult
     };
     let client = Client::new(registration.page, registration.slot);
     let config = HostPoolConfig { limit: settings.host_memory, ..HostPoolConfig::default() };
-    let host = HostPool::new(config, Box::new(DriverPinner::new(driver, context)));
-    let shared = Arc::new(Shared::new(driver, device, gpu, client.books().clone(), host));
+    let pinner = Arc::new(DriverPinner::new(driver, context));
+    let host = HostPool::new(config, Box::new(pinner.clone()));
+    let shared = Arc::new(Shared::new(driver, device, gpu, client.books().clone(), host, pinner));
     shared.streams.add_context(context);
     tracing::info!(%gpu, slot = registration.slot.get(), "attached");
     ATTACHED.fetch_add(1, Ordering::AcqRel);
@@ -372,9 +373,10 @@ pub fn context_ends(context: CUcontext) {
         };
         let attached = &mut devices[index];
         attached.contexts.retain(|known| *known != context);
-        if !attached.contexts.is_empty() {
+        if let Some(heir) = attached.contexts.first().copied() {
             let shared = attached.shared.clone();
             drop(devices);
+            shared.leave_context(context, heir);
             shared.release_context(context);
             return;
         }

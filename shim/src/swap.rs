@@ -10,6 +10,7 @@
 
 use crate::abi::*;
 use crate::device::Shared;
+use crate::driver::Driver;
 use crate::hostpool::HostBlock;
 use crate::memory::Backing;
 use nvshare::page::Direction;
@@ -49,6 +50,16 @@ impl std::fmt::Display for SwapError {
     }
 }
 
+/// A stream, and an event for each copy in flight and one more, in the current context.
+fn lines(driver: &Driver) -> Result<(CUstream, Vec<CUevent>), SwapError> {
+    let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).map_err(driver_said("cuStreamCreate"))?;
+    let events = (0..=DEPTH)
+        .map(|_| driver.event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING))
+        .collect::<Result<_, _>>()
+        .map_err(driver_said("cuEventCreate"))?;
+    Ok((stream, events))
+}
+
 fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
     move |result| SwapError::Driver { call, result }
 }
@@ -82,17 +93,27 @@ impl Swap {
     /// # Errors
     /// The driver's.
     pub fn new(shared: Arc<Shared>) -> Result<Self, SwapError> {
-        let driver = shared.driver;
-        let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).map_err(driver_said("cuStreamCreate"))?;
-        let events = (0..=DEPTH)
-            .map(|_| driver.event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING))
-            .collect::<Result<_, _>>()
-            .map_err(driver_said("cuEventCreate"))?;
+        let (stream, events) = lines(shared.driver)?;
         Ok(Self { shared, stream, events, in_flight: VecDeque::new() })
+    }
+
+    /// Makes the stream and the events anew in `context`, which becomes current.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
+        self.give_back();
+        self.shared.driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"))?;
+        (self.stream, self.events) = lines(self.shared.driver)?;
+        Ok(())
     }
 
     /// Gives the stream and the events back.
     pub fn destroy(mut self) {
+        self.give_back();
+    }
+
+    fn give_back(&mut self) {
         let _ = self.finish();
         for event in self.events.drain(..) {
             let _ = self.shared.driver.event_destroy(event);

@@ -486,6 +486,34 @@ impl HostPool {
         gone.iter().for_each(|arena| self.unmap(arena));
     }
 
+    /// Registers everything anew after `change`, which moves the pinner to another context. The caller sees
+    /// to it that nothing is being copied. What cannot be registered again is used all the same.
+    pub fn repin(&self, change: impl FnOnce()) {
+        if self.forked() {
+            return;
+        }
+        // Nobody makes or releases an arena meanwhile.
+        let _resizing = self.resize();
+        let arenas: Vec<_> =
+            self.state().arenas.iter().map(|arena| (arena.address, arena.length, arena.pinned)).collect();
+        for (address, length, _) in arenas.iter().filter(|(_, _, pinned)| *pinned) {
+            self.pinner.unpin(address.as_ptr(), *length);
+        }
+        change();
+        for (address, length, _) in arenas {
+            let pinned = self.pinner.pin(address.as_ptr(), length);
+            if let Err(PinError(why)) = &pinned {
+                tracing::warn!(
+                    "host memory could not be pinned again, so switches will be 3 to 6 times slower: {why}"
+                );
+            }
+            let mut state = self.state();
+            if let Some(arena) = state.arenas.iter_mut().find(|arena| arena.address == address) {
+                arena.pinned = pinned.is_ok();
+            }
+        }
+    }
+
     fn unmap(&self, arena: &Arena) {
         if arena.pinned {
             self.pinner.unpin(arena.address.as_ptr(), arena.length);
