@@ -530,6 +530,7 @@ impl<P: Deref<Target = Page>> Runtime for Bookkeeper<P> {
 mod tests {
     use super::*;
     use crate::audit::Process;
+    use crate::page::{Quantum, Settings};
 
     type Shared = std::sync::Arc<Page>;
 
@@ -541,10 +542,18 @@ mod tests {
         (client, runtime)
     }
 
+    /// A page with time for everything: no slice ends by itself.
+    fn page(capacity: Granules) -> Shared {
+        let page = Shared::from(Page::for_tests(capacity));
+        let quantum = Quantum::Fixed(u64::MAX);
+        page.set_settings(Settings { quantum, ..Settings::default() });
+        page
+    }
+
     /// Two that fit run. The second one grows while its work is under way, and no longer fits.
     #[test]
     fn a_client_that_grew_and_was_recalled_drains_before_anything_is_evicted() {
-        let page = Shared::from(Page::for_tests(4));
+        let page = page(4);
         let (mut first, mut moves) = client(&page, 2);
         let (mut second, mut its_moves) = client(&page, 2);
         first.acquire(&mut moves).unwrap();
@@ -570,7 +579,7 @@ mod tests {
     /// As above, for a runtime that asks for its turn again and has no work under way then.
     #[test]
     fn a_client_that_grew_and_was_recalled_queues_again() {
-        let page = Shared::from(Page::for_tests(4));
+        let page = page(4);
         let (mut first, mut moves) = client(&page, 2);
         let (mut second, mut its_moves) = client(&page, 2);
         first.acquire(&mut moves).unwrap();
