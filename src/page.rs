@@ -334,7 +334,7 @@ impl Page {
         header.next_ticket.store(1, Ordering::Relaxed);
         self.set_settings(Settings::default());
         for word in &header.bandwidth {
-            word.store(DEFAULT_BANDWIDTH, Ordering::Relaxed);
+            word.store(DEFAULT_BANDWIDTH | GUESSED, Ordering::Relaxed);
         }
         header.magic.store(MAGIC, Ordering::Release);
     }
@@ -448,9 +448,10 @@ impl Page {
         word.store((average as u64).max(1), Ordering::Relaxed);
     }
 
-    /// Sets the bandwidth that holds until the first measurement, bytes a second each way.
+    /// Sets the bandwidth that holds until the first measurement, bytes a second each way. What is measured
+    /// stays.
     pub fn guess_bandwidth(&self, bytes_per_second: u64) {
-        for word in &self.header.bandwidth {
+        for word in self.header.bandwidth.iter().filter(|word| word.load(Ordering::Relaxed) & GUESSED != 0) {
             word.store(bytes_per_second.clamp(1, FASTEST) | GUESSED, Ordering::Relaxed);
         }
     }
@@ -599,6 +600,8 @@ mod tests {
     #[test]
     fn bandwidth_is_an_average_of_large_copies() {
         let page = Page::for_tests(1);
+        page.observe_copy(Direction::Out, 30 << 30, SECOND);
+        assert_eq!(page.bandwidth(Direction::Out), 30 << 30, "a new page has a guess");
         page.guess_bandwidth(400 << 30);
         page.observe_copy(Direction::In, 1 << 20, 1);
         assert_eq!(page.bandwidth(Direction::In), 400 << 30, "too small to tell");
@@ -606,7 +609,7 @@ mod tests {
         assert_eq!(page.bandwidth(Direction::In), 40 << 30, "a guess is no measurement");
         page.observe_copy(Direction::In, 20 << 30, SECOND);
         assert_eq!(page.bandwidth(Direction::In), 32 << 30, "a quarter of the copies takes twice as long");
-        assert_eq!(page.bandwidth(Direction::Out), 400 << 30);
+        assert_eq!(page.bandwidth(Direction::Out), 30 << 30, "what is measured is not guessed again");
     }
 
     #[test]

@@ -146,7 +146,7 @@ impl Server {
             let capacity =
                 granules_in(options.capacity.unwrap_or(gpu.total.saturating_sub(options.headroom)));
             let (page, alive) = pages::serve(&dir, gpu.uuid, capacity, options.settings())?;
-            if let Some(link) = gpu.link.filter(|_| page.page.audit_counts().0 == 0) {
+            if let Some(link) = gpu.link {
                 page.page.guess_bandwidth(link);
             }
             survivors.extend(alive.into_iter().map(|(slot, fd)| (served.len(), slot, fd)));
