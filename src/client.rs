@@ -289,9 +289,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 Phase::Waiting if admitted => {
                     self.enter(Phase::Filling);
                 }
-                // What it grew by must not come in any more, and what it has must not go out before the
-                // work that uses it is done.
-                Phase::Filling if !admitted && self.undrained => return Ok(Next::Yield),
+                // It runs; or it grew, and what it has must not go out before the work that uses it is done.
+                Phase::Running | Phase::Filling if !admitted && self.may_have_work() => {
+                    return Ok(Next::Yield);
+                }
                 Phase::Filling if !admitted => {
                     self.enter(Phase::Waiting);
                 }
@@ -302,7 +303,6 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     }
                     // Recalled: the loop sees it. Or more was asked for meanwhile: fill again.
                 }
-                Phase::Running if !admitted => return Ok(Next::Yield),
                 Phase::Running => match self.look_ahead() {
                     Some(due) if due <= now() => self.end_of_slice(),
                     until => return Ok(Next::Sleep { seen, until }),
@@ -382,11 +382,15 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         policy::first_waiter(&self.look()).is_some()
     }
 
+    /// Whether work that it submitted may be in flight, and it has not begun to drain.
+    fn may_have_work(&self) -> bool {
+        self.undrained && self.phase != Phase::Draining
+    }
+
     /// Running -> Draining: the gate is shut, the submitted work goes on. Also from Filling, for a client
     /// that grew and still has work.
     pub fn drain(&mut self) {
-        let refills = self.phase == Phase::Filling && self.undrained;
-        if self.phase != Phase::Running && !refills {
+        if !self.may_have_work() {
             return;
         }
         let (time, own) = (now(), self.own());
