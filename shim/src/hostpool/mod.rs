@@ -387,8 +387,7 @@ impl HostPool {
             if left == 0 {
                 return Err(HostPoolError::Bound { wanted: missing, left, bound: bound.what });
             }
-            let length = missing.next_multiple_of(self.config.step).min(self.config.arena as u64).min(left);
-            self.grow(&resizing, length)?;
+            self.grow(&resizing, self.arena_for(missing, left))?;
         }
     }
 
@@ -430,12 +429,15 @@ impl HostPool {
                 return Err(HostPoolError::Bound { wanted: length, left, bound: bound.what });
             }
             // Somebody waits for this block: nothing is made for him that nobody may ever want.
-            let wanted = promised.saturating_sub(self.capacity()).min(self.config.arena as u64);
-            self.grow(
-                &resizing,
-                length.max(wanted.next_multiple_of(self.config.step).min(self.config.arena as u64).min(left)),
-            )?;
+            let wanted = promised.saturating_sub(self.capacity());
+            self.grow(&resizing, length.max(self.arena_for(wanted, left)))?;
         }
+    }
+
+    /// Bytes of the next arena for a pool that lacks `missing` and may grow by `left`.
+    fn arena_for(&self, missing: u64, left: u64) -> u64 {
+        let steps = missing.div_ceil(self.config.step).saturating_mul(self.config.step);
+        steps.min(self.config.arena as u64).min(left)
     }
 
     /// Whole granules by which the pool may grow.
@@ -501,17 +503,24 @@ impl HostPool {
         }
         change();
         for (address, length, _) in arenas {
-            let pinned = self.pinner.pin(address.as_ptr(), length);
-            if let Err(PinError(why)) = &pinned {
-                tracing::warn!(
-                    "host memory could not be pinned again, so switches will be 3 to 6 times slower: {why}"
-                );
-            }
+            let pinned = self.pin(address, length);
             let mut state = self.state();
             if let Some(arena) = state.arenas.iter_mut().find(|arena| arena.address == address) {
-                arena.pinned = pinned.is_ok();
+                arena.pinned = pinned;
             }
         }
+    }
+
+    /// Registers memory. Whether it could be; if not, says so once.
+    fn pin(&self, address: NonNull<u8>, length: usize) -> bool {
+        let Err(PinError(why)) = self.pinner.pin(address.as_ptr(), length) else { return true };
+        if !std::mem::replace(&mut self.state().warned, true) {
+            tracing::warn!(
+                "host memory could not be pinned, so switches will be 3 to 6 times slower: {why}. This process may lock {} (RLIMIT_MEMLOCK); if that is less than its GPU memory, raise it (ulimit -l unlimited, LimitMEMLOCK=infinity, docker run --ulimit memlock=-1) and start the process again",
+                memlock()
+            );
+        }
+        false
     }
 
     fn unmap(&self, arena: &Arena) {
@@ -532,21 +541,12 @@ impl HostPool {
         let bytes = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
         let address = prefault::map(bytes).map_err(|error| refused(error.to_string()))?;
         prefault::prefault(address, bytes, self.config.threads);
-        let pinned = self.pinner.pin(address.as_ptr(), bytes);
+        let pinned = self.pin(address, bytes);
         let mut state = self.state();
-        let warn = pinned.is_err() && !std::mem::replace(&mut state.warned, pinned.is_err());
         let free = BTreeMap::from([(0, bytes)]);
-        state.arenas.push(Arena { address, length: bytes, pinned: pinned.is_ok(), free });
+        state.arenas.push(Arena { address, length: bytes, pinned, free });
         let capacity = state.capacity();
         drop(state);
-        if let Err(PinError(why)) = pinned
-            && warn
-        {
-            tracing::warn!(
-                "host memory could not be pinned, so switches will be 3 to 6 times slower: {why}. This process may lock {} (RLIMIT_MEMLOCK); if that is less than its GPU memory, raise it (ulimit -l unlimited, LimitMEMLOCK=infinity, docker run --ulimit memlock=-1) and start the process again",
-                memlock()
-            );
-        }
         tracing::debug!(
             "the pool of host memory grew by {} to {} in {}",
             format_size(length),
@@ -579,469 +579,4 @@ fn memlock() -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::fs;
-    use std::sync::atomic::{AtomicBool, AtomicUsize};
-    use std::sync::{Arc, Barrier, mpsc};
-    use std::time::Duration;
-
-    const BLOCK: usize = GRANULE as usize;
-    const MIB: u64 = 1 << 20;
-
-    #[derive(Default, Clone)]
-    struct Count {
-        pinned: Arc<AtomicUsize>,
-        tried: Arc<AtomicUsize>,
-        refuse: bool,
-    }
-
-    impl Pinner for Count {
-        fn pin(&self, _address: *mut u8, length: usize) -> Result<(), PinError> {
-            self.tried.fetch_add(1, Ordering::Relaxed);
-            if self.refuse {
-                return Err(PinError::new("no".into()));
-            }
-            self.pinned.fetch_add(length, Ordering::Relaxed);
-            Ok(())
-        }
-
-        fn unpin(&self, _address: *mut u8, length: usize) {
-            self.pinned.fetch_sub(length, Ordering::Relaxed);
-        }
-    }
-
-    /// A machine without limits, so that a test asks nothing of the one it runs on.
-    fn config(arena: usize, limit: Option<u64>) -> HostPoolConfig {
-        HostPoolConfig { limit, arena, step: GRANULE, threads: 2, root: "/nowhere/at/all".into() }
-    }
-
-    fn pool(arena: usize, limit: Option<u64>) -> (HostPool, Count) {
-        let count = Count::default();
-        (HostPool::new(config(arena, limit), Box::new(count.clone())), count)
-    }
-
-    /// What is in use, in order of address; fails where two blocks share a byte.
-    fn spans<'a>(blocks: impl IntoIterator<Item = &'a HostBlock>) -> Vec<(usize, usize)> {
-        let mut spans: Vec<_> =
-            blocks.into_iter().map(|block| (block.as_ptr() as usize, block.length)).collect();
-        spans.sort_unstable();
-        assert!(spans.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "overlap: {spans:x?}");
-        assert!(spans.iter().all(|(address, length)| address % BLOCK == 0 && length % BLOCK == 0));
-        spans
-    }
-
-    /// Free and used bytes are the capacity, free extents do not touch, and all is free when none is used.
-    fn audit(pool: &HostPool, blocks: &[HostBlock]) {
-        let used: usize = spans(blocks).iter().map(|(_, length)| length).sum();
-        let state = pool.state();
-        let free: usize = state.arenas.iter().flat_map(|arena| arena.free.values()).sum();
-        assert_eq!(free + used, state.capacity() as usize);
-        for arena in &state.arenas {
-            let gaps: Vec<_> = arena.free.iter().collect();
-            assert!(gaps.iter().all(|(_, length)| **length > 0));
-            assert!(gaps.windows(2).all(|pair| pair[0].0 + pair[0].1 < *pair[1].0), "not joined: {gaps:?}");
-        }
-        if blocks.is_empty() {
-            assert!(state.arenas.iter().all(Arena::unused));
-        }
-    }
-
-    #[test]
-    fn any_history_of_blocks_keeps_the_books() {
-        let limit = 40 * GRANULE;
-        for seed in 1..=60u64 {
-            let (pool, count) = pool(8 * BLOCK, Some(limit));
-            let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            let mut below = |bound: u64| {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                random % bound
-            };
-            let mut blocks = Vec::new();
-            for _ in 0..120 {
-                match below(10) {
-                    0..=4 => match pool.alloc(below(6 * GRANULE) as usize) {
-                        Ok(block) => blocks.push(block),
-                        Err(HostPoolError::Bound { .. }) => assert!(pool.capacity() > limit - 6 * GRANULE),
-                        Err(error) => panic!("{error}"),
-                    },
-                    5..=8 if !blocks.is_empty() => {
-                        pool.free(blocks.swap_remove(below(blocks.len() as u64) as usize));
-                    }
-                    5..=8 => {}
-                    _ => pool.trim(below(limit)),
-                }
-                assert!(pool.capacity() <= limit, "seed {seed}");
-                assert_eq!(count.pinned.load(Ordering::Relaxed) as u64, pool.capacity());
-                audit(&pool, &blocks);
-            }
-            blocks.drain(..).for_each(|block| pool.free(block));
-            audit(&pool, &[]);
-            pool.trim(0);
-            assert_eq!((pool.capacity(), count.pinned.load(Ordering::Relaxed)), (0, 0));
-        }
-    }
-
-    #[test]
-    fn blocks_are_whole_granules_and_never_none() {
-        let (pool, _) = pool(8 * BLOCK, None);
-        let blocks = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1].map(|length| pool.alloc(length).unwrap());
-        assert_eq!(spans(&blocks).iter().map(|(_, length)| length / BLOCK).sum::<usize>(), 6);
-        audit(&pool, &blocks);
-        for block in blocks {
-            // SAFETY: a live block of at least a granule.
-            unsafe { block.as_ptr().write_bytes(7, BLOCK) };
-            pool.free(block);
-        }
-        audit(&pool, &[]);
-    }
-
-    #[test]
-    fn a_block_larger_than_an_arena_gets_one_of_its_own() {
-        let (pool, _) = pool(4 * BLOCK, None);
-        let block = pool.alloc(9 * BLOCK).unwrap();
-        assert_eq!(pool.capacity(), 9 * GRANULE);
-        pool.free(block);
-        assert!(pool.alloc(usize::MAX).is_err());
-    }
-
-    #[test]
-    fn the_last_arena_is_smaller_and_the_bound_is_not_passed() {
-        let (pool, _) = pool(8 * BLOCK, Some(11 * GRANULE + 5));
-        pool.ensure(10 * GRANULE).unwrap();
-        assert_eq!(pool.capacity(), 10 * GRANULE);
-        let error = pool.ensure(50 * GRANULE).unwrap_err();
-        assert_eq!(pool.capacity(), 11 * GRANULE, "all that the bound allows");
-        assert!(error.to_string().contains("NVSHARE_HOST_MEMORY=22.00 MiB"), "{error}");
-        let blocks: Vec<_> = (0..11).map(|_| pool.alloc(BLOCK).unwrap()).collect();
-        assert!(matches!(pool.alloc(BLOCK), Err(HostPoolError::Bound { left: 0, .. })));
-        audit(&pool, &blocks);
-    }
-
-    #[test]
-    fn unused_arenas_make_way_for_a_block_that_none_of_them_holds() {
-        let (pool, count) = pool(4 * BLOCK, Some(8 * GRANULE));
-        pool.ensure(8 * GRANULE).unwrap();
-        let block = pool.alloc(6 * BLOCK).unwrap();
-        assert!(pool.capacity() <= 8 * GRANULE);
-        assert_eq!(count.pinned.load(Ordering::Relaxed) as u64, pool.capacity());
-        pool.free(block);
-    }
-
-    #[test]
-    fn trimming_keeps_what_it_was_told_to_and_what_is_in_use() {
-        let (pool, count) = pool(4 * BLOCK, None);
-        pool.ensure(16 * GRANULE).unwrap();
-        let block = pool.alloc(BLOCK).unwrap();
-        pool.trim(9 * GRANULE);
-        assert_eq!(pool.capacity(), 12 * GRANULE, "a further arena less would be too few");
-        pool.trim(0);
-        assert_eq!((pool.capacity(), count.pinned.load(Ordering::Relaxed)), (4 * GRANULE, 4 * BLOCK));
-        // SAFETY: a live block of a granule.
-        unsafe { block.as_ptr().write_bytes(1, BLOCK) };
-        pool.free(block);
-        pool.trim(0);
-        assert_eq!(pool.capacity(), 0);
-    }
-
-    #[test]
-    fn a_commitment_past_the_bound_is_refused_with_the_bound_in_it() {
-        let (pool, _) = pool(8 * BLOCK, Some(10 * GRANULE));
-        pool.commit(6 * GRANULE).unwrap();
-        let error = pool.commit(5 * GRANULE).unwrap_err().to_string();
-        assert!(
-            error.contains("8.00 MiB left") && error.contains("NVSHARE_HOST_MEMORY=20.00 MiB"),
-            "{error}"
-        );
-        assert!(pool.commit(u64::MAX).is_err());
-        pool.uncommit(6 * GRANULE);
-        pool.commit(10 * GRANULE).unwrap();
-        assert_eq!(pool.capacity(), 0, "committing takes nothing");
-    }
-
-    /// A machine that has `free` bytes to give beyond the reserve.
-    struct Machine(PathBuf);
-
-    impl Machine {
-        fn new(name: &str, free: u64) -> Self {
-            let root = std::env::temp_dir().join(format!("nvshare-hostpool-{}-{name}", std::process::id()));
-            fs::create_dir_all(root.join("proc")).unwrap();
-            let machine = Self(root);
-            machine.has(free);
-            machine
-        }
-
-        fn has(&self, free: u64) {
-            let text = format!("MemTotal: 5120000 kB\nMemAvailable: {} kB\n", (free + 256 * MIB) >> 10);
-            fs::write(self.0.join("proc/meminfo"), text).unwrap();
-        }
-
-        fn pool(&self) -> HostPool {
-            let config = HostPoolConfig { root: self.0.clone(), ..config(8 * BLOCK, None) };
-            HostPool::new(config, Box::new(Count::default()))
-        }
-    }
-
-    impl Drop for Machine {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
-
-    #[test]
-    fn growing_does_not_move_the_bound() {
-        let machine = Machine::new("grown", 32 * MIB);
-        let pool = machine.pool();
-        pool.commit(2 * MIB).unwrap();
-        pool.ensure(16 * MIB).unwrap();
-        machine.has(16 * MIB);
-        let refused = pool.commit(40 * MIB).unwrap_err();
-        assert!(matches!(refused, HostPoolError::Bound { left, .. } if left == 30 * MIB), "{refused:?}");
-        pool.commit(30 * MIB).unwrap();
-    }
-
-    #[test]
-    fn the_machine_is_not_asked_each_time_but_near_the_bound_and_for_an_arena() {
-        let machine = Machine::new("asked", 4096 * MIB);
-        let pool = machine.pool();
-        pool.commit(2 * MIB).unwrap();
-        // Far from the bound: what was measured just now is believed.
-        machine.has(0);
-        pool.commit(2 * MIB).unwrap();
-        // An old measurement is not.
-        pool.state().bound.as_mut().unwrap().measured -= 2 * BELIEVED;
-        assert!(pool.commit(2 * MIB).is_err());
-        // Near the bound no measurement is.
-        machine.has(512 * MIB);
-        pool.commit(2 * MIB).unwrap();
-        machine.has(0);
-        assert!(pool.commit(2 * MIB).is_err());
-        // Others took what was promised: no block rather than a killed process.
-        assert!(matches!(pool.alloc(BLOCK), Err(HostPoolError::Bound { left: 0, .. })));
-        machine.has(16 * MIB);
-        pool.free(pool.alloc(BLOCK).unwrap());
-        assert_eq!(pool.capacity(), 6 * MIB, "all that is promised, in one arena");
-    }
-
-    #[test]
-    fn memory_that_cannot_be_pinned_is_used_all_the_same() {
-        let count = Count { refuse: true, ..Count::default() };
-        let pool = HostPool::new(config(2 * BLOCK, None), Box::new(count.clone()));
-        let blocks = [pool.alloc(2 * BLOCK).unwrap(), pool.alloc(2 * BLOCK).unwrap()];
-        assert!(pool.state().warned);
-        for block in blocks {
-            // SAFETY: a live block of two granules.
-            unsafe { block.as_ptr().write_bytes(3, 2 * BLOCK) };
-            pool.free(block);
-        }
-        pool.trim(0);
-        assert_eq!(pool.capacity(), 0);
-        assert_eq!(count.tried.load(Ordering::Relaxed), 2);
-        assert_eq!(count.pinned.load(Ordering::Relaxed), 0, "what was never pinned is not unpinned");
-    }
-
-    #[test]
-    fn a_failed_pin_is_told_once_with_the_limit_and_the_remedy() {
-        #[derive(Clone, Default)]
-        struct Log(Arc<Mutex<Vec<String>>>);
-        impl tracing::field::Visit for Log {
-            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
-                if field.name() == "message" {
-                    self.0.lock().unwrap().push(format!("{value:?}"));
-                }
-            }
-        }
-        impl tracing::Subscriber for Log {
-            fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-                *metadata.level() <= tracing::Level::WARN
-            }
-            fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-                tracing::span::Id::from_u64(1)
-            }
-            fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-            fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-            fn event(&self, event: &tracing::Event<'_>) {
-                event.record(&mut self.clone());
-            }
-            fn enter(&self, _: &tracing::span::Id) {}
-            fn exit(&self, _: &tracing::span::Id) {}
-        }
-        let log = Log::default();
-        tracing::subscriber::with_default(log.clone(), || {
-            let count = Count { refuse: true, ..Count::default() };
-            HostPool::new(config(2 * BLOCK, None), Box::new(count)).ensure(6 * GRANULE).unwrap();
-        });
-        let log = log.0.lock().unwrap();
-        assert_eq!(log.len(), 1, "{log:?}");
-        for part in ["slower: no.", "RLIMIT_MEMLOCK", "LimitMEMLOCK=infinity"] {
-            assert!(log[0].contains(part), "{log:?}");
-        }
-    }
-
-    #[test]
-    fn threads_share_it() {
-        let (pool, count) = pool(16 * BLOCK, Some(24 * GRANULE));
-        pool.commit(16 * GRANULE).unwrap();
-        std::thread::scope(|scope| {
-            for thread in 0..4u8 {
-                let pool = &pool;
-                scope.spawn(move || {
-                    for round in 0..200 {
-                        let length = (1 + (usize::from(thread) + round) % 3) * BLOCK;
-                        let block = pool.alloc(length).unwrap();
-                        for end in [0, length - 64] {
-                            // SAFETY: inside this thread's own block.
-                            unsafe { block.as_ptr().add(end).write_bytes(thread, 64) };
-                        }
-                        std::thread::yield_now();
-                        for end in [0, length - 64] {
-                            // SAFETY: inside this thread's own block, written above.
-                            let bytes = unsafe { std::slice::from_raw_parts(block.as_ptr().add(end), 64) };
-                            assert!(bytes.iter().all(|byte| *byte == thread));
-                        }
-                        pool.free(block);
-                    }
-                });
-            }
-        });
-        audit(&pool, &[]);
-        assert_eq!(pool.capacity(), 16 * GRANULE, "12 granules at once need no second arena");
-        assert_eq!(count.pinned.load(Ordering::Relaxed), 16 * BLOCK);
-    }
-
-    /// Pins at the pace of a test.
-    struct Slow {
-        entered: mpsc::Sender<()>,
-        go: Mutex<mpsc::Receiver<()>>,
-        held: Arc<AtomicBool>,
-    }
-
-    impl Pinner for Slow {
-        fn pin(&self, _address: *mut u8, _length: usize) -> Result<(), PinError> {
-            if self.held.load(Ordering::Acquire) {
-                self.entered.send(()).unwrap();
-                // Not for ever: a test that fails lets it go, or is stuck and must come to its end.
-                let _ = self.go.lock().unwrap().recv_timeout(Duration::from_secs(10));
-            }
-            Ok(())
-        }
-
-        fn unpin(&self, _address: *mut u8, _length: usize) {}
-    }
-
-    #[test]
-    fn blocks_come_and_go_while_the_pool_grows() {
-        let ((entered, pinning), (go, wait)) = (mpsc::channel(), mpsc::channel());
-        let held = Arc::new(AtomicBool::new(false));
-        let slow = Slow { entered, go: Mutex::new(wait), held: held.clone() };
-        let pool = HostPool::new(config(4 * BLOCK, None), Box::new(slow));
-        pool.ensure(4 * GRANULE).unwrap();
-        pool.commit(GRANULE).unwrap();
-        held.store(true, Ordering::Release);
-        std::thread::scope(|scope| {
-            let go = go;
-            scope.spawn(|| pool.ensure(8 * GRANULE).unwrap());
-            pinning.recv().unwrap();
-            // The new arena is in the making and stays so.
-            let all = pool.alloc(4 * BLOCK).unwrap();
-            pool.commit(GRANULE).unwrap();
-            pool.uncommit(GRANULE);
-            // Who finds nothing waits for the arena, or for what comes back before it is ready.
-            let (done, got) = mpsc::channel();
-            let waiter = &pool;
-            scope.spawn(move || done.send(waiter.alloc(BLOCK).unwrap()).unwrap());
-            assert!(got.recv_timeout(Duration::from_millis(50)).is_err());
-            pool.free(all);
-            pool.free(got.recv_timeout(Duration::from_secs(5)).expect("a block was given back"));
-            assert_eq!(pool.capacity(), 4 * GRANULE, "still growing");
-            go.send(()).unwrap();
-        });
-        assert_eq!(pool.capacity(), 8 * GRANULE);
-    }
-
-    #[test]
-    fn a_block_that_fits_no_arena_takes_the_place_of_those_that_are_too_small() {
-        let (pool, _) = pool(64 * BLOCK, None);
-        pool.commit(4 * GRANULE).unwrap();
-        pool.ensure(2 * GRANULE).unwrap();
-        pool.ensure(4 * GRANULE).unwrap();
-        let block = pool.alloc(4 * BLOCK).unwrap();
-        assert_eq!(pool.capacity(), 4 * GRANULE, "as much as is promised and no more");
-        pool.free(block);
-        // What is in use stays, and what is promised for others is not given up for it.
-        let small = [pool.alloc(3 * BLOCK).unwrap(), pool.alloc(BLOCK).unwrap()];
-        let large = pool.alloc(2 * BLOCK).unwrap();
-        assert_eq!(pool.capacity(), 6 * GRANULE);
-        pool.free(large);
-        small.into_iter().for_each(|block| pool.free(block));
-    }
-
-    #[test]
-    fn arenas_are_made_in_steps_up_to_the_bound() {
-        let config = HostPoolConfig { step: 8 * GRANULE, ..config(64 * BLOCK, Some(20 * GRANULE)) };
-        let pool = HostPool::new(config, Box::new(Count::default()));
-        for (wanted, made) in [(1, 8), (8, 8), (9, 16), (17, 20)] {
-            pool.ensure(wanted * GRANULE).unwrap();
-            assert_eq!(pool.capacity(), made * GRANULE, "for {wanted}");
-        }
-    }
-
-    #[test]
-    fn two_in_need_make_one_arena() {
-        let (pool, count) = pool(64 * BLOCK, None);
-        pool.commit(4 * GRANULE).unwrap();
-        let start = Barrier::new(4);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    start.wait();
-                    pool.alloc(BLOCK).unwrap()
-                });
-            }
-        });
-        assert_eq!(count.tried.load(Ordering::Relaxed), 1);
-    }
-
-    #[test]
-    fn a_child_has_neither_the_memory_nor_the_pool() {
-        let (pool, count) = pool(2 * BLOCK, None);
-        pool.commit(2 * GRANULE).unwrap();
-        let block = pool.alloc(BLOCK).unwrap();
-        let address = block.as_ptr();
-        let locked = pool.state();
-        // SAFETY: the child only loads and stores atomics and asks the kernel, then exits at once.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            forget();
-            // The lock is held, as it may be at any fork: whoever touches it hangs, and the alarm ends it.
-            // SAFETY: as above.
-            unsafe { libc::alarm(10) };
-            let mut resident = 0;
-            // SAFETY: mincore only reads the table of mappings.
-            let mapped = unsafe { libc::mincore(address.cast(), BLOCK.min(4096), &mut resident) } == 0;
-            let refused = matches!(pool.alloc(BLOCK), Err(HostPoolError::Forked))
-                && matches!(pool.commit(1), Err(HostPoolError::Forked))
-                && matches!(pool.ensure(1), Err(HostPoolError::Forked))
-                && pool.capacity() == 0;
-            pool.free(block);
-            pool.uncommit(1);
-            pool.trim(0);
-            std::mem::forget(locked);
-            drop(pool);
-            let untouched = count.pinned.load(Ordering::Relaxed) == 2 * BLOCK;
-            let code = i32::from(mapped) | i32::from(!refused) << 1 | i32::from(!untouched) << 2;
-            // SAFETY: no exit handler of the parent's runs.
-            unsafe { libc::_exit(code) };
-        }
-        let mut status = 0;
-        // SAFETY: waits for this test's own child.
-        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-        drop(locked);
-        assert!(libc::WIFEXITED(status), "hung: {status:x}");
-        assert_eq!(libc::WEXITSTATUS(status), 0, "1: mapped, 2: not refused, 4: unpinned");
-        pool.free(block);
-        pool.free(pool.alloc(2 * BLOCK).expect("the parent goes on"));
-    }
-}
+mod tests;
