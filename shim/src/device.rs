@@ -339,14 +339,9 @@ impl Shared {
         if *self.pinner.context() != context {
             return;
         }
-        let mut home = self.home();
-        home.heir = Some(heir);
-        drop(home);
+        self.home().heir = Some(heir);
         self.knock();
-        home = self.home();
-        while home.heir.is_some() && !home.engine_ended {
-            home = self.moved.wait(home).unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
+        drop(self.moved.wait_while(self.home(), |home| home.heir.is_some() && !home.engine_ended));
     }
 
     /// The engine is at home in `context` now: the host memory too.

@@ -30,9 +30,8 @@ pub fn start(
     std::thread::Builder::new().name("nvshare".into()).spawn(move || {
         // The application's signals are for its own threads.
         let _ = nix::sys::signal::SigSet::all().thread_set_mask();
-        let ended = Ended(shared.clone());
+        let _ended = Ended(shared.clone());
         run(shared, client, context);
-        drop(ended);
     })
 }
 

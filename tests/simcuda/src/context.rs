@@ -43,21 +43,17 @@ impl Core {
 
     /// Makes every later call fail with `error`; the first one stays.
     pub fn fail(&self, error: Error) {
-        if self.error.load(SeqCst) == 0 {
-            // As the real driver does in the system's log (Xid 31).
-            eprintln!(
-                "simulated GPU: error {} in process {}; the last bad address was {:#x}",
-                error.0,
-                std::process::id(),
-                crate::memory::va::FAULT.get()
-            );
-        }
         if error == Error::ILLEGAL_ADDRESS
             && let Ok(ledger) = self.device.ledger()
         {
             ledger.count(Count::IllegalAccesses, 1);
         }
-        let _ = self.error.compare_exchange(0, error.0, SeqCst, SeqCst);
+        let first = self.error.compare_exchange(0, error.0, SeqCst, SeqCst).is_ok();
+        if first && error == Error::ILLEGAL_ADDRESS {
+            // As the real driver does in the system's log (Xid 31).
+            let (process, address) = (std::process::id(), crate::memory::va::FAULT.get());
+            eprintln!("simulated GPU: process {process} has no memory at {address:#x}");
+        }
     }
 
     pub fn live_streams(&self) -> Vec<Arc<Stream>> {
