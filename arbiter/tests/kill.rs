@@ -11,10 +11,13 @@ use nvshare::page::Phase;
 use nvshare::register::{self, Hello};
 use nvshare::units::GpuUuid;
 use nvshare::{Client, paths};
+use nvshare_test_support::{Dice, Patience};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+const PATIENCE: Patience = Patience::seconds(30);
 
 const GPU: &str = "GPU-00000000-0000-0000-0000-0000000000aa";
 /// The pool, in granules. Each client needs 60, so they take turns.
@@ -40,18 +43,6 @@ fn client() {
         if std::os::unix::process::parent_id() == 1 {
             return;
         }
-    }
-}
-
-/// Pseudo-random numbers that a failure can be repeated with (xorshift, Marsaglia 2003).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
     }
 }
 
@@ -83,14 +74,6 @@ fn victim(dir: &Path) -> Child {
         .unwrap()
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(30);
-    while !done() {
-        assert!(Instant::now() < patience, "still not: {what}");
-        std::thread::yield_now();
-    }
-}
-
 impl Node {
     fn page(&self) -> MappedPage {
         let path = paths::page(&self.dir, GPU.parse::<GpuUuid>().unwrap());
@@ -110,26 +93,19 @@ impl Drop for Node {
 
 #[test]
 fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
-    let seed =
-        std::env::var("NVSHARE_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0x5eed_cafe);
-    println!("NVSHARE_TEST_SEED={seed}");
-    let mut dice = Dice(seed);
+    let mut dice = Dice::from_environment(0x5eed_cafe);
     let dir = std::env::temp_dir().join(format!("nvshare-kill-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
     let mut node = Node { arbiter: arbiter(&dir), clients: Vec::new(), dir };
-    until("the socket is there", || paths::socket(&node.dir).exists());
+    PATIENCE.until("the socket is there", || paths::socket(&node.dir).exists());
     node.clients = (0..3).map(|_| victim(&node.dir)).collect();
     let page = node.page();
     let slices =
         || -> u64 { page.occupied().iter().filter_map(|slot| page.details(slot)).map(|d| d.slices).sum() };
     let mut phases = std::collections::HashSet::new();
     for round in 0..ROUNDS {
-        until("three clients take turns", || page.occupied().len() == 3 && slices() > 0);
-        let spin = dice.below(3_000_000);
-        let moment = Instant::now() + Duration::from_nanos(spin);
-        while Instant::now() < moment {
-            std::hint::spin_loop();
-        }
+        PATIENCE.until("three clients take turns", || page.occupied().len() == 3 && slices() > 0);
+        dice.spin(3_000);
         let (with_client, with_arbiter) = match dice.below(8) {
             0 => (false, true),
             1 => (true, true),
@@ -154,13 +130,15 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
             // Hand-offs go on without an arbiter, if two live clients are there to hand over.
             if !with_client {
                 let before = slices();
-                until("turns are taken without an arbiter", || slices() > before);
+                PATIENCE.until("turns are taken without an arbiter", || slices() > before);
             }
             node.arbiter = arbiter(&node.dir);
         }
         if with_client {
             if let Some(slot) = slot {
-                until("the dead one is reaped", || page.owner(slot).is_none_or(|owner| owner.pid != pid));
+                PATIENCE.until("the dead one is reaped", || {
+                    page.owner(slot).is_none_or(|owner| owner.pid != pid)
+                });
             }
             node.clients[victim_index] = victim(&node.dir);
         }
@@ -174,9 +152,9 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    until("all are reaped", || page.occupied().is_empty());
+    PATIENCE.until("all are reaped", || page.occupied().is_empty());
     assert_eq!(page.free().granules, CAPACITY as i32, "a granule was lost");
-    until("the books can be looked at", || page.audit() != Audit::Busy);
+    PATIENCE.until("the books can be looked at", || page.audit() != Audit::Busy);
     assert_eq!(page.audit(), Audit::Balanced);
     assert_eq!(page.audit_counts().1, 0, "an audit had to repair the books");
     assert!((0..48).filter_map(nvshare::SlotIndex::new).all(|slot| page.view(slot).phase != Phase::Running));

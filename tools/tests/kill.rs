@@ -20,6 +20,7 @@ use nvshare::page::{Phase, SLOTS, SlotIndex};
 use nvshare::policy;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GRANULE, GpuUuid, Granules};
+use nvshare_test_support::{Dice, Patience};
 use nvshare_tools::node::{self, SimulatedGpu, TempDir};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -27,7 +28,9 @@ use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
+
+const PATIENCE: Patience = Patience::seconds(60);
 
 /// Rounds in a batch. At the end of each, everybody ends and the pool must be whole.
 const ROUNDS: u32 = 30;
@@ -42,34 +45,6 @@ const QUANTUM: &str = "3ms";
 
 /// A client must have been killed so many times in each moment.
 const EACH: u32 = 10;
-
-/// Pseudo-random numbers that a failure can be repeated with (xorshift, Marsaglia 2003).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-
-    /// Draws a card; a deck that is empty is `whole` again. So chance has the order, and not the count.
-    fn draw<T: Copy>(&mut self, deck: &mut Vec<T>, whole: &[T]) -> T {
-        if deck.is_empty() {
-            deck.extend(whole);
-        }
-        deck.swap_remove(self.below(deck.len() as u64) as usize)
-    }
-
-    /// Burns up to so many microseconds: a moment that nothing in the protocol knows of.
-    fn spin(&mut self, most: u64) {
-        let moment = Instant::now() + Duration::from_nanos(self.below(1_000 * most));
-        while Instant::now() < moment {
-            std::hint::spin_loop();
-        }
-    }
-}
 
 /// Where in the protocol a client is killed: its phase, and what its memory does meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,16 +113,6 @@ impl Moment {
                 matches!(view.phase, Phase::Idle | Phase::Waiting) && evicts && partly && view.resident > 0
             }
         }
-    }
-}
-
-/// Waits for what must happen, without sleeping. The patience is for a test that would hang, not a verdict on
-/// speed.
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < patience, "still not: {what}");
-        std::thread::yield_now();
     }
 }
 
@@ -271,7 +236,7 @@ fn arbiter(gpu: &SimulatedGpu, dir: &Path) -> Child {
 }
 
 fn answers(dir: &Path) {
-    until("an arbiter answers", || node::answers(dir));
+    PATIENCE.until("an arbiter answers", || node::answers(dir));
 }
 
 impl Drop for Stage {
@@ -292,7 +257,7 @@ impl Drop for Stage {
 }
 
 impl Stage {
-    fn new(seed: u64) -> Self {
+    fn new(dice: Dice) -> Self {
         let set = |name: &'static str, value: &str| (name, value.to_owned());
         // Slow enough that a switch of a few MiB has a middle, fast enough for hundreds of them.
         let gpu = SimulatedGpu::new(&[
@@ -312,7 +277,6 @@ impl Stage {
             .expect("the arbiter has made a page");
         let page = MappedPage::open(File::options().read(true).write(true).open(found).unwrap()).unwrap();
         assert_ne!(page.gpu(), GpuUuid([0; 16]));
-        let (dice, tally) = (Dice(seed), Tally::default());
         let mut stage = Self {
             dice,
             rounds: Vec::new(),
@@ -322,7 +286,7 @@ impl Stage {
             dir,
             page,
             clients: Vec::new(),
-            tally,
+            tally: Tally::default(),
         };
         stage.recruit();
         stage
@@ -392,7 +356,7 @@ impl Stage {
         let moment = self.dice.draw(&mut self.moments, &MOMENTS);
         let mut stopped = None;
         let mut looks = 0;
-        until(&format!("a client is {moment:?}"), || {
+        PATIENCE.until(&format!("a client is {moment:?}"), || {
             // Not at every look: system calls slow down those who are looked at.
             if looks % 64 == 0 {
                 self.recruit();
@@ -474,7 +438,7 @@ impl Stage {
     /// The arbiter dies in the middle of a switch, which must come to its end without it.
     fn round_of_the_arbiter(&mut self) -> Vec<u32> {
         let mut filler = None;
-        until("a switch is half done", || {
+        PATIENCE.until("a switch is half done", || {
             self.recruit();
             filler = self.clients.iter().find_map(|client| {
                 let slot = client.slot(&self.page)?;
@@ -489,7 +453,7 @@ impl Stage {
             |page: &MappedPage| page.details(slot).filter(|it| it.owner.pid == pid).map(|it| it.slices);
         let before = slices(&self.page);
         self.kill_arbiter();
-        until("the switch is done without an arbiter", || {
+        PATIENCE.until("the switch is done without an arbiter", || {
             slices(&self.page) > before || slices(&self.page).is_none() || {
                 // Nobody clears its slot now: a client that had time to end has had its turn.
                 self.clients.iter_mut().any(|it| it.pid() == pid && it.child.try_wait().unwrap().is_some())
@@ -556,7 +520,7 @@ impl Stage {
             Round::Chance => self.round_of_chance(),
         };
         for pid in dead {
-            until("the dead one is reaped", || {
+            PATIENCE.until("the dead one is reaped", || {
                 self.page.occupied().iter().all(|slot| self.page.owner(slot).is_none_or(|it| it.pid != pid))
             });
         }
@@ -579,7 +543,7 @@ impl Stage {
     /// Every granule is free, or in the context or among the data of a process that lives; nobody has more than
     /// it asked for.
     fn balances(&mut self) {
-        until("the books balance", || {
+        PATIENCE.until("the books balance", || {
             let first = self.look();
             // Nothing can be said while granules are on the move.
             let quiet = first.rows.iter().all(|row| row.account.operation.is_none()) && self.look() == first;
@@ -623,7 +587,7 @@ impl Stage {
 
     /// Nobody is left, and so nobody has anything.
     fn is_whole(&self) {
-        until("all are reaped", || self.page.occupied().is_empty());
+        PATIENCE.until("all are reaped", || self.page.occupied().is_empty());
         for slot in (0..SLOTS).filter_map(SlotIndex::new) {
             let (view, account) = (self.page.view(slot), self.page.account(slot));
             assert_eq!(
@@ -634,7 +598,7 @@ impl Stage {
             );
             assert_eq!((view.phase, account.operation), (Phase::Idle, None), "slot {}", slot.get());
         }
-        until("nobody is admitted", || self.page.admitted().is_empty());
+        PATIENCE.until("nobody is admitted", || self.page.admitted().is_empty());
         assert_eq!(self.page.free().granules, (CAPACITY / GRANULE) as i32, "a granule was lost");
     }
 
@@ -643,7 +607,7 @@ impl Stage {
         for client in &mut self.clients {
             client.go();
         }
-        until("all have ended", || {
+        PATIENCE.until("all have ended", || {
             self.dismiss();
             self.clients.is_empty()
         });
@@ -669,10 +633,7 @@ impl Stage {
 
 #[test]
 fn whoever_is_killed_in_whatever_phase_the_others_keep_their_data_and_no_granule_is_lost() {
-    let seed = std::env::var("NVSHARE_TEST_SEED").ok().and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(|| nvshare::sync::now() | 1);
-    println!("NVSHARE_TEST_SEED={seed}");
-    let mut stage = Stage::new(seed);
+    let mut stage = Stage::new(Dice::from_environment(nvshare::sync::now() | 1));
     for batch in 1..=BATCHES {
         let began = Instant::now();
         for _ in 0..ROUNDS {

@@ -4,11 +4,14 @@
 //! The job is `nvshare internal job`: driver API, buffers filled and mixed by kernels, checked to the last
 //! word. Wrong data is exit status 1.
 
+use nvshare_test_support::{Dice, Patience};
 use nvshare_tools::node::{Node, SimulatedGpu};
 use nvshare_tools::status::{self, Client};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+const PATIENCE: Patience = Patience::seconds(60);
 
 fn gpu() -> SimulatedGpu {
     let set = |name: &'static str, value: &str| (name, value.to_owned());
@@ -36,17 +39,9 @@ fn clients(node: &Node) -> Vec<Client> {
     status::read(node.dir()).unwrap().gpus.remove(0).clients
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < patience, "still not: {what}");
-        std::thread::yield_now();
-    }
-}
-
 /// Everybody is gone, and so is every granule that they had.
 fn balances(node: &Node) {
-    until("all clients are reaped", || clients(node).is_empty());
+    PATIENCE.until("all clients are reaped", || clients(node).is_empty());
     let gpu = status::read(node.dir()).unwrap().gpus.remove(0);
     assert_eq!(gpu.free_bytes, gpu.capacity_bytes as i64, "a granule was lost");
     assert_eq!(gpu.repaired, 0, "the books had to be repaired");
@@ -58,7 +53,7 @@ fn those_who_fit_never_switch() {
     let node = node(&gpu, "200MiB", "1ms");
     let mut jobs: Vec<_> = (1..=3).map(|seed| job(&node, "32MiB", 40, seed)).collect();
     let mut yields = 0;
-    until("all have ended", || {
+    PATIENCE.until("all have ended", || {
         yields = clients(&node).iter().filter(|client| client.bytes_out > 0).count().max(yields);
         jobs.iter_mut().all(|job| job.try_wait().unwrap().is_some())
     });
@@ -75,7 +70,7 @@ fn those_who_do_not_fit_take_turns_and_keep_their_data() {
     let node = node(&gpu, "100MiB", "20ms");
     let mut jobs: Vec<_> = (1..=3).map(|seed| job(&node, "64MiB", 60, seed)).collect();
     let mut moved = 0;
-    until("all have ended", || {
+    PATIENCE.until("all have ended", || {
         moved = clients(&node).iter().map(|client| client.bytes_in).sum::<u64>().max(moved);
         jobs.iter_mut().all(|job| job.try_wait().unwrap().is_some())
     });
@@ -86,24 +81,10 @@ fn those_who_do_not_fit_take_turns_and_keep_their_data() {
     balances(&node);
 }
 
-/// Pseudo-random numbers that a failure can be repeated with (xorshift, Marsaglia 2003).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
 #[test]
 fn whoever_is_killed_the_others_keep_their_data() {
     const KILLS: u32 = 100;
-    let seed = std::env::var("NVSHARE_TEST_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(0xda7a);
-    println!("NVSHARE_TEST_SEED={seed}");
-    let mut dice = Dice(seed);
+    let mut dice = Dice::from_environment(0xda7a);
     let gpu = gpu();
     let node = node(&gpu, "26MiB", "5ms");
     let start = |dice: &mut Dice| job(&node, "12MiB", 1 + dice.below(12) as u32, dice.below(1 << 40));

@@ -5,6 +5,7 @@
 //! `tests/clients/make-venv` makes.
 
 use nvshare::paths;
+use nvshare_test_support::Patience;
 use nvshare_tools::node::{self, Environment, Node, SimulatedGpu, TempDir};
 use nvshare_tools::status::{self, Client};
 use std::io::{BufRead, BufReader, Write};
@@ -14,7 +15,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 /// After so long, a test has failed because something never happened. No verdict depends on it otherwise.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Patience = Patience::seconds(120);
 
 /// The size of each of a program's two buffers, in MiB.
 const MIB: u64 = 16;
@@ -99,7 +100,7 @@ impl Running {
 
     /// Waits for its next line, which must be this one.
     fn says(&mut self, wanted: &str) {
-        match self.output.recv_timeout(PATIENCE) {
+        match self.output.recv_timeout(PATIENCE.duration()) {
             Ok(line) => assert_eq!(line, wanted, "{:?}", self.kind),
             Err(RecvTimeoutError::Disconnected) => {
                 panic!("{:?} ended with {} before '{wanted}'", self.kind, self.process.wait().unwrap())
@@ -141,14 +142,6 @@ fn gpu() -> SimulatedGpu {
 
 fn clients(dir: &Path) -> Vec<Client> {
     status::read(dir).unwrap().gpus.remove(0).clients
-}
-
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let patience = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < patience, "still not: {what}");
-        std::thread::yield_now();
-    }
 }
 
 /// Without nvshare: what the simulated driver lacks shows here.
@@ -238,13 +231,13 @@ fn two_of_each_share_a_pool_that_holds_one() {
     let of = |program: &Running| clients(node.dir()).into_iter().find(|it| it.pid == program.process.id());
     for program in &programs {
         // The counters may follow the moves that they count.
-        until("all memory has moved out and in", || moved(&of(program).expect("it is a client")));
+        PATIENCE.until("all memory has moved out and in", || moved(&of(program).expect("it is a client")));
         println!("{:?}: {:?}", program.kind, of(program));
     }
     for program in programs {
         program.finish(ROUNDS..=ROUNDS);
     }
-    until("all clients are reaped", || clients(node.dir()).is_empty());
+    PATIENCE.until("all clients are reaped", || clients(node.dir()).is_empty());
     let gpu = status::read(node.dir()).unwrap().gpus.remove(0);
     assert_eq!(gpu.free_bytes, gpu.capacity_bytes as i64, "a granule was lost");
     assert_eq!(gpu.repaired, 0, "the books had to be repaired");

@@ -1,0 +1,69 @@
+//! What integration tests with real processes share: waiting for things, and chance that can be repeated.
+
+use std::time::{Duration, Instant};
+
+/// How long a test waits for what must happen. For a test that would hang; not a verdict on speed.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience(Duration);
+
+impl Patience {
+    /// So many seconds.
+    pub const fn seconds(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+
+    /// The same, for what waits by itself.
+    pub const fn duration(self) -> Duration {
+        self.0
+    }
+
+    /// Waits until it is `done`, without sleeping.
+    ///
+    /// # Panics
+    /// It takes too long; the message says `what` has still not happened.
+    pub fn until(self, what: &str, mut done: impl FnMut() -> bool) {
+        let end = Instant::now() + self.0;
+        while !done() {
+            assert!(Instant::now() < end, "still not: {what}");
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Pseudo-random numbers that a failure can be repeated with (xorshift, Marsaglia 2003).
+#[derive(Debug)]
+pub struct Dice(u64);
+
+impl Dice {
+    /// From the seed in NVSHARE_TEST_SEED, or from this one. Prints it.
+    pub fn from_environment(seed: u64) -> Self {
+        let given = std::env::var("NVSHARE_TEST_SEED").ok().and_then(|text| text.parse().ok());
+        let seed = given.unwrap_or(seed);
+        println!("NVSHARE_TEST_SEED={seed}");
+        Self(seed)
+    }
+
+    /// A number from 0 to `limit` - 1.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+
+    /// Draws a card; a deck that is empty is `whole` again. So chance has the order, and not the count.
+    pub fn draw<T: Copy>(&mut self, deck: &mut Vec<T>, whole: &[T]) -> T {
+        if deck.is_empty() {
+            deck.extend(whole);
+        }
+        deck.swap_remove(self.below(deck.len() as u64) as usize)
+    }
+
+    /// Burns up to so many microseconds: a moment that nothing in the protocol knows of.
+    pub fn spin(&mut self, most: u64) {
+        let moment = Instant::now() + Duration::from_nanos(self.below(1_000 * most));
+        while Instant::now() < moment {
+            std::hint::spin_loop();
+        }
+    }
+}
