@@ -15,7 +15,7 @@ use nvshare_test_support::{Dice, Patience};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PATIENCE: Patience = Patience::seconds(30);
 

@@ -2,9 +2,10 @@
 //! the log says what was wrong with which value and what would be right, and the application goes on to its own end.
 //!
 //! The application is `nvshare internal calls`, which makes the calls that a test names, one at a time.
-//!
-//! Needs the other parts beside the program: `cargo build --workspace` first.
 
+mod application;
+
+use application::{Application, INVALID_VALUE, MIB, SUCCESS, gpu, node};
 use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr};
 use nix::sys::socket::{accept4, bind, listen, recv, socket};
 use nvshare::map::{MappedPage, scribble};
@@ -15,118 +16,13 @@ use nvshare_tools::node::{Environment, Node, SimulatedGpu, TempDir};
 use nvshare_tools::status;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-const SUCCESS: i32 = 0;
-const INVALID_VALUE: i32 = 1;
 const OUT_OF_MEMORY: i32 = 2;
 const INVALID_CONTEXT: i32 = 201;
 const SYSTEM_NOT_READY: i32 = 802;
-
-const MIB: u64 = 1 << 20;
-
-fn gpu() -> SimulatedGpu {
-    SimulatedGpu::new(&[("MEMORY", "256MiB".into()), ("CONTEXT_BYTES", "2MiB".into())])
-        .expect("the workspace is built: cargo build --workspace")
-}
-
-fn node(gpu: &SimulatedGpu) -> Node {
-    Node::start(gpu.environment(&[]), &["--capacity", "64MiB"].map(str::to_owned)).unwrap()
-}
-
-/// The application. Waits for each answer, so there is nothing to sleep for.
-struct Application {
-    process: Child,
-    calls: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Application {
-    fn start(environment: Environment, variables: &[(&str, &str)]) -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_nvshare"))
-            .args(["internal", "calls"])
-            .envs(environment)
-            .envs(variables.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (calls, answers) = (process.stdin.take(), BufReader::new(process.stdout.take().unwrap()));
-        Self { process, calls, answers }
-    }
-
-    /// With a context.
-    fn ready(node: &Node) -> Self {
-        let mut application = Self::start(node.environment(), &[]);
-        assert_eq!(application.call("init"), SUCCESS);
-        assert_eq!(application.call("create"), SUCCESS);
-        application
-    }
-
-    fn ask(&mut self, call: &str) -> (i32, String) {
-        writeln!(self.calls.as_ref().unwrap(), "{call}").unwrap();
-        let mut answer = String::new();
-        self.answers.read_line(&mut answer).unwrap();
-        let (code, given) = answer.trim_end_matches('\n').split_once(' ').unwrap_or_else(|| {
-            // Killed first, if it lives: its log has no end before it has one.
-            let _ = self.process.kill();
-            let mut said = String::new();
-            let _ = self.process.stderr.take().unwrap().read_to_string(&mut said);
-            panic!("it ended at '{call}': {said}")
-        });
-        (code.parse().unwrap(), given.to_owned())
-    }
-
-    fn call(&mut self, call: &str) -> i32 {
-        self.ask(call).0
-    }
-
-    /// An allocation that must come off.
-    fn alloc(&mut self, bytes: u64) -> u64 {
-        let (code, address) = self.ask(&format!("alloc {bytes}"));
-        assert_eq!(code, SUCCESS);
-        address.parse().unwrap()
-    }
-
-    /// It still computes what it should.
-    fn works(&mut self) {
-        let address = self.alloc(4 * MIB);
-        assert_eq!(self.call(&format!("write {address} {} 7", 4 * MIB)), SUCCESS);
-        assert_eq!(self.ask(&format!("check {address} {} 7", 4 * MIB)), (SUCCESS, "right".into()));
-        assert_eq!(self.call(&format!("free {address}")), SUCCESS);
-    }
-
-    /// Lets it end, which it does by itself and well. What it has logged.
-    fn end(mut self) -> String {
-        drop(self.calls.take());
-        let mut said = String::new();
-        self.process.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        let status = self.process.wait().unwrap();
-        assert!(status.success(), "{status}: {said}");
-        said
-    }
-
-    /// As [`end`](Self::end), and one line of the log names the process and all of these.
-    fn ends_having_said(self, parts: &[&str]) {
-        let client = format!("nvshare[{}]", self.process.id());
-        let said = self.end();
-        let all = |line: &str| line.contains(&client) && parts.iter().all(|part| line.contains(part));
-        assert!(said.lines().any(all), "no line with {client} and {parts:?}: {said}");
-    }
-}
-
-/// The application's own failures would be ours otherwise.
-impl Drop for Application {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
 
 fn uuid(node: &Node) -> String {
     status::read(node.dir()).unwrap().gpus.remove(0).uuid.to_string()
@@ -261,7 +157,7 @@ fn freeing_what_was_never_allocated_is_refused() {
     assert_eq!(application.call(&format!("write {address} {} 5", 4 * MIB)), SUCCESS, "it is still there");
     application.works();
     let inside = format!("cuMemFree({:#x})", address + 512);
-    let client = format!("nvshare[{}]", application.process.id());
+    let client = application.client();
     let said = application.end();
     for parts in
         [["cuMemFree(0xdeadbeef)", "never made"], [&inside, &format!("at {address:#x}; free that address")]]
@@ -499,50 +395,4 @@ fn a_page_of_garbage_is_refused() {
     answered(short, &["it has 100 bytes", "truncated", "for GPU-"], &[]);
     let anothers = |hello: &Hello| (bytes(&welcome()), Some(page(hello.gpu.map(|byte| !byte), |_| {})));
     answered(anothers, &["it sent the page of GPU-"], &[]);
-}
-
-// --- Contexts that end --------------------------------------------------------------------------
-
-/// The engine lives in the first context. When that one ends, the memory of the others moves all the same.
-#[test]
-fn memory_moves_on_when_the_first_context_is_destroyed() {
-    let gpu = gpu();
-    let node = node(&gpu);
-    let (mut two, mut other) = (Application::ready(&node), Application::ready(&node));
-    let gone = two.alloc(8 * MIB);
-    assert_eq!(two.call(&format!("write {gone} {} 1", 8 * MIB)), SUCCESS);
-    assert_eq!(two.call("create"), SUCCESS);
-    let stays = two.alloc(24 * MIB);
-    assert_eq!(two.call(&format!("write {stays} {} 2", 24 * MIB)), SUCCESS);
-    // There is not room for both: everything of the first one's goes out, into host memory that its first
-    // context registers.
-    let large = other.alloc(40 * MIB);
-    assert_eq!(other.call(&format!("write {large} {} 3", 40 * MIB)), SUCCESS);
-    assert_eq!(two.call("destroy 0"), SUCCESS);
-    for _ in 0..3 {
-        assert_eq!(two.ask(&format!("check {stays} {} 2", 24 * MIB)), (SUCCESS, "right".into()));
-        assert_eq!(other.ask(&format!("check {large} {} 3", 40 * MIB)), (SUCCESS, "right".into()));
-    }
-    assert_eq!(two.call(&format!("free {gone}")), INVALID_VALUE, "it went with its context");
-    two.works();
-    other.end();
-    let said = two.end();
-    assert!(!said.contains("ERROR"), "{said}");
-}
-
-/// The same for the primary context, which ends when it is reset, and may be there again afterwards.
-#[test]
-fn memory_moves_on_when_the_primary_context_is_reset() {
-    let gpu = gpu();
-    let node = node(&gpu);
-    let mut two = Application::start(node.environment(), &[]);
-    assert_eq!((two.call("init"), two.call("retain"), two.call("create")), (SUCCESS, SUCCESS, SUCCESS));
-    let mut other = Application::ready(&node);
-    let stays = two.alloc(24 * MIB);
-    assert_eq!(two.call(&format!("write {stays} {} 2", 24 * MIB)), SUCCESS);
-    assert_eq!(two.call("reset"), SUCCESS);
-    let large = other.alloc(48 * MIB);
-    assert_eq!(other.call(&format!("write {large} {} 3", 48 * MIB)), SUCCESS);
-    assert_eq!(two.ask(&format!("check {stays} {} 2", 24 * MIB)), (SUCCESS, "right".into()));
-    assert_eq!(other.ask(&format!("check {large} {} 3", 48 * MIB)), (SUCCESS, "right".into()));
 }

@@ -1,0 +1,121 @@
+//! An application under the shim that makes the CUDA calls a test names, one at a time: `nvshare internal calls`.
+//!
+//! Needs the other parts beside the program: `cargo build --workspace` first.
+
+// Each test program uses a part of this.
+#![allow(dead_code)]
+
+use nvshare_tools::node::{Environment, Node, SimulatedGpu};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+pub const SUCCESS: i32 = 0;
+pub const INVALID_VALUE: i32 = 1;
+
+pub const MIB: u64 = 1 << 20;
+
+/// A simulated GPU of 256 MiB.
+pub fn gpu() -> SimulatedGpu {
+    SimulatedGpu::new(&[("MEMORY", "256MiB".into()), ("CONTEXT_BYTES", "2MiB".into())])
+        .expect("the workspace is built: cargo build --workspace")
+}
+
+/// An arbiter with a pool of 64 MiB on it.
+pub fn node(gpu: &SimulatedGpu) -> Node {
+    Node::start(gpu.environment(&[]), &["--capacity", "64MiB"].map(str::to_owned)).unwrap()
+}
+
+/// The application. Waits for each answer, so there is nothing to sleep for.
+pub struct Application {
+    process: Child,
+    calls: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Application {
+    pub fn start(environment: Environment, variables: &[(&str, &str)]) -> Self {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_nvshare"))
+            .args(["internal", "calls"])
+            .envs(environment)
+            .envs(variables.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (calls, answers) = (process.stdin.take(), BufReader::new(process.stdout.take().unwrap()));
+        Self { process, calls, answers }
+    }
+
+    /// What its lines in the log begin with.
+    pub fn client(&self) -> String {
+        format!("nvshare[{}]", self.process.id())
+    }
+
+    /// With a context.
+    pub fn ready(node: &Node) -> Self {
+        let mut application = Self::start(node.environment(), &[]);
+        assert_eq!(application.call("init"), SUCCESS);
+        assert_eq!(application.call("create"), SUCCESS);
+        application
+    }
+
+    pub fn ask(&mut self, call: &str) -> (i32, String) {
+        writeln!(self.calls.as_ref().unwrap(), "{call}").unwrap();
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer).unwrap();
+        let (code, given) = answer.trim_end_matches('\n').split_once(' ').unwrap_or_else(|| {
+            // Killed first, if it lives: its log has no end before it has one.
+            let _ = self.process.kill();
+            let mut said = String::new();
+            let _ = self.process.stderr.take().unwrap().read_to_string(&mut said);
+            panic!("it ended at '{call}': {said}")
+        });
+        (code.parse().unwrap(), given.to_owned())
+    }
+
+    pub fn call(&mut self, call: &str) -> i32 {
+        self.ask(call).0
+    }
+
+    /// An allocation that must come off.
+    pub fn alloc(&mut self, bytes: u64) -> u64 {
+        let (code, address) = self.ask(&format!("alloc {bytes}"));
+        assert_eq!(code, SUCCESS);
+        address.parse().unwrap()
+    }
+
+    /// It still computes what it should.
+    pub fn works(&mut self) {
+        let address = self.alloc(4 * MIB);
+        assert_eq!(self.call(&format!("write {address} {} 7", 4 * MIB)), SUCCESS);
+        assert_eq!(self.ask(&format!("check {address} {} 7", 4 * MIB)), (SUCCESS, "right".into()));
+        assert_eq!(self.call(&format!("free {address}")), SUCCESS);
+    }
+
+    /// Lets it end, which it does by itself and well. What it has logged.
+    pub fn end(mut self) -> String {
+        drop(self.calls.take());
+        let mut said = String::new();
+        self.process.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let status = self.process.wait().unwrap();
+        assert!(status.success(), "{status}: {said}");
+        said
+    }
+
+    /// As [`end`](Self::end), and one line of the log names the process and all of these.
+    pub fn ends_having_said(self, parts: &[&str]) {
+        let client = self.client();
+        let said = self.end();
+        let all = |line: &str| line.contains(&client) && parts.iter().all(|part| line.contains(part));
+        assert!(said.lines().any(all), "no line with {client} and {parts:?}: {said}");
+    }
+}
+
+/// The application's own failures would be ours otherwise.
+impl Drop for Application {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
