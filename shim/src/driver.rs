@@ -307,7 +307,12 @@ driver! {
         }
     }
     optional {
-        plain {}
+        plain {
+            /// Gives back a module of the current context.
+            cuModuleUnload => module_unload(module: CUmodule);
+            /// Loads a function now that would be loaded by its first launch otherwise. CUDA 12.4.
+            cuFuncLoad => func_load(function: CUfunction);
+        }
         out {
             /// The UUID of a GPU, of a MIG slice where that is what we see. CUDA 11.4.
             cuDeviceGetUuid_v2 => device_uuid_v2(device: CUdevice) -> CUuuid;
@@ -315,6 +320,14 @@ driver! {
             cuDeviceGetUuid => device_uuid_v1(device: CUdevice) -> CUuuid;
         }
         by_hand {
+            cuModuleLoadData(*mut CUmodule, *const c_void);
+            cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+            cuLaunchKernel(
+                CUfunction, u32, u32, u32, u32, u32, u32, u32, CUstream, *mut *mut c_void, *mut *mut c_void
+            );
+            cuMemHostAlloc(*mut *mut c_void, usize, u32);
+            cuMemHostGetDevicePointer_v2(*mut CUdeviceptr, *mut c_void, u32);
+            cuMemFreeHost(*mut c_void);
             cuStreamGetCtx(CUstream, *mut CUcontext);
             cuGetProcAddress(*const c_char, *mut *mut c_void, i32, u64);
             cuGetProcAddress_v2(*const c_char, *mut *mut c_void, i32, u64, *mut CUdriverProcAddressQueryResult);
@@ -428,6 +441,72 @@ impl Driver {
     ) -> Result<(), CuResult> {
         // SAFETY: what the caller promises.
         unsafe { (self.cuMemcpyDtoHAsync_v2)(to.cast(), from, size, stream) }.ok()
+    }
+
+    /// Pinned host memory of the current context, as the host sees it and as the GPU does. Its content is unspecified.
+    pub fn mem_host_alloc(&self, size: usize) -> Result<(*mut u8, CUdeviceptr), CuResult> {
+        let alloc = self.cuMemHostAlloc.ok_or(CuResult::NOT_FOUND)?;
+        let device_pointer = self.cuMemHostGetDevicePointer_v2.ok_or(CuResult::NOT_FOUND)?;
+        let (mut host, mut device) = (std::ptr::null_mut(), 0);
+        // SAFETY: the pointer has room for what the driver writes.
+        unsafe { alloc(&mut host, size, CU_MEMHOSTALLOC_DEVICEMAP) }.ok()?;
+        // SAFETY: as above, and the memory was just made.
+        if let Err(error) = unsafe { device_pointer(&mut device, host, 0) }.ok() {
+            // SAFETY: nobody else knows of it.
+            let _ = unsafe { self.mem_free_host(host.cast()) };
+            return Err(error);
+        }
+        Ok((host.cast(), device))
+    }
+
+    /// Frees what [`Driver::mem_host_alloc`] gave.
+    ///
+    /// # Safety
+    ///
+    /// Neither the host nor work of the GPU uses it any more.
+    pub unsafe fn mem_free_host(&self, ptr: *mut u8) -> Result<(), CuResult> {
+        let free = self.cuMemFreeHost.ok_or(CuResult::NOT_FOUND)?;
+        // SAFETY: what the caller promises.
+        unsafe { free(ptr.cast()) }.ok()
+    }
+
+    /// Loads PTX text into the current context; the driver compiles it for the GPU.
+    pub fn module_load_ptx(&self, ptx: &CStr) -> Result<CUmodule, CuResult> {
+        let call = self.cuModuleLoadData.ok_or(CuResult::NOT_FOUND)?;
+        let mut module = CUmodule::NULL;
+        // SAFETY: the module has room for what the driver writes; the text ends in NUL and is only read during the call.
+        unsafe { call(&mut module, ptx.as_ptr().cast()) }.ok()?;
+        Ok(module)
+    }
+
+    /// A kernel of a module.
+    pub fn module_function(&self, module: CUmodule, name: &CStr) -> Result<CUfunction, CuResult> {
+        let call = self.cuModuleGetFunction.ok_or(CuResult::NOT_FOUND)?;
+        let mut function = CUfunction::NULL;
+        // SAFETY: the function has room for what the driver writes; the name is only read during the call.
+        unsafe { call(&mut function, module, name.as_ptr()) }.ok()?;
+        Ok(function)
+    }
+
+    /// Runs a kernel whose parameters are 64-bit numbers, on a grid and blocks of one dimension, in the order of a
+    /// stream.
+    ///
+    /// # Safety
+    ///
+    /// The kernel must have just these parameters, and what it is to read and write must be there until it is done.
+    pub unsafe fn launch<const N: usize>(
+        &self,
+        function: CUfunction,
+        blocks: u32,
+        threads: u32,
+        stream: CUstream,
+        mut parameters: [u64; N],
+    ) -> Result<(), CuResult> {
+        let call = self.cuLaunchKernel.ok_or(CuResult::NOT_FOUND)?;
+        let mut places = parameters.each_mut().map(|parameter| (&raw mut *parameter).cast::<c_void>());
+        let none = std::ptr::null_mut();
+        // SAFETY: the driver copies the parameters before it returns; the rest is what the caller promises.
+        unsafe { call(function, blocks, 1, 1, threads, 1, 1, 0, stream, places.as_mut_ptr(), none) }.ok()
     }
 
     /// Whether a stream is recording a graph.

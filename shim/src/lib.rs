@@ -11,6 +11,7 @@
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`swap`] | moving memory in a pipeline |
+//! | [`scan`] | finding the granules that hold nothing but zeros |
 //! | [`drain`] | waiting for submitted work |
 //! | [`hostpool`] | host memory for what is evicted |
 //! | [`abi`], [`driver`] | the CUDA driver |
@@ -28,6 +29,8 @@ mod hostpool;
 mod interpose;
 mod log;
 mod memory;
+#[cfg_attr(not(test), expect(dead_code, reason = "the swap engine is to ask it"))]
+mod scan;
 mod session;
 mod settings;
 mod swap;

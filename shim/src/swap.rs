@@ -60,7 +60,8 @@ fn lines(driver: &Driver) -> Result<(CUstream, Vec<CUevent>), SwapError> {
     Ok((stream, events))
 }
 
-fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
+/// Makes an error of what the driver said to `call`.
+pub fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
     move |result| SwapError::Driver { call, result }
 }
 

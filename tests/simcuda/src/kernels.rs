@@ -1,7 +1,8 @@
 //! The kernels that the simulated GPU knows, and running them.
 //!
 //! A module's image is PTX text. Nobody interprets it: the entry names are read, and those of the kernels below can be
-//! launched. `kernels.ptx`, beside this crate's manifest, has the same kernels for a real GPU.
+//! launched. `kernels.ptx`, beside this crate's manifest, has the same kernels for a real GPU, but for that in
+//! [`crate::zeros`], which is the shim's own.
 //!
 //! A kernel that touches memory takes `max(NVSHARE_SIM_KERNEL_NS, bytes / NVSHARE_SIM_DEVICE_BANDWIDTH)` of the
 //! compute engine, plus what its managed pages cost. The empty kernel takes nothing: in an idle stream it is complete
@@ -14,6 +15,7 @@ use crate::abi::{Error, In, Result};
 use crate::driver::{Device, driver};
 use crate::memory::access::Range;
 use crate::op::{compute, page_in};
+use crate::zeros;
 
 /// A kernel.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,10 +36,11 @@ enum Body {
     AddF32,
     ChecksumU64,
     NonzeroU64,
+    ZeroGranules,
 }
 
 /// All kernels.
-pub static KERNELS: [Kernel; 8] = [
+pub static KERNELS: [Kernel; 9] = [
     Kernel { name: "nvshare_null", parameters: &[], body: Body::Null },
     Kernel { name: "nvshare_spin", parameters: &[8], body: Body::Spin },
     Kernel { name: "nvshare_fill_u32", parameters: &[8, 8, 4], body: Body::FillU32 },
@@ -46,6 +49,7 @@ pub static KERNELS: [Kernel; 8] = [
     Kernel { name: "nvshare_add_f32", parameters: &[8, 8, 8, 8], body: Body::AddF32 },
     Kernel { name: "nvshare_checksum_u64", parameters: &[8, 8, 8], body: Body::ChecksumU64 },
     Kernel { name: "nvshare_nonzero_u64", parameters: &[8, 8, 8], body: Body::NonzeroU64 },
+    Kernel { name: "nvshare_zero_granules", parameters: &[8, 8], body: Body::ZeroGranules },
 ];
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -124,7 +128,7 @@ impl Launch {
         let [a, b, c, d] = self.arguments;
         let array = |address, element, write| Range { address, element, write };
         match self.kernel.body {
-            Body::Null | Body::Spin => (vec![], 0, None),
+            Body::Null | Body::Spin | Body::ZeroGranules => (vec![], 0, None),
             Body::FillU32 => (vec![array(a, 4, true)], b, None),
             Body::IotaU64 | Body::MixU64 => (vec![array(a, 8, true)], b, None),
             Body::AddF32 => (vec![array(a, 4, true), array(b, 4, false), array(c, 4, false)], d, None),
@@ -141,6 +145,7 @@ impl Launch {
                 compute(device, self.arguments[0], || ());
                 return Ok(());
             }
+            Body::ZeroGranules => return zeros::execute(device, self.arguments[0], self.arguments[1]),
             _ => driver.config.kernel_ns,
         };
         let (arrays, count, result) = self.memory();
@@ -174,7 +179,7 @@ impl Launch {
             for i in 0..n {
                 let index = first + i;
                 match self.kernel.body {
-                    Body::Null | Body::Spin => {}
+                    Body::Null | Body::Spin | Body::ZeroGranules => {}
                     Body::FillU32 => store(at[0], i, argument as u32),
                     Body::IotaU64 => store(at[0], i, argument.wrapping_add(index).wrapping_mul(GOLDEN)),
                     Body::MixU64 => {
@@ -222,7 +227,7 @@ mod tests {
 
     #[test]
     fn the_ptx_has_every_kernel() {
-        let ptx = include_str!("../kernels.ptx");
+        let ptx = concat!(include_str!("../kernels.ptx"), include_str!("../../../shim/src/scan.ptx"));
         let names = crate::module::entries(ptx);
         let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
         assert_eq!(names, known);

@@ -22,6 +22,7 @@
 //! | `stream`, `event`, `op` | queues, moments in them, and what they carry |
 //! | `graph` | capture and replay |
 //! | `module`, `kernels` | PTX images and the kernels that really compute |
+//! | `zeros` | nvshare's own kernel, which looks for memory that is all zero |
 
 mod abi;
 mod api;
@@ -36,3 +37,4 @@ mod module;
 mod op;
 mod stream;
 mod um;
+mod zeros;
