@@ -1,0 +1,241 @@
+"""The kernel by which the shim finds granules that are all zero (shim/src/scan.ptx), on this machine's GPU: whether it
+is right, and how fast it is. Speaks to the driver directly and needs nothing but Python; prints a line of JSON for
+each finding, and fails at the first wrong answer.
+
+Right: memory in chunks of 1 to 32 granules, in any order, has single bytes that are not zero: at each place where a
+16-byte load, a warp, a block or a granule begins or ends, and at random ones. The kernel's answer, on grids of several
+sizes, is compared with what a copy of the memory on the host says.
+
+Fast: the median of 9 runs over --gib GiB in chunks of 64 MiB, timed on the GPU: all zero, dense, and one byte in each
+hundredth granule."""
+
+import argparse
+import ctypes
+import json
+import pathlib
+import random
+import statistics
+import struct
+import sys
+import time
+
+GRANULE = 2 << 20
+SLOTS = 32
+ENTRY = struct.Struct("<QQ32s")
+PLACES = [0, 1, 15, 16, 511, 512, 4095, 4096, 8191, 12288, 16383, 16384, GRANULE // 2, GRANULE - 16384]
+PLACES += [GRANULE // 2 - 1, GRANULE - 16, GRANULE - 2, GRANULE - 1]
+DEVICEMAP = 2
+
+arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+arguments.add_argument("--gib", type=float, default=16, help="memory to be timed on")
+arguments.add_argument("--trials", type=int, default=40, help="random layouts to be compared")
+arguments.add_argument("--seed", type=int, default=1)
+arguments = arguments.parse_args()
+
+library = ctypes.CDLL("libcuda.so.1")
+u32, u64, size_t = ctypes.c_uint, ctypes.c_uint64, ctypes.c_size_t
+pointer = ctypes.c_void_p
+SIGNATURES = {
+    "cuInit": [u32],
+    "cuDriverGetVersion": [pointer],
+    "cuDeviceGetName": [pointer, ctypes.c_int, ctypes.c_int],
+    "cuDevicePrimaryCtxRetain": [pointer, ctypes.c_int],
+    "cuCtxSetCurrent": [pointer],
+    "cuModuleLoadData": [pointer, ctypes.c_char_p],
+    "cuModuleGetFunction": [pointer, pointer, ctypes.c_char_p],
+    "cuMemHostAlloc": [pointer, size_t, u32],
+    "cuMemHostGetDevicePointer_v2": [pointer, pointer, u32],
+    "cuMemAlloc_v2": [pointer, size_t],
+    "cuMemFree_v2": [u64],
+    "cuMemGetInfo_v2": [pointer, pointer],
+    "cuMemsetD8Async": [u64, ctypes.c_ubyte, size_t, pointer],
+    "cuMemcpyDtoH_v2": [pointer, u64, size_t],
+    "cuStreamCreate": [pointer, u32],
+    "cuEventCreate": [pointer, u32],
+    "cuEventRecord": [pointer, pointer],
+    "cuEventSynchronize": [pointer],
+    "cuEventElapsedTime": [pointer, pointer, pointer],
+    "cuLaunchKernel": [pointer] + [u32] * 7 + [pointer] * 3,
+}
+
+
+def call(name, *values):
+    function = getattr(library, name)
+    function.argtypes = SIGNATURES[name]
+    result = function(*values)
+    if result != 0:
+        sys.exit(f"{name} said {result}")
+
+
+def made(name, kind, *values):
+    """What a call gives through its first argument."""
+    result = kind()
+    call(name, ctypes.byref(result), *values)
+    return result
+
+
+def free_memory():
+    free, total = size_t(), size_t()
+    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value
+
+
+def say(**finding):
+    print(json.dumps(finding), flush=True)
+
+
+class Scanner:
+    """The same as in shim/src/scan.rs."""
+
+    def __init__(self, chunks):
+        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/scan.ptx"
+        self.module = made("cuModuleLoadData", pointer, ptx.read_bytes() + b"\0")
+        self.kernel = made("cuModuleGetFunction", pointer, self.module, b"nvshare_zero_granules")
+        self.host = made("cuMemHostAlloc", pointer, chunks * ENTRY.size, DEVICEMAP)
+        self.device = made("cuMemHostGetDevicePointer_v2", u64, self.host, 0)
+        self.table = (ctypes.c_ubyte * (chunks * ENTRY.size)).from_address(self.host.value)
+        self.stream = made("cuStreamCreate", pointer, 1)
+        self.began, self.ended = made("cuEventCreate", pointer, 0), made("cuEventCreate", pointer, 0)
+
+    def fill(self, address, value, size):
+        """In the order of the scans."""
+        call("cuMemsetD8Async", address, value, size, self.stream)
+
+    def scan(self, chunks, blocks=None):
+        """The bits of granules in use for each chunk, and the seconds that the GPU and the whole of it took."""
+        slots = SLOTS * len(chunks)
+        asked = time.monotonic()
+        for index, (address, size) in enumerate(chunks):
+            ENTRY.pack_into(self.table, index * ENTRY.size, address, size // GRANULE, bytes(32))
+        called = time.monotonic()
+        table, number = u64(self.device.value), u64(slots)
+        parameters = (pointer * 2)(ctypes.addressof(table), ctypes.addressof(number))
+        call("cuEventRecord", self.began, self.stream)
+        call("cuLaunchKernel", self.kernel, blocks or slots, 1, 1, 256, 1, 1, 0, self.stream, parameters, None)
+        call("cuEventRecord", self.ended, self.stream)
+        call("cuEventSynchronize", self.ended)
+        answered = time.monotonic()
+        milliseconds = made_time(self.began, self.ended)
+        bits = []
+        for index, chunk in enumerate(chunks):
+            address, granules, zero = ENTRY.unpack_from(self.table, index * ENTRY.size)
+            if (address, granules) != (chunk[0], chunk[1] // GRANULE) or any(zero[granules:]):
+                sys.exit(f"chunk {index}: the kernel wrote where it has no business: {address:x} {granules} {zero}")
+            bits.append(sum(1 << i for i in range(granules) if zero[i] != 1))
+        return bits, milliseconds / 1e3, answered - called, called - asked
+
+
+def made_time(began, ended):
+    milliseconds = ctypes.c_float()
+    call("cuEventElapsedTime", ctypes.byref(milliseconds), began, ended)
+    return milliseconds.value
+
+
+def allocate(size):
+    """Memory that begins at a granule."""
+    address = made("cuMemAlloc_v2", u64, size + GRANULE).value
+    return address, -(-address // GRANULE) * GRANULE
+
+
+def truth(chunks):
+    """What a copy on the host says."""
+    zero, granule, bits = bytes(GRANULE), ctypes.create_string_buffer(GRANULE), []
+    for address, size in chunks:
+        found = 0
+        for index in range(size // GRANULE):
+            call("cuMemcpyDtoH_v2", granule, address + index * GRANULE, GRANULE)
+            found |= (granule.raw != zero) << index
+        bits.append(found)
+    return bits
+
+
+def partition(dice, base, granules):
+    chunks = []
+    while granules > 0:
+        size = min(granules, dice.choice([1, 2, 3, 7, 31, 32, dice.randint(1, 32)]))
+        chunks.append((base, size * GRANULE))
+        base, granules = base + size * GRANULE, granules - size
+    dice.shuffle(chunks)
+    return chunks
+
+
+def compare(scanner, chunks, blocks, where):
+    answer, expected = scanner.scan(chunks, blocks)[0], truth(chunks)
+    for (address, size), said, is_so in zip(chunks, answer, expected):
+        if said != is_so:
+            chunk = f"chunk of {size // GRANULE} granules at {address:x}"
+            sys.exit(f"{where}, {blocks} blocks: {chunk}: {said:032b} is {is_so:032b}")
+    return sum(bits.bit_count() for bits in expected)
+
+
+def check(scanner, granules):
+    dice = random.Random(arguments.seed)
+    given, base = allocate(granules * GRANULE)
+    whole = [(base, SLOTS * GRANULE)]
+    for place in PLACES:
+        for granule in (0, 13, SLOTS - 1):
+            scanner.fill(base, 0, SLOTS * GRANULE)
+            scanner.fill(base + granule * GRANULE + place, 0x80, 1)
+            bits = scanner.scan(whole)[0]
+            if bits != [1 << granule]:
+                sys.exit(f"byte {place} of granule {granule}: {bits[0]:032b}")
+    in_use = 0
+    for trial in range(arguments.trials):
+        scanner.fill(base, 0, granules * GRANULE)
+        for _ in range(dice.choice([0, 1, granules // 8, granules // 2])):
+            place = dice.choice([dice.randrange(GRANULE), dice.randrange(GRANULE) | 1, dice.choice(PLACES)])
+            address = base + dice.randrange(granules) * GRANULE + place
+            scanner.fill(address, dice.randint(1, 255), 1)
+        chunks = partition(dice, base, granules)
+        in_use += compare(scanner, chunks, dice.choice([None, 1, 7, 132, 4096]), f"trial {trial}")
+    call("cuMemFree_v2", given)
+    say(check="answers", granules=granules * arguments.trials, in_use=in_use, places=len(PLACES), right=True)
+
+
+def measure(scanner, chunk_count):
+    chunk = SLOTS * GRANULE
+    size = chunk_count * chunk
+    given, base = allocate(size)
+    chunks = [(base + index * chunk, chunk) for index in range(chunk_count)]
+    granules = chunk_count * SLOTS
+    dice = random.Random(arguments.seed)
+    sparse = set(dice.sample(range(granules), max(1, granules // 100)))
+
+    def timed(name, expected):
+        runs = []
+        for _ in range(10):
+            bits, on_gpu, waited, written = scanner.scan(chunks)
+            found = {32 * index + i for index, bits in enumerate(bits) for i in range(SLOTS) if bits >> i & 1}
+            if found != expected:
+                sys.exit(f"{name}: {len(found ^ expected)} granules are wrong")
+            runs.append((on_gpu, waited, written))
+        on_gpu, waited, written = (statistics.median(run[i] for run in runs[1:]) for i in range(3))
+        say(
+            measure=name, gib=size / 2**30, in_use=len(expected), gpu_ms=on_gpu * 1e3, wait_ms=waited * 1e3,
+            gib_per_s=size / 2**30 / on_gpu, table_ms=written * 1e3,
+        )
+
+    scanner.fill(base, 0, size)
+    timed("zero", set())
+    for granule in sparse:
+        scanner.fill(base + granule * GRANULE + dice.randrange(GRANULE), dice.randint(1, 255), 1)
+    timed("one byte in each hundredth granule", sparse)
+    scanner.fill(base, 1, size)
+    timed("dense", set(range(granules)))
+    call("cuMemFree_v2", given)
+
+
+call("cuInit", 0)
+context = made("cuDevicePrimaryCtxRetain", pointer, 0)
+call("cuCtxSetCurrent", context)
+name = ctypes.create_string_buffer(100)
+call("cuDeviceGetName", name, 100, 0)
+chunk_count = max(1, int(arguments.gib * 2**30) // (SLOTS * GRANULE))
+free, began = free_memory(), time.monotonic()
+scanner = Scanner(max(chunk_count, 256))
+say(
+    gpu=name.value.decode(), driver=made("cuDriverGetVersion", ctypes.c_int).value,
+    load_ms=(time.monotonic() - began) * 1e3, gpu_bytes_taken=free - free_memory(),
+)
+check(scanner, 256 if arguments.gib >= 1 else 2 * SLOTS)
+measure(scanner, chunk_count)
