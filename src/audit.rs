@@ -118,6 +118,7 @@ impl Page {
             &own.fill_ns,
             &own.evict_ns,
             &own.run_ns,
+            &own.unmovable,
         ];
         for word in words {
             word.store(0, Ordering::Relaxed);

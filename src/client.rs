@@ -173,9 +173,30 @@ impl<P: Deref<Target = Page>> Books<P> {
         word.store(change(word.load(Ordering::Relaxed)), Ordering::Release);
     }
 
-    /// The most granules that this client's allocations can have: the pool less all contexts.
+    /// The most granules that this client's allocations can have: the pool less all contexts, and less what
+    /// other clients cannot move.
     pub fn usable(&self) -> Granules {
-        crate::snapshot::Snapshot::take(&self.page, SlotSet::EMPTY).usable()
+        let snapshot = crate::snapshot::Snapshot::take(&self.page, SlotSet::EMPTY);
+        snapshot.usable() + snapshot.view(self.slot).unmovable
+    }
+
+    /// Says that `amount` of the granules that it holds cannot move any more, and decides anew.
+    pub fn fix(&self, amount: Granules) {
+        self.change_unmovable(|unmovable| unmovable.saturating_add(u64::from(amount)));
+    }
+
+    /// Takes [`Books::fix`] back, before the granules are given back.
+    pub fn unfix(&self, amount: Granules) {
+        self.change_unmovable(|unmovable| unmovable.saturating_sub(u64::from(amount)));
+    }
+
+    fn change_unmovable(&self, change: impl Fn(u64) -> u64) {
+        {
+            let _author = self.author();
+            let word = &self.page.slot(self.slot).own.unmovable;
+            word.store(change(word.load(Ordering::Relaxed)), Ordering::Release);
+        }
+        self.page.decide();
     }
 
     /// Counts a copy, and takes it into the link's measured bandwidth.
@@ -421,6 +442,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let all = self.books.resident();
         self.books.give(all);
         self.books.change_demand(|_| 0);
+        self.books.change_unmovable(|_| 0);
         self.enter(Phase::Leaving);
         self.page().decide();
     }

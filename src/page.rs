@@ -22,7 +22,7 @@ const FASTEST: u64 = 1 << 44;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Clients that one GPU can have at a time. The lock word has a bit for each.
 pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
@@ -263,7 +263,10 @@ pub struct OwnWords {
     pub(crate) evict_ns: AtomicU64,
     /// Time spent running, ns.
     pub(crate) run_ns: AtomicU64,
-    _to_the_next_line: Padding<24>,
+    /// Granules of its resident ones that cannot be evicted: memory that other processes map too, or that
+    /// only the driver can place.
+    pub(crate) unmovable: AtomicU64,
+    _to_the_next_line: Padding<16>,
 }
 
 /// The whole page.
@@ -526,6 +529,7 @@ impl Page {
                 fill_ns: word(),
                 evict_ns: word(),
                 run_ns: word(),
+                unmovable: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line(AtomicU64::new(Account::default().into()), Padding::new()),
@@ -581,7 +585,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Whoever changes these numbers changes LAYOUT_VERSION too.
-        assert_eq!(LAYOUT_VERSION, 1);
+        assert_eq!(LAYOUT_VERSION, 2);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 512, 640 + 48 * 512));
         assert_eq!(offset_of!(Header, free), 256);
     }
@@ -592,7 +596,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 1"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 2"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }

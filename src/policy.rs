@@ -6,6 +6,7 @@
 //!   those whose slice is over. Whoever does not fit beside the ones before is passed over, and a
 //!   smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first
 //!   waiter, and such a slice is protected from everybody but that one ([`Rank`]).
+//! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //!
 //! **Bound on a wait** (L1). With n clients, a waiter has at most n - 1 tickets before it. Each of
@@ -66,7 +67,7 @@ fn queue(snapshot: &Snapshot, now: Nanos) -> impl Iterator<Item = (SlotIndex, Gr
     let mut order: Vec<_> = snapshot
         .clients()
         .filter(|(_, view)| view.phase.wants_gpu())
-        .map(|(slot, view)| (rank(snapshot, slot, first, now), view.ticket, slot, view.demand))
+        .map(|(slot, view)| (rank(snapshot, slot, first, now), view.ticket, slot, view.movable()))
         .collect();
     order.sort_unstable();
     order.into_iter().map(|(_, _, slot, demand)| (slot, demand))
@@ -158,12 +159,12 @@ fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
     let mut order: Vec<(SlotIndex, &SlotView)> = snapshot
         .clients()
         .filter(|(slot, view)| {
-            view.resident > 0 && !(snapshot.admitted.contains(*slot) && view.phase.wants_gpu())
+            view.evictable() > 0 && !(snapshot.admitted.contains(*slot) && view.phase.wants_gpu())
         })
         .collect();
     order.sort_unstable_by_key(|(slot, view)| (std::cmp::Reverse(view.last_ran), *slot));
     order.into_iter().map(move |(slot, view)| {
-        let share = view.resident.min(lacking);
+        let share = view.evictable().min(lacking);
         lacking -= share;
         (slot, share)
     })

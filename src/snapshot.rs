@@ -21,6 +21,8 @@ pub struct SlotView {
     pub resident: Granules,
     /// Granules of its context.
     pub pinned: Granules,
+    /// Granules of the resident ones that stay where they are whoever runs.
+    pub unmovable: Granules,
     /// Its place in the queue.
     pub ticket: u64,
     /// When its slice began, ns; 0 before it runs.
@@ -33,6 +35,16 @@ impl SlotView {
     /// Granules that it must bring in before it can run.
     pub fn missing(&self) -> Granules {
         self.demand.saturating_sub(self.resident)
+    }
+
+    /// Granules that it needs when it runs and not when it doesn't.
+    pub fn movable(&self) -> Granules {
+        self.demand.saturating_sub(self.unmovable)
+    }
+
+    /// Granules that it can make room with.
+    pub fn evictable(&self) -> Granules {
+        self.resident.saturating_sub(self.unmovable)
     }
 }
 
@@ -87,9 +99,10 @@ impl Snapshot {
         &self.slots[slot.get()]
     }
 
-    /// Granules that clients' allocations can have: the pool less the contexts.
+    /// Granules that take turns: the pool less the contexts, and less what cannot move.
     pub fn usable(&self) -> Granules {
-        let pinned: u64 = self.clients().map(|(_, view)| u64::from(view.pinned)).sum();
+        let pinned: u64 =
+            self.clients().map(|(_, view)| u64::from(view.pinned) + u64::from(view.unmovable)).sum();
         u64::from(self.capacity).saturating_sub(pinned) as Granules
     }
 }
@@ -103,11 +116,14 @@ impl Page {
     pub fn view(&self, slot: SlotIndex) -> SlotView {
         let row = self.slot(slot);
         let own = &row.own;
+        let resident = self.account(slot).resident;
         SlotView {
             phase: Phase::parse(own.phase.load(Ordering::Acquire)),
             demand: granules(own.demand.load(Ordering::Relaxed)),
-            resident: self.account(slot).resident,
+            resident,
             pinned: granules(row.pinned.load(Ordering::Relaxed)),
+            // Only what is there can stay there: a page that claims more gains nothing.
+            unmovable: granules(own.unmovable.load(Ordering::Relaxed)).min(resident),
             ticket: own.ticket.load(Ordering::Relaxed),
             slice_start: own.slice_start.load(Ordering::Relaxed),
             last_ran: own.last_ran.load(Ordering::Relaxed),

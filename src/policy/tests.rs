@@ -75,6 +75,25 @@ fn contexts_count() {
 }
 
 #[test]
+fn what_cannot_move_counts_whoever_runs_and_nobody_evicts_it() {
+    let clients = [(Phase::Running, 6, 6, 1), (Phase::Waiting, 6, 0, 2)];
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    snapshot.slots[0].unmovable = 2;
+    let end = snapshot.slots[0].slice_start + 100 * MILLISECOND;
+    assert_eq!(admit(&snapshot, end), set(&[1]), "6 and the 2 that stay are 8 of 10");
+    // The first one has given way, and the second one lacks 2 of its 6.
+    snapshot.slots[0].phase = Phase::Idle;
+    snapshot.admitted = set(&[1]);
+    assert_eq!(evict_share(&snapshot, slot(0)), 2);
+    snapshot.slots[0].unmovable = 5;
+    assert_eq!(evict_share(&snapshot, slot(0)), 1, "all that can move");
+    snapshot.slots[0].phase = Phase::Waiting;
+    snapshot.slots[0].unmovable = 4;
+    snapshot.slots[1].demand = 4;
+    assert_eq!(admit(&snapshot, end), set(&[0, 1]), "what stays is not counted twice");
+}
+
+#[test]
 fn whoever_ran_last_evicts_first() {
     let mut snapshot =
         snapshot(10, &[(Phase::Waiting, 8, 0, 1), (Phase::Idle, 4, 4, 2), (Phase::Waiting, 5, 5, 3)], &[0]);
@@ -111,17 +130,17 @@ fn any_phase() -> impl Strategy<Value = Phase> {
 prop_compose! {
     /// A page that honest clients could have made: residents fit, and the counter is what is left.
     fn honest()(capacity in 1..1000u32,
-                clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), 0..1000u64, any::<u64>()), 0..SLOTS),
+                clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), 0..1000u64, any::<u64>(), 0..4u32), 0..SLOTS),
                 admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
         let mut snapshot = snapshot(capacity, &[], &[]);
         let mut free = capacity as i32;
-        for (index, (phase, demand, resident, pinned, ticket, slice_start, last_ran)) in clients.into_iter().enumerate() {
+        for (index, (phase, demand, resident, pinned, ticket, slice_start, last_ran, stays)) in clients.into_iter().enumerate() {
             let pinned = pinned.min(free as u32 / 4);
             free -= pinned as i32;
             let resident = resident.min(demand).min(free as u32);
             free -= resident as i32;
             snapshot.occupied = snapshot.occupied.with(slot(index));
-            snapshot.slots[index] = SlotView { phase, demand, resident, pinned, ticket, slice_start, last_ran };
+            snapshot.slots[index] = SlotView { phase, demand, resident, pinned, unmovable: resident * stays / 4, ticket, slice_start, last_ran };
         }
         snapshot.free = free;
         snapshot.admitted = SlotSet::from_bits(admitted & snapshot.occupied.bits());
@@ -137,9 +156,9 @@ proptest! {
     #[test]
     fn whom_it_admits_fits_or_is_alone(snapshot in honest(), now: u64) {
         let chosen = admit(&snapshot, now);
-        let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).demand).sum();
+        let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).movable()).sum();
         // A client without memory runs beside anybody.
-        let with_memory = chosen.iter().filter(|slot| snapshot.view(*slot).demand > 0).count();
+        let with_memory = chosen.iter().filter(|slot| snapshot.view(*slot).movable() > 0).count();
         prop_assert!(total <= snapshot.usable() || with_memory == 1);
         prop_assert!(chosen.iter().all(|slot| snapshot.occupied.contains(slot) && snapshot.view(slot).phase.wants_gpu()));
     }
@@ -148,10 +167,10 @@ proptest! {
     #[test]
     fn nobody_waits_beside_room(snapshot in honest(), now: u64) {
         let chosen = admit(&snapshot, now);
-        let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).demand).sum();
+        let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).movable()).sum();
         for (slot, view) in snapshot.clients() {
             if view.phase.wants_gpu() && !chosen.contains(slot) {
-                prop_assert!(total + view.demand > snapshot.usable());
+                prop_assert!(total + view.movable() > snapshot.usable());
             }
         }
     }
@@ -175,7 +194,7 @@ proptest! {
     #[test]
     fn it_never_switches_when_all_fit(snapshot in honest(), now: u64) {
         let wanting: Vec<_> = snapshot.clients().filter(|(_, view)| view.phase.wants_gpu()).collect();
-        if wanting.iter().map(|(_, view)| view.demand).sum::<u32>() <= snapshot.usable() {
+        if wanting.iter().map(|(_, view)| view.movable()).sum::<u32>() <= snapshot.usable() {
             prop_assert_eq!(admit(&snapshot, now), wanting.iter().map(|(slot, _)| *slot).collect());
         }
     }
@@ -185,12 +204,12 @@ proptest! {
     fn the_shares_cover_what_is_lacking(snapshot in honest(), now: u64) {
         let mut snapshot = snapshot;
         snapshot.admitted = admit(&snapshot, now);
-        let total: u32 = snapshot.admitted.iter().map(|slot| snapshot.view(slot).demand).sum();
+        let total: u32 = snapshot.admitted.iter().map(|slot| snapshot.view(slot).movable()).sum();
         prop_assume!(total <= snapshot.usable());
         let given: u32 = snapshot.clients().map(|(slot, _)| evict_share(&snapshot, slot)).sum();
         prop_assert_eq!(given, lacking(&snapshot));
         for (slot, view) in snapshot.clients() {
-            prop_assert!(evict_share(&snapshot, slot) <= view.resident);
+            prop_assert!(evict_share(&snapshot, slot) <= view.evictable());
         }
     }
 

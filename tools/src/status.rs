@@ -87,6 +87,8 @@ pub struct Client {
     pub resident_bytes: u64,
     /// Bytes of its context.
     pub pinned_bytes: u64,
+    /// Bytes of the resident ones that cannot be evicted.
+    pub unmovable_bytes: u64,
     /// How long it has been waiting, ns; null if it does not wait.
     pub waiting_ns: Option<u64>,
     /// How long its slice lasts yet, ns; null if nobody waits for its end.
@@ -178,6 +180,7 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
         demand_bytes: bytes(details.view.demand),
         resident_bytes: bytes(details.view.resident),
         pinned_bytes: bytes(details.view.pinned),
+        unmovable_bytes: bytes(details.view.unmovable),
         waiting_ns: waiting,
         slice_left_ns: policy::slice_end(snapshot, slot)
             .filter(|_| snapshot.admitted.contains(slot))
@@ -237,7 +240,7 @@ fn print(gpu: &Gpu) {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
     table.set_header([
-        "slot", "pid", "name", "phase", "needs", "on GPU", "context", "since", "slices", "in", "out",
+        "slot", "pid", "name", "phase", "needs", "on GPU", "fixed", "context", "since", "slices", "in", "out",
     ]);
     for client in &gpu.clients {
         let since = match (client.waiting_ns, client.slice_left_ns) {
@@ -252,6 +255,7 @@ fn print(gpu: &Gpu) {
             client.phase.clone(),
             format_size(client.demand_bytes),
             format_size(client.resident_bytes),
+            format_size(client.unmovable_bytes),
             format_size(client.pinned_bytes),
             since,
             client.slices.to_string(),
