@@ -9,7 +9,6 @@
 // A constant's neighbours are stated with it, used or not.
 #![allow(dead_code)]
 
-use std::ffi::c_void;
 use std::fmt;
 
 /// What a driver call returned (`CUresult`).
@@ -219,6 +218,8 @@ handles! {
     CUmodule;
     /// A kernel of a module.
     CUfunction;
+    /// An array, mipmapped or not: memory that only the driver can place.
+    CUarray;
 }
 
 impl CUstream {
@@ -291,6 +292,11 @@ impl CUmemLocation {
 /// `CU_MEM_ALLOCATION_TYPE_PINNED`: memory that stays where it was made.
 pub const CU_MEM_ALLOCATION_TYPE_PINNED: u32 = 1;
 
+/// Memory that can be handed to another process as a file descriptor.
+pub const CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR: u32 = 1;
+/// Whether the GPU has such memory.
+pub const CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: i32 = 103;
+
 /// `CUmemAllocationProp`: what `cuMemCreate` should make.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -302,7 +308,7 @@ pub struct CUmemAllocationProp {
     /// Where it should be.
     pub location: CUmemLocation,
     /// Windows only.
-    pub win32_handle_meta_data: *mut c_void,
+    pub win32_handle_meta_data: usize,
     /// Compression, RDMA and usage.
     pub alloc_flags: CUmemAllocFlags,
 }
@@ -321,6 +327,45 @@ pub struct CUmemAllocFlags {
     pub reserved: [u8; 4],
 }
 
+impl CUmemAllocFlags {
+    /// Whether nothing in particular is asked for.
+    pub fn is_plain(&self) -> bool {
+        (self.compression_type, self.gpu_direct_rdma_capable, self.usage) == (0, 0, 0)
+    }
+}
+
+/// `CUDA_ARRAY_DESCRIPTOR`: a two-dimensional array.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct CUDA_ARRAY_DESCRIPTOR {
+    /// Elements in a row.
+    pub width: usize,
+    /// Rows; 0 in an array of one dimension.
+    pub height: usize,
+    /// `CUarray_format`.
+    pub format: u32,
+    /// Channels of an element.
+    pub channels: u32,
+}
+
+/// `CUDA_ARRAY3D_DESCRIPTOR`: an array of up to three dimensions.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct CUDA_ARRAY3D_DESCRIPTOR {
+    /// Elements in a row.
+    pub width: usize,
+    /// Rows; 0 in an array of one dimension.
+    pub height: usize,
+    /// Slices or layers; 0 in an array of two dimensions.
+    pub depth: usize,
+    /// `CUarray_format`.
+    pub format: u32,
+    /// Channels of an element.
+    pub channels: u32,
+    /// `CUDA_ARRAY3D_*`.
+    pub flags: u32,
+}
+
 impl CUmemAllocationProp {
     /// Plain memory at `location`.
     pub const fn pinned(location: CUmemLocation) -> CUmemAllocationProp {
@@ -328,7 +373,7 @@ impl CUmemAllocationProp {
             kind: CU_MEM_ALLOCATION_TYPE_PINNED,
             requested_handle_types: 0,
             location,
-            win32_handle_meta_data: std::ptr::null_mut(),
+            win32_handle_meta_data: 0,
             alloc_flags: CUmemAllocFlags {
                 compression_type: 0,
                 gpu_direct_rdma_capable: 0,
@@ -486,6 +531,7 @@ pub const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: i32 = 16;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ffi::c_void;
     use std::mem::{align_of, offset_of, size_of};
 
     #[test]

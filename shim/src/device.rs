@@ -4,12 +4,12 @@ use crate::abi::*;
 use crate::drain::Streams;
 use crate::driver::Driver;
 use crate::hostpool::{HostPool, PinError, Pinner};
-use crate::memory::{Allocation, Backing, CHUNK, Freed, Memory, Region, SMALL};
+use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Memory, Place, Region, SMALL};
 use crate::session;
 use crate::swap::SwapError;
 use nvshare::Books;
 use nvshare::map::MappedPage;
-use nvshare::units::{GRANULE, GpuUuid, bytes_of, format_size, granules_for};
+use nvshare::units::{GRANULE, GpuUuid, Granules, MAX_GRANULES, bytes_of, format_size, granules_for};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
@@ -28,6 +28,12 @@ pub struct Shared {
     /// The streams that may have work.
     pub streams: Streams,
     memory: Mutex<Memory>,
+    /// Memory moves no more.
+    settled: Condvar,
+    /// Other processes may be given our memory to map.
+    pub exportable: bool,
+    /// More memory than there is may be allocated, and lies in host memory then.
+    oversubscribe: bool,
     pinner: Arc<DriverPinner>,
     home: Mutex<Home>,
     moved: Condvar,
@@ -88,8 +94,13 @@ impl Shared {
         books: Books<MappedPage>,
         host: HostPool,
         pinner: Arc<DriverPinner>,
+        oversubscribe: bool,
     ) -> Self {
+        let attribute = CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
         Self {
+            exportable: driver.device_attribute(attribute, device) == Ok(1),
+            oversubscribe,
+            settled: Condvar::new(),
             driver,
             device,
             gpu,
@@ -109,57 +120,121 @@ impl Shared {
         self.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// The map, in a moment when no memory moves.
+    pub fn memory_at_rest(&self) -> MutexGuard<'_, Memory> {
+        let at_rest = self.settled.wait_while(self.memory(), |memory| memory.moving);
+        at_rest.unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Memory begins to move, or has come to rest.
+    pub fn set_moving(&self, moving: bool) {
+        self.memory().moving = moving;
+        if !moving {
+            self.settled.notify_all();
+        }
+    }
+
     /// Wakes the engine: something that it looks at has changed.
     pub fn knock(&self) {
         self.books.page().ring(self.books.slot());
     }
 
-    /// Makes a chunk of GPU memory, or of host memory that the GPU can use, at its address.
+    /// What a chunk is made as.
+    fn prop(&self, place: &Place, overflow: bool) -> CUmemAllocationProp {
+        if overflow {
+            let node =
+                self.driver.device_attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, self.device).unwrap_or(0);
+            return CUmemAllocationProp::pinned(CUmemLocation::host_numa(node.max(0)));
+        }
+        place.prop.unwrap_or_else(|| {
+            let mut prop = CUmemAllocationProp::pinned(CUmemLocation::device(self.device));
+            if self.exportable {
+                // Costs nothing (docs/decisions/0007), and cuIpcGetMemHandle may come at any time.
+                prop.requested_handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+            }
+            prop
+        })
+    }
+
+    /// Makes a chunk of GPU memory, or of host memory that the GPU can use, and maps it at its places.
     ///
     /// # Errors
     /// The driver's; nothing is left behind.
-    pub fn map(
-        &self,
-        address: CUdeviceptr,
-        size: u64,
-        overflow: bool,
-    ) -> Result<CUmemGenericAllocationHandle, SwapError> {
-        let said = |call| move |result| SwapError::Driver { call, result };
-        let location = if overflow {
-            let node =
-                self.driver.device_attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, self.device).unwrap_or(0);
-            CUmemLocation::host_numa(node.max(0))
-        } else {
-            CUmemLocation::device(self.device)
-        };
-        let bytes = size as usize;
-        let handle = self
-            .driver
-            .mem_create(bytes, &CUmemAllocationProp::pinned(location))
-            .map_err(said("cuMemCreate"))?;
-        let mapped =
-            self.driver.mem_map(address, bytes, 0, handle, 0).map_err(said("cuMemMap")).and_then(|()| {
-                let access = [CUmemAccessDesc::read_write(self.device)];
-                self.driver.mem_set_access(address, bytes, &access).map_err(|result| {
-                    let _ = self.driver.mem_unmap(address, bytes);
-                    SwapError::Driver { call: "cuMemSetAccess", result }
-                })
-            });
-        if let Err(error) = mapped {
+    pub fn map(&self, place: &Place, overflow: bool) -> Result<CUmemGenericAllocationHandle, SwapError> {
+        let created = self.driver.mem_create(place.size as usize, &self.prop(place, overflow));
+        let handle = created.map_err(|result| SwapError::Driver { call: "cuMemCreate", result })?;
+        if let Err(error) = self.map_at(place, handle) {
             let _ = self.driver.mem_release(handle);
             return Err(error);
         }
         Ok(handle)
     }
 
+    /// Maps physical memory at a chunk's places.
+    ///
+    /// # Errors
+    /// The driver's; nothing is mapped then.
+    pub fn map_at(&self, place: &Place, handle: CUmemGenericAllocationHandle) -> Result<(), SwapError> {
+        let home = (place.address, vec![CUmemAccessDesc::read_write(self.device)]);
+        let mut mapped: Vec<CUdeviceptr> = Vec::new();
+        for (address, access) in std::iter::once(&home).chain(&place.views) {
+            let done = self.map_one(*address, place.size, handle, access);
+            if let Err(error) = done {
+                for address in mapped {
+                    let _ = self.driver.mem_unmap(address, place.size as usize);
+                }
+                return Err(error);
+            }
+            mapped.push(*address);
+        }
+        Ok(())
+    }
+
+    /// Maps physical memory at one address.
+    ///
+    /// # Errors
+    /// The driver's; nothing is mapped then.
+    pub fn map_one(
+        &self,
+        address: CUdeviceptr,
+        size: u64,
+        handle: CUmemGenericAllocationHandle,
+        access: &[CUmemAccessDesc],
+    ) -> Result<(), SwapError> {
+        let (size, said) = (size as usize, |call| move |result| SwapError::Driver { call, result });
+        self.driver.mem_map(address, size, 0, handle, 0).map_err(said("cuMemMap"))?;
+        if access.is_empty() {
+            return Ok(());
+        }
+        self.driver.mem_set_access(address, size, access).map_err(|result| {
+            let _ = self.driver.mem_unmap(address, size);
+            SwapError::Driver { call: "cuMemSetAccess", result }
+        })
+    }
+
+    /// Unmaps a chunk at all its places.
+    pub fn unmap(&self, place: &Place) {
+        for address in std::iter::once(place.address).chain(place.views.iter().map(|(address, _)| *address)) {
+            self.report(place, self.driver.mem_unmap(address, place.size as usize));
+        }
+    }
+
     /// Unmaps and releases a chunk's memory.
-    pub fn release(&self, address: CUdeviceptr, size: u64, handle: CUmemGenericAllocationHandle) {
-        let unmapped = self.driver.mem_unmap(address, size as usize);
-        let released = self.driver.mem_release(handle);
-        if let Err(result) = unmapped.and(released)
+    pub fn release(&self, place: &Place, handle: CUmemGenericAllocationHandle) {
+        self.unmap(place);
+        self.report(place, self.driver.mem_release(handle));
+    }
+
+    fn report(&self, place: &Place, released: Result<(), CuResult>) {
+        if let Err(result) = released
             && result != CuResult::DEINITIALIZED
         {
-            tracing::error!(gpu = %self.gpu, "{} at {address:#x} could not be released: {result}", format_size(size));
+            tracing::error!(
+                gpu = %self.gpu,
+                "{} at {:#x} could not be released: {result}",
+                format_size(place.size),
+                place.address
+            );
         }
     }
 
@@ -176,7 +251,7 @@ impl Shared {
         if bytes > SMALL {
             let base = self.reserve(bytes)?;
             memory.add_whole(base, whole_granules(bytes), bytes, context);
-            self.populate(&mut memory, base);
+            self.populate(&mut memory, base)?;
             return Ok(base);
         }
         if let Some(base) = memory.take_small(bytes, context) {
@@ -184,33 +259,50 @@ impl Shared {
         }
         let slab = self.reserve(GRANULE)?;
         memory.add_slab(slab, context);
-        self.populate(&mut memory, slab);
+        self.populate(&mut memory, slab)?;
         Ok(memory.take_small(bytes, context).expect("a new slab has room for a small allocation"))
     }
 
+    /// The most granules that this client's allocations may come to. As if it had the GPU to itself: what
+    /// other clients' contexts take of it meanwhile is made up for in host memory.
+    fn limit(&self) -> Granules {
+        if self.oversubscribe {
+            return MAX_GRANULES;
+        }
+        let page = self.books.page();
+        page.capacity().saturating_sub(page.view(self.books.slot()).pinned)
+    }
+
+    /// Says in the log why an allocation is refused.
+    pub fn refuse(&self, bytes: u64, why: &str) -> CuResult {
+        tracing::warn!(
+            gpu = %self.gpu,
+            "an allocation of {} is refused: this process has {}, and {why}",
+            format_size(bytes),
+            format_size(bytes_of(self.books.demand()))
+        );
+        CuResult::OUT_OF_MEMORY
+    }
+
     /// Addresses for `bytes`, if the GPU and the host can ever hold them.
-    fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
-        let refuse = |why: String| {
-            tracing::warn!(
-                gpu = %self.gpu,
-                "an allocation of {} is refused: this process has {}, and {why}",
-                format_size(bytes),
-                format_size(bytes_of(self.books.demand()))
-            );
-            CuResult::OUT_OF_MEMORY
-        };
-        let usable = self.books.usable();
-        let left = bytes_of(usable.saturating_sub(self.books.demand()));
-        if bytes > left {
-            let contexts = self.books.page().capacity().saturating_sub(usable);
-            return Err(refuse(format!(
-                "the pool has {} of which contexts take {}",
-                format_size(bytes_of(self.books.page().capacity())),
-                format_size(bytes_of(contexts))
-            )));
+    ///
+    /// # Errors
+    /// OUT_OF_MEMORY, said in the log; or the driver's.
+    pub fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
+        let limit = self.limit();
+        if bytes > bytes_of(limit.saturating_sub(self.books.demand())) {
+            let capacity = self.books.page().capacity();
+            return Err(self.refuse(
+                bytes,
+                &format!(
+                    "the pool has {} of which its context takes {}. NVSHARE_ENABLE_SINGLE_OVERSUB=1 allows more, in host memory",
+                    format_size(bytes_of(capacity)),
+                    format_size(bytes_of(capacity.saturating_sub(limit)))
+                ),
+            ));
         }
         let size = whole_granules(bytes);
-        self.host.commit(size).map_err(|error| refuse(error.to_string()))?;
+        self.host.commit(size).map_err(|error| self.refuse(bytes, &error.to_string()))?;
         self.driver
             .mem_address_reserve(size as usize, GRANULE as usize, 0, 0)
             .inspect_err(|_| self.host.uncommit(size))
@@ -218,31 +310,70 @@ impl Shared {
 
     /// Backs a new region with GPU memory if the client runs and there is room. If not, shuts the gate
     /// before the application learns the address, and leaves the region to the engine.
-    fn populate(&self, memory: &mut Memory, base: CUdeviceptr) {
-        let Some(granules) = memory.region(base).map(Region::granules) else { return };
+    ///
+    /// While a capture is open the gate must stay open too: whoever captures goes through it to the
+    /// capture's end, and the engine, which waits for that end before it moves anything, would wait for ever.
+    /// So what finds no room then is mapped to host memory at once, and comes home later.
+    ///
+    /// # Errors
+    /// OUT_OF_MEMORY: a capture is open, and the host has no memory either. The region is gone.
+    pub fn populate(&self, memory: &mut Memory, base: CUdeviceptr) -> Result<(), CuResult> {
+        let Some(granules) = memory.region(base).map(Region::granules) else { return Ok(()) };
         let admitted = self.books.grow(granules);
         if !memory.open {
-            return;
+            return Ok(());
         }
-        if let Some(region) = memory.region_mut(base).filter(|_| admitted) {
-            for chunk in &mut region.chunks {
-                if self.books.try_take(chunk.granules()).is_err() {
-                    break;
-                }
-                match self.map(chunk.address, chunk.size, false) {
-                    Ok(handle) => chunk.backing = Backing::Device(handle),
-                    Err(_) => {
-                        self.books.give(chunk.granules());
-                        break;
-                    }
-                }
-            }
-            if region.chunks.iter().all(|chunk| chunk.backing.usable()) {
+        if admitted {
+            self.back(memory, base);
+        }
+        if memory.region(base).is_some_and(Region::usable) {
+            return Ok(());
+        }
+        if session::close_unless_capturing() {
+            self.knock();
+            return Ok(());
+        }
+        let Err(error) = self.back_by_host(memory, base) else { return Ok(()) };
+        if let Some(region) = memory.forget(base) {
+            self.dispose(region);
+        }
+        Err(self.refuse(
+            bytes_of(granules),
+            &format!("a graph is being captured, so it cannot wait for room on the GPU, and {error}"),
+        ))
+    }
+
+    /// Takes what the pool has for a region's chunks, one after the other.
+    fn back(&self, memory: &mut Memory, base: CUdeviceptr) {
+        let places = memory.region(base).map(Region::missing).unwrap_or_default();
+        for place in places {
+            if self.books.try_take(place.granules()).is_err() {
                 return;
             }
+            if place.room {
+                memory.settle(place.address, Backing::Booked);
+                continue;
+            }
+            match self.map(&place, false) {
+                Ok(handle) => memory.settle(place.address, Backing::Device(handle)),
+                Err(_) => return self.books.give(place.granules()),
+            }
         }
-        session::gate().close();
+    }
+
+    /// Maps what is missing of a region to host memory.
+    fn back_by_host(&self, memory: &mut Memory, base: CUdeviceptr) -> Result<(), SwapError> {
+        for place in memory.region(base).map(Region::missing).unwrap_or_default() {
+            if place.room {
+                memory.settle(place.address, Backing::Denied);
+                continue;
+            }
+            let handle = self.map(&place, true)?;
+            memory.settle(place.address, Backing::Overflow(handle));
+        }
+        // The engine brings it home when the capture is over.
         self.knock();
+        Ok(())
     }
 
     /// cuMemFree. False if the address is none that this process got here.
@@ -301,27 +432,37 @@ impl Shared {
     }
 
     /// Releases a region that nothing uses any more.
-    pub fn dispose(&self, region: Region) {
+    pub fn dispose(&self, mut region: Region) {
         let granules = region.granules();
-        for chunk in region.chunks {
-            let size = chunk.granules();
-            match chunk.backing {
-                Backing::Device(handle) => {
-                    self.release(chunk.address, chunk.size, handle);
-                    self.books.give(size);
-                }
-                Backing::Overflow(handle) => self.release(chunk.address, chunk.size, handle),
-                Backing::Evicted(block) => self.host.free(block),
-                Backing::Absent => {}
-                // Nothing is disposed of while memory moves.
-                Backing::Moving => unreachable!("a moving chunk was disposed of"),
+        for chunk in std::mem::take(&mut region.chunks) {
+            self.dispose_chunk(&region, chunk);
+        }
+        if !matches!(region.kind, Kind::Room) {
+            if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize) {
+                tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
             }
+            self.host.uncommit(region.size);
         }
-        if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize) {
-            tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
-        }
-        self.host.uncommit(region.size);
         self.books.shrink(granules);
+    }
+
+    fn dispose_chunk(&self, region: &Region, chunk: Chunk) {
+        let (place, granules) = (region.place(&chunk), chunk.granules());
+        if chunk.fixed {
+            self.books.unfix(granules);
+        }
+        match chunk.backing {
+            Backing::Device(handle) => {
+                self.release(&place, handle);
+                self.books.give(granules);
+            }
+            Backing::Overflow(handle) => self.release(&place, handle),
+            Backing::Evicted(copy) => self.host.free(copy.block),
+            Backing::Booked => self.books.give(granules),
+            Backing::Absent | Backing::Denied => {}
+            // Nothing is disposed of while memory moves.
+            Backing::Moving => unreachable!("a moving chunk was disposed of"),
+        }
     }
 
     /// The context that the engine is about to move to, because its own will be destroyed.
@@ -362,14 +503,7 @@ impl Shared {
         let _ = self.wait_for_work();
         self.streams.remove_context(context);
         // Nothing of it may be on its way.
-        let regions = loop {
-            let mut memory = self.memory();
-            if !memory.moving {
-                break memory.remove_context(context);
-            }
-            drop(memory);
-            std::thread::yield_now();
-        };
+        let regions = self.memory_at_rest().remove_context(context);
         regions.into_iter().for_each(|region| self.dispose(region));
     }
 

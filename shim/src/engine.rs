@@ -12,7 +12,7 @@ use crate::swap::{Swap, SwapError};
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
 use nvshare::sync::now;
-use nvshare::units::{MILLISECOND, Nanos, bytes_of, format_nanos};
+use nvshare::units::{Granules, MILLISECOND, Nanos, bytes_of, format_nanos};
 use nvshare::{Client, Phase};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,7 +52,10 @@ fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
         .map_err(|result| SwapError::Driver { call: "cuCtxSetCurrent", result })
         .and_then(|()| Swap::new(shared.clone()));
     match begun {
-        Ok(swap) => Engine { shared, client, swap, idle: Idle::default(), growing: Arc::default() }.run(),
+        Ok(swap) => {
+            Engine { shared, client, swap, idle: Idle::default(), growing: Arc::default(), grown_for: 0 }
+                .run()
+        }
         Err(error) => {
             tracing::error!(%gpu, "the engine could not start: {error}");
             session::break_down(error.cuda());
@@ -76,6 +79,16 @@ impl SwapError {
     }
 }
 
+/// How often a client with memory in host memory looks whether the GPU has room for it again.
+const OVERFLOW_LOOK: Nanos = 500 * MILLISECOND;
+
+/// What becomes of memory that lies in host memory for want of room.
+enum Overflow {
+    ComesHome,
+    /// Until somebody looks again, ns.
+    Stays(Nanos),
+}
+
 /// Finds out whether a holder has run out of work.
 #[derive(Default)]
 struct Idle {
@@ -91,6 +104,8 @@ struct Engine {
     swap: Swap,
     idle: Idle,
     growing: Arc<AtomicBool>,
+    /// The demand that host memory was last made for, granules.
+    grown_for: Granules,
 }
 
 impl Engine {
@@ -106,7 +121,7 @@ impl Engine {
             }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
-                Ok(Next::Yield) => self.give_way(),
+                Ok(Next::Yield) => self.give_way(false),
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
                 Err(error) if error.is_farewell() => {
                     tracing::debug!(gpu = %self.shared.gpu, "the engine ends: {error}");
@@ -148,6 +163,8 @@ impl Engine {
             return;
         }
         memory.open = true;
+        memory.unsee();
+        self.swap.quiet = false;
         session::vote_open(self.shared.device);
         drop(memory);
         self.idle.since = now();
@@ -171,10 +188,17 @@ impl Engine {
                     return;
                 }
                 self.grow_host_pool();
+                let until = match self.overflow_look() {
+                    Some(Overflow::ComesHome) => return self.give_way(true),
+                    Some(Overflow::Stays(look_again)) => {
+                        Some(until.map_or(look_again, |until| until.min(look_again)))
+                    }
+                    None => until,
+                };
                 if self.client.awaited() {
                     match self.look_idle() {
                         Some(look_again) => Some(until.map_or(look_again, |until| until.min(look_again))),
-                        None => return self.give_way(),
+                        None => return self.give_way(false),
                     }
                 } else {
                     until
@@ -204,6 +228,20 @@ impl Engine {
             session::vote_open(self.shared.device);
         }
         false
+    }
+
+    /// What of it lies in host memory can come home when the GPU has room for it again: then the client
+    /// drains, and fills anew.
+    fn overflow_look(&self) -> Option<Overflow> {
+        let overflow = self.shared.memory().overflow();
+        if overflow == 0 {
+            return None;
+        }
+        let books = &self.shared.books;
+        let fits = books.demand() <= books.usable();
+        let room = fits && session::with_no_capture(|| ()).is_some();
+        // Nothing announces that a context has ended, or that room was given back.
+        Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_LOOK) })
     }
 
     /// When to look again whether the holder is idle, ns; `None` if it is. Called only while somebody
@@ -242,8 +280,8 @@ impl Engine {
         }
     }
 
-    /// Shuts the gate, drains, and lets others run.
-    fn give_way(&mut self) {
+    /// Shuts the gate, drains, and lets others run. With `more` to do it asks for the GPU again at once.
+    fn give_way(&mut self, more: bool) {
         loop {
             let hold = CaptureHold::new();
             session::vote_shut(self.shared.device);
@@ -265,7 +303,8 @@ impl Engine {
             tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
         }
         tracing::debug!(gpu = %self.shared.gpu, "drained in {}", format_nanos(now() - began));
-        self.client.drained(session::gate().waiting() > 0);
+        self.swap.quiet = true;
+        self.client.drained(more || session::gate().waiting() > 0);
     }
 
     /// Host memory for what may have to go out, made before it has to. Only where memory is short: a
@@ -273,11 +312,18 @@ impl Engine {
     fn grow_host_pool(&mut self) {
         let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
         let wanted: u64 = snapshot.clients().map(|(_, view)| u64::from(view.demand)).sum();
-        let bytes = bytes_of(self.shared.books.demand());
-        if wanted <= u64::from(snapshot.usable())
-            || self.shared.host.capacity() >= bytes
-            || self.growing.swap(true, Ordering::AcqRel)
-        {
+        let demand = self.shared.books.demand();
+        if wanted <= u64::from(snapshot.usable()) || self.grown_for == demand {
+            return;
+        }
+        self.grown_for = demand;
+        // What is all zero will not be copied, so no memory is made for it. What nobody has used yet will be.
+        let bytes = match self.client.phase() {
+            Phase::Running => session::with_no_capture(|| self.swap.forecast()),
+            _ => None,
+        };
+        let bytes = bytes.unwrap_or_else(|| bytes_of(demand));
+        if self.shared.host.capacity() >= bytes || self.growing.swap(true, Ordering::AcqRel) {
             return;
         }
         let (shared, growing) = (self.shared.clone(), self.growing.clone());

@@ -10,6 +10,8 @@
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
 //! | [`engine`] | the thread that walks the client through its phases |
+//! | [`vmm`] | memory that the application maps itself |
+//! | [`room`] | memory that only the driver can place |
 //! | [`swap`] | moving memory in a pipeline |
 //! | [`scan`] | finding the granules that hold nothing but zeros |
 //! | [`drain`] | waiting for submitted work |
@@ -29,9 +31,10 @@ mod hostpool;
 mod interpose;
 mod log;
 mod memory;
-#[cfg_attr(not(test), expect(dead_code, reason = "the swap engine is to ask it"))]
+mod room;
 mod scan;
 mod session;
 mod settings;
 mod swap;
 mod table;
+mod vmm;

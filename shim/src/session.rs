@@ -91,6 +91,13 @@ pub fn is_ending() -> bool {
     OWNER.try_with(|_| ()).is_err()
 }
 
+/// Whether this thread is inside the gate, in the middle of a call.
+pub fn is_inside() -> bool {
+    let lane = LANE.get();
+    // SAFETY: the lane lives as long as its thread.
+    !lane.is_null() && unsafe { &*lane }.inside()
+}
+
 /// Goes through the gate to submit work, waiting while memory is out.
 ///
 /// # Errors
@@ -309,7 +316,15 @@ pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult
     let config = HostPoolConfig { limit: settings.host_memory, ..HostPoolConfig::default() };
     let pinner = Arc::new(DriverPinner::new(driver, context));
     let host = HostPool::new(config, Box::new(pinner.clone()));
-    let shared = Arc::new(Shared::new(driver, device, gpu, client.books().clone(), host, pinner));
+    let shared = Arc::new(Shared::new(
+        driver,
+        device,
+        gpu,
+        client.books().clone(),
+        host,
+        pinner,
+        settings.oversubscribe,
+    ));
     shared.streams.add_context(context);
     tracing::info!(%gpu, slot = registration.slot.get(), "attached");
     ATTACHED.fetch_add(1, Ordering::AcqRel);
@@ -421,13 +436,19 @@ fn capturing() -> MutexGuard<'static, Option<HashSet<CUstream>>> {
 
 /// Begins a capture with `call`, in a moment when nobody wants to drain.
 pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
-    let _pass = loop {
+    let (_pass, mut set) = loop {
         match enter() {
             Ok(pass) => {
                 let hold = HOLD_CAPTURES.load(Ordering::SeqCst);
                 // A stream that forks into another's capture belongs to an open one: let it.
                 if hold == 0 || CAPTURES.load(Ordering::SeqCst) > 0 {
-                    break pass;
+                    let set = capturing();
+                    // An allocation may have closed the gate behind this thread: see close_unless_capturing.
+                    if GATE.is_open() {
+                        break (pass, set);
+                    }
+                    drop((pass, set));
+                    continue;
                 }
                 drop(pass);
                 nvshare::sync::park(&HOLD_CAPTURES, hold);
@@ -435,7 +456,6 @@ pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuRes
             Err(result) => return result,
         }
     };
-    let mut set = capturing();
     let result = call();
     if result.is_success() && set.get_or_insert_default().insert(stream) {
         CAPTURES.fetch_add(1, Ordering::SeqCst);
@@ -458,6 +478,16 @@ pub fn forget_capture(stream: CUstream) {
         // An engine may have put off a free until now.
         knock();
     }
+}
+
+/// Closes the gate, unless a capture is open; none can begin once it is closed. Whether it did.
+pub fn close_unless_capturing() -> bool {
+    let set = capturing();
+    let none = set.as_ref().is_none_or(HashSet::is_empty);
+    if none {
+        GATE.close();
+    }
+    none
 }
 
 /// Runs `action` while no capture is open and none can begin, or not at all.

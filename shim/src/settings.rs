@@ -25,6 +25,9 @@ pub struct Settings {
     pub on_missing_arbiter: OnMissingArbiter,
     /// NVSHARE_HOST_MEMORY: the most host memory for evicted data, in bytes.
     pub host_memory: Option<u64>,
+    /// NVSHARE_ENABLE_SINGLE_OVERSUB: one process may allocate more than the GPU has; the rest lies in host
+    /// memory.
+    pub oversubscribe: bool,
 }
 
 impl Settings {
@@ -79,6 +82,17 @@ impl Settings {
                 None,
                 |text| parse_size(text).ok().map(Some),
             )?,
+            oversubscribe: parse(
+                get("NVSHARE_ENABLE_SINGLE_OVERSUB"),
+                "NVSHARE_ENABLE_SINGLE_OVERSUB",
+                "write 1 to let one process allocate more than the GPU has, or 0",
+                false,
+                |text| match text {
+                    "" | "0" => Some(false),
+                    "1" => Some(true),
+                    _ => None,
+                },
+            )?,
         })
     }
 }
@@ -116,6 +130,7 @@ mod tests {
             ("NVSHARE_ON_MISSING_ARBITER", "maybe"),
             ("NVSHARE_HOST_MEMORY", "lots"),
             ("NVSHARE_DISABLE", "yes"),
+            ("NVSHARE_ENABLE_SINGLE_OVERSUB", "maybe"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");

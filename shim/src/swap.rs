@@ -5,14 +5,21 @@
 //! chunk's granules go to the pool, or come from it, as its turn comes, and so the client that fills
 //! follows the client that evicts at a distance of a few chunks.
 //!
+//! What holds nothing but zeros is not copied: before anything goes out, the GPU itself looks at all of it
+//! ([`crate::scan`]), once for each time that the client ran. Such chunks are dropped, and come back as fresh
+//! memory, which is zero (DESIGN section 2); of others only the granules in use travel.
+//!
+//! What the GPU cannot have, because the contexts of others have taken the room, is mapped to host memory
+//! ([`Backing::Overflow`]): the GPU uses it over the link. It comes home at the first fill that has room.
+//!
 //! A chunk on its way is [`Backing::Moving`] and belongs to this engine alone; the map is locked only
 //! for the moments between.
 
 use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
-use crate::hostpool::HostBlock;
-use crate::memory::Backing;
+use crate::memory::{Backing, HostCopy, InUse, Place};
+use crate::scan::Scanner;
 use nvshare::page::Direction;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, Nanos, SECOND, format_nanos, format_size};
@@ -67,17 +74,25 @@ pub fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
 
 /// A copy in flight, and what becomes of its chunk.
 struct InFlight {
-    address: CUdeviceptr,
-    size: u64,
+    place: Place,
     event: CUevent,
     cargo: Cargo,
 }
 
 enum Cargo {
     /// Comes in; the host copy is free when it is there.
-    In { handle: CUmemGenericAllocationHandle, overflow: bool, source: Option<HostBlock> },
+    In { handle: CUmemGenericAllocationHandle, overflow: bool, source: Option<HostCopy> },
     /// Goes out; the GPU memory is free when it is gone.
-    Out { handle: CUmemGenericAllocationHandle, target: HostBlock },
+    Out { handle: CUmemGenericAllocationHandle, target: HostCopy },
+}
+
+/// Looks for granules that are all zero.
+enum Eyes {
+    /// Nothing was evicted yet.
+    Shut,
+    Open(Scanner),
+    /// The driver cannot compile the kernel: everything is copied.
+    Blind,
 }
 
 /// Moves one client's memory.
@@ -86,6 +101,9 @@ pub struct Swap {
     stream: CUstream,
     events: Vec<CUevent>,
     in_flight: VecDeque<InFlight>,
+    eyes: Eyes,
+    /// No work of the client is under way: what it has may be moved to other memory.
+    pub quiet: bool,
 }
 
 impl Swap {
@@ -95,7 +113,7 @@ impl Swap {
     /// The driver's.
     pub fn new(shared: Arc<Shared>) -> Result<Self, SwapError> {
         let (stream, events) = lines(shared.driver)?;
-        Ok(Self { shared, stream, events, in_flight: VecDeque::new() })
+        Ok(Self { shared, stream, events, in_flight: VecDeque::new(), eyes: Eyes::Shut, quiet: true })
     }
 
     /// Makes the stream and the events anew in `context`, which becomes current.
@@ -116,28 +134,38 @@ impl Swap {
 
     fn give_back(&mut self) {
         let _ = self.finish();
+        if let Eyes::Open(scanner) = std::mem::replace(&mut self.eyes, Eyes::Shut) {
+            scanner.destroy();
+        }
         for event in self.events.drain(..) {
             let _ = self.shared.driver.event_destroy(event);
         }
         let _ = self.shared.driver.stream_destroy(self.stream);
     }
 
-    fn launch(&mut self, address: CUdeviceptr, size: u64, cargo: Cargo) -> Result<(), SwapError> {
+    fn launch(&mut self, place: Place, cargo: Cargo) -> Result<(), SwapError> {
         let driver = self.shared.driver;
         let event = self.events.pop().expect("one event more than copies in flight");
         let copied = match &cargo {
-            // SAFETY: the block is `size` bytes of ours, and stays until the event has passed.
-            Cargo::In { source: Some(block), .. } => unsafe {
-                driver.memcpy_htod_async(address, block.as_ptr(), size as usize, self.stream)
-            },
+            Cargo::In { source: Some(copy), .. } => copy.in_use.runs(place.size).iter().try_for_each(
+                // SAFETY: the block has the bytes of its runs, one after the other, and stays until the event has
+                // passed.
+                |(at, from, length)| unsafe {
+                    let source = copy.block.as_ptr().add(*from as usize);
+                    driver.memcpy_htod_async(place.address + at, source, *length as usize, self.stream)
+                },
+            ),
             Cargo::In { source: None, .. } => Ok(()),
-            // SAFETY: as above, and nobody else writes to it.
-            Cargo::Out { target, .. } => unsafe {
-                driver.memcpy_dtoh_async(target.as_ptr(), address, size as usize, self.stream)
-            },
+            Cargo::Out { target, .. } => target.in_use.runs(place.size).iter().try_for_each(
+                // SAFETY: as above, and nobody else writes to it.
+                |(at, to, length)| unsafe {
+                    let target = target.block.as_ptr().add(*to as usize);
+                    driver.memcpy_dtoh_async(target, place.address + at, *length as usize, self.stream)
+                },
+            ),
         };
         let recorded = copied.and_then(|()| driver.event_record(event, self.stream));
-        self.in_flight.push_back(InFlight { address, size, event, cargo });
+        self.in_flight.push_back(InFlight { place, event, cargo });
         if let Err(result) = recorded {
             // The chunk goes back to where it was: its bytes are still there.
             let failed = self.in_flight.pop_back().expect("just pushed");
@@ -155,18 +183,18 @@ impl Swap {
     fn undo(&self, failed: InFlight) {
         let backing = match failed.cargo {
             Cargo::In { handle, overflow, source } => {
-                self.shared.release(failed.address, failed.size, handle);
+                self.shared.release(&failed.place, handle);
                 if !overflow {
-                    self.shared.books.give((failed.size / GRANULE) as Granules);
+                    self.shared.books.give(failed.place.granules());
                 }
                 source.map_or(Backing::Absent, Backing::Evicted)
             }
             Cargo::Out { handle, target } => {
-                self.shared.host.free(target);
+                self.shared.host.free(target.block);
                 Backing::Device(handle)
             }
         };
-        self.shared.memory().settle(failed.address, backing);
+        self.shared.memory().settle(failed.place.address, backing);
     }
 
     /// Waits for the oldest copy in flight, and writes down where its chunk is now.
@@ -178,23 +206,26 @@ impl Swap {
             self.undo(oldest);
             return Err(SwapError::Driver { call: "cuEventSynchronize", result });
         }
-        let InFlight { address, size, cargo, .. } = oldest;
+        let InFlight { place, cargo, .. } = oldest;
         match cargo {
             Cargo::In { handle, overflow, source } => {
                 let backing = if overflow { Backing::Overflow(handle) } else { Backing::Device(handle) };
-                self.shared.memory().settle(address, backing);
+                self.shared.memory().settle(place.address, backing);
                 if let Some(source) = source {
-                    self.shared.host.free(source);
+                    self.shared.host.free(source.block);
                 }
             }
-            Cargo::Out { handle, target } => {
-                // Released first and counted after: the GPU never holds more than the books say.
-                self.shared.release(address, size, handle);
-                self.shared.memory().settle(address, Backing::Evicted(target));
-                self.shared.books.give((size / GRANULE) as Granules);
-            }
+            Cargo::Out { handle, target } => self.gone(&place, handle, Backing::Evicted(target)),
         }
         Ok(())
+    }
+
+    /// A chunk's bytes are elsewhere, or nowhere: its GPU memory goes back to the pool.
+    fn gone(&self, place: &Place, handle: CUmemGenericAllocationHandle, backing: Backing) {
+        // Released first and counted after: the GPU never holds more than the books say.
+        self.shared.release(place, handle);
+        self.shared.memory().settle(place.address, backing);
+        self.shared.books.give(place.granules());
     }
 
     fn finish(&mut self) -> Result<(), SwapError> {
@@ -208,68 +239,163 @@ impl Swap {
 
     fn fill_all(&mut self, moved: &mut u64, starved: &mut Nanos) -> Result<Fill, SwapError> {
         let mut refused = None;
+        self.spill();
         loop {
-            let Some((address, size, backing)) = self.shared.memory().next_missing() else {
+            let next = self.shared.memory().next_missing();
+            let Some((place, backing, spill)) = next else {
                 self.finish()?;
-                return Ok(Fill::Complete);
+                return self.bring_home(moved);
             };
-            let granules = (size / GRANULE) as Granules;
             let began = now();
-            let room = self.room_for(granules);
+            let room = if spill { Room::Host } else { self.room_for(place.granules()) };
             *starved += now() - began;
             let overflow = match room {
                 Room::Pool => false,
                 Room::Host => true,
+                // Less is usable than when the fill began.
+                Room::TooLarge => {
+                    self.shared.memory().settle(place.address, backing);
+                    if self.spill() == 0 {
+                        // Only room is missing, which nothing but the GPU can give.
+                        self.shared.memory().deny_room();
+                    }
+                    continue;
+                }
                 Room::Recalled => {
-                    self.shared.memory().settle(address, backing);
+                    self.shared.memory().settle(place.address, backing);
                     self.finish()?;
                     return Ok(Fill::Recalled);
                 }
             };
-            let handle = match self.shared.map(address, size, overflow) {
+            if place.room {
+                self.shared.memory().settle(place.address, Backing::Booked);
+                continue;
+            }
+            let handle = match self.shared.map(&place, overflow) {
                 Ok(handle) => handle,
                 Err(error) => {
                     // Given back before the next try: what is booked and not there hides somebody's
                     // context from the arbiter, which would then never make the room.
-                    self.shared.memory().settle(address, backing);
+                    self.shared.memory().settle(place.address, backing);
                     if !overflow {
-                        self.shared.books.give(granules);
+                        self.shared.books.give(place.granules());
                     }
-                    if overflow || !self.may_try_again(&error, size, &mut refused) {
+                    if overflow || !self.may_try_again(&error, place.size, &mut refused) {
                         return Err(error);
                     }
                     continue;
                 }
             };
             let source = match backing {
-                Backing::Evicted(block) => Some(block),
+                Backing::Evicted(copy) => Some(copy),
                 _ => None,
             };
-            if source.is_some() {
-                *moved += size;
-            }
-            self.launch(address, size, Cargo::In { handle, overflow, source })?;
+            *moved += source.as_ref().map_or(0, |copy| copy.in_use.bytes(place.size));
+            self.launch(place, Cargo::In { handle, overflow, source })?;
         }
     }
 
+    /// Granules that the client needs and the GPU cannot give it whoever else makes room.
+    fn shortage(&self) -> Granules {
+        let books = &self.shared.books;
+        let overflowed = self.shared.memory().overflow();
+        books.demand().saturating_sub(overflowed).saturating_sub(books.usable())
+    }
+
+    /// Chooses what goes to host memory for want of room; says how many granules.
+    fn spill(&self) -> Granules {
+        let shortage = self.shortage();
+        let mut memory = self.shared.memory();
+        let spilled = memory.spill(shortage);
+        drop(memory);
+        if spilled > 0 {
+            tracing::info!(
+                gpu = %self.shared.gpu,
+                "{} more than the GPU has left beside the contexts: they are used from host memory, over the link",
+                format_size(u64::from(spilled) * GRANULE)
+            );
+        }
+        spilled
+    }
+
     /// Where a chunk of this size can go. Waits for the pool as long as the pool can ever have it.
-    fn room_for(&mut self, granules: Granules) -> Room {
-        let (books, shared) = (&self.shared.books, &self.shared);
-        let too_large = || {
-            let overflowed = shared.memory().overflow();
-            books.demand().saturating_sub(overflowed) > books.usable()
-        };
+    fn room_for(&self, granules: Granules) -> Room {
+        let books = &self.shared.books;
+        let too_large = || self.shortage() > 0;
         loop {
             if !books.admitted() {
                 return Room::Recalled;
             }
             if too_large() {
-                return Room::Host;
+                return Room::TooLarge;
             }
             if books.take_unless(granules, too_large) == Fill::Complete {
                 return Room::Pool;
             }
         }
+    }
+
+    /// Brings what lies in host memory back to the GPU, as far as it can have room there. All else is in place.
+    fn bring_home(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
+        if !self.quiet || self.shared.memory().overflow() == 0 {
+            return Ok(Fill::Complete);
+        }
+        let driver = self.shared.driver;
+        let mut home = 0;
+        loop {
+            let Some((place, host)) = self.shared.memory().next_overflow() else { break };
+            let settle = |backing| self.shared.memory().settle(place.address, backing);
+            match self.room_for(place.granules()) {
+                Room::Pool => {}
+                Room::Recalled => {
+                    settle(Backing::Overflow(host));
+                    return Ok(Fill::Recalled);
+                }
+                Room::Host | Room::TooLarge => {
+                    settle(Backing::Overflow(host));
+                    break;
+                }
+            }
+            // A place to copy it to while it is still mapped at its own.
+            let size = place.size as usize;
+            let arrived = driver
+                .mem_address_reserve(size, GRANULE as usize, 0, 0)
+                .map_err(driver_said("cuMemAddressReserve"))
+                .and_then(|address| {
+                    let berth = Place { address, views: Vec::new(), ..place.clone() };
+                    let copied = self.shared.map(&berth, false).and_then(|handle| {
+                        let copied = driver
+                            .memcpy_dtod_async(address, place.address, size, self.stream)
+                            .and_then(|()| driver.stream_synchronize(self.stream));
+                        self.shared.unmap(&berth);
+                        copied.map(|()| handle).map_err(|result| {
+                            let _ = driver.mem_release(handle);
+                            SwapError::Driver { call: "cuMemcpyDtoDAsync", result }
+                        })
+                    });
+                    let _ = driver.mem_address_free(address, size);
+                    copied
+                });
+            match arrived {
+                Ok(handle) => {
+                    self.shared.release(&place, host);
+                    self.shared.map_at(&place, handle).inspect_err(|_| settle(Backing::Absent))?;
+                    settle(Backing::Device(handle));
+                    *moved += place.size;
+                    home += place.size;
+                }
+                Err(error) => {
+                    settle(Backing::Overflow(host));
+                    self.shared.books.give(place.granules());
+                    tracing::debug!(gpu = %self.shared.gpu, "stays in host memory: {error}");
+                    break;
+                }
+            }
+        }
+        if home > 0 {
+            tracing::info!(gpu = %self.shared.gpu, "{} are back from host memory", format_size(home));
+        }
+        Ok(Fill::Complete)
     }
 
     /// The driver had no room that the pool had: a context grew that is not counted yet, or a program uses
@@ -293,21 +419,73 @@ impl Swap {
     }
 
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
+        self.look()?;
         let mut left = granules;
         while left > 0 {
-            let Some((address, size, handle)) = self.shared.memory().next_resident() else { break };
-            let target = match self.shared.host.alloc(size as usize) {
-                Ok(block) => block,
+            let Some((place, backing, in_use)) = self.shared.memory().next_resident() else { break };
+            left = left.saturating_sub(place.granules());
+            let Backing::Device(handle) = backing else {
+                self.shared.memory().settle(place.address, Backing::Absent);
+                self.shared.books.give(place.granules());
+                continue;
+            };
+            let bytes = in_use.bytes(place.size);
+            if bytes == 0 {
+                self.gone(&place, handle, Backing::Absent);
+                continue;
+            }
+            let target = match self.shared.host.alloc(bytes as usize) {
+                Ok(block) => HostCopy { block, in_use },
                 Err(error) => {
-                    self.shared.memory().settle(address, Backing::Device(handle));
+                    self.shared.memory().settle(place.address, Backing::Device(handle));
                     return Err(SwapError::Host(error.to_string()));
                 }
             };
-            *moved += size;
-            left = left.saturating_sub((size / GRANULE) as Granules);
-            self.launch(address, size, Cargo::Out { handle, target })?;
+            *moved += bytes;
+            self.launch(place, Cargo::Out { handle, target })?;
         }
         Ok(())
+    }
+
+    /// Finds out what of the client's memory is in use, where that is not known. Only while none of its work
+    /// is under way: whoever evicts has drained.
+    fn look(&mut self) -> Result<(), SwapError> {
+        let unseen = self.shared.memory().unseen();
+        let Some(seen) = self.scan(&unseen)? else { return Ok(()) };
+        let mut memory = self.shared.memory();
+        for ((address, size), bits) in unseen.into_iter().zip(seen) {
+            let all = InUse::Granules(bits).bytes(size) == size;
+            memory.saw(address, if all { InUse::All } else { InUse::Granules(bits) });
+        }
+        Ok(())
+    }
+
+    /// A bit for each granule of each chunk that is in use; `None` if there is no telling.
+    fn scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Vec<u32>>, SwapError> {
+        if chunks.is_empty() {
+            return Ok(None);
+        }
+        if matches!(self.eyes, Eyes::Shut) {
+            self.eyes = match Scanner::new(self.shared.driver) {
+                Ok(scanner) => Eyes::Open(scanner),
+                Err(error) => {
+                    tracing::info!(gpu = %self.shared.gpu, "memory that is all zero will be copied like any other: {error}");
+                    Eyes::Blind
+                }
+            };
+        }
+        let Eyes::Open(scanner) = &mut self.eyes else { return Ok(None) };
+        let scan = scanner.scan(chunks, self.stream)?;
+        scanner.finish(scan).map(Some)
+    }
+
+    /// Bytes that an eviction of everything would copy, as things stand: for making host memory ahead of
+    /// need. The application's work goes on meanwhile, so this is no more than a forecast.
+    pub fn forecast(&mut self) -> u64 {
+        let chunks: Vec<_> = self.shared.memory().unseen();
+        let all: u64 = chunks.iter().map(|(_, size)| size).sum();
+        let seen = self.scan(&chunks).ok().flatten();
+        seen.map_or(all, |seen| seen.iter().map(|bits| u64::from(bits.count_ones()) * GRANULE).sum())
     }
 
     fn log(&self, what: &str, bytes: u64, took: Nanos) {
@@ -322,9 +500,15 @@ impl Swap {
     }
 }
 
+/// Where a chunk can go.
 enum Room {
+    /// To the GPU: its granules are taken.
     Pool,
+    /// To host memory.
     Host,
+    /// Nowhere, before something else goes to host memory.
+    TooLarge,
+    /// The client may load no more.
     Recalled,
 }
 
@@ -333,10 +517,10 @@ impl Runtime for Swap {
 
     fn fill(&mut self) -> Result<Fill, SwapError> {
         let (began, mut moved, mut starved) = (now(), 0, 0);
-        self.shared.memory().moving = true;
+        self.shared.set_moving(true);
         let filled = self.fill_all(&mut moved, &mut starved);
         let filled = self.finish().and(filled);
-        self.shared.memory().moving = false;
+        self.shared.set_moving(false);
         let took = now() - began;
         // The time spent waiting for the other side is the other side's.
         self.shared.books.copied(Direction::In, moved, took.saturating_sub(starved));
@@ -349,10 +533,10 @@ impl Runtime for Swap {
 
     fn evict(&mut self, granules: Granules) -> Result<(), SwapError> {
         let (began, mut moved) = (now(), 0);
-        self.shared.memory().moving = true;
+        self.shared.set_moving(true);
         let evicted = self.evict_some(granules, &mut moved);
         let evicted = self.finish().and(evicted);
-        self.shared.memory().moving = false;
+        self.shared.set_moving(false);
         let took = now() - began;
         self.shared.books.copied(Direction::Out, moved, took);
         self.log("evicted", moved, took);

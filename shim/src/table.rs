@@ -4,7 +4,8 @@
 //!
 //! A row of class [`Class::Submit`] or [`Class::NeedsMemory`] makes the exported C function of that name, which
 //! passes the gate (`session::enter()` or `session::enter_query()`; the gate is left when the guard drops) and
-//! forwards to the driver. The classes [`Class::Alloc`] to [`Class::Init`] name a handwritten function in
+//! forwards to the driver; one of class [`Class::Grows`] forwards without a gate. If the driver then has no memory
+//! for itself, room is made and the call is made again ([`crate::room`]). The classes [`Class::Alloc`] to [`Class::Init`] name a handwritten function in
 //! `crate::hooks`:
 //!
 //! ```text
@@ -62,6 +63,14 @@ pub enum Class {
     Alloc,
     /// Frees it.
     Free,
+    /// Physical memory that the application maps itself.
+    Map,
+    /// Hands memory to others, who may use it at any time: it stays on the GPU from then on.
+    Export,
+    /// Allocates or frees memory that only the driver can place, and that cannot move.
+    Placed,
+    /// The driver may need memory of its own for it: if it finds none, room is made.
+    Grows,
     /// Tells about memory: how much there is, where an allocation begins.
     QueryMemory,
     /// Creates or destroys a context.
@@ -81,11 +90,15 @@ pub enum Class {
 impl Class {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Class; 11] = [
+    pub const ALL: [Class; 15] = [
         Class::Submit,
         Class::NeedsMemory,
         Class::Alloc,
         Class::Free,
+        Class::Map,
+        Class::Export,
+        Class::Placed,
+        Class::Grows,
         Class::QueryMemory,
         Class::Context,
         Class::Stream,
@@ -287,6 +300,9 @@ macro_rules! enter {
     (NeedsMemory) => {
         crate::session::enter_query()
     };
+    (Grows) => {
+        Ok::<(), CuResult>(())
+    };
 }
 
 /// Names the parameters of a forwarded function: `arguments!(2 => callback ...)` is `callback!(... a0 a1)`.
@@ -322,12 +338,15 @@ macro_rules! forward {
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
                 unsafe { std::mem::transmute(real) };
-            let _pass = match enter!($class) {
-                Ok(pass) => pass,
-                Err(result) => return result,
+            let call = || {
+                let _pass = match enter!($class) {
+                    Ok(pass) => pass,
+                    Err(result) => return result,
+                };
+                // SAFETY: the application's own arguments, unchanged; the pass keeps memory in place meanwhile.
+                unsafe { real($($a),*) }
             };
-            // SAFETY: the application's own arguments, unchanged; the pass keeps memory in place meanwhile.
-            unsafe { real($($a),*) }
+            crate::room::with_room(call)
         }
     };
 }
@@ -677,11 +696,9 @@ entry_points! {
             cuMemAdvise(4) @ 8_000;
             cuMemAdvise_v2(4) @ 12_020;
             cuMemGetAccess(3) @ 10_020;
-            cuMemGetHandleForAddressRange(5) @ 11_070;
             cuMemGetLocationInfo(5) @ 13_040;
             cuMemRangeGetAttribute(5) @ 8_000;
             cuMemRangeGetAttributes(6) @ 8_000;
-            cuMemRetainAllocationHandle(2) @ 11_000;
             cuMulticastBindAddr(5) @ 12_010;
             cuMulticastBindAddr_v2(6) @ 13_010;
             cuPointerSetAttribute(3) @ 6_000;
@@ -692,6 +709,28 @@ entry_points! {
             cuTexRefSetAddress2D(4) @ 2_020;
             cuTexRefSetAddress2D_v2(4) @ 3_020;
             cuTexRefSetAddress2D_v3(4) @ 4_010;
+        }
+        Grows {
+            cuCtxSetLimit(2) @ 3_010;
+            cuEventCreate(2) @ 2_000;
+            cuFuncLoad(1) @ 12_040;
+            cuKernelGetFunction(2) @ 12_000;
+            cuLibraryGetGlobal(4) @ 12_000;
+            cuLibraryGetModule(2) @ 12_000;
+            cuLibraryLoadData(8) @ 12_000;
+            cuLibraryLoadFromFile(8) @ 12_000;
+            cuMemAllocHost(2) @ 2_000;
+            cuMemAllocHost_v2(2) @ 3_020;
+            cuMemHostAlloc(3) @ 2_020;
+            cuMemHostRegister(3) @ 4_000;
+            cuMemHostRegister_v2(3) @ 6_050;
+            cuModuleGetFunction(3) @ 2_000;
+            cuModuleGetGlobal(4) @ 2_000;
+            cuModuleGetGlobal_v2(4) @ 3_020;
+            cuModuleLoad(2) @ 2_000;
+            cuModuleLoadData(2) @ 2_000;
+            cuModuleLoadDataEx(5) @ 2_010;
+            cuModuleLoadFatBinary(2) @ 2_000;
         }
     }
     hooked {
@@ -713,6 +752,49 @@ entry_points! {
         }
         Free {
             cuMemFree_v2(dptr: CUdeviceptr) @ 3_020;
+        }
+        Map {
+            cuMemCreate(
+                handle: *mut CUmemGenericAllocationHandle, size: usize, prop: *const CUmemAllocationProp, flags: u64
+            ) @ 10_020;
+            cuMemRelease(handle: CUmemGenericAllocationHandle) @ 10_020;
+            cuMemMap(
+                ptr: CUdeviceptr, size: usize, offset: usize, handle: CUmemGenericAllocationHandle, flags: u64
+            ) @ 10_020;
+            cuMemUnmap(ptr: CUdeviceptr, size: usize) @ 10_020;
+            cuMemSetAccess(ptr: CUdeviceptr, size: usize, desc: *const CUmemAccessDesc, count: usize) @ 10_020;
+            cuMemRetainAllocationHandle(
+                handle: *mut CUmemGenericAllocationHandle, addr: *mut c_void
+            ) @ 11_000;
+            cuMemGetAllocationPropertiesFromHandle(
+                prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle
+            ) @ 10_020;
+        }
+        Export {
+            cuMemExportToShareableHandle(
+                shareable: *mut c_void, handle: CUmemGenericAllocationHandle, kind: u32, flags: u64
+            ) @ 10_020;
+            cuMemGetHandleForAddressRange(
+                out: *mut c_void, ptr: CUdeviceptr, size: usize, kind: u32, flags: u64
+            ) @ 11_070;
+            cuMulticastBindMem(
+                multicast: CUmemGenericAllocationHandle, multicast_offset: usize,
+                handle: CUmemGenericAllocationHandle, offset: usize, size: usize, flags: u64
+            ) @ 12_010;
+            cuMulticastBindMem_v2(
+                multicast: CUmemGenericAllocationHandle, dev: CUdevice, multicast_offset: usize,
+                handle: CUmemGenericAllocationHandle, offset: usize, size: usize, flags: u64
+            ) @ 13_010;
+        }
+        Placed {
+            cuArrayCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY_DESCRIPTOR) @ 3_020;
+            cuArray3DCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY3D_DESCRIPTOR) @ 3_020;
+            cuMipmappedArrayCreate(
+                array: *mut CUarray, desc: *const CUDA_ARRAY3D_DESCRIPTOR, levels: u32
+            ) @ 5_000;
+            cuArrayDestroy(array: CUarray) @ 2_000;
+            cuMipmappedArrayDestroy(array: CUarray) @ 5_000;
+            cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: u32) @ 6_000;
         }
         QueryMemory {
             cuMemGetInfo_v2(free: *mut usize, total: *mut usize) @ 3_020;
@@ -786,12 +868,9 @@ entry_points! {
     }
     passed {
         cuArray3DCreate @ 2_000;
-        cuArray3DCreate_v2 @ 3_020;
         cuArray3DGetDescriptor @ 2_000;
         cuArray3DGetDescriptor_v2 @ 3_020;
         cuArrayCreate @ 2_000;
-        cuArrayCreate_v2 @ 3_020;
-        cuArrayDestroy @ 2_000;
         cuArrayGetDescriptor @ 2_000;
         cuArrayGetDescriptor_v2 @ 3_020;
         cuArrayGetMemoryRequirements @ 11_060;
@@ -837,7 +916,6 @@ entry_points! {
         cuCtxSetCacheConfig @ 3_020;
         cuCtxSetCurrent @ 4_000;
         cuCtxSetFlags @ 12_010;
-        cuCtxSetLimit @ 3_010;
         cuCtxSetSharedMemConfig @ 4_020;
         cuCtxSynchronize @ 2_000;
         cuCtxSynchronize_v2 @ 13_000;
@@ -891,7 +969,6 @@ entry_points! {
         cuEGLStreamProducerDisconnect @ 7_000;
         cuEGLStreamProducerPresentFrame @ 7_000;
         cuEGLStreamProducerReturnFrame @ 7_000;
-        cuEventCreate @ 2_000;
         cuEventCreateFromEGLSync @ 9_000;
         cuEventDestroy @ 2_000;
         cuEventDestroy_v2 @ 4_000;
@@ -912,7 +989,6 @@ entry_points! {
         cuFuncGetParamCount @ 13_020;
         cuFuncGetParamInfo @ 12_040;
         cuFuncIsLoaded @ 12_040;
-        cuFuncLoad @ 12_040;
         cuFuncSetAttribute @ 9_000;
         cuFuncSetBlockShape @ 2_000;
         cuFuncSetCacheConfig @ 3_000;
@@ -1026,7 +1102,6 @@ entry_points! {
         cuIpcOpenMemHandle @ 4_010;
         cuIpcOpenMemHandle_v2 @ 11_000;
         cuKernelGetAttribute @ 12_000;
-        cuKernelGetFunction @ 12_000;
         cuKernelGetLibrary @ 12_050;
         cuKernelGetName @ 12_030;
         cuKernelGetParamCount @ 13_020;
@@ -1034,14 +1109,10 @@ entry_points! {
         cuKernelSetAttribute @ 12_000;
         cuKernelSetCacheConfig @ 12_000;
         cuLibraryEnumerateKernels @ 12_040;
-        cuLibraryGetGlobal @ 12_000;
         cuLibraryGetKernel @ 12_000;
         cuLibraryGetKernelCount @ 12_040;
         cuLibraryGetManaged @ 12_000;
-        cuLibraryGetModule @ 12_000;
         cuLibraryGetUnifiedFunction @ 12_000;
-        cuLibraryLoadData @ 12_000;
-        cuLibraryLoadFromFile @ 12_000;
         cuLibraryUnload @ 12_000;
         cuLinkAddData @ 5_050;
         cuLinkAddData_v2 @ 6_050;
@@ -1070,29 +1141,19 @@ entry_points! {
         cuMemAddressFree @ 10_020;
         cuMemAddressReserve @ 10_020;
         cuMemAlloc @ 2_000;
-        cuMemAllocHost @ 2_000;
-        cuMemAllocHost_v2 @ 3_020;
-        cuMemAllocManaged @ 6_000;
         cuMemAllocPitch @ 2_000;
-        cuMemCreate @ 10_020;
-        cuMemExportToShareableHandle @ 10_020;
         cuMemFree @ 2_000;
         cuMemFreeHost @ 2_000;
         cuMemGetAddressRange @ 2_000;
         cuMemGetAllocationGranularity @ 10_020;
-        cuMemGetAllocationPropertiesFromHandle @ 10_020;
         cuMemGetDefaultMemPool @ 13_000;
         cuMemGetInfo @ 2_000;
         cuMemGetMemPool @ 13_000;
-        cuMemHostAlloc @ 2_020;
         cuMemHostGetDevicePointer @ 2_020;
         cuMemHostGetDevicePointer_v2 @ 3_020;
         cuMemHostGetFlags @ 2_030;
-        cuMemHostRegister @ 4_000;
-        cuMemHostRegister_v2 @ 6_050;
         cuMemHostUnregister @ 4_000;
         cuMemImportFromShareableHandle @ 10_020;
-        cuMemMap @ 10_020;
         cuMemPoolCreate @ 11_020;
         cuMemPoolDestroy @ 11_020;
         cuMemPoolExportPointer @ 11_020;
@@ -1104,31 +1165,17 @@ entry_points! {
         cuMemPoolSetAccess @ 11_020;
         cuMemPoolSetAttribute @ 11_020;
         cuMemPoolTrimTo @ 11_020;
-        cuMemRelease @ 10_020;
-        cuMemSetAccess @ 10_020;
         cuMemSetMemPool @ 13_000;
-        cuMemUnmap @ 10_020;
-        cuMipmappedArrayCreate @ 5_000;
-        cuMipmappedArrayDestroy @ 5_000;
         cuMipmappedArrayGetLevel @ 5_000;
         cuMipmappedArrayGetMemoryRequirements @ 11_060;
         cuMipmappedArrayGetSparseProperties @ 11_010;
         cuModuleEnumerateFunctions @ 12_040;
-        cuModuleGetFunction @ 2_000;
         cuModuleGetFunctionCount @ 12_040;
-        cuModuleGetGlobal @ 2_000;
-        cuModuleGetGlobal_v2 @ 3_020;
         cuModuleGetLoadingMode @ 11_070;
         cuModuleGetSurfRef @ 3_000;
         cuModuleGetTexRef @ 2_000;
-        cuModuleLoad @ 2_000;
-        cuModuleLoadData @ 2_000;
-        cuModuleLoadDataEx @ 2_010;
-        cuModuleLoadFatBinary @ 2_000;
         cuModuleUnload @ 2_000;
         cuMulticastAddDevice @ 12_010;
-        cuMulticastBindMem @ 12_010;
-        cuMulticastBindMem_v2 @ 13_010;
         cuMulticastCreate @ 12_010;
         cuMulticastGetGranularity @ 12_010;
         cuMulticastUnbind @ 12_010;
@@ -1318,6 +1365,8 @@ mod tests {
             "cuMemGetInfo",
             "cuMemGetAddressRange",
             "cuDeviceTotalMem",
+            "cuArrayCreate",
+            "cuArray3DCreate",
         ];
         let mut classes: BTreeMap<_, HashSet<_>> = BTreeMap::new();
         for entry in ENTRIES.iter().filter(|e| !exempt.contains(&e.base)) {

@@ -164,6 +164,17 @@ impl HostBlock {
     pub fn as_ptr(&self) -> *mut u8 {
         self.address.as_ptr()
     }
+
+    /// Cuts it in two, the first of `length` bytes: whole granules, fewer than it has.
+    pub fn split_at(self, length: usize) -> (Self, Self) {
+        assert!(
+            length < self.length && length.is_multiple_of(GRANULE as usize),
+            "both parts are whole granules"
+        );
+        // SAFETY: within the block.
+        let rest = unsafe { self.address.add(length) };
+        (Self { address: self.address, length }, Self { address: rest, length: self.length - length })
+    }
 }
 
 struct Arena {

@@ -13,6 +13,12 @@ use crate::memory::Allocation;
 use crate::session;
 use crate::table::real;
 
+mod placed;
+mod vmm;
+
+pub use placed::*;
+pub use vmm::*;
+
 /// Every row of a pitched allocation begins at a multiple of this, as the driver's own do on all recent GPUs.
 const PITCH_ALIGNMENT: usize = 512;
 
@@ -192,6 +198,9 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         }
         // SAFETY: the caller's arguments.
         let result = unsafe { real::cuMemFree_v2(dptr) };
+        if result.is_success() {
+            crate::room::let_go(dptr);
+        }
         if result == CuResult::INVALID_VALUE {
             match allocation_of(dptr) {
                 Some(allocation) => tracing::warn!(
@@ -451,13 +460,14 @@ pub unsafe fn cuGreenCtxDestroy(ctx: CUgreenCtx) -> CuResult {
 
 pub unsafe fn cuStreamCreate(stream: *mut CUstream, flags: u32) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuStreamCreate(stream, flags) };
+    let result = crate::room::with_room(|| unsafe { real::cuStreamCreate(stream, flags) });
     guarded(|| stream_made(result, stream, flags))
 }
 
 pub unsafe fn cuStreamCreateWithPriority(stream: *mut CUstream, flags: u32, priority: i32) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuStreamCreateWithPriority(stream, flags, priority) };
+    let result =
+        crate::room::with_room(|| unsafe { real::cuStreamCreateWithPriority(stream, flags, priority) });
     guarded(|| stream_made(result, stream, flags))
 }
 

@@ -1,0 +1,108 @@
+//! Memory that only the driver can place ([`crate::room`]).
+
+use super::guarded;
+use crate::abi::*;
+use crate::room::{keep, let_go};
+use crate::table::real;
+
+/// Bytes of one element of an array's channel, by `CUarray_format`. Formats of whole blocks count as what
+/// their block takes per element; what is not listed as 4.
+fn format_bytes(format: u32) -> u64 {
+    match format {
+        0x01 | 0x08 => 1,
+        0x02 | 0x09 | 0x10 => 2,
+        _ => 4,
+    }
+}
+
+/// Arrays that get their memory elsewhere: sparse ones, and those that are mapped later.
+const CUDA_ARRAY3D_SPARSE: u32 = 0x40;
+const CUDA_ARRAY3D_DEFERRED_MAPPING: u32 = 0x80;
+
+fn array_bytes(sides: [usize; 3], format: u32, channels: u32, flags: u32) -> u64 {
+    if flags & (CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING) != 0 {
+        return 0;
+    }
+    sides.iter().fold(format_bytes(format) * u64::from(channels), |bytes, side| {
+        bytes.saturating_mul((*side).max(1) as u64)
+    })
+}
+
+/// Makes an array of so many bytes.
+///
+/// # Safety
+/// `call` writes a handle to `array` if it succeeds.
+unsafe fn make(bytes: u64, array: *mut CUarray, call: impl Fn() -> CuResult) -> CuResult {
+    // SAFETY: the caller's promise.
+    guarded(|| keep(bytes, call, || unsafe { *array }.0 as u64))
+}
+
+pub unsafe fn cuArrayCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY_DESCRIPTOR) -> CuResult {
+    // SAFETY: the caller's pointer to a description, if it is one.
+    let bytes = unsafe { desc.as_ref() }
+        .map_or(0, |desc| array_bytes([desc.width, desc.height, 1], desc.format, desc.channels, 0));
+    // SAFETY: the caller's arguments.
+    unsafe { make(bytes, array, || real::cuArrayCreate_v2(array, desc)) }
+}
+
+pub unsafe fn cuArray3DCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY3D_DESCRIPTOR) -> CuResult {
+    // SAFETY: the caller's pointer to a description, if it is one.
+    let bytes = unsafe { desc.as_ref() }.map_or(0, |desc| {
+        array_bytes([desc.width, desc.height, desc.depth], desc.format, desc.channels, desc.flags)
+    });
+    // SAFETY: the caller's arguments.
+    unsafe { make(bytes, array, || real::cuArray3DCreate_v2(array, desc)) }
+}
+
+pub unsafe fn cuMipmappedArrayCreate(
+    array: *mut CUarray,
+    desc: *const CUDA_ARRAY3D_DESCRIPTOR,
+    levels: u32,
+) -> CuResult {
+    // SAFETY: the caller's pointer to a description, if it is one.
+    let finest = unsafe { desc.as_ref() }.map_or(0, |desc| {
+        array_bytes([desc.width, desc.height, desc.depth], desc.format, desc.channels, desc.flags)
+    });
+    // Each further level has at most half of the one before.
+    let bytes = if levels > 1 { finest.saturating_mul(2) } else { finest };
+    // SAFETY: the caller's arguments.
+    unsafe { make(bytes, array, || real::cuMipmappedArrayCreate(array, desc, levels)) }
+}
+
+pub unsafe fn cuArrayDestroy(array: CUarray) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuArrayDestroy(array) };
+    guarded(|| {
+        if result.is_success() {
+            let_go(array.0 as u64);
+        }
+        result
+    })
+}
+
+pub unsafe fn cuMipmappedArrayDestroy(array: CUarray) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuMipmappedArrayDestroy(array) };
+    guarded(|| {
+        if result.is_success() {
+            let_go(array.0 as u64);
+        }
+        result
+    })
+}
+
+pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: u32) -> CuResult {
+    guarded(|| {
+        // A page that the GPU touches and has no room for is an illegal address (tests/gpu/facts.cu), so
+        // there must be some. An application may ask for more than the GPU has: the driver pages that itself.
+        let left = crate::session::current().map_or(0, |(device, _)| {
+            nvshare::units::bytes_of(device.books.usable().saturating_sub(device.books.demand()))
+        });
+        // SAFETY: the caller's arguments; on success the driver has written the address.
+        keep(
+            (bytesize as u64).min(left),
+            || unsafe { real::cuMemAllocManaged(dptr, bytesize, flags) },
+            || unsafe { *dptr },
+        )
+    })
+}

@@ -1,0 +1,144 @@
+//! Room for what only the driver can place: arrays, managed memory, modules, streams, contexts.
+//!
+//! The pool's granules are all given out, in the end, so the driver must find some that nobody uses when it
+//! needs memory of its own. *Room* is granules that the client takes from the pool like any others, waiting
+//! for its turn if it must, and behind which nothing is mapped.
+//!
+//! - Memory that the application asks the driver for, and that the shim cannot make movable ([`keep`]): its
+//!   room is taken before the call and kept until the memory is freed. It counts as memory that cannot move.
+//! - What the driver takes for itself in passing ([`with_room`]): nobody can say how much that will be, so
+//!   the call is made first; if it fails for want of memory, room is made, and the call is made again. The
+//!   room is given back afterwards, and the arbiter sees what became of it as part of the context.
+
+use crate::abi::*;
+use crate::device::Shared;
+use crate::memory::{Backing, Region};
+use crate::session;
+use nvshare::units::{GRANULE, bytes_of, format_size, granules_for};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Bytes of room that are tried one after the other for a call that found no memory: a stream, a module, a
+/// context, something large.
+const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
+
+/// Granules of the client's behind which nothing is mapped. Given back when dropped.
+pub struct Room {
+    shared: Arc<Shared>,
+    base: CUdeviceptr,
+}
+
+impl Room {
+    /// Takes `bytes` of room, rounded up to granules, waiting for the client's turn. It goes with `context`
+    /// at the latest.
+    ///
+    /// # Errors
+    /// OUT_OF_MEMORY: the GPU can never have so much, or not before an open capture ends.
+    pub fn take(shared: Arc<Shared>, bytes: u64, context: CUcontext) -> Result<Self, CuResult> {
+        let granules = granules_for(bytes);
+        let left = shared.books.usable().saturating_sub(shared.books.demand());
+        if granules > left {
+            return Err(shared.refuse(
+                bytes,
+                &format!(
+                    "the GPU has {} left for what only the driver can place",
+                    format_size(bytes_of(left))
+                ),
+            ));
+        }
+        let base = {
+            let mut memory = shared.memory();
+            let base = memory.add_room(bytes_of(granules), context);
+            shared.populate(&mut memory, base)?;
+            base
+        };
+        let room = Self { shared, base };
+        loop {
+            // The gate is open when all that the client has is in place.
+            let _pass = session::enter()?;
+            let mut memory = room.shared.memory();
+            // The context may have gone meanwhile, and the room with it.
+            let region = memory.region_mut(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
+            if region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Denied)) {
+                return Err(room.shared.refuse(bytes, "there is no room on the GPU that it could have"));
+            }
+            if region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Booked)) {
+                fix(&room.shared, region);
+                drop(memory);
+                return Ok(room);
+            }
+        }
+    }
+}
+
+/// From now on nobody takes the room away.
+fn fix(shared: &Shared, region: &mut Region) {
+    for chunk in &mut region.chunks {
+        chunk.fixed = true;
+        shared.books.fix(chunk.granules());
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let mut memory = self.shared.memory_at_rest();
+        if let Some(region) = memory.remove(self.base) {
+            self.shared.dispose(region);
+        }
+    }
+}
+
+/// The room of what the driver has placed, by the driver's handle or address.
+static KEPT: Mutex<Option<HashMap<u64, Room>>> = Mutex::new(None);
+
+fn kept() -> MutexGuard<'static, Option<HashMap<u64, Room>>> {
+    KEPT.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Makes a call that allocates `bytes` of memory that cannot move, with room for it. On success `handle`
+/// says by what the memory goes. Less than a granule is left to the context's account.
+pub fn keep(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
+    let room = match session::current() {
+        Some((shared, context)) if bytes >= GRANULE => match Room::take(shared, bytes, context) {
+            Ok(room) => Some(room),
+            Err(error) => return error,
+        },
+        _ => None,
+    };
+    let result = with_room(call);
+    if let (CuResult::SUCCESS, Some(room)) = (result, room) {
+        let before = kept().get_or_insert_default().insert(handle(), room);
+        drop(before);
+    }
+    result
+}
+
+/// What went by this handle is freed.
+pub fn let_go(handle: u64) {
+    let room = kept().as_mut().and_then(|kept| kept.remove(&handle));
+    drop(room);
+}
+
+/// Makes a call for which the driver may need memory of its own. The caller is outside the gate.
+pub fn with_room(call: impl Fn() -> CuResult) -> CuResult {
+    let result = call();
+    if result == CuResult::OUT_OF_MEMORY { make_room(call) } else { result }
+}
+
+#[cold]
+fn make_room(call: impl Fn() -> CuResult) -> CuResult {
+    // A call within a call cannot wait for the gate that it is inside of.
+    let may_wait = session::enabled() && !session::is_inside();
+    let Some((shared, context)) = session::current().filter(|_| may_wait) else {
+        return CuResult::OUT_OF_MEMORY;
+    };
+    for bytes in TRIES {
+        let Ok(_room) = Room::take(shared.clone(), bytes, context) else { break };
+        tracing::debug!(gpu = %shared.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));
+        let result = call();
+        if result != CuResult::OUT_OF_MEMORY {
+            return result;
+        }
+    }
+    CuResult::OUT_OF_MEMORY
+}

@@ -1,0 +1,289 @@
+//! Memory that the application maps itself: cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease.
+//! PyTorch's expandable segments and XLA's allocator work so.
+//!
+//! What cuMemCreate returns under nvshare is a handle to an *object* of ours ([`crate::memory`]): physical
+//! memory comes and goes beneath it. The object is mapped at a home of its own, from where it is copied, and
+//! at each address that the application maps it to, its *views*, for whom the application gave access. A
+//! chunk that leaves is unmapped everywhere; one that comes is mapped everywhere again.
+//!
+//! Mapping and unmapping need no turn on the GPU: while the memory is out they are written down, and what is
+//! written down is done when it comes. Only a moment in which memory moves is waited for. The price: what is
+//! wrong with an address that was never reserved shows at the next fill and not in the call, if the memory is
+//! out at the time.
+//!
+//! Memory that another process may map as well cannot be taken from under it, so from the moment in which a
+//! descriptor of it leaves the process it stays on the GPU, and the books say so.
+
+use crate::abi::*;
+use crate::device::Shared;
+use crate::memory::{Backing, Region, View};
+use nvshare::units::{GRANULE, format_size};
+
+/// What another process needs to map a region too.
+pub struct SharedRegion {
+    /// Where it begins, here.
+    pub region: CUdeviceptr,
+    /// Bytes.
+    pub size: u64,
+    /// Where the allocation begins in it.
+    pub offset: u64,
+    /// Bytes of the allocation.
+    pub bytes: u64,
+    /// Its physical memory, piece after piece, and how many bytes each has.
+    pub chunks: Vec<(CUmemGenericAllocationHandle, u64)>,
+}
+
+/// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
+fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
+    region.chunks.iter().filter_map(|chunk| match chunk.backing {
+        Backing::Device(handle) | Backing::Overflow(handle) => {
+            Some((chunk.address - region.base, chunk.size, handle))
+        }
+        _ => None,
+    })
+}
+
+impl Shared {
+    /// cuMemCreate, for memory of this GPU.
+    ///
+    /// # Errors
+    /// As the driver's own: INVALID_VALUE for a size that is not whole granules, OUT_OF_MEMORY for more than
+    /// there can be, and whatever it says about properties that it does not have.
+    pub fn create_object(
+        &self,
+        size: u64,
+        prop: CUmemAllocationProp,
+    ) -> Result<CUmemGenericAllocationHandle, CuResult> {
+        if size == 0 || !size.is_multiple_of(GRANULE) {
+            return Err(CuResult::INVALID_VALUE);
+        }
+        self.can_be(&prop)?;
+        let base = self.reserve(size)?;
+        let mut memory = self.memory();
+        memory.add_object(base, size, prop);
+        self.populate(&mut memory, base)?;
+        Ok(base)
+    }
+
+    /// Asks the driver whether there is memory of these properties. It may be out of memory, which says
+    /// nothing about them; and of plain memory everybody knows.
+    fn can_be(&self, prop: &CUmemAllocationProp) -> Result<(), CuResult> {
+        if prop.requested_handle_types == 0 && prop.alloc_flags.is_plain() {
+            return Ok(());
+        }
+        match self.driver.mem_create(GRANULE as usize, prop) {
+            Ok(probe) => self.driver.mem_release(probe),
+            Err(CuResult::OUT_OF_MEMORY) => Ok(()),
+            Err(result) => Err(result),
+        }
+    }
+
+    /// cuMemRelease. `None` if the handle is none of ours.
+    pub fn release_object(&self, handle: CUmemGenericAllocationHandle) -> Option<CuResult> {
+        let mut memory = self.memory_at_rest();
+        let object = memory.object(handle)?.object_mut()?;
+        if object.references == 0 {
+            return Some(CuResult::INVALID_VALUE);
+        }
+        object.references -= 1;
+        if object.references == 0
+            && object.views.is_empty()
+            && let Some(region) = memory.remove(handle)
+        {
+            self.dispose(region);
+        }
+        Some(CuResult::SUCCESS)
+    }
+
+    /// cuMemMap. `None` if the handle is none of ours.
+    pub fn map_object(
+        &self,
+        address: CUdeviceptr,
+        size: u64,
+        offset: u64,
+        handle: CUmemGenericAllocationHandle,
+        flags: u64,
+    ) -> Option<CuResult> {
+        let mut memory = self.memory_at_rest();
+        let overlaps = !memory.views_in(address, size).is_empty();
+        let region = memory.object(handle)?;
+        if offset != 0 {
+            // So says the driver too, of memory on a GPU (tests/gpu/facts.cu).
+            return Some(CuResult::NOT_SUPPORTED);
+        }
+        let dead = region.object().is_none_or(|object| object.references == 0);
+        if flags != 0 || size == 0 || size > region.size || dead || overlaps {
+            return Some(CuResult::INVALID_VALUE);
+        }
+        if size < region.size && !region.chunks.iter().any(|chunk| chunk.address - region.base == size) {
+            tracing::warn!(
+                gpu = %self.gpu,
+                "cuMemMap of the first {} of {}: nvshare maps memory whole, or in pieces of 64 MiB",
+                format_size(size),
+                format_size(region.size)
+            );
+            return Some(CuResult::NOT_SUPPORTED);
+        }
+        let mut mapped: Vec<(u64, u64)> = Vec::new();
+        for (at, bytes, physical) in present(region).filter(|(at, ..)| *at < size) {
+            if let Err(result) = self.driver.mem_map(address + at, bytes as usize, 0, physical, 0) {
+                for (at, bytes) in mapped {
+                    let _ = self.driver.mem_unmap(address + at, bytes as usize);
+                }
+                return Some(result);
+            }
+            mapped.push((at, bytes));
+        }
+        memory.add_view(handle, View { address, size, access: Vec::new() });
+        Some(CuResult::SUCCESS)
+    }
+
+    /// cuMemUnmap. `None` if nothing of ours is mapped there.
+    pub fn unmap_objects(&self, address: CUdeviceptr, size: u64) -> Option<CuResult> {
+        let mut memory = self.memory_at_rest();
+        let views = memory.views_in(address, size);
+        if views.is_empty() {
+            return None;
+        }
+        let end = address.saturating_add(size);
+        if views.iter().any(|(_, view)| view.address < address || view.address + view.size > end) {
+            // Mappings go whole (tests/gpu/facts.cu).
+            return Some(CuResult::INVALID_VALUE);
+        }
+        let mut result = self.between(&views, address, end, |at, bytes| self.driver.mem_unmap(at, bytes));
+        for (object, view) in views {
+            let here = memory.region(object).map(|region| present(region).collect::<Vec<_>>());
+            for (at, bytes, _) in here.into_iter().flatten().filter(|(at, ..)| *at < view.size) {
+                result = result.and(self.driver.mem_unmap(view.address + at, bytes as usize));
+            }
+            if let Some(region) = memory.remove_view(view.address) {
+                self.dispose(region);
+            }
+        }
+        Some(result.err().unwrap_or(CuResult::SUCCESS))
+    }
+
+    /// Does something to the parts of a range that no view covers: what the application has mapped there is
+    /// the driver's.
+    fn between(
+        &self,
+        views: &[(CUdeviceptr, View)],
+        address: CUdeviceptr,
+        end: CUdeviceptr,
+        act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
+    ) -> Result<(), CuResult> {
+        let (mut at, mut result) = (address, Ok(()));
+        for (begin, after) in
+            views.iter().map(|(_, view)| (view.address, view.address + view.size)).chain([(end, end)])
+        {
+            if begin > at {
+                result = result.and(act(at, (begin - at) as usize));
+            }
+            at = at.max(after);
+        }
+        result
+    }
+
+    /// cuMemSetAccess. `None` if nothing of ours is mapped there.
+    pub fn set_access(
+        &self,
+        address: CUdeviceptr,
+        size: u64,
+        access: &[CUmemAccessDesc],
+    ) -> Option<CuResult> {
+        let mut memory = self.memory_at_rest();
+        let views = memory.views_in(address, size);
+        if views.is_empty() {
+            return None;
+        }
+        let end = address.saturating_add(size);
+        if views.iter().any(|(_, view)| view.address < address || view.address + view.size > end) {
+            tracing::warn!(
+                gpu = %self.gpu,
+                "cuMemSetAccess of {} at {address:#x} covers a mapping in part: nvshare gives access to whole ones",
+                format_size(size)
+            );
+            return Some(CuResult::INVALID_VALUE);
+        }
+        let mut result =
+            self.between(&views, address, end, |at, bytes| self.driver.mem_set_access(at, bytes, access));
+        for (object, view) in views {
+            let here = memory.region(object).map(|region| present(region).collect::<Vec<_>>());
+            for (at, bytes, _) in here.into_iter().flatten().filter(|(at, ..)| *at < view.size) {
+                result = result.and(self.driver.mem_set_access(view.address + at, bytes as usize, access));
+            }
+            if let (Ok(()), Some(view)) = (result, memory.view_mut(view.address)) {
+                view.access.retain(|known| access.iter().all(|new| new.location != known.location));
+                view.access.extend_from_slice(access);
+            }
+        }
+        Some(result.err().unwrap_or(CuResult::SUCCESS))
+    }
+
+    /// cuMemRetainAllocationHandle. `None` if nothing of ours is mapped there.
+    pub fn retain_object(&self, address: CUdeviceptr) -> Option<CUmemGenericAllocationHandle> {
+        let mut memory = self.memory();
+        let (object, _) = memory.views_in(address, 1).into_iter().next()?;
+        memory.object(object)?.object_mut()?.references += 1;
+        Some(object)
+    }
+
+    /// cuMemGetAllocationPropertiesFromHandle. `None` if the handle is none of ours.
+    pub fn object_prop(&self, handle: CUmemGenericAllocationHandle) -> Option<CUmemAllocationProp> {
+        Some(self.memory().object(handle)?.object()?.prop)
+    }
+
+    /// The driver's own handle to an object, which stays on the GPU from now on: for calls that hand it on.
+    /// The caller is inside the gate. `None` if the handle is none of ours.
+    pub fn fix_object(
+        &self,
+        handle: CUmemGenericAllocationHandle,
+    ) -> Option<Result<CUmemGenericAllocationHandle, CuResult>> {
+        let mut memory = self.memory_at_rest();
+        let region = memory.object(handle)?;
+        Some(match region.chunks.as_slice() {
+            [chunk] if matches!(chunk.backing, Backing::Device(_)) => {
+                self.fix(region).map(|handles| handles[0].0)
+            }
+            // Made without a word of being handed on, and cut into pieces; or not on the GPU.
+            _ => Err(CuResult::NOT_SUPPORTED),
+        })
+    }
+
+    /// Fixes the region of the allocation that `address` lies in on the GPU, for as long as it lives, and says
+    /// what another process needs to map it too. The caller is inside the gate, so all of it is in place.
+    ///
+    /// # Errors
+    /// INVALID_VALUE if no allocation of ours is there; NOT_SUPPORTED if part of it lies in host memory for
+    /// want of room, or if this GPU's memory cannot be handed to other processes.
+    pub fn share(&self, address: CUdeviceptr) -> Result<SharedRegion, CuResult> {
+        let mut memory = self.memory_at_rest();
+        let allocation = memory.containing(address).ok_or(CuResult::INVALID_VALUE)?;
+        let region = memory.region_mut(allocation.region).ok_or(CuResult::INVALID_VALUE)?;
+        if !self.exportable {
+            return Err(CuResult::NOT_SUPPORTED);
+        }
+        let (base, size) = (region.base, region.size);
+        let chunks = self.fix(region)?;
+        let (offset, bytes) = (allocation.base - base, allocation.size);
+        Ok(SharedRegion { region: base, size, offset, bytes, chunks })
+    }
+
+    /// Fixes all chunks of a region.
+    fn fix(&self, region: &mut Region) -> Result<Vec<(CUmemGenericAllocationHandle, u64)>, CuResult> {
+        let handles: Option<Vec<_>> = region
+            .chunks
+            .iter()
+            .map(|chunk| match chunk.backing {
+                Backing::Device(handle) => Some((handle, chunk.size)),
+                _ => None,
+            })
+            .collect();
+        let handles = handles.ok_or(CuResult::NOT_SUPPORTED)?;
+        for chunk in region.chunks.iter_mut().filter(|chunk| !chunk.fixed) {
+            chunk.fixed = true;
+            self.books.fix(chunk.granules());
+        }
+        Ok(handles)
+    }
+}
