@@ -55,7 +55,11 @@ class Arbiter:
             if self.process.poll() is not None or time.monotonic() > until:
                 self.process.kill()
                 shutil.rmtree(self.directory, ignore_errors=True)
-                raise RuntimeError(f"the arbiter did not start: {' '.join(command)}")
+                said = " ".join(command)
+                if log:
+                    log.seek(0)
+                    said = f"{log.read().strip()} ({said})"
+                raise RuntimeError(f"the arbiter did not start: {said}")
             time.sleep(0.01)
 
     def environment(self):
