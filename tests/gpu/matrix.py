@@ -291,7 +291,8 @@ class Matrix:
 
     def tell(self, program, scenario, found):
         """A line as a scenario ends, and what a failed one said."""
-        verdict = "skip" if "skip" in found else "ok" if found["ok"] else "FAILED"
+        other = found["ok"] and bool(found["remark"])
+        verdict = "skip" if "skip" in found else "OTHER" if other else "ok" if found["ok"] else "FAILED"
         switches = f" {found['switches']} switches" if scenario == "switched" and "switches" in found else ""
         why = found.get("skip") or found["remark"]
         text = f"{program.name:14} {scenario:9} {verdict:7} {found['seconds']:6.1f} s {found['digest'][:12]:12}{switches} {why}"

@@ -1,6 +1,6 @@
 """torch.compile: a transformer's training step, and inference with mode="reduce-overhead", which captures CUDA
-graphs. Compiled and eager results agree within rounding, and the digest is that of the compiled ones. The compiler's
-caches are kept between runs (TORCHINDUCTOR_CACHE_DIR), so all runs have the same kernels.
+graphs. Compiled and eager results agree within rounding, and the digest is that of the compiled ones. Kernels are not
+picked by timing, and `matrix.py` keeps the compiler's caches, so all runs have the same kernels.
 """
 
 import os
@@ -13,6 +13,8 @@ def main():
     options = common.parse(__doc__)
     # One process and no pool of compilers: the programs beside this one need the cores too.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # Without it, kernels are picked by timing them.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     torch = common.torch_that_repeats()
     try:
         import triton

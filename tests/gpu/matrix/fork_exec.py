@@ -62,7 +62,7 @@ def child(kind, seed):
     time.sleep(60)  # To be killed.
 
 
-def wait_for(pid, seconds=30):
+def wait_for(pid, seconds):
     """The exit code of a fork."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
@@ -110,8 +110,9 @@ def main():
                 os._exit(0 if own == 333328333350000 else 1)
             forks.append(pid)
         started = {kind: start(kind, 40 + index) for index, kind in enumerate(("computes", "forks", "leaves", "exits", "killed"))}
-        codes = [wait_for(pid) for pid in forks]
-        common.check(codes == [0, 0], f"the forks ended with {codes}")
+        codes = [wait_for(pid, 5) for pid in forks]
+        # How the driver's own exit handlers like it is its affair; it must be the same under nvshare.
+        common.check(codes[0] == 0, f"the forks ended with {codes}")
         started["killed"].stdout.readline()
         started["killed"].kill()
         ended, sums = {}, []
@@ -126,7 +127,7 @@ def main():
             sums.append(driver.checksum(out, held, WORDS))
         common.check(sums[-1] == common.iota_checksum(WORDS, 199), f"this process's own memory is wrong: {sums[-1]:x}")
         ballast.turn()
-        return common.digest(sums)
+        return common.digest(sums, codes)
 
     digest, rounds = common.same_each_time(options.seconds, work)
     common.report("ctypes, driver API", digest, rounds, driver_loaded_before_use=early)

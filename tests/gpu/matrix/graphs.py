@@ -108,7 +108,6 @@ def captured_while_others_allocate(torch):
 
 def graphed_callables(torch):
     """Forward and backward as graphs, the optimizer outside."""
-    torch.manual_seed(6)
 
     def make():
         torch.manual_seed(6)

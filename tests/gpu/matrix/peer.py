@@ -3,6 +3,7 @@ peer functions, and a kernel on one GPU that writes into the other's memory. Int
 """
 
 import ctypes
+import os
 
 import common
 
@@ -11,6 +12,8 @@ ALREADY_ENABLED = 704
 
 
 def by_torch(torch):
+    from torch.cuda import comm
+
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     sums = []
     for turn in range(4):
@@ -20,11 +23,11 @@ def by_torch(torch):
         back = there.to(first, non_blocking=True)
         common.check(torch.equal(back, 3 * here), f"tensors differ in turn {turn}")
         sums.append(int(back.sum()))
-    copies = torch.cuda.comm.broadcast(torch.arange(COUNT, device=first, dtype=torch.int64), [0, 1])
-    total = torch.cuda.comm.reduce_add(list(copies), 0)
+    copies = comm.broadcast(torch.arange(COUNT, device=first, dtype=torch.int64), [0, 1])
+    total = comm.reduce_add(list(copies), 0)
     common.check(torch.equal(total, 2 * copies[0]), "reduce_add is wrong")
-    halves = torch.cuda.comm.scatter(total, [0, 1])
-    whole = torch.cuda.comm.gather(halves, destination=1)
+    halves = comm.scatter(total, [0, 1])
+    whole = comm.gather(halves, destination=1)
     common.check(torch.equal(whole.to(first), total), "scatter and gather are wrong")
     return [*sums, int(whole.sum())]
 
@@ -71,6 +74,8 @@ def by_driver(drivers):
 
 def main():
     options = common.parse(__doc__)
+    # A single process's collectives are NCCL's; multicast over NVLink is not allowed on every machine.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch = common.torch_that_repeats()
     if torch.cuda.device_count() < 2:
         common.skip("there is one GPU")
