@@ -12,59 +12,20 @@ import json
 import os
 import pathlib
 import re
-import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
-HERE = pathlib.Path(__file__).resolve().parent
+from harness import HERE, Arbiter, last_object, program, say
+
 CAPACITY = "14.9GiB"
-
-
-class Arbiter:
-    """A private arbiter in a directory of its own."""
-
-    def __init__(self, binaries, capacity=None, options=()):
-        self.binaries = binaries
-        self.directory = tempfile.mkdtemp(prefix="nvshare-gpu-")
-        command = [str(binaries / "nvshare-arbiter"), "--runtime-dir", self.directory, *options]
-        if capacity:
-            command += ["--capacity", capacity]
-        self.process = subprocess.Popen(command)
-        while not os.path.exists(self.directory + "/arbiter.sock"):
-            if self.process.poll() is not None:
-                sys.exit("the arbiter did not start")
-            time.sleep(0.01)
-
-    def environment(self):
-        return {
-            "NVSHARE_RUNTIME_DIR": self.directory,
-            "LD_PRELOAD": str(self.binaries / "libnvshare.so"),
-            "CUDA_MODULE_LOADING": "LAZY",
-        }
-
-    def status(self):
-        command = [str(self.binaries / "nvshare"), "status", "--json", "--runtime-dir", self.directory]
-        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-
-    def clients(self):
-        return [client for gpu in self.status()["gpus"] for client in gpu["clients"]]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def start(arguments, environment=None, log=None):
     return subprocess.Popen(
-        [sys.executable, str(HERE / "add.py"), *map(str, arguments)],
+        [*program("add.py"), *map(str, arguments)],
         env=os.environ | {"CUDA_MODULE_LOADING": "LAZY"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=log,
@@ -74,8 +35,7 @@ def start(arguments, environment=None, log=None):
 
 def finish(process):
     output, _ = process.communicate()
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    result = json.loads(lines[-1]) if lines else {"right": False}
+    result = last_object(output) or {"right": False}
     result["status"] = process.returncode
     return result
 
@@ -93,10 +53,6 @@ def together(count, arguments, environment=None, watch=None, log=None):
                 pass
             time.sleep(0.25)
         return [finish(job) for job in jobs], samples
-
-
-def say(name, **figures):
-    print(json.dumps({"name": name, **figures}), flush=True)
 
 
 def span(results):
@@ -148,7 +104,7 @@ def switches(log):
 
 
 def two_take_turns(binaries, iterations):
-    output = subprocess.run([sys.executable, str(HERE / "bandwidth.py")], stdout=subprocess.PIPE, check=True).stdout
+    output = subprocess.run(program("bandwidth.py"), stdout=subprocess.PIPE, check=True).stdout
     link = json.loads(output)
     right, lines = True, []
     # With a full queue of launches, and with an application that waits for the GPU now and then.
