@@ -22,6 +22,7 @@ impl Error {
     pub const INVALID_IMAGE: Error = Error(200);
     pub const INVALID_CONTEXT: Error = Error(201);
     pub const UNSUPPORTED_LIMIT: Error = Error(215);
+    pub const PEER_ACCESS_UNSUPPORTED: Error = Error(217);
     pub const FILE_NOT_FOUND: Error = Error(301);
     pub const OPERATING_SYSTEM: Error = Error(304);
     pub const INVALID_HANDLE: Error = Error(400);
@@ -29,6 +30,8 @@ impl Error {
     pub const NOT_FOUND: Error = Error(500);
     pub const NOT_READY: Error = Error(600);
     pub const ILLEGAL_ADDRESS: Error = Error(700);
+    pub const PEER_ACCESS_ALREADY_ENABLED: Error = Error(704);
+    pub const PEER_ACCESS_NOT_ENABLED: Error = Error(705);
     pub const CONTEXT_IS_DESTROYED: Error = Error(709);
     pub const HOST_MEMORY_ALREADY_REGISTERED: Error = Error(712);
     pub const HOST_MEMORY_NOT_REGISTERED: Error = Error(713);

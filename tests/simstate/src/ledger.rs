@@ -9,6 +9,9 @@
 //! no room, the request fails. If only the announcements of others are in the way, the one of the lower row insists
 //! and the others withdraw and try again.
 //!
+//! Allocations that several processes hold are booked apart ([`shared`]). One that moves there is counted twice for a
+//! moment, so a request is refused only if room lacks in several sums in a row.
+//!
 //! A sum is not a snapshot: memory that moves from one row to another while they are read could be counted twice and
 //! make a request fail that had room. So every booking first raises `epoch`, and a sum during which it changed is
 //! taken again.
@@ -26,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use crate::counters::{Count, RowCounters};
 use crate::process::ProcessId;
 use crate::segment::{Gpu, MAX_PROCESSES, Segment};
+use crate::shared::{self, Share};
 use crate::time::now_ns;
 
 /// Managed memory moves in pages of this size.
@@ -51,6 +55,9 @@ pub struct Row {
 /// How often a request steps aside for others before it fails: about a second, which means that one of them is stopped
 /// in the middle of its own.
 const MOST_TRIES: u32 = 30_000;
+
+/// How many sums in a row must find no room.
+const SUMS_TO_REFUSE: u32 = 3;
 
 /// Set in a row's owner until the new owner has cleared it.
 const SETTLING: u64 = 1 << 63;
@@ -167,12 +174,23 @@ fn sums(gpu: &Gpu, own: usize) -> Sums {
             sums.lower_pending |= pending > 0 && index < own;
             sums.used = sums.used.saturating_add(row.used());
         }
+        let live = gpu.live_rows();
+        let shared = gpu.shared.iter().map(|slot| slot.used(live));
+        sums.used = shared.fold(sums.used, u64::saturating_add);
         if gpu.epoch.0.load(SeqCst) == epoch {
             return sums;
         }
     }
     // So many bookings at once never happen; a process of another build writing garbage could. Refuse.
     Sums { used: u64::MAX, pending: 0, lower_pending: false }
+}
+
+impl Gpu {
+    /// A bit for every row that has an owner.
+    pub(crate) fn live_rows(&self) -> u64 {
+        let bit = |(index, row): (usize, &Row)| u64::from(row.owner().is_some()) << index;
+        self.rows.iter().enumerate().map(bit).fold(0, |live, bit| live | bit)
+    }
 }
 
 /// Frees the rows of dead processes; says whether there were any.
@@ -190,12 +208,15 @@ pub fn reclaim(gpu: &Gpu) -> bool {
 /// What every living process uses of a GPU.
 pub fn usage(gpu: &Gpu) -> Vec<ProcessUsage> {
     reclaim(gpu);
-    let of = |row: &Row| {
+    let live = gpu.live_rows();
+    let shared: Vec<(usize, u64)> = gpu.shared.iter().filter_map(|slot| slot.shown_for(live)).collect();
+    let of = |(index, row): (usize, &Row)| {
         let pid = row.owner()?.pid();
-        let (allocated, context) = (row.allocated.load(SeqCst), row.context.load(SeqCst));
+        let shared: u64 = shared.iter().filter(|(row, _)| *row == index).map(|(_, bytes)| bytes).sum();
+        let (allocated, context) = (row.allocated.load(SeqCst) + shared, row.context.load(SeqCst));
         Some(ProcessUsage { pid, reserved: 0, allocated, context, managed: row.resident() })
     };
-    gpu.rows.iter().filter_map(of).collect()
+    gpu.rows.iter().enumerate().filter_map(of).collect()
 }
 
 /// Bytes in use on a GPU.
@@ -229,6 +250,7 @@ impl Ledger {
         for word in [&row.pending, &row.allocated, &row.context, &row.managed, &row.oldest_page] {
             word.store(0, SeqCst);
         }
+        gpu.shared.iter().for_each(|slot| slot.forget(index));
         row.owner.store(me, SeqCst);
         Some(Ledger { gpu, index, capacity: segment.memory(), taking: Mutex::new(()) })
     }
@@ -272,6 +294,27 @@ impl Ledger {
         let _ = self.word(kind).fetch_update(SeqCst, SeqCst, |had| Some(had.saturating_sub(bytes)));
     }
 
+    /// Moves an allocation of `bytes` that this process has booked to where several may hold it; `None` if as many as
+    /// possible are there already.
+    pub fn share(&self, bytes: u64) -> Option<Share> {
+        reclaim(self.gpu);
+        let share = shared::claim(self.gpu, self.index, bytes)?;
+        self.give(Kind::Allocation, bytes);
+        Some(share)
+    }
+
+    /// Lets this process hold an allocation too; `false` if nobody holds it any more.
+    pub fn join(&self, share: Share) -> bool {
+        reclaim(self.gpu);
+        shared::join(self.gpu, self.index, share)
+    }
+
+    /// Ends this process's hold; says whether it was the last one.
+    pub fn leave(&self, share: Share) -> bool {
+        reclaim(self.gpu);
+        shared::leave(self.gpu, self.index, share)
+    }
+
     /// Bytes in use by everybody.
     pub fn used(&self) -> u64 {
         used(self.gpu)
@@ -282,6 +325,7 @@ impl Ledger {
         let _one = self.taking.lock().unwrap_or_else(|e| e.into_inner());
         let row = self.row();
         let mut tries = 0u32;
+        let mut refusals = 0u32;
         let booked = loop {
             row.pending.store(bytes, SeqCst);
             let sums = sums(self.gpu, self.index);
@@ -292,6 +336,11 @@ impl Ledger {
             }
             if sums.used.saturating_add(bytes) > self.capacity {
                 if reclaim(self.gpu) || evict() {
+                    continue;
+                }
+                refusals += 1;
+                if refusals < SUMS_TO_REFUSE {
+                    std::thread::yield_now();
                     continue;
                 }
                 break false;

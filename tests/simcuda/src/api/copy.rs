@@ -46,21 +46,6 @@ driver_api! {
         later(null, stream, Copy::linear((dst, Side::Device), (src, Side::Device), bytes as u64))
     }
 
-    /// The contexts are of one process, whose addresses mean the same everywhere.
-    fn cuMemcpyPeer / cuMemcpyPeer_ptds |null| (dst: u64, to: Handle, src: u64, from: Handle, bytes: usize) {
-        context::by_handle(to)?;
-        context::by_handle(from)?;
-        now(null, Copy::linear((dst, Side::Device), (src, Side::Device), bytes as u64))
-    }
-
-    fn cuMemcpyPeerAsync / cuMemcpyPeerAsync_ptsz |null| (
-        dst: u64, to: Handle, src: u64, from: Handle, bytes: usize, stream: Handle,
-    ) {
-        context::by_handle(to)?;
-        context::by_handle(from)?;
-        later(null, stream, Copy::linear((dst, Side::Device), (src, Side::Device), bytes as u64))
-    }
-
     fn cuMemcpy2D_v2 / cuMemcpy2D_v2_ptds |null| (copy: In<Memcpy2D>) {
         now(null, self::plane(&copy.get()?)?)
     }
@@ -78,14 +63,6 @@ driver_api! {
     }
 
     fn cuMemcpy3DAsync_v2 / cuMemcpy3DAsync_v2_ptsz |null| (copy: In<Memcpy3D>, stream: Handle) {
-        later(null, stream, self::space(&copy.get()?)?)
-    }
-
-    fn cuMemcpy3DPeer / cuMemcpy3DPeer_ptds |null| (copy: In<Memcpy3D>) {
-        now(null, self::space(&copy.get()?)?)
-    }
-
-    fn cuMemcpy3DPeerAsync / cuMemcpy3DPeerAsync_ptsz |null| (copy: In<Memcpy3D>, stream: Handle) {
         later(null, stream, self::space(&copy.get()?)?)
     }
 
@@ -148,7 +125,7 @@ driver_api! {
     }
 }
 
-fn now(null: Null, copy: Copy) -> Result {
+pub(super) fn now(null: Null, copy: Copy) -> Result {
     let stream = context::stream(null, 0)?;
     if copy.width == 0 {
         return stream.usable();
@@ -156,7 +133,7 @@ fn now(null: Null, copy: Copy) -> Result {
     stream.run(Op::Copy(copy))
 }
 
-fn later(null: Null, stream: Handle, copy: Copy) -> Result {
+pub(super) fn later(null: Null, stream: Handle, copy: Copy) -> Result {
     let stream = context::stream(null, stream)?;
     if copy.width == 0 {
         return stream.usable();
@@ -237,7 +214,7 @@ fn plane(copy: &Memcpy2D) -> Result<Copy> {
     })
 }
 
-fn space(copy: &Memcpy3D) -> Result<Copy> {
+pub(super) fn space(copy: &Memcpy3D) -> Result<Copy> {
     if copy.src_lod != 0 || copy.dst_lod != 0 {
         return Err(Error::INVALID_VALUE);
     }

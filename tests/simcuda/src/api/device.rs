@@ -65,13 +65,6 @@ driver_api! {
         device.set(found as c_int)
     }
 
-    fn cuDeviceCanAccessPeer(can: Out<c_int>, device: c_int, peer: c_int) {
-        let driver = driver()?;
-        driver.device(device)?;
-        driver.device(peer)?;
-        can.set(0)
-    }
-
     fn cuDeviceGetExecAffinitySupport(supported: Out<c_int>, kind: c_uint, device: c_int) {
         let _ = kind;
         driver()?.device(device)?;
@@ -221,7 +214,8 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         99 => 1, // host registration
         100 | 101 => 0,
         102 => 1,       // virtual memory management
-        103..=105 => 0, // shareable handles
+        103 => 1,       // exports memory as file descriptors
+        104 | 105 => 0, // and as handles of Windows
         106 => 16,      // blocks per multiprocessor
         107..=119 => 0, // compression, persisting L2, memory pools, GPUDirect
         120..=129 => 0, // clusters, memory operations, DMA-BUF, IPC events

@@ -211,7 +211,7 @@ fn allocate(bytes: u64) -> Result<u64> {
     let driver = driver()?;
     let device = context.core.device;
     let location = MemLocation { kind: LOCATION_DEVICE, id: device.index as c_int };
-    let backing = driver.memory.backing.clone();
+    let backing = &driver.memory.backing;
     let physical = Arc::new(Physical::new(backing, 0, size, location, Some(device.ledger()?))?);
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
     space.allocate(physical, device.index, context.handle())
@@ -313,6 +313,9 @@ struct Pointer {
     managed: bool,
     mapped: bool,
     access: c_uint,
+    /// How `cuMemExportToShareableHandle` can export it, and whether `cuIpcGetMemHandle` can.
+    handle_types: c_uint,
+    legacy_ipc: bool,
     id: u64,
 }
 
@@ -331,6 +334,8 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         managed: false,
         mapped: true,
         access: 3,
+        handle_types: 0,
+        legacy_ipc: matches!(region.kind, Kind::Allocation { .. }),
         id: region.id,
     };
     match &region.kind {
@@ -342,9 +347,10 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         Kind::Reservation { .. } => match space.find_mapping(address) {
             Some((base, mapping)) => {
                 known.mapping = (base, mapping.size);
-                known.mapped = mapping.access != Access::None;
-                known.access = if mapping.access == Access::None { 0 } else { 3 };
-                if mapping.physical.location.kind == LOCATION_DEVICE {
+                known.mapped = mapping.rights.most() != Access::None;
+                known.access = if known.mapped { 3 } else { 0 };
+                known.handle_types = mapping.physical.handle_types;
+                if mapping.on_gpu() {
                     known.device = mapping.physical.location.id;
                 } else {
                     known.memory_type = MEMORYTYPE_HOST;
@@ -370,11 +376,11 @@ impl Pointer {
             7 => data.of::<u64>().set(self.id),
             8 => data.of::<c_uint>().set(c_uint::from(self.managed)),
             9 => data.of::<c_int>().set(if known { self.device } else { -2 }),
-            10 => data.of::<c_uint>().set(0),
+            10 => data.of::<c_uint>().set(c_uint::from(self.legacy_ipc)),
             11 => data.of::<u64>().set(self.base),
             12 => data.of::<usize>().set(self.size as usize),
             13 => data.of::<c_uint>().set(c_uint::from(known && self.mapped)),
-            14 => data.of::<u64>().set(0),
+            14 => data.of::<u64>().set(self.handle_types.into()),
             15 => data.of::<c_uint>().set(0),
             16 => data.of::<c_uint>().set(self.access),
             17 => data.of::<Handle>().set(0),

@@ -19,6 +19,7 @@ mod init;
 mod inspect;
 mod launch;
 mod memory;
+mod peer;
 mod proc_address;
 mod stream;
 mod vmm;
@@ -43,6 +44,7 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         init::EXPORTS,
         launch::EXPORTS,
         memory::EXPORTS,
+        peer::EXPORTS,
         proc_address::EXPORTS,
         stream::EXPORTS,
         vmm::EXPORTS,

@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
 
+use simstate::segment::MAX_GPUS;
+
 use super::backing::Physical;
 use crate::abi::{Error, Result};
 
@@ -32,11 +34,54 @@ pub enum Access {
     ReadWrite,
 }
 
+/// Who wants to use memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// The GPU.
+    pub device: usize,
+    /// A bit for every GPU whose `cuMemAlloc` memory it may use beside its own.
+    pub peers: u32,
+}
+
+impl User {
+    /// The driver, copying by means of that GPU: it gets at all that `cuMemAlloc` made, but in mapped memory it has no
+    /// rights that the GPU hasn't.
+    pub fn driver(device: usize) -> User {
+        User { device, peers: u32::MAX }
+    }
+}
+
+/// What each GPU may do with a mapping, and behind them all the host.
+#[derive(Clone, Copy)]
+pub struct Rights([Access; MAX_GPUS + 1]);
+
+impl Rights {
+    /// Whose are the host's.
+    pub const HOST: usize = MAX_GPUS;
+
+    const NONE: Rights = Rights([Access::None; MAX_GPUS + 1]);
+
+    pub fn of(&self, who: usize) -> Access {
+        self.0.get(who).copied().unwrap_or(Access::None)
+    }
+
+    /// What the one that may do most may do.
+    pub fn most(&self) -> Access {
+        self.0.iter().copied().max().unwrap_or(Access::None)
+    }
+}
+
 /// An allocation in a reservation.
 pub struct Mapping {
     pub size: u64,
     pub physical: Arc<Physical>,
-    pub access: Access,
+    pub rights: Rights,
+}
+
+impl Mapping {
+    pub fn on_gpu(&self) -> bool {
+        self.physical.location.kind == crate::abi::LOCATION_DEVICE
+    }
 }
 
 /// What a range of addresses is.
@@ -152,37 +197,42 @@ impl Space {
         (address - base < mapping.size).then_some((base, mapping))
     }
 
-    /// Where `address` is, and how far that holds; `None` if the GPU may not use it so.
-    fn place(&self, address: u64, write: bool) -> Option<(Place, u64)> {
+    /// Where `address` is, and how far that holds; `None` if `user` may not use it so.
+    fn place(&self, address: u64, user: User, write: bool) -> Option<(Place, u64)> {
         let (base, region) = self.find(address)?;
         let rest = base + region.size - address;
         match &region.kind {
             Kind::Reservation { .. } => {
                 let (base, mapping) = self.find_mapping(address)?;
                 let needed = if write { Access::ReadWrite } else { Access::Read };
-                let on_gpu = mapping.physical.location.kind == crate::abi::LOCATION_DEVICE;
-                let place =
-                    if on_gpu { Place::Device(mapping.physical.location.id as usize) } else { Place::Pinned };
-                (mapping.access >= needed).then_some((place, base + mapping.size - address))
+                let place = if mapping.on_gpu() {
+                    Place::Device(mapping.physical.location.id as usize)
+                } else {
+                    Place::Pinned
+                };
+                (mapping.rights.of(user.device) >= needed).then_some((place, base + mapping.size - address))
             }
-            Kind::Allocation { .. } => Some((Place::Device(region.device), rest)),
+            Kind::Allocation { .. } => {
+                let reached = region.device == user.device || user.peers >> region.device & 1 == 1;
+                reached.then_some((Place::Device(region.device), rest))
+            }
             Kind::Managed => Some((Place::Managed(region.device), rest)),
             Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => Some((Place::Pinned, rest)),
         }
     }
 
-    /// Where a range begins; an error if the GPU may not use all of it.
-    pub fn check(&self, address: u64, len: u64, write: bool) -> Result<Place> {
+    /// Where a range begins; an error if `user` may not use all of it.
+    pub fn check(&self, address: u64, len: u64, user: User, write: bool) -> Result<Place> {
         let fault = |at: u64| {
             FAULT.set(at);
             Error::ILLEGAL_ADDRESS
         };
         let end = address.checked_add(len).ok_or_else(|| fault(address))?;
-        let (first, mut holds) = self.place(address, write).ok_or_else(|| fault(address))?;
+        let (first, mut holds) = self.place(address, user, write).ok_or_else(|| fault(address))?;
         let mut at = address;
         while holds < end - at {
             at += holds;
-            holds = self.place(at, write).ok_or_else(|| fault(at))?.1;
+            holds = self.place(at, user, write).ok_or_else(|| fault(at))?.1;
         }
         Ok(first)
     }
@@ -228,10 +278,10 @@ impl Space {
             size,
             libc::PROT_NONE,
             libc::MAP_SHARED | libc::MAP_FIXED,
-            physical.fd(),
-            physical.offset,
+            physical.extent.fd(),
+            physical.extent.offset,
         )?;
-        maps.insert(address, Mapping { size, physical, access: Access::None });
+        maps.insert(address, Mapping { size, physical, rights: Rights::NONE });
         Ok(())
     }
 
@@ -261,25 +311,39 @@ impl Space {
         Ok(())
     }
 
-    pub fn set_access(&mut self, address: u64, size: u64, access: Access) -> Result {
+    /// Gives each of `wanted` its rights in a range of whole mappings; nobody else's change.
+    pub fn set_access(&mut self, address: u64, size: u64, wanted: &[(usize, Access)]) -> Result {
         let (maps, keys) = self.whole_mappings(address, size)?;
-        protect(address, size, access)?;
+        // The host can be let into host memory only.
+        let for_host = wanted.iter().any(|&(who, _)| who == Rights::HOST);
+        if for_host && keys.iter().any(|key| maps.get(key).is_none_or(Mapping::on_gpu)) {
+            return Err(Error::INVALID_VALUE);
+        }
         for key in keys {
-            if let Some(mapping) = maps.get_mut(&key) {
-                mapping.access = access;
-            }
+            let Some(mapping) = maps.get_mut(&key) else { continue };
+            let mut rights = mapping.rights;
+            wanted.iter().for_each(|&(who, access)| rights.0[who] = access);
+            protect(key, mapping.size, rights.most())?;
+            mapping.rights = rights;
         }
         Ok(())
     }
 
     /// Maps a physical allocation somewhere, accessible (`cuMemAlloc`).
     pub fn allocate(&mut self, physical: Arc<Physical>, device: usize, context: usize) -> Result<u64> {
-        let alignment = if physical.size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
-        let size = physical.size;
+        let alignment = if physical.size() >= GRANULARITY { GRANULARITY } else { 64 << 10 };
+        let size = physical.size();
         let address = reserve(size, alignment, 0)?;
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        map(address, size, rw, libc::MAP_SHARED | libc::MAP_FIXED, physical.fd(), physical.offset)
-            .inspect_err(|_| unmap(address, size))?;
+        map(
+            address,
+            size,
+            rw,
+            libc::MAP_SHARED | libc::MAP_FIXED,
+            physical.extent.fd(),
+            physical.extent.offset,
+        )
+        .inspect_err(|_| unmap(address, size))?;
         self.add(address, size, Kind::Allocation { _physical: physical }, device, context);
         Ok(address)
     }
