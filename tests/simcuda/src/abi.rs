@@ -250,6 +250,29 @@ pub const LOCATION_HOST: c_uint = 2;
 pub const LOCATION_HOST_NUMA: c_uint = 3;
 pub const LOCATION_HOST_NUMA_CURRENT: c_uint = 4;
 
+/// `CUipcMemHandle` and `CUipcEventHandle`: 64 bytes that mean something to the driver only.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct IpcHandle([u8; 64]);
+
+impl IpcHandle {
+    pub fn new(words: [u64; 8]) -> IpcHandle {
+        let mut bytes = [0; 64];
+        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        IpcHandle(bytes)
+    }
+
+    pub fn words(&self) -> [u64; 8] {
+        let mut words = [0; 8];
+        for (word, bytes) in words.iter_mut().zip(self.0.chunks_exact(8)) {
+            *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        }
+        words
+    }
+}
+
 /// `CUmemAllocationProp`.
 #[derive(Clone, Copy)]
 #[repr(C)]

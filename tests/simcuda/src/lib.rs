@@ -20,6 +20,7 @@
 //! | `memory` | physical memory, the address space, moving bytes |
 //! | `um` | where the pages of managed memory are |
 //! | `stream`, `event`, `op` | queues, moments in them, and what they carry |
+//! | `ipc_event` | events of several processes |
 //! | `graph` | capture and replay |
 //! | `module`, `kernels` | PTX images and the kernels that really compute |
 
@@ -30,6 +31,7 @@ mod driver;
 mod event;
 mod graph;
 mod handles;
+mod ipc_event;
 mod kernels;
 mod memory;
 mod module;

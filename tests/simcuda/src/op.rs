@@ -14,6 +14,7 @@ use crate::context::Core;
 use crate::driver::{Device, driver, lock};
 use crate::event::Event;
 use crate::graph::Node;
+use crate::ipc_event::SharedEvent;
 use crate::kernels::Launch;
 use crate::memory::access::{End, Side};
 use crate::memory::va::{Place, User};
@@ -39,6 +40,10 @@ pub enum Op {
     },
     /// Notes the time for an event.
     Time(Arc<AtomicU64>),
+    /// Tells other processes that the stream has come to a recording of an event.
+    Reach(Arc<SharedEvent>, u64),
+    /// Waits for a recording, perhaps by another process.
+    AwaitReached(Arc<SharedEvent>, u64),
     /// Records an event from inside a graph.
     Stamp(Arc<Event>),
     /// Waits for an event from inside a graph.
@@ -95,7 +100,7 @@ impl Op {
             Op::Set(_) => 2,
             Op::Host { .. } | Op::Callback { .. } => 3,
             Op::Graph(_) => 4,
-            Op::Nothing | Op::Prefetch(_) | Op::Time(_) => 5,
+            Op::Nothing | Op::Prefetch(_) | Op::Time(_) | Op::Reach(..) | Op::AwaitReached(..) => 5,
             Op::Await(_) => 6,
             Op::Stamp(_) => 7,
         }
@@ -112,13 +117,21 @@ impl Op {
             stamp.store(now_ns(), SeqCst);
             return Ok(());
         }
+        if let Op::Reach(event, number) = self {
+            event.reach(*number);
+            return Ok(());
+        }
         if core.healthy().is_err() {
             // What was queued behind a failure never runs.
             return Ok(());
         }
         let device = core.device;
         match self {
-            Op::Nothing | Op::Callback { .. } | Op::Time(_) => Ok(()),
+            Op::Nothing | Op::Callback { .. } | Op::Time(_) | Op::Reach(..) => Ok(()),
+            Op::AwaitReached(event, number) => {
+                event.wait(*number);
+                Ok(())
+            }
             Op::Kernel(launch) => launch.execute(core),
             Op::Copy(copy) => copy.execute(device),
             Op::Set(set) => set.execute(device),

@@ -63,6 +63,7 @@ fn every_gpu_has_rights_of_its_own() {
         };
         assert_eq!([rights(0, pointer + PAGE), rights(1, pointer + PAGE)], [3, 1]);
         assert_eq!(cuda.launch(iota, 0, &[pointer, 2 * PAGE / 8, 1]), 0);
+        assert_eq!(cuda.sync(0), 0);
 
         cuda.enter(1);
         assert_eq!(cuda.read(pointer + PAGE, 1), [common::iota(PAGE / 8, 1)], "it may read");

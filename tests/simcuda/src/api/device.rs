@@ -218,7 +218,9 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         104 | 105 => 0, // and as handles of Windows
         106 => 16,      // blocks per multiprocessor
         107..=119 => 0, // compression, persisting L2, memory pools, GPUDirect
-        120..=129 => 0, // clusters, memory operations, DMA-BUF, IPC events
+        120..=124 => 0, // clusters, memory operations, DMA-BUF
+        125 => 1,       // IPC events
+        126..=129 => 0, // more memory operations, fabric handles
         130 => 0,       // NUMA
         131 => -1,
         132 | 133 => 0,

@@ -214,7 +214,8 @@ fn allocate(bytes: u64) -> Result<u64> {
     let backing = &driver.memory.backing;
     let physical = Arc::new(Physical::new(backing, 0, size, location, Some(device.ledger()?))?);
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
-    space.allocate(physical, device.index, context.handle())
+    let kind = Kind::Allocation { physical: physical.clone() };
+    space.allocate(&physical, kind, device.index, context.handle())
 }
 
 fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
@@ -230,7 +231,7 @@ fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
 }
 
 /// Frees what begins at `pointer` once nothing uses it any more.
-fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -> bool + Copy) -> Result {
+pub(super) fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -> bool + Copy) -> Result {
     let driver = driver()?;
     {
         let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
@@ -339,7 +340,7 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         id: region.id,
     };
     match &region.kind {
-        Kind::Allocation { .. } => {}
+        Kind::Allocation { .. } | Kind::Opened { .. } => {}
         Kind::Managed => (known.managed, known.host) = (true, true),
         Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => {
             (known.memory_type, known.host) = (MEMORYTYPE_HOST, true);

@@ -17,6 +17,7 @@ mod device;
 mod graph;
 mod init;
 mod inspect;
+mod ipc;
 mod launch;
 mod memory;
 mod peer;
@@ -42,6 +43,7 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         device::EXPORTS,
         graph::EXPORTS,
         init::EXPORTS,
+        ipc::EXPORTS,
         launch::EXPORTS,
         memory::EXPORTS,
         peer::EXPORTS,

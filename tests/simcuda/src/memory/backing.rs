@@ -21,7 +21,8 @@ use super::sharing::Hold;
 use crate::abi::{Error, Handle, MemLocation, Result};
 use crate::driver::lock;
 
-const FILE_BYTES: u64 = 1 << 46;
+/// As much as a memfd is made to hold.
+pub const FILE_BYTES: u64 = 1 << 46;
 
 /// The process's memfd.
 pub struct Backing {

@@ -19,7 +19,7 @@ use simstate::Ledger;
 use simstate::shared::Share;
 
 use super::backing::{self, Extent, Physical};
-use crate::abi::{Error, Handle, LOCATION_DEVICE, MemLocation, Result};
+use crate::abi::{Error, Handle, IpcHandle, LOCATION_DEVICE, MemLocation, Result};
 use crate::driver::{Driver, lock};
 
 /// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
@@ -27,6 +27,8 @@ pub const HANDLE_FD: u32 = 1;
 
 const PAGE: u64 = 4096;
 const WORD: usize = size_of::<u64>();
+
+const IPC: u64 = u64::from_le_bytes(*b"sim-ipc1");
 
 /// How often this process holds what several may; it joins with the first and leaves with the last.
 static HOLDS: Mutex<Option<HashMap<(usize, Share), usize>>> = Mutex::new(None);
@@ -194,4 +196,84 @@ pub fn import(driver: &'static Driver, fd: i32, handle: Handle) -> Result<Physic
         label.write(driver, fd)?;
     }
     Ok(physical)
+}
+
+/// Where a part of a process's memfd is, for other processes: the first words of an IPC handle.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Whereabouts {
+    pid: u32,
+    fd: i32,
+    /// Which file that descriptor was.
+    inode: u64,
+    offset: u64,
+    size: u64,
+}
+
+fn inode(fd: i32) -> Result<u64> {
+    // SAFETY: asks about a descriptor, which the kernel checks, into a struct made of integers.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        if libc::fstat(fd, &mut stat) < 0 { Err(Error::INVALID_VALUE) } else { Ok(stat.st_ino) }
+    }
+}
+
+impl Whereabouts {
+    pub fn of(extent: &Extent) -> Result<Whereabouts> {
+        let (fd, pid) = (extent.fd(), std::process::id());
+        Ok(Whereabouts { pid, fd, inode: inode(fd)?, offset: extent.offset, size: extent.size })
+    }
+
+    /// An IPC handle with it and two words more, of a kind that `kind` tells from others.
+    pub fn handle(&self, driver: &Driver, kind: u64, more: [u64; 2]) -> IpcHandle {
+        let place = u64::from(self.pid) << 32 | u64::from(self.fd as u32);
+        let mark = IPC ^ machine(driver);
+        IpcHandle::new([mark, kind, place, self.inode, self.offset, self.size, more[0], more[1]])
+    }
+
+    /// Reads a handle, which may be any 64 bytes. One of this very process can't be opened.
+    pub fn read(driver: &Driver, kind: u64, handle: &IpcHandle) -> Result<(Whereabouts, [u64; 2])> {
+        let [mark, has, place, inode, offset, size, more @ ..] = handle.words();
+        if mark != IPC ^ machine(driver) || has != kind {
+            return Err(Error::INVALID_VALUE);
+        }
+        let pid = (place >> 32) as u32;
+        if pid == std::process::id() {
+            return Err(Error::INVALID_CONTEXT);
+        }
+        Ok((Whereabouts { pid, fd: place as u32 as i32, inode, offset, size }, more))
+    }
+
+    /// Opens the other process's file; an error if that process, or the file, is gone.
+    pub fn open(&self) -> Result<Extent> {
+        let path = format!("/proc/{}/fd/{}", self.pid, self.fd);
+        let file = std::fs::File::options().read(true).write(true).open(path);
+        let file = Arc::new(OwnedFd::from(file.map_err(|_| Error::INVALID_VALUE)?));
+        let end = self.offset.checked_add(self.size).ok_or(Error::INVALID_VALUE)?;
+        let aligned = self.offset.is_multiple_of(PAGE) && self.size.is_multiple_of(PAGE) && self.size > 0;
+        if inode(file.as_raw_fd())? != self.inode || !aligned || end > backing::FILE_BYTES {
+            return Err(Error::INVALID_VALUE);
+        }
+        Ok(Extent { file, offset: self.offset, size: self.size })
+    }
+}
+
+/// `kind` of a handle of memory: its GPU is part of it.
+const IPC_MEMORY: u64 = 0x100;
+
+/// An IPC handle of a `cuMemAlloc` allocation.
+pub fn ipc_handle(driver: &Driver, physical: &Physical) -> Result<IpcHandle> {
+    let share = physical.share()?.ok_or(Error::INVALID_VALUE)?;
+    let kind = IPC_MEMORY | physical.location.id as u64;
+    Ok(Whereabouts::of(&physical.extent)?.handle(driver, kind, [share.slot, share.identity]))
+}
+
+/// Opens the memory of an IPC handle.
+pub fn open_ipc(driver: &'static Driver, handle: &IpcHandle) -> Result<Physical> {
+    let kind = handle.words()[1];
+    let device = driver.device((kind & 0xff) as i32).map_err(|_| Error::INVALID_VALUE)?;
+    let (place, [slot, identity]) = Whereabouts::read(driver, IPC_MEMORY | device.index as u64, handle)?;
+    let extent = place.open()?;
+    let hold = Hold::join(device.ledger()?, Share { slot, identity }).ok_or(Error::INVALID_VALUE)?;
+    let location = MemLocation { kind: LOCATION_DEVICE, id: device.index as i32 };
+    Ok(Physical::joined(extent, 0, location, 0, Some(hold)))
 }

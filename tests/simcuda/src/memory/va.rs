@@ -89,7 +89,9 @@ pub enum Kind {
     /// `cuMemAddressReserve`.
     Reservation { maps: BTreeMap<u64, Mapping> },
     /// `cuMemAlloc`, with what it keeps alive.
-    Allocation { _physical: Arc<Physical> },
+    Allocation { physical: Arc<Physical> },
+    /// `cuIpcOpenMemHandle` of what another process allocated: by which handle, how often, and for which GPU.
+    Opened { _physical: Arc<Physical>, handle: [u64; 8], references: u32, by: usize },
     /// `cuMemAllocManaged`.
     Managed,
     /// `cuMemHostAlloc`, with its flags.
@@ -216,6 +218,10 @@ impl Space {
                 let reached = region.device == user.device || user.peers >> region.device & 1 == 1;
                 reached.then_some((Place::Device(region.device), rest))
             }
+            Kind::Opened { by, .. } => {
+                let reached = user.device == *by || region.device == user.device;
+                reached.then_some((Place::Device(region.device), rest))
+            }
             Kind::Managed => Some((Place::Managed(region.device), rest)),
             Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => Some((Place::Pinned, rest)),
         }
@@ -329,23 +335,47 @@ impl Space {
         Ok(())
     }
 
-    /// Maps a physical allocation somewhere, accessible (`cuMemAlloc`).
-    pub fn allocate(&mut self, physical: Arc<Physical>, device: usize, context: usize) -> Result<u64> {
-        let alignment = if physical.size() >= GRANULARITY { GRANULARITY } else { 64 << 10 };
+    /// Maps a physical allocation somewhere, accessible (`cuMemAlloc` and its like); `kind` keeps it.
+    pub fn allocate(
+        &mut self,
+        physical: &Arc<Physical>,
+        kind: Kind,
+        device: usize,
+        context: usize,
+    ) -> Result<u64> {
         let size = physical.size();
+        let alignment = if size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
         let address = reserve(size, alignment, 0)?;
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        map(
-            address,
-            size,
-            rw,
-            libc::MAP_SHARED | libc::MAP_FIXED,
-            physical.extent.fd(),
-            physical.extent.offset,
-        )
-        .inspect_err(|_| unmap(address, size))?;
-        self.add(address, size, Kind::Allocation { _physical: physical }, device, context);
+        let extent = &physical.extent;
+        map(address, size, rw, libc::MAP_SHARED | libc::MAP_FIXED, extent.fd(), extent.offset)
+            .inspect_err(|_| unmap(address, size))?;
+        self.add(address, size, kind, device, context);
         Ok(address)
+    }
+
+    /// The address at which the context has opened an IPC handle, which is counted once more.
+    pub fn open_again(&mut self, handle: &[u64; 8], context: usize) -> Option<u64> {
+        self.regions.iter_mut().find_map(|(&base, region)| match &mut region.kind {
+            Kind::Opened { handle: opened, references, .. }
+                if opened == handle && region.context == context =>
+            {
+                *references += 1;
+                Some(base)
+            }
+            _ => None,
+        })
+    }
+
+    /// Counts an opened IPC handle once less; says how often it is still open.
+    pub fn close_once(&mut self, address: u64) -> Result<u32> {
+        match self.regions.get_mut(&address) {
+            Some(Region { kind: Kind::Opened { references, .. }, .. }) => {
+                *references -= 1;
+                Ok(*references)
+            }
+            _ => Err(Error::INVALID_VALUE),
+        }
     }
 
     /// Makes zeroed host memory (`cuMemAllocManaged`, `cuMemHostAlloc`).
