@@ -292,6 +292,30 @@ pub struct MemAccessDesc {
     pub flags: c_uint,
 }
 
+/// `CUmemPoolProps`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct MemPoolProps {
+    pub kind: c_uint,
+    pub handle_types: c_uint,
+    pub location: MemLocation,
+    pub win32: usize,
+    pub max_size: usize,
+    pub usage: u16,
+    pub reserved: [u8; 54],
+}
+
+/// `CUDA_MEM_ALLOC_NODE_PARAMS`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct MemAllocNodeParams {
+    pub pool: MemPoolProps,
+    pub accesses: In<MemAccessDesc>,
+    pub access_count: usize,
+    pub bytes: usize,
+    pub pointer: u64,
+}
+
 /// `CUDA_MEMCPY2D_v2`.
 #[derive(Clone, Copy)]
 #[repr(C)]

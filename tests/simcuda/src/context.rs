@@ -140,6 +140,7 @@ impl Context {
         for stream in self.core.live_streams() {
             Fence::of(&stream).wait();
         }
+        crate::pool::synchronized();
         self.core.healthy()
     }
 

@@ -18,6 +18,7 @@
 //! | `driver` | initialisation, devices, faults on demand, fork |
 //! | `context` | contexts, the current one, and which stream a handle means |
 //! | `memory` | physical memory, the address space, moving bytes |
+//! | `pool` | stream-ordered memory, and that of graphs |
 //! | `um` | where the pages of managed memory are |
 //! | `stream`, `event`, `op` | queues, moments in them, and what they carry |
 //! | `ipc_event` | events of several processes |
@@ -36,5 +37,6 @@ mod kernels;
 mod memory;
 mod module;
 mod op;
+mod pool;
 mod stream;
 mod um;

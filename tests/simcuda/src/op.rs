@@ -17,7 +17,8 @@ use crate::graph::Node;
 use crate::ipc_event::SharedEvent;
 use crate::kernels::Launch;
 use crate::memory::access::{End, Side};
-use crate::memory::va::{Place, User};
+use crate::memory::va::{Kind, Place, User};
+use crate::pool::Block;
 
 /// An operation.
 #[derive(Clone)]
@@ -28,6 +29,10 @@ pub enum Op {
     Copy(Copy),
     Set(Set),
     Prefetch(Prefetch),
+    /// The beginning, or the end, of stream-ordered memory.
+    Alive(Arc<Block>, bool),
+    /// The end of what `cuMemAlloc` made.
+    Free(u64),
     Host {
         function: HostFn,
         data: UserData,
@@ -100,7 +105,14 @@ impl Op {
             Op::Set(_) => 2,
             Op::Host { .. } | Op::Callback { .. } => 3,
             Op::Graph(_) => 4,
-            Op::Nothing | Op::Prefetch(_) | Op::Time(_) | Op::Reach(..) | Op::AwaitReached(..) => 5,
+            Op::Alive(_, true) => 10,
+            Op::Alive(_, false) => 11,
+            Op::Nothing
+            | Op::Prefetch(_)
+            | Op::Free(_)
+            | Op::Time(_)
+            | Op::Reach(..)
+            | Op::AwaitReached(..) => 5,
             Op::Await(_) => 6,
             Op::Stamp(_) => 7,
         }
@@ -136,6 +148,15 @@ impl Op {
             Op::Copy(copy) => copy.execute(device),
             Op::Set(set) => set.execute(device),
             Op::Prefetch(prefetch) => prefetch.execute(device),
+            Op::Alive(block, live) => {
+                block.set_live(*live);
+                Ok(())
+            }
+            Op::Free(address) => {
+                let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
+                space.free(*address, |kind| matches!(kind, Kind::Allocation { .. }));
+                Ok(())
+            }
             Op::Host { function, data } => {
                 call_host(*function, *data);
                 Ok(())

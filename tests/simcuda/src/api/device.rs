@@ -217,7 +217,9 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         103 => 1,       // exports memory as file descriptors
         104 | 105 => 0, // and as handles of Windows
         106 => 16,      // blocks per multiprocessor
-        107..=119 => 0, // compression, persisting L2, memory pools, GPUDirect
+        107..=114 => 0, // compression, persisting L2
+        115 => 1,       // memory pools
+        116..=119 => 0, // GPUDirect, pools of other processes
         120..=124 => 0, // clusters, memory operations, DMA-BUF
         125 => 1,       // IPC events
         126..=129 => 0, // more memory operations, fabric handles
@@ -227,7 +229,9 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         134 => 0, // the host's NUMA node
         135..=140 => 0,
         141 => 1, // VMM of host memory, by NUMA node
-        142..=144 => 0,
+        142 => 1, // memory pools of host memory, by NUMA node
+        143 => 0,
+        144 => 1, // memory pools of host memory
         145 => 1, // VMM of host memory
         146..=161 => 0,
         _ => return Err(Error::INVALID_VALUE),

@@ -13,6 +13,7 @@ use crate::graph;
 use crate::memory::backing::Physical;
 use crate::memory::va::{self, Access, Kind};
 use crate::op::{Op, Prefetch};
+use crate::pool::{self, Block};
 
 /// `cuMemAlloc` takes memory in units of this size.
 const UNIT: u64 = 64 << 10;
@@ -44,11 +45,14 @@ driver_api! {
         pitch.set(row)
     }
 
-    /// Waits for the work of the context first, as the real one does.
+    /// Waits for the work of the context first, as the real one does, but not for stream-ordered memory.
     fn cuMemFree_v2(pointer: u64) {
         let context = context::healthy()?;
         if pointer == 0 {
             return Ok(());
+        }
+        if let Ok(block) = Block::at(pointer) {
+            return pool::free(block.address, None);
         }
         graph::refuse_unsafe(&context.core)?;
         let freeable = |kind: &Kind| matches!(kind, Kind::Allocation { .. } | Kind::Managed);
@@ -340,7 +344,7 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         id: region.id,
     };
     match &region.kind {
-        Kind::Allocation { .. } | Kind::Opened { .. } => {}
+        Kind::Allocation { .. } | Kind::Opened { .. } | Kind::Pooled { .. } => {}
         Kind::Managed => (known.managed, known.host) = (true, true),
         Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => {
             (known.memory_type, known.host) = (MEMORYTYPE_HOST, true);
@@ -384,7 +388,7 @@ impl Pointer {
             14 => data.of::<u64>().set(self.handle_types.into()),
             15 => data.of::<c_uint>().set(0),
             16 => data.of::<c_uint>().set(self.access),
-            17 => data.of::<Handle>().set(0),
+            17 => data.of::<Handle>().set(Block::at(self.base).map_or(0, |block| block.pool())),
             18 => data.of::<usize>().set(self.mapping.1 as usize),
             19 => data.of::<u64>().set(self.mapping.0),
             20 => {

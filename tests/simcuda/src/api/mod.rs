@@ -21,6 +21,7 @@ mod ipc;
 mod launch;
 mod memory;
 mod peer;
+mod pool;
 mod proc_address;
 mod stream;
 mod vmm;
@@ -47,6 +48,7 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         launch::EXPORTS,
         memory::EXPORTS,
         peer::EXPORTS,
+        pool::EXPORTS,
         proc_address::EXPORTS,
         stream::EXPORTS,
         vmm::EXPORTS,

@@ -42,6 +42,7 @@ driver_api! {
     fn cuStreamSynchronize / cuStreamSynchronize_ptsz |null| (stream: Handle) {
         let stream = self::outside_capture(null, stream)?;
         self::fences(&stream).iter().for_each(Fence::wait);
+        crate::pool::synchronized();
         stream.core.healthy()
     }
 
@@ -144,7 +145,7 @@ driver_api! {
     }
 
     fn cuEventSynchronize(event: Handle) {
-        driver()?.events.get(event)?.synchronize()
+        driver()?.events.get(event)?.synchronize().inspect(|()| crate::pool::synchronized())
     }
 
     fn cuEventElapsedTime(ms: Out<f32>, start: Handle, end: Handle) {

@@ -131,19 +131,7 @@ driver_api! {
 
     fn cuMemSetAccess(pointer: u64, size: usize, descriptions: In<MemAccessDesc>, count: usize) {
         let driver = driver()?;
-        if count == 0 || count > 64 {
-            return Err(Error::INVALID_VALUE);
-        }
-        let mut wanted = Vec::new();
-        for description in descriptions.to_vec(count)? {
-            let access = match description.flags {
-                0 => Access::None,
-                1 => Access::Read,
-                3 => Access::ReadWrite,
-                _ => return Err(Error::INVALID_VALUE),
-            };
-            wanted.push((self::who(&description.location)?, access));
-        }
+        let wanted = self::rights(descriptions, count)?;
         let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
         space.set_access(pointer, size as u64, &wanted)
     }
@@ -153,18 +141,36 @@ driver_api! {
         let who = self::who(&location.get()?)?;
         let space = memory.space.read().unwrap_or_else(|e| e.into_inner());
         let (_, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
-        flags.set(match mapping.rights.of(who) {
-            Access::None => 0,
-            Access::Read => 1,
-            Access::ReadWrite => 3,
-        })
+        flags.set(self::flags(mapping.rights.of(who)))
     }
 }
 
 const PINNED: c_uint = 1;
 
+/// `CUmemAccess_flags`.
+pub(super) fn flags(access: Access) -> u64 {
+    match access {
+        Access::None => 0,
+        Access::Read => 1,
+        Access::ReadWrite => 3,
+    }
+}
+
+/// Who is to have which rights.
+pub(super) fn rights(descriptions: In<MemAccessDesc>, count: usize) -> Result<Vec<(usize, Access)>> {
+    if count == 0 || count > 64 {
+        return Err(Error::INVALID_VALUE);
+    }
+    let right = |description: &MemAccessDesc| {
+        let all = [Access::None, Access::Read, Access::ReadWrite];
+        let access = all.into_iter().find(|&access| self::flags(access) == u64::from(description.flags));
+        Ok((self::who(&description.location)?, access.ok_or(Error::INVALID_VALUE)?))
+    };
+    descriptions.to_vec(count)?.iter().map(right).collect()
+}
+
 /// Whose rights a location stands for.
-fn who(location: &MemLocation) -> Result<usize> {
+pub(super) fn who(location: &MemLocation) -> Result<usize> {
     match location.kind {
         LOCATION_DEVICE => driver()?.device(location.id).map(|device| device.index),
         LOCATION_HOST..=LOCATION_HOST_NUMA_CURRENT => Ok(Rights::HOST),

@@ -11,12 +11,14 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Weak};
 
 use simstate::segment::MAX_GPUS;
 
 use super::backing::Physical;
 use crate::abi::{Error, Result};
+use crate::pool::Block;
 
 thread_local! {
     /// The last address that this thread found to be no business of the GPU's, for the message.
@@ -71,6 +73,29 @@ impl Rights {
     }
 }
 
+/// Whether a block of stream-ordered memory is there now, and for whom: two bits for each GPU and the host.
+pub struct Live {
+    pub now: AtomicBool,
+    /// Those of its pool.
+    pub rights: Arc<AtomicU64>,
+}
+
+impl Live {
+    /// What `who` may do by these bits.
+    pub fn right(bits: u64, who: usize) -> Access {
+        match bits >> (2 * who) & 3 {
+            0 => Access::None,
+            1 => Access::Read,
+            _ => Access::ReadWrite,
+        }
+    }
+
+    /// The bits with another right for `who`.
+    pub fn bits(bits: u64, who: usize, access: Access) -> u64 {
+        bits & !(3 << (2 * who)) | (access as u64) << (2 * who)
+    }
+}
+
 /// An allocation in a reservation.
 pub struct Mapping {
     pub size: u64,
@@ -92,6 +117,8 @@ pub enum Kind {
     Allocation { physical: Arc<Physical> },
     /// `cuIpcOpenMemHandle` of what another process allocated: by which handle, how often, and for which GPU.
     Opened { _physical: Arc<Physical>, handle: [u64; 8], references: u32, by: usize },
+    /// Stream-ordered memory.
+    Pooled { live: Arc<Live>, block: Weak<Block>, physical: Option<Arc<Physical>> },
     /// `cuMemAllocManaged`.
     Managed,
     /// `cuMemHostAlloc`, with its flags.
@@ -221,6 +248,14 @@ impl Space {
             Kind::Opened { by, .. } => {
                 let reached = user.device == *by || region.device == user.device;
                 reached.then_some((Place::Device(region.device), rest))
+            }
+            Kind::Pooled { live, physical, .. } => {
+                let needed = if write { Access::ReadWrite } else { Access::Read };
+                let open = Live::right(live.rights.load(SeqCst), user.device) >= needed;
+                let location = physical.as_ref()?.location;
+                let on_gpu = location.kind == crate::abi::LOCATION_DEVICE;
+                let place = if on_gpu { Place::Device(location.id as usize) } else { Place::Pinned };
+                (open && live.now.load(SeqCst)).then_some((place, rest))
             }
             Kind::Managed => Some((Place::Managed(region.device), rest)),
             Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => Some((Place::Pinned, rest)),
@@ -352,6 +387,53 @@ impl Space {
             .inspect_err(|_| unmap(address, size))?;
         self.add(address, size, kind, device, context);
         Ok(address)
+    }
+
+    /// Addresses for stream-ordered memory, without any for now.
+    pub fn reserve_block(&mut self, size: u64, device: usize, live: &Arc<Live>) -> Result<u64> {
+        let alignment = if size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
+        let address = reserve(size, alignment, 0)?;
+        let kind = Kind::Pooled { live: live.clone(), block: Weak::new(), physical: None };
+        self.add(address, size, kind, device, 0);
+        Ok(address)
+    }
+
+    /// Says whose the addresses are.
+    pub fn name_block(&mut self, address: u64, owner: Weak<Block>) {
+        if let Some(Region { kind: Kind::Pooled { block, .. }, .. }) = self.regions.get_mut(&address) {
+            *block = owner;
+        }
+    }
+
+    /// The block that begins at an address.
+    pub fn block(&self, address: u64) -> Option<Arc<Block>> {
+        match self.regions.get(&address) {
+            Some(Region { kind: Kind::Pooled { block, .. }, .. }) => block.upgrade(),
+            _ => None,
+        }
+    }
+
+    pub fn block_is_backed(&self, address: u64) -> bool {
+        let kind = self.regions.get(&address).map(|region| &region.kind);
+        matches!(kind, Some(Kind::Pooled { physical: Some(_), .. }))
+    }
+
+    /// Gives a block memory, or takes it.
+    pub fn back_block(&mut self, address: u64, memory: Option<Arc<Physical>>) -> Result {
+        let Some(Region { kind: Kind::Pooled { physical, .. }, size, .. }) = self.regions.get_mut(&address)
+        else {
+            return Err(Error::INVALID_VALUE);
+        };
+        match &memory {
+            Some(memory) => {
+                let rw = libc::PROT_READ | libc::PROT_WRITE;
+                let extent = &memory.extent;
+                map(address, *size, rw, libc::MAP_SHARED | libc::MAP_FIXED, extent.fd(), extent.offset)?
+            }
+            None => map(address, *size, libc::PROT_NONE, NOTHING | libc::MAP_FIXED, -1, 0)?,
+        };
+        *physical = memory;
+        Ok(())
     }
 
     /// The address at which the context has opened an IPC handle, which is counted once more.
