@@ -235,6 +235,7 @@ pub fn call_stream(function: StreamCallback, stream: Handle, status: c_int, data
 
 pub const MEMORYTYPE_HOST: c_uint = 1;
 pub const MEMORYTYPE_DEVICE: c_uint = 2;
+pub const MEMORYTYPE_ARRAY: c_uint = 3;
 pub const MEMORYTYPE_UNIFIED: c_uint = 4;
 
 /// `CUmemLocation`.
@@ -314,6 +315,46 @@ pub struct MemAllocNodeParams {
     pub access_count: usize,
     pub bytes: usize,
     pub pointer: u64,
+}
+
+/// `CUDA_ARRAY_DESCRIPTOR_v2`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ArrayDescriptor {
+    pub width: usize,
+    pub height: usize,
+    pub format: c_uint,
+    pub channels: c_uint,
+}
+
+/// `CUDA_ARRAY3D_DESCRIPTOR_v2`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Array3DDescriptor {
+    pub width: usize,
+    pub height: usize,
+    pub depth: usize,
+    pub format: c_uint,
+    pub channels: c_uint,
+    pub flags: c_uint,
+}
+
+/// `CUDA_ARRAY_MEMORY_REQUIREMENTS`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ArrayRequirements {
+    pub size: usize,
+    pub alignment: usize,
+    pub reserved: [c_uint; 4],
+}
+
+/// `CUDA_RESOURCE_DESC`: the words are a handle, or an address and what is there.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ResourceDesc {
+    pub kind: c_uint,
+    pub words: [u64; 16],
+    pub flags: c_uint,
 }
 
 /// `CUDA_MEMCPY2D_v2`.

@@ -61,7 +61,7 @@ impl Core {
     /// Who uses memory when a kernel of the context does.
     pub fn user(&self) -> User {
         let peers = lock(&self.peers).iter().fold(0, |peers, (_, device)| peers | 1 << device);
-        User { device: self.device.index, peers }
+        User { device: self.device.index, peers, arrays: false }
     }
 
     pub fn live_streams(&self) -> Vec<Arc<Stream>> {
@@ -163,6 +163,9 @@ impl Context {
         driver.events.remove_if(|event| event.context == handle);
         driver.functions.remove_if(|function| function.context == handle);
         driver.modules.remove_if(|module| module.context == handle);
+        driver.arrays.remove_if(|array| array.context == handle);
+        driver.mipmaps.remove_if(|mipmap| mipmap.context == handle);
+        driver.objects.remove_if(|object| object.context == handle);
         let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
         for address in space.of_context(handle) {
             if let Some(region) = space.free(address, |_| true)

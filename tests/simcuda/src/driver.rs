@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use simstate::{Config, Gpu, Ledger, Segment};
 
 use crate::abi::{Error, Result};
+use crate::array::{Array, Mipmap, Object};
 use crate::context::Context;
 use crate::event::Event;
 use crate::graph::{Exec, Graph, Node};
@@ -53,6 +54,9 @@ pub struct Driver {
     pub nodes: Registry<Node>,
     pub execs: Registry<Exec>,
     pub pools: Registry<Pool>,
+    pub arrays: Registry<Array>,
+    pub mipmaps: Registry<Mipmap>,
+    pub objects: Registry<Object>,
 }
 
 const UNINITIALISED: u8 = 0;
@@ -133,6 +137,9 @@ impl Driver {
             nodes: Registry::new(),
             execs: Registry::new(),
             pools: Registry::new(),
+            arrays: Registry::new(),
+            mipmaps: Registry::new(),
+            objects: Registry::new(),
         })
     }
 

@@ -19,6 +19,7 @@
 //! | `context` | contexts, the current one, and which stream a handle means |
 //! | `memory` | physical memory, the address space, moving bytes |
 //! | `pool` | stream-ordered memory, and that of graphs |
+//! | `array` | arrays, textures and surfaces |
 //! | `um` | where the pages of managed memory are |
 //! | `stream`, `event`, `op` | queues, moments in them, and what they carry |
 //! | `ipc_event` | events of several processes |
@@ -27,6 +28,7 @@
 
 mod abi;
 mod api;
+mod array;
 mod context;
 mod driver;
 mod event;

@@ -238,8 +238,12 @@ impl Copy {
             return Ok(());
         }
         let memory = &driver.memory;
-        let user = |named: Option<usize>| User::driver(named.unwrap_or(device.index));
-        let (to, from) = (user(self.dst_device), user(self.src_device));
+        let user = |named: Option<usize>, side| User {
+            arrays: side == Side::Array,
+            ..User::driver(named.unwrap_or(device.index))
+        };
+        let to = user(self.dst_device, self.dst_side);
+        let from = user(self.src_device, self.src_side);
         let mut ends = (End::Pageable, End::Pageable);
         for (i, (dst, src)) in self.rows().enumerate() {
             let dst = memory.locate(dst, self.width, to, self.dst_side, true)?;

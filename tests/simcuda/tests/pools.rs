@@ -163,6 +163,7 @@ fn a_pool_keeps_what_its_threshold_allows() {
         assert_eq!(cuda.free_bytes(), before - 2 * PAGE);
         assert_eq!(call!(cuda, "cuMemPoolTrimTo", pool => usize, 0 => usize), 0);
         assert_eq!(cuda.free_bytes(), before - PAGE, "all but what is in use");
+        assert_eq!(cuda.sync(stream), 0);
         assert_eq!(call!(cuda, "cuMemFree_v2", again => u64), 0, "in no stream");
         assert_eq!(call!(cuda, "cuMemPoolTrimTo", pool => usize, 0 => usize), 0);
         assert_eq!(cuda.free_bytes(), before);

@@ -42,8 +42,8 @@ struct Identity(u64);
 
 impl Identity {
     fn new(bytes: u64, maker: usize, number: u64) -> Option<Identity> {
-        let units = bytes.div_ceil(UNIT);
-        (units < 1 << 24).then(|| Identity(units << 40 | (maker as u64) << 34 | number % ((1 << 34) - 1) + 1))
+        let (units, number) = (bytes.div_ceil(UNIT), number % ((1 << 34) - 1) + 1);
+        (units < 1 << 24).then_some(Identity(units << 40 | (maker as u64) << 34 | number))
     }
 
     fn bytes(self) -> u64 {

@@ -64,6 +64,8 @@ driver_api! {
         let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
         let (start, region) = space.find(pointer).ok_or(Error::INVALID_VALUE)?;
         let (start, len) = match region.kind {
+            // Nobody is told where an array's bytes are.
+            Kind::Array { .. } => return Err(Error::INVALID_VALUE),
             // The real driver answers with the mapping, not with the reservation around it.
             Kind::Reservation { .. } => {
                 let (start, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
@@ -326,7 +328,8 @@ struct Pointer {
 
 fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
     let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
-    let (base, region) = space.find(address)?;
+    let (base, region) =
+        space.find(address).filter(|(_, region)| !matches!(region.kind, Kind::Array { .. }))?;
     let mut known = Pointer {
         address,
         memory_type: MEMORYTYPE_DEVICE,
@@ -344,7 +347,7 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         id: region.id,
     };
     match &region.kind {
-        Kind::Allocation { .. } | Kind::Opened { .. } | Kind::Pooled { .. } => {}
+        Kind::Allocation { .. } | Kind::Opened { .. } | Kind::Pooled { .. } | Kind::Array { .. } => {}
         Kind::Managed => (known.managed, known.host) = (true, true),
         Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => {
             (known.memory_type, known.host) = (MEMORYTYPE_HOST, true);

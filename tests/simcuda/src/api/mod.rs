@@ -11,6 +11,7 @@
 
 #![allow(non_snake_case)]
 
+mod array;
 mod context;
 mod copy;
 mod device;
@@ -39,6 +40,7 @@ pub(crate) struct Export {
 /// All exported functions.
 pub(crate) fn exports() -> impl Iterator<Item = Export> {
     let topics = [
+        array::EXPORTS,
         context::EXPORTS,
         copy::EXPORTS,
         device::EXPORTS,

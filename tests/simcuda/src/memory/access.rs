@@ -29,6 +29,8 @@ pub enum Side {
     Device,
     /// The host's, unless the table knows better.
     Host,
+    /// Of an array.
+    Array,
 }
 
 impl Memory {

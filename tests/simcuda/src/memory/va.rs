@@ -43,13 +43,15 @@ pub struct User {
     pub device: usize,
     /// A bit for every GPU whose `cuMemAlloc` memory it may use beside its own.
     pub peers: u32,
+    /// Whether it knows how to get at arrays.
+    pub arrays: bool,
 }
 
 impl User {
     /// The driver, copying by means of that GPU: it gets at all that `cuMemAlloc` made, but in mapped memory it has no
     /// rights that the GPU hasn't.
     pub fn driver(device: usize) -> User {
-        User { device, peers: u32::MAX }
+        User { device, peers: u32::MAX, arrays: false }
     }
 }
 
@@ -119,6 +121,8 @@ pub enum Kind {
     Opened { _physical: Arc<Physical>, handle: [u64; 8], references: u32, by: usize },
     /// Stream-ordered memory.
     Pooled { live: Arc<Live>, block: Weak<Block>, physical: Option<Arc<Physical>> },
+    /// An array's.
+    Array { _physical: Arc<Physical> },
     /// `cuMemAllocManaged`.
     Managed,
     /// `cuMemHostAlloc`, with its flags.
@@ -256,6 +260,10 @@ impl Space {
                 let on_gpu = location.kind == crate::abi::LOCATION_DEVICE;
                 let place = if on_gpu { Place::Device(location.id as usize) } else { Place::Pinned };
                 (open && live.now.load(SeqCst)).then_some((place, rest))
+            }
+            Kind::Array { .. } => {
+                let reached = region.device == user.device || user.peers >> region.device & 1 == 1;
+                (user.arrays && reached).then_some((Place::Device(region.device), rest))
             }
             Kind::Managed => Some((Place::Managed(region.device), rest)),
             Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => Some((Place::Pinned, rest)),
