@@ -231,6 +231,40 @@ fn a_process_that_dies_with_the_last_hold_gives_the_room_back() {
 }
 
 #[test]
+fn processes_that_share_and_die_neither_lose_room_nor_refuse_any() {
+    let test = "processes_that_share_and_die_neither_lose_room_nor_refuse_any";
+    match role().as_deref() {
+        None => {
+            let machine = Machine::new(&[("NVSHARE_SIM_MEMORY", "64MiB")]);
+            let children: Vec<_> = (0..3).map(|_| machine.start(test, "sharer")).collect();
+            // They die where they happen to be when a fourth one has been round often enough.
+            let counted = machine.start(test, "counter").wait_with_output().unwrap();
+            children.into_iter().for_each(kill);
+            assert!(counted.status.success(), "{}", String::from_utf8_lossy(&counted.stdout));
+            machine.run(test, "heir");
+        }
+        Some(role @ ("sharer" | "counter")) => {
+            let cuda = Cuda::with_context();
+            // All fit, but one more that is counted twice would not.
+            let bytes = 14 * MIB;
+            let mut rounds = 0;
+            while role == "sharer" || rounds < 5_000 {
+                rounds += 1;
+                let handle = cuda.try_create_at(bytes, on_gpu(0), 1).unwrap();
+                let again = import(&cuda, export(&cuda, handle)).unwrap();
+                assert_eq!(cuda.release(handle), 0);
+                assert_eq!(cuda.release(again), 0);
+            }
+        }
+        Some(_) => {
+            let cuda = Cuda::with_context();
+            assert_eq!(cuda.counters().out_of_memory, 0);
+            assert_eq!(cuda.free_bytes(), 62 * MIB);
+        }
+    }
+}
+
+#[test]
 fn what_is_no_exported_memory_is_refused() {
     alone("what_is_no_exported_memory_is_refused", &[], || {
         let cuda = Cuda::with_context();

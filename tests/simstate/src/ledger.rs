@@ -10,7 +10,7 @@
 //! and the others withdraw and try again.
 //!
 //! Allocations that several processes hold are booked apart ([`shared`]). One that moves there is counted twice for a
-//! moment, so a request is refused only if room lacks in several sums in a row.
+//! moment, so its row says so (`moving`), and no request is refused while a row does.
 //!
 //! A sum is not a snapshot: memory that moves from one row to another while they are read could be counted twice and
 //! make a request fail that had room. So every booking first raises `epoch`, and a sum during which it changed is
@@ -47,6 +47,8 @@ pub struct Row {
     allocated: AtomicU64,
     context: AtomicU64,
     managed: AtomicU64,
+    /// How many allocations are on their way to where several processes may hold them.
+    moving: AtomicU64,
     /// When the least recently used resident managed page was last used.
     oldest_page: AtomicU64,
     pub(crate) counters: RowCounters,
@@ -55,9 +57,6 @@ pub struct Row {
 /// How often a request steps aside for others before it fails: about a second, which means that one of them is stopped
 /// in the middle of its own.
 const MOST_TRIES: u32 = 30_000;
-
-/// How many sums in a row must find no room.
-const SUMS_TO_REFUSE: u32 = 3;
 
 /// Set in a row's owner until the new owner has cleared it.
 const SETTLING: u64 = 1 << 63;
@@ -161,12 +160,14 @@ struct Sums {
     used: u64,
     pending: u64,
     lower_pending: bool,
+    /// Whether something may have been counted twice.
+    moving: bool,
 }
 
 fn sums(gpu: &Gpu, own: usize) -> Sums {
     for _ in 0..10_000 {
         let epoch = gpu.epoch.0.load(SeqCst);
-        let mut sums = Sums { used: 0, pending: 0, lower_pending: false };
+        let mut sums = Sums { used: 0, pending: 0, lower_pending: false, moving: false };
         for (index, row) in gpu.rows.iter().enumerate().filter(|(_, row)| row.owner().is_some()) {
             // Announcements before usage: a booking goes the other way round and is thus never missed.
             let pending = row.pending.load(SeqCst);
@@ -177,12 +178,14 @@ fn sums(gpu: &Gpu, own: usize) -> Sums {
         let live = gpu.live_rows();
         let shared = gpu.shared.iter().map(|slot| slot.used(live));
         sums.used = shared.fold(sums.used, u64::saturating_add);
+        // Last: a move that is over by now has raised the epoch.
+        sums.moving = gpu.rows.iter().any(|row| row.owner().is_some() && row.moving.load(SeqCst) > 0);
         if gpu.epoch.0.load(SeqCst) == epoch {
             return sums;
         }
     }
     // So many bookings at once never happen; a process of another build writing garbage could. Refuse.
-    Sums { used: u64::MAX, pending: 0, lower_pending: false }
+    Sums { used: u64::MAX, pending: 0, lower_pending: false, moving: false }
 }
 
 impl Gpu {
@@ -247,7 +250,8 @@ impl Ledger {
         let claim = |row: &Row| row.owner.compare_exchange(0, me | SETTLING, SeqCst, SeqCst).is_ok();
         let index = (0..MAX_PROCESSES).find(|&index| claim(&gpu.rows[index]))?;
         let row = &gpu.rows[index];
-        for word in [&row.pending, &row.allocated, &row.context, &row.managed, &row.oldest_page] {
+        for word in [&row.pending, &row.allocated, &row.context, &row.managed, &row.moving, &row.oldest_page]
+        {
             word.store(0, SeqCst);
         }
         gpu.shared.iter().for_each(|slot| slot.forget(index));
@@ -298,9 +302,14 @@ impl Ledger {
     /// possible are there already.
     pub fn share(&self, bytes: u64) -> Option<Share> {
         reclaim(self.gpu);
-        let share = shared::claim(self.gpu, self.index, bytes)?;
-        self.give(Kind::Allocation, bytes);
-        Some(share)
+        self.row().moving.fetch_add(1, SeqCst);
+        let share = shared::claim(self.gpu, self.index, bytes);
+        if share.is_some() {
+            self.give(Kind::Allocation, bytes);
+        }
+        self.gpu.epoch.0.fetch_add(1, SeqCst);
+        self.row().moving.fetch_sub(1, SeqCst);
+        share
     }
 
     /// Lets this process hold an allocation too; `false` if nobody holds it any more.
@@ -325,7 +334,6 @@ impl Ledger {
         let _one = self.taking.lock().unwrap_or_else(|e| e.into_inner());
         let row = self.row();
         let mut tries = 0u32;
-        let mut refusals = 0u32;
         let booked = loop {
             row.pending.store(bytes, SeqCst);
             let sums = sums(self.gpu, self.index);
@@ -338,12 +346,12 @@ impl Ledger {
                 if reclaim(self.gpu) || evict() {
                     continue;
                 }
-                refusals += 1;
-                if refusals < SUMS_TO_REFUSE {
-                    std::thread::yield_now();
-                    continue;
+                tries += 1;
+                if !sums.moving || tries > MOST_TRIES {
+                    break false;
                 }
-                break false;
+                std::thread::yield_now();
+                continue;
             }
             // Only announcements are in the way.
             tries += 1;

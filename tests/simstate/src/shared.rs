@@ -6,7 +6,9 @@
 //! has an owner; a process that dies drops its bits with its row, and a row's next owner clears them.
 //!
 //! **Identity.** A slot is used again once nobody holds it, so what says which allocation a slot has (its size, who made
-//! it, a number that counts up) is one word, and whoever joins compares it before and after setting its bit.
+//! it, a number that counts up) is one word, and whoever joins compares it before and after setting its bit. A slot
+//! that nobody holds is claimed by that word, too: with one compare-and-swap it says who is setting it up, everybody
+//! else leaves it alone, and nobody can join yet. One whose claimer died meanwhile is free.
 //!
 //! While an allocation moves from a row to a slot it is counted twice for a moment, which [`crate::ledger`] allows for.
 
@@ -36,14 +38,17 @@ pub struct Share {
     pub identity: u64,
 }
 
-/// A slot's word: 24 bits of size in units, 6 of the maker's row, 34 of a number that is never zero.
+/// A slot's word: 24 bits of size in units, 6 of the maker's row, 33 of a number that is never zero, and whether the
+/// maker is still setting it up.
 #[derive(Clone, Copy)]
 struct Identity(u64);
 
+const NUMBERS: u64 = (1 << 33) - 1;
+
 impl Identity {
     fn new(bytes: u64, maker: usize, number: u64) -> Option<Identity> {
-        let (units, number) = (bytes.div_ceil(UNIT), number % ((1 << 34) - 1) + 1);
-        (units < 1 << 24).then_some(Identity(units << 40 | (maker as u64) << 34 | number))
+        let (units, number) = (bytes.div_ceil(UNIT), number % NUMBERS + 1);
+        (units < 1 << 24).then_some(Identity(units << 40 | (maker as u64) << 34 | number << 1))
     }
 
     fn bytes(self) -> u64 {
@@ -52,6 +57,14 @@ impl Identity {
 
     fn maker(self) -> usize {
         (self.0 >> 34 & 63) as usize
+    }
+
+    fn unfinished(self) -> Identity {
+        Identity(self.0 | 1)
+    }
+
+    fn is_unfinished(self) -> bool {
+        self.0 & 1 == 1
     }
 }
 
@@ -73,8 +86,12 @@ impl SharedSlot {
         (holders != 0).then_some((row, identity.bytes()))
     }
 
-    /// Drops what an earlier owner of the row held.
+    /// Drops what an earlier owner of the row held, or was setting up.
     pub(crate) fn forget(&self, row: usize) {
+        let bits = self.identity.load(SeqCst);
+        if Identity(bits).is_unfinished() && Identity(bits).maker() == row {
+            let _ = self.identity.compare_exchange(bits, 0, SeqCst, SeqCst);
+        }
         if self.holders.load(SeqCst) & 1 << row != 0 {
             self.holders.fetch_and(!(1 << row), SeqCst);
         }
@@ -84,23 +101,21 @@ impl SharedSlot {
 /// Gives an allocation of the row's process a slot; `None` if there is none left.
 pub(crate) fn claim(gpu: &Gpu, row: usize, bytes: u64) -> Option<Share> {
     let number = gpu.shares.0.fetch_add(1, SeqCst);
-    let identity = Identity::new(bytes, row, number)?.0;
-    let bit = 1 << row;
+    let identity = Identity::new(bytes, row, number)?;
+    let is_free = |entry: &SharedSlot, old: Identity| {
+        let live = gpu.live_rows();
+        let in_work = old.is_unfinished() && live >> old.maker() & 1 == 1;
+        !in_work && entry.holders.load(SeqCst) & live == 0
+    };
     for (slot, entry) in gpu.shared.iter().enumerate() {
-        let (old, holders) = (entry.identity.load(SeqCst), entry.holders.load(SeqCst));
-        if holders & gpu.live_rows() != 0 {
-            continue;
-        }
-        // Whoever comes at the same time changes the identity too, so at most one finds its own in the end.
-        if entry.identity.compare_exchange(old, identity, SeqCst, SeqCst).is_err()
-            || entry.holders.compare_exchange(holders, bit, SeqCst, SeqCst).is_err()
+        let old = entry.identity.load(SeqCst);
+        if is_free(entry, Identity(old))
+            && entry.identity.compare_exchange(old, identity.unfinished().0, SeqCst, SeqCst).is_ok()
         {
-            continue;
+            entry.holders.store(1 << row, SeqCst);
+            entry.identity.store(identity.0, SeqCst);
+            return Some(Share { slot: slot as u64, identity: identity.0 });
         }
-        if entry.identity.load(SeqCst) == identity {
-            return Some(Share { slot: slot as u64, identity });
-        }
-        entry.holders.fetch_and(!bit, SeqCst);
     }
     None
 }
