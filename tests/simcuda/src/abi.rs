@@ -22,6 +22,7 @@ impl Error {
     pub const INVALID_IMAGE: Error = Error(200);
     pub const INVALID_CONTEXT: Error = Error(201);
     pub const UNSUPPORTED_LIMIT: Error = Error(215);
+    pub const PEER_ACCESS_UNSUPPORTED: Error = Error(217);
     pub const FILE_NOT_FOUND: Error = Error(301);
     pub const OPERATING_SYSTEM: Error = Error(304);
     pub const INVALID_HANDLE: Error = Error(400);
@@ -29,6 +30,8 @@ impl Error {
     pub const NOT_FOUND: Error = Error(500);
     pub const NOT_READY: Error = Error(600);
     pub const ILLEGAL_ADDRESS: Error = Error(700);
+    pub const PEER_ACCESS_ALREADY_ENABLED: Error = Error(704);
+    pub const PEER_ACCESS_NOT_ENABLED: Error = Error(705);
     pub const CONTEXT_IS_DESTROYED: Error = Error(709);
     pub const HOST_MEMORY_ALREADY_REGISTERED: Error = Error(712);
     pub const HOST_MEMORY_NOT_REGISTERED: Error = Error(713);
@@ -232,6 +235,7 @@ pub fn call_stream(function: StreamCallback, stream: Handle, status: c_int, data
 
 pub const MEMORYTYPE_HOST: c_uint = 1;
 pub const MEMORYTYPE_DEVICE: c_uint = 2;
+pub const MEMORYTYPE_ARRAY: c_uint = 3;
 pub const MEMORYTYPE_UNIFIED: c_uint = 4;
 
 /// `CUmemLocation`.
@@ -246,6 +250,29 @@ pub const LOCATION_DEVICE: c_uint = 1;
 pub const LOCATION_HOST: c_uint = 2;
 pub const LOCATION_HOST_NUMA: c_uint = 3;
 pub const LOCATION_HOST_NUMA_CURRENT: c_uint = 4;
+
+/// `CUipcMemHandle` and `CUipcEventHandle`: 64 bytes that mean something to the driver only.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct IpcHandle([u8; 64]);
+
+impl IpcHandle {
+    pub fn new(words: [u64; 8]) -> IpcHandle {
+        let mut bytes = [0; 64];
+        for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        IpcHandle(bytes)
+    }
+
+    pub fn words(&self) -> [u64; 8] {
+        let mut words = [0; 8];
+        for (word, bytes) in words.iter_mut().zip(self.0.chunks_exact(8)) {
+            *word = bytes.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte));
+        }
+        words
+    }
+}
 
 /// `CUmemAllocationProp`.
 #[derive(Clone, Copy)]
@@ -263,6 +290,70 @@ pub struct MemAllocationProp {
 #[repr(C)]
 pub struct MemAccessDesc {
     pub location: MemLocation,
+    pub flags: c_uint,
+}
+
+/// `CUmemPoolProps`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct MemPoolProps {
+    pub kind: c_uint,
+    pub handle_types: c_uint,
+    pub location: MemLocation,
+    pub win32: usize,
+    pub max_size: usize,
+    pub usage: u16,
+    pub reserved: [u8; 54],
+}
+
+/// `CUDA_MEM_ALLOC_NODE_PARAMS`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct MemAllocNodeParams {
+    pub pool: MemPoolProps,
+    pub accesses: In<MemAccessDesc>,
+    pub access_count: usize,
+    pub bytes: usize,
+    pub pointer: u64,
+}
+
+/// `CUDA_ARRAY_DESCRIPTOR_v2`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ArrayDescriptor {
+    pub width: usize,
+    pub height: usize,
+    pub format: c_uint,
+    pub channels: c_uint,
+}
+
+/// `CUDA_ARRAY3D_DESCRIPTOR_v2`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Array3DDescriptor {
+    pub width: usize,
+    pub height: usize,
+    pub depth: usize,
+    pub format: c_uint,
+    pub channels: c_uint,
+    pub flags: c_uint,
+}
+
+/// `CUDA_ARRAY_MEMORY_REQUIREMENTS`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ArrayRequirements {
+    pub size: usize,
+    pub alignment: usize,
+    pub reserved: [c_uint; 4],
+}
+
+/// `CUDA_RESOURCE_DESC`: the words are a handle, or an address and what is there.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ResourceDesc {
+    pub kind: c_uint,
+    pub words: [u64; 16],
     pub flags: c_uint,
 }
 

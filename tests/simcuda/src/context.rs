@@ -14,7 +14,7 @@ use crate::abi::{Error, Handle, Result};
 use crate::driver::{Device, driver, lock};
 use crate::graph::Capture;
 use crate::handles::{self, Cache};
-use crate::memory::va;
+use crate::memory::va::{self, User};
 use crate::stream::{self, Fence, Role, Stream};
 
 /// The part of a context that its streams share.
@@ -27,6 +27,8 @@ pub struct Core {
     pub legacy_pending: AtomicUsize,
     pub streams: Mutex<Vec<Weak<Stream>>>,
     pub captures: Mutex<Vec<Arc<Capture>>>,
+    /// The contexts whose allocations this one's kernels may use (`cuCtxEnablePeerAccess`), with their GPUs.
+    pub peers: Mutex<Vec<(Handle, usize)>>,
     /// How many captures are open; the first thing that a launch looks at.
     pub open_captures: AtomicUsize,
 }
@@ -54,6 +56,12 @@ impl Core {
             let (process, address) = (std::process::id(), crate::memory::va::FAULT.get());
             eprintln!("simulated GPU: process {process} has no memory at {address:#x}");
         }
+    }
+
+    /// Who uses memory when a kernel of the context does.
+    pub fn user(&self) -> User {
+        let peers = lock(&self.peers).iter().fold(0, |peers, (_, device)| peers | 1 << device);
+        User { device: self.device.index, peers, arrays: false }
     }
 
     pub fn live_streams(&self) -> Vec<Arc<Stream>> {
@@ -96,6 +104,7 @@ impl Context {
             legacy_pending: AtomicUsize::new(0),
             streams: Mutex::default(),
             captures: Mutex::default(),
+            peers: Mutex::default(),
             open_captures: AtomicUsize::new(0),
         });
         let legacy = Stream::create(&core, Role::Legacy, 0, 0, None);
@@ -131,6 +140,7 @@ impl Context {
         for stream in self.core.live_streams() {
             Fence::of(&stream).wait();
         }
+        crate::pool::synchronized();
         self.core.healthy()
     }
 
@@ -146,10 +156,16 @@ impl Context {
         }
         let handle = self.handle();
         let _ = driver.contexts.remove(handle);
+        for other in driver.contexts.all() {
+            lock(&other.core.peers).retain(|(peer, _)| *peer != handle);
+        }
         driver.streams.remove_if(|stream| stream.core.handle == handle);
         driver.events.remove_if(|event| event.context == handle);
         driver.functions.remove_if(|function| function.context == handle);
         driver.modules.remove_if(|module| module.context == handle);
+        driver.arrays.remove_if(|array| array.context == handle);
+        driver.mipmaps.remove_if(|mipmap| mipmap.context == handle);
+        driver.objects.remove_if(|object| object.context == handle);
         let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
         for address in space.of_context(handle) {
             if let Some(region) = space.free(address, |_| true)

@@ -10,12 +10,14 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use simstate::{Config, Gpu, Ledger, Segment};
 
 use crate::abi::{Error, Result};
+use crate::array::{Array, Mipmap, Object};
 use crate::context::Context;
 use crate::event::Event;
 use crate::graph::{Exec, Graph, Node};
 use crate::handles::Registry;
 use crate::memory::Memory;
 use crate::module::{Function, Module};
+use crate::pool::{DevicePools, Pool};
 use crate::stream::Stream;
 use crate::um::Pager;
 
@@ -25,6 +27,7 @@ pub struct Device {
     pub gpu: &'static Gpu,
     pub primary: Mutex<Primary>,
     pub pager: Mutex<Pager>,
+    pub pools: DevicePools,
     ledger: OnceLock<Option<Ledger>>,
 }
 
@@ -50,6 +53,10 @@ pub struct Driver {
     pub graphs: Registry<Graph>,
     pub nodes: Registry<Node>,
     pub execs: Registry<Exec>,
+    pub pools: Registry<Pool>,
+    pub arrays: Registry<Array>,
+    pub mipmaps: Registry<Mipmap>,
+    pub objects: Registry<Object>,
 }
 
 const UNINITIALISED: u8 = 0;
@@ -108,8 +115,8 @@ impl Driver {
         };
         let device = |index| {
             let gpu = segment.gpu(index)?;
-            let (primary, pager, ledger) = Default::default();
-            Some(Device { index, gpu, primary, pager, ledger })
+            let (primary, pager, pools, ledger) = Default::default();
+            Some(Device { index, gpu, primary, pager, pools, ledger })
         };
         let devices = (0..segment.gpu_count()).filter_map(device).collect();
         let memory = Memory::new().map_err(|error| {
@@ -129,6 +136,10 @@ impl Driver {
             graphs: Registry::new(),
             nodes: Registry::new(),
             execs: Registry::new(),
+            pools: Registry::new(),
+            arrays: Registry::new(),
+            mipmaps: Registry::new(),
+            objects: Registry::new(),
         })
     }
 

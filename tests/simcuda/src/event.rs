@@ -8,16 +8,20 @@ use simstate::time::now_ns;
 use crate::abi::{Error, Handle, Result};
 use crate::driver::lock;
 use crate::graph::{self, Capture};
+use crate::ipc_event::SharedEvent;
 use crate::op::Op;
 use crate::stream::{Fence, Stream};
 
 pub const DISABLE_TIMING: u32 = 2;
+pub const INTERPROCESS: u32 = 4;
 pub const KNOWN_FLAGS: u32 = 7;
 
 /// An event.
 pub struct Event {
     pub context: Handle,
     pub flags: u32,
+    /// What other processes see of it, if they may.
+    pub shared: Option<Arc<SharedEvent>>,
     state: Mutex<State>,
 }
 
@@ -29,17 +33,29 @@ enum State {
     Recorded { fence: Fence, stamp: Arc<AtomicU64> },
     /// Recorded by a node of a graph.
     Stamped(u64),
+    /// Other processes know.
+    Shared,
     /// Recorded in a capture, after these nodes.
     Captured { capture: Arc<Capture>, tail: Vec<usize> },
 }
 
 impl Event {
-    pub fn new(context: Handle, flags: u32) -> Event {
-        Event { context, flags, state: Mutex::new(State::Fresh) }
+    pub fn new(context: Handle, flags: u32, shared: Option<Arc<SharedEvent>>) -> Event {
+        Event { context, flags, shared, state: Mutex::new(State::Fresh) }
     }
 
+    /// What it is up to. Of a shared event that nobody here has recorded, others know.
     fn state(&self) -> State {
-        lock(&self.state).clone()
+        let state = lock(&self.state).clone();
+        match (&state, &self.shared) {
+            (State::Fresh, Some(_)) => State::Shared,
+            _ => state,
+        }
+    }
+
+    /// The shared part, and the number of its last recording.
+    fn last(&self) -> Option<(&Arc<SharedEvent>, u64)> {
+        self.shared.as_ref().map(|shared| (shared, shared.last()))
     }
 
     fn set(&self, state: State) {
@@ -62,7 +78,15 @@ impl Event {
             self.set(State::Captured { capture, tail });
             return Ok(());
         }
-        if stream.idle() {
+        if let Some(shared) = &self.shared {
+            let number = shared.record();
+            if stream.idle() {
+                shared.reach(number);
+            } else {
+                stream.submit(Op::Reach(shared.clone(), number), Vec::new());
+            }
+            self.set(State::Shared);
+        } else if stream.idle() {
             let stamp = Arc::new(AtomicU64::new(now_ns()));
             self.set(State::Recorded { fence: Fence::of(stream), stamp });
         } else {
@@ -80,7 +104,7 @@ impl Event {
             State::Captured { capture, tail } => graph::join(stream, &capture, &tail),
             _ if stream.capturing.load(SeqCst) && external => graph::record(stream, Op::Await(self.clone())),
             State::Fresh | State::Stamped(_) => Ok(()),
-            State::Recorded { .. } if stream.capturing.load(SeqCst) => {
+            State::Recorded { .. } | State::Shared if stream.capturing.load(SeqCst) => {
                 // Work outside the capture can't become a dependency of the graph.
                 graph::invalidate(stream);
                 Err(Error::STREAM_CAPTURE_ISOLATION)
@@ -88,6 +112,14 @@ impl Event {
             State::Recorded { fence, .. } => {
                 if !fence.reached() {
                     stream.submit(Op::Nothing, vec![fence]);
+                }
+                Ok(())
+            }
+            State::Shared => {
+                if let Some((shared, last)) = self.last()
+                    && !shared.reached(last)
+                {
+                    stream.submit(Op::AwaitReached(shared.clone(), last), Vec::new());
                 }
                 Ok(())
             }
@@ -104,6 +136,10 @@ impl Event {
                 fence.stream.core.healthy()?;
                 if reached { Ok(()) } else { Err(Error::NOT_READY) }
             }
+            State::Shared => match self.last() {
+                Some((shared, last)) if !shared.reached(last) => Err(Error::NOT_READY),
+                _ => Ok(()),
+            },
         }
     }
 
@@ -116,6 +152,12 @@ impl Event {
                 fence.wait();
                 fence.stream.core.healthy()
             }
+            State::Shared => {
+                if let Some((shared, last)) = self.last() {
+                    shared.wait(last);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -125,7 +167,7 @@ impl Event {
             return Err(Error::INVALID_HANDLE);
         }
         match self.state() {
-            State::Fresh => Err(Error::INVALID_HANDLE),
+            State::Fresh | State::Shared => Err(Error::INVALID_HANDLE),
             State::Captured { .. } => Err(Error::CAPTURED_EVENT),
             State::Stamped(when) => Ok(when),
             State::Recorded { fence, stamp } => {

@@ -17,6 +17,7 @@ use crate::context::Core;
 use crate::driver::{driver, lock};
 use crate::handles;
 use crate::op::Op;
+use crate::pool;
 use crate::stream::{Role, Stream};
 
 /// `CUstreamCaptureMode`: which threads may not make unsafe calls meanwhile.
@@ -124,6 +125,17 @@ impl Graph {
         Ok(nodes.len() - 1)
     }
 
+    /// Adds a node behind others of the graph.
+    pub fn add_after(&self, op: Op, before: &[Handle]) -> Result<Handle> {
+        let known = lock(&self.nodes).clone();
+        let number = |handle: &Handle| {
+            known.iter().position(|node| node.handle == *handle).ok_or(Error::INVALID_VALUE)
+        };
+        let after: Vec<usize> = before.iter().map(number).collect::<Result<_>>()?;
+        let number = self.add(op, after)?;
+        Ok(lock(&self.nodes)[number].handle)
+    }
+
     /// Drops the graph and its nodes.
     pub fn destroy(&self) -> Result {
         let driver = driver()?;
@@ -135,9 +147,11 @@ impl Graph {
     }
 
     pub fn instantiate(&self, flags: u64) -> Result<Arc<Exec>> {
+        pool::may_instantiate(self)?;
         let nodes = Arc::new(lock(&self.nodes).clone());
         let exec = Arc::new(Exec { handle: handles::fresh(), nodes, flags });
         driver()?.execs.insert(exec.handle, exec.clone());
+        pool::instantiated(&exec);
         Ok(exec)
     }
 

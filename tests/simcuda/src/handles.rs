@@ -38,6 +38,10 @@ impl<T> Registry<T> {
         objects.get(&handle).cloned().ok_or(Error::INVALID_HANDLE)
     }
 
+    pub fn all(&self) -> Vec<Arc<T>> {
+        self.objects.read().unwrap_or_else(|e| e.into_inner()).values().cloned().collect()
+    }
+
     pub fn remove(&self, handle: Handle) -> Result<Arc<T>> {
         let removed = self.objects.write().unwrap_or_else(|e| e.into_inner()).remove(&handle);
         self.generation.fetch_add(1, Ordering::Release);

@@ -12,8 +12,10 @@ use simstate::counters::Count;
 use simstate::time::transfer_ns;
 
 use crate::abi::{Error, In, Result};
-use crate::driver::{Device, driver};
+use crate::context::Core;
+use crate::driver::driver;
 use crate::memory::access::Range;
+use crate::memory::va::User;
 use crate::op::{compute, page_in};
 use crate::zeros;
 
@@ -136,8 +138,9 @@ impl Launch {
         }
     }
 
-    pub fn execute(&self, device: &'static Device) -> Result {
+    pub fn execute(&self, core: &Core) -> Result {
         let driver = driver()?;
+        let (device, user) = (core.device, core.user());
         device.ledger()?.count(Count::Launches, 1);
         let ns = match self.kernel.body {
             Body::Null => return Ok(()),
@@ -153,9 +156,9 @@ impl Launch {
         if !arrays.iter().all(aligned) || !result.is_none_or(|at| at.is_multiple_of(8)) {
             return Err(Error::MISALIGNED_ADDRESS);
         }
-        driver.memory.check_arrays(&arrays, count)?;
+        driver.memory.check_arrays(user, &arrays, count)?;
         if let Some(at) = result {
-            driver.memory.check_arrays(&[Range { address: at, element: 8, write: true }], 1)?;
+            driver.memory.check_arrays(user, &[Range { address: at, element: 8, write: true }], 1)?;
         }
         let mut bytes = 0u64;
         let mut paging = 0;
@@ -168,14 +171,14 @@ impl Launch {
             paging += page_in(device, at, 8)?;
         }
         let ns = ns.max(transfer_ns(bytes, driver.config.device_bandwidth)).saturating_add(paging);
-        compute(device, ns, || self.work(&arrays, count, result))
+        compute(device, ns, || self.work(user, &arrays, count, result))
     }
 
-    fn work(&self, arrays: &[Range], count: u64, result: Option<u64>) -> Result {
+    fn work(&self, user: User, arrays: &[Range], count: u64, result: Option<u64>) -> Result {
         let memory = &driver()?.memory;
         let [_, _, argument, _] = self.arguments;
         let mut sum = 0u64;
-        memory.pieces(arrays, count, |at, first, n| {
+        memory.pieces(user, arrays, count, |at, first, n| {
             for i in 0..n {
                 let index = first + i;
                 match self.kernel.body {
@@ -196,7 +199,7 @@ impl Launch {
             }
         })?;
         match result {
-            Some(at) => memory.with_word(at, |word| *word = sum),
+            Some(at) => memory.with_word(user, at, |word| *word = sum),
             None => Ok(()),
         }
     }

@@ -18,23 +18,29 @@
 //! | `driver` | initialisation, devices, faults on demand, fork |
 //! | `context` | contexts, the current one, and which stream a handle means |
 //! | `memory` | physical memory, the address space, moving bytes |
+//! | `pool` | stream-ordered memory, and that of graphs |
+//! | `array` | arrays, textures and surfaces |
 //! | `um` | where the pages of managed memory are |
 //! | `stream`, `event`, `op` | queues, moments in them, and what they carry |
+//! | `ipc_event` | events of several processes |
 //! | `graph` | capture and replay |
 //! | `module`, `kernels` | PTX images and the kernels that really compute |
 //! | `zeros` | nvshare's own kernel, which looks for memory that is all zero |
 
 mod abi;
 mod api;
+mod array;
 mod context;
 mod driver;
 mod event;
 mod graph;
 mod handles;
+mod ipc_event;
 mod kernels;
 mod memory;
 mod module;
 mod op;
+mod pool;
 mod stream;
 mod um;
 mod zeros;

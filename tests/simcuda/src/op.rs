@@ -14,9 +14,11 @@ use crate::context::Core;
 use crate::driver::{Device, driver, lock};
 use crate::event::Event;
 use crate::graph::Node;
+use crate::ipc_event::SharedEvent;
 use crate::kernels::Launch;
 use crate::memory::access::{End, Side};
-use crate::memory::va::Place;
+use crate::memory::va::{Kind, Place, User};
+use crate::pool::Block;
 
 /// An operation.
 #[derive(Clone)]
@@ -27,6 +29,10 @@ pub enum Op {
     Copy(Copy),
     Set(Set),
     Prefetch(Prefetch),
+    /// The beginning, or the end, of stream-ordered memory.
+    Alive(Arc<Block>, bool),
+    /// The end of what `cuMemAlloc` made.
+    Free(u64),
     Host {
         function: HostFn,
         data: UserData,
@@ -39,6 +45,10 @@ pub enum Op {
     },
     /// Notes the time for an event.
     Time(Arc<AtomicU64>),
+    /// Tells other processes that the stream has come to a recording of an event.
+    Reach(Arc<SharedEvent>, u64),
+    /// Waits for a recording, perhaps by another process.
+    AwaitReached(Arc<SharedEvent>, u64),
     /// Records an event from inside a graph.
     Stamp(Arc<Event>),
     /// Waits for an event from inside a graph.
@@ -60,6 +70,9 @@ pub struct Copy {
     pub dst_slice: u64,
     pub src_pitch: u64,
     pub src_slice: u64,
+    /// The GPUs that use the two ends, where a caller says so; else the one that it runs on uses both.
+    pub dst_device: Option<usize>,
+    pub src_device: Option<usize>,
 }
 
 /// A memset of rows.
@@ -92,7 +105,14 @@ impl Op {
             Op::Set(_) => 2,
             Op::Host { .. } | Op::Callback { .. } => 3,
             Op::Graph(_) => 4,
-            Op::Nothing | Op::Prefetch(_) | Op::Time(_) => 5,
+            Op::Alive(_, true) => 10,
+            Op::Alive(_, false) => 11,
+            Op::Nothing
+            | Op::Prefetch(_)
+            | Op::Free(_)
+            | Op::Time(_)
+            | Op::Reach(..)
+            | Op::AwaitReached(..) => 5,
             Op::Await(_) => 6,
             Op::Stamp(_) => 7,
         }
@@ -109,17 +129,34 @@ impl Op {
             stamp.store(now_ns(), SeqCst);
             return Ok(());
         }
+        if let Op::Reach(event, number) = self {
+            event.reach(*number);
+            return Ok(());
+        }
         if core.healthy().is_err() {
             // What was queued behind a failure never runs.
             return Ok(());
         }
         let device = core.device;
         match self {
-            Op::Nothing | Op::Callback { .. } | Op::Time(_) => Ok(()),
-            Op::Kernel(launch) => launch.execute(device),
+            Op::Nothing | Op::Callback { .. } | Op::Time(_) | Op::Reach(..) => Ok(()),
+            Op::AwaitReached(event, number) => {
+                event.wait(*number);
+                Ok(())
+            }
+            Op::Kernel(launch) => launch.execute(core),
             Op::Copy(copy) => copy.execute(device),
             Op::Set(set) => set.execute(device),
             Op::Prefetch(prefetch) => prefetch.execute(device),
+            Op::Alive(block, live) => {
+                block.set_live(*live);
+                Ok(())
+            }
+            Op::Free(address) => {
+                let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
+                space.free(*address, |kind| matches!(kind, Kind::Allocation { .. }));
+                Ok(())
+            }
             Op::Host { function, data } => {
                 call_host(*function, *data);
                 Ok(())
@@ -158,6 +195,8 @@ impl Copy {
             dst_slice: len,
             src_pitch: len,
             src_slice: len,
+            dst_device: None,
+            src_device: None,
         }
     }
 
@@ -185,7 +224,10 @@ impl Copy {
     /// Whether an end of it is pageable host memory, which the driver copies before it returns.
     pub fn pageable(&self) -> bool {
         let Ok(driver) = driver() else { return false };
-        let pageable = |address, side| driver.memory.locate(address, 1, side, false) == Ok(End::Pageable);
+        let pageable = |address, side| {
+            let user = User::driver(0);
+            driver.memory.locate(address, 1, user, side, false) == Ok(End::Pageable)
+        };
         pageable(self.src, self.src_side) || pageable(self.dst, self.dst_side)
     }
 
@@ -196,10 +238,16 @@ impl Copy {
             return Ok(());
         }
         let memory = &driver.memory;
+        let user = |named: Option<usize>, side| User {
+            arrays: side == Side::Array,
+            ..User::driver(named.unwrap_or(device.index))
+        };
+        let to = user(self.dst_device, self.dst_side);
+        let from = user(self.src_device, self.src_side);
         let mut ends = (End::Pageable, End::Pageable);
         for (i, (dst, src)) in self.rows().enumerate() {
-            let dst = memory.locate(dst, self.width, self.dst_side, true)?;
-            let src = memory.locate(src, self.width, self.src_side, false)?;
+            let dst = memory.locate(dst, self.width, to, self.dst_side, true)?;
+            let src = memory.locate(src, self.width, from, self.src_side, false)?;
             if i == 0 {
                 ends = (dst, src);
             }
@@ -217,9 +265,8 @@ impl Copy {
         };
         let ledger = device.ledger()?;
         let work = || {
-            let ends = self.rows().zip(std::iter::repeat(ends));
-            ends.into_iter()
-                .try_for_each(|((dst, src), ends)| memory.copy((dst, ends.0), (src, ends.1), self.width))
+            self.rows()
+                .try_for_each(|(dst, src)| memory.copy((dst, ends.0, to), (src, ends.1, from), self.width))
         };
         match (on_gpu(ends.0), on_gpu(ends.1)) {
             (true, false) => {
@@ -258,12 +305,15 @@ impl Set {
         }
         let rows = || (0..self.height).map(|y| self.dst.wrapping_add(y.wrapping_mul(self.pitch)));
         let mut paging = 0;
+        let user = User::driver(device.index);
         for address in rows() {
-            driver.memory.locate(address, row, Side::Device, true)?;
+            driver.memory.locate(address, row, user, Side::Device, true)?;
             paging += page_in(device, address, row)?;
         }
         compute(device, paging + transfer_ns(bytes, driver.config.device_bandwidth), || {
-            rows().try_for_each(|address| driver.memory.fill(address, self.value, self.element, self.width))
+            rows().try_for_each(|address| {
+                driver.memory.fill(user, address, self.value, self.element, self.width)
+            })
         })
     }
 }
@@ -272,7 +322,7 @@ impl Prefetch {
     fn execute(&self, device: &'static Device) -> Result {
         let driver = driver()?;
         let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
-        space.check(self.address, self.len.max(1), false)?;
+        space.check(self.address, self.len.max(1), User::driver(device.index), false)?;
         let ranges = space.managed_in(self.address, self.address + self.len);
         drop(space);
         let ledger = device.ledger()?;

@@ -2,35 +2,10 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::process::Child;
 
 use common::*;
-
-/// Waits for a line that the child says.
-fn said(child: &mut Child, wanted: &str) {
-    let mut out = BufReader::new(child.stdout.as_mut().unwrap());
-    let mut line = String::new();
-    while out.read_line(&mut line).unwrap() > 0 {
-        if line.trim_end().ends_with(wanted) {
-            return;
-        }
-        line.clear();
-    }
-    panic!("the child ended without saying {wanted}");
-}
-
-/// Says a line and waits until the parent lets go of us, or forever.
-fn say_and_wait(line: &str) {
-    println!("{line}");
-    std::io::stdout().flush().unwrap();
-    let _ = std::io::stdin().read(&mut [0]);
-}
-
-fn kill(mut child: Child) {
-    child.kill().unwrap();
-    child.wait().unwrap();
-}
 
 const SMALL: &[(&str, &str)] = &[("NVSHARE_SIM_MEMORY", "64MiB"), ("NVSHARE_SIM_CONTEXT_BYTES", "2MiB")];
 

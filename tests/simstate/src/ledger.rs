@@ -9,6 +9,9 @@
 //! no room, the request fails. If only the announcements of others are in the way, the one of the lower row insists
 //! and the others withdraw and try again.
 //!
+//! Allocations that several processes hold are booked apart ([`shared`]). One that moves there is counted twice for a
+//! moment, so its row says so (`moving`), and no request is refused while a row does.
+//!
 //! A sum is not a snapshot: memory that moves from one row to another while they are read could be counted twice and
 //! make a request fail that had room. So every booking first raises `epoch`, and a sum during which it changed is
 //! taken again.
@@ -26,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use crate::counters::{Count, RowCounters};
 use crate::process::ProcessId;
 use crate::segment::{Gpu, MAX_PROCESSES, Segment};
+use crate::shared::{self, Share};
 use crate::time::now_ns;
 
 /// Managed memory moves in pages of this size.
@@ -43,6 +47,8 @@ pub struct Row {
     allocated: AtomicU64,
     context: AtomicU64,
     managed: AtomicU64,
+    /// How many allocations are on their way to where several processes may hold them.
+    moving: AtomicU64,
     /// When the least recently used resident managed page was last used.
     oldest_page: AtomicU64,
     pub(crate) counters: RowCounters,
@@ -154,12 +160,14 @@ struct Sums {
     used: u64,
     pending: u64,
     lower_pending: bool,
+    /// Whether something may have been counted twice.
+    moving: bool,
 }
 
 fn sums(gpu: &Gpu, own: usize) -> Sums {
     for _ in 0..10_000 {
         let epoch = gpu.epoch.0.load(SeqCst);
-        let mut sums = Sums { used: 0, pending: 0, lower_pending: false };
+        let mut sums = Sums { used: 0, pending: 0, lower_pending: false, moving: false };
         for (index, row) in gpu.rows.iter().enumerate().filter(|(_, row)| row.owner().is_some()) {
             // Announcements before usage: a booking goes the other way round and is thus never missed.
             let pending = row.pending.load(SeqCst);
@@ -167,12 +175,25 @@ fn sums(gpu: &Gpu, own: usize) -> Sums {
             sums.lower_pending |= pending > 0 && index < own;
             sums.used = sums.used.saturating_add(row.used());
         }
+        let live = gpu.live_rows();
+        let shared = gpu.shared.iter().map(|slot| slot.used(live));
+        sums.used = shared.fold(sums.used, u64::saturating_add);
+        // Last: a move that is over by now has raised the epoch.
+        sums.moving = gpu.rows.iter().any(|row| row.owner().is_some() && row.moving.load(SeqCst) > 0);
         if gpu.epoch.0.load(SeqCst) == epoch {
             return sums;
         }
     }
     // So many bookings at once never happen; a process of another build writing garbage could. Refuse.
-    Sums { used: u64::MAX, pending: 0, lower_pending: false }
+    Sums { used: u64::MAX, pending: 0, lower_pending: false, moving: false }
+}
+
+impl Gpu {
+    /// A bit for every row that has an owner.
+    pub(crate) fn live_rows(&self) -> u64 {
+        let bit = |(index, row): (usize, &Row)| u64::from(row.owner().is_some()) << index;
+        self.rows.iter().enumerate().map(bit).fold(0, |live, bit| live | bit)
+    }
 }
 
 /// Frees the rows of dead processes; says whether there were any.
@@ -190,12 +211,15 @@ pub fn reclaim(gpu: &Gpu) -> bool {
 /// What every living process uses of a GPU.
 pub fn usage(gpu: &Gpu) -> Vec<ProcessUsage> {
     reclaim(gpu);
-    let of = |row: &Row| {
+    let live = gpu.live_rows();
+    let shared: Vec<(usize, u64)> = gpu.shared.iter().filter_map(|slot| slot.shown_for(live)).collect();
+    let of = |(index, row): (usize, &Row)| {
         let pid = row.owner()?.pid();
-        let (allocated, context) = (row.allocated.load(SeqCst), row.context.load(SeqCst));
+        let shared: u64 = shared.iter().filter(|(row, _)| *row == index).map(|(_, bytes)| bytes).sum();
+        let (allocated, context) = (row.allocated.load(SeqCst) + shared, row.context.load(SeqCst));
         Some(ProcessUsage { pid, reserved: 0, allocated, context, managed: row.resident() })
     };
-    gpu.rows.iter().filter_map(of).collect()
+    gpu.rows.iter().enumerate().filter_map(of).collect()
 }
 
 /// Bytes in use on a GPU.
@@ -226,9 +250,11 @@ impl Ledger {
         let claim = |row: &Row| row.owner.compare_exchange(0, me | SETTLING, SeqCst, SeqCst).is_ok();
         let index = (0..MAX_PROCESSES).find(|&index| claim(&gpu.rows[index]))?;
         let row = &gpu.rows[index];
-        for word in [&row.pending, &row.allocated, &row.context, &row.managed, &row.oldest_page] {
+        for word in [&row.pending, &row.allocated, &row.context, &row.managed, &row.moving, &row.oldest_page]
+        {
             word.store(0, SeqCst);
         }
+        gpu.shared.iter().for_each(|slot| slot.forget(index));
         row.owner.store(me, SeqCst);
         Some(Ledger { gpu, index, capacity: segment.memory(), taking: Mutex::new(()) })
     }
@@ -272,6 +298,32 @@ impl Ledger {
         let _ = self.word(kind).fetch_update(SeqCst, SeqCst, |had| Some(had.saturating_sub(bytes)));
     }
 
+    /// Moves an allocation of `bytes` that this process has booked to where several may hold it; `None` if as many as
+    /// possible are there already.
+    pub fn share(&self, bytes: u64) -> Option<Share> {
+        reclaim(self.gpu);
+        self.row().moving.fetch_add(1, SeqCst);
+        let share = shared::claim(self.gpu, self.index, bytes);
+        if share.is_some() {
+            self.give(Kind::Allocation, bytes);
+        }
+        self.gpu.epoch.0.fetch_add(1, SeqCst);
+        self.row().moving.fetch_sub(1, SeqCst);
+        share
+    }
+
+    /// Lets this process hold an allocation too; `false` if nobody holds it any more.
+    pub fn join(&self, share: Share) -> bool {
+        reclaim(self.gpu);
+        shared::join(self.gpu, self.index, share)
+    }
+
+    /// Ends this process's hold; says whether it was the last one.
+    pub fn leave(&self, share: Share) -> bool {
+        reclaim(self.gpu);
+        shared::leave(self.gpu, self.index, share)
+    }
+
     /// Bytes in use by everybody.
     pub fn used(&self) -> u64 {
         used(self.gpu)
@@ -294,7 +346,12 @@ impl Ledger {
                 if reclaim(self.gpu) || evict() {
                     continue;
                 }
-                break false;
+                tries += 1;
+                if !sums.moving || tries > MOST_TRIES {
+                    break false;
+                }
+                std::thread::yield_now();
+                continue;
             }
             // Only announcements are in the way.
             tries += 1;

@@ -2,7 +2,7 @@
 //!
 //! The simulated driver (`simcuda`) and the simulated NVML (`simnvml`) run inside many processes that have nothing in
 //! common but a segment of POSIX shared memory, `/dev/shm/$NVSHARE_SIM_NAME`. In it are, for every GPU, a row per
-//! process with the memory that it uses ([`ledger`]), the timelines of the compute engine and the two copy engines
+//! process with the memory that it uses ([`ledger`]), the allocations that several hold ([`shared`]), the timelines of the compute engine and the two copy engines
 //! ([`time`]) and the event counters that tests read ([`counters`]).
 //!
 //! Any process may be killed at any instruction. So there are only atomics in the segment and never a lock; whatever
@@ -17,6 +17,7 @@ pub mod counters;
 pub mod ledger;
 pub mod process;
 pub mod segment;
+pub mod shared;
 pub mod time;
 
 pub use config::Config;

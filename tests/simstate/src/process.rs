@@ -22,11 +22,13 @@ impl ProcessId {
         ProcessId(u64::from(pid) << START_BITS | start & ((1 << START_BITS) - 1))
     }
 
-    pub(crate) fn from_bits(bits: u64) -> ProcessId {
+    /// The process that has that word.
+    pub fn from_bits(bits: u64) -> ProcessId {
         ProcessId(bits)
     }
 
-    pub(crate) fn bits(self) -> u64 {
+    /// The word.
+    pub fn bits(self) -> u64 {
         self.0
     }
 

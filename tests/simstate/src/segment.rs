@@ -12,6 +12,7 @@ use shared_memory::{Shmem, ShmemConf, ShmemError};
 use crate::config::{Config, ConfigError};
 use crate::counters::Counters;
 use crate::ledger::{Row, Slot};
+use crate::shared::{MAX_SHARED, SharedSlot};
 use crate::time::{Load, Timeline};
 
 /// Most GPUs that a segment holds.
@@ -20,7 +21,7 @@ pub const MAX_GPUS: usize = 16;
 /// Most processes that use one GPU at a time.
 pub const MAX_PROCESSES: usize = 64;
 
-const LAYOUT_VERSION: u64 = 1;
+const LAYOUT_VERSION: u64 = 2;
 
 /// Why a process can't join the simulated machine.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +73,10 @@ pub struct Gpu {
     /// How busy the copy engines were.
     pub copy_load: Load,
     pub(crate) epoch: Slot,
+    /// How many allocations have been shared: the next one's number.
+    pub(crate) shares: Slot,
     pub(crate) rows: [Row; MAX_PROCESSES],
+    pub(crate) shared: [SharedSlot; MAX_SHARED],
 }
 
 impl Gpu {

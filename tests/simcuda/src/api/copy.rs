@@ -7,9 +7,11 @@ use std::ffi::c_uint;
 
 use super::driver_api;
 use crate::abi::{
-    Error, Handle, In, MEMORYTYPE_DEVICE, MEMORYTYPE_HOST, MEMORYTYPE_UNIFIED, Memcpy2D, Memcpy3D, Result,
+    Error, Handle, In, MEMORYTYPE_ARRAY, MEMORYTYPE_DEVICE, MEMORYTYPE_HOST, MEMORYTYPE_UNIFIED, Memcpy2D,
+    Memcpy3D, Result,
 };
 use crate::context::{self, Null};
+use crate::driver::driver;
 use crate::memory::access::Side;
 use crate::op::{Copy, Op, Set};
 
@@ -46,21 +48,6 @@ driver_api! {
         later(null, stream, Copy::linear((dst, Side::Device), (src, Side::Device), bytes as u64))
     }
 
-    /// The contexts are of one process, whose addresses mean the same everywhere.
-    fn cuMemcpyPeer / cuMemcpyPeer_ptds |null| (dst: u64, to: Handle, src: u64, from: Handle, bytes: usize) {
-        context::by_handle(to)?;
-        context::by_handle(from)?;
-        now(null, Copy::linear((dst, Side::Device), (src, Side::Device), bytes as u64))
-    }
-
-    fn cuMemcpyPeerAsync / cuMemcpyPeerAsync_ptsz |null| (
-        dst: u64, to: Handle, src: u64, from: Handle, bytes: usize, stream: Handle,
-    ) {
-        context::by_handle(to)?;
-        context::by_handle(from)?;
-        later(null, stream, Copy::linear((dst, Side::Device), (src, Side::Device), bytes as u64))
-    }
-
     fn cuMemcpy2D_v2 / cuMemcpy2D_v2_ptds |null| (copy: In<Memcpy2D>) {
         now(null, self::plane(&copy.get()?)?)
     }
@@ -78,14 +65,6 @@ driver_api! {
     }
 
     fn cuMemcpy3DAsync_v2 / cuMemcpy3DAsync_v2_ptsz |null| (copy: In<Memcpy3D>, stream: Handle) {
-        later(null, stream, self::space(&copy.get()?)?)
-    }
-
-    fn cuMemcpy3DPeer / cuMemcpy3DPeer_ptds |null| (copy: In<Memcpy3D>) {
-        now(null, self::space(&copy.get()?)?)
-    }
-
-    fn cuMemcpy3DPeerAsync / cuMemcpy3DPeerAsync_ptsz |null| (copy: In<Memcpy3D>, stream: Handle) {
         later(null, stream, self::space(&copy.get()?)?)
     }
 
@@ -148,7 +127,7 @@ driver_api! {
     }
 }
 
-fn now(null: Null, copy: Copy) -> Result {
+pub(super) fn now(null: Null, copy: Copy) -> Result {
     let stream = context::stream(null, 0)?;
     if copy.width == 0 {
         return stream.usable();
@@ -156,7 +135,7 @@ fn now(null: Null, copy: Copy) -> Result {
     stream.run(Op::Copy(copy))
 }
 
-fn later(null: Null, stream: Handle, copy: Copy) -> Result {
+pub(super) fn later(null: Null, stream: Handle, copy: Copy) -> Result {
     let stream = context::stream(null, stream)?;
     if copy.width == 0 {
         return stream.usable();
@@ -194,68 +173,115 @@ fn set(dst: u64, value: u32, element: u64, width: usize, height: usize, pitch: u
     Ok(Set { dst, value, element, width: width as u64, height: height as u64, pitch: pitch as u64 })
 }
 
-/// The address that one end of a box copy begins at, and what it must be.
-fn corner(
+/// One end of a copy of a box, as a caller describes it.
+struct Described {
     kind: c_uint,
     host: u64,
     device: u64,
+    array: Handle,
     pitch: usize,
-    slice: u64,
+    /// Rows of a slice.
+    rows: usize,
     at: [usize; 3],
-) -> Result<(u64, Side)> {
-    let (base, side) = match kind {
-        MEMORYTYPE_HOST => (host, Side::Host),
-        MEMORYTYPE_DEVICE => (device, Side::Device),
-        MEMORYTYPE_UNIFIED => (device, Side::Host),
-        // There are no arrays.
-        3 => return Err(Error::NOT_SUPPORTED),
-        _ => return Err(Error::INVALID_VALUE),
-    };
-    let [x, y, z] = at.map(|n| n as u64);
-    let rows = y.wrapping_mul(pitch as u64).wrapping_add(z.wrapping_mul(slice));
-    Ok((base.wrapping_add(x).wrapping_add(rows), side))
+}
+
+/// One end of a copy of a box: where it begins, what that must be, and how far rows and slices are apart.
+struct Corner {
+    begin: (u64, Side),
+    pitch: u64,
+    slice: u64,
+}
+
+impl Described {
+    fn corner(&self, extent: [usize; 3]) -> Result<Corner> {
+        let (base, side) = match self.kind {
+            MEMORYTYPE_HOST => (self.host, Side::Host),
+            MEMORYTYPE_DEVICE => (self.device, Side::Device),
+            MEMORYTYPE_UNIFIED => (self.device, Side::Host),
+            MEMORYTYPE_ARRAY => {
+                let part = driver()?.arrays.get(self.array)?.corner(self.at, extent)?;
+                return Ok(Corner {
+                    begin: (part.address, Side::Array),
+                    pitch: part.pitch,
+                    slice: part.slice,
+                });
+            }
+            _ => return Err(Error::INVALID_VALUE),
+        };
+        let [x, y, z] = self.at.map(|n| n as u64);
+        let pitch = self.pitch as u64;
+        let slice = pitch.wrapping_mul(self.rows as u64);
+        let rows = y.wrapping_mul(pitch).wrapping_add(z.wrapping_mul(slice));
+        Ok(Corner { begin: (base.wrapping_add(x).wrapping_add(rows), side), pitch, slice })
+    }
+}
+
+fn boxed(dst: &Described, src: &Described, extent: [usize; 3]) -> Result<Copy> {
+    let (dst, src) = (dst.corner(extent)?, src.corner(extent)?);
+    let [width, height, depth] = extent.map(|n| n as u64);
+    Ok(Copy {
+        height,
+        depth,
+        dst_pitch: dst.pitch,
+        dst_slice: dst.slice,
+        src_pitch: src.pitch,
+        src_slice: src.slice,
+        ..Copy::linear(dst.begin, src.begin, width)
+    })
 }
 
 fn plane(copy: &Memcpy2D) -> Result<Copy> {
-    let pitch = |pitch: usize, x: usize| -> Result<usize> {
+    let pitch = |kind: c_uint, pitch: usize, x: usize| -> Result<usize> {
         match pitch {
             0 => Ok(copy.width),
+            _ if kind == MEMORYTYPE_ARRAY => Ok(copy.width),
             _ if pitch < copy.width.saturating_add(x) && copy.height > 1 => Err(Error::INVALID_VALUE),
             _ => Ok(pitch),
         }
     };
-    let (dst_pitch, src_pitch) = (pitch(copy.dst_pitch, copy.dst_x)?, pitch(copy.src_pitch, copy.src_x)?);
-    let dst =
-        corner(copy.dst_type, copy.dst_host, copy.dst_device, dst_pitch, 0, [copy.dst_x, copy.dst_y, 0])?;
-    let src =
-        corner(copy.src_type, copy.src_host, copy.src_device, src_pitch, 0, [copy.src_x, copy.src_y, 0])?;
-    Ok(Copy {
-        height: copy.height as u64,
-        dst_pitch: dst_pitch as u64,
-        src_pitch: src_pitch as u64,
-        ..Copy::linear(dst, src, copy.width as u64)
-    })
+    let dst = Described {
+        kind: copy.dst_type,
+        host: copy.dst_host,
+        device: copy.dst_device,
+        array: copy.dst_array,
+        pitch: pitch(copy.dst_type, copy.dst_pitch, copy.dst_x)?,
+        rows: 0,
+        at: [copy.dst_x, copy.dst_y, 0],
+    };
+    let src = Described {
+        kind: copy.src_type,
+        host: copy.src_host,
+        device: copy.src_device,
+        array: copy.src_array,
+        pitch: pitch(copy.src_type, copy.src_pitch, copy.src_x)?,
+        rows: 0,
+        at: [copy.src_x, copy.src_y, 0],
+    };
+    boxed(&dst, &src, [copy.width, copy.height, 1])
 }
 
-fn space(copy: &Memcpy3D) -> Result<Copy> {
+pub(super) fn space(copy: &Memcpy3D) -> Result<Copy> {
     if copy.src_lod != 0 || copy.dst_lod != 0 {
         return Err(Error::INVALID_VALUE);
     }
     let or = |value: usize, default: usize| if value == 0 { default } else { value };
-    let (dst_pitch, src_pitch) = (or(copy.dst_pitch, copy.width), or(copy.src_pitch, copy.width));
-    let dst_slice = dst_pitch as u64 * or(copy.dst_height, copy.height) as u64;
-    let src_slice = src_pitch as u64 * or(copy.src_height, copy.height) as u64;
-    let dst_at = [copy.dst_x, copy.dst_y, copy.dst_z];
-    let src_at = [copy.src_x, copy.src_y, copy.src_z];
-    let dst = corner(copy.dst_type, copy.dst_host, copy.dst_device, dst_pitch, dst_slice, dst_at)?;
-    let src = corner(copy.src_type, copy.src_host, copy.src_device, src_pitch, src_slice, src_at)?;
-    Ok(Copy {
-        height: copy.height as u64,
-        depth: copy.depth as u64,
-        dst_pitch: dst_pitch as u64,
-        dst_slice,
-        src_pitch: src_pitch as u64,
-        src_slice,
-        ..Copy::linear(dst, src, copy.width as u64)
-    })
+    let dst = Described {
+        kind: copy.dst_type,
+        host: copy.dst_host,
+        device: copy.dst_device,
+        array: copy.dst_array,
+        pitch: or(copy.dst_pitch, copy.width),
+        rows: or(copy.dst_height, copy.height),
+        at: [copy.dst_x, copy.dst_y, copy.dst_z],
+    };
+    let src = Described {
+        kind: copy.src_type,
+        host: copy.src_host,
+        device: copy.src_device,
+        array: copy.src_array,
+        pitch: or(copy.src_pitch, copy.width),
+        rows: or(copy.src_height, copy.height),
+        at: [copy.src_x, copy.src_y, copy.src_z],
+    };
+    boxed(&dst, &src, [copy.width, copy.height, copy.depth])
 }

@@ -65,13 +65,6 @@ driver_api! {
         device.set(found as c_int)
     }
 
-    fn cuDeviceCanAccessPeer(can: Out<c_int>, device: c_int, peer: c_int) {
-        let driver = driver()?;
-        driver.device(device)?;
-        driver.device(peer)?;
-        can.set(0)
-    }
-
     fn cuDeviceGetExecAffinitySupport(supported: Out<c_int>, kind: c_uint, device: c_int) {
         let _ = kind;
         driver()?.device(device)?;
@@ -221,17 +214,24 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         99 => 1, // host registration
         100 | 101 => 0,
         102 => 1,       // virtual memory management
-        103..=105 => 0, // shareable handles
+        103 => 1,       // exports memory as file descriptors
+        104 | 105 => 0, // and as handles of Windows
         106 => 16,      // blocks per multiprocessor
-        107..=119 => 0, // compression, persisting L2, memory pools, GPUDirect
-        120..=129 => 0, // clusters, memory operations, DMA-BUF, IPC events
+        107..=114 => 0, // compression, persisting L2
+        115 => 1,       // memory pools
+        116..=119 => 0, // GPUDirect, pools of other processes
+        120..=124 => 0, // clusters, memory operations, DMA-BUF
+        125 => 1,       // IPC events
+        126..=129 => 0, // more memory operations, fabric handles
         130 => 0,       // NUMA
         131 => -1,
         132 | 133 => 0,
         134 => 0, // the host's NUMA node
         135..=140 => 0,
         141 => 1, // VMM of host memory, by NUMA node
-        142..=144 => 0,
+        142 => 1, // memory pools of host memory, by NUMA node
+        143 => 0,
+        144 => 1, // memory pools of host memory
         145 => 1, // VMM of host memory
         146..=161 => 0,
         _ => return Err(Error::INVALID_VALUE),

@@ -8,7 +8,7 @@ use crate::abi::{Error, GraphInstantiateParams, Handle, Out, Result};
 use crate::context;
 use crate::driver::{driver, lock};
 use crate::graph::{Graph, Node};
-use crate::op::Op;
+use crate::pool;
 
 driver_api! {
     fn cuGraphCreate(graph: Out<Handle>, flags: c_uint) {
@@ -72,8 +72,8 @@ driver_api! {
     }
 
     fn cuGraphLaunch / cuGraphLaunch_ptsz |null| (exec: Handle, stream: Handle) {
-        let nodes = driver()?.execs.get(exec)?.nodes.clone();
-        context::stream(null, stream)?.enqueue(Op::Graph(nodes)).map(|_| ())
+        let exec = driver()?.execs.get(exec)?;
+        pool::launch(&exec, &context::stream(null, stream)?)
     }
 }
 

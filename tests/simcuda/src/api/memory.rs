@@ -13,6 +13,7 @@ use crate::graph;
 use crate::memory::backing::Physical;
 use crate::memory::va::{self, Access, Kind};
 use crate::op::{Op, Prefetch};
+use crate::pool::{self, Block};
 
 /// `cuMemAlloc` takes memory in units of this size.
 const UNIT: u64 = 64 << 10;
@@ -44,11 +45,14 @@ driver_api! {
         pitch.set(row)
     }
 
-    /// Waits for the work of the context first, as the real one does.
+    /// Waits for the work of the context first, as the real one does, but not for stream-ordered memory.
     fn cuMemFree_v2(pointer: u64) {
         let context = context::healthy()?;
         if pointer == 0 {
             return Ok(());
+        }
+        if let Ok(block) = Block::at(pointer) {
+            return pool::free(block.address, None);
         }
         graph::refuse_unsafe(&context.core)?;
         let freeable = |kind: &Kind| matches!(kind, Kind::Allocation { .. } | Kind::Managed);
@@ -60,6 +64,8 @@ driver_api! {
         let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
         let (start, region) = space.find(pointer).ok_or(Error::INVALID_VALUE)?;
         let (start, len) = match region.kind {
+            // Nobody is told where an array's bytes are.
+            Kind::Array { .. } => return Err(Error::INVALID_VALUE),
             // The real driver answers with the mapping, not with the reservation around it.
             Kind::Reservation { .. } => {
                 let (start, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
@@ -211,10 +217,11 @@ fn allocate(bytes: u64) -> Result<u64> {
     let driver = driver()?;
     let device = context.core.device;
     let location = MemLocation { kind: LOCATION_DEVICE, id: device.index as c_int };
-    let backing = driver.memory.backing.clone();
+    let backing = &driver.memory.backing;
     let physical = Arc::new(Physical::new(backing, 0, size, location, Some(device.ledger()?))?);
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
-    space.allocate(physical, device.index, context.handle())
+    let kind = Kind::Allocation { physical: physical.clone() };
+    space.allocate(&physical, kind, device.index, context.handle())
 }
 
 fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
@@ -230,7 +237,7 @@ fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
 }
 
 /// Frees what begins at `pointer` once nothing uses it any more.
-fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -> bool + Copy) -> Result {
+pub(super) fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -> bool + Copy) -> Result {
     let driver = driver()?;
     {
         let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
@@ -313,12 +320,16 @@ struct Pointer {
     managed: bool,
     mapped: bool,
     access: c_uint,
+    /// How `cuMemExportToShareableHandle` can export it, and whether `cuIpcGetMemHandle` can.
+    handle_types: c_uint,
+    legacy_ipc: bool,
     id: u64,
 }
 
 fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
     let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
-    let (base, region) = space.find(address)?;
+    let (base, region) =
+        space.find(address).filter(|(_, region)| !matches!(region.kind, Kind::Array { .. }))?;
     let mut known = Pointer {
         address,
         memory_type: MEMORYTYPE_DEVICE,
@@ -331,10 +342,12 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         managed: false,
         mapped: true,
         access: 3,
+        handle_types: 0,
+        legacy_ipc: matches!(region.kind, Kind::Allocation { .. }),
         id: region.id,
     };
     match &region.kind {
-        Kind::Allocation { .. } => {}
+        Kind::Allocation { .. } | Kind::Opened { .. } | Kind::Pooled { .. } | Kind::Array { .. } => {}
         Kind::Managed => (known.managed, known.host) = (true, true),
         Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => {
             (known.memory_type, known.host) = (MEMORYTYPE_HOST, true);
@@ -342,9 +355,10 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         Kind::Reservation { .. } => match space.find_mapping(address) {
             Some((base, mapping)) => {
                 known.mapping = (base, mapping.size);
-                known.mapped = mapping.access != Access::None;
-                known.access = if mapping.access == Access::None { 0 } else { 3 };
-                if mapping.physical.location.kind == LOCATION_DEVICE {
+                known.mapped = mapping.rights.most() != Access::None;
+                known.access = if known.mapped { 3 } else { 0 };
+                known.handle_types = mapping.physical.handle_types;
+                if mapping.on_gpu() {
                     known.device = mapping.physical.location.id;
                 } else {
                     known.memory_type = MEMORYTYPE_HOST;
@@ -370,14 +384,14 @@ impl Pointer {
             7 => data.of::<u64>().set(self.id),
             8 => data.of::<c_uint>().set(c_uint::from(self.managed)),
             9 => data.of::<c_int>().set(if known { self.device } else { -2 }),
-            10 => data.of::<c_uint>().set(0),
+            10 => data.of::<c_uint>().set(c_uint::from(self.legacy_ipc)),
             11 => data.of::<u64>().set(self.base),
             12 => data.of::<usize>().set(self.size as usize),
             13 => data.of::<c_uint>().set(c_uint::from(known && self.mapped)),
-            14 => data.of::<u64>().set(0),
+            14 => data.of::<u64>().set(self.handle_types.into()),
             15 => data.of::<c_uint>().set(0),
             16 => data.of::<c_uint>().set(self.access),
-            17 => data.of::<Handle>().set(0),
+            17 => data.of::<Handle>().set(Block::at(self.base).map_or(0, |block| block.pool())),
             18 => data.of::<usize>().set(self.mapping.1 as usize),
             19 => data.of::<u64>().set(self.mapping.0),
             20 => {

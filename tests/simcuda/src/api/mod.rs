@@ -11,14 +11,18 @@
 
 #![allow(non_snake_case)]
 
+mod array;
 mod context;
 mod copy;
 mod device;
 mod graph;
 mod init;
 mod inspect;
+mod ipc;
 mod launch;
 mod memory;
+mod peer;
+mod pool;
 mod proc_address;
 mod stream;
 mod vmm;
@@ -36,13 +40,17 @@ pub(crate) struct Export {
 /// All exported functions.
 pub(crate) fn exports() -> impl Iterator<Item = Export> {
     let topics = [
+        array::EXPORTS,
         context::EXPORTS,
         copy::EXPORTS,
         device::EXPORTS,
         graph::EXPORTS,
         init::EXPORTS,
+        ipc::EXPORTS,
         launch::EXPORTS,
         memory::EXPORTS,
+        peer::EXPORTS,
+        pool::EXPORTS,
         proc_address::EXPORTS,
         stream::EXPORTS,
         vmm::EXPORTS,

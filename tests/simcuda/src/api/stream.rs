@@ -11,6 +11,7 @@ use crate::driver::driver;
 use crate::event::{self, Event};
 use crate::graph::{self, Mode, Shown, Status};
 use crate::handles;
+use crate::ipc_event::SharedEvent;
 use crate::op::Op;
 use crate::stream::{Fence, Stream};
 
@@ -41,6 +42,7 @@ driver_api! {
     fn cuStreamSynchronize / cuStreamSynchronize_ptsz |null| (stream: Handle) {
         let stream = self::outside_capture(null, stream)?;
         self::fences(&stream).iter().for_each(Fence::wait);
+        crate::pool::synchronized();
         stream.core.healthy()
     }
 
@@ -110,12 +112,14 @@ driver_api! {
     fn cuEventCreate(event: Out<Handle>, flags: c_uint) {
         let context = context::healthy()?;
         event.required()?;
-        // Events of other processes are not supported.
-        if flags & !event::KNOWN_FLAGS != 0 || flags & 4 != 0 {
+        let shared = flags & event::INTERPROCESS != 0;
+        if flags & !event::KNOWN_FLAGS != 0 || shared && flags & event::DISABLE_TIMING == 0 {
             return Err(Error::INVALID_VALUE);
         }
+        let driver = driver()?;
+        let shared = if shared { Some(SharedEvent::create(driver)?) } else { None };
         let handle = handles::fresh();
-        driver()?.events.insert(handle, Arc::new(Event::new(context.handle(), flags)));
+        driver.events.insert(handle, Arc::new(Event::new(context.handle(), flags, shared)));
         event.set(handle)
     }
 
@@ -141,7 +145,7 @@ driver_api! {
     }
 
     fn cuEventSynchronize(event: Handle) {
-        driver()?.events.get(event)?.synchronize()
+        driver()?.events.get(event)?.synchronize().inspect(|()| crate::pool::synchronized())
     }
 
     fn cuEventElapsedTime(ms: Out<f32>, start: Handle, end: Handle) {

@@ -1,6 +1,7 @@
 //! Virtual memory management.
 
-use std::ffi::{c_int, c_uint};
+use std::ffi::{c_int, c_uint, c_void};
+use std::os::fd::IntoRawFd;
 
 use simstate::counters::Count;
 
@@ -11,7 +12,9 @@ use crate::abi::{
 };
 use crate::context;
 use crate::driver::driver;
-use crate::memory::va::{Access, GRANULARITY};
+use crate::memory::backing::Physical;
+use crate::memory::sharing::{self, HANDLE_FD};
+use crate::memory::va::{Access, GRANULARITY, Rights};
 
 driver_api! {
     fn cuMemGetAllocationGranularity(granularity: Out<usize>, prop: In<MemAllocationProp>, option: c_uint) {
@@ -49,14 +52,16 @@ driver_api! {
         if !self::granular(size as u64) || flags != 0 {
             return Err(Error::INVALID_VALUE);
         }
-        if prop.handle_types != 0 {
-            return Err(Error::NOT_SUPPORTED);
-        }
-        let ledger = match prop.location.kind {
-            LOCATION_DEVICE => Some(driver.device(prop.location.id)?.ledger()?),
+        let location = prop.location;
+        let ledger = match location.kind {
+            LOCATION_DEVICE => Some(driver.device(location.id)?.ledger()?),
             _ => None,
         };
-        handle.set(driver.memory.create(size as u64, prop.location, ledger)?)?;
+        let size = size as u64;
+        handle.set(driver.memory.create(|handle| match prop.handle_types {
+            0 => Physical::new(&driver.memory.backing, handle, size, location, ledger),
+            _ => sharing::exportable(driver, handle, size, location, ledger),
+        })?)?;
         let counts = match ledger {
             Some(ledger) => ledger,
             None => driver.device(0)?.ledger()?,
@@ -78,15 +83,38 @@ driver_api! {
     }
 
     fn cuMemGetAllocationPropertiesFromHandle(prop: Out<MemAllocationProp>, handle: Handle) {
-        let location = driver()?.memory.physical(handle)?.location;
-        prop.set(MemAllocationProp { kind: 1, handle_types: 0, location, win32: 0, flags: [0; 8] })
+        let physical = driver()?.memory.physical(handle)?;
+        let (location, handle_types) = (physical.location, physical.handle_types);
+        prop.set(MemAllocationProp { kind: PINNED, handle_types, location, win32: 0, flags: [0; 8] })
+    }
+
+    /// The descriptor is the caller's, and so is closing it.
+    fn cuMemExportToShareableHandle(shareable: Out<c_void>, handle: Handle, kind: c_uint, flags: u64) {
+        let driver = driver()?;
+        shareable.required()?;
+        let physical = driver.memory.physical(handle)?;
+        if flags != 0 || kind != HANDLE_FD || physical.handle_types & kind == 0 {
+            return Err(Error::INVALID_VALUE);
+        }
+        shareable.of::<c_int>().set(sharing::export(driver, &physical)?.into_raw_fd())
+    }
+
+    /// The descriptor travels in the place of a pointer, and stays the caller's.
+    fn cuMemImportFromShareableHandle(handle: Out<Handle>, shareable: usize, kind: c_uint) {
+        let driver = driver()?;
+        handle.required()?;
+        let fd = c_int::try_from(shareable).map_err(|_| Error::INVALID_VALUE)?;
+        if kind != HANDLE_FD {
+            return Err(Error::NOT_SUPPORTED);
+        }
+        handle.set(driver.memory.create(|handle| sharing::import(driver, fd, handle))?)
     }
 
     fn cuMemMap(pointer: u64, size: usize, offset: usize, handle: Handle, flags: u64) {
         let memory = &driver()?.memory;
         let physical = memory.physical(handle)?;
         let size = size as u64;
-        if !pointer.is_multiple_of(GRANULARITY) || !self::granular(size) || size > physical.size {
+        if !pointer.is_multiple_of(GRANULARITY) || !self::granular(size) || size > physical.size() {
             return Err(Error::INVALID_VALUE);
         }
         // As documented: "must be zero", both of them.
@@ -103,44 +131,50 @@ driver_api! {
 
     fn cuMemSetAccess(pointer: u64, size: usize, descriptions: In<MemAccessDesc>, count: usize) {
         let driver = driver()?;
-        if count == 0 || count > 64 {
-            return Err(Error::INVALID_VALUE);
-        }
-        let mut wanted = None;
-        for description in descriptions.to_vec(count)? {
-            let access = match description.flags {
-                0 => Access::None,
-                1 => Access::Read,
-                3 => Access::ReadWrite,
-                _ => return Err(Error::INVALID_VALUE),
-            };
-            match description.location.kind {
-                LOCATION_DEVICE => {
-                    driver.device(description.location.id)?;
-                    wanted = Some(access);
-                }
-                // The host's access; device memory has none.
-                LOCATION_HOST..=LOCATION_HOST_NUMA_CURRENT => {}
-                _ => return Err(Error::INVALID_VALUE),
-            }
-        }
+        let wanted = self::rights(descriptions, count)?;
         let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
-        match wanted {
-            Some(access) => space.set_access(pointer, size as u64, access),
-            None => Ok(()),
-        }
+        space.set_access(pointer, size as u64, &wanted)
     }
 
     fn cuMemGetAccess(flags: Out<u64>, location: In<MemLocation>, pointer: u64) {
         let memory = &driver()?.memory;
-        location.get()?;
+        let who = self::who(&location.get()?)?;
         let space = memory.space.read().unwrap_or_else(|e| e.into_inner());
         let (_, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
-        flags.set(match mapping.access {
-            Access::None => 0,
-            Access::Read => 1,
-            Access::ReadWrite => 3,
-        })
+        flags.set(self::flags(mapping.rights.of(who)))
+    }
+}
+
+const PINNED: c_uint = 1;
+
+/// `CUmemAccess_flags`.
+pub(super) fn flags(access: Access) -> u64 {
+    match access {
+        Access::None => 0,
+        Access::Read => 1,
+        Access::ReadWrite => 3,
+    }
+}
+
+/// Who is to have which rights.
+pub(super) fn rights(descriptions: In<MemAccessDesc>, count: usize) -> Result<Vec<(usize, Access)>> {
+    if count == 0 || count > 64 {
+        return Err(Error::INVALID_VALUE);
+    }
+    let right = |description: &MemAccessDesc| {
+        let all = [Access::None, Access::Read, Access::ReadWrite];
+        let access = all.into_iter().find(|&access| self::flags(access) == u64::from(description.flags));
+        Ok((self::who(&description.location)?, access.ok_or(Error::INVALID_VALUE)?))
+    };
+    descriptions.to_vec(count)?.iter().map(right).collect()
+}
+
+/// Whose rights a location stands for.
+pub(super) fn who(location: &MemLocation) -> Result<usize> {
+    match location.kind {
+        LOCATION_DEVICE => driver()?.device(location.id).map(|device| device.index),
+        LOCATION_HOST..=LOCATION_HOST_NUMA_CURRENT => Ok(Rights::HOST),
+        _ => Err(Error::INVALID_VALUE),
     }
 }
 
@@ -149,13 +183,16 @@ fn granular(size: u64) -> bool {
 }
 
 fn check_prop(prop: &MemAllocationProp) -> Result {
-    const PINNED: c_uint = 1;
     if prop.kind != PINNED {
         return Err(Error::INVALID_VALUE);
     }
     match prop.location.kind {
-        LOCATION_DEVICE => driver()?.device(prop.location.id as c_int).map(|_| ()),
-        LOCATION_HOST | LOCATION_HOST_NUMA | LOCATION_HOST_NUMA_CURRENT => driver().map(|_| ()),
-        _ => Err(Error::INVALID_VALUE),
+        LOCATION_DEVICE => driver()?.device(prop.location.id as c_int).map(|_| ())?,
+        // "HOST allocations are not IPC capable"; and "current" is no place to stay.
+        LOCATION_HOST if prop.handle_types != 0 => return Err(Error::INVALID_VALUE),
+        LOCATION_HOST | LOCATION_HOST_NUMA => driver().map(|_| ())?,
+        _ => return Err(Error::INVALID_VALUE),
     }
+    // The other types are of Windows, or need a fabric.
+    if prop.handle_types & !HANDLE_FD != 0 { Err(Error::NOT_SUPPORTED) } else { Ok(()) }
 }

@@ -8,7 +8,7 @@
 use std::sync::RwLockReadGuard;
 
 use super::Memory;
-use super::va::{Place, Space};
+use super::va::{Place, Space, User};
 use crate::abi::{Error, Result};
 
 const PIECE: u64 = 1 << 20;
@@ -29,6 +29,8 @@ pub enum Side {
     Device,
     /// The host's, unless the table knows better.
     Host,
+    /// Of an array.
+    Array,
 }
 
 impl Memory {
@@ -37,26 +39,26 @@ impl Memory {
     }
 
     /// Where a range is; an error if it can't be used.
-    pub fn locate(&self, address: u64, len: u64, side: Side, write: bool) -> Result<End> {
+    pub fn locate(&self, address: u64, len: u64, user: User, side: Side, write: bool) -> Result<End> {
         let table = self.table();
         if side == Side::Host && table.find(address).is_none() {
             return Ok(End::Pageable);
         }
-        table.check(address, len.max(1), write).map(End::Known)
+        table.check(address, len.max(1), user, write).map(End::Known)
     }
 
-    /// Copies `len` bytes between two ranges as [`Memory::locate`] found them.
-    pub fn copy(&self, dst: (u64, End), src: (u64, End), len: u64) -> Result {
+    /// Copies `len` bytes between two ranges as [`Memory::locate`] found them for these users.
+    pub fn copy(&self, dst: (u64, End, User), src: (u64, End, User), len: u64) -> Result {
         let mut done = 0;
         while done < len {
             let n = PIECE.min(len - done);
             let (to, from) = (dst.0 + done, src.0 + done);
             let table = self.table();
             if matches!(src.1, End::Known(_)) {
-                table.check(from, n, false)?;
+                table.check(from, n, src.2, false)?;
             }
             if matches!(dst.1, End::Known(_)) {
-                table.check(to, n, true)?;
+                table.check(to, n, dst.2, true)?;
             }
             if dst.1 == End::Pageable || src.1 == End::Pageable {
                 through_kernel(to, dst.1 == End::Pageable, from, n)?;
@@ -70,8 +72,8 @@ impl Memory {
     }
 
     /// Writes a pattern of 1, 2 or 4 bytes over a range.
-    pub fn fill(&self, address: u64, value: u32, width: u64, count: u64) -> Result {
-        self.pieces(&[Range { address, element: width, write: true }], count, |at, _, n| {
+    pub fn fill(&self, user: User, address: u64, value: u32, width: u64, count: u64) -> Result {
+        self.pieces(user, &[Range { address, element: width, write: true }], count, |at, _, n| {
             let at = at[0];
             for i in 0..n as usize {
                 // SAFETY: `pieces` vouches for `n` elements of `width` bytes at `at`.
@@ -87,12 +89,12 @@ impl Memory {
     }
 
     /// Checks several arrays of `count` elements without touching them.
-    pub fn check_arrays(&self, arrays: &[Range], count: u64) -> Result {
+    pub fn check_arrays(&self, user: User, arrays: &[Range], count: u64) -> Result {
         let table = self.table();
         for array in arrays {
             let len = array.element.checked_mul(count).ok_or(Error::ILLEGAL_ADDRESS)?;
             if len > 0 {
-                table.check(array.address, len, array.write)?;
+                table.check(array.address, len, user, array.write)?;
             }
         }
         Ok(())
@@ -100,7 +102,13 @@ impl Memory {
 
     /// Walks over arrays of `count` elements in step. `f` gets the addresses of a piece of each, the number of the
     /// first element and how many there are, and may use them until it returns.
-    pub fn pieces(&self, arrays: &[Range], count: u64, mut f: impl FnMut(&[u64], u64, u64)) -> Result {
+    pub fn pieces(
+        &self,
+        user: User,
+        arrays: &[Range],
+        count: u64,
+        mut f: impl FnMut(&[u64], u64, u64),
+    ) -> Result {
         let widest = arrays.iter().map(|array| array.element).max().unwrap_or(1);
         let mut done = 0;
         while done < count {
@@ -109,7 +117,7 @@ impl Memory {
             let mut at = [0; 3];
             for (array, at) in arrays.iter().zip(&mut at) {
                 *at = array.address + done * array.element;
-                table.check(*at, n * array.element, array.write)?;
+                table.check(*at, n * array.element, user, array.write)?;
             }
             f(&at[..arrays.len()], done, n);
             done += n;
@@ -118,9 +126,9 @@ impl Memory {
     }
 
     /// Lets `f` use one 64-bit word of device memory.
-    pub fn with_word(&self, address: u64, f: impl FnOnce(&mut u64)) -> Result {
+    pub fn with_word(&self, user: User, address: u64, f: impl FnOnce(&mut u64)) -> Result {
         let table = self.table();
-        table.check(address, 8, true)?;
+        table.check(address, 8, user, true)?;
         // SAFETY: the table vouches for the word while its lock is held. Kernels check its alignment.
         let mut word = unsafe { (address as *const u64).read_unaligned() };
         f(&mut word);

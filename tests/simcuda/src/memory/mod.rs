@@ -1,14 +1,16 @@
-//! Memory: physical allocations ([`backing`]), the address space ([`va`]), and moving bytes between ([`access`]).
+//! Memory: physical allocations ([`backing`]) and those of other processes ([`sharing`]), the address space ([`va`]),
+//! and moving bytes between ([`access`]).
 
 pub mod access;
 pub mod backing;
+pub mod sharing;
 pub mod va;
 
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, RwLock};
 
-use crate::abi::{Error, Handle, MemLocation, Result};
+use crate::abi::{Error, Handle, Result};
 use crate::driver::lock;
 use crate::handles;
 use backing::{Backing, Physical};
@@ -33,15 +35,10 @@ impl Memory {
         Ok(Memory { backing, space: RwLock::default(), handles: Mutex::default() })
     }
 
-    /// Makes a physical allocation that has a handle (`cuMemCreate`).
-    pub fn create(
-        &self,
-        size: u64,
-        location: MemLocation,
-        charge: Option<&'static simstate::Ledger>,
-    ) -> Result<Handle> {
+    /// Gives a physical allocation the handle that `make` is told (`cuMemCreate` and its like).
+    pub fn create(&self, make: impl FnOnce(Handle) -> Result<Physical>) -> Result<Handle> {
         let handle = handles::fresh();
-        let physical = Arc::new(Physical::new(self.backing.clone(), handle, size, location, charge)?);
+        let physical = Arc::new(make(handle)?);
         lock(&self.handles).insert(handle, Owned { physical, references: 1 });
         Ok(handle)
     }

@@ -11,10 +11,14 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Weak};
+
+use simstate::segment::MAX_GPUS;
 
 use super::backing::Physical;
 use crate::abi::{Error, Result};
+use crate::pool::Block;
 
 thread_local! {
     /// The last address that this thread found to be no business of the GPU's, for the message.
@@ -32,11 +36,79 @@ pub enum Access {
     ReadWrite,
 }
 
+/// Who wants to use memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct User {
+    /// The GPU.
+    pub device: usize,
+    /// A bit for every GPU whose `cuMemAlloc` memory it may use beside its own.
+    pub peers: u32,
+    /// Whether it knows how to get at arrays.
+    pub arrays: bool,
+}
+
+impl User {
+    /// The driver, copying by means of that GPU: it gets at all that `cuMemAlloc` made, but in mapped memory it has no
+    /// rights that the GPU hasn't.
+    pub fn driver(device: usize) -> User {
+        User { device, peers: u32::MAX, arrays: false }
+    }
+}
+
+/// What each GPU may do with a mapping, and behind them all the host.
+#[derive(Clone, Copy)]
+pub struct Rights([Access; MAX_GPUS + 1]);
+
+impl Rights {
+    /// Whose are the host's.
+    pub const HOST: usize = MAX_GPUS;
+
+    const NONE: Rights = Rights([Access::None; MAX_GPUS + 1]);
+
+    pub fn of(&self, who: usize) -> Access {
+        self.0.get(who).copied().unwrap_or(Access::None)
+    }
+
+    /// What the one that may do most may do.
+    pub fn most(&self) -> Access {
+        self.0.iter().copied().max().unwrap_or(Access::None)
+    }
+}
+
+/// Whether a block of stream-ordered memory is there now, and for whom: two bits for each GPU and the host.
+pub struct Live {
+    pub now: AtomicBool,
+    /// Those of its pool.
+    pub rights: Arc<AtomicU64>,
+}
+
+impl Live {
+    /// What `who` may do by these bits.
+    pub fn right(bits: u64, who: usize) -> Access {
+        match bits >> (2 * who) & 3 {
+            0 => Access::None,
+            1 => Access::Read,
+            _ => Access::ReadWrite,
+        }
+    }
+
+    /// The bits with another right for `who`.
+    pub fn bits(bits: u64, who: usize, access: Access) -> u64 {
+        bits & !(3 << (2 * who)) | (access as u64) << (2 * who)
+    }
+}
+
 /// An allocation in a reservation.
 pub struct Mapping {
     pub size: u64,
     pub physical: Arc<Physical>,
-    pub access: Access,
+    pub rights: Rights,
+}
+
+impl Mapping {
+    pub fn on_gpu(&self) -> bool {
+        self.physical.location.kind == crate::abi::LOCATION_DEVICE
+    }
 }
 
 /// What a range of addresses is.
@@ -44,7 +116,13 @@ pub enum Kind {
     /// `cuMemAddressReserve`.
     Reservation { maps: BTreeMap<u64, Mapping> },
     /// `cuMemAlloc`, with what it keeps alive.
-    Allocation { _physical: Arc<Physical> },
+    Allocation { physical: Arc<Physical> },
+    /// `cuIpcOpenMemHandle` of what another process allocated: by which handle, how often, and for which GPU.
+    Opened { _physical: Arc<Physical>, handle: [u64; 8], references: u32, by: usize },
+    /// Stream-ordered memory.
+    Pooled { live: Arc<Live>, block: Weak<Block>, physical: Option<Arc<Physical>> },
+    /// An array's.
+    Array { _physical: Arc<Physical> },
     /// `cuMemAllocManaged`.
     Managed,
     /// `cuMemHostAlloc`, with its flags.
@@ -152,37 +230,58 @@ impl Space {
         (address - base < mapping.size).then_some((base, mapping))
     }
 
-    /// Where `address` is, and how far that holds; `None` if the GPU may not use it so.
-    fn place(&self, address: u64, write: bool) -> Option<(Place, u64)> {
+    /// Where `address` is, and how far that holds; `None` if `user` may not use it so.
+    fn place(&self, address: u64, user: User, write: bool) -> Option<(Place, u64)> {
         let (base, region) = self.find(address)?;
         let rest = base + region.size - address;
         match &region.kind {
             Kind::Reservation { .. } => {
                 let (base, mapping) = self.find_mapping(address)?;
                 let needed = if write { Access::ReadWrite } else { Access::Read };
-                let on_gpu = mapping.physical.location.kind == crate::abi::LOCATION_DEVICE;
-                let place =
-                    if on_gpu { Place::Device(mapping.physical.location.id as usize) } else { Place::Pinned };
-                (mapping.access >= needed).then_some((place, base + mapping.size - address))
+                let place = if mapping.on_gpu() {
+                    Place::Device(mapping.physical.location.id as usize)
+                } else {
+                    Place::Pinned
+                };
+                (mapping.rights.of(user.device) >= needed).then_some((place, base + mapping.size - address))
             }
-            Kind::Allocation { .. } => Some((Place::Device(region.device), rest)),
+            Kind::Allocation { .. } => {
+                let reached = region.device == user.device || user.peers >> region.device & 1 == 1;
+                reached.then_some((Place::Device(region.device), rest))
+            }
+            Kind::Opened { by, .. } => {
+                let reached = user.device == *by || region.device == user.device;
+                reached.then_some((Place::Device(region.device), rest))
+            }
+            Kind::Pooled { live, physical, .. } => {
+                let needed = if write { Access::ReadWrite } else { Access::Read };
+                let open = Live::right(live.rights.load(SeqCst), user.device) >= needed;
+                let location = physical.as_ref()?.location;
+                let on_gpu = location.kind == crate::abi::LOCATION_DEVICE;
+                let place = if on_gpu { Place::Device(location.id as usize) } else { Place::Pinned };
+                (open && live.now.load(SeqCst)).then_some((place, rest))
+            }
+            Kind::Array { .. } => {
+                let reached = region.device == user.device || user.peers >> region.device & 1 == 1;
+                (user.arrays && reached).then_some((Place::Device(region.device), rest))
+            }
             Kind::Managed => Some((Place::Managed(region.device), rest)),
             Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => Some((Place::Pinned, rest)),
         }
     }
 
-    /// Where a range begins; an error if the GPU may not use all of it.
-    pub fn check(&self, address: u64, len: u64, write: bool) -> Result<Place> {
+    /// Where a range begins; an error if `user` may not use all of it.
+    pub fn check(&self, address: u64, len: u64, user: User, write: bool) -> Result<Place> {
         let fault = |at: u64| {
             FAULT.set(at);
             Error::ILLEGAL_ADDRESS
         };
         let end = address.checked_add(len).ok_or_else(|| fault(address))?;
-        let (first, mut holds) = self.place(address, write).ok_or_else(|| fault(address))?;
+        let (first, mut holds) = self.place(address, user, write).ok_or_else(|| fault(address))?;
         let mut at = address;
         while holds < end - at {
             at += holds;
-            holds = self.place(at, write).ok_or_else(|| fault(at))?.1;
+            holds = self.place(at, user, write).ok_or_else(|| fault(at))?.1;
         }
         Ok(first)
     }
@@ -228,10 +327,10 @@ impl Space {
             size,
             libc::PROT_NONE,
             libc::MAP_SHARED | libc::MAP_FIXED,
-            physical.fd(),
-            physical.offset,
+            physical.extent.fd(),
+            physical.extent.offset,
         )?;
-        maps.insert(address, Mapping { size, physical, access: Access::None });
+        maps.insert(address, Mapping { size, physical, rights: Rights::NONE });
         Ok(())
     }
 
@@ -261,27 +360,112 @@ impl Space {
         Ok(())
     }
 
-    pub fn set_access(&mut self, address: u64, size: u64, access: Access) -> Result {
+    /// Gives each of `wanted` its rights in a range of whole mappings; nobody else's change.
+    pub fn set_access(&mut self, address: u64, size: u64, wanted: &[(usize, Access)]) -> Result {
         let (maps, keys) = self.whole_mappings(address, size)?;
-        protect(address, size, access)?;
+        // The host can be let into host memory only.
+        let for_host = wanted.iter().any(|&(who, _)| who == Rights::HOST);
+        if for_host && keys.iter().any(|key| maps.get(key).is_none_or(Mapping::on_gpu)) {
+            return Err(Error::INVALID_VALUE);
+        }
         for key in keys {
-            if let Some(mapping) = maps.get_mut(&key) {
-                mapping.access = access;
-            }
+            let Some(mapping) = maps.get_mut(&key) else { continue };
+            let mut rights = mapping.rights;
+            wanted.iter().for_each(|&(who, access)| rights.0[who] = access);
+            protect(key, mapping.size, rights.most())?;
+            mapping.rights = rights;
         }
         Ok(())
     }
 
-    /// Maps a physical allocation somewhere, accessible (`cuMemAlloc`).
-    pub fn allocate(&mut self, physical: Arc<Physical>, device: usize, context: usize) -> Result<u64> {
-        let alignment = if physical.size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
-        let size = physical.size;
+    /// Maps a physical allocation somewhere, accessible (`cuMemAlloc` and its like); `kind` keeps it.
+    pub fn allocate(
+        &mut self,
+        physical: &Arc<Physical>,
+        kind: Kind,
+        device: usize,
+        context: usize,
+    ) -> Result<u64> {
+        let size = physical.size();
+        let alignment = if size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
         let address = reserve(size, alignment, 0)?;
         let rw = libc::PROT_READ | libc::PROT_WRITE;
-        map(address, size, rw, libc::MAP_SHARED | libc::MAP_FIXED, physical.fd(), physical.offset)
+        let extent = &physical.extent;
+        map(address, size, rw, libc::MAP_SHARED | libc::MAP_FIXED, extent.fd(), extent.offset)
             .inspect_err(|_| unmap(address, size))?;
-        self.add(address, size, Kind::Allocation { _physical: physical }, device, context);
+        self.add(address, size, kind, device, context);
         Ok(address)
+    }
+
+    /// Addresses for stream-ordered memory, without any for now.
+    pub fn reserve_block(&mut self, size: u64, device: usize, live: &Arc<Live>) -> Result<u64> {
+        let alignment = if size >= GRANULARITY { GRANULARITY } else { 64 << 10 };
+        let address = reserve(size, alignment, 0)?;
+        let kind = Kind::Pooled { live: live.clone(), block: Weak::new(), physical: None };
+        self.add(address, size, kind, device, 0);
+        Ok(address)
+    }
+
+    /// Says whose the addresses are.
+    pub fn name_block(&mut self, address: u64, owner: Weak<Block>) {
+        if let Some(Region { kind: Kind::Pooled { block, .. }, .. }) = self.regions.get_mut(&address) {
+            *block = owner;
+        }
+    }
+
+    /// The block that begins at an address.
+    pub fn block(&self, address: u64) -> Option<Arc<Block>> {
+        match self.regions.get(&address) {
+            Some(Region { kind: Kind::Pooled { block, .. }, .. }) => block.upgrade(),
+            _ => None,
+        }
+    }
+
+    pub fn block_is_backed(&self, address: u64) -> bool {
+        let kind = self.regions.get(&address).map(|region| &region.kind);
+        matches!(kind, Some(Kind::Pooled { physical: Some(_), .. }))
+    }
+
+    /// Gives a block memory, or takes it.
+    pub fn back_block(&mut self, address: u64, memory: Option<Arc<Physical>>) -> Result {
+        let Some(Region { kind: Kind::Pooled { physical, .. }, size, .. }) = self.regions.get_mut(&address)
+        else {
+            return Err(Error::INVALID_VALUE);
+        };
+        match &memory {
+            Some(memory) => {
+                let rw = libc::PROT_READ | libc::PROT_WRITE;
+                let extent = &memory.extent;
+                map(address, *size, rw, libc::MAP_SHARED | libc::MAP_FIXED, extent.fd(), extent.offset)?
+            }
+            None => map(address, *size, libc::PROT_NONE, NOTHING | libc::MAP_FIXED, -1, 0)?,
+        };
+        *physical = memory;
+        Ok(())
+    }
+
+    /// The address at which the context has opened an IPC handle, which is counted once more.
+    pub fn open_again(&mut self, handle: &[u64; 8], context: usize) -> Option<u64> {
+        self.regions.iter_mut().find_map(|(&base, region)| match &mut region.kind {
+            Kind::Opened { handle: opened, references, .. }
+                if opened == handle && region.context == context =>
+            {
+                *references += 1;
+                Some(base)
+            }
+            _ => None,
+        })
+    }
+
+    /// Counts an opened IPC handle once less; says how often it is still open.
+    pub fn close_once(&mut self, address: u64) -> Result<u32> {
+        match self.regions.get_mut(&address) {
+            Some(Region { kind: Kind::Opened { references, .. }, .. }) => {
+                *references -= 1;
+                Ok(*references)
+            }
+            _ => Err(Error::INVALID_VALUE),
+        }
     }
 
     /// Makes zeroed host memory (`cuMemAllocManaged`, `cuMemHostAlloc`).

@@ -5,11 +5,15 @@
 #![allow(dead_code)]
 
 use std::ffi::{c_int, c_void};
+use std::io::{BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::Library;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 pub const MIB: u64 = 1 << 20;
 pub const PAGE: u64 = 2 * MIB;
@@ -59,6 +63,84 @@ impl Drop for Machine {
     }
 }
 
+/// Waits for a line that the child says.
+pub fn said(child: &mut Child, wanted: &str) {
+    let mut out = BufReader::new(child.stdout.as_mut().unwrap());
+    let mut line = String::new();
+    while out.read_line(&mut line).unwrap() > 0 {
+        if line.trim_end().ends_with(wanted) {
+            return;
+        }
+        line.clear();
+    }
+    panic!("the child ended without saying {wanted}");
+}
+
+/// Says a line and waits until the parent lets go of us, or forever.
+pub fn say_and_wait(line: &str) {
+    println!("{line}");
+    std::io::stdout().flush().unwrap();
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+pub fn kill(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// Runs `body` in a process of its own, on a machine with these settings.
+pub fn alone(test: &str, vars: &[(&'static str, &str)], body: impl FnOnce()) {
+    match role() {
+        Some(_) => body(),
+        None => Machine::new(vars).run(test, "alone"),
+    }
+}
+
+/// Where the processes of a machine meet.
+fn meeting_place() -> PathBuf {
+    let machine = std::env::var("NVSHARE_SIM_NAME").unwrap();
+    std::env::temp_dir().join(format!("{machine}.socket"))
+}
+
+/// Listens for the process that calls [`meet`], after saying that it may.
+pub fn host_meeting() -> UnixStream {
+    let path = meeting_place();
+    let listener = UnixListener::bind(&path).unwrap();
+    println!("come");
+    std::io::stdout().flush().unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    std::fs::remove_file(path).unwrap();
+    stream
+}
+
+/// Connects to the process that said "come".
+pub fn meet() -> UnixStream {
+    UnixStream::connect(meeting_place()).unwrap()
+}
+
+/// Sends bytes and descriptors.
+pub fn send(stream: &UnixStream, data: &[u8], fds: &[RawFd]) {
+    let rights = [ControlMessage::ScmRights(fds)];
+    let rights = if fds.is_empty() { &[] } else { &rights[..] };
+    let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(data)], rights, MsgFlags::empty(), None);
+    assert_eq!(sent, Ok(data.len()));
+}
+
+/// Receives `len` bytes and what descriptors come with them.
+pub fn receive(stream: &UnixStream, len: usize) -> (Vec<u8>, Vec<RawFd>) {
+    let mut data = vec![0; len];
+    let mut space = nix::cmsg_space!([RawFd; 4]);
+    let mut parts = [IoSliceMut::new(&mut data)];
+    let message = recvmsg::<()>(stream.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty()).unwrap();
+    assert_eq!(message.bytes, len, "the other side is gone");
+    let rights = |message| match message {
+        ControlMessageOwned::ScmRights(fds) => fds,
+        other => panic!("{other:?}"),
+    };
+    let fds = message.cmsgs().unwrap().flat_map(rights).collect();
+    (data, fds)
+}
+
 /// The built library, beside the directory of this test's executable.
 pub fn library_path() -> PathBuf {
     let mut path = std::env::current_exe().unwrap();
@@ -83,15 +165,28 @@ macro_rules! call {
 }
 pub(crate) use call;
 
+/// `CUmemLocation`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Location(u32, i32);
+pub struct Location(pub u32, pub i32);
 
-#[repr(C)]
-struct Prop(u32, u32, Location, usize, [u8; 8]);
+/// That GPU's memory.
+pub fn on_gpu(device: i32) -> Location {
+    Location(1, device)
+}
 
+pub const HOST: Location = Location(2, 0);
+pub const HOST_NUMA: Location = Location(3, 0);
+
+/// `CUmemAllocationProp`.
 #[repr(C)]
-struct Access(Location, u32);
+#[derive(Clone, Copy)]
+pub struct Prop(pub u32, pub u32, pub Location, pub usize, pub [u8; 8]);
+
+/// `CUmemAccessDesc`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Access(pub Location, pub u32);
 
 /// `nvsharesim_counters`.
 #[repr(C)]
@@ -119,10 +214,16 @@ impl Cuda {
     /// With a context, too.
     pub fn with_context() -> Cuda {
         let cuda = Cuda::load();
-        let mut context = 0usize;
-        assert_eq!(call!(cuda, "cuDevicePrimaryCtxRetain", &mut context => &mut usize, 0 => c_int), 0);
-        assert_eq!(call!(cuda, "cuCtxSetCurrent", context => usize), 0);
+        cuda.enter(0);
         cuda
+    }
+
+    /// Makes the primary context of a GPU current, and returns it.
+    pub fn enter(&self, device: c_int) -> usize {
+        let mut context = 0usize;
+        assert_eq!(call!(self, "cuDevicePrimaryCtxRetain", &mut context => &mut usize, device => c_int), 0);
+        assert_eq!(call!(self, "cuCtxSetCurrent", context => usize), 0);
+        context
     }
 
     pub fn symbol(&self, name: &str) -> usize {
@@ -219,8 +320,12 @@ impl Cuda {
     }
 
     pub fn try_create(&self, bytes: u64, on_host: bool) -> Result<usize, i32> {
-        let location = if on_host { Location(3, 0) } else { Location(1, 0) };
-        let (mut handle, prop) = (0usize, Prop(1, 0, location, 0, [0; 8]));
+        self.try_create_at(bytes, if on_host { HOST_NUMA } else { on_gpu(0) }, 0)
+    }
+
+    /// With the types of handles by which it can be exported.
+    pub fn try_create_at(&self, bytes: u64, location: Location, types: u32) -> Result<usize, i32> {
+        let (mut handle, prop) = (0usize, Prop(1, types, location, 0, [0; 8]));
         match call!(self, "cuMemCreate", &mut handle => &mut usize, bytes => u64, &prop => &Prop, 0 => u64) {
             0 => Ok(handle),
             error => Err(error),
@@ -232,8 +337,21 @@ impl Cuda {
     }
 
     pub fn set_access(&self, pointer: u64, bytes: u64) -> i32 {
-        let access = Access(Location(1, 0), 3);
-        call!(self, "cuMemSetAccess", pointer => u64, bytes => u64, &access => &Access, 1 => u64)
+        self.set_accesses(pointer, bytes, &[Access(on_gpu(0), 3)])
+    }
+
+    pub fn set_accesses(&self, pointer: u64, bytes: u64, accesses: &[Access]) -> i32 {
+        let count = accesses.len() as u64;
+        let first = accesses.as_ptr();
+        call!(self, "cuMemSetAccess", pointer => u64, bytes => u64, first => *const Access, count => u64)
+    }
+
+    /// A free place with the handle's memory, open to GPU 0.
+    pub fn show(&self, bytes: u64, handle: usize) -> u64 {
+        let pointer = self.reserve(bytes);
+        assert_eq!(self.map(pointer, bytes, handle), 0);
+        assert_eq!(self.set_access(pointer, bytes), 0);
+        pointer
     }
 
     pub fn unmap(&self, pointer: u64, bytes: u64) -> i32 {
