@@ -28,6 +28,7 @@ mod hostpool;
 mod interpose;
 mod log;
 mod memory;
+mod pools;
 mod session;
 mod settings;
 mod swap;

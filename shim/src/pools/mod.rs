@@ -1,0 +1,3 @@
+mod arena;
+#[cfg(test)]
+mod tests;
