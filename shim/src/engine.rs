@@ -265,6 +265,7 @@ impl Engine {
             tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
         }
         tracing::debug!(gpu = %self.shared.gpu, "drained in {}", format_nanos(now() - began));
+        crate::pools::drained(&self.shared);
         self.client.drained(session::gate().waiting() > 0);
     }
 

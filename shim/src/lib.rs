@@ -9,6 +9,7 @@
 //! | [`session`] | the process: its gate, its GPUs, its captures |
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
+//! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`swap`] | moving memory in a pipeline |
 //! | [`drain`] | waiting for submitted work |

@@ -155,7 +155,9 @@ impl Arena {
     /// Takes back the block that begins at `address`: everybody's when that stream has got that far, or at once.
     /// False if no live block begins there.
     pub fn give(&mut self, address: u64, freed: Option<Freed>) -> bool {
-        let Some(&Block { size, state: State::Live { .. } }) = self.blocks.get(&address) else { return false };
+        let Some(&Block { size, state: State::Live { .. } }) = self.blocks.get(&address) else {
+            return false;
+        };
         self.used.fall(size);
         self.put_free(address, size, freed);
         true
@@ -166,7 +168,9 @@ impl Arena {
         self.blocks.remove(&address);
         let line = freed.map(|freed| freed.line);
         let same = |block: &Block| match block.state {
-            State::Free(other) if other.map(|other| other.line) == line => Some(other.map(|other| other.ticket)),
+            State::Free(other) if other.map(|other| other.line) == line => {
+                Some(other.map(|other| other.ticket))
+            }
             _ => None,
         };
         let later = |freed: Option<Freed>, ticket: Option<Ticket>| {
@@ -214,11 +218,6 @@ impl Arena {
         self.free.last().is_some_and(|(owner, ..)| owner.is_some())
     }
 
-    /// Whether a segment may be free for everybody.
-    pub fn has_idle(&self) -> bool {
-        self.free.first().is_some_and(|(owner, ..)| owner.is_none())
-    }
-
     /// Takes out the segments that nobody uses, the largest first, as long as `keep` bytes stay.
     pub fn trim(&mut self, keep: u64) -> Vec<u64> {
         let mut unused: Vec<FreeKey> = self
@@ -252,7 +251,9 @@ impl Arena {
     pub fn containing(&self, address: u64) -> Option<Live> {
         let (base, block) = self.blocks.range(..=address).next_back()?;
         match block.state {
-            State::Live { requested } if address - base < requested => Some(Live { base: *base, size: requested }),
+            State::Live { requested } if address - base < requested => {
+                Some(Live { base: *base, size: requested })
+            }
             _ => None,
         }
     }
