@@ -200,7 +200,8 @@ driver_api! {
     }
 }
 
-fn allocate(bytes: u64) -> Result<u64> {
+/// Memory of the current context's GPU.
+pub(super) fn allocate(bytes: u64) -> Result<u64> {
     let context = context::healthy()?;
     if bytes == 0 {
         return Err(Error::INVALID_VALUE);
@@ -230,6 +231,13 @@ fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
 }
 
 /// Frees what begins at `pointer` once nothing uses it any more.
+/// Frees what [`allocate`] gave, once all work of the context is done.
+pub(super) fn free_allocation(pointer: u64) -> Result {
+    let context = context::healthy()?;
+    graph::refuse_unsafe(&context.core)?;
+    self::free(&context, pointer, |kind| matches!(kind, Kind::Allocation { .. }))
+}
+
 fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -> bool + Copy) -> Result {
     let driver = driver()?;
     {

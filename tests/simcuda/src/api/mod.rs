@@ -19,6 +19,7 @@ mod init;
 mod inspect;
 mod launch;
 mod memory;
+mod pool;
 mod proc_address;
 mod stream;
 mod vmm;
@@ -43,6 +44,7 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         init::EXPORTS,
         launch::EXPORTS,
         memory::EXPORTS,
+        pool::EXPORTS,
         proc_address::EXPORTS,
         stream::EXPORTS,
         vmm::EXPORTS,
