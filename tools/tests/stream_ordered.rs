@@ -18,6 +18,9 @@ const NOT_SUPPORTED: i32 = 801;
 
 const NON_BLOCKING: u32 = 1;
 
+/// The thread's own default stream, by name.
+const PER_THREAD: u64 = 2;
+
 const INTERNAL_DEPENDENCIES: u32 = 3;
 const THRESHOLD: u32 = 4;
 const RESERVED: u32 = 5;
@@ -99,13 +102,23 @@ fn a_free_in_the_legacy_stream_comes_after_the_streams_that_it_waits_for() {
     let block = app.alloc_in(20 * MIB, 0);
     app.does(&format!("hold {blocking}"));
     app.free_in(block, 0);
-    assert_ne!(app.alloc_in(20 * MIB, other), block, "the blocking stream may still use it");
+    let spare = app.alloc_in(20 * MIB, other);
+    assert_ne!(spare, block, "the blocking stream may still use it");
     app.does("let-go");
     app.does("synchronize 0");
     assert_eq!(app.number(&format!("alloc-async {} {other}", 20 * MIB)), block);
     app.free_in(block, other);
     app.does(&format!("synchronize {other}"));
     assert_eq!(app.number(&format!("alloc-per-thread {}", 20 * MIB)), block);
+    app.does(&format!("free {spare}"));
+    app.does(&format!("hold {PER_THREAD}"));
+    app.does(&format!("free-per-thread {block}"));
+    assert_eq!(app.alloc_in(20 * MIB, other), spare);
+    assert_eq!(app.number(&format!("alloc-per-thread {}", 20 * MIB)), block, "it is this stream's own");
+    app.does(&format!("free-per-thread {block}"));
+    app.does("let-go");
+    app.does(&format!("synchronize {PER_THREAD}"));
+    assert_eq!(app.alloc_in(20 * MIB, other), block);
     app.end();
 }
 

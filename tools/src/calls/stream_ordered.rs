@@ -111,6 +111,11 @@ impl Caller {
                 // SAFETY: as said.
                 nothing(unsafe { free(*address, *stream as Handle) })
             }
+            ("free-per-thread", [address]) => {
+                let free = driver!(self, b"cuMemFreeAsync_ptsz", fn(DevicePointer, Handle));
+                // SAFETY: as said.
+                nothing(unsafe { free(*address, 0) })
+            }
             ("set", [address, bytes, value, stream]) => {
                 let set = driver!(self, b"cuMemsetD8Async", fn(DevicePointer, u8, usize, Handle));
                 // SAFETY: as said.
