@@ -233,7 +233,9 @@ pub unsafe fn cuMemPoolSetAttribute(
                     CU_MEMPOOL_ATTR_REUSE_FOLLOW_EVENT_DEPENDENCIES
                     | CU_MEMPOOL_ATTR_REUSE_ALLOW_OPPORTUNISTIC
                     | CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES => u64::from(*value.cast::<u32>()),
-                    _ => *value.cast::<u64>(),
+                    CU_MEMPOOL_ATTR_RELEASE_THRESHOLD..=CU_MEMPOOL_ATTR_USED_MEM_HIGH => *value.cast::<u64>(),
+                    // None of ours, and of a size that is not known here.
+                    _ => return result,
                 }
             };
             pools::set_attribute(pool, attribute, value);
