@@ -9,6 +9,7 @@
 // A constant's neighbours are stated with it, used or not.
 #![allow(dead_code)]
 
+use std::ffi::c_void;
 use std::fmt;
 
 /// What a driver call returned (`CUresult`).
@@ -220,6 +221,8 @@ handles! {
     CUfunction;
     /// An array, mipmapped or not: memory that only the driver can place.
     CUarray;
+    /// A pool of stream-ordered memory.
+    CUmemoryPool;
 }
 
 impl CUstream {
@@ -384,6 +387,45 @@ impl CUmemAllocationProp {
     }
 }
 
+/// `CUmemPoolProps`: what `cuMemPoolCreate` should make.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct CUmemPoolProps {
+    /// [`CU_MEM_ALLOCATION_TYPE_PINNED`] or managed.
+    pub kind: u32,
+    /// How its memory may be exported to other processes; 0: not at all.
+    pub handle_types: u32,
+    /// Where it should be.
+    pub location: CUmemLocation,
+    /// Windows only.
+    pub win32_security_attributes: *mut c_void,
+    /// The most that it may take; 0: no limit.
+    pub max_size: usize,
+    /// `CU_MEM_POOL_CREATE_USAGE_*`.
+    pub usage: u16,
+    /// Zero.
+    pub reserved: [u8; 54],
+}
+
+/// A property of a pool (`CUmemPool_attribute`).
+pub type CUmemPool_attribute = u32;
+/// Whether memory goes to another stream that an event has ordered behind its free.
+pub const CU_MEMPOOL_ATTR_REUSE_FOLLOW_EVENT_DEPENDENCIES: CUmemPool_attribute = 1;
+/// Whether memory goes to another stream when its free is over.
+pub const CU_MEMPOOL_ATTR_REUSE_ALLOW_OPPORTUNISTIC: CUmemPool_attribute = 2;
+/// Whether a stream may be made to wait for another, for its memory.
+pub const CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES: CUmemPool_attribute = 3;
+/// How much unused memory it may keep, in bytes.
+pub const CU_MEMPOOL_ATTR_RELEASE_THRESHOLD: CUmemPool_attribute = 4;
+/// What it has taken, in bytes.
+pub const CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT: CUmemPool_attribute = 5;
+/// The most that it has taken since that was last reset.
+pub const CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH: CUmemPool_attribute = 6;
+/// What is allocated from it, in bytes.
+pub const CU_MEMPOOL_ATTR_USED_MEM_CURRENT: CUmemPool_attribute = 7;
+/// The most that was allocated from it since that was last reset.
+pub const CU_MEMPOOL_ATTR_USED_MEM_HIGH: CUmemPool_attribute = 8;
+
 /// No access.
 pub const CU_MEM_ACCESS_FLAGS_PROT_NONE: u32 = 0;
 /// Reading.
@@ -531,7 +573,6 @@ pub const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: i32 = 16;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ffi::c_void;
     use std::mem::{align_of, offset_of, size_of};
 
     #[test]
@@ -548,6 +589,10 @@ mod tests {
         assert_eq!(offset_of!(CUmemAllocationProp, alloc_flags), 24);
         assert_eq!(size_of::<CUmemAllocFlags>(), 8);
         assert_eq!(offset_of!(CUmemAllocFlags, usage), 2);
+        assert_eq!((size_of::<CUmemPoolProps>(), align_of::<CUmemPoolProps>()), (88, 8));
+        assert_eq!(offset_of!(CUmemPoolProps, location), 8);
+        assert_eq!(offset_of!(CUmemPoolProps, max_size), 24);
+        assert_eq!(offset_of!(CUmemPoolProps, usage), 32);
     }
 
     #[test]

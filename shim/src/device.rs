@@ -399,6 +399,21 @@ impl Shared {
         true
     }
 
+    /// Frees what the caller knows to be unused, so that there is nothing to wait for. False as for
+    /// [`Shared::free`].
+    pub fn free_idle(&self, base: CUdeviceptr) -> bool {
+        let mut memory = self.memory();
+        let Some(allocation) = memory.begin_free(base) else { return false };
+        if memory.moving {
+            memory.doom(allocation);
+            drop(memory);
+            self.knock();
+        } else {
+            self.finish_free(&mut memory, allocation);
+        }
+        true
+    }
+
     fn finish_free(&self, memory: &mut Memory, allocation: Allocation) {
         if let Freed::Region(region) = memory.finish_free(allocation)
             && let Some(region) = memory.remove(region)

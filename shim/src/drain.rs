@@ -39,10 +39,14 @@ pub struct Mark {
 }
 
 /// Makes `context` current for as long as this lives.
-struct Current<'a>(&'a Driver);
+pub struct Current<'a>(&'a Driver);
 
 impl<'a> Current<'a> {
-    fn new(driver: &'a Driver, context: CUcontext) -> Result<Self, CuResult> {
+    /// Makes it current.
+    ///
+    /// # Errors
+    /// The driver's: the context is gone or broken.
+    pub fn new(driver: &'a Driver, context: CUcontext) -> Result<Self, CuResult> {
         driver.ctx_push_current(context)?;
         Ok(Self(driver))
     }

@@ -318,6 +318,10 @@ driver! {
             cuDeviceGetUuid_v2 => device_uuid_v2(device: CUdevice) -> CUuuid;
             /// The UUID of a whole GPU.
             cuDeviceGetUuid => device_uuid_v1(device: CUdevice) -> CUuuid;
+            /// The pool that stream-ordered memory of a GPU comes from. CUDA 11.2.
+            cuDeviceGetMemPool => device_mem_pool(device: CUdevice) -> CUmemoryPool;
+            /// The pool that a GPU begins with. CUDA 11.2.
+            cuDeviceGetDefaultMemPool => device_default_mem_pool(device: CUdevice) -> CUmemoryPool;
         }
         by_hand {
             cuModuleLoadData(*mut CUmodule, *const c_void);

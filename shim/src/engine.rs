@@ -31,6 +31,8 @@ pub fn start(
         // The application's signals are for its own threads.
         let _ = nix::sys::signal::SigSet::all().thread_set_mask();
         let _ended = Ended(shared.clone());
+        // What the engine does is never meant for a graph that some other thread captures.
+        let _ = shared.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
         run(shared, client, context);
     })
 }
@@ -304,6 +306,7 @@ impl Engine {
         }
         tracing::debug!(gpu = %self.shared.gpu, "drained in {}", format_nanos(now() - began));
         self.swap.quiet = true;
+        crate::pools::drained(&self.shared);
         self.client.drained(more || session::gate().waiting() > 0);
     }
 
@@ -319,10 +322,10 @@ impl Engine {
         self.grown_for = demand;
         // What is all zero will not be copied, so no memory is made for it. What nobody has used yet will be.
         let bytes = match self.client.phase() {
-            Phase::Running => session::with_no_capture(|| self.swap.forecast()),
-            _ => None,
+            Phase::Running => self.swap.forecast(),
+            _ => bytes_of(demand),
         };
-        let bytes = bytes.unwrap_or_else(|| bytes_of(demand));
+        self.shared.bury();
         if self.shared.host.capacity() >= bytes || self.growing.swap(true, Ordering::AcqRel) {
             return;
         }

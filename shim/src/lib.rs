@@ -9,6 +9,7 @@
 //! | [`session`] | the process: its gate, its GPUs, its captures |
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
+//! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`vmm`] | memory that the application maps itself |
 //! | [`room`] | memory that only the driver can place |
@@ -31,6 +32,7 @@ mod hostpool;
 mod interpose;
 mod log;
 mod memory;
+mod pools;
 mod room;
 mod scan;
 mod session;

@@ -200,6 +200,11 @@ pub fn current() -> Option<(Arc<Shared>, CUcontext)> {
     of_context.map(|device| (device.shared.clone(), context))
 }
 
+/// The shared part of the GPU of a context.
+pub fn of_context(context: CUcontext) -> Option<Arc<Shared>> {
+    devices().iter().find(|device| device.contexts.contains(&context)).map(|device| device.shared.clone())
+}
+
 /// The shared parts of all GPUs.
 pub fn all() -> Vec<Arc<Shared>> {
     devices().iter().map(|device| device.shared.clone()).collect()
@@ -393,6 +398,7 @@ pub fn context_ends(context: CUcontext) {
             drop(devices);
             shared.leave_context(context, heir);
             shared.release_context(context);
+            crate::pools::context_ended(context);
             return;
         }
         devices.swap_remove(index)
@@ -405,6 +411,7 @@ pub fn context_ends(context: CUcontext) {
     {
         tracing::error!(gpu = %shared.gpu, "the engine ended with a panic");
     }
+    crate::pools::device_ended(shared.device, context);
     ATTACHED.fetch_sub(1, Ordering::AcqRel);
     votes().retain(|voter| *voter != shared.device);
     if ATTACHED.load(Ordering::Acquire) == 0 {

@@ -480,11 +480,14 @@ impl Swap {
     }
 
     /// Bytes that an eviction of everything would copy, as things stand: for making host memory ahead of
-    /// need. The application's work goes on meanwhile, so this is no more than a forecast.
+    /// need. The application's work goes on meanwhile, so this is no more than a forecast; but nothing may be
+    /// unmapped while the GPU looks at it, so frees wait as they do while memory moves.
     pub fn forecast(&mut self) -> u64 {
+        self.shared.set_moving(true);
         let chunks: Vec<_> = self.shared.memory().unseen();
-        let all: u64 = chunks.iter().map(|(_, size)| size).sum();
         let seen = self.scan(&chunks).ok().flatten();
+        self.shared.set_moving(false);
+        let all: u64 = chunks.iter().map(|(_, size)| size).sum();
         seen.map_or(all, |seen| seen.iter().map(|bits| u64::from(bits.count_ones()) * GRANULE).sum())
     }
 

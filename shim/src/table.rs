@@ -71,6 +71,8 @@ pub enum Class {
     Placed,
     /// The driver may need memory of its own for it: if it finds none, room is made.
     Grows,
+    /// Makes, asks or ends a pool of stream-ordered memory.
+    Pool,
     /// Tells about memory: how much there is, where an allocation begins.
     QueryMemory,
     /// Creates or destroys a context.
@@ -90,7 +92,7 @@ pub enum Class {
 impl Class {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Class; 15] = [
+    pub const ALL: [Class; 16] = [
         Class::Submit,
         Class::NeedsMemory,
         Class::Alloc,
@@ -99,6 +101,7 @@ impl Class {
         Class::Export,
         Class::Placed,
         Class::Grows,
+        Class::Pool,
         Class::QueryMemory,
         Class::Context,
         Class::Stream,
@@ -509,18 +512,12 @@ entry_points! {
             cuLaunchKernel_ptsz(11) @ 7_000;
             cuLaunchKernelEx(4) @ 11_060;
             cuLaunchKernelEx_ptsz(4) @ 11_060;
-            cuMemAllocAsync(3) @ 11_020;
-            cuMemAllocAsync_ptsz(3) @ 11_020;
-            cuMemAllocFromPoolAsync(4) @ 11_020;
-            cuMemAllocFromPoolAsync_ptsz(4) @ 11_020;
             cuMemBatchDecompressAsync(5) @ 12_060;
             cuMemBatchDecompressAsync_ptsz(5) @ 12_060;
             cuMemDiscardAndPrefetchBatchAsync(8) @ 13_000;
             cuMemDiscardAndPrefetchBatchAsync_ptsz(8) @ 13_000;
             cuMemDiscardBatchAsync(5) @ 13_000;
             cuMemDiscardBatchAsync_ptsz(5) @ 13_000;
-            cuMemFreeAsync(2) @ 11_020;
-            cuMemFreeAsync_ptsz(2) @ 11_020;
             cuMemMapArrayAsync(3) @ 11_010;
             cuMemMapArrayAsync_ptsz(3) @ 11_010;
             cuMemPrefetchAsync(4) @ 8_000;
@@ -749,9 +746,31 @@ entry_points! {
             cuMemAllocPitch_v2(
                 dptr: *mut CUdeviceptr, pitch: *mut usize, width: usize, height: usize, element_size: u32
             ) @ 3_020;
+            cuMemAllocAsync(dptr: *mut CUdeviceptr, bytesize: usize, stream: CUstream) @ 11_020;
+            cuMemAllocAsync_ptsz(dptr: *mut CUdeviceptr, bytesize: usize, stream: CUstream) @ 11_020;
+            cuMemAllocFromPoolAsync(
+                dptr: *mut CUdeviceptr, bytesize: usize, pool: CUmemoryPool, stream: CUstream
+            ) @ 11_020;
+            cuMemAllocFromPoolAsync_ptsz(
+                dptr: *mut CUdeviceptr, bytesize: usize, pool: CUmemoryPool, stream: CUstream
+            ) @ 11_020;
         }
         Free {
             cuMemFree_v2(dptr: CUdeviceptr) @ 3_020;
+            cuMemFreeAsync(dptr: CUdeviceptr, stream: CUstream) @ 11_020;
+            cuMemFreeAsync_ptsz(dptr: CUdeviceptr, stream: CUstream) @ 11_020;
+        }
+        Pool {
+            cuMemPoolCreate(pool: *mut CUmemoryPool, props: *const CUmemPoolProps) @ 11_020;
+            cuMemPoolDestroy(pool: CUmemoryPool) @ 11_020;
+            cuMemPoolGetAttribute(
+                pool: CUmemoryPool, attribute: CUmemPool_attribute, value: *mut c_void
+            ) @ 11_020;
+            cuMemPoolSetAccess(pool: CUmemoryPool, map: *const CUmemAccessDesc, count: usize) @ 11_020;
+            cuMemPoolSetAttribute(
+                pool: CUmemoryPool, attribute: CUmemPool_attribute, value: *mut c_void
+            ) @ 11_020;
+            cuMemPoolTrimTo(pool: CUmemoryPool, min_bytes_to_keep: usize) @ 11_020;
         }
         Map {
             cuMemCreate(
@@ -1154,17 +1173,11 @@ entry_points! {
         cuMemHostGetFlags @ 2_030;
         cuMemHostUnregister @ 4_000;
         cuMemImportFromShareableHandle @ 10_020;
-        cuMemPoolCreate @ 11_020;
-        cuMemPoolDestroy @ 11_020;
         cuMemPoolExportPointer @ 11_020;
         cuMemPoolExportToShareableHandle @ 11_020;
         cuMemPoolGetAccess @ 11_020;
-        cuMemPoolGetAttribute @ 11_020;
         cuMemPoolImportFromShareableHandle @ 11_020;
         cuMemPoolImportPointer @ 11_020;
-        cuMemPoolSetAccess @ 11_020;
-        cuMemPoolSetAttribute @ 11_020;
-        cuMemPoolTrimTo @ 11_020;
         cuMemSetMemPool @ 13_000;
         cuMipmappedArrayGetLevel @ 5_000;
         cuMipmappedArrayGetMemoryRequirements @ 11_060;
@@ -1428,15 +1441,11 @@ mod tests {
     #[test]
     fn what_is_of_which_class() {
         let class = |export: &str| by_export(export.as_bytes()).unwrap().class;
-        for export in [
-            "cuMemcpyPeerAsync_ptsz",
-            "cuMemsetD2D32Async",
-            "cuGraphUpload",
-            "cuMemFreeAsync",
-            "cuLaunchHostFunc",
-        ] {
+        for export in ["cuMemcpyPeerAsync_ptsz", "cuMemsetD2D32Async", "cuGraphUpload", "cuLaunchHostFunc"] {
             assert_eq!(class(export), Class::Submit, "{export}");
         }
+        assert_eq!(class("cuMemAllocFromPoolAsync_ptsz"), Class::Alloc);
+        assert_eq!(class("cuMemFreeAsync"), Class::Free);
         for export in [
             "cuEventRecord",
             "cuStreamWaitEvent_ptsz",

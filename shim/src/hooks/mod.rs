@@ -5,13 +5,18 @@
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
+mod stream_ordered;
+
 use std::ffi::c_void;
 
 use crate::abi::*;
+use crate::device::Shared;
 use crate::driver::Driver;
 use crate::memory::Allocation;
+use crate::pools;
 use crate::session;
 use crate::table::real;
+pub use stream_ordered::*;
 
 mod placed;
 mod vmm;
@@ -46,6 +51,11 @@ fn relaxed<T>(action: impl FnOnce() -> T) -> T {
 }
 
 fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
+    match pools::find(address) {
+        Some(pools::Found::Live(base, size, _)) => return Some(Allocation { base, size, region: base }),
+        Some(pools::Found::Unused) => return None,
+        None => {}
+    }
     session::all().iter().find_map(|device| device.memory().containing(address))
 }
 
@@ -54,11 +64,15 @@ fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
 /// # Safety
 /// `data` points to where the value of this attribute goes.
 unsafe fn own_attribute(data: *mut c_void, attribute: CUpointer_attribute, allocation: Allocation) -> bool {
-    // SAFETY: the caller's promise; both attributes are eight bytes.
+    // SAFETY: the caller's promise; all three attributes are eight bytes.
     unsafe {
         match attribute {
             CU_POINTER_ATTRIBUTE_RANGE_START_ADDR => data.cast::<CUdeviceptr>().write(allocation.base),
             CU_POINTER_ATTRIBUTE_RANGE_SIZE => data.cast::<usize>().write(allocation.size as usize),
+            CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE => match pools::find(allocation.base) {
+                Some(pools::Found::Live(_, _, pool)) => data.cast::<CUmemoryPool>().write(pool),
+                _ => return false,
+            },
             _ => return false,
         }
     }
@@ -110,6 +124,7 @@ fn stream_made(result: CuResult, stream: *const CUstream, flags: u32) -> CuResul
 fn stream_ends(stream: CUstream) -> CuResult {
     session::forget_capture(stream);
     if let Ok(driver) = Driver::get() {
+        relaxed(|| pools::stream_ends(driver, stream));
         session::all().iter().for_each(|device| device.streams.remove(driver, stream));
     }
     CuResult::SUCCESS
@@ -128,6 +143,14 @@ pub unsafe fn cuInit(flags: u32) -> CuResult {
 
 // Alloc
 
+/// What the pools do not use makes room.
+fn allocate(device: &Shared, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
+    match device.allocate(bytes, context) {
+        Err(CuResult::OUT_OF_MEMORY) if pools::reclaim(device) => device.allocate(bytes, context),
+        result => result,
+    }
+}
+
 pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult {
     guarded(|| {
         let Some((device, context)) = session::current() else {
@@ -137,7 +160,7 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         if dptr.is_null() {
             return CuResult::INVALID_VALUE;
         }
-        match relaxed(|| device.allocate(bytesize as u64, context)) {
+        match relaxed(|| allocate(&device, bytesize as u64, context)) {
             // SAFETY: the caller's pointer to where the address goes, not null.
             Ok(address) => unsafe { dptr.write(address) },
             Err(result) => return result,
@@ -174,7 +197,7 @@ pub unsafe fn cuMemAllocPitch_v2(
             );
             return CuResult::OUT_OF_MEMORY;
         };
-        match relaxed(|| device.allocate(bytes as u64, context)) {
+        match relaxed(|| allocate(&device, bytes as u64, context)) {
             // SAFETY: the caller's pointers to where address and pitch go, not null.
             Ok(address) => unsafe {
                 dptr.write(address);
@@ -192,6 +215,9 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
     guarded(|| {
         if dptr == 0 {
             return CuResult::SUCCESS;
+        }
+        if let Some(result) = relaxed(|| pools::free_now(dptr)) {
+            return result;
         }
         if session::all().iter().any(|device| relaxed(|| device.free(dptr))) {
             return CuResult::SUCCESS;
@@ -228,6 +254,7 @@ pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
         if free.is_null() || total.is_null() {
             return CuResult::INVALID_VALUE;
         }
+        relaxed(|| pools::collect(&device));
         let (left, all) = device.memory_info();
         // SAFETY: the caller's pointers to where the figures go, not null.
         unsafe {

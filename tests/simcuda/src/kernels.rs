@@ -148,7 +148,7 @@ impl Launch {
                 compute(device, self.arguments[0], || ());
                 return Ok(());
             }
-            Body::ZeroGranules => return zeros::execute(device, self.arguments[0], self.arguments[1]),
+            Body::ZeroGranules => return zeros::execute(device, user, self.arguments[0], self.arguments[1]),
             _ => driver.config.kernel_ns,
         };
         let (arrays, count, result) = self.memory();

@@ -9,6 +9,7 @@ use simstate::time::transfer_ns;
 use crate::abi::{Error, Result};
 use crate::driver::{Device, driver};
 use crate::memory::access::Range;
+use crate::memory::va::User;
 use crate::op::{compute, page_in};
 
 const GRANULE: u64 = 2 << 20;
@@ -20,25 +21,25 @@ const ENTRY: u64 = 16 + SLOTS;
 const PIECE: u64 = 16 << 10;
 
 /// Answers the table's first `slots / 32` entries.
-pub fn execute(device: &'static Device, table: u64, slots: u64) -> Result {
+pub fn execute(device: &'static Device, user: User, table: u64, slots: u64) -> Result {
     let driver = driver()?;
     if !table.is_multiple_of(16) {
         return Err(Error::MISALIGNED_ADDRESS);
     }
     let entries = Range { address: table, element: ENTRY, write: true };
-    driver.memory.check_arrays(&[entries], slots.div_ceil(SLOTS))?;
+    driver.memory.check_arrays(user, &[entries], slots.div_ceil(SLOTS))?;
     let (mut seen, mut paging, mut zero) = (0, 0, Vec::new());
     for slot in 0..slots {
         let entry = table + slot / SLOTS * ENTRY;
-        if slot % SLOTS >= word(entry + 8)? {
+        if slot % SLOTS >= word(user, entry + 8)? {
             continue;
         }
-        let granule = word(entry)?.wrapping_add(slot % SLOTS * GRANULE);
+        let granule = word(user, entry)?.wrapping_add(slot % SLOTS * GRANULE);
         if !granule.is_multiple_of(16) {
             return Err(Error::MISALIGNED_ADDRESS);
         }
         paging += page_in(device, granule, GRANULE)?;
-        let first = first_in_use(granule)?;
+        let first = first_in_use(user, granule)?;
         seen += bytes_seen(first);
         if first.is_none() {
             zero.push(entry + 16 + slot % SLOTS);
@@ -46,20 +47,20 @@ pub fn execute(device: &'static Device, table: u64, slots: u64) -> Result {
     }
     let config = &driver.config;
     let ns = config.kernel_ns.max(transfer_ns(seen, config.device_bandwidth)).saturating_add(paging);
-    compute(device, ns, || zero.iter().try_for_each(|&byte| driver.memory.fill(byte, 1, 1, 1)))
+    compute(device, ns, || zero.iter().try_for_each(|&byte| driver.memory.fill(user, byte, 1, 1, 1)))
 }
 
-fn word(address: u64) -> Result<u64> {
+fn word(user: User, address: u64) -> Result<u64> {
     let mut value = 0;
-    driver()?.memory.with_word(address, |word| value = *word)?;
+    driver()?.memory.with_word(user, address, |word| value = *word)?;
     Ok(value)
 }
 
 /// The first word of a granule that is not zero.
-fn first_in_use(granule: u64) -> Result<Option<u64>> {
+fn first_in_use(user: User, granule: u64) -> Result<Option<u64>> {
     let words = Range { address: granule, element: 8, write: false };
     let mut first = None;
-    driver()?.memory.pieces(&[words], GRANULE / 8, |at, index, n| {
+    driver()?.memory.pieces(user, &[words], GRANULE / 8, |at, index, n| {
         if first.is_none() {
             // SAFETY: `pieces` vouches for `n` words at `at`, which is aligned because the granule is.
             let words = unsafe { std::slice::from_raw_parts(at[0] as *const u64, n as usize) };

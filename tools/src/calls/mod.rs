@@ -7,6 +7,8 @@
 //!
 //! Contexts are numbered in the order in which they were made.
 
+mod stream_ordered;
+
 use crate::Failure;
 use libloading::Library;
 use std::ffi::{c_int, c_uint, c_void};
@@ -33,6 +35,7 @@ macro_rules! driver {
         *found.map_err(|error| Failure::with_status(1, error.to_string()))?
     }};
 }
+use driver;
 
 impl Caller {
     fn call(&mut self, line: &str) -> Result<Answer, Failure> {
@@ -121,7 +124,9 @@ impl Caller {
                 let code = unsafe { copy(found.as_mut_ptr().cast(), *address, found.len() * 8) };
                 Ok((code, if found == expected { "right" } else { "wrong" }.into()))
             }
-            _ => Err(Failure::usage(format!("'{line}' is no call that this program knows"))),
+            (name, numbers) => self
+                .stream_ordered(name, numbers)?
+                .ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows"))),
         }
     }
 

@@ -1,0 +1,306 @@
+//! One pool's memory: segments cut into blocks, each of them live or free.
+//!
+//! A free block knows the moment in which it becomes free for everybody: a [`Freed`], a place in the order of the
+//! stream that it was freed in. Before that moment only this stream may have it again, because whatever uses it
+//! next in that stream comes after the free. When the stream has got that far ([`Arena::settle`]) the block is
+//! anybody's. Neighbours that are free in the same order become one block.
+//!
+//! This calls no driver and knows no time: who has got how far is for [`super::order`] to find out.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Alignment of every block, and what sizes are multiples of.
+pub const ALIGNMENT: u64 = 512;
+
+/// A stream that memory was freed in. Never given to another, unlike the driver's handle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Line(pub u64);
+
+/// A place in the order of a stream: the number of a free in it.
+pub type Ticket = u64;
+
+/// When a block becomes everybody's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Freed {
+    /// The stream that it was freed in.
+    pub line: Line,
+    /// Which of the frees in that stream it was.
+    pub ticket: Ticket,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The application has it, and asked for so many bytes.
+    Live { requested: u64 },
+    /// Nobody has it, and whoever comes before that moment must be of that stream.
+    Free(Option<Freed>),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    size: u64,
+    state: State,
+}
+
+/// A block that the application has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Live {
+    /// Where it begins.
+    pub base: u64,
+    /// Bytes asked for.
+    pub size: u64,
+}
+
+/// An amount, and the highest that it has been.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Level {
+    /// Bytes now.
+    pub now: u64,
+    /// The most since it was last reset.
+    pub high: u64,
+}
+
+impl Level {
+    fn rise(&mut self, bytes: u64) {
+        self.now += bytes;
+        self.high = self.high.max(self.now);
+    }
+
+    fn fall(&mut self, bytes: u64) {
+        self.now -= bytes;
+    }
+
+    /// The highest level counts from now on.
+    pub fn reset_high(&mut self) {
+        self.high = self.now;
+    }
+}
+
+/// The index of free blocks: by whose they are, then by size, then by address.
+type FreeKey = (Option<Line>, u64, u64);
+
+/// The memory of one pool.
+#[derive(Debug, Default)]
+pub struct Arena {
+    /// Sizes by base.
+    segments: BTreeMap<u64, u64>,
+    /// All of every segment, by address.
+    blocks: BTreeMap<u64, Block>,
+    free: BTreeSet<FreeKey>,
+    /// What the segments take.
+    pub reserved: Level,
+    /// What the application has of it.
+    pub used: Level,
+}
+
+/// What a block of so many bytes takes. `None` for more than an address can count.
+pub fn rounded(bytes: u64) -> Option<u64> {
+    bytes.max(1).checked_next_multiple_of(ALIGNMENT)
+}
+
+impl Arena {
+    /// Adds memory that nobody uses.
+    pub fn add(&mut self, base: u64, size: u64) {
+        self.segments.insert(base, size);
+        self.reserved.rise(size);
+        self.put_free(base, size, None);
+    }
+
+    /// The smallest block with room for `requested` bytes that a stream may have at once: one that was freed in
+    /// it, or anybody's.
+    pub fn take(&mut self, line: Line, requested: u64) -> Option<u64> {
+        let size = rounded(requested)?;
+        let best = |owner| self.free.range((owner, size, 0)..=(owner, u64::MAX, u64::MAX)).next().copied();
+        // Of two equals, its own: the other serves more.
+        let key = [best(Some(line)), best(None)].into_iter().flatten().min_by_key(|(_, size, _)| *size)?;
+        Some(self.occupy(key, requested, size))
+    }
+
+    /// The blocks with room for `requested` bytes that other streams have still to get past, the smallest first.
+    pub fn pending(&self, requested: u64) -> Vec<(u64, Freed)> {
+        let Some(size) = rounded(requested) else { return Vec::new() };
+        let mut found: Vec<_> =
+            self.free.iter().filter(|(owner, room, _)| owner.is_some() && *room >= size).copied().collect();
+        found.sort_unstable_by_key(|(_, room, address)| (*room, *address));
+        let order = |address: u64| match self.blocks.get(&address)?.state {
+            State::Free(freed) => freed,
+            State::Live { .. } => None,
+        };
+        found.into_iter().filter_map(|(_, _, address)| Some((address, order(address)?))).collect()
+    }
+
+    /// Takes the free block at `address`, one of [`Arena::pending`]: the caller has seen to the order.
+    pub fn take_at(&mut self, address: u64, requested: u64) -> Option<u64> {
+        let size = rounded(requested)?;
+        let block = self.blocks.get(&address).filter(|block| block.size >= size)?;
+        let State::Free(freed) = block.state else { return None };
+        let key = (freed.map(|freed| freed.line), block.size, address);
+        Some(self.occupy(key, requested, size))
+    }
+
+    fn occupy(&mut self, key: FreeKey, requested: u64, size: u64) -> u64 {
+        let (_, whole, address) = key;
+        self.free.remove(&key);
+        let block = Block { size, state: State::Live { requested } };
+        let before = self.blocks.insert(address, block).map(|block| block.state);
+        if whole > size {
+            let rest = before.unwrap_or(State::Free(None));
+            self.blocks.insert(address + size, Block { size: whole - size, state: rest });
+            self.free.insert((key.0, whole - size, address + size));
+        }
+        self.used.rise(size);
+        address
+    }
+
+    /// Takes back the block that begins at `address`: everybody's when that stream has got that far, or at once.
+    /// False if no live block begins there.
+    pub fn give(&mut self, address: u64, freed: Option<Freed>) -> bool {
+        let Some(&Block { size, state: State::Live { .. } }) = self.blocks.get(&address) else {
+            return false;
+        };
+        self.used.fall(size);
+        self.put_free(address, size, freed);
+        true
+    }
+
+    /// Writes a free block down, as one with its neighbours of the same order.
+    fn put_free(&mut self, mut address: u64, mut size: u64, mut freed: Option<Freed>) {
+        self.blocks.remove(&address);
+        let line = freed.map(|freed| freed.line);
+        let same = |block: &Block| match block.state {
+            State::Free(other) if other.map(|other| other.line) == line => {
+                Some(other.map(|other| other.ticket))
+            }
+            _ => None,
+        };
+        let later = |freed: Option<Freed>, ticket: Option<Ticket>| {
+            freed.map(|freed| Freed { ticket: freed.ticket.max(ticket.unwrap_or(0)), ..freed })
+        };
+        // A segment begins where another may end, and they go back one by one.
+        if !self.segments.contains_key(&address)
+            && let Some((&before, &block)) = self.blocks.range(..address).next_back()
+            && let Some(ticket) = same(&block)
+        {
+            freed = later(freed, ticket);
+            self.free.remove(&(line, block.size, before));
+            (address, size) = (before, size + block.size);
+        }
+        let end = address + size;
+        if !self.segments.contains_key(&end)
+            && let Some(&block) = self.blocks.get(&end)
+            && let Some(ticket) = same(&block)
+        {
+            freed = later(freed, ticket);
+            self.free.remove(&(line, block.size, end));
+            size += block.size;
+            self.blocks.remove(&end);
+        }
+        self.blocks.insert(address, Block { size, state: State::Free(freed) });
+        self.free.insert((line, size, address));
+    }
+
+    /// A stream has got past its free number `done`: what was freed in it until then is everybody's.
+    pub fn settle(&mut self, line: Line, done: Ticket) {
+        let of_line = (Some(line), 0, 0)..=(Some(line), u64::MAX, u64::MAX);
+        let past = |(_, size, address): &FreeKey| match self.blocks.get(address)?.state {
+            State::Free(Some(freed)) if freed.ticket <= done => Some((*address, *size)),
+            _ => None,
+        };
+        let settled: Vec<_> = self.free.range(of_line).filter_map(past).collect();
+        for (address, size) in settled {
+            self.free.remove(&(Some(line), size, address));
+            self.put_free(address, size, None);
+        }
+    }
+
+    /// Whether memory waits for a stream to get past its free.
+    pub fn is_pending(&self) -> bool {
+        self.free.last().is_some_and(|(owner, ..)| owner.is_some())
+    }
+
+    /// Takes out the segments that nobody uses, the largest first, as long as `keep` bytes stay.
+    pub fn trim(&mut self, keep: u64) -> Vec<u64> {
+        let mut unused: Vec<FreeKey> = self
+            .free
+            .range((None, 0, 0)..=(None, u64::MAX, u64::MAX))
+            .filter(|(_, size, address)| self.segments.get(address) == Some(size))
+            .copied()
+            .collect();
+        unused.reverse();
+        unused.retain(|key| {
+            let (_, size, base) = *key;
+            let goes = self.reserved.now - size >= keep;
+            if goes {
+                self.free.remove(key);
+                self.blocks.remove(&base);
+                self.segments.remove(&base);
+                self.reserved.fall(size);
+            }
+            goes
+        });
+        unused.into_iter().map(|(_, _, base)| base).collect()
+    }
+
+    /// Whether an address lies in this memory, live or not.
+    pub fn owns(&self, address: u64) -> bool {
+        let below = self.segments.range(..=address).next_back();
+        below.is_some_and(|(base, size)| address - base < *size)
+    }
+
+    /// The live block that an address lies in.
+    pub fn containing(&self, address: u64) -> Option<Live> {
+        let (base, block) = self.blocks.range(..=address).next_back()?;
+        match block.state {
+            State::Live { requested } if address - base < requested => {
+                Some(Live { base: *base, size: requested })
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it has no memory.
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// Everything is gone: the GPU's last context has ended.
+    pub fn forget(&mut self) {
+        *self = Arena::default();
+    }
+}
+
+#[cfg(test)]
+impl Arena {
+    /// Holds what must hold between any two calls.
+    pub fn check(&self) {
+        let (mut used, mut free) = (0, BTreeSet::new());
+        for (base, size) in &self.segments {
+            // The blocks of a segment lie one behind the other, from its beginning to its end.
+            let mut at = *base;
+            let mut before = None;
+            while at < base + size {
+                let block = self.blocks.get(&at).unwrap_or_else(|| panic!("a hole at {at:#x}"));
+                let owner = match block.state {
+                    State::Live { requested } => {
+                        assert_eq!(Some(block.size), rounded(requested));
+                        used += block.size;
+                        None
+                    }
+                    State::Free(freed) => {
+                        free.insert((freed.map(|freed| freed.line), block.size, at));
+                        Some(freed.map(|freed| freed.line))
+                    }
+                };
+                assert!(owner.is_none() || owner != before, "two neighbours at {at:#x} should be one");
+                before = owner;
+                at += block.size;
+            }
+            assert_eq!(at, base + size, "a block reaches beyond its segment");
+        }
+        let blocks = self.blocks.values().map(|block| block.size).sum::<u64>();
+        assert_eq!(blocks, self.segments.values().sum::<u64>(), "a block outside of all segments");
+        assert_eq!((self.reserved.now, self.used.now), (blocks, used));
+        assert_eq!(self.free, free);
+        assert!(self.reserved.high >= self.reserved.now && self.used.high >= self.used.now);
+    }
+}
