@@ -14,7 +14,6 @@ const PATIENCE: Patience = Patience::seconds(60);
 
 const OUT_OF_MEMORY: i32 = 2;
 const NOT_READY: i32 = 600;
-const NOT_SUPPORTED: i32 = 801;
 
 const NON_BLOCKING: u32 = 1;
 
