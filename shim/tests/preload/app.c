@@ -46,5 +46,11 @@ int main(void) {
     printf("itself %s\n", found == (void *)get ? "same" : "other");
     printf("unknown %d", get("cuNoSuchThing", &found, 12000, 0, &status));
     printf(" %d\n", status);
+
+    unsigned long long (*passed)(void) = (unsigned long long (*)(void))dlsym(RTLD_DEFAULT, "nvshare_unknown_entry_points");
+    for (int i = 0; i < 3; i++) get("cuFromTheFuture", &found, 12000, 0, &status);
+    say("asked/cuFromTheFuture", found);
+    get("cuFromNextYear", &found, 12000, 0, &status);
+    printf("passed %llu\n", passed());
     return 0;
 }

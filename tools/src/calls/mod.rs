@@ -7,6 +7,8 @@
 //!
 //! Contexts are numbered in the order in which they were made.
 
+mod figures;
+
 use crate::Failure;
 use libloading::Library;
 use std::ffi::{c_int, c_uint, c_void};
@@ -22,6 +24,7 @@ type Answer = (Code, String);
 
 struct Caller {
     library: Library,
+    nvml: Option<Library>,
     contexts: Vec<Handle>,
 }
 
@@ -33,6 +36,7 @@ macro_rules! driver {
         *found.map_err(|error| Failure::with_status(1, error.to_string()))?
     }};
 }
+use driver;
 
 impl Caller {
     fn call(&mut self, line: &str) -> Result<Answer, Failure> {
@@ -121,7 +125,9 @@ impl Caller {
                 let code = unsafe { copy(found.as_mut_ptr().cast(), *address, found.len() * 8) };
                 Ok((code, if found == expected { "right" } else { "wrong" }.into()))
             }
-            _ => Err(Failure::usage(format!("'{line}' is no call that this program knows"))),
+            (name, numbers) => self
+                .figures(name, numbers)?
+                .ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows"))),
         }
     }
 
@@ -153,7 +159,7 @@ pub fn run() -> Result<(), Failure> {
     // SAFETY: loading a CUDA driver runs its constructors, which is what every CUDA program does.
     let library = unsafe { Library::new("libcuda.so.1") }
         .map_err(|error| Failure::with_status(1, format!("the CUDA driver cannot be used: {error}")))?;
-    let mut caller = Caller { library, contexts: Vec::new() };
+    let mut caller = Caller { library, nvml: None, contexts: Vec::new() };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;
         // Nobody may be listening any more; then the input ends too.
