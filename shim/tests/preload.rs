@@ -70,6 +70,8 @@ fn lookups_find_the_hooks_of_the_driver_and_nothing_else() {
         "next/cuInit libnvshare.so",
         "next/getpid libc.so.6",
         "next-of-other/getpid libc.so.6",
+        "default/nvmlDeviceGetMemoryInfo libnvshare.so",
+        "without-nvml 13",
         "asked/cuLaunchKernel libnvshare.so",
         "legacy same",
         "per-thread same",
