@@ -318,28 +318,11 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
 /// # Errors
 /// Nobody answers within `timeout`, the answer is a refusal, or makes no sense.
 pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
-    let (page, reply) = request(path, hello, timeout)?;
-    let slot = SlotIndex::new(reply.slot as usize).ok_or_else(|| RegisterError::Nonsense {
-        path: path.to_owned(),
-        what: format!("it gave slot {}", reply.slot),
-    })?;
-    Ok(Registration { page, slot })
-}
-
-/// The page of a GPU, without a slot in it. Waits as [`register`] does.
-///
-/// # Errors
-/// As for [`register`].
-pub fn look(path: &Path, gpu: GpuUuid, timeout: Duration) -> Result<MappedPage, RegisterError> {
-    request(path, &Hello::look(gpu), timeout).map(|(page, _)| page)
-}
-
-fn request(path: &Path, hello: &Hello, timeout: Duration) -> Result<(MappedPage, Reply), RegisterError> {
     let begin = now();
     loop {
         let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
         match ask(dial(path, left)?, path, hello)? {
-            Answer::Granted(page, reply) => return Ok((page, *reply)),
+            Answer::Granted(registration) => return Ok(registration),
             Answer::Hangup(cause) if left.is_zero() => {
                 return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
             }
@@ -349,8 +332,17 @@ fn request(path: &Path, hello: &Hello, timeout: Duration) -> Result<(MappedPage,
     }
 }
 
+/// The page of a GPU, without a slot in it. Waits as [`register`] does.
+///
+/// # Errors
+/// As for [`register`].
+pub fn look(path: &Path, gpu: GpuUuid, timeout: Duration) -> Result<MappedPage, RegisterError> {
+    register(path, &Hello::look(gpu), timeout).map(|registration| registration.page)
+}
+
 enum Answer {
-    Granted(MappedPage, Box<Reply>),
+    /// The slot means nothing to whoever only looks.
+    Granted(Registration),
     /// The other end closed without a word: it has ended. Should it have opened a slot already, its
     /// successor keeps that one until this process ends; it asks for nothing and holds nothing.
     Hangup(Errno),
@@ -384,13 +376,15 @@ fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError>
         }
         _ => return Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
     }
+    let slot = SlotIndex::new(reply.slot as usize)
+        .ok_or_else(|| nonsense(format!("it gave slot {}", reply.slot)))?;
     let sent = sent.ok_or_else(|| nonsense("it sent no page".into()))?;
     let page =
         MappedPage::open(sent).map_err(|cause| RegisterError::Page { path: path.to_owned(), gpu, cause })?;
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    Ok(Answer::Granted(page, Box::new(reply)))
+    Ok(Answer::Granted(Registration { page, slot }))
 }
 
 /// Sends one message, with a descriptor or without.
