@@ -5,6 +5,9 @@
 //! only the socket. Messages are plain structs of fixed size, so there is nothing to parse and little
 //! to get wrong; what does not fit is refused with a sentence that says why.
 //!
+//! Whoever only wants to know how large the pool is sends the same hello with another magic: it gets the page
+//! and no slot ([`look`]). An arbiter that does not know this question refuses it as malformed.
+//!
 //! The connection has no further use: the arbiter watches the process, not the socket.
 
 use crate::map::{MapError, MappedPage};
@@ -24,8 +27,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// First eight bytes of every message.
+/// First eight bytes of every message but one.
 pub const WIRE_MAGIC: u64 = u64::from_le_bytes(*b"nvshare?");
+
+/// First eight bytes of a hello that asks for the page and for no slot.
+pub const LOOK_MAGIC: u64 = u64::from_le_bytes(*b"nvlook??");
 
 /// Bytes of the sentence in a reply.
 const TEXT_BYTES: usize = 256;
@@ -34,7 +40,7 @@ const TEXT_BYTES: usize = 256;
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct Hello {
-    /// [`WIRE_MAGIC`].
+    /// [`WIRE_MAGIC`] or [`LOOK_MAGIC`]: what it wants.
     pub magic: u64,
     /// [`LAYOUT_VERSION`] of the client.
     pub layout_version: u32,
@@ -50,6 +56,16 @@ impl Hello {
     /// A client's request for a slot on a GPU.
     pub fn new(gpu: GpuUuid, name: &str) -> Self {
         Self { magic: WIRE_MAGIC, layout_version: LAYOUT_VERSION, weight: 1, gpu: gpu.0, name: padded(name) }
+    }
+
+    /// A request to see a GPU's page, of somebody who is no client of it yet.
+    pub fn look(gpu: GpuUuid) -> Self {
+        Self { magic: LOOK_MAGIC, ..Self::new(gpu, "") }
+    }
+
+    /// What the sender wants.
+    pub fn wish(&self) -> Wish {
+        if self.magic == LOOK_MAGIC { Wish::Look } else { Wish::Slot }
     }
 
     /// Its name, as far as it is text.
@@ -68,7 +84,7 @@ impl Hello {
                 &format!("a hello has {} bytes and this message has {}", size_of::<Self>(), bytes.len()),
             )
         })?;
-        if hello.magic != WIRE_MAGIC {
+        if ![WIRE_MAGIC, LOOK_MAGIC].contains(&hello.magic) {
             return Err(Reply::refuse(Status::Malformed, "this is not an nvshare hello (wrong magic)"));
         }
         if hello.layout_version != LAYOUT_VERSION {
@@ -81,6 +97,25 @@ impl Hello {
             ));
         }
         Ok(hello)
+    }
+}
+
+/// What a hello asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// A slot, and the page that it is in.
+    Slot,
+    /// The page alone.
+    Look,
+}
+
+impl Wish {
+    /// The answer that grants it.
+    fn granted(self) -> Status {
+        match self {
+            Self::Slot => Status::Welcome,
+            Self::Look => Status::Shown,
+        }
     }
 }
 
@@ -100,13 +135,23 @@ pub enum Status {
     Malformed = 5,
     /// Anything else; the text says what.
     Refused = 6,
+    /// The page's descriptor comes with it, and no slot: that is all that was asked for.
+    Shown = 7,
 }
 
 impl Status {
     fn parse(word: u32) -> Option<Self> {
-        [Self::Welcome, Self::LayoutVersion, Self::UnknownGpu, Self::Full, Self::Malformed, Self::Refused]
-            .into_iter()
-            .find(|status| *status as u32 == word)
+        [
+            Self::Welcome,
+            Self::LayoutVersion,
+            Self::UnknownGpu,
+            Self::Full,
+            Self::Malformed,
+            Self::Refused,
+            Self::Shown,
+        ]
+        .into_iter()
+        .find(|status| *status as u32 == word)
     }
 }
 
@@ -132,6 +177,11 @@ impl Reply {
     /// A slot for the client.
     pub fn welcome(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Welcome, "") }
+    }
+
+    /// The page, for somebody who only looks.
+    pub fn shown() -> Self {
+        *Self::refuse(Status::Shown, "")
     }
 
     /// No slot, and why.
@@ -250,6 +300,8 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
     loop {
         let fd =
             socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(fail)?;
+        // A stopped arbiter whose queue is full would keep us in `connect` for as long as it is stopped.
+        setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(fail)?;
         match connect(fd.as_raw_fd(), &address) {
             Ok(()) => return Ok(fd),
             Err(Errno::EINTR) => {}
@@ -270,7 +322,7 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
     loop {
         let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
         match ask(dial(path, left)?, path, hello)? {
-            Answer::Registered(registration) => return Ok(registration),
+            Answer::Granted(registration) => return Ok(registration),
             Answer::Hangup(cause) if left.is_zero() => {
                 return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
             }
@@ -280,8 +332,17 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
     }
 }
 
+/// The page of a GPU, without a slot in it. Waits as [`register`] does.
+///
+/// # Errors
+/// As for [`register`].
+pub fn look(path: &Path, gpu: GpuUuid, timeout: Duration) -> Result<MappedPage, RegisterError> {
+    register(path, &Hello::look(gpu), timeout).map(|registration| registration.page)
+}
+
 enum Answer {
-    Registered(Registration),
+    /// The slot means nothing to whoever only looks.
+    Granted(Registration),
     /// The other end closed without a word: it has ended. Should it have opened a slot already, its
     /// successor keeps that one until this process ends; it asks for nothing and holds nothing.
     Hangup(Errno),
@@ -292,7 +353,6 @@ fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError>
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
     let broke = |error: Errno| nonsense(format!("the connection broke: {error}"));
     setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
-    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
     let (reply, sent) = match send(fd.as_fd(), bytemuck::bytes_of(hello), None) {
         // A refusal may come before the arbiter has read anything.
         Ok(()) | Err(Errno::EPIPE) => match receive_reply(fd.as_fd()) {
@@ -308,8 +368,13 @@ fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError>
         Err(error) => return Err(broke(error)),
     };
     let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
-    if status != Status::Welcome {
-        return Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() });
+    let wanted = hello.wish().granted();
+    match status {
+        granted if granted == wanted => {}
+        Status::Welcome | Status::Shown => {
+            return Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")));
+        }
+        _ => return Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
     }
     let slot = SlotIndex::new(reply.slot as usize)
         .ok_or_else(|| nonsense(format!("it gave slot {}", reply.slot)))?;
@@ -319,7 +384,7 @@ fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError>
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    Ok(Answer::Registered(Registration { page, slot }))
+    Ok(Answer::Granted(Registration { page, slot }))
 }
 
 /// Sends one message, with a descriptor or without.

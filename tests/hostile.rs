@@ -264,7 +264,7 @@ fn an_arbiter_that_lies() {
         change(&mut reply);
         bytemuck::bytes_of(&reply).to_vec()
     };
-    let other = bytes(&Page::on_heap(GpuUuid([4; 16]), 100));
+    let other_page = || bytes(&Page::on_heap(GpuUuid([4; 16]), 100));
     let cases: Vec<Lie> = vec![
         ("short", vec![1, 2, 3], None, "3 bytes"),
         ("long", vec![7; 1000], None, "bytes instead of"),
@@ -274,7 +274,7 @@ fn an_arbiter_that_lies() {
         ("no page", welcome(|_| ()), None, "no page"),
         ("truncated", welcome(|_| ()), Some(page[..100].to_vec()), "truncated"),
         ("zeros", welcome(|_| ()), Some(vec![0; PAGE_BYTES]), "magic"),
-        ("other GPU", welcome(|_| ()), Some(other), "page of GPU-04040404"),
+        ("other GPU", welcome(|_| ()), Some(other_page()), "page of GPU-04040404"),
     ];
     for (name, answer, content, words) in cases {
         let path = liar(name, vec![answer], content.map(|content| file(&content)));
@@ -283,6 +283,28 @@ fn an_arbiter_that_lies() {
         assert!(error.contains(words), "{name}: {error}");
         std::fs::remove_file(path).unwrap();
     }
+    // The same lies to somebody who only looks, and the right answer to the wrong question.
+    let shown = bytemuck::bytes_of(&Reply::shown()).to_vec();
+    let welcomed = bytemuck::bytes_of(&Reply::welcome(SlotIndex::new(0).unwrap())).to_vec();
+    let looks: Vec<Lie> = vec![
+        ("look, short", vec![1, 2, 3], None, "3 bytes"),
+        ("look, no page", shown.clone(), None, "no page"),
+        ("look, zeros", shown.clone(), Some(vec![0; PAGE_BYTES]), "magic"),
+        ("look, other GPU", shown.clone(), Some(other_page()), "page of GPU-04040404"),
+        ("look, a slot", welcomed, Some(page.clone()), "Welcome to who asked for Shown"),
+    ];
+    for (name, answer, content, words) in looks {
+        let path = liar(name, vec![answer], content.map(|content| file(&content)));
+        let result = register::look(&path, GPU, Duration::from_secs(5));
+        let error = result.err().unwrap_or_else(|| panic!("{name}: taken for an arbiter")).to_string();
+        assert!(error.contains(words), "{name}: {error}");
+        std::fs::remove_file(path).unwrap();
+    }
+    let path = liar("no slot", vec![shown], Some(file(&page)));
+    let error = register::register(&path, &Hello::new(GPU, "victim"), Duration::from_secs(5)).err().unwrap();
+    assert!(error.to_string().contains("Shown to who asked for Welcome"), "{error}");
+    std::fs::remove_file(path).unwrap();
+
     let refusal = Reply::refuse(Status::Full, "all taken\u{1b}[2J");
     let path = liar("refusal", vec![bytemuck::bytes_of(refusal.as_ref()).to_vec()], None);
     match register::register(&path, &Hello::new(GPU, "victim"), Duration::from_secs(5)) {
@@ -309,6 +331,35 @@ fn an_arbiter_that_ends_before_it_has_answered() {
     let error = register::register(&path, &Hello::new(GPU, "patient"), Duration::ZERO).err().unwrap();
     assert!(matches!(error, RegisterError::NoArbiter { .. }), "{error}");
     std::fs::remove_file(path).unwrap();
+}
+
+/// One that is stopped: the kernel still takes connections for it, until its queue is full.
+#[test]
+#[cfg_attr(miri, ignore = "Miri has no sockets")]
+fn an_arbiter_that_never_answers() {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    let listening = |name| {
+        let path = temporary(name);
+        let _ = std::fs::remove_file(&path);
+        let listener =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        (listener, path)
+    };
+    let ((_silent, silent), (_full, full)) = (listening("silent"), listening("full"));
+    let _queued = register::dial(&full, Duration::ZERO).unwrap();
+    let look = |path: PathBuf, words: &'static str| {
+        std::thread::spawn(move || {
+            ends(move || {
+                let error = register::look(&path, GPU, Duration::ZERO).err().unwrap().to_string();
+                assert!(error.contains(words), "{error}");
+                std::fs::remove_file(path).unwrap();
+            });
+        })
+    };
+    let looks = [look(silent, "said nothing"), look(full, "no arbiter answers")];
+    looks.into_iter().for_each(|look| look.join().unwrap());
 }
 
 #[test]

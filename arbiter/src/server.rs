@@ -15,7 +15,7 @@ use nix::sys::socket::{
 };
 use nvshare::audit::Process;
 use nvshare::page::{Phase, SlotIndex};
-use nvshare::register::{Hello, Reply, Status, send};
+use nvshare::register::{Hello, Reply, Status, Wish, send};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_in};
 use nvshare::{paths, policy, snapshot::Snapshot};
@@ -300,8 +300,8 @@ impl Server {
             Ok(0) | Err(_) => return,
             Ok(length) => length,
         };
-        match self.register(&fd, &bytes[..length]) {
-            Ok((page, slot)) => answer(&fd, &Reply::welcome(slot), Some(page)),
+        match self.reply(&fd, &bytes[..length]) {
+            Ok((reply, page)) => answer(&fd, &reply, Some(page)),
             Err(refusal) => {
                 tracing::warn!("a client is refused: {}", refusal.text());
                 answer(&fd, &refusal, None);
@@ -309,10 +309,9 @@ impl Server {
         }
     }
 
-    /// Opens a slot for whoever is at the other end.
-    fn register(&mut self, fd: &OwnedFd, bytes: &[u8]) -> Result<(OwnedFd, SlotIndex), Box<Reply>> {
+    /// What whoever is at the other end gets for its hello: a slot or a look, and the page with it.
+    fn reply(&mut self, fd: &OwnedFd, bytes: &[u8]) -> Result<(Reply, OwnedFd), Box<Reply>> {
         let hello = Hello::read(bytes)?;
-        let refuse = |why: String| Reply::refuse(Status::Refused, &why);
         let wanted = GpuUuid(hello.gpu);
         let index = self.gpus.iter().position(|served| served.gpu == wanted).ok_or_else(|| {
             let known: Vec<_> = self.gpus.iter().map(|served| served.gpu.to_string()).collect();
@@ -321,6 +320,21 @@ impl Server {
                 &format!("no GPU {wanted} is served here; there is {}", known.join(", ")),
             )
         })?;
+        let page = self.gpus[index].file.as_fd().try_clone_to_owned().map_err(|error| {
+            Reply::refuse(Status::Refused, &format!("the arbiter has no descriptor left: {error}"))
+        })?;
+        match hello.wish() {
+            Wish::Slot => Ok((Reply::welcome(self.register(fd, &hello, index)?), page)),
+            Wish::Look => {
+                tracing::debug!(gpu = %wanted, "somebody looks at its page");
+                Ok((Reply::shown(), page))
+            }
+        }
+    }
+
+    /// Opens a slot for whoever is at the other end.
+    fn register(&mut self, fd: &OwnedFd, hello: &Hello, index: usize) -> Result<SlotIndex, Box<Reply>> {
+        let refuse = |why: String| Reply::refuse(Status::Refused, &why);
         let peer = getsockopt(fd, sockopt::PeerCredentials)
             .map_err(|error| refuse(format!("the kernel does not tell who asks: {error}")))?;
         let pid = peer.pid() as u32;
@@ -332,6 +346,7 @@ impl Server {
         let pidfd = liveness::pidfd(pid).map_err(|_| gone())?;
         let started = liveness::started(pid).ok_or_else(gone)?;
         let served = &self.gpus[index];
+        let wanted = served.gpu;
         let process = Process { pid, started };
         let slot = served.page.open_slot(process, &hello.name(), hello.weight.max(1)).ok_or_else(|| {
             Reply::refuse(
@@ -343,12 +358,10 @@ impl Server {
             )
         })?;
         tracing::info!(gpu = %wanted, slot = slot.get(), pid, client = hello.name(), "registered");
-        let page = served.file.as_fd().try_clone_to_owned();
         self.watch(index, slot, pidfd);
         // Its context is there already, or soon: look at once.
         self.sampled = 0;
-        let page = page.map_err(|error| refuse(format!("the arbiter has no descriptor left: {error}")))?;
-        Ok((page, slot))
+        Ok(slot)
     }
 
     fn tick(&mut self, time: Nanos) {

@@ -1,6 +1,6 @@
 //! The arbiter as a process: what good and bad input gets.
 
-use nvshare::page::SLOTS;
+use nvshare::page::{LAYOUT_VERSION, SLOTS};
 use nvshare::paths;
 use nvshare::register::{self, Hello, RegisterError, Status};
 use nvshare::units::GpuUuid;
@@ -108,12 +108,43 @@ fn who_cannot_be_served_is_told_why() {
         "{text}"
     );
     let (status, text) = refused(arbiter.register(&Hello { layout_version: 77, ..hello() }));
-    assert!(status == Status::LayoutVersion && text.contains("77") && text.contains("arbiter 1"), "{text}");
+    assert!(
+        status == Status::LayoutVersion
+            && text.contains("77")
+            && text.contains(&format!("arbiter {LAYOUT_VERSION}")),
+        "{text}"
+    );
     let (status, _) = refused(arbiter.register(&Hello { magic: 0, ..hello() }));
     assert_eq!(status, Status::Malformed);
     let all: Vec<_> = (0..SLOTS).map(|_| arbiter.register(&hello()).unwrap()).collect();
     let (status, text) = refused(arbiter.register(&hello()));
     assert!(status == Status::Full && text.contains("48"), "{text}");
+    drop(all);
+}
+
+#[test]
+fn who_looks_sees_the_page_and_takes_no_slot() {
+    let arbiter = Arbiter::start(directory("look"));
+    let (socket, gpu) = (paths::socket(&arbiter.dir), GPU.parse().unwrap());
+    let look = || register::look(&socket, gpu, Duration::from_secs(5));
+    // More than there are slots.
+    let pages: Vec<_> = (0..2 * SLOTS).map(|_| look().unwrap()).collect();
+    assert!(pages.iter().all(|page| page.occupied().is_empty()));
+    assert_eq!(pages[0].capacity(), 32);
+    // It is the page, and not a copy.
+    let registration = arbiter.register(&hello()).unwrap();
+    assert!(pages.iter().all(|page| page.owner(registration.slot).is_some()));
+
+    let other: GpuUuid = "GPU-00000000-0000-0000-0000-0000000000cc".parse().unwrap();
+    let refused = |hello: &Hello| match register::register(&socket, hello, Duration::from_secs(5)) {
+        Err(RegisterError::Refused { status, .. }) => status,
+        _ => panic!("not refused"),
+    };
+    assert_eq!(refused(&Hello::look(other)), Status::UnknownGpu);
+    assert_eq!(refused(&Hello { layout_version: 77, ..Hello::look(gpu) }), Status::LayoutVersion);
+    // All slots taken: a look is not refused.
+    let all: Vec<_> = (1..SLOTS).map(|_| arbiter.register(&hello()).unwrap()).collect();
+    assert!(arbiter.register(&hello()).is_err() && look().is_ok());
     drop(all);
 }
 

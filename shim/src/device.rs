@@ -7,8 +7,11 @@ use crate::hostpool::{HostPool, PinError, Pinner};
 use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Memory, Place, Region, SMALL};
 use crate::session;
 use crate::swap::SwapError;
+use crate::truth::Figures;
 use nvshare::Books;
+use nvshare::lock::SlotSet;
 use nvshare::map::MappedPage;
+use nvshare::snapshot::Snapshot;
 use nvshare::units::{GRANULE, GpuUuid, Granules, MAX_GRANULES, bytes_of, format_size, granules_for};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -522,12 +525,9 @@ impl Shared {
         regions.into_iter().for_each(|region| self.dispose(region));
     }
 
-    /// Free and total memory, in bytes, as this process sees it: as if it had the pool to itself, but
-    /// for the contexts.
-    pub fn memory_info(&self) -> (u64, u64) {
-        let total = bytes_of(self.books.page().capacity());
-        let free = bytes_of(self.books.usable().saturating_sub(self.books.demand()));
-        (free, total)
+    /// What this process is told about the GPU's memory.
+    pub fn figures(&self) -> Figures {
+        Figures::of(&Snapshot::take(self.books.page(), SlotSet::EMPTY), Some(self.books.slot()))
     }
 }
 

@@ -20,14 +20,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::abi::*;
 use crate::interpose;
 
-/// What the dynamic linker knows the driver's library by.
-const SONAME: &CStr = c"libcuda.so.1";
+/// The driver's library, by what the dynamic linker knows it by.
+pub static LIBCUDA: Soname = Soname::new(c"libcuda.so.1");
 
-/// The handle, once there is one. Not a `OnceLock`: opening the library runs its constructors, and whatever they look
-/// up by dlsym asks for the handle again, in the same thread.
-static LIBRARY: AtomicUsize = AtomicUsize::new(0);
+/// A library by its name, opened when it is first needed.
+pub struct Soname {
+    name: &'static CStr,
+    /// The handle, once there is one. Not a `OnceLock`: opening the library runs its constructors, and whatever they
+    /// look up by dlsym asks for the handle again, in the same thread.
+    handle: AtomicUsize,
+}
 
-/// The opened library of the driver.
+/// An opened library.
 #[derive(Clone, Copy, Debug)]
 pub struct Library(NonZeroUsize);
 
@@ -41,26 +45,38 @@ impl Library {
     }
 }
 
+impl Soname {
+    /// A library of this name. Looks for nothing yet.
+    pub const fn new(name: &'static CStr) -> Self {
+        Self { name, handle: AtomicUsize::new(0) }
+    }
+
+    /// The library; opens it if need be.
+    pub fn library(&self) -> Option<Library> {
+        self.open(libc::RTLD_LAZY | libc::RTLD_LOCAL)
+    }
+
+    /// The library, if somebody has opened it.
+    pub fn library_if_loaded(&self) -> Option<Library> {
+        self.open(libc::RTLD_LAZY | libc::RTLD_LOCAL | libc::RTLD_NOLOAD)
+    }
+
+    fn open(&self, flags: i32) -> Option<Library> {
+        if let Some(handle) = NonZeroUsize::new(self.handle.load(Ordering::Acquire)) {
+            return Some(Library(handle));
+        }
+        // SAFETY: a C string. What the library's constructors do is what they would do for the application.
+        let handle = unsafe { libc::dlopen(self.name.as_ptr(), flags) } as usize;
+        let handle = NonZeroUsize::new(handle)?;
+        // Whoever opens the same library gets the same handle, so a race changes nothing.
+        self.handle.store(handle.get(), Ordering::Release);
+        Some(Library(handle))
+    }
+}
+
 /// The driver's library; opens it if need be.
 pub fn library() -> Option<Library> {
-    open(libc::RTLD_LAZY | libc::RTLD_LOCAL)
-}
-
-/// The driver's library, if somebody has opened it.
-pub fn library_if_loaded() -> Option<Library> {
-    open(libc::RTLD_LAZY | libc::RTLD_LOCAL | libc::RTLD_NOLOAD)
-}
-
-fn open(flags: i32) -> Option<Library> {
-    if let Some(handle) = NonZeroUsize::new(LIBRARY.load(Ordering::Acquire)) {
-        return Some(Library(handle));
-    }
-    // SAFETY: a C string. What the library's constructors do is what they would do for the application.
-    let handle = unsafe { libc::dlopen(SONAME.as_ptr(), flags) } as usize;
-    let handle = NonZeroUsize::new(handle)?;
-    // Whoever opens the same library gets the same handle, so a race changes nothing.
-    LIBRARY.store(handle.get(), Ordering::Release);
-    Some(Library(handle))
+    LIBCUDA.library()
 }
 
 /// Why there is no driver to call.

@@ -1,5 +1,6 @@
 //! The two doors by which programs find the driver's entry points without the dynamic linker binding them: `dlsym`,
-//! and `cuGetProcAddress`, which the driver itself offers. Both give out hooks where [`crate::table`] has them.
+//! and `cuGetProcAddress`, which the driver itself offers. Both give out hooks where [`crate::table`] has them;
+//! `dlsym` is NVML's door too, with the hooks of [`crate::nvml`].
 //!
 //! # dlsym
 //!
@@ -10,10 +11,10 @@
 //!   unless the filter has an answer of its own, control *jumps* to the C library's dlsym with registers and stack as
 //!   they came. (Other machines than x86-64 call instead, and get RTLD_NEXT relative to the shim.)
 //! - It must work before anything is initialised, in constructors of other libraries or under a malloc that looks its
-//!   next one up. The filter doesn't allocate, and takes no lock, for names that aren't CUDA's.
-//! - It may only substitute the driver's own symbols. Other libraries export `cu...` names too: wrappers, stubs, or
+//!   next one up. The filter doesn't allocate, and takes no lock, for names that aren't CUDA's or NVML's.
+//! - It may only substitute these libraries' own symbols. Other libraries export `cu...` names too: wrappers, stubs, or
 //!   something that begins with the same letters. So the C library is asked first, and a hook is given only in place
-//!   of the very address that `libcuda.so.1` has for that name.
+//!   of the very address that `libcuda.so.1` (or `libnvidia-ml.so.1`) has for that name.
 //!
 //! RTLD_DEFAULT needs no filter: the shim is preloaded, so what that finds is the shim's export. RTLD_NEXT is asked
 //! on behalf of the shim: if what comes after the shim is the driver's symbol, a caller before the shim should have
@@ -27,7 +28,8 @@
 //! The driver is asked with the very same arguments, and what it answers is translated ([`translate`]): the address
 //! tells which row of the table it is, and the name, version and stream flag that it was asked by only where the
 //! driver gives other addresses than its symbol table. An entry point or version newer than the table is passed on as
-//! it is: a hook for an older signature would be worse than none. It is counted, and named once in the log.
+//! it is: a hook for an older signature would be worse than none. It is counted ([`nvshare_unknown_entry_points`]), and
+//! named once in the log, with the count.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_char, c_void};
@@ -35,6 +37,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::abi::*;
+use crate::nvml;
 use crate::session;
 use crate::table::{self, Entry, Hooked};
 
@@ -138,8 +141,15 @@ pub unsafe extern "C" fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut
 extern "C" fn filter(handle: *mut c_void, name: *const c_char) -> Verdict {
     let otherwise = real_dlsym();
     // SAFETY: the C library would read the name too. The second byte is there if the first isn't the terminator.
-    let of_cuda = !name.is_null() && unsafe { *name == b'c' as c_char && *name.add(1) == b'u' as c_char };
-    if !of_cuda {
+    let ours = !name.is_null()
+        && unsafe {
+            match *name as u8 {
+                b'c' => *name.add(1) == b'u' as c_char,
+                b'n' => *name.add(1) == b'v' as c_char,
+                _ => false,
+            }
+        };
+    if !ours {
         return Verdict { answer: std::ptr::null(), otherwise };
     }
     // SAFETY: a C string, as the C library expects it.
@@ -152,7 +162,7 @@ extern "C" fn filter(handle: *mut c_void, name: *const c_char) -> Verdict {
 trait World {
     /// Whether nvshare is on in this process.
     fn enabled(&self) -> bool;
-    /// The driver's own address of a hooked row, if the driver is loaded.
+    /// The library's own address of a hooked row, if the library is loaded.
     fn real_address(&self, hooked: &Hooked) -> Option<usize>;
     /// The C library's answer.
     fn ask(&self, handle: usize, name: &CStr) -> Option<usize>;
@@ -179,7 +189,12 @@ impl World for Process {
 
 /// The hook to answer a lookup with, or `None` if the C library should answer it.
 fn substitute(handle: usize, name: &CStr, world: &impl World) -> Option<usize> {
-    let hooked = table::by_export(name.to_bytes())?.hooked?;
+    let name_of_nvml = name.to_bytes().starts_with(b"nv");
+    let hooked = if name_of_nvml {
+        nvml::by_export(name.to_bytes())?
+    } else {
+        table::by_export(name.to_bytes())?.hooked?
+    };
     if handle == libc::RTLD_DEFAULT as usize || !world.enabled() {
         return None;
     }
@@ -187,9 +202,10 @@ fn substitute(handle: usize, name: &CStr, world: &impl World) -> Option<usize> {
     (world.ask(handle, name)? == real).then(|| hooked.hook.address())
 }
 
-/// How many times the driver gave out an entry point that the table doesn't know.
-#[allow(dead_code)]
-pub fn unknown_entry_points() -> u64 {
+/// How many times the driver gave out an entry point that the table doesn't know: what the application does with
+/// those, nvshare doesn't see. For whoever asks from inside the process; the log names them.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub extern "C" fn nvshare_unknown_entry_points() -> u64 {
     UNKNOWN.load(Ordering::Relaxed)
 }
 
@@ -347,10 +363,18 @@ fn translate(
 
 fn note_unknown(base: &CStr, version: i32) {
     static NAMED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    UNKNOWN.fetch_add(1, Ordering::Relaxed);
+    let so_far = UNKNOWN.fetch_add(1, Ordering::Relaxed) + 1;
     let name = base.to_string_lossy().into_owned();
-    if NAMED.lock().unwrap_or_else(PoisonError::into_inner).insert(name) {
-        tracing::debug!(entry_point = ?base, version, "the driver gave out an entry point that nvshare doesn't know");
+    let new = NAMED.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
+    if new && !session::is_ending() {
+        // The CUDA runtime looks everything up before it calls cuInit.
+        crate::log::initialise();
+        tracing::info!(
+            entry_point = ?base,
+            version,
+            so_far,
+            "the driver gave out an entry point that nvshare doesn't know: what is done with it passes nvshare by"
+        );
     }
 }
 
@@ -440,6 +464,35 @@ mod tests {
         assert_eq!(*p.asked.borrow(), 1);
         assert_eq!(substitute(libc::RTLD_DEFAULT as usize, c"cuMemAlloc_v2", &p), None);
         assert_eq!(*p.asked.borrow(), 1);
+    }
+
+    /// A process that has opened NVML.
+    struct WithNvml;
+
+    impl World for WithNvml {
+        fn enabled(&self) -> bool {
+            true
+        }
+
+        fn real_address(&self, _hooked: &Hooked) -> Option<usize> {
+            Some(0x5000)
+        }
+
+        fn ask(&self, handle: usize, _name: &CStr) -> Option<usize> {
+            Some(if handle == OTHER { 0x6000 } else { 0x5000 })
+        }
+    }
+
+    #[test]
+    fn figures_of_nvml_are_substituted_and_nothing_else_of_it() {
+        let hook = nvml::by_export(b"nvmlDeviceGetMemoryInfo").unwrap().hook.address();
+        assert_eq!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo", &WithNvml), Some(hook));
+        assert_ne!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo_v2", &WithNvml), Some(hook));
+        assert!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo_v2", &WithNvml).is_some());
+        assert_eq!(substitute(OTHER, c"nvmlDeviceGetMemoryInfo", &WithNvml), None, "another library's");
+        for name in [c"nvmlDeviceGetUUID", c"nvmlDeviceGetComputeRunningProcesses_v3", c"nvidia", c"nv"] {
+            assert_eq!(substitute(LIBCUDA, name, &WithNvml), None, "{name:?}");
+        }
     }
 
     #[test]
@@ -565,7 +618,7 @@ mod tests {
         assert_eq!(malloc, unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"malloc".as_ptr()) });
         // SAFETY: as above, through the function under test.
         assert_eq!(malloc, unsafe { dlsym(libc::RTLD_DEFAULT, c"malloc".as_ptr()) });
-        for odd in [c"", c"c", c"cu", c"cuLaunchKernel", c"cuda"] {
+        for odd in [c"", c"c", c"cu", c"cuLaunchKernel", c"cuda", c"n", c"nv", c"nvmlDeviceGetMemoryInfo"] {
             assert!(filter(libc::RTLD_DEFAULT, odd.as_ptr()).answer.is_null());
         }
     }

@@ -3,6 +3,8 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`table`] | what is known about each entry point of the driver, and the functions that stand in for them |
+//! | [`nvml`] | the same for NVML, as far as it tells how much memory there is |
+//! | [`truth`] | how much that is, for whoever asks by whatever name |
 //! | [`interpose`] | `dlsym` and `cuGetProcAddress`, which hand those functions out |
 //! | [`hooks`] | the entry points that need more than the gate |
 //! | [`gate`] | threads that submit work pass it, and memory moves only while it is shut |
@@ -32,6 +34,7 @@ mod hostpool;
 mod interpose;
 mod log;
 mod memory;
+mod nvml;
 mod pools;
 mod room;
 mod scan;
@@ -39,4 +42,5 @@ mod session;
 mod settings;
 mod swap;
 mod table;
+mod truth;
 mod vmm;

@@ -215,6 +215,11 @@ pub fn of_device(device: CUdevice) -> Option<Arc<Shared>> {
     devices().iter().find(|attached| attached.shared.device == device).map(|attached| attached.shared.clone())
 }
 
+/// The shared part of a GPU, by its UUID.
+pub fn of_gpu(gpu: GpuUuid) -> Option<Arc<Shared>> {
+    devices().iter().find(|attached| attached.shared.gpu == gpu).map(|attached| attached.shared.clone())
+}
+
 /// Which engines want the gate open; it is open when all do.
 static OPEN_VOTES: Mutex<Vec<CUdevice>> = Mutex::new(Vec::new());
 

@@ -114,6 +114,7 @@ impl Class {
 
 /// The driver's address of one entry point, looked up when it is first wanted.
 pub struct Real {
+    library: &'static driver::Soname,
     name: &'static CStr,
     address: AtomicUsize,
 }
@@ -124,8 +125,13 @@ const MISSING: usize = 1;
 
 impl Real {
     const fn new(name: &'static str) -> Real {
+        Real::of(&driver::LIBCUDA, name)
+    }
+
+    /// An entry point of a library, by its name with a NUL at the end.
+    pub const fn of(library: &'static driver::Soname, name: &'static str) -> Real {
         match CStr::from_bytes_with_nul(name.as_bytes()) {
-            Ok(name) => Real { name, address: AtomicUsize::new(UNKNOWN) },
+            Ok(name) => Real { library, name, address: AtomicUsize::new(UNKNOWN) },
             Err(_) => panic!("the name of an entry point ends with its only NUL"),
         }
     }
@@ -135,7 +141,7 @@ impl Real {
     pub fn get(&self) -> Option<usize> {
         match self.address.load(Ordering::Acquire) {
             address if address > MISSING => Some(address),
-            _ => self.look_up(driver::library),
+            _ => self.look_up(driver::Soname::library),
         }
     }
 
@@ -143,7 +149,7 @@ impl Real {
     pub fn get_if_loaded(&self) -> Option<usize> {
         match self.address.load(Ordering::Acquire) {
             address if address > MISSING => Some(address),
-            _ => self.look_up(driver::library_if_loaded),
+            _ => self.look_up(driver::Soname::library_if_loaded),
         }
     }
 
@@ -154,12 +160,12 @@ impl Real {
 
     #[cold]
     #[inline(never)]
-    fn look_up(&self, library: fn() -> Option<driver::Library>) -> Option<usize> {
+    fn look_up(&self, library: fn(&driver::Soname) -> Option<driver::Library>) -> Option<usize> {
         if self.address.load(Ordering::Acquire) == MISSING {
             return None;
         }
         // Without the library nothing is known about the symbol, so nothing is remembered either.
-        let address = library()?.symbol(self.name);
+        let address = library(self.library)?.symbol(self.name);
         // Two threads may get here together; they find the same.
         self.address.store(address.unwrap_or(MISSING), Ordering::Release);
         address
@@ -212,6 +218,13 @@ pub struct Hooked {
     pub real: &'static Real,
 }
 
+impl Hooked {
+    /// `hook` stands in for `real`.
+    pub const fn new(hook: *const c_void, real: &'static Real) -> Hooked {
+        Hooked { hook: Hook(hook), real }
+    }
+}
+
 impl Entry {
     const fn new(export: &'static str, since: u32, arity: Option<u8>, class: Class) -> Entry {
         let per_thread = is_per_thread(export);
@@ -219,7 +232,7 @@ impl Entry {
     }
 
     const fn hooked(mut self, hook: *const c_void, real: &'static Real) -> Entry {
-        self.hooked = Some(Hooked { hook: Hook(hook), real });
+        self.hooked = Some(Hooked::new(hook, real));
         self
     }
 }
@@ -816,8 +829,10 @@ entry_points! {
             cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: u32) @ 6_000;
         }
         QueryMemory {
+            cuMemGetInfo(free: *mut u32, total: *mut u32) @ 2_000;
             cuMemGetInfo_v2(free: *mut usize, total: *mut usize) @ 3_020;
             cuMemGetAddressRange_v2(base: *mut CUdeviceptr, size: *mut usize, dptr: CUdeviceptr) @ 3_020;
+            cuDeviceTotalMem(bytes: *mut u32, dev: CUdevice) @ 2_000;
             cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) @ 3_020;
             cuPointerGetAttribute(
                 data: *mut c_void, attribute: CUpointer_attribute, ptr: CUdeviceptr
@@ -976,7 +991,6 @@ entry_points! {
         cuDeviceRegisterAsyncNotification @ 12_040;
         cuDeviceSetGraphMemAttribute @ 11_040;
         cuDeviceSetMemPool @ 11_020;
-        cuDeviceTotalMem @ 2_000;
         cuDeviceUnregisterAsyncNotification @ 12_040;
         cuDriverGetVersion @ 2_020;
         cuEGLStreamConsumerAcquireFrame @ 7_000;
@@ -1166,7 +1180,6 @@ entry_points! {
         cuMemGetAddressRange @ 2_000;
         cuMemGetAllocationGranularity @ 10_020;
         cuMemGetDefaultMemPool @ 13_000;
-        cuMemGetInfo @ 2_000;
         cuMemGetMemPool @ 13_000;
         cuMemHostGetDevicePointer @ 2_020;
         cuMemHostGetDevicePointer_v2 @ 3_020;
@@ -1375,9 +1388,7 @@ mod tests {
             "cuMemAlloc",
             "cuMemAllocPitch",
             "cuMemFree",
-            "cuMemGetInfo",
             "cuMemGetAddressRange",
-            "cuDeviceTotalMem",
             "cuArrayCreate",
             "cuArray3DCreate",
         ];

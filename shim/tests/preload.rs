@@ -70,6 +70,8 @@ fn lookups_find_the_hooks_of_the_driver_and_nothing_else() {
         "next/cuInit libnvshare.so",
         "next/getpid libc.so.6",
         "next-of-other/getpid libc.so.6",
+        "default/nvmlDeviceGetMemoryInfo libnvshare.so",
+        "without-nvml 13",
         "asked/cuLaunchKernel libnvshare.so",
         "legacy same",
         "per-thread same",
@@ -77,8 +79,32 @@ fn lookups_find_the_hooks_of_the_driver_and_nothing_else() {
         "asked/cuEventRecord libcuda.so.1",
         "itself same",
         "unknown 0 1",
+        "asked/cuFromTheFuture libcuda.so.1",
+        "passed 4",
     ];
     assert_eq!(found, expected);
+}
+
+/// The driver has entry points that nvshare doesn't know: the application gets them, and a person can learn of it.
+#[test]
+fn what_nvshare_does_not_know_is_named_once_in_the_log() {
+    let directory = libraries("unknown");
+    let app = directory.join("app");
+    let said = |level| {
+        let output = run(&directory, shim().as_os_str(), &[("NVSHARE_LOG", level)], &[app.to_str().unwrap()]);
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let info = said("info");
+    let lines: Vec<_> = info.lines().collect();
+    assert_eq!(lines.len(), 2, "each once: {info}");
+    for (line, parts) in lines.into_iter().zip([
+        ["cuFromTheFuture", "so_far=1", "version=12000"],
+        ["cuFromNextYear", "so_far=4", "version=12000"],
+    ]) {
+        assert!(line.starts_with("nvshare[") && parts.iter().all(|part| line.contains(part)), "{line}");
+    }
+    assert_eq!(said("warn"), "", "no reason to warn");
 }
 
 #[test]

@@ -178,6 +178,41 @@ static void host_memory() {
     MUST(cuMemUnmap(gpu, CHUNK));
 }
 
+__global__ void count(const uint4 *words, size_t n, unsigned long long *found) {
+    size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x;
+    if (i < n && (words[i].x | words[i].y | words[i].z | words[i].w)) atomicAdd(found, 1ull);
+}
+
+// Whether memory that was just dirtied and released comes back as zeros: what swap.rs relies on.
+static void fresh(bool exportable) {
+    const int n = 128;
+    CUmemAllocationProp p = prop(false, exportable);
+    CUdeviceptr base;
+    unsigned long long *found;
+    MUST((CUresult)cudaMallocManaged(&found, 8));
+    MUST(cuMemAddressReserve(&base, n * CHUNK, 0, 0, 0));
+    unsigned long long seen[2];
+    for (int round = 0; round < 2; ++round) {
+        for (int i = 0; i < n; ++i) {
+            CUmemGenericAllocationHandle handle;
+            MUST(cuMemCreate(&handle, CHUNK, &p, 0));
+            MUST(cuMemMap(base + i * CHUNK, CHUNK, 0, handle, 0));
+            MUST(cuMemRelease(handle));
+        }
+        access(base, n * CHUNK);
+        *found = 0;
+        size_t pieces = n * CHUNK / 16;
+        count<<<(unsigned)((pieces + 255) / 256), 256>>>((const uint4 *)base, pieces, found);
+        MUST(cuCtxSynchronize());
+        seen[round] = *found;
+        MUST(cuMemsetD8(base, 0xab, n * CHUNK));
+        MUST(cuCtxSynchronize());
+        MUST(cuMemUnmap(base, n * CHUNK));
+    }
+    MUST(cuMemAddressFree(base, n * CHUNK));
+    printf("{\"fresh_memory\": {\"exportable\": %s, \"gib\": 8, \"16_byte_words_not_zero\": [%llu, %llu]}}\n", exportable ? "true" : "false", seen[0], seen[1]);
+}
+
 static void two_addresses() {
     CUmemAllocationProp p = prop(false, false);
     CUmemGenericAllocationHandle handle;
@@ -327,6 +362,8 @@ int main(int count, char **arguments) {
     printf("{\"gpu\": \"%s\", \"host_numa_id\": %d, \"posix_fds\": %d}\n", text, numa, fds);
     vmm_costs(false);
     vmm_costs(true);
+    fresh(false);
+    fresh(true);
     two_addresses();
     host_memory();
     captures();

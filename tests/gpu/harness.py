@@ -24,7 +24,7 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 def native_environment():
     """This process's environment without nvshare, and with what makes processes that are stuck tell where."""
-    ours = ("NVSHARE_RUNTIME_DIR", "NVSHARE_CLIENT_NAME", "NVSHARE_LOG", "LD_PRELOAD")
+    ours = ("NVSHARE_RUNTIME_DIR", "NVSHARE_CLIENT_NAME", "LD_PRELOAD")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | {"CUDA_MODULE_LOADING": "LAZY", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
 

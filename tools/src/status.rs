@@ -16,7 +16,11 @@ use std::path::{Path, PathBuf};
 
 /// Options of `nvshare status`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:
+#[command(after_help = "\
+A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its
+context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
+
+Examples:
   nvshare status
   nvshare status --json | jq '.gpus[].clients[] | {name, phase}'")]
 pub struct Options {

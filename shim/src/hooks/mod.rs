@@ -16,6 +16,7 @@ use crate::memory::Allocation;
 use crate::pools;
 use crate::session;
 use crate::table::real;
+use crate::truth::{self, Figures};
 pub use stream_ordered::*;
 
 mod placed;
@@ -245,24 +246,42 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
 
 // QueryMemory
 
-pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
+/// A figure in a form of 32 bits: as much as it can tell.
+fn in_32_bits(bytes: u64) -> u32 {
+    bytes.try_into().unwrap_or(u32::MAX)
+}
+
+/// Answers with `tell`, given what the current context's GPU has, or has the driver answer.
+fn tell_memory(places: [bool; 2], tell: impl FnOnce(Figures), ask: impl FnOnce() -> CuResult) -> CuResult {
     guarded(|| {
-        let Some((device, _)) = session::current() else {
-            // SAFETY: the caller's arguments.
-            return unsafe { real::cuMemGetInfo_v2(free, total) };
-        };
-        if free.is_null() || total.is_null() {
+        let Some((device, _)) = session::current() else { return ask() };
+        if places.contains(&false) {
             return CuResult::INVALID_VALUE;
         }
         relaxed(|| pools::collect(&device));
-        let (left, all) = device.memory_info();
-        // SAFETY: the caller's pointers to where the figures go, not null.
-        unsafe {
-            free.write(left as usize);
-            total.write(all as usize);
-        }
+        tell(device.figures());
         CuResult::SUCCESS
     })
+}
+
+pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
+    // SAFETY: the caller's pointers to where the figures go, not null.
+    let tell = |figures: Figures| unsafe {
+        free.write(figures.free as usize);
+        total.write(figures.total as usize);
+    };
+    // SAFETY: the caller's arguments.
+    tell_memory([!free.is_null(), !total.is_null()], tell, || unsafe { real::cuMemGetInfo_v2(free, total) })
+}
+
+pub unsafe fn cuMemGetInfo(free: *mut u32, total: *mut u32) -> CuResult {
+    // SAFETY: as above.
+    let tell = |figures: Figures| unsafe {
+        free.write(in_32_bits(figures.free));
+        total.write(in_32_bits(figures.total));
+    };
+    // SAFETY: the caller's arguments.
+    tell_memory([!free.is_null(), !total.is_null()], tell, || unsafe { real::cuMemGetInfo(free, total) })
 }
 
 pub unsafe fn cuMemGetAddressRange_v2(
@@ -288,16 +307,30 @@ pub unsafe fn cuMemGetAddressRange_v2(
     })
 }
 
-pub unsafe fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CuResult {
+/// The driver has answered for the card; what the client has of it may be less.
+fn told_total(result: CuResult, dev: CUdevice, correct: impl FnOnce(u64)) -> CuResult {
     guarded(|| {
-        let Some(device) = session::of_device(dev).filter(|_| !bytes.is_null()) else {
-            // SAFETY: the caller's arguments.
-            return unsafe { real::cuDeviceTotalMem_v2(bytes, dev) };
-        };
-        // SAFETY: the caller's pointer to where the figure goes, not null.
-        unsafe { bytes.write(device.memory_info().1 as usize) };
-        CuResult::SUCCESS
+        if result.is_success()
+            && let Some(figures) = truth::of_device(dev)
+        {
+            correct(figures.total);
+        }
+        result
     })
+}
+
+pub unsafe fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuDeviceTotalMem_v2(bytes, dev) };
+    // SAFETY: the driver has just written through this pointer of the caller's.
+    told_total(result, dev, |total| unsafe { bytes.write(total as usize) })
+}
+
+pub unsafe fn cuDeviceTotalMem(bytes: *mut u32, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuDeviceTotalMem(bytes, dev) };
+    // SAFETY: the driver has just written through this pointer of the caller's.
+    told_total(result, dev, |total| unsafe { bytes.write(in_32_bits(total)) })
 }
 
 pub unsafe fn cuPointerGetAttribute(

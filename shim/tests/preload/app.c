@@ -29,6 +29,11 @@ int main(void) {
     say("next/getpid", dlsym(RTLD_NEXT, "getpid"));
     say("next-of-other/getpid", next_of_other("getpid"));
 
+    // No NVML here: the function that stands in for its own must say so.
+    int (*memory)(void *, void *) = (int (*)(void *, void *))dlsym(RTLD_DEFAULT, "nvmlDeviceGetMemoryInfo");
+    say("default/nvmlDeviceGetMemoryInfo", (void *)memory);
+    printf("without-nvml %d\n", memory ? memory(NULL, NULL) : -1);
+
     int (*get)(const char *, void **, int, unsigned long long, int *) =
         (int (*)(const char *, void **, int, unsigned long long, int *))dlsym(driver, "cuGetProcAddress_v2");
     void *found;
@@ -46,5 +51,11 @@ int main(void) {
     printf("itself %s\n", found == (void *)get ? "same" : "other");
     printf("unknown %d", get("cuNoSuchThing", &found, 12000, 0, &status));
     printf(" %d\n", status);
+
+    unsigned long long (*passed)(void) = (unsigned long long (*)(void))dlsym(RTLD_DEFAULT, "nvshare_unknown_entry_points");
+    for (int i = 0; i < 3; i++) get("cuFromTheFuture", &found, 12000, 0, &status);
+    say("asked/cuFromTheFuture", found);
+    get("cuFromNextYear", &found, 12000, 0, &status);
+    printf("passed %llu\n", passed());
     return 0;
 }

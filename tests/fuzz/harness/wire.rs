@@ -2,7 +2,7 @@
 //! is a message is the same bytes again.
 
 use nvshare::page::{LAYOUT_VERSION, SlotIndex};
-use nvshare::register::{Hello, Reply, Status, WIRE_MAGIC};
+use nvshare::register::{Hello, LOOK_MAGIC, Reply, Status, WIRE_MAGIC, Wish};
 use nvshare::units::GpuUuid;
 
 /// Reads the bytes as either side does. The first one says whether they are read as they are, or with the
@@ -11,7 +11,8 @@ pub fn run(bytes: &[u8]) {
     let Some((first, bytes)) = bytes.split_first() else { return };
     let mut bytes = bytes.to_vec();
     if first & 1 == 1 && bytes.len() >= 12 {
-        bytes[..8].copy_from_slice(&WIRE_MAGIC.to_le_bytes());
+        let magic = if first & 8 == 8 { LOOK_MAGIC } else { WIRE_MAGIC };
+        bytes[..8].copy_from_slice(&magic.to_le_bytes());
         bytes[8..12].copy_from_slice(&LAYOUT_VERSION.to_le_bytes());
     }
     if first & 2 == 2 {
@@ -33,6 +34,12 @@ fn hello(bytes: &[u8]) {
             // What a person reads is itself a name, and the same one.
             let again = Hello::new(GpuUuid(hello.gpu), &name);
             assert!(name.starts_with(&again.name()));
+            // Nobody gets a slot who has not asked for one.
+            let asks = match hello.wish() {
+                Wish::Slot => WIRE_MAGIC,
+                Wish::Look => LOOK_MAGIC,
+            };
+            assert_eq!(hello.magic, asks);
         }
         Err(refusal) => {
             let text = refusal.text();

@@ -175,6 +175,9 @@ nvml_api! {
     fn nvmlDeviceGetMemoryInfo_v2(device: Device, memory: Out<MemoryV2>) {
         let (_, segment, gpu) = gpu(device)?;
         let version = memory.get()?.version;
+        if version != size_of::<MemoryV2>() as c_uint | 2 << 24 {
+            return Err(Error::VERSION_MISMATCH);
+        }
         let (total, used) = (segment.memory(), ledger::used(gpu));
         memory.set(MemoryV2 { version, total, reserved: 0, free: total.saturating_sub(used), used })
     }
@@ -282,6 +285,7 @@ extern "C" fn nvmlErrorString(error: c_uint) -> *const c_char {
         7 => c"Insufficient Size",
         9 => c"Driver Not Loaded",
         13 => c"Function Not Found",
+        25 => c"Argument Version Mismatch",
         _ => c"Unknown Error",
     };
     text.as_ptr()

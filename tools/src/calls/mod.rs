@@ -7,6 +7,7 @@
 //!
 //! Contexts are numbered in the order in which they were made.
 
+mod figures;
 mod stream_ordered;
 
 use crate::Failure;
@@ -24,6 +25,7 @@ type Answer = (Code, String);
 
 struct Caller {
     library: Library,
+    nvml: Option<Library>,
     contexts: Vec<Handle>,
 }
 
@@ -124,9 +126,13 @@ impl Caller {
                 let code = unsafe { copy(found.as_mut_ptr().cast(), *address, found.len() * 8) };
                 Ok((code, if found == expected { "right" } else { "wrong" }.into()))
             }
-            (name, numbers) => self
-                .stream_ordered(name, numbers)?
-                .ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows"))),
+            (name, numbers) => {
+                let answer = match self.stream_ordered(name, numbers)? {
+                    None => self.figures(name, numbers)?,
+                    answer => answer,
+                };
+                answer.ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows")))
+            }
         }
     }
 
@@ -158,7 +164,7 @@ pub fn run() -> Result<(), Failure> {
     // SAFETY: loading a CUDA driver runs its constructors, which is what every CUDA program does.
     let library = unsafe { Library::new("libcuda.so.1") }
         .map_err(|error| Failure::with_status(1, format!("the CUDA driver cannot be used: {error}")))?;
-    let mut caller = Caller { library, contexts: Vec::new() };
+    let mut caller = Caller { library, nvml: None, contexts: Vec::new() };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;
         // Nobody may be listening any more; then the input ends too.

@@ -34,15 +34,15 @@ pub struct Application {
 
 impl Application {
     pub fn start(environment: Environment, variables: &[(&str, &str)]) -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_nvshare"))
-            .args(["internal", "calls"])
-            .envs(environment)
-            .envs(variables.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare"));
+        command.args(["internal", "calls"]).envs(environment).envs(variables.iter().copied());
+        Self::started(&mut command)
+    }
+
+    /// Another program that makes the calls it is told to.
+    pub fn started(command: &mut Command) -> Self {
+        let mut process =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (calls, answers) = (process.stdin.take(), BufReader::new(process.stdout.take().unwrap()));
         Self { process, calls, answers }
     }

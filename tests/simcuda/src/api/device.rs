@@ -36,6 +36,13 @@ driver_api! {
         bytes.set(driver.segment.memory() as usize)
     }
 
+    /// Of the time when sizes had 32 bits.
+    fn cuDeviceTotalMem(bytes: Out<c_uint>, device: c_int) {
+        let driver = driver()?;
+        driver.device(device)?;
+        bytes.set(driver.segment.memory().try_into().unwrap_or(c_uint::MAX))
+    }
+
     fn cuDeviceGetAttribute(value: Out<c_int>, attribute: c_int, device: c_int) {
         let driver = driver()?;
         let index = driver.device(device)?.index;

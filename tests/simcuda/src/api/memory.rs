@@ -28,6 +28,16 @@ driver_api! {
         Ok(())
     }
 
+    /// Of the time when sizes had 32 bits.
+    fn cuMemGetInfo(free: Out<c_uint>, total: Out<c_uint>) {
+        let context = context::healthy()?;
+        let capacity = driver()?.segment.memory();
+        let used = context.core.device.ledger()?.used();
+        free.set_if_wanted(capacity.saturating_sub(used).try_into().unwrap_or(c_uint::MAX));
+        total.set_if_wanted(capacity.try_into().unwrap_or(c_uint::MAX));
+        Ok(())
+    }
+
     fn cuMemAlloc_v2(pointer: Out<u64>, bytes: usize) {
         pointer.required()?;
         pointer.set(self::allocate(bytes as u64)?)
