@@ -110,6 +110,8 @@ def main():
         answers = {each.name: each.answer(120) for each in jobs}
         for each in jobs:
             each.close()
+            each.log.seek(0)
+            sys.stderr.write(each.log.read())
     clients = {name: row for name in names for row in watch.last(name).values()}
     say("done", answers=answers, clients=clients)
 

@@ -178,7 +178,7 @@ impl Pools {
         bytes: u64,
     ) -> Result<Option<CUdeviceptr>, CuResult> {
         let pool = self.by_handle(handle).ok_or(CuResult::INVALID_VALUE)?;
-        let Some(size) = pool.segment_for(bytes, shared.memory_info().0) else { return Ok(None) };
+        let Some(size) = pool.segment_for(bytes, shared.figures().free) else { return Ok(None) };
         // A pool is its GPU's, whatever context uses it: its memory goes with no context but the last.
         match shared.allocate(size, CUcontext::NULL) {
             Ok(base) => pool.arena.add(base, size),
@@ -268,7 +268,7 @@ fn refusal(shared: &Shared, pool: Option<&mut Pool>, bytes: u64) -> CuResult {
         format_size(reserved),
         limit.map(|limit| format!(" of at most {}", format_size(limit))).unwrap_or_default(),
         format_size(used),
-        format_size(shared.memory_info().0),
+        format_size(shared.figures().free),
     );
     CuResult::OUT_OF_MEMORY
 }
