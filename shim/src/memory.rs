@@ -576,12 +576,13 @@ impl Memory {
     }
 
     /// Takes the next chunk that the GPU cannot use, marking it as moving. Also says whether it is to be
-    /// mapped to host memory.
+    /// mapped to host memory: such chunks come first, because only then does the rest fit.
     pub fn next_missing(&mut self) -> Option<(Place, Backing, bool)> {
-        let (place, backing) =
-            self.take(|chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_)))?;
-        let spill = self.chunk_mut(place.address).is_some_and(|chunk| chunk.spill) && !place.room;
-        Some((place, backing, spill))
+        let missing = |chunk: &Chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_));
+        if let Some((place, backing)) = self.take(|chunk| missing(chunk) && chunk.spill) {
+            return Some((place, backing, true));
+        }
+        self.take(missing).map(|(place, backing)| (place, backing, false))
     }
 
     /// Takes the next chunk that is in host memory for want of room, marking it as moving.
