@@ -8,8 +8,7 @@ use crate::device::Shared;
 use crate::memory::{Backing, Region};
 use nvshare::units::format_size;
 use std::collections::HashMap;
-use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// An allocation that has a handle.
@@ -35,9 +34,6 @@ fn exports() -> MutexGuard<'static, Option<HashMap<u64, Export>>> {
 /// Where this process can be asked, once it can.
 static SERVER: Mutex<Option<Exporter>> = Mutex::new(None);
 
-/// The socket, for [`forget`].
-static LISTENER: AtomicI32 = AtomicI32::new(-1);
-
 /// Where this process can be asked, if it can.
 pub fn this_process() -> Option<Exporter> {
     *SERVER.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -51,7 +47,6 @@ pub fn serve() -> std::io::Result<Exporter> {
     }
     let exporter = Exporter::here()?;
     let listener = server::open(&exporter)?;
-    let raw = listener.as_raw_fd();
     std::thread::Builder::new().name("nvshare-ipc".into()).spawn(move || {
         // The application's signals are for its own threads.
         let _ = nix::sys::signal::SigSet::all().thread_set_mask();
@@ -62,18 +57,8 @@ pub fn serve() -> std::io::Result<Exporter> {
             tracing::error!("nvshare panicked while it handed out memory: no other process can open any more of this one's");
         }
     })?;
-    LISTENER.store(raw, Ordering::Release);
     *server = Some(exporter);
     Ok(exporter)
-}
-
-/// In a forked child: the thread is not there, so nobody may think that it listens.
-pub fn forget() {
-    let listener = LISTENER.swap(-1, Ordering::AcqRel);
-    if listener >= 0 {
-        // SAFETY: the copy of a descriptor whose owner is a thread that this process does not have.
-        unsafe { libc::close(listener) };
-    }
 }
 
 /// cuIpcGetMemHandle: the allocation that `address` lies in stays on the GPU from now on, and others may open it.

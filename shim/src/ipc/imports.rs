@@ -1,5 +1,6 @@
 //! Memory of other processes that this one has open.
 
+use super::channel::Extent;
 use super::client::{Connection, OpenError};
 use super::handle::{Exporter, Handle};
 use crate::abi::{CUcontext, CUdeviceptr, CUmemAccessDesc, CuResult};
@@ -8,6 +9,7 @@ use crate::session;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, format_nanos, format_size};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// An allocation of another process's, mapped here.
@@ -101,6 +103,48 @@ fn said(call: &'static str) -> impl Fn(CuResult) -> OpenError {
     move |result| OpenError::Driver { call, result }
 }
 
+impl Imports {
+    /// Asks the exporter for an allocation, and maps it.
+    fn fetch(
+        &mut self,
+        device: &Arc<Shared>,
+        handle: &Handle,
+    ) -> Result<(Arc<Connection>, Extent, Mapping), OpenError> {
+        self.exporters.retain(|_, connection| connection.strong_count() > 0);
+        let known = self.exporters.get(&handle.exporter).and_then(Weak::upgrade);
+        let connection = match &known {
+            Some(connection) => connection.clone(),
+            None => Arc::new(Connection::to(&handle.exporter)?),
+        };
+        let mut mapping = None;
+        let opened = connection.open(handle, |extent, at, fd, size| {
+            let mapping = match &mut mapping {
+                Some(mapping) => mapping,
+                none => none.insert(Mapping::new(device, extent.size)?),
+            };
+            mapping.add(at, &fd, size)
+        });
+        match (opened, mapping) {
+            (Ok(extent), Some(mapping)) => {
+                self.exporters.insert(handle.exporter, Arc::downgrade(&connection));
+                Ok((connection, extent, mapping))
+            }
+            (Ok(_), None) => Err(OpenError::Nonsense("nothing came".into())),
+            (Err(error), mapping) => {
+                if !error.leaves_it_usable() {
+                    // A late answer would be taken for that to another question.
+                    self.exporters.remove(&handle.exporter);
+                }
+                if known.is_some() && mapping.is_none() && matches!(error, OpenError::HungUp(_)) {
+                    // It hung up long ago. Is it there at all?
+                    return self.fetch(device, handle);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
 /// cuIpcOpenMemHandle of a handle of ours, in a context of that GPU.
 ///
 /// # Errors
@@ -117,27 +161,7 @@ pub fn open(device: &Arc<Shared>, context: CUcontext, handle: &Handle) -> Result
             return Ok(import.address);
         }
         let began = now();
-        let connection = match imports.exporters.get(&handle.exporter).and_then(Weak::upgrade) {
-            Some(connection) => connection,
-            None => Arc::new(Connection::to(&handle.exporter)?),
-        };
-        imports.exporters.retain(|_, connection| connection.strong_count() > 0);
-        imports.exporters.insert(handle.exporter, Arc::downgrade(&connection));
-        let mut mapping = None;
-        let opened = connection.open(handle, |extent, at, fd, size| {
-            let mapping = match &mut mapping {
-                Some(mapping) => mapping,
-                none => none.insert(Mapping::new(device, extent.size)?),
-            };
-            mapping.add(at, &fd, size)
-        });
-        let extent = opened.inspect_err(|error| {
-            if !error.leaves_it_usable() {
-                // A late answer would be taken for that to another question.
-                imports.exporters.remove(&handle.exporter);
-            }
-        })?;
-        let mapping = mapping.ok_or_else(|| OpenError::Nonsense("nothing came".into()))?;
+        let (connection, extent, mapping) = imports.fetch(device, handle)?;
         if let Err(error) = mapping.allow() {
             connection.close(handle);
             return Err(error);
@@ -173,6 +197,7 @@ pub fn close(address: CUdeviceptr) -> bool {
         if import.opened == 0 {
             let import = imports.open.swap_remove(index);
             imports.closing.push(import);
+            CLOSING.store(true, Ordering::Release);
         }
         Some(())
     });
@@ -188,14 +213,26 @@ pub fn containing(address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
     })
 }
 
-/// Unmaps what is closed, when the work that may use it is done.
-fn sweep() {
-    let closing = with(|imports| std::mem::take(&mut imports.closing));
+/// Whether something is closed and still mapped: a capture was open, which forbids to wait for the work that may use
+/// it.
+static CLOSING: AtomicBool = AtomicBool::new(false);
+
+/// Unmaps what is closed, when the work that may use it is done. When a capture ends, the engine calls it.
+pub fn sweep() {
+    if !CLOSING.swap(false, Ordering::AcqRel) {
+        return;
+    }
+    // Not waited for: another thread may wait for an exporter with it. It will sweep, or the next call.
+    let closing = match IMPORTS.try_lock().as_deref_mut() {
+        Ok(Some(imports)) => std::mem::take(&mut imports.closing),
+        _ => return CLOSING.store(true, Ordering::Release),
+    };
     // Work of any GPU may use it.
-    if closing.is_empty() || session::all().iter().all(|device| device.wait_for_work()) {
+    if session::all().iter().all(|device| device.wait_for_work()) {
         closing.into_iter().for_each(Import::end);
     } else {
         with(|imports| imports.closing.extend(closing));
+        CLOSING.store(true, Ordering::Release);
     }
 }
 

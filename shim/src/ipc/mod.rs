@@ -36,7 +36,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use imports::{close, containing, context_ends};
+pub use imports::{close, containing, context_ends, sweep};
 
 use crate::abi::*;
 use crate::device::Shared;
@@ -85,6 +85,6 @@ pub fn open(
 
 /// In a forked child: the GPU is the parent's.
 pub fn forget() {
-    exports::forget();
+    server::forget();
     imports::forget();
 }

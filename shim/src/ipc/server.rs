@@ -15,6 +15,7 @@ use nix::sys::socket::{
 use nvshare::sync::now;
 use nvshare::units::{MILLISECOND, Nanos};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 /// Connections at a time: a process has one to each that it opened memory of.
 const MOST_PEERS: usize = 128;
@@ -43,8 +44,49 @@ pub trait Lender {
     fn pieces(&self, loan: &Self::Loan, from: u32, most: usize) -> Result<Pieces, CuResult>;
 }
 
+/// The sockets of this process, for [`forget`]; no lock, because a forked child would find it held for ever.
+static SOCKETS: [AtomicI32; MOST_PEERS + 1] = [const { AtomicI32::new(NONE) }; MOST_PEERS + 1];
+
+const NONE: i32 = -1;
+
+/// A socket that is on the list.
+struct Socket {
+    entry: Option<&'static AtomicI32>,
+    fd: OwnedFd,
+}
+
+impl Socket {
+    fn new(fd: OwnedFd) -> Self {
+        let taken = |entry: &&AtomicI32| {
+            entry.compare_exchange(NONE, fd.as_raw_fd(), Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        };
+        Self { entry: SOCKETS.iter().find(taken), fd }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Before it is closed: its number may be another's then.
+        if let Some(entry) = self.entry {
+            entry.store(NONE, Ordering::Release);
+        }
+    }
+}
+
+/// In a forked child: the thread that answers is not there, so nobody may think that somebody listens, or that this
+/// process still lives when it has ended.
+pub fn forget() {
+    for entry in &SOCKETS {
+        let fd = entry.swap(NONE, Ordering::AcqRel);
+        if fd >= 0 {
+            // SAFETY: the copy of a descriptor whose owner is a thread that this process does not have.
+            unsafe { libc::close(fd) };
+        }
+    }
+}
+
 struct Peer<L> {
-    socket: OwnedFd,
+    socket: Socket,
     pid: i32,
     since: Nanos,
     loans: Vec<(u64, L, Extent)>,
@@ -64,14 +106,14 @@ pub fn open(exporter: &Exporter) -> nix::Result<OwnedFd> {
 
 /// Serves for ever.
 pub fn serve<L: Lender>(listener: OwnedFd, lender: &L) {
-    let mut server = Server { listener, peers: Vec::new(), breath: None };
+    let mut server = Server { listener: Socket::new(listener), peers: Vec::new(), breath: None };
     loop {
         server.round(lender);
     }
 }
 
 struct Server<L> {
-    listener: OwnedFd,
+    listener: Socket,
     peers: Vec<Peer<L>>,
     /// No descriptors were left for a new connection: until when none is taken.
     breath: Option<Nanos>,
@@ -92,8 +134,8 @@ impl<L> Server<L> {
         });
         let listens = self.breath.is_none() && self.peers.len() < MOST_PEERS;
         let interest = if listens { PollFlags::POLLIN } else { PollFlags::empty() };
-        let mut fds = vec![PollFd::new(self.listener.as_fd(), interest)];
-        fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.as_fd(), PollFlags::POLLIN)));
+        let mut fds = vec![PollFd::new(self.listener.fd.as_fd(), interest)];
+        fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.fd.as_fd(), PollFlags::POLLIN)));
         if poll(&mut fds, timeout).is_err() {
             // A signal, or no memory in the kernel for a moment: nothing is known, so everybody is looked at.
             std::thread::yield_now();
@@ -122,7 +164,7 @@ impl<L> Server<L> {
 
     fn admit(&mut self) {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = match accept4(self.listener.as_raw_fd(), flags) {
+        let socket = match accept4(self.listener.fd.as_raw_fd(), flags) {
             // SAFETY: it was just made, and nobody else knows it.
             Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
             Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
@@ -133,7 +175,9 @@ impl<L> Server<L> {
             Err(_) => return,
         };
         match peer(&socket) {
-            Ok((true, pid)) => self.peers.push(Peer { socket, pid, since: now(), loans: Vec::new() }),
+            Ok((true, pid)) => {
+                self.peers.push(Peer { socket: Socket::new(socket), pid, since: now(), loans: Vec::new() })
+            }
             Ok((false, pid)) => {
                 tracing::warn!(
                     peer = pid,
@@ -149,7 +193,7 @@ impl<L> Server<L> {
 fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>) -> bool {
     // Room for more than a request, so that a longer message is seen as one.
     let mut bytes = [0; size_of::<Ask>() + 1];
-    let (length, sent) = match receive(peer.socket.as_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+    let (length, sent) = match receive(peer.socket.fd.as_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
         Ok((0, _)) => return false,
         Ok(message) => message,
         Err(Errno::EAGAIN) => return true,
@@ -180,7 +224,8 @@ fn answer<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, ask: &Ask) -> b
             );
         }
         let bytes = Answer::refused(why);
-        let said = send(peer.socket.as_fd(), bytemuck::bytes_of(&bytes), &Vec::new(), MsgFlags::MSG_DONTWAIT);
+        let said =
+            send(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &Vec::new(), MsgFlags::MSG_DONTWAIT);
         said.is_ok() && why != Refusal::Denied
     };
     if ask.from == 0 {
@@ -199,7 +244,7 @@ fn answer<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, ask: &Ask) -> b
     match lender.pieces(loan, ask.from, left.min(BATCH)) {
         Ok(pieces) => {
             let bytes = Answer::given(*extent, &pieces);
-            send(peer.socket.as_fd(), bytemuck::bytes_of(&bytes), &pieces, MsgFlags::MSG_DONTWAIT).is_ok()
+            send(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &pieces, MsgFlags::MSG_DONTWAIT).is_ok()
         }
         Err(result) => {
             let why = if result == CuResult::INVALID_VALUE { Refusal::Gone } else { Refusal::Driver(result) };

@@ -94,7 +94,7 @@ fn be_an_exporter() {
             // SAFETY: the child only closes a descriptor and waits.
             match unsafe { nix::unistd::fork() }.unwrap() {
                 nix::unistd::ForkResult::Child => {
-                    exports::forget();
+                    server::forget();
                     let handle = hex(&Handle::new(exporter, 1, Key::draw().unwrap()));
                     nix::unistd::write(std::io::stdout(), format!("\n{handle}\n").as_bytes()).unwrap();
                     loop {
