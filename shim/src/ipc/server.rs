@@ -50,7 +50,7 @@ static SOCKETS: [AtomicI32; MOST_PEERS + 1] = [const { AtomicI32::new(NONE) }; M
 const NONE: i32 = -1;
 
 /// A socket that is on the list.
-struct Socket {
+pub struct Socket {
     entry: Option<&'static AtomicI32>,
     fd: OwnedFd,
 }
@@ -96,17 +96,18 @@ struct Peer<L> {
 ///
 /// # Errors
 /// The system's.
-pub fn open(exporter: &Exporter) -> nix::Result<OwnedFd> {
+pub fn open(exporter: &Exporter) -> nix::Result<Socket> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
     bind(listener.as_raw_fd(), &UnixAddr::new_abstract(exporter.socket_name().as_bytes())?)?;
     listen(&listener, Backlog::new(64).unwrap_or(Backlog::MAXCONN))?;
-    Ok(listener)
+    // Before there is a thread for it: a fork may come first.
+    Ok(Socket::new(listener))
 }
 
 /// Serves for ever.
-pub fn serve<L: Lender>(listener: OwnedFd, lender: &L) {
-    let mut server = Server { listener: Socket::new(listener), peers: Vec::new(), breath: None };
+pub fn serve<L: Lender>(listener: Socket, lender: &L) {
+    let mut server = Server { listener, peers: Vec::new(), breath: None };
     loop {
         server.round(lender);
     }
