@@ -408,8 +408,12 @@ impl Driver {
         if fd < 0 {
             return Err(CuResult::OPERATING_SYSTEM);
         }
-        // SAFETY: the driver has just opened it for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+        // The driver leaves it to programs that are started meanwhile, and they would keep the memory.
+        // SAFETY: a descriptor that the driver has just opened for us; it becomes ours.
+        unsafe {
+            libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
     }
 
     /// The physical memory behind a descriptor, which may be closed afterwards.
