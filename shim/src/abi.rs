@@ -426,6 +426,17 @@ pub const CU_MEMPOOL_ATTR_USED_MEM_CURRENT: CUmemPool_attribute = 7;
 /// The most that was allocated from it since that was last reset.
 pub const CU_MEMPOOL_ATTR_USED_MEM_HIGH: CUmemPool_attribute = 8;
 
+/// `CUipcMemHandle`: a name of memory, for other processes. C passes it by value, on the stack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct CUipcMemHandle {
+    /// What the driver makes of it.
+    pub reserved: [u8; 64],
+}
+
+/// `cuIpcOpenMemHandle`: access between GPUs is enabled where it is needed. The only flag, and a must.
+pub const CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: u32 = 1;
+
 /// No access.
 pub const CU_MEM_ACCESS_FLAGS_PROT_NONE: u32 = 0;
 /// Reading.
@@ -587,6 +598,7 @@ mod tests {
         assert_eq!(offset_of!(CUmemAllocationProp, location), 8);
         assert_eq!(offset_of!(CUmemAllocationProp, win32_handle_meta_data), 16);
         assert_eq!(offset_of!(CUmemAllocationProp, alloc_flags), 24);
+        assert_eq!((size_of::<CUipcMemHandle>(), align_of::<CUipcMemHandle>()), (64, 1));
         assert_eq!(size_of::<CUmemAllocFlags>(), 8);
         assert_eq!(offset_of!(CUmemAllocFlags, usage), 2);
         assert_eq!((size_of::<CUmemPoolProps>(), align_of::<CUmemPoolProps>()), (88, 8));

@@ -152,7 +152,7 @@ impl Shared {
         place.prop.unwrap_or_else(|| {
             let mut prop = CUmemAllocationProp::pinned(CUmemLocation::device(self.device));
             if self.exportable {
-                // Costs nothing (docs/decisions/0007), and cuIpcGetMemHandle may come at any time.
+                // Costs nothing (docs/decisions/0008), and cuIpcGetMemHandle may come at any time.
                 prop.requested_handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
             }
             prop
@@ -426,7 +426,7 @@ impl Shared {
     }
 
     /// Waits for all work submitted so far. False if an open capture forbids to ask.
-    fn wait_for_work(&self) -> bool {
+    pub fn wait_for_work(&self) -> bool {
         session::with_no_capture(|| {
             // A broken context does no work any more, so its memory is not in use either.
             if let Err(result) = self.streams.wait(self.driver) {
@@ -446,6 +446,8 @@ impl Shared {
             for allocation in memory.take_doomed() {
                 self.finish_free(&mut memory, allocation);
             }
+            let returned = memory.take_returned();
+            returned.into_iter().for_each(|region| self.dispose(region));
         }
     }
 

@@ -14,6 +14,7 @@
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -348,6 +349,8 @@ driver! {
             cuMemHostAlloc(*mut *mut c_void, usize, u32);
             cuMemHostGetDevicePointer_v2(*mut CUdeviceptr, *mut c_void, u32);
             cuMemFreeHost(*mut c_void);
+            cuMemExportToShareableHandle(*mut c_void, CUmemGenericAllocationHandle, u32, u64);
+            cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, u32);
             cuStreamGetCtx(CUstream, *mut CUcontext);
             cuGetProcAddress(*const c_char, *mut *mut c_void, i32, u64);
             cuGetProcAddress_v2(*const c_char, *mut *mut c_void, i32, u64, *mut CUdriverProcAddressQueryResult);
@@ -393,6 +396,34 @@ impl Driver {
         let mut handle = 0;
         // SAFETY: the handle has room for what the driver writes; the properties are only read during the call.
         unsafe { (self.cuMemCreate)(&mut handle, size, prop, 0) }.ok()?;
+        Ok(handle)
+    }
+
+    /// A descriptor by which another process can map physical memory too. It keeps the memory alive.
+    pub fn mem_export(&self, handle: CUmemGenericAllocationHandle) -> Result<OwnedFd, CuResult> {
+        let call = self.cuMemExportToShareableHandle.ok_or(CuResult::NOT_FOUND)?;
+        let mut fd: RawFd = -1;
+        // SAFETY: for this type of handle the driver writes an int.
+        unsafe { call((&raw mut fd).cast(), handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0) }.ok()?;
+        if fd < 0 {
+            return Err(CuResult::OPERATING_SYSTEM);
+        }
+        // The driver leaves it to programs that are started meanwhile, and they would keep the memory.
+        // SAFETY: a descriptor that the driver has just opened for us; it becomes ours.
+        unsafe {
+            libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
+            Ok(OwnedFd::from_raw_fd(fd))
+        }
+    }
+
+    /// The physical memory behind a descriptor, which may be closed afterwards.
+    pub fn mem_import(&self, fd: BorrowedFd<'_>) -> Result<CUmemGenericAllocationHandle, CuResult> {
+        let call = self.cuMemImportFromShareableHandle.ok_or(CuResult::NOT_FOUND)?;
+        let mut handle = 0;
+        let fd = fd.as_raw_fd() as usize as *mut c_void;
+        // SAFETY: for this type of handle the pointer is the descriptor itself; the handle has room for what
+        // the driver writes.
+        unsafe { call(&mut handle, fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) }.ok()?;
         Ok(handle)
     }
 

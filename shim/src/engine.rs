@@ -183,6 +183,7 @@ impl Engine {
         if self.shared.memory().has_doomed() {
             self.shared.bury();
         }
+        crate::ipc::sweep();
         let until = match self.client.phase() {
             Phase::Idle if session::gate().waiting() > 0 => return self.client.request(),
             Phase::Running => {

@@ -14,6 +14,7 @@
 //! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`vmm`] | memory that the application maps itself |
+//! | [`ipc`] | memory that several processes have open |
 //! | [`room`] | memory that only the driver can place |
 //! | [`swap`] | moving memory in a pipeline |
 //! | [`scan`] | finding the granules that hold nothing but zeros |
@@ -32,6 +33,7 @@ mod gate;
 mod hooks;
 mod hostpool;
 mod interpose;
+mod ipc;
 mod log;
 mod memory;
 mod nvml;

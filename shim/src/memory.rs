@@ -178,6 +178,10 @@ pub struct Region {
     pub context: CUcontext,
     /// Its pieces, by address.
     pub chunks: Vec<Chunk>,
+    /// How often other processes have it open: it stays until they have closed it.
+    lent: u32,
+    /// The application has freed what was in it.
+    abandoned: bool,
     /// What it is for.
     pub kind: Kind,
 }
@@ -212,7 +216,7 @@ impl Region {
         let chunks = (0..size.div_ceil(chunk))
             .map(|index| Chunk::new(base + index * chunk, chunk.min(size - index * chunk)))
             .collect();
-        Self { base, size, context, chunks, kind }
+        Self { base, size, context, chunks, lent: 0, abandoned: false, kind }
     }
 
     /// Its size in granules.
@@ -233,6 +237,14 @@ impl Region {
     /// Whether the GPU can use any of it.
     pub fn in_use_by_gpu(&self) -> bool {
         self.chunks.iter().any(|chunk| chunk.backing.usable())
+    }
+
+    /// Whether only other processes keep it.
+    fn is_orphan(&self) -> bool {
+        match &self.kind {
+            Kind::Slab(gaps) => gaps.empty(),
+            _ => self.abandoned,
+        }
     }
 
     /// Where one of its chunks is mapped.
@@ -374,6 +386,11 @@ pub struct Memory {
     /// Allocations that the application has freed and the engine must release, because memory was
     /// moving or because an open capture forbade to wait for their last use. Their regions live on.
     doomed: Vec<Allocation>,
+    /// By what number other processes know an allocation, by its base; gone with the allocation.
+    exports: BTreeMap<CUdeviceptr, u64>,
+    /// Regions that the application has done with, and by now the last other process too. The engine
+    /// releases them.
+    returned: Vec<CUdeviceptr>,
     /// Rooms made so far.
     rooms: u64,
     /// The engine moves chunks, and nobody else may touch their backing.
@@ -439,6 +456,7 @@ impl Memory {
     /// Strikes an allocation off the list of those that can be freed or looked up. Its room in a slab
     /// is not free before [`Memory::finish_free`]: the GPU may still use it.
     pub fn begin_free(&mut self, base: CUdeviceptr) -> Option<Allocation> {
+        self.exports.remove(&base);
         self.allocations.remove(&base)
     }
 
@@ -451,7 +469,48 @@ impl Memory {
                 return Freed::Nothing;
             }
         }
-        Freed::Region(region.base)
+        region.abandoned = true;
+        if region.lent > 0 { Freed::Nothing } else { Freed::Region(region.base) }
+    }
+
+    /// Gives an allocation a number by which other processes know it, if it has none yet. `None` if no
+    /// allocation begins there.
+    pub fn export(&mut self, base: CUdeviceptr, fresh: impl FnOnce() -> u64) -> Option<u64> {
+        self.allocations.contains_key(&base).then(|| *self.exports.entry(base).or_insert_with(fresh))
+    }
+
+    /// The allocation that begins there, if it is still the one that other processes know by this number,
+    /// and its region.
+    pub fn exported(&self, base: CUdeviceptr, number: u64) -> Option<(Allocation, &Region)> {
+        let allocation = self.allocations.get(&base).filter(|_| self.exports.get(&base) == Some(&number))?;
+        Some((*allocation, self.regions.get(&allocation.region)?))
+    }
+
+    /// Another process opens a region.
+    pub fn lend(&mut self, region: CUdeviceptr) {
+        if let Some(region) = self.regions.get_mut(&region) {
+            region.lent += 1;
+        }
+    }
+
+    /// Another process has closed a region. True if the engine is to release it now.
+    pub fn take_back(&mut self, base: CUdeviceptr) -> bool {
+        let Some(region) = self.regions.get_mut(&base) else { return false };
+        region.lent = region.lent.saturating_sub(1);
+        let over = region.lent == 0 && region.is_orphan();
+        if over {
+            self.returned.push(base);
+        }
+        over
+    }
+
+    /// The regions that nobody has open any more, neither here nor elsewhere.
+    pub fn take_returned(&mut self) -> Vec<Region> {
+        let bases = std::mem::take(&mut self.returned);
+        // A slab may have been taken into use again.
+        let over = |region: &Region| region.lent == 0 && region.is_orphan();
+        let mut release = |base| self.regions.get(base).is_some_and(over).then(|| self.regions.remove(base));
+        bases.iter().filter_map(|base| release(base).flatten()).collect()
     }
 
     /// Leaves the end of a free to the engine.
@@ -466,12 +525,13 @@ impl Memory {
 
     /// Whether a free is left to the engine.
     pub fn has_doomed(&self) -> bool {
-        !self.doomed.is_empty()
+        !self.doomed.is_empty() || !self.returned.is_empty()
     }
 
     /// Takes a region out of the map that the application never got to know.
     pub fn forget(&mut self, region: CUdeviceptr) -> Option<Region> {
         self.allocations.remove(&region);
+        self.exports.remove(&region);
         self.regions.remove(&region)
     }
 
@@ -536,10 +596,13 @@ impl Memory {
         self.allocations.clear();
         self.views.clear();
         self.doomed.clear();
+        self.exports.clear();
+        self.returned.clear();
         std::mem::take(&mut self.regions).into_values().collect()
     }
 
-    /// Takes out of the map all that goes with a context.
+    /// Takes out of the map all that goes with a context. What other processes have open stays, and is
+    /// nobody's here.
     pub fn remove_context(&mut self, context: CUcontext) -> Vec<Region> {
         let bases: Vec<_> = self
             .regions
@@ -549,7 +612,15 @@ impl Memory {
             .collect();
         self.allocations.retain(|_, allocation| !bases.contains(&allocation.region));
         self.doomed.retain(|allocation| !bases.contains(&allocation.region));
-        bases.iter().filter_map(|base| self.regions.remove(base)).collect()
+        self.exports.retain(|base, _| self.allocations.contains_key(base));
+        let (stay, go): (Vec<_>, Vec<_>) =
+            bases.into_iter().partition(|base| self.regions.get(base).is_some_and(|region| region.lent > 0));
+        for base in stay {
+            if let Some(region) = self.regions.get_mut(&base) {
+                (region.context, region.kind, region.abandoned) = (CUcontext::NULL, Kind::Whole, true);
+            }
+        }
+        go.iter().filter_map(|base| self.regions.remove(base)).collect()
     }
 
     /// Puts a chunk where it now is. The chunk's region cannot have gone: while chunks move, regions
@@ -769,5 +840,64 @@ mod tests {
         assert!(memory.region(1 << 30).is_some() && memory.has_doomed());
         assert_eq!(memory.take_doomed(), [allocation]);
         assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
+    }
+
+    #[test]
+    fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
+        let mut memory = Memory::default();
+        memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
+        assert_eq!(memory.export(1 << 30, || 7), Some(7));
+        assert_eq!(memory.export(1 << 30, || 8), Some(7), "asked for twice");
+        assert_eq!(memory.export((1 << 30) + 512, || 9), None);
+        memory.lend(1 << 30);
+        memory.lend(1 << 30);
+        let allocation = memory.begin_free(1 << 30).unwrap();
+        assert!(memory.exported(1 << 30, 7).is_none());
+        assert_eq!(memory.finish_free(allocation), Freed::Nothing);
+        assert!(!memory.take_back(1 << 30) && memory.take_back(1 << 30));
+        assert!(memory.has_doomed());
+        assert_eq!(memory.take_returned().len(), 1);
+        assert!(memory.region(1 << 30).is_none() && !memory.has_doomed());
+        // An allocation at the same address is another one.
+        memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
+        assert!(memory.exported(1 << 30, 7).is_none());
+        memory.lend(1 << 30);
+        assert!(!memory.take_back(1 << 30), "the application still has it");
+    }
+
+    #[test]
+    fn a_slab_that_others_have_open_can_be_used_again() {
+        let mut memory = Memory::default();
+        memory.add_slab(1 << 30, CONTEXT);
+        let free = |memory: &mut Memory| {
+            let allocation = memory.begin_free(1 << 30).unwrap();
+            assert_eq!(memory.finish_free(allocation), Freed::Nothing);
+        };
+        assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30));
+        memory.lend(1 << 30);
+        free(&mut memory);
+        assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30));
+        assert!(!memory.take_back(1 << 30));
+        memory.lend(1 << 30);
+        free(&mut memory);
+        assert!(memory.take_back(1 << 30));
+        assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30), "before the engine came");
+        assert!(memory.take_returned().is_empty());
+        let allocation = memory.begin_free(1 << 30).unwrap();
+        assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
+    }
+
+    #[test]
+    fn what_others_have_open_outlives_its_context() {
+        let mut memory = Memory::default();
+        memory.add_slab(1 << 30, CONTEXT);
+        memory.take_small(1, CONTEXT).unwrap();
+        memory.add_whole(1 << 31, GRANULE, GRANULE, CONTEXT);
+        memory.lend(1 << 30);
+        let gone: Vec<_> = memory.remove_context(CONTEXT).iter().map(|region| region.base).collect();
+        assert_eq!(gone, [1 << 31]);
+        assert_eq!((memory.containing(1 << 30), memory.take_small(1, CUcontext::NULL)), (None, None));
+        assert!(memory.take_back(1 << 30));
+        assert_eq!(memory.take_returned().len(), 1);
     }
 }

@@ -265,7 +265,8 @@ pub fn initialise() -> Result<(), CuResult> {
     })?;
     static ATFORK: OnceLock<()> = OnceLock::new();
     ATFORK.get_or_init(|| {
-        // SAFETY: the handler stores into atomics and wakes nobody's futex but its own, which is allowed after a fork.
+        // SAFETY: the handler stores into atomics, closes descriptors, and wakes nobody's futex but its own, all of which is
+        // allowed after a fork.
         unsafe { libc::pthread_atfork(None, None, Some(forget)) };
     });
     let path = paths::socket(&paths::runtime_dir());
@@ -286,6 +287,7 @@ fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<()
 }
 
 extern "C" fn forget() {
+    crate::ipc::forget();
     if ATTACHED.load(Ordering::Relaxed) > 0 {
         FORGOTTEN.store(true, Ordering::Relaxed);
         crate::hostpool::forget();
@@ -403,6 +405,7 @@ pub fn context_ends(context: CUcontext) {
             drop(devices);
             shared.leave_context(context, heir);
             shared.release_context(context);
+            crate::ipc::context_ends(context);
             crate::pools::context_ended(context);
             return;
         }
@@ -417,6 +420,7 @@ pub fn context_ends(context: CUcontext) {
         tracing::error!(gpu = %shared.gpu, "the engine ended with a panic");
     }
     crate::pools::device_ended(shared.device, context);
+    crate::ipc::context_ends(context);
     ATTACHED.fetch_sub(1, Ordering::AcqRel);
     votes().retain(|voter| *voter != shared.device);
     if ATTACHED.load(Ordering::Acquire) == 0 {

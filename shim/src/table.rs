@@ -33,7 +33,8 @@
 //! of a register or slot is handed on unchanged, and the callee ignores it as it would have without us. All return a
 //! 32-bit integer. Driver functions that take a float or a large struct by value (`cuParamSetf`,
 //! `cuTexRefSetMipmapLevelBias` and `Clamp`, `cuIpcOpenMemHandle`, `cuIpcOpenEventHandle`,
-//! `cuEGLStreamProducerPresentFrame`) must never be given such a row; they are all [`Class::Pass`].
+//! `cuEGLStreamProducerPresentFrame`) must never be given such a row; they are hooked, with their types, or
+//! [`Class::Pass`].
 //!
 //! # Cost
 //!
@@ -67,6 +68,8 @@ pub enum Class {
     Map,
     /// Hands memory to others, who may use it at any time: it stays on the GPU from then on.
     Export,
+    /// Maps memory of another process, or unmaps it.
+    Import,
     /// Allocates or frees memory that only the driver can place, and that cannot move.
     Placed,
     /// The driver may need memory of its own for it: if it finds none, room is made.
@@ -92,13 +95,14 @@ pub enum Class {
 impl Class {
     /// All of them.
     #[cfg(test)]
-    pub const ALL: [Class; 16] = [
+    pub const ALL: [Class; 17] = [
         Class::Submit,
         Class::NeedsMemory,
         Class::Alloc,
         Class::Free,
         Class::Map,
         Class::Export,
+        Class::Import,
         Class::Placed,
         Class::Grows,
         Class::Pool,
@@ -701,7 +705,6 @@ entry_points! {
             cuGraphMemsetNodeSetParams(2) @ 10_000;
             cuGraphNodeSetParams(2) @ 12_020;
             cuGraphNodeSetParams_v2(2) @ 13_040;
-            cuIpcGetMemHandle(2) @ 4_010;
             cuLogicalEndpointBindAddr(6) @ 13_030;
             cuMemAdvise(4) @ 8_000;
             cuMemAdvise_v2(4) @ 12_020;
@@ -802,7 +805,13 @@ entry_points! {
                 prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle
             ) @ 10_020;
         }
+        Import {
+            cuIpcOpenMemHandle(pdptr: *mut CUdeviceptr, handle: CUipcMemHandle, flags: u32) @ 4_010;
+            cuIpcOpenMemHandle_v2(pdptr: *mut CUdeviceptr, handle: CUipcMemHandle, flags: u32) @ 11_000;
+            cuIpcCloseMemHandle(dptr: CUdeviceptr) @ 4_010;
+        }
         Export {
+            cuIpcGetMemHandle(handle: *mut CUipcMemHandle, dptr: CUdeviceptr) @ 4_010;
             cuMemExportToShareableHandle(
                 shareable: *mut c_void, handle: CUmemGenericAllocationHandle, kind: u32, flags: u64
             ) @ 10_020;
@@ -1129,11 +1138,8 @@ entry_points! {
         cuGreenCtxWaitEvent @ 12_040;
         cuImportExternalMemory @ 10_000;
         cuImportExternalSemaphore @ 10_000;
-        cuIpcCloseMemHandle @ 4_010;
         cuIpcGetEventHandle @ 4_010;
         cuIpcOpenEventHandle @ 4_010;
-        cuIpcOpenMemHandle @ 4_010;
-        cuIpcOpenMemHandle_v2 @ 11_000;
         cuKernelGetAttribute @ 12_000;
         cuKernelGetLibrary @ 12_050;
         cuKernelGetName @ 12_030;
@@ -1461,7 +1467,7 @@ mod tests {
             "cuEventRecord",
             "cuStreamWaitEvent_ptsz",
             "cuCtxSynchronize",
-            "cuIpcOpenMemHandle_v2",
+            "cuIpcOpenEventHandle",
             "cuParamSetf",
         ] {
             assert_eq!(class(export), Class::Pass, "{export}");

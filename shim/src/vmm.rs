@@ -16,22 +16,8 @@
 
 use crate::abi::*;
 use crate::device::Shared;
-use crate::memory::{Backing, Region, View};
+use crate::memory::{Allocation, Backing, Region, View};
 use nvshare::units::{GRANULE, format_size};
-
-/// What another process needs to map a region too.
-pub struct SharedRegion {
-    /// Where it begins, here.
-    pub region: CUdeviceptr,
-    /// Bytes.
-    pub size: u64,
-    /// Where the allocation begins in it.
-    pub offset: u64,
-    /// Bytes of the allocation.
-    pub bytes: u64,
-    /// Its physical memory, piece after piece, and how many bytes each has.
-    pub chunks: Vec<(CUmemGenericAllocationHandle, u64)>,
-}
 
 /// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
 fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
@@ -250,23 +236,21 @@ impl Shared {
         })
     }
 
-    /// Fixes the region of the allocation that `address` lies in on the GPU, for as long as it lives, and says
-    /// what another process needs to map it too. The caller is inside the gate, so all of it is in place.
+    /// Fixes the region of the allocation that `address` lies in on the GPU, for as long as it lives, so that
+    /// others can map it too. The caller is inside the gate, so all of it is in place.
     ///
     /// # Errors
     /// INVALID_VALUE if no allocation of ours is there; NOT_SUPPORTED if part of it lies in host memory for
     /// want of room, or if this GPU's memory cannot be handed to other processes.
-    pub fn share(&self, address: CUdeviceptr) -> Result<SharedRegion, CuResult> {
+    pub fn share(&self, address: CUdeviceptr) -> Result<Allocation, CuResult> {
         let mut memory = self.memory_at_rest();
         let allocation = memory.containing(address).ok_or(CuResult::INVALID_VALUE)?;
         let region = memory.region_mut(allocation.region).ok_or(CuResult::INVALID_VALUE)?;
         if !self.exportable {
             return Err(CuResult::NOT_SUPPORTED);
         }
-        let (base, size) = (region.base, region.size);
-        let chunks = self.fix(region)?;
-        let (offset, bytes) = (allocation.base - base, allocation.size);
-        Ok(SharedRegion { region: base, size, offset, bytes, chunks })
+        self.fix(region)?;
+        Ok(allocation)
     }
 
     /// Fixes all chunks of a region.

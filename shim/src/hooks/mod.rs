@@ -8,6 +8,7 @@
 mod stream_ordered;
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use crate::abi::*;
 use crate::device::Shared;
@@ -19,9 +20,11 @@ use crate::table::real;
 use crate::truth::{self, Figures};
 pub use stream_ordered::*;
 
+mod ipc;
 mod placed;
 mod vmm;
 
+pub use ipc::*;
 pub use placed::*;
 pub use vmm::*;
 
@@ -57,7 +60,28 @@ fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
         Some(pools::Found::Unused) => return None,
         None => {}
     }
-    session::all().iter().find_map(|device| device.memory().containing(address))
+    let own = session::all().iter().find_map(|device| device.memory().containing(address));
+    own.or_else(|| {
+        let (base, size) = crate::ipc::containing(address)?;
+        Some(Allocation { base, size, region: base })
+    })
+}
+
+/// Whether other processes can be given an address: for the driver, no memory of cuMemCreate can be.
+fn can_be_shared(address: CUdeviceptr) -> bool {
+    let has = |device: &Arc<Shared>| device.exportable && device.memory().containing(address).is_some();
+    pools::find(address).is_none() && session::all().iter().any(has)
+}
+
+/// Corrects what the driver has answered about an allocation of ours.
+///
+/// # Safety
+/// The driver has written the value of this attribute there.
+unsafe fn correct_attribute(data: *mut c_void, attribute: CUpointer_attribute, address: CUdeviceptr) {
+    if attribute == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE && can_be_shared(address) {
+        // SAFETY: the caller's promise. How wide a boolean is is the driver's affair; its first byte says all.
+        unsafe { data.cast::<u8>().write(1) };
+    }
 }
 
 /// Answers what the driver cannot know about an allocation that consists of chunks. False for attributes that it can.
@@ -230,6 +254,9 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         }
         if result == CuResult::INVALID_VALUE {
             match allocation_of(dptr) {
+                Some(_) if crate::ipc::containing(dptr).is_some() => tracing::warn!(
+                    "cuMemFree({dptr:#x}): it is another process's memory; close it by cuIpcCloseMemHandle"
+                ),
                 Some(allocation) => tracing::warn!(
                     "cuMemFree({dptr:#x}): it lies inside the allocation of {} at {:#x}; free that address",
                     nvshare::units::format_size(allocation.size),
@@ -351,7 +378,12 @@ pub unsafe fn cuPointerGetAttribute(
             Err(result) => return result,
         };
         // SAFETY: the caller's arguments.
-        unsafe { real::cuPointerGetAttribute(data, attribute, ptr) }
+        let result = unsafe { real::cuPointerGetAttribute(data, attribute, ptr) };
+        if result.is_success() {
+            // SAFETY: the driver has just written there.
+            unsafe { correct_attribute(data, attribute, ptr) };
+        }
+        result
     })
 }
 
@@ -373,7 +405,10 @@ pub unsafe fn cuPointerGetAttributes(
         {
             for index in 0..num_attributes as usize {
                 // SAFETY: the driver has just read and written these arrays of `num_attributes`.
-                unsafe { own_attribute(*data.add(index), *attributes.add(index), allocation) };
+                unsafe {
+                    own_attribute(*data.add(index), *attributes.add(index), allocation);
+                    correct_attribute(*data.add(index), *attributes.add(index), ptr);
+                }
             }
         }
         result

@@ -8,6 +8,7 @@
 //! Contexts are numbered in the order in which they were made.
 
 mod figures;
+mod ipc;
 mod stream_ordered;
 
 use crate::Failure;
@@ -127,10 +128,13 @@ impl Caller {
                 Ok((code, if found == expected { "right" } else { "wrong" }.into()))
             }
             (name, numbers) => {
-                let answer = match self.stream_ordered(name, numbers)? {
-                    None => self.figures(name, numbers)?,
-                    answer => answer,
-                };
+                let mut answer = self.stream_ordered(name, numbers)?;
+                for others in [Self::figures, Self::ipc] {
+                    answer = match answer {
+                        None => others(self, name, numbers)?,
+                        answer => answer,
+                    };
+                }
                 answer.ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows")))
             }
         }

@@ -85,6 +85,12 @@ impl Application {
         address.parse().unwrap()
     }
 
+    /// Kills it, and keeps its answers open, for what it leaves behind.
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
     /// It still computes what it should.
     pub fn works(&mut self) {
         let address = self.alloc(4 * MIB);

@@ -1,0 +1,194 @@
+//! The opener's end of the channel.
+
+use super::channel::{Answer, Ask, Extent, Refusal, Wish, peer, receive, send};
+use super::handle::{Exporter, Handle};
+use crate::abi::CuResult;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// How long an exporter may take to answer, seconds.
+const ANSWER_TIMEOUT: i64 = 5;
+
+/// Why memory of another process could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Nobody listens.
+    #[error("it has ended, or is in another network namespace (containers need a common one)")]
+    NoExporter,
+    /// It is another user's.
+    #[error("it is another user's, and memory is shared among processes of one user only")]
+    OtherUser,
+    /// The exporter refuses.
+    #[error("{}", match .0 {
+        Refusal::Gone => "it has freed that memory, or can hand it on no more".to_owned(),
+        Refusal::Denied => "it does not know this handle's key; a handle must be passed on unchanged".to_owned(),
+        Refusal::Driver(result) => format!("its driver said {result} to exporting it"),
+    })]
+    Refused(Refusal),
+    /// It does not answer.
+    #[error("it took the request and said nothing for {ANSWER_TIMEOUT} s: it is stopped, or hangs")]
+    Silence,
+    /// It died, or closed.
+    #[error("it hung up in the middle ({0}): it ended, or has no descriptors left")]
+    HungUp(Errno),
+    /// The answer makes no sense.
+    #[error("its answer makes no sense: {0}")]
+    Nonsense(String),
+    /// The system has no socket for us.
+    #[error("no connection to it could be made: {0}")]
+    System(Errno),
+    /// What came could not be mapped.
+    #[error("{call} said {result}")]
+    Driver {
+        /// What was tried.
+        call: &'static str,
+        /// What the driver said.
+        result: CuResult,
+    },
+}
+
+impl OpenError {
+    /// What the application is told: as by the driver, that the handle is no good, or that it could not be mapped.
+    pub fn cuda(&self) -> CuResult {
+        match self {
+            Self::NoExporter | Self::OtherUser | Self::Refused(Refusal::Gone | Refusal::Denied) => {
+                CuResult::INVALID_VALUE
+            }
+            Self::Refused(Refusal::Driver(result)) | Self::Driver { result, .. } => *result,
+            _ => CuResult::MAP_FAILED,
+        }
+    }
+}
+
+impl OpenError {
+    /// Whether the connection can be asked again: the exporter has answered, and nothing more will come.
+    pub fn leaves_it_usable(&self) -> bool {
+        matches!(self, Self::Refused(Refusal::Gone | Refusal::Driver(_)) | Self::Driver { .. })
+    }
+}
+
+/// A connection to a process whose memory we open. It ends when dropped, and all that was opened is closed then, as
+/// far as the exporter knows.
+pub struct Connection(OwnedFd);
+
+impl Connection {
+    /// Connects to an exporter.
+    ///
+    /// # Errors
+    /// It is not there, or another user's.
+    pub fn to(exporter: &Exporter) -> Result<Self, OpenError> {
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(OpenError::System)?;
+        setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT))
+            .map_err(OpenError::System)?;
+        setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT))
+            .map_err(OpenError::System)?;
+        let address = UnixAddr::new_abstract(exporter.socket_name().as_bytes()).map_err(OpenError::System)?;
+        loop {
+            match connect(fd.as_raw_fd(), &address) {
+                Ok(()) => break,
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNREFUSED) => return Err(OpenError::NoExporter),
+                Err(Errno::EAGAIN) => return Err(OpenError::Silence),
+                Err(error) => return Err(OpenError::System(error)),
+            }
+        }
+        // Somebody else may have taken the name when the exporter had ended.
+        match peer(&fd) {
+            Ok((true, _)) => Ok(Self(fd)),
+            Ok((false, _)) => Err(OpenError::OtherUser),
+            Err(error) => Err(OpenError::System(error)),
+        }
+    }
+
+    /// The descriptor, for [`super::imports`], which closes it in a forked child.
+    pub fn raw(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+
+    /// Opens an allocation: hands each of its pieces to `take`, in order, with where it begins and how many bytes
+    /// it has.
+    ///
+    /// # Errors
+    /// It could not be opened, or `take` failed; it is closed again then.
+    pub fn open(
+        &self,
+        handle: &Handle,
+        mut take: impl FnMut(&Extent, u64, OwnedFd, u64) -> Result<(), OpenError>,
+    ) -> Result<Extent, OpenError> {
+        let (mut known, mut at, mut from) = (None, 0u64, 0);
+        let opened = loop {
+            match self.next(handle, &mut known, &mut at, &mut from, &mut take) {
+                Ok(false) => {}
+                Ok(true) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        match (opened, known) {
+            (Ok(()), Some(extent)) => Ok(extent),
+            // After a refusal it is not open any more.
+            (Err(error @ OpenError::Refused(_)), _) => Err(error),
+            (opened, known) => {
+                if known.is_some() {
+                    self.close(handle);
+                }
+                opened?;
+                Err(OpenError::Nonsense("nothing came".into()))
+            }
+        }
+    }
+
+    /// One answer. True if it was the last.
+    fn next(
+        &self,
+        handle: &Handle,
+        known: &mut Option<Extent>,
+        at: &mut u64,
+        from: &mut u32,
+        take: &mut impl FnMut(&Extent, u64, OwnedFd, u64) -> Result<(), OpenError>,
+    ) -> Result<bool, OpenError> {
+        let (extent, pieces) = self.ask(handle, *from)?;
+        if *known.get_or_insert(extent) != extent {
+            return Err(OpenError::Nonsense(format!("it was {known:?} and is {extent:?}")));
+        }
+        for (fd, size) in pieces {
+            if size > extent.size - *at {
+                return Err(OpenError::Nonsense(format!("its pieces are more than {} B", extent.size)));
+            }
+            take(&extent, *at, fd, size)?;
+            *at += size;
+            *from += 1;
+        }
+        match (*from == extent.pieces, *at == extent.size) {
+            (false, _) => Ok(false),
+            (true, true) => Ok(true),
+            (true, false) => Err(OpenError::Nonsense(format!("its pieces are {at} of {} B", extent.size))),
+        }
+    }
+
+    fn ask(&self, handle: &Handle, from: u32) -> Result<(Extent, super::channel::Pieces), OpenError> {
+        let ask = Ask::new(Wish::Open, handle.number, handle.key, from);
+        let failed = |error| match error {
+            Errno::EAGAIN => OpenError::Silence,
+            error => OpenError::HungUp(error),
+        };
+        send(self.0.as_fd(), bytemuck::bytes_of(&ask), &Vec::new(), MsgFlags::empty()).map_err(failed)?;
+        // Room for more than an answer, so that a longer message is seen as one.
+        let mut bytes = vec![0; size_of::<Answer>() + 1];
+        let (length, fds) = receive(self.0.as_fd(), &mut bytes, MsgFlags::empty()).map_err(failed)?;
+        if length == 0 {
+            return Err(OpenError::HungUp(Errno::ECONNRESET));
+        }
+        Answer::read(&bytes[..length], fds, from).map_err(OpenError::Nonsense)?.map_err(OpenError::Refused)
+    }
+
+    /// Says that an allocation is closed. The exporter may be dead: then nobody need be told.
+    pub fn close(&self, handle: &Handle) {
+        let ask = Ask::new(Wish::Close, handle.number, handle.key, 0);
+        let _ = send(self.0.as_fd(), bytemuck::bytes_of(&ask), &Vec::new(), MsgFlags::MSG_DONTWAIT);
+    }
+}

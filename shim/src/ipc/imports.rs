@@ -1,0 +1,265 @@
+//! Memory of other processes that this one has open.
+
+use super::channel::Extent;
+use super::client::{Connection, OpenError};
+use super::handle::{Exporter, Handle};
+use crate::abi::{CUcontext, CUdeviceptr, CUmemAccessDesc, CuResult};
+use crate::device::Shared;
+use crate::session;
+use nvshare::sync::now;
+use nvshare::units::{GRANULE, format_nanos, format_size};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+/// An allocation of another process's, mapped here.
+struct Import {
+    handle: Handle,
+    /// The context that it goes with.
+    context: CUcontext,
+    mapping: Mapping,
+    /// Where its allocation begins.
+    address: CUdeviceptr,
+    /// The allocation's bytes.
+    bytes: u64,
+    /// How often it was opened.
+    opened: u32,
+    connection: Arc<Connection>,
+}
+
+#[derive(Default)]
+struct Imports {
+    open: Vec<Import>,
+    /// Closed while a capture forbade to wait for the work that may use it.
+    closing: Vec<Import>,
+    /// The connection to each exporter, while something of it is open.
+    exporters: HashMap<Exporter, Weak<Connection>>,
+}
+
+static IMPORTS: Mutex<Option<Imports>> = Mutex::new(None);
+
+fn with<T>(action: impl FnOnce(&mut Imports) -> T) -> T {
+    let mut imports: MutexGuard<'_, Option<Imports>> =
+        IMPORTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    action(imports.get_or_insert_default())
+}
+
+/// Reserved addresses, and what is mapped there so far. Unmapped when dropped.
+struct Mapping {
+    device: Arc<Shared>,
+    base: CUdeviceptr,
+    size: u64,
+    pieces: Vec<(CUdeviceptr, u64)>,
+}
+
+impl Mapping {
+    fn new(device: &Arc<Shared>, size: u64) -> Result<Self, OpenError> {
+        let base = device
+            .driver
+            .mem_address_reserve(size as usize, GRANULE as usize, 0, 0)
+            .map_err(said("cuMemAddressReserve"))?;
+        Ok(Self { device: device.clone(), base, size, pieces: Vec::new() })
+    }
+
+    fn add(&mut self, at: u64, fd: &std::os::fd::OwnedFd, size: u64) -> Result<(), OpenError> {
+        use std::os::fd::AsFd;
+        let (driver, address) = (self.device.driver, self.base + at);
+        let handle = driver.mem_import(fd.as_fd()).map_err(said("cuMemImportFromShareableHandle"))?;
+        let mapped = driver.mem_map(address, size as usize, 0, handle, 0);
+        // The mapping keeps it.
+        let _ = driver.mem_release(handle);
+        mapped.map_err(said("cuMemMap"))?;
+        self.pieces.push((address, size));
+        Ok(())
+    }
+
+    /// Gives access to the GPU of the current context, and to the process's others where they can have it.
+    fn allow(&self) -> Result<(), OpenError> {
+        let (driver, own) = (self.device.driver, self.device.device);
+        let all: Vec<_> =
+            session::all().iter().map(|device| CUmemAccessDesc::read_write(device.device)).collect();
+        if all.len() > 1 && driver.mem_set_access(self.base, self.size as usize, &all).is_ok() {
+            return Ok(());
+        }
+        driver
+            .mem_set_access(self.base, self.size as usize, &[CUmemAccessDesc::read_write(own)])
+            .map_err(said("cuMemSetAccess"))
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let driver = self.device.driver;
+        for (address, size) in &self.pieces {
+            if let Err(result) = driver.mem_unmap(*address, *size as usize) {
+                tracing::debug!(gpu = %self.device.gpu, "memory of another process at {address:#x}: cuMemUnmap said {result}");
+            }
+        }
+        let _ = driver.mem_address_free(self.base, self.size as usize);
+    }
+}
+
+fn said(call: &'static str) -> impl Fn(CuResult) -> OpenError {
+    move |result| OpenError::Driver { call, result }
+}
+
+impl Imports {
+    /// Asks the exporter for an allocation, and maps it.
+    fn fetch(
+        &mut self,
+        device: &Arc<Shared>,
+        handle: &Handle,
+    ) -> Result<(Arc<Connection>, Extent, Mapping), OpenError> {
+        self.exporters.retain(|_, connection| connection.strong_count() > 0);
+        let known = self.exporters.get(&handle.exporter).and_then(Weak::upgrade);
+        let connection = match &known {
+            Some(connection) => connection.clone(),
+            None => Arc::new(Connection::to(&handle.exporter)?),
+        };
+        let mut mapping = None;
+        let opened = connection.open(handle, |extent, at, fd, size| {
+            let mapping = match &mut mapping {
+                Some(mapping) => mapping,
+                none => none.insert(Mapping::new(device, extent.size)?),
+            };
+            mapping.add(at, &fd, size)
+        });
+        match (opened, mapping) {
+            (Ok(extent), Some(mapping)) => {
+                self.exporters.insert(handle.exporter, Arc::downgrade(&connection));
+                Ok((connection, extent, mapping))
+            }
+            (Ok(_), None) => Err(OpenError::Nonsense("nothing came".into())),
+            (Err(error), mapping) => {
+                if !error.leaves_it_usable() {
+                    // A late answer would be taken for that to another question.
+                    self.exporters.remove(&handle.exporter);
+                }
+                if known.is_some() && mapping.is_none() && matches!(error, OpenError::HungUp(_)) {
+                    // It hung up long ago. Is it there at all?
+                    return self.fetch(device, handle);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// cuIpcOpenMemHandle of a handle of ours, in a context of that GPU.
+///
+/// # Errors
+/// Why not; [`OpenError::cuda`] is what the application is told.
+pub fn open(device: &Arc<Shared>, context: CUcontext, handle: &Handle) -> Result<CUdeviceptr, OpenError> {
+    sweep();
+    with(|imports| {
+        let same = |import: &&mut Import| {
+            let name = (import.handle.exporter, import.handle.number, import.context);
+            name == (handle.exporter, handle.number, context) && import.handle.key.is(&handle.key)
+        };
+        if let Some(import) = imports.open.iter_mut().find(same) {
+            import.opened += 1;
+            return Ok(import.address);
+        }
+        let began = now();
+        let (connection, extent, mapping) = imports.fetch(device, handle)?;
+        if let Err(error) = mapping.allow() {
+            connection.close(handle);
+            return Err(error);
+        }
+        tracing::debug!(
+            gpu = %device.gpu,
+            "{} of process {} mapped in {}",
+            format_size(extent.size),
+            handle.exporter.pid,
+            format_nanos(now() - began)
+        );
+        let address = mapping.base + extent.offset;
+        let handle = *handle;
+        imports.open.push(Import {
+            handle,
+            context,
+            mapping,
+            address,
+            bytes: extent.bytes,
+            opened: 1,
+            connection,
+        });
+        Ok(address)
+    })
+}
+
+/// cuIpcCloseMemHandle. False if nothing of another nvshare process's is open there.
+pub fn close(address: CUdeviceptr) -> bool {
+    let closed = with(|imports| {
+        let index = imports.open.iter().position(|import| import.address == address)?;
+        let import = &mut imports.open[index];
+        import.opened -= 1;
+        if import.opened == 0 {
+            let import = imports.open.swap_remove(index);
+            imports.closing.push(import);
+            CLOSING.store(true, Ordering::Release);
+        }
+        Some(())
+    });
+    sweep();
+    closed.is_some()
+}
+
+/// The allocation of another process's that an address lies in: where it begins, and its bytes.
+pub fn containing(address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
+    with(|imports| {
+        let inside = |import: &&Import| (import.address..import.address + import.bytes).contains(&address);
+        imports.open.iter().find(inside).map(|import| (import.address, import.bytes))
+    })
+}
+
+/// Whether something is closed and still mapped: a capture was open, which forbids to wait for the work that may use
+/// it.
+static CLOSING: AtomicBool = AtomicBool::new(false);
+
+/// Unmaps what is closed, when the work that may use it is done. When a capture ends, the engine calls it.
+pub fn sweep() {
+    if !CLOSING.swap(false, Ordering::AcqRel) {
+        return;
+    }
+    // Not waited for: another thread may wait for an exporter with it. It will sweep, or the next call.
+    let closing = match IMPORTS.try_lock().as_deref_mut() {
+        Ok(Some(imports)) => std::mem::take(&mut imports.closing),
+        _ => return CLOSING.store(true, Ordering::Release),
+    };
+    // Work of any GPU may use it.
+    if session::all().iter().all(|device| device.wait_for_work()) {
+        closing.into_iter().for_each(Import::end);
+    } else {
+        with(|imports| imports.closing.extend(closing));
+        CLOSING.store(true, Ordering::Release);
+    }
+}
+
+impl Import {
+    fn end(self) {
+        let Self { handle, mapping, connection, .. } = self;
+        // First here, then there: the exporter may think the memory free from then on.
+        drop(mapping);
+        connection.close(&handle);
+    }
+}
+
+/// A context ends, and what was opened in it too. Its work is done.
+pub fn context_ends(context: CUcontext) {
+    let ended: Vec<_> = with(|imports| {
+        let open = imports.open.extract_if(.., |import| import.context == context).collect::<Vec<_>>();
+        open.into_iter().chain(imports.closing.extract_if(.., |import| import.context == context)).collect()
+    });
+    ended.into_iter().for_each(Import::end);
+}
+
+/// In a forked child: the exporters must learn when the parent has closed, or died.
+pub fn forget() {
+    // Held by a thread that the child does not have: then they learn it when the child ends.
+    let Ok(imports) = IMPORTS.try_lock() else { return };
+    for import in imports.iter().flat_map(|imports| imports.open.iter().chain(&imports.closing)) {
+        // SAFETY: the copy of a descriptor that nobody uses here: nothing of nvshare does anything in a child.
+        unsafe { libc::close(import.connection.raw()) };
+    }
+}
