@@ -8,12 +8,14 @@
 //! Contexts are numbered in the order in which they were made.
 
 mod figures;
+mod held;
 mod stream_ordered;
 
 use crate::Failure;
 use libloading::Library;
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::{BufRead, Write};
+use std::sync::Arc;
 
 /// `CUresult`.
 type Code = c_int;
@@ -24,9 +26,10 @@ type DevicePointer = u64;
 type Answer = (Code, String);
 
 struct Caller {
-    library: Library,
+    library: Arc<Library>,
     nvml: Option<Library>,
     contexts: Vec<Handle>,
+    held: held::Held,
 }
 
 /// The driver's function of that name, with the type that `cuda.h` gives it.
@@ -127,10 +130,13 @@ impl Caller {
                 Ok((code, if found == expected { "right" } else { "wrong" }.into()))
             }
             (name, numbers) => {
-                let answer = match self.stream_ordered(name, numbers)? {
-                    None => self.figures(name, numbers)?,
-                    answer => answer,
-                };
+                let mut answer = self.stream_ordered(name, numbers)?;
+                if answer.is_none() {
+                    answer = self.figures(name, numbers)?;
+                }
+                if answer.is_none() {
+                    answer = self.held(name, numbers)?;
+                }
                 answer.ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows")))
             }
         }
@@ -164,7 +170,8 @@ pub fn run() -> Result<(), Failure> {
     // SAFETY: loading a CUDA driver runs its constructors, which is what every CUDA program does.
     let library = unsafe { Library::new("libcuda.so.1") }
         .map_err(|error| Failure::with_status(1, format!("the CUDA driver cannot be used: {error}")))?;
-    let mut caller = Caller { library, nvml: None, contexts: Vec::new() };
+    let mut caller =
+        Caller { library: Arc::new(library), nvml: None, contexts: Vec::new(), held: Default::default() };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;
         // Nobody may be listening any more; then the input ends too.

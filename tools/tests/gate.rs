@@ -1,0 +1,110 @@
+//! Nothing slips past the gate: whatever submits work, or looks at memory, waits while the client's memory is out.
+//!
+//! The simulated GPU is told to watch (`NVSHARE_SIM_WATCH`): a call that comes while memory is out is an illegal
+//! access, whatever its arguments. The entry points are those of the shim's own table.
+
+mod application;
+
+use application::{Application, MIB, SUCCESS, node};
+use nvshare_test_support::Patience;
+use nvshare_tools::node::{Node, SimulatedGpu};
+
+const PATIENCE: Patience = Patience::seconds(60);
+
+/// Neither fits beside the other in the pool of 64 MiB.
+const MINE: u64 = 32 * MIB;
+const OTHERS: u64 = 40 * MIB;
+
+const SEED: u64 = 7;
+
+/// Copies among the calls that are about data: `cuMemcpy`, `DtoH` and `HtoD`, at once or in a stream, in both flavours.
+const COPIES: u64 = 12;
+
+fn watched() -> SimulatedGpu {
+    let settings = [("MEMORY", "256MiB".into()), ("CONTEXT_BYTES", "2MiB".into()), ("WATCH", "1".into())];
+    SimulatedGpu::new(&settings).expect("the workspace is built: cargo build --workspace")
+}
+
+impl Application {
+    fn number(&mut self, call: &str) -> u64 {
+        let (code, given) = self.ask(call);
+        assert_eq!(code, SUCCESS, "{call}: {given}");
+        given.parse().unwrap_or_else(|_| panic!("'{call}' gave '{given}'"))
+    }
+
+    fn does(&mut self, call: &str) {
+        assert_eq!(self.call(call), SUCCESS, "{call}");
+    }
+
+    fn is_right(&mut self, data: u64, bytes: u64, seed: u64) {
+        assert_eq!(self.ask(&format!("check {data} {bytes} {seed}")), (SUCCESS, "right".into()));
+    }
+}
+
+/// One whose memory is out, with its address, and one that has the GPU until it is told to let go.
+fn one_out_and_one_in(node: &Node) -> (Application, u64, Application) {
+    let (mut out, mut holder) = (Application::ready(node), Application::ready(node));
+    let data = out.alloc(MINE);
+    out.does(&format!("write {data} {MINE} {SEED}"));
+    let others = holder.alloc(OTHERS);
+    holder.does(&format!("write {others} {OTHERS} {SEED}"));
+    // Its work does not end, so it neither falls idle nor drains.
+    let stream = holder.number("stream 1");
+    holder.does(&format!("hold {stream}"));
+    (out, data, holder)
+}
+
+/// Calls everything at once, in the way that `call` names.
+fn all_wait(call: &str) {
+    let gpu = watched();
+    let node = node(&gpu);
+    let (mut out, data, mut holder) = one_out_and_one_in(&node);
+    let calls = out.number(&format!("{call} {data} {SEED}"));
+    PATIENCE.until("all stand before the gate", || out.number("waiting") == calls);
+    assert_eq!(out.number("returned"), 0);
+    // Allocating and freeing need no turn.
+    let more = out.alloc(2 * MIB);
+    out.does(&format!("free {more}"));
+    assert_eq!((out.number("waiting"), out.number("returned")), (calls, 0));
+    assert_eq!(out.number("illegal"), 0);
+
+    holder.does("let-go");
+    let (died, outcomes) = out.ask("join");
+    let outcomes: Vec<u64> = outcomes.split(' ').map(|count| count.parse().unwrap()).collect();
+    let [returned, copied, wrong, illegal] = outcomes[..] else { panic!("{outcomes:?}") };
+    assert_eq!((died, returned, copied, wrong, illegal), (0, calls, COPIES, 0, 0));
+    println!("{call}: {calls} calls were held");
+    assert_eq!((out.number("waiting"), out.number("illegal")), (0, 0));
+    out.is_right(data, MINE, SEED);
+    out.works();
+    holder.end();
+    let said = out.end();
+    assert!(!said.contains("ERROR"), "{said}");
+}
+
+#[test]
+fn whatever_is_linked_waits_until_memory_is_back() {
+    all_wait("hold-exported");
+}
+
+#[test]
+fn whatever_is_looked_up_waits_until_memory_is_back() {
+    all_wait("hold-looked-up");
+}
+
+/// What the tests above rest on. The process's context is broken afterwards.
+#[test]
+fn whatever_goes_past_the_gate_is_seen() {
+    let gpu = watched();
+    let node = node(&gpu);
+    let (mut out, _, mut holder) = one_out_and_one_in(&node);
+    assert_eq!(out.number("illegal"), 0);
+    let (_, seen) = out.ask("past-gate");
+    let (all, seen) = seen.split_once(' ').unwrap();
+    assert_eq!(all, seen, "seen, and then the names of those that were not");
+    println!("{all} entry points are watched");
+    assert_eq!(out.number("illegal").to_string(), all);
+    assert_eq!(out.call("synchronize 0"), 700, "it sticks");
+    holder.does("let-go");
+    holder.works();
+}
