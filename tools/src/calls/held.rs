@@ -11,7 +11,6 @@ use crate::Failure;
 use libloading::Library;
 use libloading::os::unix::Library as Process;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -188,6 +187,7 @@ unsafe fn call(address: usize, words: &Words) -> Code {
 
 /// What came of a call.
 struct Outcome {
+    name: String,
     code: Code,
     /// It was to copy data.
     copies: bool,
@@ -200,7 +200,6 @@ struct Outcome {
 pub(super) struct Held {
     threads: Vec<JoinHandle<()>>,
     outcomes: Arc<Mutex<Vec<Outcome>>>,
-    returned: Arc<AtomicUsize>,
 }
 
 impl Held {
@@ -214,8 +213,8 @@ impl Held {
         let set_current = driver!(caller, b"cuCtxSetCurrent", fn(Handle));
         let end_capture = driver!(caller, b"cuStreamEndCapture", fn(Handle, *mut Handle));
         let end_capture_ptsz = driver!(caller, b"cuStreamEndCapture_ptsz", fn(Handle, *mut Handle));
-        let (context, name) = (caller.context(0)?, row.name().to_owned());
-        let (outcomes, returned) = (self.outcomes.clone(), self.returned.clone());
+        let context = caller.context(0)?;
+        let outcomes = self.outcomes.clone();
         let body = move || {
             // SAFETY: a context that was made.
             unsafe { set_current(context) };
@@ -230,13 +229,20 @@ impl Held {
                 unsafe { end(0, (&raw mut arguments.place[0]).cast()) };
             }
             let wrong = copies && arguments.page != pattern(PAGE, seed);
-            let outcome = Outcome { code, copies, wrong };
+            let outcome = Outcome { name: row.name().to_owned(), code, copies, wrong };
             outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
-            returned.fetch_add(1, Ordering::SeqCst);
         };
-        let thread = std::thread::Builder::new().name(name).stack_size(256 << 10).spawn(body);
+        let thread = std::thread::Builder::new().stack_size(256 << 10).spawn(body);
         self.threads.push(thread.map_err(|error| Failure::with_status(1, format!("no thread: {error}")))?);
         Ok(())
+    }
+
+    /// The calls that are over, with what they returned.
+    fn returned(&self) -> String {
+        let outcomes = self.outcomes.lock().unwrap_or_else(PoisonError::into_inner);
+        let said: Vec<_> =
+            outcomes.iter().map(|outcome| format!("{}={}", outcome.name, outcome.code)).collect();
+        said.join(" ")
     }
 
     /// Waits for all: how many, copies, wrong ones, and illegal accesses.
@@ -265,7 +271,7 @@ impl Caller {
                 self.hold((*data, *seed), |row| looked_up(&library, row))?
             }
             ("waiting", []) => (0, Probe::find().waiting()?.to_string()),
-            ("returned", []) => (0, self.held.returned.load(Ordering::SeqCst).to_string()),
+            ("returned", []) => (0, self.held.returned()),
             ("join", []) => std::mem::take(&mut self.held).join(),
             ("illegal", []) => self.illegal()?,
             ("past-gate", []) => self.past_gate()?,
