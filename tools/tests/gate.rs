@@ -5,9 +5,9 @@
 
 mod application;
 
-use application::{Application, MIB, SUCCESS, node};
+use application::{Application, MIB, SUCCESS, node, watched_gpu};
 use nvshare_test_support::Patience;
-use nvshare_tools::node::{Node, SimulatedGpu};
+use nvshare_tools::node::Node;
 
 const PATIENCE: Patience = Patience::seconds(60);
 
@@ -19,27 +19,6 @@ const SEED: u64 = 7;
 
 /// Copies among the calls that are about data: `cuMemcpy`, `DtoH` and `HtoD`, at once or in a stream, in both flavours.
 const COPIES: u64 = 12;
-
-fn watched() -> SimulatedGpu {
-    let settings = [("MEMORY", "256MiB".into()), ("CONTEXT_BYTES", "2MiB".into()), ("WATCH", "1".into())];
-    SimulatedGpu::new(&settings).expect("the workspace is built: cargo build --workspace")
-}
-
-impl Application {
-    fn number(&mut self, call: &str) -> u64 {
-        let (code, given) = self.ask(call);
-        assert_eq!(code, SUCCESS, "{call}: {given}");
-        given.parse().unwrap_or_else(|_| panic!("'{call}' gave '{given}'"))
-    }
-
-    fn does(&mut self, call: &str) {
-        assert_eq!(self.call(call), SUCCESS, "{call}");
-    }
-
-    fn is_right(&mut self, data: u64, bytes: u64, seed: u64) {
-        assert_eq!(self.ask(&format!("check {data} {bytes} {seed}")), (SUCCESS, "right".into()));
-    }
-}
 
 /// One whose memory is out, with its address, and one that has the GPU until it is told to let go.
 fn one_out_and_one_in(node: &Node) -> (Application, u64, Application) {
@@ -56,7 +35,7 @@ fn one_out_and_one_in(node: &Node) -> (Application, u64, Application) {
 
 /// Calls everything at once, in the way that `call` names.
 fn all_wait(call: &str) {
-    let gpu = watched();
+    let gpu = watched_gpu();
     let node = node(&gpu);
     let (mut out, data, mut holder) = one_out_and_one_in(&node);
     let calls = out.number(&format!("{call} {data} {SEED}"));
@@ -77,7 +56,7 @@ fn all_wait(call: &str) {
     assert_eq!((died, returned, copied, wrong, illegal), (0, calls, COPIES, 0, 0));
     println!("{call}: {calls} calls were held");
     assert_eq!((out.number("waiting"), out.number("illegal")), (0, 0));
-    out.is_right(data, MINE, SEED);
+    assert_eq!(out.ask(&format!("check {data} {MINE} {SEED}")), (SUCCESS, "right".into()));
     out.works();
     holder.end();
     let said = out.end();
@@ -97,7 +76,7 @@ fn whatever_is_looked_up_waits_until_memory_is_back() {
 /// What the tests above rest on. The process's context is broken afterwards.
 #[test]
 fn whatever_goes_past_the_gate_is_seen() {
-    let gpu = watched();
+    let gpu = watched_gpu();
     let node = node(&gpu);
     let (mut out, _, mut holder) = one_out_and_one_in(&node);
     assert_eq!(out.number("illegal"), 0);

@@ -8,6 +8,7 @@
 //! Contexts are numbered in the order in which they were made.
 
 mod figures;
+mod graphs;
 mod held;
 mod stream_ordered;
 
@@ -30,6 +31,7 @@ struct Caller {
     nvml: Option<Library>,
     contexts: Vec<Handle>,
     held: held::Held,
+    kernels: Option<graphs::Kernels>,
 }
 
 /// The driver's function of that name, with the type that `cuda.h` gives it.
@@ -135,6 +137,9 @@ impl Caller {
                     answer = self.figures(name, numbers)?;
                 }
                 if answer.is_none() {
+                    answer = self.graphs(name, numbers)?;
+                }
+                if answer.is_none() {
                     answer = self.held(name, numbers)?;
                 }
                 answer.ok_or_else(|| Failure::usage(format!("'{line}' is no call that this program knows")))
@@ -170,8 +175,13 @@ pub fn run() -> Result<(), Failure> {
     // SAFETY: loading a CUDA driver runs its constructors, which is what every CUDA program does.
     let library = unsafe { Library::new("libcuda.so.1") }
         .map_err(|error| Failure::with_status(1, format!("the CUDA driver cannot be used: {error}")))?;
-    let mut caller =
-        Caller { library: Arc::new(library), nvml: None, contexts: Vec::new(), held: Default::default() };
+    let mut caller = Caller {
+        library: Arc::new(library),
+        nvml: None,
+        contexts: Vec::new(),
+        held: Default::default(),
+        kernels: None,
+    };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;
         // Nobody may be listening any more; then the input ends too.
