@@ -126,6 +126,29 @@ fn a_capture_in_any_mode_goes_on_while_another_client_wants_the_gpu() {
     pair.end();
 }
 
+/// The first client that does not fit beside this one comes in the middle of a capture: host memory for what will have
+/// to go out is registered meanwhile, which the mode forbids the application's own threads.
+#[test]
+fn host_memory_is_made_ready_beside_a_capture() {
+    let gpu = watched_gpu();
+    let node = node(&gpu);
+    let mut app = Application::ready(&node);
+    let (data, stream) = (app.alloc(MINE), app.number(&format!("stream {NON_BLOCKING}")));
+    app.does(&format!("iota {data} {WORDS} 1 {stream}"));
+    app.does(&format!("begin {stream} 0"));
+    let mut other = Application::ready(&node);
+    let others = other.alloc(OTHERS);
+    let mut pair = Pair { node, app, data, stream, other, others };
+    pair.is_wanted();
+    pair.kernel("mix", 2);
+    let graph = pair.app.number(&format!("end {stream}"));
+    pair.was_given();
+    let exec = pair.app.number(&format!("instantiate {graph}"));
+    pair.launch(exec);
+    pair.is_mixed(1, &[2]);
+    pair.end();
+}
+
 /// A stream that forks into the capture, and one begun while the other waits: the first belongs to the open capture,
 /// the second would come after.
 #[test]
