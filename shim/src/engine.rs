@@ -332,6 +332,8 @@ impl Engine {
         }
         let (shared, growing) = (self.shared.clone(), self.growing.clone());
         let grown = std::thread::Builder::new().name("nvshare-host".into()).spawn(move || {
+            // As the engine's own thread: registering memory here must not ruin a capture elsewhere.
+            let _ = shared.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
             let began = now();
             match shared.host.ensure(bytes) {
                 Ok(()) => {

@@ -378,17 +378,6 @@ fn note_unknown(base: &CStr, version: i32) {
     }
 }
 
-/// The driver's own address of an entry point, under nvshare too: for measuring what nvshare adds.
-///
-/// # Safety
-/// `name` is a C string.
-#[cfg_attr(not(test), unsafe(no_mangle))]
-pub unsafe extern "C" fn nvshare_real_address(name: *const c_char) -> *mut c_void {
-    // SAFETY: the caller's promise.
-    let name = unsafe { CStr::from_ptr(name) };
-    crate::table::real_address(name).unwrap_or(0) as *mut c_void
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -20,6 +20,7 @@
 //! | [`scan`] | finding the granules that hold nothing but zeros |
 //! | [`drain`] | waiting for submitted work |
 //! | [`hostpool`] | host memory for what is evicted |
+//! | [`probe`] | what tests and benchmarks ask the shim itself |
 //! | [`abi`], [`driver`] | the CUDA driver |
 
 #![cfg_attr(test, allow(dead_code))]
@@ -38,6 +39,7 @@ mod log;
 mod memory;
 mod nvml;
 mod pools;
+mod probe;
 mod room;
 mod scan;
 mod session;

@@ -204,10 +204,8 @@ pub struct Entry {
     /// Whether it is the form whose default stream is the thread's own (`_ptds`, `_ptsz`).
     pub per_thread: bool,
     /// How many arguments it takes; not known for rows that only pass through.
-    #[cfg_attr(not(test), expect(dead_code))]
     pub arity: Option<u8>,
     /// What it is to nvshare.
-    #[cfg_attr(not(test), expect(dead_code))]
     pub class: Class,
     /// What stands in for it and where the driver's own is; `None` for rows that pass through.
     pub hooked: Option<Hooked>,

@@ -409,7 +409,7 @@ impl Drop for Pinned<'_> {
 }
 
 /// The kernels' PTX, for real GPUs; the simulated one knows them by name.
-const KERNELS: &str = include_str!("../../tests/simcuda/kernels.ptx");
+pub const KERNELS: &str = include_str!("../../tests/simcuda/kernels.ptx");
 
 /// The kernels, loaded into a context.
 pub struct Kernels<'a> {

@@ -16,10 +16,6 @@ const LAZY: u32 = 1;
 
 /// The application's side of it. A handle is text between the calls that give it and take it.
 impl Application {
-    fn does(&mut self, call: &str) {
-        assert_eq!(self.call(call), SUCCESS, "{call}");
-    }
-
     fn export(&mut self, address: u64) -> String {
         let (code, handle) = self.ask(&format!("ipc-get {address}"));
         assert_eq!(code, SUCCESS);

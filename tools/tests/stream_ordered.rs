@@ -31,17 +31,6 @@ const USED_HIGH: u32 = 8;
 const SEGMENT: u64 = 32 * MIB;
 
 impl Application {
-    /// A call that must come off, and the number that it gives.
-    fn number(&mut self, call: &str) -> u64 {
-        let (code, given) = self.ask(call);
-        assert_eq!(code, SUCCESS, "{call}");
-        given.parse().unwrap_or_else(|_| panic!("'{call}' gave '{given}'"))
-    }
-
-    fn does(&mut self, call: &str) {
-        assert_eq!(self.call(call), SUCCESS, "{call}");
-    }
-
     fn stream(&mut self) -> u64 {
         self.number(&format!("stream {NON_BLOCKING}"))
     }

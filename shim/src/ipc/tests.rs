@@ -172,6 +172,15 @@ impl Other {
         nvshare_test_support::Patience::seconds(60).until("the loans are right", || self.ask() == loans);
     }
 
+    /// A signal takes its time: until it has, the process may yet answer.
+    fn has_stopped(&self) {
+        let stat = format!("/proc/{}/stat", self.process.id());
+        nvshare_test_support::Patience::seconds(20).until("it has stopped", || {
+            let stat = std::fs::read_to_string(&stat).unwrap();
+            stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('T'))
+        });
+    }
+
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.process.id() as i32), signal).unwrap();
     }
@@ -304,6 +313,7 @@ fn an_exporter_that_is_stopped_is_not_waited_for_for_ever() {
     let mut other = Other::start("files");
     let connection = other.connect();
     other.signal(Signal::SIGSTOP);
+    other.has_stopped();
     let failed = open(&connection, &other.handle(3)).unwrap_err();
     assert!(matches!(failed, OpenError::Silence), "{failed}");
     assert_eq!(failed.cuda(), CuResult::MAP_FAILED);

@@ -46,6 +46,7 @@ impl Error {
     pub const STREAM_CAPTURE_IMPLICIT: Error = Error(906);
     pub const CAPTURED_EVENT: Error = Error(907);
     pub const STREAM_CAPTURE_WRONG_THREAD: Error = Error(908);
+    pub const GRAPH_EXEC_UPDATE_FAILURE: Error = Error(910);
 }
 
 /// An opaque handle; a number to us, a pointer to callers.
@@ -430,6 +431,57 @@ pub struct GraphInstantiateParams {
     pub upload_stream: Handle,
     pub error_node: Handle,
     pub result: c_uint,
+}
+
+/// `CUDA_KERNEL_NODE_PARAMS_v1`; the second version has a kernel and a context behind it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct KernelNodeParams {
+    pub function: Handle,
+    pub grid: [c_uint; 3],
+    pub block: [c_uint; 3],
+    pub shared_bytes: c_uint,
+    pub parameters: In<In<u64>>,
+    pub extra: In<usize>,
+}
+
+/// `CUDA_KERNEL_NODE_PARAMS_v2`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct KernelNodeParamsV2 {
+    pub common: KernelNodeParams,
+    /// In the place of a function.
+    pub kernel: Handle,
+    pub context: Handle,
+}
+
+/// `CUDA_MEMSET_NODE_PARAMS`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct MemsetNodeParams {
+    pub dst: u64,
+    pub pitch: usize,
+    pub value: c_uint,
+    pub element: c_uint,
+    pub width: usize,
+    pub height: usize,
+}
+
+/// `CUDA_HOST_NODE_PARAMS`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct HostNodeParams {
+    pub function: HostFn,
+    pub data: UserData,
+}
+
+/// `CUgraphExecUpdateResultInfo`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct GraphExecUpdateResultInfo {
+    pub result: c_uint,
+    pub error_node: Handle,
+    pub error_from_node: Handle,
 }
 
 /// `CUgraphEdgeData`.

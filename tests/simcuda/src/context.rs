@@ -45,6 +45,14 @@ impl Core {
 
     /// Makes every later call fail with `error`; the first one stays.
     pub fn fail(&self, error: Error) {
+        self.fail_because(error, || {
+            let (process, address) = (std::process::id(), crate::memory::va::FAULT.get());
+            format!("process {process} has no memory at {address:#x}")
+        });
+    }
+
+    /// The same, with what is said about it if it is an illegal access.
+    pub fn fail_because(&self, error: Error, said: impl FnOnce() -> String) {
         if error == Error::ILLEGAL_ADDRESS
             && let Ok(ledger) = self.device.ledger()
         {
@@ -53,8 +61,7 @@ impl Core {
         let first = self.error.compare_exchange(0, error.0, SeqCst, SeqCst).is_ok();
         if first && error == Error::ILLEGAL_ADDRESS {
             // As the real driver does in the system's log (Xid 31).
-            let (process, address) = (std::process::id(), crate::memory::va::FAULT.get());
-            eprintln!("simulated GPU: process {process} has no memory at {address:#x}");
+            eprintln!("simulated GPU: {}", said());
         }
     }
 

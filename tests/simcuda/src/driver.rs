@@ -4,7 +4,7 @@
 //! books are opened by the first call that needs them. A forked child can't use the driver, as with the real one:
 //! every call that needs it is refused before a lock is taken that another thread may have held.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use simstate::{Config, Gpu, Ledger, Segment};
@@ -87,6 +87,9 @@ pub fn init() -> Result {
         return Ok(());
     }
     let driver = Driver::new()?;
+    if driver.config.watch {
+        crate::watch::start();
+    }
     if DRIVER.set(driver).is_ok() {
         // SAFETY: the handler is a plain function that stores to an atomic, which is all a forked child may do.
         unsafe { libc::pthread_atfork(None, None, Some(after_fork)) };
@@ -97,6 +100,15 @@ pub fn init() -> Result {
 
 unsafe extern "C" fn after_fork() {
     STATE.store(FORKED, Ordering::Release);
+}
+
+/// The calling thread's number, which no other thread of the process ever has.
+pub fn this_thread() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(1);
+    thread_local! {
+        static NUMBER: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    NUMBER.with(|&number| number)
 }
 
 /// Locks, also after a thread panicked while it held the lock: the data is only a simulation's.

@@ -9,12 +9,12 @@
 //! the context, in any mode, as measured on real GPUs.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use crate::abi::{Error, GraphEdgeData, Handle, Result};
 use crate::context::Core;
-use crate::driver::{driver, lock};
+use crate::driver::{driver, lock, this_thread};
 use crate::handles;
 use crate::op::Op;
 use crate::pool;
@@ -42,6 +42,8 @@ impl Mode {
 /// A node of a graph.
 pub struct Node {
     pub handle: Handle,
+    /// The graph that it is in; an instance has the nodes of its graph.
+    pub graph: Handle,
     pub op: Op,
     /// Numbers of the nodes that come first.
     pub after: Vec<usize>,
@@ -51,13 +53,23 @@ pub struct Node {
 pub struct Graph {
     pub handle: Handle,
     pub nodes: Mutex<Vec<Arc<Node>>>,
+    /// It is what a node of another graph does, and ends with that.
+    pub embedded: bool,
+    /// For a clone: each node's original, in the order of the nodes.
+    pub originals: Vec<Handle>,
 }
 
-/// A graph that can be launched.
+/// A graph that can be launched. What is under way keeps the nodes that it was launched with.
 pub struct Exec {
     pub handle: Handle,
-    pub nodes: Arc<Vec<Arc<Node>>>,
+    pub nodes: Mutex<Arc<Vec<Arc<Node>>>>,
     pub flags: u64,
+}
+
+impl Exec {
+    pub fn nodes(&self) -> Arc<Vec<Arc<Node>>> {
+        lock(&self.nodes).clone()
+    }
 }
 
 /// A capture.
@@ -99,10 +111,6 @@ pub enum Status {
 
 thread_local! {
     static MODE: Cell<Mode> = const { Cell::new(Mode::Global) };
-    static THREAD: usize = {
-        static NEXT: AtomicUsize = AtomicUsize::new(1);
-        NEXT.fetch_add(1, SeqCst)
-    };
 }
 
 /// Swaps the thread's own mode (`cuThreadExchangeStreamCaptureMode`).
@@ -112,13 +120,21 @@ pub fn exchange_mode(mode: Mode) -> Mode {
 
 impl Graph {
     pub fn create() -> Result<Arc<Graph>> {
-        let graph = Arc::new(Graph { handle: handles::fresh(), nodes: Mutex::default() });
+        Graph::register(Graph::empty(false, Vec::new()))
+    }
+
+    pub fn empty(embedded: bool, originals: Vec<Handle>) -> Graph {
+        Graph { handle: handles::fresh(), nodes: Mutex::default(), embedded, originals }
+    }
+
+    pub fn register(graph: Graph) -> Result<Arc<Graph>> {
+        let graph = Arc::new(graph);
         driver()?.graphs.insert(graph.handle, graph.clone());
         Ok(graph)
     }
 
-    fn add(&self, op: Op, after: Vec<usize>) -> Result<usize> {
-        let node = Arc::new(Node { handle: handles::fresh(), op, after });
+    pub fn add(&self, op: Op, after: Vec<usize>) -> Result<usize> {
+        let node = Arc::new(Node { handle: handles::fresh(), graph: self.handle, op, after });
         driver()?.nodes.insert(node.handle, node.clone());
         let mut nodes = lock(&self.nodes);
         nodes.push(node);
@@ -132,6 +148,9 @@ impl Graph {
             known.iter().position(|node| node.handle == *handle).ok_or(Error::INVALID_VALUE)
         };
         let after: Vec<usize> = before.iter().map(number).collect::<Result<_>>()?;
+        if (1..after.len()).any(|i| after[..i].contains(&after[i])) {
+            return Err(Error::INVALID_VALUE);
+        }
         let number = self.add(op, after)?;
         Ok(lock(&self.nodes)[number].handle)
     }
@@ -142,13 +161,16 @@ impl Graph {
         driver.graphs.remove(self.handle)?;
         for node in lock(&self.nodes).iter() {
             let _ = driver.nodes.remove(node.handle);
+            if let Op::Child(child) = &node.op {
+                child.destroy()?;
+            }
         }
         Ok(())
     }
 
     pub fn instantiate(&self, flags: u64) -> Result<Arc<Exec>> {
         pool::may_instantiate(self)?;
-        let nodes = Arc::new(lock(&self.nodes).clone());
+        let nodes = Mutex::new(self.snapshot());
         let exec = Arc::new(Exec { handle: handles::fresh(), nodes, flags });
         driver()?.execs.insert(exec.handle, exec.clone());
         pool::instantiated(&exec);
@@ -190,7 +212,7 @@ pub fn begin(stream: &Arc<Stream>, mode: Mode) -> Result {
     let capture = Arc::new(Capture {
         id: IDS.fetch_add(1, SeqCst),
         mode,
-        thread: THREAD.with(|&thread| thread),
+        thread: this_thread(),
         origin: stream.handle,
         graph: Graph::create()?,
         invalidated: AtomicBool::new(false),
@@ -211,7 +233,7 @@ pub fn end(stream: &Arc<Stream>) -> Result<Arc<Graph>> {
         capture.invalidated.store(true, SeqCst);
         return Err(Error::STREAM_CAPTURE_UNMATCHED);
     }
-    if capture.mode != Mode::Relaxed && THREAD.with(|&thread| thread) != capture.thread {
+    if capture.mode != Mode::Relaxed && this_thread() != capture.thread {
         return Err(Error::STREAM_CAPTURE_WRONG_THREAD);
     }
     let streams = std::mem::take(&mut *lock(&capture.streams));
@@ -370,7 +392,7 @@ pub fn refuse_unsafe(core: &Core) -> Result {
     if core.open_captures.load(SeqCst) == 0 {
         return Ok(());
     }
-    let thread = THREAD.with(|&thread| thread);
+    let thread = this_thread();
     let captures = lock(&core.captures).clone();
     let forbids = |capture: &&Arc<Capture>| match MODE.get() {
         Mode::Relaxed => false,

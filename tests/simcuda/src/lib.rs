@@ -9,7 +9,8 @@
 //! `libsimnvml.so`, on `LD_LIBRARY_PATH`. The environment variables are listed in [`simstate::config`]. Tests look
 //! inside with `nvsharesim_counters` and `nvsharesim_usage` or with the crate `simstate`.
 //!
-//! A function that isn't exported isn't supported: neither `dlsym` nor `cuGetProcAddress` finds it.
+//! A function that isn't exported isn't supported: neither `dlsym` nor `cuGetProcAddress` finds it. Those that nvshare's
+//! gate holds are all exported, and say `CUDA_ERROR_NOT_SUPPORTED` if they aren't implemented.
 //!
 //! | module | concept |
 //! |---|---|
@@ -23,8 +24,9 @@
 //! | `um` | where the pages of managed memory are |
 //! | `stream`, `event`, `op` | queues, moments in them, and what they carry |
 //! | `ipc_event` | events of several processes |
-//! | `graph` | capture and replay |
+//! | `graph`, `graph_edit` | capture and replay; clones, graphs in graphs and updates |
 //! | `module`, `kernels` | PTX images and the kernels that really compute |
+//! | `watch` | calls that come while memory is out |
 //! | `zeros` | nvshare's own kernel, which looks for memory that is all zero |
 
 mod abi;
@@ -34,6 +36,7 @@ mod context;
 mod driver;
 mod event;
 mod graph;
+mod graph_edit;
 mod handles;
 mod ipc_event;
 mod kernels;
@@ -43,4 +46,5 @@ mod op;
 mod pool;
 mod stream;
 mod um;
+mod watch;
 mod zeros;

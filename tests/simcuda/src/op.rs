@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use simstate::counters::Count;
 use simstate::time::{Timeline, now_ns, sleep_until, transfer_ns};
 
-use crate::abi::{Handle, HostFn, Result, StreamCallback, UserData, call_host, call_stream};
+use crate::abi::{Error, Handle, HostFn, Result, StreamCallback, UserData, call_host, call_stream};
 use crate::context::Core;
 use crate::driver::{Device, driver, lock};
 use crate::event::Event;
-use crate::graph::Node;
+use crate::graph::{Graph, Node};
 use crate::ipc_event::SharedEvent;
 use crate::kernels::Launch;
 use crate::memory::access::{End, Side};
@@ -54,6 +54,8 @@ pub enum Op {
     /// Waits for an event from inside a graph.
     Await(Arc<Event>),
     Graph(Arc<Vec<Arc<Node>>>),
+    /// A graph inside a graph, which can still be edited; an instance has its nodes as they were.
+    Child(Arc<Graph>),
 }
 
 /// A copy of a box of bytes; a plain copy is a box of one row.
@@ -104,7 +106,7 @@ impl Op {
             Op::Copy(_) => 1,
             Op::Set(_) => 2,
             Op::Host { .. } | Op::Callback { .. } => 3,
-            Op::Graph(_) => 4,
+            Op::Graph(_) | Op::Child(_) => 4,
             Op::Alive(_, true) => 10,
             Op::Alive(_, false) => 11,
             Op::Nothing
@@ -167,6 +169,7 @@ impl Op {
             }
             Op::Await(event) => event.synchronize(),
             Op::Graph(nodes) => nodes.iter().try_for_each(|node| node.op.execute(core)),
+            Op::Child(graph) => Op::Graph(graph.snapshot()).execute(core),
         }
     }
 }
@@ -219,6 +222,18 @@ impl Copy {
                 (dst, src)
             })
         })
+    }
+
+    /// Fails if a GPU address in it is none now, as a node of a graph must not have one.
+    pub fn is_possible(&self, device: &Device) -> Result {
+        let memory = &driver()?.memory;
+        let missing = |address, side, write| {
+            let user = User { arrays: side == Side::Array, ..User::driver(device.index) };
+            let end = memory.locate(address, self.width, user, side, write);
+            side == Side::Device && end == Err(Error::ILLEGAL_ADDRESS)
+        };
+        let missing = |(dst, src)| missing(dst, self.dst_side, true) || missing(src, self.src_side, false);
+        if self.rows().any(missing) { Err(Error::INVALID_VALUE) } else { Ok(()) }
     }
 
     /// Whether an end of it is pageable host memory, which the driver copies before it returns.
@@ -296,6 +311,16 @@ impl Copy {
 }
 
 impl Set {
+    /// As [`Copy::is_possible`].
+    pub fn is_possible(&self, device: &Device) -> Result {
+        let memory = &driver()?.memory;
+        let row = self.width.saturating_mul(self.element);
+        let rows = (0..self.height).map(|y| self.dst.wrapping_add(y.wrapping_mul(self.pitch)));
+        let missing =
+            |address| memory.locate(address, row, User::driver(device.index), Side::Device, true).is_err();
+        if rows.into_iter().any(missing) { Err(Error::INVALID_VALUE) } else { Ok(()) }
+    }
+
     fn execute(&self, device: &'static Device) -> Result {
         let driver = driver()?;
         let row = self.width.saturating_mul(self.element);

@@ -426,6 +426,11 @@ fn blocks(nodes: &[Arc<Node>], of: bool) -> impl Iterator<Item = (&Arc<Block>, &
     })
 }
 
+/// Whether some of these nodes allocate or free.
+pub fn in_graph(nodes: &[Arc<Node>]) -> bool {
+    blocks(nodes, true).chain(blocks(nodes, false)).next().is_some()
+}
+
 /// A graph with memory has one instance at a time.
 pub fn may_instantiate(graph: &Graph) -> Result {
     let nodes = lock(&graph.nodes).clone();
@@ -434,15 +439,15 @@ pub fn may_instantiate(graph: &Graph) -> Result {
 }
 
 pub fn instantiated(exec: &Arc<Exec>) {
-    blocks(&exec.nodes, true).for_each(|(_, of)| *lock(&of.exec) = Arc::downgrade(exec));
+    blocks(&exec.nodes(), true).for_each(|(_, of)| *lock(&of.exec) = Arc::downgrade(exec));
 }
 
 /// Gives the graph's blocks memory and launches it. An allocation that is still there from the last launch is in the
 /// way, unless the graph was instantiated so that it is freed.
 pub fn launch(exec: &Exec, stream: &Arc<Stream>) -> Result {
     const AUTO_FREE_ON_LAUNCH: u64 = 1;
-    let nodes = &exec.nodes;
-    if stream.capturing.load(SeqCst) && blocks(nodes, true).chain(blocks(nodes, false)).next().is_some() {
+    let nodes = &exec.nodes();
+    if stream.capturing.load(SeqCst) && in_graph(nodes) {
         return Err(Error::NOT_SUPPORTED);
     }
     for (block, of) in blocks(nodes, true) {

@@ -12,6 +12,7 @@
 //! | `NVSHARE_SIM_KERNEL_NS` | least duration of a kernel that touches memory | 0 |
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
+//! | `NVSHARE_SIM_WATCH` | 1: a call that submits work while memory is out is an illegal access | 0 |
 //! | `NVSHARE_SIM_FAIL` | `name:count[:error],...`: the next calls of a driver function fail | none |
 //!
 //! Sizes and rates are numbers with an optional suffix: `K`, `M`, `G`, `T` or `KiB`, ... (all powers of 1,024).
@@ -64,6 +65,8 @@ pub struct Config {
     pub um_fault_bandwidth: u64,
     /// Bytes/s of managed pages that have to leave.
     pub um_evict_bandwidth: u64,
+    /// Whether calls that come while memory is out are illegal accesses.
+    pub watch: bool,
     /// Functions that are to fail.
     pub fail: Vec<FailRule>,
 }
@@ -117,6 +120,7 @@ impl Config {
             kernel_ns: number(var, "NVSHARE_SIM_KERNEL_NS", "a number of nanoseconds")?.unwrap_or(0),
             um_fault_bandwidth: bytes(var, "NVSHARE_SIM_UM_FAULT_BANDWIDTH")?.unwrap_or(um),
             um_evict_bandwidth: bytes(var, "NVSHARE_SIM_UM_EVICT_BANDWIDTH")?.unwrap_or(um),
+            watch: number::<u8>(var, "NVSHARE_SIM_WATCH", "0 or 1")?.unwrap_or(0) != 0,
             fail: fail_rules(var)?,
         })
     }

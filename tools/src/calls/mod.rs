@@ -8,6 +8,8 @@
 //! Contexts are numbered in the order in which they were made.
 
 mod figures;
+mod graphs;
+mod held;
 mod ipc;
 mod stream_ordered;
 
@@ -15,6 +17,7 @@ use crate::Failure;
 use libloading::Library;
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::{BufRead, Write};
+use std::sync::Arc;
 
 /// `CUresult`.
 type Code = c_int;
@@ -25,9 +28,11 @@ type DevicePointer = u64;
 type Answer = (Code, String);
 
 struct Caller {
-    library: Library,
+    library: Arc<Library>,
     nvml: Option<Library>,
     contexts: Vec<Handle>,
+    held: held::Held,
+    kernels: Option<graphs::Kernels>,
 }
 
 /// The driver's function of that name, with the type that `cuda.h` gives it.
@@ -129,7 +134,7 @@ impl Caller {
             }
             (name, numbers) => {
                 let mut answer = self.stream_ordered(name, numbers)?;
-                for others in [Self::figures, Self::ipc] {
+                for others in [Self::figures, Self::graphs, Self::held, Self::ipc] {
                     answer = match answer {
                         None => others(self, name, numbers)?,
                         answer => answer,
@@ -168,7 +173,13 @@ pub fn run() -> Result<(), Failure> {
     // SAFETY: loading a CUDA driver runs its constructors, which is what every CUDA program does.
     let library = unsafe { Library::new("libcuda.so.1") }
         .map_err(|error| Failure::with_status(1, format!("the CUDA driver cannot be used: {error}")))?;
-    let mut caller = Caller { library, nvml: None, contexts: Vec::new() };
+    let mut caller = Caller {
+        library: Arc::new(library),
+        nvml: None,
+        contexts: Vec::new(),
+        held: Default::default(),
+        kernels: None,
+    };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;
         // Nobody may be listening any more; then the input ends too.

@@ -81,7 +81,8 @@ impl Caller {
                 let end = driver!(self, b"cuStreamEndCapture", fn(Handle, *mut Handle));
                 let mut graph = 0;
                 // SAFETY: as said.
-                nothing(unsafe { end(*stream as Handle, &mut graph) })
+                let code = unsafe { end(*stream as Handle, &mut graph) };
+                (code, graph.to_string())
             }
             ("alloc-async", [bytes, stream]) => {
                 let alloc = driver!(self, b"cuMemAllocAsync", fn(*mut DevicePointer, usize, Handle));

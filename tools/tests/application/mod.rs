@@ -20,6 +20,13 @@ pub fn gpu() -> SimulatedGpu {
         .expect("the workspace is built: cargo build --workspace")
 }
 
+/// The same, for applications that unmap nothing themselves and free nothing while they submit: a call that comes
+/// while their memory is out is an illegal access.
+pub fn watched_gpu() -> SimulatedGpu {
+    let settings = [("MEMORY", "256MiB".into()), ("CONTEXT_BYTES", "2MiB".into()), ("WATCH", "1".into())];
+    SimulatedGpu::new(&settings).expect("the workspace is built: cargo build --workspace")
+}
+
 /// An arbiter with a pool of 64 MiB on it.
 pub fn node(gpu: &SimulatedGpu) -> Node {
     Node::start(gpu.environment(&[]), &["--capacity", "64MiB"].map(str::to_owned)).unwrap()
@@ -61,7 +68,17 @@ impl Application {
     }
 
     pub fn ask(&mut self, call: &str) -> (i32, String) {
+        self.tell(call);
+        self.answer(call)
+    }
+
+    /// Has it make a call, and does not wait for the answer: that is the next one that is asked for.
+    pub fn tell(&mut self, call: &str) {
         writeln!(self.calls.as_ref().unwrap(), "{call}").unwrap();
+    }
+
+    /// Waits for the answer to a call that it was told to make.
+    pub fn answer(&mut self, call: &str) -> (i32, String) {
         let mut answer = String::new();
         self.answers.read_line(&mut answer).unwrap();
         let (code, given) = answer.trim_end_matches('\n').split_once(' ').unwrap_or_else(|| {
@@ -78,11 +95,21 @@ impl Application {
         self.ask(call).0
     }
 
+    /// A call that must come off.
+    pub fn does(&mut self, call: &str) {
+        assert_eq!(self.call(call), SUCCESS, "{call}");
+    }
+
+    /// A call that must come off, and the number that it gives.
+    pub fn number(&mut self, call: &str) -> u64 {
+        let (code, given) = self.ask(call);
+        assert_eq!(code, SUCCESS, "{call}: {given}");
+        given.parse().unwrap_or_else(|_| panic!("'{call}' gave '{given}'"))
+    }
+
     /// An allocation that must come off.
     pub fn alloc(&mut self, bytes: u64) -> u64 {
-        let (code, address) = self.ask(&format!("alloc {bytes}"));
-        assert_eq!(code, SUCCESS);
-        address.parse().unwrap()
+        self.number(&format!("alloc {bytes}"))
     }
 
     /// Kills it, and keeps its answers open, for what it leaves behind.

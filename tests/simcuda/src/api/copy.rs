@@ -165,7 +165,14 @@ fn set_later(null: Null, stream: Handle, set: Set) -> Result {
     stream.enqueue(Op::Set(set)).map(|_| ())
 }
 
-fn set(dst: u64, value: u32, element: u64, width: usize, height: usize, pitch: usize) -> Result<Set> {
+pub(super) fn set(
+    dst: u64,
+    value: u32,
+    element: u64,
+    width: usize,
+    height: usize,
+    pitch: usize,
+) -> Result<Set> {
     let aligned = dst.is_multiple_of(element) && (pitch as u64).is_multiple_of(element);
     if !aligned || height > 1 && (pitch as u64) < (width as u64).saturating_mul(element) {
         return Err(Error::INVALID_VALUE);

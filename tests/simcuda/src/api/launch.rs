@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use simstate::counters::Count;
 
 use super::driver_api;
-use crate::abi::{Error, Handle, In, LaunchConfig, Out, Result, Text};
+use crate::abi::{Error, Handle, In, KernelNodeParams, LaunchConfig, Out, Result, Text};
 use crate::context::{self, Null};
 use crate::driver::driver;
 use crate::handles::Cache;
@@ -292,6 +292,20 @@ fn best_block(grid: Out<c_int>, block: Out<c_int>, function: Handle, limit: c_in
     block.set(best)
 }
 
+/// The operation of a kernel node.
+pub(super) fn kernel_node(params: &KernelNodeParams) -> Result<Op> {
+    self::check_shape(params.grid, params.block)?;
+    let kernel = driver()?.functions.get(params.function)?.kernel;
+    Ok(Op::Kernel(Launch { kernel, arguments: kernel.arguments(params.parameters, params.extra)? }))
+}
+
+#[inline]
+fn check_shape(grid: [c_uint; 3], block: [c_uint; 3]) -> Result {
+    let threads = block.iter().map(|&n| u64::from(n)).product::<u64>();
+    let empty = grid.contains(&0) || block.contains(&0);
+    if empty || threads > 1024 { Err(Error::INVALID_VALUE) } else { Ok(()) }
+}
+
 #[inline]
 fn launch(
     null: Null,
@@ -302,10 +316,7 @@ fn launch(
     parameters: In<In<u64>>,
     extra: In<usize>,
 ) -> Result {
-    if grid.contains(&0) || block.contains(&0) || block.iter().map(|&n| u64::from(n)).product::<u64>() > 1024
-    {
-        return Err(Error::INVALID_VALUE);
-    }
+    self::check_shape(grid, block)?;
     let driver = driver()?;
     let known = |function: &Arc<Function>| (function.kernel, function.context);
     let (kernel, owner) = driver.functions.with(&LAST_FUNCTION, function, known)?;

@@ -15,7 +15,9 @@ mod array;
 mod context;
 mod copy;
 mod device;
+mod gated;
 mod graph;
+mod graph_edit;
 mod init;
 mod inspect;
 mod ipc;
@@ -30,6 +32,7 @@ mod vmm;
 use std::ffi::c_void;
 
 use crate::abi::Result;
+pub(crate) use gated::is_gated;
 
 /// An exported function.
 pub(crate) struct Export {
@@ -44,7 +47,9 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         context::EXPORTS,
         copy::EXPORTS,
         device::EXPORTS,
+        gated::EXPORTS,
         graph::EXPORTS,
+        graph_edit::EXPORTS,
         init::EXPORTS,
         ipc::EXPORTS,
         launch::EXPORTS,
@@ -64,13 +69,13 @@ pub(crate) fn base_name(export: &str) -> &str {
     ["_v2", "_v3", "_v4"].iter().find_map(|version| name.strip_suffix(version)).unwrap_or(name)
 }
 
-/// What every call goes through.
+/// What every call goes through: faults on demand, and the watch for calls that come too early.
 #[inline]
 fn enter(name: &str, body: impl FnOnce() -> Result) -> i32 {
     if let Some(error) = crate::driver::injected_fault(name) {
         return error;
     }
-    match body() {
+    match crate::watch::check(name).and_then(|()| body()) {
         Ok(()) => 0,
         Err(error) => error.0,
     }

@@ -76,7 +76,7 @@ fn generation(candidate: &Candidate, all: &[Candidate]) -> c_int {
 }
 
 fn collect() -> HashMap<&'static str, Vec<Candidate>> {
-    let since: HashMap<&str, c_int> = SINCE.iter().copied().collect();
+    let since = since();
     let mut candidates: HashMap<&str, Vec<Candidate>> = HashMap::new();
     for export in super::exports() {
         let Some(&since) = since.get(export.name) else { continue };
@@ -96,7 +96,12 @@ fn collect() -> HashMap<&'static str, Vec<Candidate>> {
     candidates
 }
 
-/// The version of the API that each function came with, as in `cudaTypedefs.h`.
+/// The version of the API that each function came with.
+fn since() -> HashMap<&'static str, c_int> {
+    SINCE.iter().chain(super::gated::SINCE).copied().collect()
+}
+
+/// The same, but for those of [`super::gated`], as in `cudaTypedefs.h`.
 const SINCE: &[(&str, c_int)] = &[
     ("cuArray3DCreate_v2", 3020),
     ("cuArray3DGetDescriptor_v2", 3020),
@@ -181,21 +186,46 @@ const SINCE: &[(&str, c_int)] = &[
     ("cuGetExportTable", 3000),
     ("cuGetProcAddress", 11030),
     ("cuGetProcAddress_v2", 12000),
+    ("cuGraphAddChildGraphNode", 10000),
+    ("cuGraphAddEmptyNode", 10000),
+    ("cuGraphAddHostNode", 10000),
+    ("cuGraphAddKernelNode", 10000),
+    ("cuGraphAddKernelNode_v2", 12000),
     ("cuGraphAddMemAllocNode", 11040),
     ("cuGraphAddMemFreeNode", 11040),
+    ("cuGraphAddMemcpyNode", 10000),
+    ("cuGraphAddMemsetNode", 10000),
+    ("cuGraphChildGraphNodeGetGraph", 10000),
+    ("cuGraphClone", 10000),
     ("cuGraphCreate", 10000),
     ("cuGraphDestroy", 10000),
+    ("cuGraphExecChildGraphNodeSetParams", 11010),
     ("cuGraphExecDestroy", 10000),
     ("cuGraphExecGetFlags", 12000),
+    ("cuGraphExecKernelNodeSetParams", 10010),
+    ("cuGraphExecKernelNodeSetParams_v2", 12000),
+    ("cuGraphExecMemcpyNodeSetParams", 10020),
+    ("cuGraphExecMemsetNodeSetParams", 10020),
+    ("cuGraphExecUpdate", 10020),
+    ("cuGraphExecUpdate_v2", 12000),
+    ("cuGraphGetEdges", 10000),
+    ("cuGraphGetEdges_v2", 12030),
     ("cuGraphGetNodes", 10000),
     ("cuGraphGetRootNodes", 10000),
+    ("cuGraphInstantiate", 10000),
     ("cuGraphInstantiateWithFlags", 11040),
     ("cuGraphInstantiateWithParams", 12000),
     ("cuGraphInstantiateWithParams_ptsz", 12000),
     ("cuGraphInstantiate_v2", 11000),
+    ("cuGraphKernelNodeSetParams", 10000),
+    ("cuGraphKernelNodeSetParams_v2", 12000),
     ("cuGraphLaunch", 10000),
     ("cuGraphLaunch_ptsz", 10000),
     ("cuGraphMemFreeNodeGetParams", 11040),
+    ("cuGraphMemcpyNodeSetParams", 10000),
+    ("cuGraphMemsetNodeSetParams", 10000),
+    ("cuGraphNodeFindInClone", 10000),
+    ("cuGraphNodeGetDependencies", 10000),
     ("cuGraphNodeGetType", 10000),
     ("cuGraphUpload", 11010),
     ("cuGraphUpload_ptsz", 11010),
@@ -217,6 +247,8 @@ const SINCE: &[(&str, c_int)] = &[
     ("cuLaunchCooperativeKernel_ptsz", 9000),
     ("cuLaunchHostFunc", 10000),
     ("cuLaunchHostFunc_ptsz", 10000),
+    ("cuLaunchHostFunc_v2", 13010),
+    ("cuLaunchHostFunc_v2_ptsz", 13010),
     ("cuLaunchKernel", 4000),
     ("cuLaunchKernelEx", 11060),
     ("cuLaunchKernelEx_ptsz", 11060),
@@ -453,7 +485,7 @@ mod tests {
 
     #[test]
     fn every_function_has_a_version() {
-        let since: HashMap<&str, c_int> = SINCE.iter().copied().collect();
+        let since = since();
         for export in super::super::exports() {
             assert!(since.contains_key(export.name), "{} has none", export.name);
         }

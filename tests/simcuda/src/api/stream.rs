@@ -95,6 +95,16 @@ driver_api! {
         context::stream(null, stream)?.enqueue(Op::Host { function, data }).map(|_| ())
     }
 
+    /// How the host waits for it is a hint.
+    fn cuLaunchHostFunc_v2 / cuLaunchHostFunc_v2_ptsz |null| (
+        stream: Handle, function: HostFn, data: UserData, waiting: c_uint,
+    ) {
+        if function.is_none() || waiting > 1 {
+            return Err(Error::INVALID_VALUE);
+        }
+        context::stream(null, stream)?.enqueue(Op::Host { function, data }).map(|_| ())
+    }
+
     fn cuStreamAddCallback / cuStreamAddCallback_ptsz |null| (
         stream: Handle, function: StreamCallback, data: UserData, flags: c_uint,
     ) {

@@ -1,8 +1,9 @@
-//! Memory: physical allocations ([`backing`]) and those of other processes ([`sharing`]), the address space ([`va`]),
-//! and moving bytes between ([`access`]).
+//! Memory: physical allocations ([`backing`]) and those of other processes ([`sharing`]), the address space ([`va`])
+//! and what was taken out of it (`gaps`), and moving bytes between ([`access`]).
 
 pub mod access;
 pub mod backing;
+mod gaps;
 pub mod sharing;
 pub mod va;
 

@@ -17,6 +17,7 @@ use std::sync::{Arc, Weak};
 use simstate::segment::MAX_GPUS;
 
 use super::backing::Physical;
+use super::gaps::Gaps;
 use crate::abi::{Error, Result};
 use crate::pool::Block;
 
@@ -159,6 +160,7 @@ pub enum Place {
 pub struct Space {
     regions: BTreeMap<u64, Region>,
     next_id: u64,
+    pub gaps: Gaps,
 }
 
 fn os() -> Error {
@@ -305,6 +307,7 @@ impl Space {
                 if *has == size && maps.is_empty() =>
             {
                 self.regions.remove(&address);
+                self.gaps.close(address, size);
                 unmap(address, size);
                 Ok(())
             }
@@ -331,6 +334,7 @@ impl Space {
             physical.extent.offset,
         )?;
         maps.insert(address, Mapping { size, physical, rights: Rights::NONE });
+        self.gaps.close(address, size);
         Ok(())
     }
 
@@ -357,6 +361,7 @@ impl Space {
         for key in keys {
             maps.remove(&key);
         }
+        self.gaps.open(address, size);
         Ok(())
     }
 
