@@ -7,7 +7,7 @@ use nvshare_tools::job::{Event, Job};
 use nvshare_tools::node::{Node, SimulatedGpu};
 use nvshare_tools::status::{self, Gpu};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Patience = Patience::seconds(120);
@@ -46,15 +46,38 @@ fn endless(seed: u64, devices: &[i32]) -> Job {
     Job { controlled: true, ..job(seed, devices, u64::MAX) }
 }
 
-fn start(node: &Node, job: &Job) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_nvshare"))
-        .args(["internal", "job"])
-        .args(job.arguments())
-        .envs(node.environment())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap()
+/// A process that does a job. Killed when dropped: two that block each other would stay for ever.
+struct Running(Child);
+
+impl Running {
+    fn start(node: &Node, job: &Job) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_nvshare"))
+            .args(["internal", "job"])
+            .args(job.arguments())
+            .envs(node.environment())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    /// How it has ended, if it has.
+    fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().unwrap()
+    }
+
+    fn kill(&mut self) -> ExitStatus {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn gpus(node: &Node) -> Vec<Gpu> {
@@ -73,16 +96,16 @@ fn balances(node: &Node) {
 /// All of these end with right data, having taken turns on every GPU.
 fn all_finish(count: u32, jobs: &[Job]) {
     let (_gpu, node) = machine(count);
-    let mut children: Vec<_> = jobs.iter().map(|job| start(&node, job)).collect();
+    let mut jobs: Vec<_> = jobs.iter().map(|job| Running::start(&node, job)).collect();
     let mut came_in = vec![0; count as usize];
     PATIENCE.until("all have ended", || {
         for (most, gpu) in came_in.iter_mut().zip(gpus(&node)) {
             *most = gpu.clients.iter().map(|client| client.bytes_in).sum::<u64>().max(*most);
         }
-        children.iter_mut().all(|job| job.try_wait().unwrap().is_some())
+        jobs.iter_mut().all(|job| job.ended().is_some())
     });
-    for mut child in children {
-        assert!(child.wait().unwrap().success(), "wrong data, or a CUDA error");
+    for mut job in jobs {
+        assert!(job.ended().unwrap().success(), "wrong data, or a CUDA error");
     }
     assert!(
         came_in.iter().all(|bytes| *bytes > 0),
@@ -155,7 +178,7 @@ fn whoever_is_killed_the_others_go_on() {
     let (_gpu, node) = machine(2);
     let start = |dice: &mut Dice| {
         let devices = uses[dice.below(uses.len() as u64) as usize];
-        start(&node, &job(dice.below(1 << 40), devices, 1 + dice.below(8)))
+        Running::start(&node, &job(dice.below(1 << 40), devices, 1 + dice.below(8)))
     };
     let mut jobs: Vec<_> = (0..3).map(|_| start(&mut dice)).collect();
     let (mut kills, mut finished) = (0, 0);
@@ -164,7 +187,7 @@ fn whoever_is_killed_the_others_go_on() {
         let victim = dice.below(3) as usize;
         while Instant::now() < moment {
             for job in &mut jobs {
-                if let Some(status) = job.try_wait().unwrap() {
+                if let Some(status) = job.ended() {
                     assert!(status.success(), "a job that nobody killed ended with {status}");
                     finished += 1;
                     *job = start(&mut dice);
@@ -172,8 +195,7 @@ fn whoever_is_killed_the_others_go_on() {
             }
             std::thread::yield_now();
         }
-        jobs[victim].kill().unwrap();
-        let status = jobs[victim].wait().unwrap();
+        let status = jobs[victim].kill();
         // It may have ended by itself in the last moment.
         assert!(status.signal() == Some(9) || status.success(), "{status}");
         kills += 1;
@@ -182,7 +204,7 @@ fn whoever_is_killed_the_others_go_on() {
     println!("{kills} killed, {finished} ended by themselves with right data");
     assert!(finished > 0, "no job ever ended, so nothing was shown");
     PATIENCE.until("the last ones have ended", || {
-        jobs.iter_mut().all(|job| job.try_wait().unwrap().is_some_and(|status| status.success()))
+        jobs.iter_mut().all(|job| job.ended().is_some_and(|status| status.success()))
     });
     balances(&node);
 }
