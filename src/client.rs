@@ -23,7 +23,7 @@
 use crate::account::Free;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SlotIndex};
-use crate::policy;
+use crate::policy::{self, NOT_BEGUN};
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
@@ -180,6 +180,31 @@ impl<P: Deref<Target = Page>> Books<P> {
         snapshot.usable() + snapshot.view(self.slot).unmovable
     }
 
+    /// The client's threads run from now on: its slice begins, if it has not; true if it does. If this is not
+    /// the client's own thread, that one must be rung: it finds the end of the slice when it next looks.
+    ///
+    /// Only while the client is in phase Running and cannot leave it.
+    pub fn begin_slice(&self) -> bool {
+        let word = &self.page.slot(self.slot).own.slice_start;
+        // A look first: most calls find that it has begun.
+        word.load(Ordering::Relaxed) == NOT_BEGUN
+            && word.compare_exchange(NOT_BEGUN, now(), Ordering::Release, Ordering::Relaxed).is_ok()
+    }
+
+    /// Whether its present slice has begun.
+    pub fn slice_has_begun(&self) -> bool {
+        self.page.slot(self.slot).own.slice_start.load(Ordering::Relaxed) != NOT_BEGUN
+    }
+
+    /// Begins the present slice anew, unless somebody waits for its end: nobody loses by it. For a client that
+    /// could not run for a while, because its process waited for another GPU. When, as [`Books::begin_slice`].
+    pub fn renew_slice(&self) {
+        let snapshot = crate::snapshot::Snapshot::take(&self.page, self.page.admitted());
+        if policy::first_waiter(&snapshot).is_none() {
+            self.page.slot(self.slot).own.slice_start.store(now(), Ordering::Release);
+        }
+    }
+
     /// Says that `amount` of the granules that it holds cannot move any more, and decides anew.
     pub fn fix(&self, amount: Granules) {
         self.change_unmovable(|unmovable| unmovable.saturating_add(u64::from(amount)));
@@ -220,7 +245,7 @@ fn add(counter: &AtomicU64, amount: u64) {
 /// What a client's thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// It has just begun to run: open the gate.
+    /// All is in place: open the gate, and [begin the slice](Books::begin_slice) at that moment.
     Open,
     /// It must give way: shut the gate, [begin to drain](Client::drain), drain, and say so with
     /// [`Client::drained`].
@@ -293,6 +318,16 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     pub fn request(&mut self) {
         if self.phase == Phase::Idle {
             self.queue();
+        }
+    }
+
+    /// Waiting -> Idle: takes the request back, because the process lacks what must be had before this GPU. A
+    /// decision that admitted it meanwhile is put right when the client is next [polled](Client::poll).
+    pub fn withdraw(&mut self) {
+        if self.phase == Phase::Waiting {
+            self.own().wait_since.store(0, Ordering::Relaxed);
+            self.enter(Phase::Idle);
+            self.page().decide();
         }
     }
 
@@ -377,10 +412,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     }
 
     fn begin_running(&mut self) {
-        let time = now();
         let own = self.own();
         if own.wait_since.swap(0, Ordering::Relaxed) != 0 {
-            own.slice_start.store(time, Ordering::Relaxed);
+            // Before the phase, so that nobody sees it running with the beginning of an earlier slice.
+            own.slice_start.store(NOT_BEGUN, Ordering::Relaxed);
             add(&own.slices, 1);
         }
         self.undrained = true;
@@ -416,6 +451,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         let (time, own) = (now(), self.own());
         let started = own.slice_start.load(Ordering::Relaxed);
+        // A slice that has not begun is none of the time that it ran.
         add(&own.run_ns, time.saturating_sub(started));
         own.last_ran.store(time, Ordering::Relaxed);
         add(&own.yields, 1);
@@ -462,6 +498,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 Next::Open => {}
             }
         }
+        self.books.begin_slice();
         Ok(())
     }
 
@@ -574,6 +611,61 @@ mod tests {
         let quantum = Quantum::Fixed(u64::MAX);
         page.set_settings(Settings { quantum, ..Settings::default() });
         page
+    }
+
+    /// Its process waits for another GPU: its slice is never over, though somebody waits, until it has begun.
+    #[test]
+    fn a_slice_is_not_over_before_it_has_begun() {
+        let page = page(4);
+        page.set_settings(Settings { quantum: Quantum::Fixed(0), ..Settings::default() });
+        let (mut holder, mut moves) = client(&page, 3);
+        let (mut waiter, mut its_moves) = client(&page, 3);
+        holder.request();
+        assert_eq!(holder.poll(&mut moves), Ok(Next::Open));
+        waiter.request();
+        for _ in 0..2 {
+            assert!(matches!(holder.poll(&mut moves), Ok(Next::Sleep { until: None, .. })));
+            assert!(matches!(waiter.poll(&mut its_moves), Ok(Next::Sleep { until: None, .. })));
+        }
+        assert!(holder.books().begin_slice(), "and now it begins");
+        assert!(!holder.books().begin_slice(), "once");
+        holder.books().renew_slice();
+        assert_eq!(holder.poll(&mut moves), Ok(Next::Yield), "somebody waits, so it is not renewed");
+    }
+
+    #[test]
+    fn a_slice_that_nobody_waits_for_begins_anew() {
+        let page = page(4);
+        let (mut holder, mut moves) = client(&page, 3);
+        holder.acquire(&mut moves).unwrap();
+        let begun = page.view(holder.books().slot()).slice_start;
+        while now() == begun {}
+        holder.books().renew_slice();
+        assert!(page.view(holder.books().slot()).slice_start > begun);
+    }
+
+    #[test]
+    fn who_withdraws_is_not_in_anybodys_way() {
+        let page = page(4);
+        let (mut first, mut moves) = client(&page, 3);
+        let (mut second, mut its_moves) = client(&page, 3);
+        let (mut third, mut last_moves) = client(&page, 3);
+        first.acquire(&mut moves).unwrap();
+        second.request();
+        third.request();
+        second.withdraw();
+        assert_eq!(second.phase(), Phase::Idle);
+        first.release(false);
+        assert!(third.books().admitted(), "it is next");
+        first.poll(&mut moves).unwrap();
+        third.acquire(&mut last_moves).unwrap();
+        third.release(false);
+        // Admitted between two looks of its own, it takes no memory and gives the right back.
+        second.request();
+        assert!(second.books().admitted());
+        second.withdraw();
+        second.poll(&mut its_moves).unwrap();
+        assert_eq!((second.books().admitted(), second.books().resident()), (false, 0));
     }
 
     /// Two that fit run. The second one grows while its work is under way, and no longer fits.

@@ -57,7 +57,7 @@ pub enum Phase {
     Waiting = 1,
     /// Has its bit, and brings its memory in.
     Filling = 2,
-    /// All its memory is in place and its gate is open (I2).
+    /// All its memory is in place, and its gate is open (I2), or opens when its process has its other GPUs too.
     Running = 3,
     /// Its gate is shut, and it waits for the work it has submitted.
     Draining = 4,
@@ -247,7 +247,7 @@ pub struct OwnWords {
     pub(crate) ticket: AtomicU64,
     /// Since when it waits, ns; 0 when it does not.
     pub(crate) wait_since: AtomicU64,
-    /// When its slice began, ns; 0 before it runs.
+    /// When its slice began, ns, or [`crate::policy::NOT_BEGUN`]; 0 before it has the GPU.
     pub(crate) slice_start: AtomicU64,
     /// When it last ran, ns.
     pub(crate) last_ran: AtomicU64,

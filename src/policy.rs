@@ -12,11 +12,30 @@
 //! **Bound on a wait** (L1). With n clients, a waiter has at most n - 1 tickets before it. Each of
 //! those runs at most one quantum, plus the time of its fill and of its drain, before it goes to the
 //! end of the queue. So a wait is at most (n - 1) x (longest quantum + longest fill + longest drain).
+//!
+//! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
+//! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
+//! ([`NOT_BEGUN`]). So a holder may add to the wait above what it waits itself for its further GPUs. Those
+//! all come later in the one order: holders of the last GPU wait for nothing more, so the bound W there is the
+//! one above, and for the GPU i it is
+//!
+//! ```text
+//! W(i) = (n - 1) x (longest quantum + longest fill + longest drain + sum of W(j) + longest fill on j),
+//!        over all j after i of which some process has i and j
+//! ```
+//!
+//! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
+//! there is no cycle in it, so it is finite.
 
 use crate::lock::SlotSet;
 use crate::page::{Phase, Quantum, SlotIndex};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
+
+/// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
+/// process waits for another GPU. Such a slice is never over. Whoever claims it for ever keeps the GPU for
+/// ever, as with any beginning in the far future.
+pub const NOT_BEGUN: Nanos = Nanos::MAX;
 
 /// Whom to admit, now.
 pub fn admit(snapshot: &Snapshot, now: Nanos) -> SlotSet {
@@ -83,11 +102,12 @@ pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
 }
 
 /// When a holder's slice is over, ns, if it runs and somebody waits. A slice begins when its holder
-/// runs, so filling costs nobody any of it.
+/// runs, so filling costs nobody any of it, and neither does waiting for another GPU ([`NOT_BEGUN`]).
 pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let view = snapshot.view(holder);
     let waiter = first_waiter(snapshot)?;
-    (view.phase == Phase::Running).then(|| view.slice_start.saturating_add(quantum(snapshot, waiter)))
+    (view.phase == Phase::Running && view.slice_start != NOT_BEGUN)
+        .then(|| view.slice_start.saturating_add(quantum(snapshot, waiter)))
 }
 
 /// When, at the latest, somebody must decide again though nothing changed: the first end of a slice

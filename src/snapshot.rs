@@ -25,7 +25,7 @@ pub struct SlotView {
     pub unmovable: Granules,
     /// Its place in the queue.
     pub ticket: u64,
-    /// When its slice began, ns; 0 before it runs.
+    /// When its slice began, ns, or [`crate::policy::NOT_BEGUN`]; 0 before it has the GPU.
     pub slice_start: Nanos,
     /// When it last ran, ns.
     pub last_ran: Nanos,

@@ -105,9 +105,11 @@ fn an_overdue_holder_in_a_gap_sleeps() {
             (client(&page, 10), client(&page, 60), client(&page, 63));
         small.request();
         assert_eq!(small.poll(&mut moves), Ok(Next::Open));
+        small.books().begin_slice();
         std::thread::sleep(Duration::from_millis(210));
         large.request();
         assert_eq!(large.poll(&mut large_moves), Ok(Next::Open));
+        large.books().begin_slice();
         second.request();
         let rings = page.doorbell(large.books().slot());
         assert!(matches!(small.poll(&mut moves), Ok(Next::Sleep { until: Some(_), .. })));

@@ -7,6 +7,7 @@ use crate::hostpool::{HostPool, PinError, Pinner};
 use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Memory, Place, Region, SMALL};
 use crate::session;
 use crate::swap::SwapError;
+use crate::together;
 use crate::truth::Figures;
 use nvshare::Books;
 use nvshare::lock::SlotSet;
@@ -332,7 +333,7 @@ impl Shared {
         if memory.region(base).is_some_and(Region::usable) {
             return Ok(());
         }
-        if session::close_unless_capturing() {
+        if session::close_unless_capturing(self.gpu) {
             self.knock();
             return Ok(());
         }
@@ -425,11 +426,12 @@ impl Shared {
         }
     }
 
-    /// Waits for all work submitted so far. False if an open capture forbids to ask.
+    /// Waits for all work submitted so far, on whichever GPU: it may use this one's memory. False if an open
+    /// capture forbids to ask.
     pub fn wait_for_work(&self) -> bool {
         session::with_no_capture(|| {
             // A broken context does no work any more, so its memory is not in use either.
-            if let Err(result) = self.streams.wait(self.driver) {
+            if let Err(result) = together::mark().wait() {
                 tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
             }
         })

@@ -7,10 +7,13 @@
 //!
 //! A mark in the legacy stream is itself forbidden while a blocking stream captures: callers make sure
 //! that no capture is open ([`crate::session`]).
+//!
+//! Several threads may wait at a time, an engine and those that free memory: none takes an event away from
+//! another that still needs it.
 
 use crate::abi::*;
 use crate::driver::Driver;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 #[derive(Debug, Clone, Copy)]
 struct Tracked {
@@ -19,23 +22,54 @@ struct Tracked {
 }
 
 /// The streams that a process has, and the contexts whose default streams count too.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Streams {
     tracked: Mutex<Tracking>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Tracking {
     contexts: Vec<CUcontext>,
     /// Streams that the legacy stream does not wait for.
     independent: Vec<Tracked>,
-    /// Events at the end of streams that were destroyed with work in them.
-    orphans: Vec<(CUcontext, CUevent)>,
+    /// The ends of streams that were destroyed with work in them.
+    orphans: Vec<Arc<End>>,
+}
+
+/// An event at the end of a stream's work so far. Given back when dropped.
+struct End {
+    driver: &'static Driver,
+    context: CUcontext,
+    event: CUevent,
+}
+
+impl End {
+    /// In the context that is current.
+    fn record(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Result<Self, CuResult> {
+        let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING)?;
+        let end = Self { driver, context, event };
+        driver.event_record(event, stream)?;
+        Ok(end)
+    }
+
+    /// Whether it has come, or can never come.
+    fn is_past(&self) -> bool {
+        self.driver.event_query(self.event) != Err(CuResult::NOT_READY)
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.driver.event_destroy(self.event);
+    }
 }
 
 /// A moment in everything that was submitted.
+#[derive(Default)]
 pub struct Mark {
-    events: Vec<(CUcontext, CUevent)>,
+    ends: Vec<Arc<End>>,
+    /// What the driver said of a context that cannot be marked: it does no work any more.
+    broken: Option<CuResult>,
 }
 
 /// Makes `context` current for as long as this lives.
@@ -58,15 +92,6 @@ impl Drop for Current<'_> {
     }
 }
 
-fn record(driver: &Driver, context: CUcontext, stream: CUstream) -> Result<(CUcontext, CUevent), CuResult> {
-    let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING)?;
-    if let Err(error) = driver.event_record(event, stream) {
-        let _ = driver.event_destroy(event);
-        return Err(error);
-    }
-    Ok((context, event))
-}
-
 impl Streams {
     fn tracking(&self) -> MutexGuard<'_, Tracking> {
         self.tracked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -85,7 +110,7 @@ impl Streams {
         let mut tracking = self.tracking();
         tracking.contexts.retain(|known| *known != context);
         tracking.independent.retain(|known| known.context != context);
-        tracking.orphans.retain(|(of, _)| *of != context);
+        tracking.orphans.retain(|end| end.context != context);
     }
 
     /// A stream was made.
@@ -96,55 +121,36 @@ impl Streams {
     }
 
     /// A stream is about to be destroyed. Its work goes on, so its end is remembered.
-    pub fn remove(&self, driver: &Driver, stream: CUstream) {
+    pub fn remove(&self, driver: &'static Driver, stream: CUstream) {
         let mut tracking = self.tracking();
         let Some(index) = tracking.independent.iter().position(|known| known.stream == stream) else {
             return;
         };
         let Tracked { context, .. } = tracking.independent.swap_remove(index);
-        let end = Current::new(driver, context).and_then(|_current| record(driver, context, stream));
+        let end = Current::new(driver, context).and_then(|_current| End::record(driver, context, stream));
         // A stream that cannot be marked (a capture is open in it) has no work that it has submitted.
         if let Ok(end) = end {
-            tracking.orphans.push(end);
+            tracking.orphans.push(end.into());
         }
     }
 
     /// Marks the present end of everything.
-    ///
-    /// # Errors
-    /// The driver's, if an event cannot be recorded: its context is broken.
-    pub fn mark(&self, driver: &Driver) -> Result<Mark, CuResult> {
+    pub fn mark(&self, driver: &'static Driver) -> Mark {
         let mut tracking = self.tracking();
-        let mut mark = Mark { events: std::mem::take(&mut tracking.orphans) };
+        tracking.orphans.retain(|end| !end.is_past());
+        let mut mark = Mark { ends: tracking.orphans.clone(), broken: None };
         let streams = tracking
             .contexts
             .iter()
             .map(|context| Tracked { stream: CUstream::LEGACY, context: *context })
             .chain(tracking.independent.iter().copied());
         for Tracked { stream, context } in streams {
-            let event = Current::new(driver, context).and_then(|_current| record(driver, context, stream));
-            match event {
-                Ok(event) => mark.events.push(event),
-                Err(error) => {
-                    mark.destroy(driver);
-                    return Err(error);
-                }
+            match Current::new(driver, context).and_then(|_current| End::record(driver, context, stream)) {
+                Ok(end) => mark.ends.push(end.into()),
+                Err(error) => mark.broken = mark.broken.or(Some(error)),
             }
         }
-        Ok(mark)
-    }
-
-    /// Keeps an unfinished mark, so that a later one covers it.
-    pub fn keep(&self, mark: Mark) {
-        self.tracking().orphans.extend(mark.events);
-    }
-
-    /// Waits for everything that has been submitted so far.
-    ///
-    /// # Errors
-    /// The driver's: a context is broken, and what it had to do will never be done.
-    pub fn wait(&self, driver: &Driver) -> Result<(), CuResult> {
-        self.mark(driver)?.wait(driver)
+        mark
     }
 }
 
@@ -152,22 +158,24 @@ impl Mark {
     /// Waits until everything before it is done.
     ///
     /// # Errors
-    /// The driver's.
-    pub fn wait(self, driver: &Driver) -> Result<(), CuResult> {
-        let done = self.events.iter().try_for_each(|(_, event)| driver.event_synchronize(*event));
-        self.destroy(driver);
-        done
+    /// The driver's: a context is broken, and what it had to do will never be done. All else is.
+    pub fn wait(self) -> Result<(), CuResult> {
+        let mut result = self.broken.map_or(Ok(()), Err);
+        for end in &self.ends {
+            result = result.and(end.driver.event_synchronize(end.event));
+        }
+        result
     }
 
     /// Whether everything before it is done, or can never be.
-    pub fn is_done(&self, driver: &Driver) -> bool {
-        self.events.iter().all(|(_, event)| driver.event_query(*event) != Err(CuResult::NOT_READY))
+    pub fn is_done(&self) -> bool {
+        self.ends.iter().all(|end| end.is_past())
     }
 
-    /// Gives the events back.
-    pub fn destroy(self, driver: &Driver) {
-        for (_, event) in self.events {
-            let _ = driver.event_destroy(event);
-        }
+    /// This moment in one GPU's work, and that one in another's.
+    pub fn and(mut self, other: Self) -> Self {
+        self.ends.extend(other.ends);
+        self.broken = self.broken.or(other.broken);
+        self
     }
 }

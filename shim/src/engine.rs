@@ -9,6 +9,7 @@ use crate::device::Shared;
 use crate::drain::Mark;
 use crate::session::{self, CaptureHold};
 use crate::swap::{Swap, SwapError};
+use crate::together;
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
 use nvshare::sync::now;
@@ -60,7 +61,7 @@ fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
         }
         Err(error) => {
             tracing::error!(%gpu, "the engine could not start: {error}");
-            session::break_down(error.cuda());
+            session::break_down(gpu, error.cuda());
         }
     }
 }
@@ -89,6 +90,16 @@ enum Overflow {
     ComesHome,
     /// Until somebody looks again, ns.
     Stays(Nanos),
+}
+
+/// What a holder makes of its GPU while somebody waits.
+enum Use {
+    /// Nothing.
+    Idle,
+    /// It works, or may; look again at this time, ns.
+    Look(Nanos),
+    /// It holds it for when it has its other GPUs too.
+    Kept,
 }
 
 /// Finds out whether a holder has run out of work.
@@ -146,9 +157,7 @@ impl Engine {
     /// The context that the engine lives in will be destroyed, and others of the process go on: everything
     /// that is bound to it is made anew in one of those. Nothing is being copied now.
     fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
-        if let Some(mark) = self.idle.mark.take() {
-            mark.destroy(self.shared.driver);
-        }
+        self.idle.mark = None;
         self.swap.move_to(context)?;
         self.shared.at_home(context);
         tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
@@ -167,7 +176,7 @@ impl Engine {
         memory.open = true;
         memory.unsee();
         self.swap.quiet = false;
-        session::vote_open(self.shared.device);
+        together::ready(self.shared.gpu);
         drop(memory);
         self.idle.since = now();
         tracing::trace!(gpu = %self.shared.gpu, "running");
@@ -184,9 +193,15 @@ impl Engine {
             self.shared.bury();
         }
         crate::ipc::sweep();
+        let gpu = self.shared.gpu;
         let until = match self.client.phase() {
-            Phase::Idle if session::gate().waiting() > 0 => return self.client.request(),
+            Phase::Idle if session::gate().waiting() > 0 && together::may_ask(gpu) => {
+                return self.client.request();
+            }
             Phase::Running => {
+                if together::must_give_up(gpu) {
+                    return self.give_way(false);
+                }
                 if self.grown() {
                     return;
                 }
@@ -200,14 +215,20 @@ impl Engine {
                 };
                 if self.client.awaited() {
                     match self.look_idle() {
-                        Some(look_again) => Some(until.map_or(look_again, |until| until.min(look_again))),
-                        None => return self.give_way(false),
+                        Use::Idle => return self.give_way(false),
+                        Use::Look(again) => Some(until.map_or(again, |until| until.min(again))),
+                        Use::Kept => until,
                     }
                 } else {
                     until
                 }
             }
+            Phase::Waiting if together::must_give_up(gpu) => {
+                self.client.withdraw();
+                return together::out(gpu);
+            }
             Phase::Waiting => {
+                together::waiting(gpu);
                 self.grow_host_pool();
                 until
             }
@@ -221,14 +242,14 @@ impl Engine {
         let mut memory = self.shared.memory();
         if memory.is_missing() {
             memory.open = false;
-            session::vote_close(self.shared.device);
+            together::growing(self.shared.gpu);
             drop(memory);
             self.client.refill();
             return true;
         }
-        if memory.open && !session::gate().is_open() {
+        if memory.open && !together::is_ready(self.shared.gpu) {
             // An allocation shut the gate, and was freed before it was filled.
-            session::vote_open(self.shared.device);
+            together::ready(self.shared.gpu);
         }
         false
     }
@@ -247,60 +268,60 @@ impl Engine {
         Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_LOOK) })
     }
 
-    /// When to look again whether the holder is idle, ns; `None` if it is. Called only while somebody
-    /// waits.
-    fn look_idle(&mut self) -> Option<Nanos> {
+    /// Whether the process makes use of this GPU. Called only while somebody waits for it.
+    ///
+    /// It is the process that is idle, and not the GPU alone: what runs on another GPU of the process may use
+    /// this one's memory, and nothing can be submitted there without this one.
+    fn look_idle(&mut self) -> Use {
+        if together::waits_beyond(self.shared.gpu) {
+            // It keeps what it has for a slice that is to come, and not for one that it had (crate::order).
+            return if self.shared.books.slice_has_begun() { Use::Idle } else { Use::Kept };
+        }
         let (time, grace) = (now(), self.page().settings().idle_grace);
         let gate = session::gate();
         let passes = gate.passes();
-        if passes != self.idle.passes || gate.occupied() {
+        // Who stands before the gate is about to have all GPUs.
+        if passes != self.idle.passes || gate.occupied() || gate.waiting() > 0 {
             self.idle.passes = passes;
             self.idle.since = time;
-            if let Some(mark) = self.idle.mark.take() {
-                self.shared.streams.keep(mark);
-            }
-            return Some(time + grace);
+            self.idle.mark = None;
+            return Use::Look(time + grace);
         }
         let quiet_until = self.idle.since + grace;
         if time < quiet_until {
-            return Some(quiet_until);
+            return Use::Look(quiet_until);
         }
         if self.idle.mark.is_none() {
-            let driver = self.shared.driver;
-            self.idle.mark = session::with_no_capture(|| self.shared.streams.mark(driver).ok()).flatten();
+            self.idle.mark = session::with_no_capture(together::mark);
         }
-        let look_again = time + (grace / 2).max(MILLISECOND);
-        match self.idle.mark.take() {
-            Some(mark) if mark.is_done(self.shared.driver) => {
-                mark.destroy(self.shared.driver);
-                tracing::debug!(gpu = %self.shared.gpu, "idle for {}: giving way", format_nanos(time - self.idle.since));
-                None
-            }
-            mark => {
-                self.idle.mark = mark;
-                Some(look_again)
-            }
+        if self.idle.mark.as_ref().is_some_and(Mark::is_done) {
+            self.idle.mark = None;
+            tracing::debug!(gpu = %self.shared.gpu, "idle for {}: giving way", format_nanos(time - self.idle.since));
+            return Use::Idle;
         }
+        Use::Look(time + (grace / 2).max(MILLISECOND))
     }
 
     /// Shuts the gate, drains, and lets others run. With `more` to do it asks for the GPU again at once.
     fn give_way(&mut self, more: bool) {
         loop {
             let hold = CaptureHold::new();
-            session::vote_shut(self.shared.device);
+            together::out(self.shared.gpu);
+            session::gate().shut();
             if !hold.is_broken() {
                 break;
             }
             // Under the map's lock: an allocation may have shut the gate meanwhile (I2).
             let memory = self.shared.memory();
             if !memory.is_missing() {
-                session::vote_open(self.shared.device);
+                together::ready(self.shared.gpu);
             }
         }
         self.shared.memory().open = false;
         self.client.drain();
         let began = now();
-        if let Err(result) = self.shared.streams.wait(self.shared.driver) {
+        // On whichever GPU: it may use this one's memory.
+        if let Err(result) = together::mark().wait() {
             // The application's own calls will tell it: its context is broken. There is no work left to
             // wait for, and its memory can go.
             tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
@@ -308,7 +329,8 @@ impl Engine {
         tracing::debug!(gpu = %self.shared.gpu, "drained in {}", format_nanos(now() - began));
         self.swap.quiet = true;
         crate::pools::drained(&self.shared);
-        self.client.drained(more || session::gate().waiting() > 0);
+        let more = more || session::gate().waiting() > 0;
+        self.client.drained(more && together::may_ask(self.shared.gpu));
     }
 
     /// Host memory for what may have to go out, made before it has to. Only where memory is short: a
@@ -365,7 +387,7 @@ impl Engine {
             gpu = %self.shared.gpu,
             "memory could not be moved, every CUDA call of this process fails from now on: {error}"
         );
-        session::break_down(error.cuda());
+        session::break_down(self.shared.gpu, error.cuda());
         let regions = self.shared.memory().take_all();
         regions.into_iter().for_each(|region| self.shared.dispose(region));
         self.client.leave();
@@ -373,11 +395,10 @@ impl Engine {
 
     /// The last context goes: everything back.
     fn leave(mut self) {
-        session::vote_shut(self.shared.device);
-        let _ = self.shared.streams.wait(self.shared.driver);
-        if let Some(mark) = self.idle.mark.take() {
-            mark.destroy(self.shared.driver);
-        }
+        together::out(self.shared.gpu);
+        session::gate().shut();
+        let _ = together::mark().wait();
+        self.idle.mark = None;
         let regions = {
             let mut memory = self.shared.memory();
             memory.open = false;

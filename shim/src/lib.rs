@@ -9,6 +9,8 @@
 //! | [`hooks`] | the entry points that need more than the gate |
 //! | [`gate`] | threads that submit work pass it, and memory moves only while it is shut |
 //! | [`session`] | the process: its gate, its GPUs, its captures |
+//! | [`order`] | which GPUs a process with several may ask for, and which it must give up |
+//! | [`together`] | its gate opens when it has all of them |
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
 //! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
@@ -38,6 +40,7 @@ mod ipc;
 mod log;
 mod memory;
 mod nvml;
+mod order;
 mod pools;
 mod probe;
 mod room;
@@ -46,5 +49,6 @@ mod session;
 mod settings;
 mod swap;
 mod table;
+mod together;
 mod truth;
 mod vmm;

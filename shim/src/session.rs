@@ -11,6 +11,7 @@ use crate::engine;
 use crate::gate::{Gate, Lane};
 use crate::hostpool::{HostPool, HostPoolConfig};
 use crate::settings::{OnMissingArbiter, settings};
+use crate::together;
 use nvshare::register::{self, Hello, RegisterError};
 use nvshare::units::GpuUuid;
 use nvshare::{Client, paths};
@@ -220,37 +221,7 @@ pub fn of_gpu(gpu: GpuUuid) -> Option<Arc<Shared>> {
     devices().iter().find(|attached| attached.shared.gpu == gpu).map(|attached| attached.shared.clone())
 }
 
-/// Which engines want the gate open; it is open when all do.
-static OPEN_VOTES: Mutex<Vec<CUdevice>> = Mutex::new(Vec::new());
-
-fn votes() -> MutexGuard<'static, Vec<CUdevice>> {
-    OPEN_VOTES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// A GPU's engine has all memory in place.
-pub fn vote_open(device: CUdevice) {
-    let attached = ATTACHED.load(Ordering::Acquire) as usize;
-    let mut votes = votes();
-    if !votes.contains(&device) {
-        votes.push(device);
-    }
-    if votes.len() >= attached {
-        GATE.open();
-    }
-}
-
-/// A GPU's engine wants nobody inside; when it returns, nobody is.
-pub fn vote_shut(device: CUdevice) {
-    votes().retain(|voter| *voter != device);
-    GATE.shut();
-}
-
-/// A GPU whose memory is no longer all in place: nobody more comes in.
-pub fn vote_close(device: CUdevice) {
-    votes().retain(|voter| *voter != device);
-    GATE.close();
-}
-
+/// How many GPUs this process has attached to; for a forked child, which can take no lock.
 static ATTACHED: AtomicU32 = AtomicU32::new(0);
 
 /// cuInit was called: is there an arbiter?
@@ -340,13 +311,13 @@ pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult
     shared.streams.add_context(context);
     tracing::info!(%gpu, slot = registration.slot.get(), "attached");
     ATTACHED.fetch_add(1, Ordering::AcqRel);
-    GATE.close();
+    together::join(shared.clone());
     let engine = match engine::start(shared.clone(), client, context) {
         Ok(engine) => engine,
         Err(error) => {
             tracing::error!(%gpu, "no thread for the engine: {error}");
             ATTACHED.fetch_sub(1, Ordering::AcqRel);
-            GATE.open();
+            together::leave(gpu);
             return Err(CuResult::SYSTEM_NOT_READY);
         }
     };
@@ -422,17 +393,14 @@ pub fn context_ends(context: CUcontext) {
     crate::pools::device_ended(shared.device, context);
     crate::ipc::context_ends(context);
     ATTACHED.fetch_sub(1, Ordering::AcqRel);
-    votes().retain(|voter| *voter != shared.device);
-    if ATTACHED.load(Ordering::Acquire) == 0 {
-        GATE.open();
-    }
+    together::leave(shared.gpu);
     tracing::info!(gpu = %shared.gpu, "detached");
 }
 
-/// Memory could not be moved: every call returns this from now on.
-pub fn break_down(result: CuResult) {
+/// Memory of a GPU could not be moved: every call returns this from now on.
+pub fn break_down(gpu: GpuUuid, result: CuResult) {
     BROKEN.store(result.0, Ordering::Release);
-    GATE.open();
+    together::leave(gpu);
 }
 
 // --- Captures -----------------------------------------------------------------------------------
@@ -496,12 +464,13 @@ pub fn forget_capture(stream: CUstream) {
     }
 }
 
-/// Closes the gate, unless a capture is open; none can begin once it is closed. Whether it did.
-pub fn close_unless_capturing() -> bool {
+/// Closes the gate, because a GPU has more memory than is in place, unless a capture is open; none can begin
+/// once it is closed. Whether it did.
+pub fn close_unless_capturing(gpu: GpuUuid) -> bool {
     let set = capturing();
     let none = set.as_ref().is_none_or(HashSet::is_empty);
     if none {
-        GATE.close();
+        together::growing(gpu);
     }
     none
 }

@@ -47,6 +47,24 @@ fn a_slice_goes_on_until_it_is_over() {
 }
 
 #[test]
+fn a_slice_that_has_not_begun_is_never_over() {
+    let mut snapshot = snapshot(10, &[(Phase::Running, 8, 8, 1), (Phase::Waiting, 8, 0, 2)], &[0]);
+    snapshot.slots[0].slice_start = NOT_BEGUN;
+    for ns in [0, 1, u64::MAX] {
+        snapshot.settings.quantum = Quantum::Fixed(ns);
+        assert_eq!(slice_end(&snapshot, slot(0)), None);
+        assert_eq!(next_decision(&snapshot, 0), None);
+        assert_eq!(admit(&snapshot, u64::MAX), set(&[0]));
+    }
+    // It gains nothing by it in anybody's gap: the first waiter still comes before.
+    snapshot.slots[0].ticket = 3;
+    snapshot.occupied = snapshot.occupied.with(slot(2));
+    snapshot.slots[2] = SlotView { phase: Phase::Running, demand: 2, ticket: 1, ..SlotView::default() };
+    snapshot.admitted = set(&[0, 2]);
+    assert_eq!(admit(&snapshot, 0), set(&[1, 2]));
+}
+
+#[test]
 fn a_small_one_fills_the_gap_and_leaves_it_in_time() {
     let clients = [(Phase::Running, 6, 6, 1), (Phase::Waiting, 8, 0, 2), (Phase::Waiting, 3, 0, 3)];
     let mut snapshot = snapshot(10, &clients, &[0]);
@@ -127,10 +145,14 @@ fn any_phase() -> impl Strategy<Value = Phase> {
     (0..6u32).prop_map(Phase::parse)
 }
 
+fn any_beginning() -> impl Strategy<Value = Nanos> {
+    prop_oneof![4 => 0..1000u64, 1 => Just(NOT_BEGUN)]
+}
+
 prop_compose! {
     /// A page that honest clients could have made: residents fit, and the counter is what is left.
     fn honest()(capacity in 1..1000u32,
-                clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), 0..1000u64, any::<u64>(), 0..4u32), 0..SLOTS),
+                clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), any_beginning(), any::<u64>(), 0..4u32), 0..SLOTS),
                 admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
         let mut snapshot = snapshot(capacity, &[], &[]);
         let mut free = capacity as i32;

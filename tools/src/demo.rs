@@ -151,6 +151,7 @@ impl Stage {
             size,
             buffers: 4,
             iterations: options.iterations.unwrap_or(if options.gpu { 2_000 } else { 200 }).into(),
+            devices: vec![0],
             seed: 1,
             managed: false,
             seconds: None,

@@ -4,11 +4,14 @@
 //! every buffer), and takes a checksum of each at the end. What the checksum must be is computed on the CPU to the last
 //! bit, so memory that was lost, mixed up between processes or granules, or moved while a kernel used it is seen.
 //!
+//! On several GPUs it has a part of its buffers on each, and each iteration walks over all of them.
+//!
 //! The pattern repeats every [`TILE`] words, so the CPU mixes one tile and not gigabytes. The tile's length is no
 //! divisor of a granule, so no two granules of a buffer are alike, and no two buffers either.
 
-use crate::cuda::{Gpu, Handle, Kernels, Result};
+use crate::cuda::{DevicePointer, Gpu, Handle, Kernels, Result};
 use serde::{Deserialize, Serialize};
+use std::cell::OnceCell;
 use std::collections::VecDeque;
 use std::io::{BufRead, Write};
 use std::sync::Arc;
@@ -32,6 +35,9 @@ pub struct Job {
     /// Buffers that these are in
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024))]
     pub buffers: u64,
+    /// The GPUs that these are on, in turn, as the driver counts; the context on each is made when all before work
+    #[arg(long, default_value = "0", value_delimiter = ',')]
+    pub devices: Vec<i32>,
     /// Walks over all of them
     #[arg(long, default_value_t = u64::MAX)]
     pub iterations: u64,
@@ -96,6 +102,7 @@ impl Job {
             format!("--buffers={}", self.buffers),
             format!("--iterations={}", self.iterations),
             format!("--seed={}", self.seed),
+            format!("--devices={}", self.devices.iter().map(i32::to_string).collect::<Vec<_>>().join(",")),
         ];
         if self.managed {
             arguments.push("--managed".into());
@@ -115,48 +122,68 @@ impl Job {
     /// The driver's.
     pub fn run(&self, say: &mut dyn FnMut(Event)) -> Result<Outcome> {
         let began = Instant::now();
-        let gpu = Gpu::open(0)?;
-        let (kernels, stream) = (gpu.kernels()?, gpu.stream()?);
-        let words = self.buffer_bytes() / 8;
-        let out = if self.managed { gpu.alloc_managed(8)? } else { gpu.alloc(8)? };
-        let mut buffers = Vec::new();
-        for index in 0..self.buffers {
-            let bytes = self.buffer_bytes();
-            let pointer = if self.managed { gpu.alloc_managed(bytes)? } else { gpu.alloc(bytes)? };
-            for start in (0..words).step_by(TILE as usize) {
-                let length = TILE.min(words - start);
-                kernels.iota(pointer + 8 * start, length, self.seed_of(index), stream)?;
-            }
-            buffers.push(pointer);
+        let places: Vec<OnceCell<Gpu>> = self.devices.iter().map(|_| OnceCell::new()).collect();
+        let mut stations = Vec::new();
+        for (index, (device, place)) in self.devices.iter().zip(&places).enumerate() {
+            let gpu = Gpu::open(*device)?;
+            stations.push(self.settle(place.get_or_init(|| gpu), index)?);
         }
-        gpu.synchronize(stream)?;
         say(Event::Ready { seconds: began.elapsed().as_secs_f64() });
 
         let stop = self.wait_for_start();
         let began = Instant::now();
-        let iterations = self.iterate(&gpu, &kernels, &buffers, stream, &stop, say)?;
+        let iterations = self.iterate(&stations, &stop, say)?;
         let seconds = began.elapsed().as_secs_f64();
 
         let mut sums = Vec::new();
-        for buffer in &buffers {
-            gpu.clear(out, 8, stream)?;
-            kernels.checksum(out, *buffer, words, stream)?;
-            gpu.synchronize(stream)?;
-            sums.push(gpu.read_word(out)?);
+        for station in stations {
+            sums.extend(self.leave(station)?);
         }
         // The others need the room more than the arithmetic below does.
-        for pointer in buffers.into_iter().chain([out]) {
-            gpu.free(pointer)?;
-        }
-        drop(gpu);
-        let wrong_buffers = (0..self.buffers)
-            .zip(sums)
-            .filter(|(index, sum)| expected(words, self.seed_of(*index), iterations) != *sum)
-            .map(|(index, _)| index)
-            .collect::<Vec<_>>();
+        drop(places);
+        let words = self.buffer_bytes() / 8;
+        let wrong = |(buffer, sum): &(u64, u64)| expected(words, self.seed_of(*buffer), iterations) != *sum;
+        let mut wrong_buffers: Vec<_> = sums.into_iter().filter(wrong).map(|(buffer, _)| buffer).collect();
+        wrong_buffers.sort_unstable();
         let outcome = Outcome { iterations, seconds, right: wrong_buffers.is_empty(), wrong_buffers };
         say(Event::Done(outcome.clone()));
         Ok(outcome)
+    }
+
+    /// Allocates and fills the buffers that are on a GPU, and waits until they are.
+    fn settle<'a>(&self, gpu: &'a Gpu, index: usize) -> Result<Station<'a>> {
+        gpu.make_current()?;
+        let (kernels, stream) = (gpu.kernels()?, gpu.stream()?);
+        let alloc = |bytes| if self.managed { gpu.alloc_managed(bytes) } else { gpu.alloc(bytes) };
+        let (out, words) = (alloc(8)?, self.buffer_bytes() / 8);
+        let mut buffers = Vec::new();
+        for buffer in (index as u64..self.buffers).step_by(self.devices.len()) {
+            let pointer = alloc(self.buffer_bytes())?;
+            for start in (0..words).step_by(TILE as usize) {
+                let length = TILE.min(words - start);
+                kernels.iota(pointer + 8 * start, length, self.seed_of(buffer), stream)?;
+            }
+            buffers.push((buffer, pointer));
+        }
+        gpu.synchronize(stream)?;
+        Ok(Station { gpu, kernels, stream, out, buffers })
+    }
+
+    /// The checksums of the buffers that are on a GPU. Frees them.
+    fn leave(&self, station: Station<'_>) -> Result<Vec<(u64, u64)>> {
+        let Station { gpu, kernels, stream, out, buffers } = station;
+        gpu.make_current()?;
+        let mut sums = Vec::new();
+        for (buffer, pointer) in &buffers {
+            gpu.clear(out, 8, stream)?;
+            kernels.checksum(out, *pointer, self.buffer_bytes() / 8, stream)?;
+            gpu.synchronize(stream)?;
+            sums.push((*buffer, gpu.read_word(out)?));
+        }
+        for pointer in buffers.into_iter().map(|(_, pointer)| pointer).chain([out]) {
+            gpu.free(pointer)?;
+        }
+        Ok(sums)
     }
 
     fn seed_of(&self, buffer: u64) -> u64 {
@@ -166,27 +193,25 @@ impl Job {
 
     fn iterate(
         &self,
-        gpu: &Gpu,
-        kernels: &Kernels<'_>,
-        buffers: &[u64],
-        stream: Handle,
+        stations: &[Station<'_>],
         stop: &AtomicBool,
         say: &mut dyn FnMut(Event),
     ) -> Result<u64> {
         let words = self.buffer_bytes() / 8;
         let limit = self.seconds.map(|seconds| Instant::now() + Duration::from_secs_f64(seconds));
-        let mut spare = (0..AHEAD).map(|_| gpu.event()).collect::<Result<Vec<_>>>()?;
+        let events = || stations.iter().map(Station::event).collect::<Result<Vec<_>>>();
+        let mut spare = (0..AHEAD).map(|_| events()).collect::<Result<Vec<_>>>()?;
         let mut ahead = VecDeque::new();
         let (mut begun, mut said) = (0, Instant::now());
         while begun < self.iterations {
             if stop.load(Ordering::Relaxed) || limit.is_some_and(|limit| Instant::now() >= limit) {
                 break;
             }
-            let event = match spare.pop() {
-                Some(event) => event,
+            let events = match spare.pop() {
+                Some(events) => events,
                 None => {
-                    let oldest = ahead.pop_front().expect("every event is spare or ahead");
-                    gpu.wait(oldest)?;
+                    let oldest: Vec<Handle> = ahead.pop_front().expect("every event is spare or ahead");
+                    stations.iter().zip(&oldest).try_for_each(|(station, event)| station.gpu.wait(*event))?;
                     oldest
                 }
             };
@@ -194,14 +219,15 @@ impl Job {
                 said = Instant::now();
                 say(Event::Progress { done: begun - ahead.len() as u64 });
             }
-            for buffer in buffers {
-                kernels.mix(*buffer, words, begun, stream)?;
+            for (station, event) in stations.iter().zip(&events) {
+                station.mix(words, begun, *event)?;
             }
-            gpu.record(event, stream)?;
-            ahead.push_back(event);
+            ahead.push_back(events);
             begun += 1;
         }
-        gpu.synchronize(stream)?;
+        for station in stations {
+            station.gpu.synchronize(station.stream)?;
+        }
         say(Event::Progress { done: begun });
         Ok(begun)
     }
@@ -220,6 +246,33 @@ impl Job {
             });
         }
         stop
+    }
+}
+
+/// What a job has on one GPU.
+struct Station<'a> {
+    gpu: &'a Gpu,
+    kernels: Kernels<'a>,
+    stream: Handle,
+    /// Where a checksum goes.
+    out: DevicePointer,
+    /// Its buffers: their numbers, and where they are.
+    buffers: Vec<(u64, DevicePointer)>,
+}
+
+impl Station<'_> {
+    fn event(&self) -> Result<Handle> {
+        self.gpu.make_current()?;
+        self.gpu.event()
+    }
+
+    /// One iteration, and an event at its end.
+    fn mix(&self, words: u64, iteration: u64, event: Handle) -> Result {
+        self.gpu.make_current()?;
+        for (_, pointer) in &self.buffers {
+            self.kernels.mix(*pointer, words, iteration, self.stream)?;
+        }
+        self.gpu.record(event, self.stream)
     }
 }
 

@@ -11,7 +11,16 @@ fn gpu(memory: &str) -> SimulatedGpu {
 }
 
 fn job(seed: u64, iterations: u64) -> Job {
-    Job { size: 20 << 20, buffers: 3, iterations, seed, managed: false, seconds: None, controlled: false }
+    Job {
+        size: 20 << 20,
+        buffers: 3,
+        devices: vec![0],
+        iterations,
+        seed,
+        managed: false,
+        seconds: None,
+        controlled: false,
+    }
 }
 
 fn outcomes(jobs: &[Job], environment: &Environment) -> Vec<Outcome> {

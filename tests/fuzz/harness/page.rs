@@ -182,13 +182,19 @@ impl World {
         let Some(client) = &mut self.clients[index] else { return };
         let books = client.books().clone();
         match what % 32 {
+            20 if value & 3 == 3 => client.withdraw(),
             20 => client.request(),
             21 | 22 => {
-                let mut runtime = Impatient { books, steps: 0 };
+                let mut runtime = Impatient { books: books.clone(), steps: 0 };
                 if let Ok(Next::Open) = client.poll(&mut runtime) {
                     assert_eq!(client.phase(), Phase::Running);
                     let view = self.page.view(client.books().slot());
                     assert!(!self.honest || view.missing() == 0, "runs without its memory (I2)");
+                    // One in two waits for another GPU of its process first.
+                    if value & 1 == 0 {
+                        books.begin_slice();
+                        books.renew_slice();
+                    }
                 }
             }
             23 => client.refill(),

@@ -209,6 +209,7 @@ fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
         size: plan.size,
         // Each of them whole granules, or rounding would make the job larger.
         buffers: (1..=BUFFERS).rev().find(|buffers| plan.size.is_multiple_of(buffers * GRANULE)).unwrap_or(1),
+        devices: vec![0],
         iterations: u64::MAX,
         seed,
         managed: false,

@@ -1,0 +1,104 @@
+//! Which of its GPUs a process may ask for, and which it must give up: all of them, or none for long.
+//!
+//! A process with several GPUs runs only when it has all of them, because any call may use any of them. If two
+//! such processes took what they could get, each might hold what the other waits for. So there is one order,
+//! the same in every process: by UUID. A process
+//!
+//! - asks for a GPU only while it has all the ones before it ([`Order::may_ask`]), and keeps those meanwhile;
+//! - gives up a GPU when it waits for one before it ([`Order::must_give_up`]): because it lost that one, or
+//!   because it came to use that one later.
+//!
+//! So whoever waits for a GPU holds only GPUs that come before it, and whom it waits for either runs, and has
+//! a slice that ends, or waits for a GPU that comes later still. Such a chain cannot close, and who is last in
+//! it waits for nobody. How long it can be is reckoned in [`nvshare::policy`]. That a process keeps what it
+//! has until it has all is what makes it run at all, beside others that need only one of its GPUs; what it
+//! costs them is the same reckoning.
+//!
+//! While it has some and waits for the next, its slices on those have not begun. One that has begun is not
+//! worth keeping once a later GPU is lost: the process cannot run, so it is idle there
+//! ([`Order::waits_beyond`]).
+//!
+//! This module knows nothing of gates and drivers: [`crate::together`] acts on it.
+
+use nvshare::units::GpuUuid;
+
+/// What a process has of one GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Nothing, and waits for nothing: idle, draining, or just being let in.
+    Out,
+    /// Asked for it, and others have it.
+    Waiting,
+    /// The right to it; memory that was allocated meanwhile still comes in.
+    Growing,
+    /// The right to it, and all memory in place.
+    Ready,
+}
+
+/// The GPUs of one process.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct Order {
+    members: Vec<(GpuUuid, Stage)>,
+}
+
+impl Order {
+    /// An order without GPUs.
+    pub const fn new() -> Self {
+        Self { members: Vec::new() }
+    }
+
+    /// The process begins to use a GPU.
+    pub fn join(&mut self, gpu: GpuUuid) {
+        self.members.push((gpu, Stage::Out));
+        self.members.sort_unstable_by_key(|(gpu, _)| *gpu);
+    }
+
+    /// The process uses a GPU no more.
+    pub fn leave(&mut self, gpu: GpuUuid) {
+        self.members.retain(|(member, _)| *member != gpu);
+    }
+
+    /// Says what the process has of a GPU now. True if that is something else than before.
+    pub fn set(&mut self, gpu: GpuUuid, stage: Stage) -> bool {
+        let Some((_, present)) = self.members.iter_mut().find(|(member, _)| *member == gpu) else {
+            return false;
+        };
+        std::mem::replace(present, stage) != stage
+    }
+
+    /// What the process has of a GPU.
+    pub fn stage(&self, gpu: GpuUuid) -> Stage {
+        self.members.iter().find(|(member, _)| *member == gpu).map_or(Stage::Out, |(_, stage)| *stage)
+    }
+
+    fn before(&self, gpu: GpuUuid) -> impl Iterator<Item = Stage> {
+        self.members.iter().filter(move |(member, _)| *member < gpu).map(|(_, stage)| *stage)
+    }
+
+    fn after(&self, gpu: GpuUuid) -> impl Iterator<Item = Stage> {
+        self.members.iter().filter(move |(member, _)| *member > gpu).map(|(_, stage)| *stage)
+    }
+
+    /// Whether the process may ask for a GPU: it has all before it.
+    pub fn may_ask(&self, gpu: GpuUuid) -> bool {
+        self.before(gpu).all(|stage| stage == Stage::Ready)
+    }
+
+    /// Whether the process must give up a GPU, or its place in the queue for it: it waits for one before it.
+    pub fn must_give_up(&self, gpu: GpuUuid) -> bool {
+        self.before(gpu).any(|stage| stage == Stage::Waiting)
+    }
+
+    /// Whether the process waits for a GPU after this one, so that it cannot use this one.
+    pub fn waits_beyond(&self, gpu: GpuUuid) -> bool {
+        self.after(gpu).any(|stage| stage == Stage::Waiting)
+    }
+
+    /// Whether the process may run: it has every GPU that it uses.
+    pub fn complete(&self) -> bool {
+        self.members.iter().all(|(_, stage)| *stage == Stage::Ready)
+    }
+}
+
+#[cfg(test)]
+mod tests;

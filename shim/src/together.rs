@@ -1,0 +1,136 @@
+//! The GPUs of this process together: its gate is open when it has all of them, and work on one may use the
+//! memory of another.
+//!
+//! Each GPU's engine says here what it has ([`Stage`]), and asks what that means for it ([`crate::order`]).
+//! Whoever changes a stage rings the other engines: one may ask now, or must give up, or is cut off.
+//!
+//! **Locks.** [`TOGETHER`] is the innermost: a GPU's map of memory and the set of captures may be held when it
+//! is taken, and nothing is waited for while it is held. That the gate opens and shuts under it is what keeps
+//! one engine from opening it in the moment in which another GPU's memory goes.
+
+use crate::device::Shared;
+use crate::drain::Mark;
+use crate::order::{Order, Stage};
+use crate::session::gate;
+use nvshare::units::GpuUuid;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+#[derive(Default)]
+struct Together {
+    order: Order,
+    members: Vec<Arc<Shared>>,
+}
+
+static TOGETHER: Mutex<Together> = Mutex::new(Together { order: Order::new(), members: Vec::new() });
+
+fn together() -> MutexGuard<'static, Together> {
+    TOGETHER.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Together {
+    /// Writes down what the process has of a GPU, shuts or opens the gate, and tells the other engines.
+    fn set(&mut self, gpu: GpuUuid, stage: Stage) {
+        if !self.order.set(gpu, stage) {
+            return;
+        }
+        if self.order.complete() {
+            self.begin(gpu);
+            gate().open();
+        } else if gate().is_open() {
+            gate().close();
+        }
+        self.ring_all_but(gpu);
+    }
+
+    /// The process runs from now on, and so do its slices. If it could not run for a while, those of the GPUs
+    /// that it had meanwhile begin anew where nobody waits.
+    fn begin(&self, gpu: GpuUuid) {
+        if self.members.iter().all(|member| member.books.slice_has_begun()) {
+            return;
+        }
+        for member in &self.members {
+            if !member.books.begin_slice() {
+                member.books.renew_slice();
+            }
+            if member.gpu != gpu {
+                member.knock();
+            }
+        }
+    }
+
+    fn ring_all_but(&self, gpu: GpuUuid) {
+        self.members.iter().filter(|member| member.gpu != gpu).for_each(|member| member.knock());
+    }
+}
+
+/// The process begins to use a GPU. Nobody goes in before it has that one too.
+pub fn join(shared: Arc<Shared>) {
+    let mut together = together();
+    together.order.join(shared.gpu);
+    together.members.push(shared);
+    // No GPU of the process is ready whose engine has not said so.
+    gate().close();
+}
+
+/// The process uses a GPU no more, and no engine is there to ask for it.
+pub fn leave(gpu: GpuUuid) {
+    let mut together = together();
+    together.order.leave(gpu);
+    together.members.retain(|member| member.gpu != gpu);
+    together.ring_all_but(gpu);
+    if together.order.complete() {
+        gate().open();
+    }
+}
+
+/// A GPU is the process's, with all memory in place: it runs, if it has the others too.
+pub fn ready(gpu: GpuUuid) {
+    together().set(gpu, Stage::Ready);
+}
+
+/// A GPU that is the process's has more memory now than is in place: nobody more goes in.
+pub fn growing(gpu: GpuUuid) {
+    let mut together = together();
+    // One that is being given up fills all that is missing when it comes back.
+    if together.order.stage(gpu) == Stage::Ready {
+        together.set(gpu, Stage::Growing);
+    }
+}
+
+/// Others have the GPU that the process asked for.
+pub fn waiting(gpu: GpuUuid) {
+    together().set(gpu, Stage::Waiting);
+}
+
+/// The process does not have a GPU, and does not wait for it: nobody more goes in.
+pub fn out(gpu: GpuUuid) {
+    together().set(gpu, Stage::Out);
+}
+
+/// Whether a GPU is the process's, with all memory in place.
+pub fn is_ready(gpu: GpuUuid) -> bool {
+    together().order.stage(gpu) == Stage::Ready
+}
+
+/// See [`Order::may_ask`].
+pub fn may_ask(gpu: GpuUuid) -> bool {
+    together().order.may_ask(gpu)
+}
+
+/// See [`Order::must_give_up`].
+pub fn must_give_up(gpu: GpuUuid) -> bool {
+    together().order.must_give_up(gpu)
+}
+
+/// See [`Order::waits_beyond`].
+pub fn waits_beyond(gpu: GpuUuid) -> bool {
+    together().order.waits_beyond(gpu)
+}
+
+/// Marks the present end of all work of the process, on every GPU: a kernel or a copy on one may use memory of
+/// another. No capture is open.
+pub fn mark() -> Mark {
+    let members = together().members.clone();
+    let marks = members.iter().map(|member| member.streams.mark(member.driver));
+    marks.reduce(Mark::and).unwrap_or_default()
+}
