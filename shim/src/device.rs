@@ -179,7 +179,7 @@ impl Shared {
     /// # Errors
     /// The driver's; nothing is mapped then.
     pub fn map_at(&self, place: &Place, handle: CUmemGenericAllocationHandle) -> Result<(), SwapError> {
-        let home = (place.address, vec![CUmemAccessDesc::read_write(self.device)]);
+        let home = (place.address, self.access());
         let mut mapped: Vec<CUdeviceptr> = Vec::new();
         for (address, access) in std::iter::once(&home).chain(&place.views) {
             let done = self.map_one(*address, place.size, handle, access);

@@ -13,6 +13,7 @@
 //! | [`together`] | its gate opens when it has all of them |
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
+//! | [`peers`] | which GPUs may use the memory of which others |
 //! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`vmm`] | memory that the application maps itself |
@@ -41,6 +42,7 @@ mod log;
 mod memory;
 mod nvml;
 mod order;
+mod peers;
 mod pools;
 mod probe;
 mod room;

@@ -28,6 +28,11 @@ pub const SMALL: u64 = 1 << 20;
 /// Alignment of every allocation, as the driver gives it.
 const ALIGNMENT: u64 = 512;
 
+/// Objects of up to this many bytes that may be handed to another process are one chunk, since one handle is
+/// what is handed on. Larger ones move in chunks like any other memory, and are not handed on: XLA asks for most
+/// of the GPU in one object that could be.
+pub const WHOLE: u64 = 512 << 20;
+
 /// Where the made-up addresses of room begin: no GPU has so many.
 const ROOM: CUdeviceptr = 1 << 62;
 
@@ -211,7 +216,8 @@ impl Place {
 impl Region {
     fn new(base: CUdeviceptr, size: u64, context: CUcontext, kind: Kind) -> Self {
         // What may be handed to another process as one handle is one chunk.
-        let whole = matches!(&kind, Kind::Object(object) if object.prop.requested_handle_types != 0);
+        let exportable = matches!(&kind, Kind::Object(object) if object.prop.requested_handle_types != 0);
+        let whole = exportable && size <= WHOLE;
         let chunk = if whole { size } else { CHUNK };
         let chunks = (0..size.div_ceil(chunk))
             .map(|index| Chunk::new(base + index * chunk, chunk.min(size - index * chunk)))
@@ -550,6 +556,11 @@ impl Memory {
         self.regions.get_mut(&base)
     }
 
+    /// All regions.
+    pub fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.regions.values()
+    }
+
     /// The object that the application knows by this handle.
     pub fn object(&mut self, handle: CUmemGenericAllocationHandle) -> Option<&mut Region> {
         self.regions.get_mut(&handle).filter(|region| matches!(region.kind, Kind::Object(_)))
@@ -743,7 +754,7 @@ impl Memory {
         let may = |chunk: &Chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_));
         let regions = |memory: &'_ mut Self| {
             let movable = |region: &&mut Region| match &region.kind {
-                Kind::Object(object) => object.prop.requested_handle_types == 0,
+                Kind::Object(object) => object.prop.requested_handle_types == 0 || region.size > WHOLE,
                 Kind::Room => false,
                 _ => true,
             };

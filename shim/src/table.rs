@@ -78,7 +78,7 @@ pub enum Class {
     Pool,
     /// Tells about memory: how much there is, where an allocation begins.
     QueryMemory,
-    /// Creates or destroys a context.
+    /// Creates or destroys a context, or opens it to another.
     Context,
     /// Creates or destroys a stream.
     Stream,
@@ -864,6 +864,8 @@ entry_points! {
             cuCtxDestroy(ctx: CUcontext) @ 2_000;
             cuCtxDestroy_v2(ctx: CUcontext) @ 4_000;
             cuCtxDetach(ctx: CUcontext) @ 2_000;
+            cuCtxEnablePeerAccess(peer: CUcontext, flags: u32) @ 4_000;
+            cuCtxDisablePeerAccess(peer: CUcontext) @ 4_000;
             cuGreenCtxCreate(
                 ctx: *mut CUgreenCtx, desc: CUdevResourceDesc, dev: CUdevice, flags: u32
             ) @ 12_040;
@@ -933,8 +935,6 @@ entry_points! {
         cuCoredumpSetAttribute @ 12_010;
         cuCoredumpSetAttributeGlobal @ 12_010;
         cuCtxAttach @ 2_000;
-        cuCtxDisablePeerAccess @ 4_000;
-        cuCtxEnablePeerAccess @ 4_000;
         cuCtxFromGreenCtx @ 12_040;
         cuCtxGetApiVersion @ 3_020;
         cuCtxGetCacheConfig @ 3_020;

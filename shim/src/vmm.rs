@@ -231,8 +231,16 @@ impl Shared {
             [chunk] if matches!(chunk.backing, Backing::Device(_)) => {
                 self.fix(region).map(|handles| handles[0].0)
             }
-            // Made without a word of being handed on, and cut into pieces; or not on the GPU.
-            _ => Err(CuResult::NOT_SUPPORTED),
+            // Made without a word of being handed on, or too large for one piece; or not on the GPU.
+            _ => {
+                tracing::warn!(
+                    gpu = %self.gpu,
+                    "{} cannot be handed to another process: nvshare hands on what cuMemCreate made with a handle type, up to {}, and has on the GPU",
+                    format_size(region.size),
+                    format_size(crate::memory::WHOLE)
+                );
+                Err(CuResult::NOT_SUPPORTED)
+            }
         })
     }
 

@@ -536,6 +536,28 @@ pub unsafe fn cuCtxDetach(ctx: CUcontext) -> CuResult {
     unsafe { real::cuCtxDetach(ctx) }
 }
 
+pub unsafe fn cuCtxEnablePeerAccess(peer: CUcontext, flags: u32) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = crate::room::with_room(|| unsafe { real::cuCtxEnablePeerAccess(peer, flags) });
+    guarded(|| {
+        if result.is_success() {
+            relaxed(|| crate::peers::enabled(peer));
+        }
+        result
+    })
+}
+
+pub unsafe fn cuCtxDisablePeerAccess(peer: CUcontext) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuCtxDisablePeerAccess(peer) };
+    guarded(|| {
+        if result.is_success() {
+            relaxed(|| crate::peers::disabled(peer));
+        }
+        result
+    })
+}
+
 pub unsafe fn cuGreenCtxCreate(
     ctx: *mut CUgreenCtx,
     desc: CUdevResourceDesc,

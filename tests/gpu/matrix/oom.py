@@ -38,7 +38,9 @@ def main():
             pass
         got = len(blocks) * BLOCK
         figures.update(free_mib=free >> 20, granted_mib=got >> 20)
-        common.check(0.7 * free < got <= free + BLOCK, f"{free >> 20} MiB were free, and {got >> 20} were granted")
+        # Under nvshare what others' contexts take of the GPU is made up for in host memory: up to the total.
+        total = torch.cuda.mem_get_info()[1]
+        common.check(0.7 * free < got <= total, f"{free >> 20} MiB were free, and {got >> 20} were granted")
         # Room for the comparison's own results, which a GPU filled to the last byte has not.
         blocks.pop()
         torch.cuda.empty_cache()
