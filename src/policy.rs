@@ -85,6 +85,7 @@ fn queue(snapshot: &Snapshot, now: Nanos) -> impl Iterator<Item = (SlotIndex, Gr
     let first = first_waiter(snapshot);
     let mut order: Vec<_> = snapshot
         .clients()
+        .filter(|(slot, view)| snapshot.admitted.contains(*slot) || waits(view))
         .filter(|(_, view)| view.phase.wants_gpu())
         .map(|(slot, view)| (rank(snapshot, slot, first, now), view.ticket, slot, view.movable()))
         .collect();
@@ -92,11 +93,19 @@ fn queue(snapshot: &Snapshot, now: Nanos) -> impl Iterator<Item = (SlotIndex, Gr
     order.into_iter().map(|(_, _, slot, demand)| (slot, demand))
 }
 
+/// Whether a client that is not admitted stands in the queue.
+///
+/// One that runs does not: it was recalled, and has yet to see it. Its ticket is that of the slice which is
+/// over, older than any waiter's, and a decision that took it for a waiter would give it the next slice too.
+fn waits(view: &SlotView) -> bool {
+    matches!(view.phase, Phase::Waiting | Phase::Filling)
+}
+
 /// The waiter whose turn is next, if somebody waits who is not admitted.
 pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
     snapshot
         .clients()
-        .filter(|(slot, view)| view.phase.wants_gpu() && !snapshot.admitted.contains(*slot))
+        .filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot))
         .min_by_key(|(slot, view)| (view.ticket, *slot))
         .map(|(slot, _)| slot)
 }

@@ -141,6 +141,21 @@ fn auto_is_a_multiple_of_the_switch() {
     assert_eq!(quantum(&snapshot, slot(1)), 2_500 * MILLISECOND);
 }
 
+/// Between a decision and the moment in which the one that it recalled sees it, others decide: an allocation does.
+#[test]
+fn who_was_recalled_does_not_come_back_before_it_has_seen_it() {
+    let clients = [(Phase::Running, 8, 8, 1), (Phase::Waiting, 8, 0, 2)];
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    let over = snapshot.slots[0].slice_start + 100 * MILLISECOND;
+    assert_eq!(admit(&snapshot, over), set(&[1]));
+    snapshot.admitted = set(&[1]);
+    assert_eq!(first_waiter(&snapshot), None);
+    assert_eq!(admit(&snapshot, over), set(&[1]), "its ticket is of the slice that is over");
+    snapshot.slots[0] = SlotView { phase: Phase::Waiting, ticket: 3, ..snapshot.slots[0] };
+    assert_eq!(first_waiter(&snapshot), Some(slot(0)));
+    assert_eq!(admit(&snapshot, over), set(&[1]));
+}
+
 fn any_phase() -> impl Strategy<Value = Phase> {
     (0..6u32).prop_map(Phase::parse)
 }
@@ -191,7 +206,7 @@ proptest! {
         let chosen = admit(&snapshot, now);
         let total: u32 = chosen.iter().map(|slot| snapshot.view(slot).movable()).sum();
         for (slot, view) in snapshot.clients() {
-            if view.phase.wants_gpu() && !chosen.contains(slot) {
+            if waits(view) && !chosen.contains(slot) {
                 prop_assert!(total + view.movable() > snapshot.usable());
             }
         }
@@ -203,8 +218,13 @@ proptest! {
         let mut snapshot = snapshot;
         for view in &mut snapshot.slots {
             view.slice_start = 0;
-            if view.phase == Phase::Filling || view.phase == Phase::Waiting {
-                view.phase = Phase::Running;
+        }
+        for (index, view) in snapshot.slots.iter_mut().enumerate() {
+            // The admitted run, and the others have seen that they don't.
+            match (view.phase.wants_gpu(), snapshot.admitted.contains(slot(index))) {
+                (true, true) => view.phase = Phase::Running,
+                (true, false) => view.phase = Phase::Waiting,
+                _ => {}
             }
         }
         if let Some(waiter) = first_waiter(&snapshot) {
@@ -215,7 +235,9 @@ proptest! {
     /// When all who want the GPU fit, all are admitted: nothing ever switches.
     #[test]
     fn it_never_switches_when_all_fit(snapshot in honest(), now: u64) {
-        let wanting: Vec<_> = snapshot.clients().filter(|(_, view)| view.phase.wants_gpu()).collect();
+        let recalled = |slot, view: &SlotView| view.phase == Phase::Running && !snapshot.admitted.contains(slot);
+        let wanting: Vec<_> =
+            snapshot.clients().filter(|(slot, view)| view.phase.wants_gpu() && !recalled(*slot, view)).collect();
         if wanting.iter().map(|(_, view)| view.movable()).sum::<u32>() <= snapshot.usable() {
             prop_assert_eq!(admit(&snapshot, now), wanting.iter().map(|(slot, _)| *slot).collect());
         }
