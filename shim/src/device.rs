@@ -198,7 +198,7 @@ impl Shared {
     ///
     /// # Errors
     /// The driver's; nothing is mapped then.
-    pub fn map_one(
+    fn map_one(
         &self,
         address: CUdeviceptr,
         size: u64,
@@ -392,14 +392,7 @@ impl Shared {
             (allocation, memory.region(allocation.region).is_some_and(Region::in_use_by_gpu))
         };
         let unused = !busy || self.wait_for_work();
-        let mut memory = self.memory();
-        if unused && !memory.moving {
-            self.finish_free(&mut memory, allocation);
-        } else {
-            memory.doom(allocation);
-            drop(memory);
-            self.knock();
-        }
+        self.end_free(self.memory(), allocation, unused);
         true
     }
 
@@ -408,14 +401,19 @@ impl Shared {
     pub fn free_idle(&self, base: CUdeviceptr) -> bool {
         let mut memory = self.memory();
         let Some(allocation) = memory.begin_free(base) else { return false };
-        if memory.moving {
+        self.end_free(memory, allocation, true);
+        true
+    }
+
+    /// Finishes a free, or leaves it to the engine if the memory may be in use or moves.
+    fn end_free(&self, mut memory: MutexGuard<'_, Memory>, allocation: Allocation, unused: bool) {
+        if unused && !memory.moving {
+            self.finish_free(&mut memory, allocation);
+        } else {
             memory.doom(allocation);
             drop(memory);
             self.knock();
-        } else {
-            self.finish_free(&mut memory, allocation);
         }
-        true
     }
 
     fn finish_free(&self, memory: &mut Memory, allocation: Allocation) {

@@ -85,6 +85,11 @@ impl SwapError {
 /// How often a client with memory in host memory looks whether the GPU has room for it again.
 const OVERFLOW_LOOK: Nanos = 500 * MILLISECOND;
 
+/// A sleep until then, ns, and no longer than until `again`.
+fn by(until: Option<Nanos>, again: Nanos) -> Option<Nanos> {
+    Some(until.map_or(again, |until| until.min(again)))
+}
+
 /// What becomes of memory that lies in host memory for want of room.
 enum Overflow {
     ComesHome,
@@ -208,15 +213,13 @@ impl Engine {
                 self.grow_host_pool();
                 let until = match self.overflow_look() {
                     Some(Overflow::ComesHome) => return self.give_way(true),
-                    Some(Overflow::Stays(look_again)) => {
-                        Some(until.map_or(look_again, |until| until.min(look_again)))
-                    }
+                    Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
                 if self.client.awaited() {
                     match self.look_idle() {
                         Use::Idle => return self.give_way(false),
-                        Use::Look(again) => Some(until.map_or(again, |until| until.min(again))),
+                        Use::Look(again) => by(until, again),
                         Use::Kept => until,
                     }
                 } else {

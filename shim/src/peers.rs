@@ -18,7 +18,7 @@ fn pairs() -> MutexGuard<'static, Vec<(CUdevice, CUdevice)>> {
 }
 
 /// The other GPUs that may use the memory of this one.
-pub fn users_of(owner: CUdevice) -> Vec<CUdevice> {
+fn users_of(owner: CUdevice) -> Vec<CUdevice> {
     pairs().iter().filter(|(of, _)| *of == owner).map(|(_, user)| *user).collect()
 }
 

@@ -196,9 +196,7 @@ fn devices() -> MutexGuard<'static, Vec<Attached>> {
 /// The shared part of the GPU of the current context.
 pub fn current() -> Option<(Arc<Shared>, CUcontext)> {
     let context = Driver::get().ok()?.ctx_current().ok().filter(|context| !context.is_null())?;
-    let devices = devices();
-    let of_context = devices.iter().find(|device| device.contexts.contains(&context));
-    of_context.map(|device| (device.shared.clone(), context))
+    of_context(context).map(|shared| (shared, context))
 }
 
 /// The shared part of the GPU of a context.

@@ -247,11 +247,10 @@ impl Swap {
                 return self.bring_home(moved);
             };
             let began = now();
-            let room = if spill { Room::Host } else { self.room_for(place.granules()) };
+            let room = if spill { Room::Ready } else { self.room_for(place.granules()) };
             *starved += now() - began;
-            let overflow = match room {
-                Room::Pool => false,
-                Room::Host => true,
+            match room {
+                Room::Ready => {}
                 // Less is usable than when the fill began.
                 Room::TooLarge => {
                     self.shared.memory().settle(place.address, backing);
@@ -266,21 +265,21 @@ impl Swap {
                     self.finish()?;
                     return Ok(Fill::Recalled);
                 }
-            };
+            }
             if place.room {
                 self.shared.memory().settle(place.address, Backing::Booked);
                 continue;
             }
-            let handle = match self.shared.map(&place, overflow) {
+            let handle = match self.shared.map(&place, spill) {
                 Ok(handle) => handle,
                 Err(error) => {
                     // Given back before the next try: what is booked and not there hides somebody's
                     // context from the arbiter, which would then never make the room.
                     self.shared.memory().settle(place.address, backing);
-                    if !overflow {
+                    if !spill {
                         self.shared.books.give(place.granules());
                     }
-                    if overflow || !self.may_try_again(&error, place.size, &mut refused) {
+                    if spill || !self.may_try_again(&error, place.size, &mut refused) {
                         return Err(error);
                     }
                     continue;
@@ -291,7 +290,7 @@ impl Swap {
                 _ => None,
             };
             *moved += source.as_ref().map_or(0, |copy| copy.in_use.bytes(place.size));
-            self.launch(place, Cargo::In { handle, overflow, source })?;
+            self.launch(place, Cargo::In { handle, overflow: spill, source })?;
         }
     }
 
@@ -318,7 +317,7 @@ impl Swap {
         spilled
     }
 
-    /// Where a chunk of this size can go. Waits for the pool as long as the pool can ever have it.
+    /// Room for a chunk of this size. Waits for the pool as long as the pool can ever have it.
     fn room_for(&self, granules: Granules) -> Room {
         let books = &self.shared.books;
         let too_large = || self.shortage() > 0;
@@ -330,7 +329,7 @@ impl Swap {
                 return Room::TooLarge;
             }
             if books.take_unless(granules, too_large) == Fill::Complete {
-                return Room::Pool;
+                return Room::Ready;
             }
         }
     }
@@ -346,12 +345,12 @@ impl Swap {
             let Some((place, host)) = self.shared.memory().next_overflow() else { break };
             let settle = |backing| self.shared.memory().settle(place.address, backing);
             match self.room_for(place.granules()) {
-                Room::Pool => {}
+                Room::Ready => {}
                 Room::Recalled => {
                     settle(Backing::Overflow(host));
                     return Ok(Fill::Recalled);
                 }
-                Room::Host | Room::TooLarge => {
+                Room::TooLarge => {
                     settle(Backing::Overflow(host));
                     break;
                 }
@@ -503,13 +502,11 @@ impl Swap {
     }
 }
 
-/// Where a chunk can go.
+/// Whether a chunk can go to the GPU.
 enum Room {
-    /// To the GPU: its granules are taken.
-    Pool,
-    /// To host memory.
-    Host,
-    /// Nowhere, before something else goes to host memory.
+    /// Its granules are taken.
+    Ready,
+    /// Not before something else goes to host memory.
     TooLarge,
     /// The client may load no more.
     Recalled,

@@ -16,8 +16,9 @@
 
 use crate::abi::*;
 use crate::device::Shared;
-use crate::memory::{Allocation, Backing, Region, View};
+use crate::memory::{Allocation, Backing, Memory, Region, View};
 use nvshare::units::{GRANULE, format_size};
+use std::ops::Range;
 
 /// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
 fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
@@ -27,6 +28,44 @@ fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAlloc
         }
         _ => None,
     })
+}
+
+/// Does something to what is mapped now of a view, piece by piece. The first failure is the one to tell.
+fn each_piece(
+    memory: &Memory,
+    object: CUdeviceptr,
+    view: &View,
+    act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
+) -> Result<(), CuResult> {
+    let pieces = memory.region(object).into_iter().flat_map(present).filter(|(at, ..)| *at < view.size);
+    let mut result = Ok(());
+    for (at, bytes, _) in pieces {
+        result = result.and(act(view.address + at, bytes as usize));
+    }
+    result
+}
+
+/// Does something to the parts of a range that no view covers: what the application has mapped there is the
+/// driver's. The first failure is the one to tell.
+fn between(
+    views: &[(CUdeviceptr, View)],
+    range: Range<CUdeviceptr>,
+    act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
+) -> Result<(), CuResult> {
+    let (mut at, mut result) = (range.start, Ok(()));
+    let covered = views.iter().map(|(_, view)| (view.address, view.address + view.size));
+    for (begin, after) in covered.chain([(range.end, range.end)]) {
+        if begin > at {
+            result = result.and(act(at, (begin - at) as usize));
+        }
+        at = at.max(after);
+    }
+    result
+}
+
+/// Whether a range takes a part of a view and leaves the rest.
+fn cuts(range: &Range<CUdeviceptr>, views: &[(CUdeviceptr, View)]) -> bool {
+    views.iter().any(|(_, view)| view.address < range.start || view.address + view.size > range.end)
 }
 
 impl Shared {
@@ -131,43 +170,20 @@ impl Shared {
         if views.is_empty() {
             return None;
         }
-        let end = address.saturating_add(size);
-        if views.iter().any(|(_, view)| view.address < address || view.address + view.size > end) {
+        let range = address..address.saturating_add(size);
+        if cuts(&range, &views) {
             // Mappings go whole (tests/gpu/facts.cu).
             return Some(CuResult::INVALID_VALUE);
         }
-        let mut result = self.between(&views, address, end, |at, bytes| self.driver.mem_unmap(at, bytes));
+        let unmap = |at, bytes| self.driver.mem_unmap(at, bytes);
+        let mut result = between(&views, range, unmap);
         for (object, view) in views {
-            let here = memory.region(object).map(|region| present(region).collect::<Vec<_>>());
-            for (at, bytes, _) in here.into_iter().flatten().filter(|(at, ..)| *at < view.size) {
-                result = result.and(self.driver.mem_unmap(view.address + at, bytes as usize));
-            }
+            result = result.and(each_piece(&memory, object, &view, unmap));
             if let Some(region) = memory.remove_view(view.address) {
                 self.dispose(region);
             }
         }
         Some(result.err().unwrap_or(CuResult::SUCCESS))
-    }
-
-    /// Does something to the parts of a range that no view covers: what the application has mapped there is
-    /// the driver's.
-    fn between(
-        &self,
-        views: &[(CUdeviceptr, View)],
-        address: CUdeviceptr,
-        end: CUdeviceptr,
-        act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
-    ) -> Result<(), CuResult> {
-        let (mut at, mut result) = (address, Ok(()));
-        for (begin, after) in
-            views.iter().map(|(_, view)| (view.address, view.address + view.size)).chain([(end, end)])
-        {
-            if begin > at {
-                result = result.and(act(at, (begin - at) as usize));
-            }
-            at = at.max(after);
-        }
-        result
     }
 
     /// cuMemSetAccess. `None` if nothing of ours is mapped there.
@@ -182,8 +198,8 @@ impl Shared {
         if views.is_empty() {
             return None;
         }
-        let end = address.saturating_add(size);
-        if views.iter().any(|(_, view)| view.address < address || view.address + view.size > end) {
+        let range = address..address.saturating_add(size);
+        if cuts(&range, &views) {
             tracing::warn!(
                 gpu = %self.gpu,
                 "cuMemSetAccess of {} at {address:#x} covers a mapping in part: nvshare gives access to whole ones",
@@ -191,13 +207,10 @@ impl Shared {
             );
             return Some(CuResult::INVALID_VALUE);
         }
-        let mut result =
-            self.between(&views, address, end, |at, bytes| self.driver.mem_set_access(at, bytes, access));
+        let allow = |at, bytes| self.driver.mem_set_access(at, bytes, access);
+        let mut result = between(&views, range, allow);
         for (object, view) in views {
-            let here = memory.region(object).map(|region| present(region).collect::<Vec<_>>());
-            for (at, bytes, _) in here.into_iter().flatten().filter(|(at, ..)| *at < view.size) {
-                result = result.and(self.driver.mem_set_access(view.address + at, bytes as usize, access));
-            }
+            result = result.and(each_piece(&memory, object, &view, allow));
             if let (Ok(()), Some(view)) = (result, memory.view_mut(view.address)) {
                 view.access.retain(|known| access.iter().all(|new| new.location != known.location));
                 view.access.extend_from_slice(access);

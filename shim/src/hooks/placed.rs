@@ -19,13 +19,21 @@ fn format_bytes(format: u32) -> u64 {
 const CUDA_ARRAY3D_SPARSE: u32 = 0x40;
 const CUDA_ARRAY3D_DEFERRED_MAPPING: u32 = 0x80;
 
-fn array_bytes(sides: [usize; 3], format: u32, channels: u32, flags: u32) -> u64 {
-    if flags & (CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING) != 0 {
-        return 0;
-    }
-    sides.iter().fold(format_bytes(format) * u64::from(channels), |bytes, side| {
-        bytes.saturating_mul((*side).max(1) as u64)
-    })
+fn array_bytes(sides: [usize; 3], format: u32, channels: u32) -> u64 {
+    let element = format_bytes(format) * u64::from(channels);
+    sides.iter().fold(element, |bytes, side| bytes.saturating_mul((*side).max(1) as u64))
+}
+
+/// Bytes of an array of up to three dimensions.
+///
+/// # Safety
+/// `desc` is null, or points to a description.
+unsafe fn array_3d_bytes(desc: *const CUDA_ARRAY3D_DESCRIPTOR) -> u64 {
+    // SAFETY: the caller's promise.
+    let desc = unsafe { desc.as_ref() };
+    let elsewhere = CUDA_ARRAY3D_SPARSE | CUDA_ARRAY3D_DEFERRED_MAPPING;
+    desc.filter(|desc| desc.flags & elsewhere == 0)
+        .map_or(0, |desc| array_bytes([desc.width, desc.height, desc.depth], desc.format, desc.channels))
 }
 
 /// Makes an array of so many bytes.
@@ -40,18 +48,14 @@ unsafe fn make(bytes: u64, array: *mut CUarray, call: impl Fn() -> CuResult) -> 
 pub unsafe fn cuArrayCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY_DESCRIPTOR) -> CuResult {
     // SAFETY: the caller's pointer to a description, if it is one.
     let bytes = unsafe { desc.as_ref() }
-        .map_or(0, |desc| array_bytes([desc.width, desc.height, 1], desc.format, desc.channels, 0));
+        .map_or(0, |desc| array_bytes([desc.width, desc.height, 1], desc.format, desc.channels));
     // SAFETY: the caller's arguments.
     unsafe { make(bytes, array, || real::cuArrayCreate_v2(array, desc)) }
 }
 
 pub unsafe fn cuArray3DCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY3D_DESCRIPTOR) -> CuResult {
-    // SAFETY: the caller's pointer to a description, if it is one.
-    let bytes = unsafe { desc.as_ref() }.map_or(0, |desc| {
-        array_bytes([desc.width, desc.height, desc.depth], desc.format, desc.channels, desc.flags)
-    });
     // SAFETY: the caller's arguments.
-    unsafe { make(bytes, array, || real::cuArray3DCreate_v2(array, desc)) }
+    unsafe { make(array_3d_bytes(desc), array, || real::cuArray3DCreate_v2(array, desc)) }
 }
 
 pub unsafe fn cuMipmappedArrayCreate(
@@ -60,35 +64,31 @@ pub unsafe fn cuMipmappedArrayCreate(
     levels: u32,
 ) -> CuResult {
     // SAFETY: the caller's pointer to a description, if it is one.
-    let finest = unsafe { desc.as_ref() }.map_or(0, |desc| {
-        array_bytes([desc.width, desc.height, desc.depth], desc.format, desc.channels, desc.flags)
-    });
+    let finest = unsafe { array_3d_bytes(desc) };
     // Each further level has at most half of the one before.
     let bytes = if levels > 1 { finest.saturating_mul(2) } else { finest };
     // SAFETY: the caller's arguments.
     unsafe { make(bytes, array, || real::cuMipmappedArrayCreate(array, desc, levels)) }
 }
 
-pub unsafe fn cuArrayDestroy(array: CUarray) -> CuResult {
-    // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuArrayDestroy(array) };
+/// The driver has freed what went by this handle, or has not.
+fn freed(result: CuResult, handle: u64) -> CuResult {
     guarded(|| {
         if result.is_success() {
-            let_go(array.0 as u64);
+            let_go(handle);
         }
         result
     })
 }
 
+pub unsafe fn cuArrayDestroy(array: CUarray) -> CuResult {
+    // SAFETY: the caller's arguments.
+    freed(unsafe { real::cuArrayDestroy(array) }, array.0 as u64)
+}
+
 pub unsafe fn cuMipmappedArrayDestroy(array: CUarray) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuMipmappedArrayDestroy(array) };
-    guarded(|| {
-        if result.is_success() {
-            let_go(array.0 as u64);
-        }
-        result
-    })
+    freed(unsafe { real::cuMipmappedArrayDestroy(array) }, array.0 as u64)
 }
 
 pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: u32) -> CuResult {

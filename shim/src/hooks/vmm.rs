@@ -126,11 +126,18 @@ pub unsafe fn cuMemGetAllocationPropertiesFromHandle(
     })
 }
 
-/// The driver's handle behind one that the application has: its memory leaves the process, and stays where
-/// it is. Others' handles are as they are.
-fn fixed(handle: CUmemGenericAllocationHandle) -> Result<CUmemGenericAllocationHandle, CuResult> {
-    let _pass = session::enter_query()?;
-    session::all().iter().find_map(|device| device.fix_object(handle)).unwrap_or(Ok(handle))
+/// Makes a call with the driver's handle behind one that the application has: its memory leaves the process, and
+/// stays where it is. Others' handles are as they are.
+fn handing_on(
+    handle: CUmemGenericAllocationHandle,
+    call: impl FnOnce(CUmemGenericAllocationHandle) -> CuResult,
+) -> CuResult {
+    guarded(|| {
+        let fixed = session::enter_query().and_then(|_pass| {
+            session::all().iter().find_map(|device| device.fix_object(handle)).unwrap_or(Ok(handle))
+        });
+        fixed.map_or_else(|error| error, call)
+    })
 }
 
 pub unsafe fn cuMemExportToShareableHandle(
@@ -139,11 +146,8 @@ pub unsafe fn cuMemExportToShareableHandle(
     kind: u32,
     flags: u64,
 ) -> CuResult {
-    guarded(|| match fixed(handle) {
-        // SAFETY: the caller's arguments, and the handle behind its own.
-        Ok(handle) => unsafe { real::cuMemExportToShareableHandle(shareable, handle, kind, flags) },
-        Err(result) => result,
-    })
+    // SAFETY: the caller's arguments, and the handle behind its own.
+    handing_on(handle, |handle| unsafe { real::cuMemExportToShareableHandle(shareable, handle, kind, flags) })
 }
 
 pub unsafe fn cuMulticastBindMem(
@@ -154,12 +158,9 @@ pub unsafe fn cuMulticastBindMem(
     size: usize,
     flags: u64,
 ) -> CuResult {
-    guarded(|| match fixed(handle) {
-        // SAFETY: as above.
-        Ok(handle) => unsafe {
-            real::cuMulticastBindMem(multicast, multicast_offset, handle, offset, size, flags)
-        },
-        Err(result) => result,
+    // SAFETY: as above.
+    handing_on(handle, |handle| unsafe {
+        real::cuMulticastBindMem(multicast, multicast_offset, handle, offset, size, flags)
     })
 }
 
@@ -172,12 +173,9 @@ pub unsafe fn cuMulticastBindMem_v2(
     size: usize,
     flags: u64,
 ) -> CuResult {
-    guarded(|| match fixed(handle) {
-        // SAFETY: as above.
-        Ok(handle) => unsafe {
-            real::cuMulticastBindMem_v2(multicast, dev, multicast_offset, handle, offset, size, flags)
-        },
-        Err(result) => result,
+    // SAFETY: as above.
+    handing_on(handle, |handle| unsafe {
+        real::cuMulticastBindMem_v2(multicast, dev, multicast_offset, handle, offset, size, flags)
     })
 }
 

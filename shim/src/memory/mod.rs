@@ -12,15 +12,17 @@
 //! mapped it, and from where it is copied. (Room has made-up ones, beyond what any GPU maps.) An object's
 //! handle, as the application sees it, is its home: physical memory comes and goes beneath it.
 
-use crate::abi::{
-    CUcontext, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle,
-};
-use crate::hostpool::HostBlock;
+mod gaps;
+mod region;
+#[cfg(test)]
+mod tests;
+
+pub use region::{Backing, CHUNK, Chunk, HostCopy, InUse, Kind, Object, Place, Region, View, WHOLE};
+
+use crate::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
+use gaps::Gaps;
 use nvshare::units::{GRANULE, Granules};
 use std::collections::BTreeMap;
-
-/// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (DESIGN section 2).
-pub const CHUNK: u64 = 64 << 20;
 
 /// Allocations of up to this many bytes share slabs.
 pub const SMALL: u64 = 1 << 20;
@@ -28,348 +30,8 @@ pub const SMALL: u64 = 1 << 20;
 /// Alignment of every allocation, as the driver gives it.
 const ALIGNMENT: u64 = 512;
 
-/// Objects of up to this many bytes that may be handed to another process are one chunk, since one handle is
-/// what is handed on. Larger ones move in chunks like any other memory, and are not handed on: XLA asks for most
-/// of the GPU in one object that could be.
-pub const WHOLE: u64 = 512 << 20;
-
 /// Where the made-up addresses of room begin: no GPU has so many.
 const ROOM: CUdeviceptr = 1 << 62;
-
-/// Which granules of a chunk hold anything but zeros.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum InUse {
-    /// All, as far as anybody knows.
-    All,
-    /// A bit for each, the lowest for the first.
-    Granules(u32),
-}
-
-impl InUse {
-    /// Bytes that a copy of them takes, for a chunk of `size` bytes.
-    pub fn bytes(self, size: u64) -> u64 {
-        match self {
-            Self::All => size,
-            Self::Granules(bits) => u64::from(bits.count_ones()) * GRANULE,
-        }
-    }
-
-    /// What is to be copied: offset in the chunk, offset in the copy, and length of each run, in bytes.
-    pub fn runs(self, size: u64) -> Vec<(u64, u64, u64)> {
-        let Self::Granules(bits) = self else { return vec![(0, 0, size)] };
-        let mut runs: Vec<(u64, u64, u64)> = Vec::new();
-        let mut copied = 0;
-        for offset in (0..size / GRANULE).filter(|granule| bits >> granule & 1 == 1).map(|g| g * GRANULE) {
-            match runs.last_mut() {
-                Some((begin, _, length)) if *begin + *length == offset => *length += GRANULE,
-                _ => runs.push((offset, copied, GRANULE)),
-            }
-            copied += GRANULE;
-        }
-        runs
-    }
-}
-
-/// A copy in host memory of what a chunk holds: of the granules in use, one after the other.
-#[derive(Debug)]
-pub struct HostCopy {
-    /// The bytes.
-    pub block: HostBlock,
-    /// Which granules they are.
-    pub in_use: InUse,
-}
-
-/// Where a chunk's bytes are.
-#[derive(Debug)]
-pub enum Backing {
-    /// Nowhere: it was never used, or is all zero. Filling it copies nothing.
-    Absent,
-    /// On the GPU, counted as resident.
-    Device(CUmemGenericAllocationHandle),
-    /// In host memory, and nothing is mapped.
-    Evicted(HostCopy),
-    /// In host memory that is mapped at the chunk's address: slow and usable.
-    Overflow(CUmemGenericAllocationHandle),
-    /// A chunk of room: counted as resident, and nothing is there.
-    Booked,
-    /// A chunk of room that there can be none for.
-    Denied,
-    /// The engine has it, between two of these.
-    Moving,
-}
-
-impl Backing {
-    /// Whether the GPU can use the chunk, or need not.
-    pub fn usable(&self) -> bool {
-        matches!(self, Self::Device(_) | Self::Overflow(_) | Self::Booked | Self::Denied)
-    }
-}
-
-/// The unit in which memory moves.
-#[derive(Debug)]
-pub struct Chunk {
-    /// Where it is mapped.
-    pub address: CUdeviceptr,
-    /// Bytes, a whole number of granules.
-    pub size: u64,
-    /// Where its bytes are.
-    pub backing: Backing,
-    /// It stays on the GPU: somebody else maps it too.
-    pub fixed: bool,
-    /// It is to be filled in host memory, for want of room.
-    spill: bool,
-    /// What a look at it has found since the client last ran.
-    seen: Option<InUse>,
-}
-
-impl Chunk {
-    fn new(address: CUdeviceptr, size: u64) -> Self {
-        Self { address, size, backing: Backing::Absent, fixed: false, spill: false, seen: None }
-    }
-
-    /// Its size in granules.
-    pub fn granules(&self) -> Granules {
-        (self.size / GRANULE) as Granules
-    }
-
-    fn evictable(&self) -> bool {
-        matches!(self.backing, Backing::Device(_) | Backing::Booked) && !self.fixed
-    }
-}
-
-/// Where the application has mapped an object.
-#[derive(Debug, Clone)]
-pub struct View {
-    /// The address.
-    pub address: CUdeviceptr,
-    /// Bytes, from the object's beginning.
-    pub size: u64,
-    /// Who may use it there.
-    pub access: Vec<CUmemAccessDesc>,
-}
-
-/// Physical memory that the application asked for.
-#[derive(Debug)]
-pub struct Object {
-    /// What it asked for.
-    pub prop: CUmemAllocationProp,
-    /// Handles that it holds.
-    pub references: u32,
-    /// Where it has mapped it.
-    pub views: Vec<View>,
-}
-
-/// What a region is for.
-#[derive(Debug)]
-pub enum Kind {
-    /// One allocation.
-    Whole,
-    /// Small allocations. What is free in it.
-    Slab(Gaps),
-    /// Physical memory that the application maps itself.
-    Object(Object),
-    /// Memory that only the driver can place.
-    Room,
-}
-
-/// A reserved range of addresses.
-#[derive(Debug)]
-pub struct Region {
-    /// Where it begins.
-    pub base: CUdeviceptr,
-    /// Bytes, a whole number of granules.
-    pub size: u64,
-    /// The context that it goes with; null if it goes with none.
-    pub context: CUcontext,
-    /// Its pieces, by address.
-    pub chunks: Vec<Chunk>,
-    /// How often other processes have it open: it stays until they have closed it.
-    lent: u32,
-    /// The application has freed what was in it.
-    abandoned: bool,
-    /// What it is for.
-    pub kind: Kind,
-}
-
-/// Where a chunk is mapped, and as what.
-#[derive(Debug, Clone)]
-pub struct Place {
-    /// At home.
-    pub address: CUdeviceptr,
-    /// Bytes.
-    pub size: u64,
-    /// Where the application has mapped it, and for whom.
-    pub views: Vec<(CUdeviceptr, Vec<CUmemAccessDesc>)>,
-    /// What the application asked for, if it asked for something in particular.
-    pub prop: Option<CUmemAllocationProp>,
-    /// Nothing is mapped there: it is room.
-    pub room: bool,
-}
-
-impl Place {
-    /// Its size in granules.
-    pub fn granules(&self) -> Granules {
-        (self.size / GRANULE) as Granules
-    }
-}
-
-impl Region {
-    fn new(base: CUdeviceptr, size: u64, context: CUcontext, kind: Kind) -> Self {
-        // What may be handed to another process as one handle is one chunk.
-        let exportable = matches!(&kind, Kind::Object(object) if object.prop.requested_handle_types != 0);
-        let whole = exportable && size <= WHOLE;
-        let chunk = if whole { size } else { CHUNK };
-        let chunks = (0..size.div_ceil(chunk))
-            .map(|index| Chunk::new(base + index * chunk, chunk.min(size - index * chunk)))
-            .collect();
-        Self { base, size, context, chunks, lent: 0, abandoned: false, kind }
-    }
-
-    /// Its size in granules.
-    pub fn granules(&self) -> Granules {
-        (self.size / GRANULE) as Granules
-    }
-
-    /// Whether the GPU can use all of it.
-    pub fn usable(&self) -> bool {
-        self.chunks.iter().all(|chunk| chunk.backing.usable())
-    }
-
-    /// Where the chunks are that the GPU cannot use.
-    pub fn missing(&self) -> Vec<Place> {
-        self.chunks.iter().filter(|chunk| !chunk.backing.usable()).map(|chunk| self.place(chunk)).collect()
-    }
-
-    /// Whether the GPU can use any of it.
-    pub fn in_use_by_gpu(&self) -> bool {
-        self.chunks.iter().any(|chunk| chunk.backing.usable())
-    }
-
-    /// Whether only other processes keep it.
-    fn is_orphan(&self) -> bool {
-        match &self.kind {
-            Kind::Slab(gaps) => gaps.empty(),
-            _ => self.abandoned,
-        }
-    }
-
-    /// Where one of its chunks is mapped.
-    pub fn place(&self, chunk: &Chunk) -> Place {
-        let (address, size) = (chunk.address, chunk.size);
-        let offset = address - self.base;
-        let (views, prop) = match &self.kind {
-            Kind::Object(object) => {
-                let covering = object.views.iter().filter(|view| offset + size <= view.size);
-                let views = covering.map(|view| (view.address + offset, view.access.clone())).collect();
-                (views, Some(object.prop))
-            }
-            _ => (Vec::new(), None),
-        };
-        Place { address, size, views, prop, room: matches!(self.kind, Kind::Room) }
-    }
-
-    /// The object that it is.
-    pub fn object_mut(&mut self) -> Option<&mut Object> {
-        match &mut self.kind {
-            Kind::Object(object) => Some(object),
-            _ => None,
-        }
-    }
-
-    /// The object that it is.
-    pub fn object(&self) -> Option<&Object> {
-        match &self.kind {
-            Kind::Object(object) => Some(object),
-            _ => None,
-        }
-    }
-
-    /// Cuts the chunk at `index` so that the granule at `offset` bytes in it is a chunk of its own, and
-    /// returns that one.
-    fn cut_out(&mut self, index: usize, offset: u64) -> &mut Chunk {
-        let mut at = index;
-        if offset > 0 {
-            self.cut(index, offset);
-            at += 1;
-        }
-        if self.chunks[at].size > GRANULE {
-            self.cut(at, GRANULE);
-        }
-        &mut self.chunks[at]
-    }
-
-    /// Cuts a chunk that is not on the GPU in two.
-    fn cut(&mut self, index: usize, offset: u64) {
-        let chunk = &mut self.chunks[index];
-        let mut rest = Chunk::new(chunk.address + offset, chunk.size - offset);
-        let first = (offset / GRANULE) as u32;
-        let split = |in_use: InUse| match in_use {
-            InUse::All => (InUse::All, InUse::All),
-            InUse::Granules(bits) => {
-                (InUse::Granules(bits & ((1u32 << first) - 1)), InUse::Granules(bits >> first))
-            }
-        };
-        (chunk.backing, rest.backing) = match std::mem::replace(&mut chunk.backing, Backing::Absent) {
-            Backing::Evicted(HostCopy { block, in_use }) => {
-                let (before, after) = split(in_use);
-                let length = before.bytes(offset);
-                match (length, after.bytes(rest.size)) {
-                    (0, _) => (Backing::Absent, Backing::Evicted(HostCopy { block, in_use: after })),
-                    (_, 0) => (Backing::Evicted(HostCopy { block, in_use: before }), Backing::Absent),
-                    (length, _) => {
-                        let (head, tail) = block.split_at(length as usize);
-                        (
-                            Backing::Evicted(HostCopy { block: head, in_use: before }),
-                            Backing::Evicted(HostCopy { block: tail, in_use: after }),
-                        )
-                    }
-                }
-            }
-            _ => (Backing::Absent, Backing::Absent),
-        };
-        chunk.size = offset;
-        self.chunks.insert(index + 1, rest);
-    }
-}
-
-/// Free room in a slab: offset and length of each gap, by offset.
-#[derive(Debug)]
-pub struct Gaps {
-    whole: u64,
-    gaps: BTreeMap<u64, u64>,
-}
-
-impl Gaps {
-    fn new(whole: u64) -> Self {
-        Self { whole, gaps: BTreeMap::from([(0, whole)]) }
-    }
-
-    fn take(&mut self, size: u64) -> Option<u64> {
-        let (offset, length) = self.gaps.iter().map(|(o, l)| (*o, *l)).find(|(_, length)| *length >= size)?;
-        self.gaps.remove(&offset);
-        if length > size {
-            self.gaps.insert(offset + size, length - size);
-        }
-        Some(offset)
-    }
-
-    fn give(&mut self, mut offset: u64, mut size: u64) {
-        if let Some((before, length)) = self.gaps.range(..offset).next_back().map(|(o, l)| (*o, *l))
-            && before + length == offset
-        {
-            self.gaps.remove(&before);
-            (offset, size) = (before, size + length);
-        }
-        if let Some(length) = self.gaps.remove(&(offset + size)) {
-            size += length;
-        }
-        self.gaps.insert(offset, size);
-    }
-
-    fn empty(&self) -> bool {
-        self.gaps.get(&0) == Some(&self.whole)
-    }
-}
 
 /// One allocation of the application's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -429,7 +91,7 @@ impl Memory {
     /// Makes an object at its home.
     pub fn add_object(&mut self, base: CUdeviceptr, size: u64, prop: CUmemAllocationProp) {
         let object = Object { prop, references: 1, views: Vec::new() };
-        self.regions.insert(base, Region::new(base, size, CUcontext(0), Kind::Object(object)));
+        self.regions.insert(base, Region::new(base, size, CUcontext::NULL, Kind::Object(object)));
     }
 
     /// Makes room of `size` bytes, and says by what base it goes.
@@ -752,21 +414,13 @@ impl Memory {
     /// (tests/gpu/facts.cu, H200). Says how many granules it found.
     pub fn spill(&mut self, shortage: Granules) -> Granules {
         let may = |chunk: &Chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_));
-        let regions = |memory: &'_ mut Self| {
-            let movable = |region: &&mut Region| match &region.kind {
-                Kind::Object(object) => object.prop.requested_handle_types == 0 || region.size > WHOLE,
-                Kind::Room => false,
-                _ => true,
-            };
-            memory.regions.values_mut().filter(movable).map(|region| region.base).collect::<Vec<_>>()
-        };
-        let bases = regions(self);
         let mut missing = Vec::new();
-        for base in &bases {
-            for chunk in self.regions.get_mut(base).into_iter().flat_map(|region| &mut region.chunks) {
+        for region in self.regions.values_mut().filter(|region| region.may_spill()) {
+            for chunk in &mut region.chunks {
                 chunk.spill = false;
                 if may(chunk) {
-                    missing.extend((0..chunk.size / GRANULE).map(|g| (*base, chunk.address + g * GRANULE)));
+                    let granules = 0..chunk.size / GRANULE;
+                    missing.extend(granules.map(|granule| (region.base, chunk.address + granule * GRANULE)));
                 }
             }
         }
@@ -782,133 +436,5 @@ impl Memory {
             }
         }
         wanted as Granules
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const CONTEXT: CUcontext = CUcontext(1);
-
-    #[test]
-    fn a_region_is_cut_into_chunks() {
-        let mut memory = Memory::default();
-        memory.add_whole(1 << 40, 2 * CHUNK + GRANULE, 2 * CHUNK + 5, CONTEXT);
-        let region = memory.region(1 << 40).unwrap();
-        assert_eq!(region.chunks.iter().map(|chunk| chunk.size).collect::<Vec<_>>(), [CHUNK, CHUNK, GRANULE]);
-        assert_eq!(region.chunks[2].address, (1 << 40) + 2 * CHUNK);
-        assert!(memory.is_missing());
-    }
-
-    #[test]
-    fn addresses_find_their_allocation() {
-        let mut memory = Memory::default();
-        memory.add_whole(0x1000_0000, GRANULE, 100, CONTEXT);
-        assert_eq!(memory.containing(0x1000_0000 + 99).map(|found| found.base), Some(0x1000_0000));
-        assert_eq!(memory.containing(0x1000_0000 + 100), None);
-        assert_eq!(memory.containing(0xfff_ffff), None);
-        assert!(memory.begin_free(0x1000_0000).is_some());
-        assert_eq!(memory.begin_free(0x1000_0000), None, "freed twice");
-    }
-
-    #[test]
-    fn small_ones_share_a_slab_and_the_last_one_takes_it_down() {
-        let mut memory = Memory::default();
-        assert_eq!(memory.take_small(1, CONTEXT), None);
-        memory.add_slab(0x4000_0000, CONTEXT);
-        let first = memory.take_small(1, CONTEXT).unwrap();
-        let second = memory.take_small(SMALL, CONTEXT).unwrap();
-        assert_eq!((first, second), (0x4000_0000, 0x4000_0000 + ALIGNMENT));
-        assert_eq!(memory.take_small(SMALL, CONTEXT), None, "full");
-        assert_eq!(memory.take_small(1, CUcontext(2)), None, "another context's");
-        for (base, left) in [(first, Freed::Nothing), (second, Freed::Region(0x4000_0000))] {
-            let allocation = memory.begin_free(base).unwrap();
-            assert_eq!(memory.finish_free(allocation), left);
-        }
-    }
-
-    #[test]
-    fn gaps_grow_together() {
-        let mut gaps = Gaps::new(4096);
-        let offsets: Vec<_> = (0..8).map(|_| gaps.take(512).unwrap()).collect();
-        assert_eq!(gaps.take(1), None);
-        for offset in
-            [offsets[2], offsets[0], offsets[1], offsets[7], offsets[5], offsets[6], offsets[4], offsets[3]]
-        {
-            gaps.give(offset, 512);
-        }
-        assert!(gaps.empty());
-    }
-
-    #[test]
-    fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
-        let mut memory = Memory::default();
-        memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
-        let allocation = memory.begin_free(1 << 30).unwrap();
-        memory.doom(allocation);
-        assert_eq!(memory.containing(1 << 30), None);
-        assert!(memory.region(1 << 30).is_some() && memory.has_doomed());
-        assert_eq!(memory.take_doomed(), [allocation]);
-        assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
-    }
-
-    #[test]
-    fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
-        let mut memory = Memory::default();
-        memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
-        assert_eq!(memory.export(1 << 30, || 7), Some(7));
-        assert_eq!(memory.export(1 << 30, || 8), Some(7), "asked for twice");
-        assert_eq!(memory.export((1 << 30) + 512, || 9), None);
-        memory.lend(1 << 30);
-        memory.lend(1 << 30);
-        let allocation = memory.begin_free(1 << 30).unwrap();
-        assert!(memory.exported(1 << 30, 7).is_none());
-        assert_eq!(memory.finish_free(allocation), Freed::Nothing);
-        assert!(!memory.take_back(1 << 30) && memory.take_back(1 << 30));
-        assert!(memory.has_doomed());
-        assert_eq!(memory.take_returned().len(), 1);
-        assert!(memory.region(1 << 30).is_none() && !memory.has_doomed());
-        // An allocation at the same address is another one.
-        memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
-        assert!(memory.exported(1 << 30, 7).is_none());
-        memory.lend(1 << 30);
-        assert!(!memory.take_back(1 << 30), "the application still has it");
-    }
-
-    #[test]
-    fn a_slab_that_others_have_open_can_be_used_again() {
-        let mut memory = Memory::default();
-        memory.add_slab(1 << 30, CONTEXT);
-        let free = |memory: &mut Memory| {
-            let allocation = memory.begin_free(1 << 30).unwrap();
-            assert_eq!(memory.finish_free(allocation), Freed::Nothing);
-        };
-        assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30));
-        memory.lend(1 << 30);
-        free(&mut memory);
-        assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30));
-        assert!(!memory.take_back(1 << 30));
-        memory.lend(1 << 30);
-        free(&mut memory);
-        assert!(memory.take_back(1 << 30));
-        assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30), "before the engine came");
-        assert!(memory.take_returned().is_empty());
-        let allocation = memory.begin_free(1 << 30).unwrap();
-        assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
-    }
-
-    #[test]
-    fn what_others_have_open_outlives_its_context() {
-        let mut memory = Memory::default();
-        memory.add_slab(1 << 30, CONTEXT);
-        memory.take_small(1, CONTEXT).unwrap();
-        memory.add_whole(1 << 31, GRANULE, GRANULE, CONTEXT);
-        memory.lend(1 << 30);
-        let gone: Vec<_> = memory.remove_context(CONTEXT).iter().map(|region| region.base).collect();
-        assert_eq!(gone, [1 << 31]);
-        assert_eq!((memory.containing(1 << 30), memory.take_small(1, CUcontext::NULL)), (None, None));
-        assert!(memory.take_back(1 << 30));
-        assert_eq!(memory.take_returned().len(), 1);
     }
 }

@@ -1,0 +1,322 @@
+//! Regions, the chunks that they consist of, and where a chunk's bytes are.
+
+use super::gaps::Gaps;
+use crate::abi::{
+    CUcontext, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle,
+};
+use crate::hostpool::HostBlock;
+use nvshare::units::{GRANULE, Granules};
+
+/// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (DESIGN section 2).
+pub const CHUNK: u64 = 64 << 20;
+
+/// Objects of up to this many bytes that may be handed to another process are one chunk, since one handle is
+/// what is handed on. Larger ones move in chunks like any other memory, and are not handed on: XLA asks for most
+/// of the GPU in one object that could be.
+pub const WHOLE: u64 = 512 << 20;
+
+/// Which granules of a chunk hold anything but zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InUse {
+    /// All, as far as anybody knows.
+    All,
+    /// A bit for each, the lowest for the first.
+    Granules(u32),
+}
+
+impl InUse {
+    /// Bytes that a copy of them takes, for a chunk of `size` bytes.
+    pub fn bytes(self, size: u64) -> u64 {
+        match self {
+            Self::All => size,
+            Self::Granules(bits) => u64::from(bits.count_ones()) * GRANULE,
+        }
+    }
+
+    /// What is to be copied: offset in the chunk, offset in the copy, and length of each run, in bytes.
+    pub fn runs(self, size: u64) -> Vec<(u64, u64, u64)> {
+        let Self::Granules(bits) = self else { return vec![(0, 0, size)] };
+        let mut runs: Vec<(u64, u64, u64)> = Vec::new();
+        let mut copied = 0;
+        for offset in (0..size / GRANULE).filter(|granule| bits >> granule & 1 == 1).map(|g| g * GRANULE) {
+            match runs.last_mut() {
+                Some((begin, _, length)) if *begin + *length == offset => *length += GRANULE,
+                _ => runs.push((offset, copied, GRANULE)),
+            }
+            copied += GRANULE;
+        }
+        runs
+    }
+}
+
+/// A copy in host memory of what a chunk holds: of the granules in use, one after the other.
+#[derive(Debug)]
+pub struct HostCopy {
+    /// The bytes.
+    pub block: HostBlock,
+    /// Which granules they are.
+    pub in_use: InUse,
+}
+
+/// Where a chunk's bytes are.
+#[derive(Debug)]
+pub enum Backing {
+    /// Nowhere: it was never used, or is all zero. Filling it copies nothing.
+    Absent,
+    /// On the GPU, counted as resident.
+    Device(CUmemGenericAllocationHandle),
+    /// In host memory, and nothing is mapped.
+    Evicted(HostCopy),
+    /// In host memory that is mapped at the chunk's address: slow and usable.
+    Overflow(CUmemGenericAllocationHandle),
+    /// A chunk of room: counted as resident, and nothing is there.
+    Booked,
+    /// A chunk of room that there can be none for.
+    Denied,
+    /// The engine has it, between two of these.
+    Moving,
+}
+
+impl Backing {
+    /// Whether the GPU can use the chunk, or need not.
+    pub fn usable(&self) -> bool {
+        matches!(self, Self::Device(_) | Self::Overflow(_) | Self::Booked | Self::Denied)
+    }
+}
+
+/// The unit in which memory moves.
+#[derive(Debug)]
+pub struct Chunk {
+    /// Where it is mapped.
+    pub address: CUdeviceptr,
+    /// Bytes, a whole number of granules.
+    pub size: u64,
+    /// Where its bytes are.
+    pub backing: Backing,
+    /// It stays on the GPU: somebody else maps it too.
+    pub fixed: bool,
+    /// It is to be filled in host memory, for want of room.
+    pub(super) spill: bool,
+    /// What a look at it has found since the client last ran.
+    pub(super) seen: Option<InUse>,
+}
+
+impl Chunk {
+    fn new(address: CUdeviceptr, size: u64) -> Self {
+        Self { address, size, backing: Backing::Absent, fixed: false, spill: false, seen: None }
+    }
+
+    /// Its size in granules.
+    pub fn granules(&self) -> Granules {
+        (self.size / GRANULE) as Granules
+    }
+
+    pub(super) fn evictable(&self) -> bool {
+        matches!(self.backing, Backing::Device(_) | Backing::Booked) && !self.fixed
+    }
+}
+
+/// Where the application has mapped an object.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// The address.
+    pub address: CUdeviceptr,
+    /// Bytes, from the object's beginning.
+    pub size: u64,
+    /// Who may use it there.
+    pub access: Vec<CUmemAccessDesc>,
+}
+
+/// Physical memory that the application asked for.
+#[derive(Debug)]
+pub struct Object {
+    /// What it asked for.
+    pub prop: CUmemAllocationProp,
+    /// Handles that it holds.
+    pub references: u32,
+    /// Where it has mapped it.
+    pub views: Vec<View>,
+}
+
+/// What a region is for.
+#[derive(Debug)]
+pub enum Kind {
+    /// One allocation.
+    Whole,
+    /// Small allocations. What is free in it.
+    Slab(Gaps),
+    /// Physical memory that the application maps itself.
+    Object(Object),
+    /// Memory that only the driver can place.
+    Room,
+}
+
+impl Kind {
+    /// Whether a region of this kind and so many bytes is one chunk: what may be handed to another process as one
+    /// handle.
+    fn is_one_piece(&self, size: u64) -> bool {
+        matches!(self, Self::Object(object) if object.prop.requested_handle_types != 0) && size <= WHOLE
+    }
+}
+
+/// A reserved range of addresses.
+#[derive(Debug)]
+pub struct Region {
+    /// Where it begins.
+    pub base: CUdeviceptr,
+    /// Bytes, a whole number of granules.
+    pub size: u64,
+    /// The context that it goes with; null if it goes with none.
+    pub context: CUcontext,
+    /// Its pieces, by address.
+    pub chunks: Vec<Chunk>,
+    /// How often other processes have it open: it stays until they have closed it.
+    pub(super) lent: u32,
+    /// The application has freed what was in it.
+    pub(super) abandoned: bool,
+    /// What it is for.
+    pub kind: Kind,
+}
+
+/// Where a chunk is mapped, and as what.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// At home.
+    pub address: CUdeviceptr,
+    /// Bytes.
+    pub size: u64,
+    /// Where the application has mapped it, and for whom.
+    pub views: Vec<(CUdeviceptr, Vec<CUmemAccessDesc>)>,
+    /// What the application asked for, if it asked for something in particular.
+    pub prop: Option<CUmemAllocationProp>,
+    /// Nothing is mapped there: it is room.
+    pub room: bool,
+}
+
+impl Place {
+    /// Its size in granules.
+    pub fn granules(&self) -> Granules {
+        (self.size / GRANULE) as Granules
+    }
+}
+
+impl Region {
+    pub(super) fn new(base: CUdeviceptr, size: u64, context: CUcontext, kind: Kind) -> Self {
+        let chunk = if kind.is_one_piece(size) { size } else { CHUNK };
+        let chunks = (0..size.div_ceil(chunk))
+            .map(|index| Chunk::new(base + index * chunk, chunk.min(size - index * chunk)))
+            .collect();
+        Self { base, size, context, chunks, lent: 0, abandoned: false, kind }
+    }
+
+    /// Its size in granules.
+    pub fn granules(&self) -> Granules {
+        (self.size / GRANULE) as Granules
+    }
+
+    /// Whether the GPU can use all of it.
+    pub fn usable(&self) -> bool {
+        self.chunks.iter().all(|chunk| chunk.backing.usable())
+    }
+
+    /// Where the chunks are that the GPU cannot use.
+    pub fn missing(&self) -> Vec<Place> {
+        self.chunks.iter().filter(|chunk| !chunk.backing.usable()).map(|chunk| self.place(chunk)).collect()
+    }
+
+    /// Whether the GPU can use any of it.
+    pub fn in_use_by_gpu(&self) -> bool {
+        self.chunks.iter().any(|chunk| chunk.backing.usable())
+    }
+
+    /// Whether only other processes keep it.
+    pub(super) fn is_orphan(&self) -> bool {
+        match &self.kind {
+            Kind::Slab(gaps) => gaps.empty(),
+            _ => self.abandoned,
+        }
+    }
+
+    /// Where one of its chunks is mapped.
+    pub fn place(&self, chunk: &Chunk) -> Place {
+        let (address, size) = (chunk.address, chunk.size);
+        let offset = address - self.base;
+        let (views, prop) = match &self.kind {
+            Kind::Object(object) => {
+                let covering = object.views.iter().filter(|view| offset + size <= view.size);
+                let views = covering.map(|view| (view.address + offset, view.access.clone())).collect();
+                (views, Some(object.prop))
+            }
+            _ => (Vec::new(), None),
+        };
+        Place { address, size, views, prop, room: matches!(self.kind, Kind::Room) }
+    }
+
+    /// The object that it is.
+    pub fn object_mut(&mut self) -> Option<&mut Object> {
+        match &mut self.kind {
+            Kind::Object(object) => Some(object),
+            _ => None,
+        }
+    }
+
+    /// The object that it is.
+    pub fn object(&self) -> Option<&Object> {
+        match &self.kind {
+            Kind::Object(object) => Some(object),
+            _ => None,
+        }
+    }
+
+    /// Whether a part of it may lie in host memory, for want of room.
+    pub(super) fn may_spill(&self) -> bool {
+        !matches!(self.kind, Kind::Room) && !self.kind.is_one_piece(self.size)
+    }
+
+    /// Cuts the chunk at `index` so that the granule at `offset` bytes in it is a chunk of its own, and
+    /// returns that one.
+    pub(super) fn cut_out(&mut self, index: usize, offset: u64) -> &mut Chunk {
+        let mut at = index;
+        if offset > 0 {
+            self.cut(index, offset);
+            at += 1;
+        }
+        if self.chunks[at].size > GRANULE {
+            self.cut(at, GRANULE);
+        }
+        &mut self.chunks[at]
+    }
+
+    /// Cuts a chunk that is not on the GPU in two.
+    fn cut(&mut self, index: usize, offset: u64) {
+        let chunk = &mut self.chunks[index];
+        let mut rest = Chunk::new(chunk.address + offset, chunk.size - offset);
+        let first = (offset / GRANULE) as u32;
+        let split = |in_use: InUse| match in_use {
+            InUse::All => (InUse::All, InUse::All),
+            InUse::Granules(bits) => {
+                (InUse::Granules(bits & ((1u32 << first) - 1)), InUse::Granules(bits >> first))
+            }
+        };
+        (chunk.backing, rest.backing) = match std::mem::replace(&mut chunk.backing, Backing::Absent) {
+            Backing::Evicted(HostCopy { block, in_use }) => {
+                let (before, after) = split(in_use);
+                let length = before.bytes(offset);
+                match (length, after.bytes(rest.size)) {
+                    (0, _) => (Backing::Absent, Backing::Evicted(HostCopy { block, in_use: after })),
+                    (_, 0) => (Backing::Evicted(HostCopy { block, in_use: before }), Backing::Absent),
+                    (length, _) => {
+                        let (head, tail) = block.split_at(length as usize);
+                        (
+                            Backing::Evicted(HostCopy { block: head, in_use: before }),
+                            Backing::Evicted(HostCopy { block: tail, in_use: after }),
+                        )
+                    }
+                }
+            }
+            _ => (Backing::Absent, Backing::Absent),
+        };
+        chunk.size = offset;
+        self.chunks.insert(index + 1, rest);
+    }
+}
