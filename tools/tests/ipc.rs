@@ -2,10 +2,10 @@
 
 mod application;
 
+use application::books::{balances, books, client, clients, come_to};
 use application::{Application, INVALID_VALUE, MIB, SUCCESS, gpu, node};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
-use nvshare_tools::status::{self, Client};
 
 const PATIENCE: Patience = Patience::seconds(60);
 
@@ -36,48 +36,6 @@ impl Application {
     fn close(&mut self, address: u64) {
         self.does(&format!("ipc-close {address}"));
     }
-
-    fn writes(&mut self, address: u64, bytes: u64, seed: u64) {
-        self.does(&format!("write {address} {bytes} {seed}"));
-    }
-
-    fn sees(&mut self, address: u64, bytes: u64, seed: u64) {
-        let seen = self.ask(&format!("check {address} {bytes} {seed}"));
-        assert_eq!(seen, (SUCCESS, "right".into()), "{bytes} B at {address:#x} of {seed}");
-    }
-}
-
-fn clients(node: &Node) -> Vec<Client> {
-    status::read(node.dir()).unwrap().gpus.remove(0).clients
-}
-
-fn client(node: &Node, application: &Application) -> Client {
-    let is_it = |client: &Client| application.client() == format!("nvshare[{}]", client.pid);
-    clients(node).into_iter().find(is_it).unwrap()
-}
-
-/// Bytes that the client asks for, has on the GPU, and cannot move.
-fn books(node: &Node, application: &Application) -> (u64, u64, u64) {
-    let client = client(node, application);
-    (client.demand_bytes, client.resident_bytes, client.unmovable_bytes)
-}
-
-/// What other processes closed takes its way.
-fn come_to(node: &Node, application: &Application, expected: (u64, u64, u64)) {
-    PATIENCE.until("the books are right", || books(node, application) == expected);
-}
-
-/// Everybody is gone, and so is every granule that they had, on the page and on the GPU.
-fn balances(node: &Node) {
-    PATIENCE.until("all clients are reaped", || clients(node).is_empty());
-    let gpu = status::read(node.dir()).unwrap().gpus.remove(0);
-    assert_eq!((gpu.free_bytes, gpu.repaired), (gpu.capacity_bytes as i64, 0));
-    // All of it can be used again.
-    let mut next = Application::ready(node);
-    let all = next.alloc(60 * MIB);
-    next.writes(all, 60 * MIB, 9);
-    next.sees(all, 60 * MIB, 9);
-    next.end();
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod figures;
 mod graphs;
 mod held;
 mod ipc;
+mod mapped;
 mod stream_ordered;
 
 use crate::Failure;
@@ -134,7 +135,7 @@ impl Caller {
             }
             (name, numbers) => {
                 let mut answer = self.stream_ordered(name, numbers)?;
-                for others in [Self::figures, Self::graphs, Self::held, Self::ipc] {
+                for others in [Self::figures, Self::graphs, Self::held, Self::ipc, Self::mapped] {
                     answer = match answer {
                         None => others(self, name, numbers)?,
                         answer => answer,

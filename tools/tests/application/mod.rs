@@ -5,6 +5,8 @@
 // Each test program uses a part of this.
 #![allow(dead_code)]
 
+pub mod books;
+
 use nvshare_tools::node::{Environment, Node, SimulatedGpu};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -20,7 +22,14 @@ pub fn gpu() -> SimulatedGpu {
         .expect("the workspace is built: cargo build --workspace")
 }
 
-/// The same, for applications that unmap nothing themselves and free nothing while they submit: a call that comes
+/// The same with a link that costs next to nothing, for what goes in and out many times.
+pub fn quick_gpu() -> SimulatedGpu {
+    let settings = [("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("LINK_BANDWIDTH", "256GiB")];
+    SimulatedGpu::new(&settings.map(|(name, value)| (name, value.to_owned())))
+        .expect("the workspace is built: cargo build --workspace")
+}
+
+/// As the first, for applications that unmap nothing themselves and free nothing while they submit: a call that comes
 /// while their memory is out is an illegal access.
 pub fn watched_gpu() -> SimulatedGpu {
     let settings = [("MEMORY", "256MiB".into()), ("CONTEXT_BYTES", "2MiB".into()), ("WATCH", "1".into())];
@@ -96,11 +105,13 @@ impl Application {
     }
 
     /// A call that must come off.
+    #[track_caller]
     pub fn does(&mut self, call: &str) {
         assert_eq!(self.call(call), SUCCESS, "{call}");
     }
 
     /// A call that must come off, and the number that it gives.
+    #[track_caller]
     pub fn number(&mut self, call: &str) -> u64 {
         let (code, given) = self.ask(call);
         assert_eq!(code, SUCCESS, "{call}: {given}");
@@ -108,8 +119,21 @@ impl Application {
     }
 
     /// An allocation that must come off.
+    #[track_caller]
     pub fn alloc(&mut self, bytes: u64) -> u64 {
         self.number(&format!("alloc {bytes}"))
+    }
+
+    /// Writes words of its own to memory.
+    pub fn writes(&mut self, address: u64, bytes: u64, seed: u64) {
+        self.does(&format!("write {address} {bytes} {seed}"));
+    }
+
+    /// Finds the words of a write there.
+    #[track_caller]
+    pub fn sees(&mut self, address: u64, bytes: u64, seed: u64) {
+        let seen = self.ask(&format!("check {address} {bytes} {seed}"));
+        assert_eq!(seen, (SUCCESS, "right".into()), "{bytes} B at {address:#x} of {seed}");
     }
 
     /// Kills it, and keeps its answers open, for what it leaves behind.
