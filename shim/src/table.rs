@@ -799,6 +799,7 @@ entry_points! {
             cuMemRetainAllocationHandle(
                 handle: *mut CUmemGenericAllocationHandle, addr: *mut c_void
             ) @ 11_000;
+            cuMemAddressFree(ptr: CUdeviceptr, size: usize) @ 10_020;
             cuMemGetAllocationPropertiesFromHandle(
                 prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle
             ) @ 10_020;
@@ -1175,7 +1176,6 @@ entry_points! {
         cuLogsDumpToMemory @ 12_090;
         cuLogsRegisterCallback @ 12_090;
         cuLogsUnregisterCallback @ 12_090;
-        cuMemAddressFree @ 10_020;
         cuMemAddressReserve @ 10_020;
         cuMemAlloc @ 2_000;
         cuMemAllocPitch @ 2_000;

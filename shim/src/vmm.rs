@@ -186,6 +186,20 @@ impl Shared {
         Some(result.err().unwrap_or(CuResult::SUCCESS))
     }
 
+    /// Whether something of ours is mapped in a range: then its addresses cannot be freed, as the driver would say
+    /// if it knew, wherever the memory is now.
+    pub fn has_mapped(&self, address: CUdeviceptr, size: u64) -> bool {
+        let mapped = !self.memory().views_in(address, size).is_empty();
+        if mapped {
+            tracing::warn!(
+                gpu = %self.gpu,
+                "cuMemAddressFree of {} at {address:#x}: memory is mapped there; unmap it first",
+                format_size(size)
+            );
+        }
+        mapped
+    }
+
     /// cuMemSetAccess. `None` if nothing of ours is mapped there.
     pub fn set_access(
         &self,
@@ -232,19 +246,24 @@ impl Shared {
         Some(self.memory().object(handle)?.object()?.prop)
     }
 
-    /// The driver's own handle to an object, which stays on the GPU from now on: for calls that hand it on.
-    /// The caller is inside the gate. `None` if the handle is none of ours.
+    /// The driver's own handle to an object, which stays on the GPU from now on: for calls that hand it on, by
+    /// handles of these `types`. The caller is inside the gate. `None` if the handle is none of ours.
     pub fn fix_object(
         &self,
         handle: CUmemGenericAllocationHandle,
+        types: u32,
     ) -> Option<Result<CUmemGenericAllocationHandle, CuResult>> {
         let mut memory = self.memory_at_rest();
         let region = memory.object(handle)?;
+        if types & !region.object()?.prop.requested_handle_types != 0 {
+            // As the driver says; and what does not go anywhere must not stay for it.
+            return Some(Err(CuResult::INVALID_VALUE));
+        }
         Some(match region.chunks.as_slice() {
             [chunk] if matches!(chunk.backing, Backing::Device(_)) => {
                 self.fix(region).map(|handles| handles[0].0)
             }
-            // Made without a word of being handed on, or too large for one piece; or not on the GPU.
+            // Too large for one piece, or not on the GPU.
             _ => {
                 tracing::warn!(
                     gpu = %self.gpu,

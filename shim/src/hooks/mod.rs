@@ -61,9 +61,17 @@ fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
         None => {}
     }
     let own = session::all().iter().find_map(|device| device.memory().containing(address));
-    own.or_else(|| {
+    own.or_else(|| mapping_of(address)).or_else(|| {
         let (base, size) = crate::ipc::containing(address)?;
         Some(Allocation { base, size, region: base })
+    })
+}
+
+/// What the application has mapped itself: for the driver, a mapping is what an allocation is elsewhere.
+fn mapping_of(address: CUdeviceptr) -> Option<Allocation> {
+    session::all().iter().find_map(|device| {
+        let (region, view) = device.memory().views_in(address, 1).into_iter().next()?;
+        Some(Allocation { base: view.address, size: view.size, region })
     })
 }
 
@@ -256,6 +264,9 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
             match allocation_of(dptr) {
                 Some(_) if crate::ipc::containing(dptr).is_some() => tracing::warn!(
                     "cuMemFree({dptr:#x}): it is another process's memory; close it by cuIpcCloseMemHandle"
+                ),
+                Some(_) if mapping_of(dptr).is_some() => tracing::warn!(
+                    "cuMemFree({dptr:#x}): the process has mapped memory there; unmap it by cuMemUnmap"
                 ),
                 Some(allocation) => tracing::warn!(
                     "cuMemFree({dptr:#x}): it lies inside the allocation of {} at {:#x}; free that address",

@@ -70,6 +70,14 @@ pub unsafe fn cuMemUnmap(ptr: CUdeviceptr, size: usize) -> CuResult {
     ours(|device| device.unmap_objects(ptr, size as u64), || unsafe { real::cuMemUnmap(ptr, size) })
 }
 
+pub unsafe fn cuMemAddressFree(ptr: CUdeviceptr, size: usize) -> CuResult {
+    ours(
+        |device| device.has_mapped(ptr, size as u64).then_some(CuResult::INVALID_VALUE),
+        // SAFETY: the caller's arguments.
+        || unsafe { real::cuMemAddressFree(ptr, size) },
+    )
+}
+
 pub unsafe fn cuMemSetAccess(
     ptr: CUdeviceptr,
     size: usize,
@@ -127,14 +135,15 @@ pub unsafe fn cuMemGetAllocationPropertiesFromHandle(
 }
 
 /// Makes a call with the driver's handle behind one that the application has: its memory leaves the process, and
-/// stays where it is. Others' handles are as they are.
+/// stays where it is, unless it was not made to be handed on by `types` of handles. Others' handles are as they are.
 fn handing_on(
     handle: CUmemGenericAllocationHandle,
+    types: u32,
     call: impl FnOnce(CUmemGenericAllocationHandle) -> CuResult,
 ) -> CuResult {
     guarded(|| {
         let fixed = session::enter_query().and_then(|_pass| {
-            session::all().iter().find_map(|device| device.fix_object(handle)).unwrap_or(Ok(handle))
+            session::all().iter().find_map(|device| device.fix_object(handle, types)).unwrap_or(Ok(handle))
         });
         fixed.map_or_else(|error| error, call)
     })
@@ -147,7 +156,9 @@ pub unsafe fn cuMemExportToShareableHandle(
     flags: u64,
 ) -> CuResult {
     // SAFETY: the caller's arguments, and the handle behind its own.
-    handing_on(handle, |handle| unsafe { real::cuMemExportToShareableHandle(shareable, handle, kind, flags) })
+    handing_on(handle, kind, |handle| unsafe {
+        real::cuMemExportToShareableHandle(shareable, handle, kind, flags)
+    })
 }
 
 pub unsafe fn cuMulticastBindMem(
@@ -159,7 +170,7 @@ pub unsafe fn cuMulticastBindMem(
     flags: u64,
 ) -> CuResult {
     // SAFETY: as above.
-    handing_on(handle, |handle| unsafe {
+    handing_on(handle, 0, |handle| unsafe {
         real::cuMulticastBindMem(multicast, multicast_offset, handle, offset, size, flags)
     })
 }
@@ -174,7 +185,7 @@ pub unsafe fn cuMulticastBindMem_v2(
     flags: u64,
 ) -> CuResult {
     // SAFETY: as above.
-    handing_on(handle, |handle| unsafe {
+    handing_on(handle, 0, |handle| unsafe {
         real::cuMulticastBindMem_v2(multicast, dev, multicast_offset, handle, offset, size, flags)
     })
 }
