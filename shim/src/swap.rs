@@ -298,7 +298,13 @@ impl Swap {
     fn shortage(&self) -> Granules {
         let books = &self.shared.books;
         let overflowed = self.shared.memory().overflow();
-        books.demand().saturating_sub(overflowed).saturating_sub(books.usable())
+        // What is on its way there is as good as there: or as much again would follow it.
+        let under_way = self.in_flight.iter().map(|flight| match flight.cargo {
+            Cargo::In { overflow: true, .. } => flight.place.granules(),
+            _ => 0,
+        });
+        let spilled = overflowed + under_way.sum::<Granules>();
+        books.demand().saturating_sub(spilled).saturating_sub(books.usable())
     }
 
     /// Chooses what goes to host memory for want of room; says how many granules.

@@ -4,6 +4,7 @@
 mod application;
 
 use application::books::{Competitor, balances, books, client, come_to};
+use application::mapped::{READ, READ_WRITE};
 use application::{Application, INVALID_VALUE, MIB, SUCCESS, node, quick_gpu};
 use nvshare_test_support::Dice;
 use nvshare_tools::node::{Node, SimulatedGpu};
@@ -11,49 +12,6 @@ use nvshare_tools::node::{Node, SimulatedGpu};
 const OUT_OF_MEMORY: i32 = 2;
 const ILLEGAL_ADDRESS: i32 = 700;
 const NOT_SUPPORTED: i32 = 801;
-
-const READ: u32 = 1;
-const READ_WRITE: u32 = 3;
-
-/// The application's side of it.
-impl Application {
-    #[track_caller]
-    fn object(&mut self, bytes: u64) -> u64 {
-        self.number(&format!("object {bytes} 0 0"))
-    }
-
-    #[track_caller]
-    fn reserve(&mut self, bytes: u64) -> u64 {
-        self.number(&format!("reserve {bytes}"))
-    }
-
-    #[track_caller]
-    fn map(&mut self, address: u64, bytes: u64, object: u64) {
-        self.does(&format!("map {address} {bytes} 0 {object}"));
-        self.allow(address, bytes, READ_WRITE);
-    }
-
-    #[track_caller]
-    fn allow(&mut self, address: u64, bytes: u64, rights: u32) {
-        self.does(&format!("allow {address} {bytes} 0 {rights}"));
-    }
-
-    #[track_caller]
-    fn unmap(&mut self, address: u64, bytes: u64) {
-        self.does(&format!("unmap {address} {bytes}"));
-    }
-
-    #[track_caller]
-    fn release(&mut self, object: u64) {
-        self.does(&format!("release-object {object}"));
-    }
-
-    #[track_caller]
-    fn sees_zeros(&mut self, address: u64, bytes: u64) {
-        let seen = self.ask(&format!("holds {address} {bytes} 0"));
-        assert_eq!(seen, (SUCCESS, "right".into()), "zeros, {bytes} B at {address:#x}");
-    }
-}
 
 /// The three of every test here: the machine's arbiter, the application, and who takes the GPU from it.
 fn trio(gpu: &SimulatedGpu) -> (Node, Application, Competitor) {

@@ -49,6 +49,13 @@ pub fn balances(node: &Node) {
     next.end();
 }
 
+/// The GPU on which it is a client.
+fn gpu_with(node: &Node, application: &Application) -> Gpu {
+    let gpus = status::read(node.dir()).unwrap().gpus;
+    let is_it = |client: &Client| application.client() == format!("nvshare[{}]", client.pid);
+    gpus.into_iter().find(|gpu| gpu.clients.iter().any(is_it)).unwrap()
+}
+
 /// An application that needs all that two clients can have of a pool, so that its turns are without anything of
 /// another's on the GPU.
 pub struct Competitor {
@@ -61,9 +68,15 @@ pub struct Competitor {
 impl Competitor {
     /// Beside one other.
     pub fn start(node: &Node) -> Self {
+        Self::beside(node, 1)
+    }
+
+    /// Beside so many others, who need no more than their contexts or take turns with it.
+    pub fn beside(node: &Node, others: u64) -> Self {
         let mut application = Application::ready(node);
-        PATIENCE.until("both contexts are counted", || gpu(node).pinned_bytes == 2 * CONTEXT);
-        let bytes = gpu(node).capacity_bytes - 2 * CONTEXT;
+        let contexts = (others + 1) * CONTEXT;
+        PATIENCE.until("all contexts are counted", || gpu_with(node, &application).pinned_bytes == contexts);
+        let bytes = gpu_with(node, &application).capacity_bytes - contexts;
         let address = application.alloc(bytes);
         Self { application, address, bytes, turns: 0 }
     }
@@ -71,27 +84,28 @@ impl Competitor {
     /// Has it use its memory: nothing of `other` is on the GPU afterwards, and so it stays until `other` needs some.
     #[track_caller]
     pub fn takes_all(&mut self, node: &Node, other: &Application) {
-        self.application.sees_last(self.address, self.bytes, self.turns);
+        self.sees_its_own();
         self.turns += 1;
         self.application.writes(self.address, self.bytes, self.turns);
-        assert_eq!(books(node, other).1, 0, "something of it is still on the GPU: {:#?}", gpu(node));
+        let gpu = gpu_with(node, &self.application);
+        let is_it = |client: &&Client| other.client() == format!("nvshare[{}]", client.pid);
+        let resident = gpu.clients.iter().find(is_it).map(|client| client.resident_bytes);
+        assert_eq!(resident, Some(0), "something of it is still on the GPU: {gpu:#?}");
+    }
+
+    /// Its data is what it last wrote.
+    #[track_caller]
+    pub fn sees_its_own(&mut self) {
+        if self.turns > 0 {
+            self.application.sees(self.address, self.bytes, self.turns);
+        }
     }
 
     /// Lets it end, with its data as it was.
     #[track_caller]
     pub fn ends(mut self) {
-        self.application.sees_last(self.address, self.bytes, self.turns);
         assert!(self.turns > 0, "it never had a turn");
+        self.sees_its_own();
         self.application.end();
-    }
-}
-
-impl Application {
-    /// The words of the last write, if there was one.
-    #[track_caller]
-    fn sees_last(&mut self, address: u64, bytes: u64, turns: u64) {
-        if turns > 0 {
-            self.sees(address, bytes, turns);
-        }
     }
 }

@@ -6,6 +6,7 @@
 #![allow(dead_code)]
 
 pub mod books;
+pub mod mapped;
 
 use nvshare_tools::node::{Environment, Node, SimulatedGpu};
 use std::io::{BufRead, BufReader, Read, Write};
