@@ -12,6 +12,7 @@ mod graphs;
 mod held;
 mod ipc;
 mod mapped;
+mod placed;
 mod stream_ordered;
 
 use crate::Failure;
@@ -135,7 +136,8 @@ impl Caller {
             }
             (name, numbers) => {
                 let mut answer = self.stream_ordered(name, numbers)?;
-                for others in [Self::figures, Self::graphs, Self::held, Self::ipc, Self::mapped] {
+                for others in [Self::figures, Self::graphs, Self::held, Self::ipc, Self::mapped, Self::placed]
+                {
                     answer = match answer {
                         None => others(self, name, numbers)?,
                         answer => answer,

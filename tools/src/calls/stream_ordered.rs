@@ -46,6 +46,13 @@ impl Caller {
                 let code = unsafe { create(&mut stream, *flags as c_uint) };
                 (code, stream.to_string())
             }
+            ("stream-with-priority", [flags]) => {
+                let create = driver!(self, b"cuStreamCreateWithPriority", fn(*mut Handle, c_uint, c_int));
+                let mut stream = 0;
+                // SAFETY: as said.
+                let code = unsafe { create(&mut stream, *flags as c_uint, 0) };
+                (code, stream.to_string())
+            }
             ("destroy-stream", [stream]) => {
                 let destroy = driver!(self, b"cuStreamDestroy_v2", fn(Handle));
                 // SAFETY: as said.

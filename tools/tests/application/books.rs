@@ -10,6 +10,9 @@ const PATIENCE: Patience = Patience::seconds(60);
 /// What one costs on the simulated GPU.
 const CONTEXT: u64 = 2 * MIB;
 
+/// A competitor's memory goes out in pieces: what others do not need of the GPU, it keeps.
+const PIECE: u64 = 2 * MIB;
+
 fn gpu(node: &Node) -> Gpu {
     status::read(node.dir()).unwrap().gpus.remove(0)
 }
@@ -60,8 +63,8 @@ fn gpu_with(node: &Node, application: &Application) -> Gpu {
 /// another's on the GPU.
 pub struct Competitor {
     application: Application,
-    address: u64,
-    bytes: u64,
+    /// Address and bytes.
+    pieces: Vec<(u64, u64)>,
     turns: u64,
 }
 
@@ -77,8 +80,9 @@ impl Competitor {
         let contexts = (others + 1) * CONTEXT;
         PATIENCE.until("all contexts are counted", || gpu_with(node, &application).pinned_bytes == contexts);
         let bytes = gpu_with(node, &application).capacity_bytes - contexts;
-        let address = application.alloc(bytes);
-        Self { application, address, bytes, turns: 0 }
+        let pieces = (0..bytes).step_by(PIECE as usize).map(|at| PIECE.min(bytes - at));
+        let pieces = pieces.map(|bytes| (application.alloc(bytes), bytes)).collect();
+        Self { application, pieces, turns: 0 }
     }
 
     /// Has it use its memory: nothing of `other` is on the GPU afterwards, and so it stays until `other` needs some.
@@ -86,7 +90,9 @@ impl Competitor {
     pub fn takes_all(&mut self, node: &Node, other: &Application) {
         self.sees_its_own();
         self.turns += 1;
-        self.application.writes(self.address, self.bytes, self.turns);
+        for (address, bytes) in &self.pieces {
+            self.application.writes(*address, *bytes, self.turns);
+        }
         let gpu = gpu_with(node, &self.application);
         let is_it = |client: &&Client| other.client() == format!("nvshare[{}]", client.pid);
         let resident = gpu.clients.iter().find(is_it).map(|client| client.resident_bytes);
@@ -96,8 +102,8 @@ impl Competitor {
     /// Its data is what it last wrote.
     #[track_caller]
     pub fn sees_its_own(&mut self) {
-        if self.turns > 0 {
-            self.application.sees(self.address, self.bytes, self.turns);
+        for (address, bytes) in self.pieces.iter().filter(|_| self.turns > 0) {
+            self.application.sees(*address, *bytes, self.turns);
         }
     }
 
