@@ -173,6 +173,20 @@ fn what_spills_is_spread_over_what_is_missing_granule_by_granule() {
 }
 
 #[test]
+fn the_youngest_memory_spills_wherever_it_lies() {
+    let mut memory = Memory::default();
+    let (parameters, results) = (1 << 41, 1 << 40);
+    memory.add_whole(parameters, 8 * CHUNK, 8 * CHUNK, CONTEXT);
+    memory.add_whole(results, 8 * CHUNK, 8 * CHUNK, CONTEXT);
+    assert_eq!(memory.spill(2), 2);
+    // One in 64 of what was made last, though it lies before the other.
+    assert_eq!(spilled(&memory), [results + 32 * GRANULE, results + 96 * GRANULE]);
+    // More than a 64th of it takes older memory too.
+    assert_eq!(memory.spill(8), 8);
+    assert_eq!(spilled(&memory).iter().filter(|address| **address >= parameters).count(), 4);
+}
+
+#[test]
 fn room_and_what_is_handed_on_whole_never_spill() {
     let mut memory = Memory::default();
     memory.add_room(4 * GRANULE, CONTEXT);
