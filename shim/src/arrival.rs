@@ -11,9 +11,11 @@
 //! ([`crate::room`]).
 //!
 //! **From room to context.** While the room is held it hides the context: the arbiter counts as a context what the
-//! process has on the GPU beyond its granules. So the granules are given back, and the client keeps its right to as
-//! many until the arbiter has seen the context ([`Arrival::hand_over`]): what nobody else is admitted to cannot be
-//! filled, though for a moment the pool shows as free what is not. Its slice never begins, so none ends meanwhile.
+//! process has on the GPU beyond its granules. So the granules are given back, and for a moment the pool shows as free
+//! what is not. The client keeps its right to as many until the arbiter has seen the context
+//! ([`Arrival::hand_over`]), and as a right counts as something lacking, those who are not admitted go on making room
+//! for it: who is admitted beside it may find the driver short once or twice, and not until the arbiter looks. The
+//! client's slice never begins, so none ends meanwhile.
 //!
 //! **Several GPUs.** This asks for one GPU while the process may have others, whatever their order ([`crate::order`]),
 //! and still nobody blocks anybody:
@@ -41,6 +43,7 @@ use nvshare::units::{
     GpuUuid, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_for,
 };
 use nvshare::{Books, Client, Fill, Phase, Runtime};
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
 /// A client without an engine: it has registered, and holds nothing.
@@ -142,34 +145,37 @@ fn refuse(gpu: GpuUuid, why: &str) {
     );
 }
 
-/// Takes granules, and moves nothing.
+/// Takes granules, and moves nothing. Whoever needs room can do with less than it asked for: what the GPU cannot have,
+/// because a context was made or grew meanwhile, is not waited for.
 struct Vacancy(Books<MappedPage>);
 
-/// The GPU can never have so much.
-struct TooMuch;
-
 impl Vacancy {
-    fn is_too_much(&self) -> bool {
-        self.0.demand() > self.0.usable()
+    fn excess(&self) -> Granules {
+        self.0.demand().saturating_sub(self.0.usable())
     }
 }
 
 impl Runtime for Vacancy {
-    type Error = TooMuch;
+    type Error = Infallible;
 
-    fn fill(&mut self) -> Result<Fill, TooMuch> {
+    fn fill(&mut self) -> Result<Fill, Infallible> {
         loop {
+            let excess = self.excess();
+            if excess > 0 {
+                self.0.shrink(excess);
+            }
             let missing = self.0.demand().saturating_sub(self.0.resident());
             if missing == 0 {
                 return Ok(Fill::Complete);
             }
-            if self.0.take_unless(missing.min(CHUNK), || self.is_too_much()) == Fill::Recalled {
-                return if self.is_too_much() { Err(TooMuch) } else { Ok(Fill::Recalled) };
+            let taken = self.0.take_unless(missing.min(CHUNK), || self.excess() > 0);
+            if taken == Fill::Recalled && !self.0.admitted() {
+                return Ok(Fill::Recalled);
             }
         }
     }
 
-    fn evict(&mut self, granules: Granules) -> Result<(), TooMuch> {
+    fn evict(&mut self, granules: Granules) -> Result<(), Infallible> {
         self.0.give(granules);
         Ok(())
     }
@@ -191,12 +197,15 @@ impl Arrival {
     /// Makes the call with more and more room, up to all that takes turns.
     fn make(&mut self, call: impl Fn() -> CuResult) -> CuResult {
         let gpu = self.books.page().gpu();
+        let mut tried = 0;
         for bytes in TRIES {
             let granules = granules_for(bytes).min(self.books.usable());
-            if granules <= self.books.demand() || self.hold(granules).is_err() {
+            if granules <= tried {
                 break;
             }
-            let room = format_size(bytes_of(granules));
+            self.hold(granules);
+            tried = self.books.resident();
+            let room = format_size(bytes_of(tried));
             tracing::debug!(%gpu, "the driver is out of memory for a context: made room for {room}, trying again");
             let result = call();
             if result != CuResult::OUT_OF_MEMORY {
@@ -206,13 +215,14 @@ impl Arrival {
         CuResult::OUT_OF_MEMORY
     }
 
-    /// Waits for its turn, and until it has so many granules.
-    fn hold(&mut self, granules: Granules) -> Result<(), TooMuch> {
+    /// Waits for its turn, and until it has so many granules, or as many as the GPU can have.
+    fn hold(&mut self, granules: Granules) {
         self.books.grow(granules.saturating_sub(self.books.demand()));
         self.client.request();
         self.client.refill();
         while self.client.phase() != Phase::Running {
-            match self.client.poll(&mut self.vacancy)? {
+            let Ok(next) = self.client.poll(&mut self.vacancy);
+            match next {
                 Next::Sleep { seen, until } => {
                     self.books.page().wait_doorbell(self.books.slot(), seen, until);
                 }
@@ -222,7 +232,6 @@ impl Arrival {
                 Next::Open => {}
             }
         }
-        Ok(())
     }
 
     /// Gives the room back, and with it the right to run, as soon as the arbiter has counted the context.
@@ -233,9 +242,15 @@ impl Arrival {
         loop {
             let (seen, time) = (page.doorbell(slot), now());
             // What the process has beyond its granules is more now: the next sample shows more.
-            let counts = page.view(slot).pinned > counted;
+            if page.view(slot).pinned > counted {
+                break;
+            }
             // Recalled, because a context grew elsewhere: there is nothing left to keep.
-            if counts || time >= until || !self.books.admitted() {
+            if time >= until || !self.books.admitted() {
+                tracing::debug!(
+                    gpu = %page.gpu(),
+                    "the arbiter has not counted this process's context yet: until it has, others may find less memory than the pool shows"
+                );
                 break;
             }
             page.wait_doorbell(slot, seen, Some(time + LOOK));
