@@ -175,10 +175,10 @@ pub unsafe fn cuInit(flags: u32) -> CuResult {
 
 /// What the pools do not use makes room.
 fn allocate(device: &Shared, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
-    match device.allocate(bytes, context) {
+    device.once_freed(|| match device.allocate(bytes, context) {
         Err(CuResult::OUT_OF_MEMORY) if pools::reclaim(device) => device.allocate(bytes, context),
         result => result,
-    }
+    })
 }
 
 pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult {
