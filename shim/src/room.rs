@@ -9,6 +9,8 @@
 //! - What the driver takes for itself in passing ([`with_room`]): nobody can say how much that will be, so
 //!   the call is made first; if it fails for want of memory, room is made, and the call is made again. The
 //!   room is given back afterwards, and the arbiter sees what became of it as part of the context.
+//!
+//! A process's first context on a GPU comes before all this: see [`crate::arrival`].
 
 use crate::abi::*;
 use crate::device::Shared;
@@ -20,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Bytes of room that are tried one after the other for a call that found no memory: a stream, a module, a
 /// context, something large.
-const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
+pub const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
 
 /// Granules of the client's behind which nothing is mapped. Given back when dropped.
 pub struct Room {
@@ -122,16 +124,17 @@ pub fn let_go(handle: u64) {
 /// Makes a call for which the driver may need memory of its own. The caller is outside the gate.
 pub fn with_room(call: impl Fn() -> CuResult) -> CuResult {
     let result = call();
-    if result == CuResult::OUT_OF_MEMORY { make_room(call) } else { result }
+    // A call within a call cannot wait for the gate that it is inside of.
+    if result != CuResult::OUT_OF_MEMORY || !session::enabled() || session::is_inside() {
+        return result;
+    }
+    session::current().map_or(result, |(shared, context)| make_room(&shared, context, call))
 }
 
+/// Makes a call with more and more room on a GPU, for which the driver found no memory. The room goes with `context` at
+/// the latest.
 #[cold]
-fn make_room(call: impl Fn() -> CuResult) -> CuResult {
-    // A call within a call cannot wait for the gate that it is inside of.
-    let may_wait = session::enabled() && !session::is_inside();
-    let Some((shared, context)) = session::current().filter(|_| may_wait) else {
-        return CuResult::OUT_OF_MEMORY;
-    };
+pub fn make_room(shared: &Arc<Shared>, context: CUcontext, call: impl Fn() -> CuResult) -> CuResult {
     for bytes in TRIES {
         let Ok(_room) = Room::take(shared.clone(), bytes, context) else { break };
         tracing::debug!(gpu = %shared.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));

@@ -23,7 +23,7 @@ use crate::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAlloca
 use gaps::Gaps;
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Allocations of up to this many bytes share slabs.
 pub const SMALL: u64 = 1 << 20;
@@ -205,6 +205,16 @@ impl Memory {
     /// Whether a free is left to the engine.
     pub fn has_doomed(&self) -> bool {
         !self.doomed.is_empty() || !self.returned.is_empty()
+    }
+
+    /// Granules that the frees left to the engine will give back: the application has them no more.
+    pub fn put_off(&self) -> Granules {
+        let in_use = |base| self.allocations.values().any(|allocation| allocation.region == base);
+        let doomed = self.doomed.iter().map(|allocation| allocation.region).filter(|base| !in_use(*base));
+        // Several allocations may have been a slab's last.
+        let going: BTreeSet<_> = doomed.chain(self.returned.iter().copied()).collect();
+        let going = going.iter().filter_map(|base| self.regions.get(base));
+        going.filter(|region| region.lent == 0).map(Region::granules).sum()
     }
 
     /// Takes a region out of the map that the application never got to know.
