@@ -451,6 +451,29 @@ impl Shared {
         }
     }
 
+    /// Allocates by `attempt`; if there is no memory, again when what was freed before is given back. That it is free
+    /// has been said already (see [`Shared::figures`]).
+    ///
+    /// # Errors
+    /// What the last attempt said.
+    pub fn once_freed<T>(&self, attempt: impl Fn() -> Result<T, CuResult>) -> Result<T, CuResult> {
+        match attempt() {
+            Err(CuResult::OUT_OF_MEMORY) if self.await_frees() => attempt(),
+            result => result,
+        }
+    }
+
+    /// Waits until the frees have ended that were put off. False if there is none, or if they cannot end now.
+    pub fn await_frees(&self) -> bool {
+        // Whoever is inside the gate would be waited for.
+        if session::is_inside() || self.memory().put_off() == 0 {
+            return false;
+        }
+        drop(self.memory_at_rest());
+        self.bury();
+        self.memory().put_off() == 0
+    }
+
     /// Releases a region that nothing uses any more.
     pub fn dispose(&self, mut region: Region) {
         let granules = region.granules();
@@ -529,7 +552,10 @@ impl Shared {
 
     /// What this process is told about the GPU's memory.
     pub fn figures(&self) -> Figures {
-        Figures::of(&Snapshot::take(self.books.page(), SlotSet::EMPTY), Some(self.books.slot()))
+        // Held, so that no free ends between the two looks.
+        let memory = self.memory();
+        let snapshot = Snapshot::take(self.books.page(), SlotSet::EMPTY);
+        Figures::of(&snapshot, Some(self.books.slot()), memory.put_off())
     }
 }
 

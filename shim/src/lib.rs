@@ -19,6 +19,7 @@
 //! | [`vmm`] | memory that the application maps itself |
 //! | [`ipc`] | memory that several processes have open |
 //! | [`room`] | memory that only the driver can place |
+//! | [`arrival`] | room for a process's first context, on a GPU that others have filled |
 //! | [`swap`] | moving memory in a pipeline |
 //! | [`scan`] | finding the granules that hold nothing but zeros |
 //! | [`drain`] | waiting for submitted work |
@@ -29,6 +30,7 @@
 #![cfg_attr(test, allow(dead_code))]
 
 mod abi;
+mod arrival;
 mod device;
 mod drain;
 mod driver;

@@ -9,18 +9,20 @@
 //! - What the driver takes for itself in passing ([`with_room`]): nobody can say how much that will be, so
 //!   the call is made first; if it fails for want of memory, room is made, and the call is made again. The
 //!   room is given back afterwards, and the arbiter sees what became of it as part of the context.
+//!
+//! A process's first context on a GPU comes before all this: see [`crate::arrival`].
 
 use crate::abi::*;
 use crate::device::Shared;
 use crate::memory::{Backing, Region};
 use crate::session;
-use nvshare::units::{GRANULE, bytes_of, format_size, granules_for};
+use nvshare::units::{GRANULE, Granules, bytes_of, format_size, granules_for};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Bytes of room that are tried one after the other for a call that found no memory: a stream, a module, a
 /// context, something large.
-const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
+pub const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
 
 /// Granules of the client's behind which nothing is mapped. Given back when dropped.
 pub struct Room {
@@ -36,7 +38,7 @@ impl Room {
     /// OUT_OF_MEMORY: the GPU can never have so much, or not before an open capture ends.
     pub fn take(shared: Arc<Shared>, bytes: u64, context: CUcontext) -> Result<Self, CuResult> {
         let granules = granules_for(bytes);
-        let left = shared.books.usable().saturating_sub(shared.books.demand());
+        let left = left(&shared);
         if granules > left {
             return Err(shared.refuse(
                 bytes,
@@ -69,6 +71,11 @@ impl Room {
             }
         }
     }
+}
+
+/// Granules of the GPU that the client could have beside what it has.
+fn left(shared: &Shared) -> Granules {
+    shared.books.usable().saturating_sub(shared.books.demand())
 }
 
 /// From now on nobody takes the room away.
@@ -122,21 +129,26 @@ pub fn let_go(handle: u64) {
 /// Makes a call for which the driver may need memory of its own. The caller is outside the gate.
 pub fn with_room(call: impl Fn() -> CuResult) -> CuResult {
     let result = call();
-    if result == CuResult::OUT_OF_MEMORY { make_room(call) } else { result }
+    // A call within a call cannot wait for the gate that it is inside of.
+    if result != CuResult::OUT_OF_MEMORY || !session::enabled() || session::is_inside() {
+        return result;
+    }
+    session::current().map_or(result, |(shared, context)| make_room(&shared, context, call))
 }
 
+/// Makes a call with more and more room on a GPU, for which the driver found no memory: at most all that the client
+/// could have. The room goes with `context` at the latest.
 #[cold]
-fn make_room(call: impl Fn() -> CuResult) -> CuResult {
-    // A call within a call cannot wait for the gate that it is inside of.
-    let may_wait = session::enabled() && !session::is_inside();
-    let Some((shared, context)) = session::current().filter(|_| may_wait) else {
-        return CuResult::OUT_OF_MEMORY;
-    };
-    for bytes in TRIES {
+pub fn make_room(shared: &Arc<Shared>, context: CUcontext, call: impl Fn() -> CuResult) -> CuResult {
+    for attempt in TRIES {
+        let bytes = attempt.min(bytes_of(left(shared)));
+        if bytes == 0 {
+            break;
+        }
         let Ok(_room) = Room::take(shared.clone(), bytes, context) else { break };
         tracing::debug!(gpu = %shared.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));
         let result = call();
-        if result != CuResult::OUT_OF_MEMORY {
+        if result != CuResult::OUT_OF_MEMORY || bytes < attempt {
             return result;
         }
     }

@@ -5,6 +5,7 @@
 //! because there is nothing to guard.
 
 use crate::abi::*;
+use crate::arrival::Newcomer;
 use crate::device::{DriverPinner, Shared};
 use crate::driver::Driver;
 use crate::engine;
@@ -21,6 +22,7 @@ use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 static GATE: LazyLock<Gate> = LazyLock::new(|| {
     let gate = Gate::new();
@@ -214,6 +216,14 @@ pub fn of_device(device: CUdevice) -> Option<Arc<Shared>> {
     devices().iter().find(|attached| attached.shared.device == device).map(|attached| attached.shared.clone())
 }
 
+/// The shared part of a GPU, and a context on it.
+pub fn attached(device: CUdevice) -> Option<(Arc<Shared>, CUcontext)> {
+    devices()
+        .iter()
+        .find(|attached| attached.shared.device == device)
+        .and_then(|attached| Some((attached.shared.clone(), *attached.contexts.first()?)))
+}
+
 /// The shared part of a GPU, by its UUID.
 pub fn of_gpu(gpu: GpuUuid) -> Option<Arc<Shared>> {
     devices().iter().find(|attached| attached.shared.gpu == gpu).map(|attached| attached.shared.clone())
@@ -265,17 +275,39 @@ extern "C" fn forget() {
     }
 }
 
-/// A context was made on a GPU. The first one attaches the process to it.
+/// Makes this process a client of a GPU, which holds nothing yet.
+///
+/// # Errors
+/// The arbiter gives no slot.
+pub fn register(gpu: GpuUuid) -> Result<Newcomer, RegisterError> {
+    // cuInit fails if the settings make no sense.
+    let (name, timeout) = match settings() {
+        Ok(settings) => (settings.name.as_str(), settings.connect_timeout),
+        Err(_) => ("", Duration::ZERO),
+    };
+    let registration =
+        register::register(&paths::socket(&paths::runtime_dir()), &Hello::new(gpu, name), timeout)?;
+    Ok(Client::new(registration.page, registration.slot))
+}
+
+/// A context was made on a GPU. The first one attaches the process to it, as the client that it has registered for it
+/// if it has.
 ///
 /// # Errors
 /// SYSTEM_NOT_READY if the arbiter gives no slot; the log says why. The caller destroys the context.
-pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult> {
+pub fn context_made(
+    context: CUcontext,
+    device: CUdevice,
+    newcomer: Option<Newcomer>,
+) -> Result<(), CuResult> {
     let mut devices = devices();
     if let Some(attached) = devices.iter_mut().find(|attached| attached.shared.device == device) {
         if !attached.contexts.contains(&context) {
             attached.contexts.push(context);
             attached.shared.streams.add_context(context);
         }
+        // Another thread was faster.
+        newcomer.into_iter().for_each(Client::leave);
         return Ok(());
     }
     let driver = Driver::get().map_err(|error| {
@@ -287,13 +319,11 @@ pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult
     })?;
     let gpu = GpuUuid(uuid.bytes);
     let settings = settings().map_err(|_| CuResult::INVALID_VALUE)?;
-    let hello = Hello::new(gpu, &settings.name);
-    let path = paths::socket(&paths::runtime_dir());
-    let registration = match register::register(&path, &hello, settings.connect_timeout) {
-        Ok(registration) => registration,
+    let client = match newcomer.map_or_else(|| register(gpu), Ok) {
+        Ok(client) => client,
         Err(error) => return missing_arbiter(&error, settings.on_missing_arbiter),
     };
-    let client = Client::new(registration.page, registration.slot);
+    let slot = client.books().slot();
     let config = HostPoolConfig { limit: settings.host_memory, ..HostPoolConfig::default() };
     let pinner = Arc::new(DriverPinner::new(driver, context));
     let host = HostPool::new(config, Box::new(pinner.clone()));
@@ -307,7 +337,7 @@ pub fn context_made(context: CUcontext, device: CUdevice) -> Result<(), CuResult
         settings.oversubscribe,
     ));
     shared.streams.add_context(context);
-    tracing::info!(%gpu, slot = registration.slot.get(), "attached");
+    tracing::info!(%gpu, slot = slot.get(), "attached");
     ATTACHED.fetch_add(1, Ordering::AcqRel);
     together::join(shared.clone());
     let engine = match engine::start(shared.clone(), client, context) {
@@ -421,19 +451,19 @@ pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuRes
     let (_pass, mut set) = loop {
         match enter() {
             Ok(pass) => {
+                // Held while it is looked whether to begin: see CaptureHold::unless_capturing.
+                let set = capturing();
                 let hold = HOLD_CAPTURES.load(Ordering::SeqCst);
                 // A stream that forks into another's capture belongs to an open one: let it.
-                if hold == 0 || CAPTURES.load(Ordering::SeqCst) > 0 {
-                    let set = capturing();
-                    // An allocation may have closed the gate behind this thread: see close_unless_capturing.
-                    if GATE.is_open() {
-                        break (pass, set);
-                    }
-                    drop((pass, set));
-                    continue;
+                let held = hold != 0 && CAPTURES.load(Ordering::SeqCst) == 0;
+                // An allocation may have closed the gate behind this thread: see close_unless_capturing.
+                if !held && GATE.is_open() {
+                    break (pass, set);
                 }
-                drop(pass);
-                nvshare::sync::park(&HOLD_CAPTURES, hold);
+                drop((pass, set));
+                if held {
+                    nvshare::sync::park(&HOLD_CAPTURES, hold);
+                }
             }
             Err(result) => return result,
         }
@@ -492,6 +522,15 @@ impl CaptureHold {
                 open => nvshare::sync::park(&CAPTURES, open),
             }
         }
+    }
+
+    /// Keeps new captures from beginning, or nothing if one is open, for whoever cannot wait for its end: it may be
+    /// the caller's own.
+    pub fn unless_capturing() -> Option<Self> {
+        HOLD_CAPTURES.fetch_add(1, Ordering::SeqCst);
+        let hold = Self(());
+        // Whoever begins one has the set for all of that: it is in there now, or finds the hold.
+        with_no_capture(|| hold)
     }
 
     /// Whether a capture slipped in between the look and the gate.

@@ -20,7 +20,7 @@ use nvshare::page::SlotIndex;
 use nvshare::paths;
 use nvshare::register::{self, RegisterError};
 use nvshare::snapshot::Snapshot;
-use nvshare::units::{GpuUuid, bytes_of};
+use nvshare::units::{GpuUuid, Granules, bytes_of};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -38,9 +38,11 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// The figures of a client, or of a process that is none yet.
-    pub fn of(snapshot: &Snapshot, client: Option<SlotIndex>) -> Self {
-        let view = client.map(|slot| *snapshot.view(slot)).unwrap_or_default();
+    /// The figures of a client, or of a process that is none yet. `put_off` is what it has freed and still counts in its
+    /// demand: it is told as free, as cuMemFree has said.
+    pub fn of(snapshot: &Snapshot, client: Option<SlotIndex>, put_off: Granules) -> Self {
+        let mut view = client.map(|slot| *snapshot.view(slot)).unwrap_or_default();
+        view.demand = view.demand.saturating_sub(put_off);
         let total = snapshot.capacity;
         let usable = snapshot.usable().saturating_add(view.unmovable).min(total);
         let free = usable.saturating_sub(view.demand);
@@ -70,7 +72,7 @@ pub fn of_gpu(gpu: GpuUuid, patience: Duration) -> Option<Figures> {
     if let Some(shared) = session::of_gpu(gpu) {
         return Some(shared.figures());
     }
-    seen(gpu, patience).map(|page| Figures::of(&Snapshot::take(&page, SlotSet::EMPTY), None))
+    seen(gpu, patience).map(|page| Figures::of(&Snapshot::take(&page, SlotSet::EMPTY), None, 0))
 }
 
 /// What this process has seen of a GPU before it attached.
@@ -127,7 +129,12 @@ mod tests {
     use nvshare::{Client, Page};
 
     fn figures(page: &Page, client: Option<SlotIndex>) -> [u64; 4] {
-        let Figures { total, free, own, others } = Figures::of(&Snapshot::take(page, SlotSet::EMPTY), client);
+        figures_but(page, client, 0)
+    }
+
+    fn figures_but(page: &Page, client: Option<SlotIndex>, put_off: u32) -> [u64; 4] {
+        let Figures { total, free, own, others } =
+            Figures::of(&Snapshot::take(page, SlotSet::EMPTY), client, put_off);
         assert_eq!(total, free + own + others);
         [total, free, own, others].map(|bytes| bytes / GRANULE)
     }
@@ -156,6 +163,17 @@ mod tests {
         me.books().unfix(20);
         me.books().shrink(20);
         assert_eq!(figures(&page, Some(mine))[1..], [79, 5, 16]);
+    }
+
+    #[test]
+    fn what_is_freed_is_free_before_it_is_given_back() {
+        let page = Page::on_heap(GpuUuid([1; 16]), 100);
+        let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 1).unwrap();
+        page.set_pinned(slot, 5);
+        Client::new(&*page, slot).books().grow(20);
+        assert_eq!(figures_but(&page, Some(slot), 8), [100, 83, 17, 0]);
+        assert_eq!(figures_but(&page, Some(slot), 20), [100, 95, 5, 0]);
+        assert_eq!(figures_but(&page, Some(slot), 21), [100, 95, 5, 0], "no more than it had");
     }
 
     #[test]

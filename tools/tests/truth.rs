@@ -124,6 +124,49 @@ fn what_is_free_can_be_allocated() {
     application.end();
 }
 
+/// While its memory moves, what an application frees is given back later. It is told as free all the same, and can be
+/// had: whoever needs it waits until it is.
+#[test]
+fn what_is_freed_while_memory_moves_is_free() {
+    let gpu = gpu();
+    let node = node(&gpu);
+    let (mut one, mut other) = (Application::ready(&node), Application::ready(&node));
+    // Whoever came first keeps its turn when it grows.
+    let first = one.alloc(8 * MIB);
+    one.does(&format!("write {first} {} 2", 8 * MIB));
+    let others = other.alloc(40 * MIB);
+    other.does(&format!("write {others} {} 1", 40 * MIB));
+    let told = Told { total: POOL, own: CONTEXT + 8 * MIB, others: CONTEXT };
+    all_say(&mut one, told, true);
+    // The other one has what this one needs now, and cannot give it up.
+    other.stop();
+    let second = one.alloc(30 * MIB);
+    PATIENCE.until("it waits for memory", || {
+        let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
+        clients.iter().any(|client| client.phase == "filling" && client.demand_bytes == 38 * MIB)
+    });
+    one.does(&format!("free {first}"));
+    let told = Told { own: CONTEXT + 30 * MIB, ..told };
+    assert_eq!(ask(&mut one, "info"), [told.free(), POOL]);
+    let [by_nvml, by_nvml2] = told.by_nvml();
+    assert_eq!(ask(&mut one, "nvml 0"), by_nvml);
+    assert_eq!(ask(&mut one, "nvml2 0 2"), by_nvml2);
+
+    let call = format!("alloc {}", told.free());
+    one.tell(&call);
+    other.go_on();
+    let (code, third) = one.answer(&call);
+    assert_eq!(code, SUCCESS);
+    one.does(&format!("write {second} {} 3", 30 * MIB));
+    one.does(&format!("write {third} {} 4", told.free()));
+    assert_eq!(one.ask(&format!("check {second} {} 3", 30 * MIB)), (SUCCESS, "right".into()));
+    assert_eq!(one.ask(&format!("check {third} {} 4", told.free())), (SUCCESS, "right".into()));
+    assert_eq!(other.ask(&format!("check {others} {} 1", 40 * MIB)), (SUCCESS, "right".into()));
+    assert_eq!(ask(&mut one, "info"), [0, POOL]);
+    other.end();
+    one.end();
+}
+
 #[test]
 fn nvml_alone_tells_the_pool_and_takes_no_slot() {
     let gpu = gpu();

@@ -112,25 +112,30 @@ unsafe fn own_attribute(data: *mut c_void, attribute: CUpointer_attribute, alloc
     true
 }
 
-/// A context was made or retained. If the process cannot take part, `undo` it.
-fn made(
-    result: CuResult,
+/// Makes or retains a context with `call`, and room for it if the GPU is full. If the process cannot take part, `undo`
+/// it.
+fn make_context(
     context: *const CUcontext,
     device: CUdevice,
+    call: impl Fn() -> CuResult,
     undo: impl FnOnce(CUcontext) -> CuResult,
 ) -> CuResult {
-    if !result.is_success() {
-        return result;
-    }
-    // SAFETY: the driver has just written through this pointer of the caller's.
-    let context = unsafe { *context };
-    match session::context_made(context, device) {
-        Ok(()) => CuResult::SUCCESS,
-        Err(error) => {
-            let _ = undo(context);
-            error
+    let result = call();
+    guarded(|| {
+        let (result, newcomer) = crate::arrival::with_room(result, device, call);
+        if !result.is_success() {
+            return result;
         }
-    }
+        // SAFETY: the driver has just written through this pointer of the caller's.
+        let context = unsafe { *context };
+        match session::context_made(context, device, newcomer) {
+            Ok(()) => CuResult::SUCCESS,
+            Err(error) => {
+                let _ = undo(context);
+                error
+            }
+        }
+    })
 }
 
 fn context_ends(context: CUcontext) -> CuResult {
@@ -178,10 +183,10 @@ pub unsafe fn cuInit(flags: u32) -> CuResult {
 
 /// What the pools do not use makes room.
 fn allocate(device: &Shared, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
-    match device.allocate(bytes, context) {
+    device.once_freed(|| match device.allocate(bytes, context) {
         Err(CuResult::OUT_OF_MEMORY) if pools::reclaim(device) => device.allocate(bytes, context),
         result => result,
-    }
+    })
 }
 
 pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult {
@@ -430,10 +435,10 @@ pub unsafe fn cuPointerGetAttributes(
 
 pub unsafe fn cuDevicePrimaryCtxRetain(ctx: *mut CUcontext, dev: CUdevice) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuDevicePrimaryCtxRetain(ctx, dev) };
+    let retain = || unsafe { real::cuDevicePrimaryCtxRetain(ctx, dev) };
+    // SAFETY: on success the driver has written the context, and it was retained here.
+    let result = make_context(ctx, dev, retain, |_| unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) });
     guarded(|| {
-        // SAFETY: on success the driver has written the context.
-        let result = made(result, ctx, dev, |_| unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) });
         if result.is_success() {
             // SAFETY: as above.
             session::primary_retained(dev, unsafe { *ctx });
@@ -484,20 +489,16 @@ pub unsafe fn cuDevicePrimaryCtxReset_v2(dev: CUdevice) -> CuResult {
 
 pub unsafe fn cuCtxCreate(ctx: *mut CUcontext, flags: u32, dev: CUdevice) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuCtxCreate(ctx, flags, dev) };
-    guarded(|| {
-        // SAFETY: on success the driver has written the context, and it is nobody's yet.
-        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
-    })
+    let create = || unsafe { real::cuCtxCreate(ctx, flags, dev) };
+    // SAFETY: on success the driver has written the context, and it is nobody's yet.
+    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
 }
 
 pub unsafe fn cuCtxCreate_v2(ctx: *mut CUcontext, flags: u32, dev: CUdevice) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuCtxCreate_v2(ctx, flags, dev) };
-    guarded(|| {
-        // SAFETY: on success the driver has written the context, and it is nobody's yet.
-        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
-    })
+    let create = || unsafe { real::cuCtxCreate_v2(ctx, flags, dev) };
+    // SAFETY: on success the driver has written the context, and it is nobody's yet.
+    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
 }
 
 pub unsafe fn cuCtxCreate_v3(
@@ -508,11 +509,9 @@ pub unsafe fn cuCtxCreate_v3(
     dev: CUdevice,
 ) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuCtxCreate_v3(ctx, params, count, flags, dev) };
-    guarded(|| {
-        // SAFETY: on success the driver has written the context, and it is nobody's yet.
-        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
-    })
+    let create = || unsafe { real::cuCtxCreate_v3(ctx, params, count, flags, dev) };
+    // SAFETY: on success the driver has written the context, and it is nobody's yet.
+    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
 }
 
 pub unsafe fn cuCtxCreate_v4(
@@ -522,11 +521,9 @@ pub unsafe fn cuCtxCreate_v4(
     dev: CUdevice,
 ) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = unsafe { real::cuCtxCreate_v4(ctx, params, flags, dev) };
-    guarded(|| {
-        // SAFETY: on success the driver has written the context, and it is nobody's yet.
-        made(result, ctx, dev, |context| unsafe { real::cuCtxDestroy_v2(context) })
-    })
+    let create = || unsafe { real::cuCtxCreate_v4(ctx, params, flags, dev) };
+    // SAFETY: on success the driver has written the context, and it is nobody's yet.
+    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
 }
 
 pub unsafe fn cuCtxDestroy(ctx: CUcontext) -> CuResult {

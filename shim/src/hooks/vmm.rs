@@ -35,7 +35,7 @@ pub unsafe fn cuMemCreate(
         let Some(device) = session::of_device(wanted.location.id).filter(|_| on_gpu) else {
             return driver();
         };
-        match relaxed(|| device.create_object(size as u64, *wanted)) {
+        match relaxed(|| device.once_freed(|| device.create_object(size as u64, *wanted))) {
             Ok(object) => {
                 // SAFETY: the caller's pointer to where the handle goes, not null.
                 unsafe { handle.write(object) };

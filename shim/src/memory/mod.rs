@@ -22,13 +22,17 @@ pub use region::{Backing, CHUNK, Chunk, HostCopy, InUse, Kind, Object, Place, Re
 use crate::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
 use gaps::Gaps;
 use nvshare::units::{GRANULE, Granules};
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Allocations of up to this many bytes share slabs.
 pub const SMALL: u64 = 1 << 20;
 
 /// Alignment of every allocation, as the driver gives it.
 const ALIGNMENT: u64 = 512;
+
+/// What lies in host memory for want of room is one granule in at least so many of the youngest.
+const SPREAD: usize = 64;
 
 /// Where the made-up addresses of room begin: no GPU has so many.
 const ROOM: CUdeviceptr = 1 << 62;
@@ -61,6 +65,8 @@ pub struct Memory {
     returned: Vec<CUdeviceptr>,
     /// Rooms made so far.
     rooms: u64,
+    /// Regions made so far.
+    born: u64,
     /// The engine moves chunks, and nobody else may touch their backing.
     pub moving: bool,
     /// The gate is open: what is allocated now must be usable, or shut it again.
@@ -79,26 +85,31 @@ pub enum Freed {
 impl Memory {
     /// Makes a region of `size` bytes for one allocation of `requested` bytes.
     pub fn add_whole(&mut self, base: CUdeviceptr, size: u64, requested: u64, context: CUcontext) {
-        self.regions.insert(base, Region::new(base, size, context, Kind::Whole));
+        self.insert(Region::new(base, size, context, Kind::Whole));
         self.allocations.insert(base, Allocation { base, size: requested, region: base });
+    }
+
+    fn insert(&mut self, region: Region) {
+        self.regions.insert(region.base, Region { born: self.born, ..region });
+        self.born += 1;
     }
 
     /// Makes a slab.
     pub fn add_slab(&mut self, base: CUdeviceptr, context: CUcontext) {
-        self.regions.insert(base, Region::new(base, GRANULE, context, Kind::Slab(Gaps::new(GRANULE))));
+        self.insert(Region::new(base, GRANULE, context, Kind::Slab(Gaps::new(GRANULE))));
     }
 
     /// Makes an object at its home.
     pub fn add_object(&mut self, base: CUdeviceptr, size: u64, prop: CUmemAllocationProp) {
         let object = Object { prop, references: 1, views: Vec::new() };
-        self.regions.insert(base, Region::new(base, size, CUcontext::NULL, Kind::Object(object)));
+        self.insert(Region::new(base, size, CUcontext::NULL, Kind::Object(object)));
     }
 
     /// Makes room of `size` bytes, and says by what base it goes.
     pub fn add_room(&mut self, size: u64, context: CUcontext) -> CUdeviceptr {
         self.rooms += 1;
         let base = ROOM + (self.rooms << 44);
-        self.regions.insert(base, Region::new(base, size, context, Kind::Room));
+        self.insert(Region::new(base, size, context, Kind::Room));
         base
     }
 
@@ -194,6 +205,16 @@ impl Memory {
     /// Whether a free is left to the engine.
     pub fn has_doomed(&self) -> bool {
         !self.doomed.is_empty() || !self.returned.is_empty()
+    }
+
+    /// Granules that the frees left to the engine will give back: the application has them no more.
+    pub fn put_off(&self) -> Granules {
+        let in_use = |base| self.allocations.values().any(|allocation| allocation.region == base);
+        let doomed = self.doomed.iter().map(|allocation| allocation.region).filter(|base| !in_use(*base));
+        // Several allocations may have been a slab's last.
+        let going: BTreeSet<_> = doomed.chain(self.returned.iter().copied()).collect();
+        let going = going.iter().filter_map(|base| self.regions.get(base));
+        going.filter(|region| region.lent == 0).map(Region::granules).sum()
     }
 
     /// Takes a region out of the map that the application never got to know.
@@ -408,10 +429,14 @@ impl Memory {
             .sum()
     }
 
-    /// Chooses what is to be filled in host memory: `shortage` granules of those that are missing, spread
-    /// evenly over them. A kernel that walks over them then waits for the link here and there, and goes on
-    /// at full speed elsewhere meanwhile: 72 MiB in 9 GiB cost 1.1 ms that way, 1.4 ms in one piece
-    /// (tests/gpu/facts.cu, H200). Says how many granules it found.
+    /// Chooses what is to be filled in host memory: `shortage` granules of those that are missing. Says how many
+    /// it found.
+    ///
+    /// They are spread evenly, so that a kernel that walks over them waits for the link here and there, and goes
+    /// on at full speed elsewhere meanwhile: 72 MiB in 9 GiB cost 1.1 ms that way, 1.4 ms in one piece
+    /// (tests/gpu/facts.cu, H200). And they are of the youngest memory, [`SPREAD`] granules for each: what a
+    /// program allocates last is mostly what it writes its results to, once each, and what it allocates first,
+    /// parameters and inputs, it reads again and again.
     pub fn spill(&mut self, shortage: Granules) -> Granules {
         let may = |chunk: &Chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_));
         let mut missing = Vec::new();
@@ -420,14 +445,17 @@ impl Memory {
                 chunk.spill = false;
                 if may(chunk) {
                     let granules = 0..chunk.size / GRANULE;
-                    missing.extend(granules.map(|granule| (region.base, chunk.address + granule * GRANULE)));
+                    let address = |granule| chunk.address + granule * GRANULE;
+                    missing.extend(granules.map(|granule| (region.born, region.base, address(granule))));
                 }
             }
         }
+        missing.sort_unstable_by_key(|(born, _, address)| (Reverse(*born), *address));
+        missing.truncate((shortage as usize).saturating_mul(SPREAD));
         let (all, wanted) = (missing.len(), (shortage as usize).min(missing.len()));
         for index in 0..wanted {
             // The middle of each of as many equal parts.
-            let (base, address) = missing[(2 * index + 1) * all / (2 * wanted)];
+            let (_, base, address) = missing[(2 * index + 1) * all / (2 * wanted)];
             let Some(region) = self.regions.get_mut(&base) else { continue };
             let holds = |chunk: &Chunk| (chunk.address..chunk.address + chunk.size).contains(&address);
             if let Some(at) = region.chunks.iter().position(holds) {

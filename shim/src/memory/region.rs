@@ -170,6 +170,8 @@ pub struct Region {
     pub context: CUcontext,
     /// Its pieces, by address.
     pub chunks: Vec<Chunk>,
+    /// How many regions were made before it.
+    pub(super) born: u64,
     /// How often other processes have it open: it stays until they have closed it.
     pub(super) lent: u32,
     /// The application has freed what was in it.
@@ -206,7 +208,7 @@ impl Region {
         let chunks = (0..size.div_ceil(chunk))
             .map(|index| Chunk::new(base + index * chunk, chunk.min(size - index * chunk)))
             .collect();
-        Self { base, size, context, chunks, lent: 0, abandoned: false, kind }
+        Self { base, size, context, chunks, born: 0, lent: 0, abandoned: false, kind }
     }
 
     /// Its size in granules.

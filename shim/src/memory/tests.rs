@@ -65,6 +65,33 @@ fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
 }
 
 #[test]
+fn what_is_put_off_is_what_the_frees_will_give_back() {
+    let mut memory = Memory::default();
+    memory.add_whole(1 << 30, 3 * GRANULE, 3 * GRANULE, CONTEXT);
+    memory.add_slab(1 << 31, CONTEXT);
+    let small = [(); 3].map(|()| memory.take_small(1000, CONTEXT).unwrap());
+    let mut doom = |base| {
+        let allocation = memory.begin_free(base).unwrap();
+        memory.doom(allocation);
+        memory.put_off()
+    };
+    assert_eq!(doom(small[0]), 0, "its slab has others");
+    assert_eq!(doom(1 << 30), 3);
+    assert_eq!((doom(small[1]), doom(small[2])), (3, 4), "the slab goes with its last one, once");
+    memory.lend(1 << 30);
+    assert_eq!(memory.put_off(), 1, "another process keeps it");
+    for allocation in memory.take_doomed() {
+        if let Freed::Region(base) = memory.finish_free(allocation) {
+            memory.remove(base);
+        }
+    }
+    assert_eq!(memory.put_off(), 0);
+    assert!(memory.take_back(1 << 30));
+    assert_eq!(memory.put_off(), 3, "and has done with it");
+    assert_eq!((memory.take_returned().len(), memory.put_off()), (1, 0));
+}
+
+#[test]
 fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
     let mut memory = Memory::default();
     memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
@@ -170,6 +197,20 @@ fn what_spills_is_spread_over_what_is_missing_granule_by_granule() {
     assert!(!memory.next_missing().unwrap().2);
     // Whoever is asked for more than is missing gives what there is, and chooses anew.
     assert!(memory.spill(1000) < 64);
+}
+
+#[test]
+fn the_youngest_memory_spills_wherever_it_lies() {
+    let mut memory = Memory::default();
+    let (parameters, results) = (1 << 41, 1 << 40);
+    memory.add_whole(parameters, 8 * CHUNK, 8 * CHUNK, CONTEXT);
+    memory.add_whole(results, 8 * CHUNK, 8 * CHUNK, CONTEXT);
+    assert_eq!(memory.spill(2), 2);
+    // One in 64 of what was made last, though it lies before the other.
+    assert_eq!(spilled(&memory), [results + 32 * GRANULE, results + 96 * GRANULE]);
+    // More than a 64th of it takes older memory too.
+    assert_eq!(memory.spill(8), 8);
+    assert_eq!(spilled(&memory).iter().filter(|address| **address >= parameters).count(), 4);
 }
 
 #[test]

@@ -251,6 +251,7 @@ pub fn allocate(
         return Ok(address);
     }
     reclaim(shared);
+    shared.await_frees();
     with_pools(|pools| match pools.grow(shared, handle, line, bytes)? {
         None => Err(refusal(shared, pools.by_handle(handle), bytes)),
         Some(address) => Ok(address),

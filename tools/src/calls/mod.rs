@@ -61,11 +61,12 @@ impl Caller {
                 // SAFETY: as said.
                 nothing(unsafe { init(0) })
             }
-            ("create", []) => {
+            ("create", devices @ ([] | [_])) => {
                 let create = driver!(self, b"cuCtxCreate_v2", fn(*mut Handle, c_uint, c_int));
                 let mut context = 0;
+                let device = devices.first().copied().unwrap_or(0);
                 // SAFETY: as said.
-                let code = unsafe { create(&mut context, 0, 0) };
+                let code = unsafe { create(&mut context, 0, device as c_int) };
                 Ok(self.made(code, context))
             }
             ("retain", []) => {
