@@ -8,6 +8,8 @@ use application::{Application, MIB, SUCCESS, node};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::{Environment, Node, SimulatedGpu};
 use nvshare_tools::status;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const PATIENCE: Patience = Patience::seconds(60);
 
@@ -52,10 +54,6 @@ impl Data {
         Self { address, words, seed, mixes: Vec::new() }
     }
 
-    fn bytes(&self) -> u64 {
-        self.words * 8
-    }
-
     /// A kernel of this context reads and writes all of it.
     #[track_caller]
     fn mix(&mut self, application: &mut Application, context: u64) {
@@ -70,14 +68,16 @@ impl Data {
     #[track_caller]
     fn is_at(&self, application: &mut Application, address: u64, context: u64) {
         application.does(&format!("use {context}"));
+        self.part_is_at(application, address, 0..self.words);
+    }
+
+    /// The words of these numbers are at `address`, as the current context sees it.
+    #[track_caller]
+    fn part_is_at(&self, application: &mut Application, address: u64, part: Range<u64>) {
         let mixes: String = self.mixes.iter().map(|seed| format!(" {seed}")).collect();
-        let seen = application.ask(&format!("mixed {address} {} {}{mixes}", self.words, self.seed));
-        assert_eq!(
-            seen,
-            (SUCCESS, "right".into()),
-            "{} B at {address:#x}, in context {context}",
-            self.bytes()
-        );
+        let (words, seed) = (part.end - part.start, self.seed + part.start);
+        let seen = application.ask(&format!("mixed {address} {words} {seed}{mixes}"));
+        assert_eq!(seen, (SUCCESS, "right".into()), "the words {part:?} at {address:#x}");
     }
 
     /// It is right, as both contexts see it.
@@ -288,5 +288,172 @@ fn rights_go_with_their_context() {
         data.is_at(&mut one, data.address, 0);
         assert_eq!(allowed(&mut one), 0, "and it does not come back with the memory");
         over(&node, one, other, [data]);
+    }
+}
+
+/// An access that is made when it is allowed no more.
+struct Refused {
+    /// What `takes_all` of a competitor comes before, if there is one.
+    out: bool,
+    bytes: u64,
+    call: fn(address: u64, own: u64, words: u64) -> String,
+}
+
+/// What the application hears: of the access and of the wait for it, then in the context that made it, and in the
+/// other one.
+fn hears(mut one: Application, access: &Refused, between: impl FnOnce(&Application)) -> Vec<(i32, String)> {
+    let mut data = Data::new(&mut one, access.bytes, 1);
+    one.does("use 1");
+    let own = one.alloc(access.bytes);
+    one.does("enable-peer 0");
+    data.mix(&mut one, 1);
+    one.does("disable-peer 0");
+    between(&one);
+    let words = data.words;
+    let calls = [
+        (access.call)(data.address, own, words),
+        "synchronize 0".into(),
+        format!("iota {own} {words} 1 0"),
+        "use 0".into(),
+        "synchronize 0".into(),
+        format!("mixed {} {words} 1 1000", data.address),
+    ];
+    calls.iter().map(|call| one.ask(call)).collect()
+}
+
+/// With and without nvshare, wherever the memory was.
+#[test]
+fn what_is_given_up_is_refused_as_the_driver_refuses_it() {
+    let gpu = two_gpus(&[]);
+    let calls: [fn(u64, u64, u64) -> String; 2] = [
+        |address, _, words| format!("mix {address} {words} 7 0"),
+        |address, _, words| format!("iota {address} {words} 7 0"),
+    ];
+    for call in calls {
+        for (bytes, out) in [(LARGE, false), (LARGE, true), (SMALL, false), (SMALL, true)] {
+            let access = Refused { out, bytes, call };
+            let native = hears(on_both(gpu.environment(&[])), &access, |_| ());
+            assert_eq!(native[1].0, ILLEGAL_ADDRESS, "the test means that the driver refuses it");
+            assert_eq!(native[5], (SUCCESS, "right".into()), "and that nothing else comes of it");
+            let node = node(&gpu);
+            let one = on_both(node.environment());
+            let mut other = Competitor::start(&node);
+            let shared = hears(one, &access, |one| {
+                if access.out {
+                    other.takes_all(&node, one)
+                }
+            });
+            assert_eq!(shared, native, "{bytes} B, out: {out}");
+        }
+    }
+}
+
+/// The memory of both GPUs is out before each copy. A copy between the memory of two contexts needs nobody's leave.
+#[test]
+fn copies_between_gpus_bring_both_ends_back() {
+    const ROW: u64 = 64 << 10;
+    const ROWS: u64 = LARGE / (2 * ROW);
+    let gpu = two_gpus(&[]);
+    let node = node(&gpu);
+    let mut one = on_both(node.environment());
+    let mut others = [0, 1].map(|device| Competitor::on(&node, device, 1));
+    let mut here = Data::new(&mut one, LARGE, 1);
+    let back = one.alloc(LARGE);
+    one.does("use 1");
+    let (there, stream) = (one.alloc(LARGE), one.number("stream 1"));
+    let mut takes_both = |one: &Application| others.iter_mut().for_each(|other| other.takes_all(&node, one));
+    for _ in 0..3 {
+        here.mix(&mut one, 0);
+        takes_both(&one);
+        one.does(&format!("copy-peer {there} 1 {} 0 {LARGE}", here.address));
+        takes_both(&one);
+        here.is_at(&mut one, there, 1);
+        one.does(&format!("copy-peer-async {back} 0 {there} 1 {LARGE} {stream}"));
+        one.does(&format!("synchronize {stream}"));
+        takes_both(&one);
+        here.is_at(&mut one, back, 0);
+        // The rows between are those from before.
+        let before = here.mixes.clone();
+        here.mix(&mut one, 0);
+        takes_both(&one);
+        one.does(&format!("copy-rows-peer {there} 1 {} 0 {ROW} {ROWS}", here.address));
+        takes_both(&one);
+        one.does("use 1");
+        let old = Data { mixes: before, ..here };
+        for row in 0..2 * ROWS {
+            let part = row * ROW / 8..(row + 1) * ROW / 8;
+            let from = if row % 2 == 0 { &here } else { &old };
+            from.part_is_at(&mut one, there + row * ROW, part);
+        }
+    }
+    for (address, context) in [(back, 0), (there, 1)] {
+        one.does(&format!("use {context}"));
+        one.does(&format!("free {address}"));
+    }
+    let [other, on_the_second] = others;
+    on_the_second.ends();
+    over(&node, one, other, [here]);
+}
+
+/// Kernels and copies of both contexts, in each other's memory, are on their way when others want the GPUs: those get
+/// their turns, and nothing is done while memory is out.
+#[test]
+fn others_get_both_gpus_while_work_goes_across() {
+    const ROUNDS: u64 = 40;
+    let gpu = two_gpus(&[]);
+    let node = node(&gpu);
+    let mut one = on_both(node.environment());
+    let mut others = [0, 1].map(|device| Competitor::on(&node, device, 1));
+    let mut here = Data::new(&mut one, LARGE, 1);
+    one.does("enable-peer 1");
+    one.does("use 1");
+    one.does("enable-peer 0");
+    let there = one.alloc(LARGE);
+    others.iter_mut().for_each(|other| other.takes_all(&node, &one));
+    let bytes_out = |other: &Competitor, one: &Application| other.beside_it(&node, one).bytes_out;
+    let before = [0, 1].map(|device| bytes_out(&others[device], &one));
+    let over_yet = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for other in &mut others {
+            scope.spawn(|| other.works_until(|| over_yet.load(Ordering::Relaxed)));
+        }
+        let ended = OnDrop(&over_yet);
+        for round in 0..ROUNDS {
+            let (address, words) = (here.address, here.words);
+            // Each context's kernels work on the other's memory, and each copies its own there or fetches it.
+            let calls = [
+                format!("use {}", round % 2),
+                format!("mix {address} {words} {} 0", 2 * round),
+                format!("copy {there} {address} {LARGE} 0"),
+                format!("mix {there} {words} {} 0", 2 * round + 1),
+                format!("copy {address} {there} {LARGE} 0"),
+                "synchronize 0".into(),
+            ];
+            calls.iter().for_each(|call| one.tell(call));
+            for call in &calls {
+                assert_eq!(one.answer(call).0, SUCCESS, "{call}");
+            }
+            here.mixes.extend([2 * round, 2 * round + 1]);
+        }
+        drop(ended);
+    });
+    for (other, before) in others.iter().zip(before) {
+        assert!(bytes_out(other, &one) > before, "nothing was ever out during the work");
+    }
+    here.is_right(&mut one);
+    here.is_at(&mut one, there, 0);
+    here.is_at(&mut one, there, 1);
+    one.does(&format!("free {there}"));
+    let [other, on_the_second] = others;
+    on_the_second.ends();
+    over(&node, one, other, [here]);
+}
+
+/// Tells those who work until something is over, also if it fails.
+struct OnDrop<'a>(&'a AtomicBool);
+
+impl Drop for OnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
