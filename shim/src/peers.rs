@@ -10,42 +10,75 @@ use crate::memory::{Backing, Kind};
 use crate::session;
 use std::sync::{Mutex, MutexGuard};
 
-/// Whose memory, and who may use it.
-static PAIRS: Mutex<Vec<(CUdevice, CUdevice)>> = Mutex::new(Vec::new());
+/// A context whose memory another one may use. Rights to mappings are a GPU's, so a GPU has them for as long as any
+/// context on it does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Pair {
+    owner: (CUdevice, CUcontext),
+    user: (CUdevice, CUcontext),
+}
 
-fn pairs() -> MutexGuard<'static, Vec<(CUdevice, CUdevice)>> {
+impl Pair {
+    fn devices(&self) -> (CUdevice, CUdevice) {
+        (self.owner.0, self.user.0)
+    }
+}
+
+static PAIRS: Mutex<Vec<Pair>> = Mutex::new(Vec::new());
+
+fn pairs() -> MutexGuard<'static, Vec<Pair>> {
     PAIRS.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The other GPUs that may use the memory of this one.
 fn users_of(owner: CUdevice) -> Vec<CUdevice> {
-    pairs().iter().filter(|(of, _)| *of == owner).map(|(_, user)| *user).collect()
+    let mut users: Vec<_> =
+        pairs().iter().filter(|pair| pair.owner.0 == owner).map(|pair| pair.user.0).collect();
+    users.sort_unstable();
+    users.dedup();
+    users
+}
+
+/// The pair of the current context and `peer`, if both are on GPUs that nvshare shares, and these are two.
+fn with_current(peer: CUcontext) -> Option<Pair> {
+    let ((user, context), owner) = (session::current()?, session::of_context(peer)?);
+    let pair = Pair { owner: (owner.device, peer), user: (user.device, context) };
+    (pair.owner.0 != pair.user.0).then_some(pair)
 }
 
 /// The driver has let the current context use the memory of `peer`.
 pub fn enabled(peer: CUcontext) {
-    change(peer, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    let Some(pair) = with_current(peer) else { return };
+    pairs().push(pair);
+    if let Some(owner) = session::of_context(peer) {
+        owner.let_use(pair.user.0, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    }
 }
 
 /// The driver lets the current context use the memory of `peer` no more.
 pub fn disabled(peer: CUcontext) {
-    change(peer, CU_MEM_ACCESS_FLAGS_PROT_NONE);
+    if let Some(pair) = with_current(peer) {
+        forget(|known| *known == pair);
+    }
 }
 
-fn change(peer: CUcontext, flags: u32) {
-    let (Some((user, _)), Some(owner)) = (session::current(), session::of_context(peer)) else { return };
-    let pair = (owner.device, user.device);
-    if pair.0 == pair.1 {
-        return;
-    }
-    {
+/// A context is about to be destroyed: nobody uses its memory, and it uses nobody's.
+pub fn context_ends(context: CUcontext) {
+    forget(|pair| pair.owner.1 == context || pair.user.1 == context);
+}
+
+/// Takes rights back that no context has any more.
+fn forget(is_over: impl Fn(&Pair) -> bool) {
+    let (over, left): (Vec<_>, Vec<_>) = {
         let mut pairs = pairs();
-        pairs.retain(|known| *known != pair);
-        if flags != CU_MEM_ACCESS_FLAGS_PROT_NONE {
-            pairs.push(pair);
+        let over = pairs.extract_if(.., |pair| is_over(pair)).map(|pair| pair.devices()).collect();
+        (over, pairs.iter().map(Pair::devices).collect())
+    };
+    for (owner, user) in over.into_iter().filter(|devices| !left.contains(devices)) {
+        if let Some(owner) = session::of_device(owner) {
+            owner.let_use(user, CU_MEM_ACCESS_FLAGS_PROT_NONE);
         }
     }
-    owner.let_use(user.device, flags);
 }
 
 impl Shared {

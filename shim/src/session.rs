@@ -392,6 +392,7 @@ pub fn primary_ends(device: CUdevice) -> Option<CUcontext> {
 
 /// A context is about to be destroyed. Its memory goes with it; the last one detaches the process.
 pub fn context_ends(context: CUcontext) {
+    crate::peers::context_ends(context);
     let attached = {
         let mut devices = devices();
         let Some(index) = devices.iter().position(|attached| attached.contexts.contains(&context)) else {

@@ -10,7 +10,7 @@ use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// The two kernels, in the first context.
+/// The two kernels, in one context.
 #[derive(Clone, Copy)]
 pub(super) struct Kernels {
     iota: Handle,
@@ -51,9 +51,17 @@ fn node(after: u64, add: impl FnOnce(*mut Handle, *const Handle, usize) -> Code)
 }
 
 impl Caller {
+    /// The kernels in the current context, loaded into it when they are first asked for there.
     fn kernels(&mut self) -> Result<Kernels, Failure> {
-        if let Some(kernels) = self.kernels {
-            return Ok(kernels);
+        let current = driver!(self, b"cuCtxGetCurrent", fn(*mut Handle));
+        let mut context = 0;
+        // SAFETY: a place for the answer.
+        let code = unsafe { current(&mut context) };
+        if code != 0 {
+            return Err(Failure::with_status(1, format!("the current context is not known: {code}")));
+        }
+        if let Some(kernels) = self.kernels.get(&context) {
+            return Ok(*kernels);
         }
         let load = driver!(self, b"cuModuleLoadData", fn(*mut Handle, *const c_void));
         let function = driver!(self, b"cuModuleGetFunction", fn(*mut Handle, Handle, *const c_char));
@@ -73,7 +81,7 @@ impl Caller {
             return Err(Failure::with_status(1, format!("the kernels cannot be loaded: {code}")));
         }
         let kernels = Kernels { iota: find(c"nvshare_iota_u64")?, mix: find(c"nvshare_mix_u64")? };
-        self.kernels = Some(kernels);
+        self.kernels.insert(context, kernels);
         Ok(kernels)
     }
 

@@ -12,11 +12,13 @@ mod graphs;
 mod held;
 mod ipc;
 mod mapped;
+mod peers;
 mod placed;
 mod stream_ordered;
 
 use crate::Failure;
 use libloading::Library;
+use std::collections::HashMap;
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::{BufRead, Write};
 use std::sync::Arc;
@@ -34,7 +36,8 @@ struct Caller {
     nvml: Option<Library>,
     contexts: Vec<Handle>,
     held: held::Held,
-    kernels: Option<graphs::Kernels>,
+    /// By context.
+    kernels: HashMap<Handle, graphs::Kernels>,
 }
 
 /// The driver's function of that name, with the type that `cuda.h` gives it.
@@ -137,8 +140,16 @@ impl Caller {
             }
             (name, numbers) => {
                 let mut answer = self.stream_ordered(name, numbers)?;
-                for others in [Self::figures, Self::graphs, Self::held, Self::ipc, Self::mapped, Self::placed]
-                {
+                let others = [
+                    Self::figures,
+                    Self::graphs,
+                    Self::held,
+                    Self::ipc,
+                    Self::mapped,
+                    Self::peers,
+                    Self::placed,
+                ];
+                for others in others {
                     answer = match answer {
                         None => others(self, name, numbers)?,
                         answer => answer,
@@ -182,7 +193,7 @@ pub fn run() -> Result<(), Failure> {
         nvml: None,
         contexts: Vec::new(),
         held: Default::default(),
-        kernels: None,
+        kernels: HashMap::new(),
     };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;

@@ -1,5 +1,4 @@
-//! Calls of what only the driver can place: arrays, managed memory, modules, contexts on other GPUs, and who may use
-//! whose memory. Arrays have one row of bytes.
+//! Calls of what only the driver can place: arrays, managed memory and modules. Arrays have one row of bytes.
 
 use super::{Answer, Caller, Code, DevicePointer, Handle, driver, pattern};
 use crate::Failure;
@@ -76,23 +75,6 @@ impl Caller {
                 let unload = driver!(self, b"cuModuleUnload", fn(Handle));
                 // SAFETY: as said.
                 nothing(unsafe { unload(*module as Handle) })
-            }
-            ("create-on", [device]) => {
-                let create = driver!(self, b"cuCtxCreate_v2", fn(*mut Handle, c_uint, c_int));
-                let mut context = 0;
-                // SAFETY: as said.
-                let code = unsafe { create(&mut context, 0, *device as c_int) };
-                self.made(code, context)
-            }
-            ("enable-peer", [context]) => {
-                let enable = driver!(self, b"cuCtxEnablePeerAccess", fn(Handle, c_uint));
-                // SAFETY: as said.
-                nothing(unsafe { enable(self.context(*context)?, 0) })
-            }
-            ("disable-peer", [context]) => {
-                let disable = driver!(self, b"cuCtxDisablePeerAccess", fn(Handle));
-                // SAFETY: as said.
-                nothing(unsafe { disable(self.context(*context)?) })
             }
             // How often the simulated GPU had no memory to give.
             ("refused", []) => {

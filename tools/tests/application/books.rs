@@ -76,7 +76,12 @@ impl Competitor {
 
     /// Beside so many others, who need no more than their contexts or take turns with it.
     pub fn beside(node: &Node, others: u64) -> Self {
-        let mut application = Application::ready(node);
+        Self::on(node, 0, others)
+    }
+
+    /// The same on that GPU.
+    pub fn on(node: &Node, device: u32, others: u64) -> Self {
+        let mut application = Application::on(node, device);
         let contexts = (others + 1) * CONTEXT;
         PATIENCE.until("all contexts are counted", || gpu_with(node, &application).pinned_bytes == contexts);
         let bytes = gpu_with(node, &application).capacity_bytes - contexts;
@@ -93,10 +98,14 @@ impl Competitor {
         for (address, bytes) in &self.pieces {
             self.application.writes(*address, *bytes, self.turns);
         }
-        let gpu = gpu_with(node, &self.application);
-        let is_it = |client: &&Client| other.client() == format!("nvshare[{}]", client.pid);
-        let resident = gpu.clients.iter().find(is_it).map(|client| client.resident_bytes);
-        assert_eq!(resident, Some(0), "something of it is still on the GPU: {gpu:#?}");
+        let left = self.beside_it(node, other);
+        assert_eq!(left.resident_bytes, 0, "something of it is still on the GPU: {left:#?}");
+    }
+
+    /// What the page of its GPU says about another application.
+    pub fn beside_it(&self, node: &Node, other: &Application) -> Client {
+        let is_it = |client: &Client| other.client() == format!("nvshare[{}]", client.pid);
+        gpu_with(node, &self.application).clients.into_iter().find(is_it).expect("it is a client of this GPU")
     }
 
     /// Its data is what it last wrote.
@@ -104,6 +113,13 @@ impl Competitor {
     pub fn sees_its_own(&mut self) {
         for (address, bytes) in self.pieces.iter().filter(|_| self.turns > 0) {
             self.application.sees(*address, *bytes, self.turns);
+        }
+    }
+
+    /// Has it use its memory on and on, without a look at the other, until `enough` says so.
+    pub fn works_until(&mut self, mut enough: impl FnMut() -> bool) {
+        while !enough() {
+            self.sees_its_own();
         }
     }
 

@@ -74,9 +74,14 @@ impl Application {
 
     /// With a context.
     pub fn ready(node: &Node) -> Self {
+        Self::on(node, 0)
+    }
+
+    /// With a context on that GPU.
+    pub fn on(node: &Node, device: u32) -> Self {
         let mut application = Self::start(node.environment(), &[]);
         assert_eq!(application.call("init"), SUCCESS);
-        assert_eq!(application.call("create"), SUCCESS);
+        assert_eq!(application.call(&format!("create {device}")), SUCCESS);
         application
     }
 
