@@ -105,6 +105,7 @@ impl Page {
     fn clear(&self, slot: SlotIndex) {
         let own = &self.slot(slot).own;
         own.phase.store(Phase::Idle as u32, Ordering::Relaxed);
+        own.streak.store(0, Ordering::Relaxed);
         let words = [
             &own.demand,
             &own.ticket,
@@ -119,6 +120,8 @@ impl Page {
             &own.evict_ns,
             &own.run_ns,
             &own.unmovable,
+            &own.deadline,
+            &own.usage,
         ];
         for word in words {
             word.store(0, Ordering::Relaxed);

@@ -21,6 +21,7 @@
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
 use crate::account::Free;
+use crate::fair;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SlotIndex};
 use crate::policy::{self, NOT_BEGUN};
@@ -265,6 +266,8 @@ pub struct Client<P> {
     phase: Phase,
     /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
     undrained: bool,
+    /// When it was last through with draining, ns: whoever asks again soon was never idle.
+    drained_at: Nanos,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
 }
@@ -277,6 +280,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             books: Books { page, slot, author: Arc::new(Mutex::new(())) },
             phase: Phase::Idle,
             undrained: false,
+            drained_at: 0,
             decided: 0,
         }
     }
@@ -307,9 +311,16 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Idle or drained -> Waiting: takes a place at the end of the queue.
     fn queue(&mut self) {
+        let (time, own) = (now(), self.own());
+        let streak = match time.saturating_sub(self.drained_at) <= self.page().settings().idle_grace {
+            true => own.streak.load(Ordering::Relaxed).saturating_add(1),
+            false => 0,
+        };
+        own.streak.store(streak, Ordering::Relaxed);
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
-        self.own().ticket.store(ticket, Ordering::Relaxed);
-        self.own().wait_since.store(now(), Ordering::Relaxed);
+        own.ticket.store(ticket, Ordering::Relaxed);
+        own.wait_since.store(time, Ordering::Relaxed);
+        own.deadline.store(policy::deadline(&self.look(), self.books.slot, time), Ordering::Relaxed);
         self.enter(Phase::Waiting);
         self.page().decide();
     }
@@ -452,7 +463,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let (time, own) = (now(), self.own());
         let started = own.slice_start.load(Ordering::Relaxed);
         // A slice that has not begun is none of the time that it ran.
-        add(&own.run_ns, time.saturating_sub(started));
+        let ran = time.saturating_sub(started);
+        add(&own.run_ns, ran);
+        let rested = started.min(time).saturating_sub(own.last_ran.load(Ordering::Relaxed));
+        let usage = fair::faded(own.usage.load(Ordering::Relaxed), rested);
+        own.usage.store(fair::after_running(usage, ran), Ordering::Relaxed);
         own.last_ran.store(time, Ordering::Relaxed);
         add(&own.yields, 1);
         self.enter(Phase::Draining);
@@ -464,6 +479,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             return;
         }
         self.undrained = false;
+        self.drained_at = now();
         if more {
             self.queue();
         } else {

@@ -24,6 +24,7 @@
 pub mod account;
 pub mod audit;
 pub mod client;
+pub mod fair;
 pub mod lock;
 pub mod page;
 pub mod policy;

@@ -22,7 +22,7 @@ const FASTEST: u64 = 1 << 44;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Clients that one GPU can have at a time. The lock word has a bit for each.
 pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
@@ -105,6 +105,8 @@ pub enum Quantum {
     Auto {
         /// The multiple, in thousandths: 5,000 is five times the switch.
         factor_milli: u32,
+        /// What it grows to while everybody uses up slice after slice, in thousandths.
+        longest_milli: u32,
         /// No slice is shorter, in ns.
         min: Nanos,
         /// No slice is longer, in ns.
@@ -114,7 +116,7 @@ pub enum Quantum {
 
 impl Default for Quantum {
     fn default() -> Self {
-        Self::Auto { factor_milli: 5_000, min: 100 * MILLISECOND, max: 60 * SECOND }
+        Self::Auto { factor_milli: 5_000, longest_milli: 20_000, min: 100 * MILLISECOND, max: 60 * SECOND }
     }
 }
 
@@ -183,6 +185,8 @@ pub struct Header {
     quantum_max: AtomicU64,
     idle_grace: AtomicU64,
     bandwidth: [AtomicU64; 2],
+    longest_milli: AtomicU32,
+    _after_longest: Padding<4>,
 
     pub(crate) arbiter_pid: AtomicU32,
     /// How many arbiters this page has had.
@@ -192,7 +196,7 @@ pub struct Header {
     pub(crate) audits: AtomicU64,
     pub(crate) repaired: AtomicU64,
     pub(crate) reaped: AtomicU64,
-    _to_the_next_line: Padding<104>,
+    _to_the_next_line: Padding<96>,
 
     pub(crate) free: Line,
     pub(crate) lock: Line,
@@ -240,7 +244,8 @@ pub struct Bell(pub(crate) AtomicU32, Padding<124>);
 #[repr(C, align(128))]
 pub struct OwnWords {
     pub(crate) phase: AtomicU32,
-    _after_phase: Padding<4>,
+    /// Slices that it has used up one after the other.
+    pub(crate) streak: AtomicU32,
     /// Granules its allocations need.
     pub(crate) demand: AtomicU64,
     /// Its place in the queue.
@@ -266,7 +271,10 @@ pub struct OwnWords {
     /// Granules of its resident ones that cannot be evicted: memory that other processes map too, or that
     /// only the driver can place.
     pub(crate) unmovable: AtomicU64,
-    _to_the_next_line: Padding<16>,
+    /// When it should have its next slice, ns.
+    pub(crate) deadline: AtomicU64,
+    /// GPU time that it has used lately, ns, as it was when it last ran ([`crate::fair`]).
+    pub(crate) usage: AtomicU64,
 }
 
 /// The whole page.
@@ -395,8 +403,10 @@ impl Page {
             Quantum::Fixed(header.quantum_fixed.load(Ordering::Relaxed))
         } else {
             let min = header.quantum_min.load(Ordering::Relaxed);
+            let factor_milli = header.factor_milli.load(Ordering::Relaxed);
             Quantum::Auto {
-                factor_milli: header.factor_milli.load(Ordering::Relaxed),
+                factor_milli,
+                longest_milli: header.longest_milli.load(Ordering::Relaxed).max(factor_milli),
                 min,
                 max: header.quantum_max.load(Ordering::Relaxed).max(min),
             }
@@ -412,8 +422,9 @@ impl Page {
                 header.quantum_fixed.store(ns, Ordering::Relaxed);
                 header.quantum_mode.store(1, Ordering::Relaxed);
             }
-            Quantum::Auto { factor_milli, min, max } => {
+            Quantum::Auto { factor_milli, longest_milli, min, max } => {
                 header.factor_milli.store(factor_milli, Ordering::Relaxed);
+                header.longest_milli.store(longest_milli, Ordering::Relaxed);
                 header.quantum_min.store(min, Ordering::Relaxed);
                 header.quantum_max.store(max, Ordering::Relaxed);
                 header.quantum_mode.store(0, Ordering::Relaxed);
@@ -516,7 +527,7 @@ impl Page {
             _to_the_next_line: Padding::new(),
             own: OwnWords {
                 phase: half(),
-                _after_phase: Padding::new(),
+                streak: half(),
                 demand: word(),
                 ticket: word(),
                 wait_since: word(),
@@ -530,7 +541,8 @@ impl Page {
                 evict_ns: word(),
                 run_ns: word(),
                 unmovable: word(),
-                _to_the_next_line: Padding::new(),
+                deadline: word(),
+                usage: word(),
             },
             account: Line(AtomicU64::new(Account::default().into()), Padding::new()),
             doorbell: Bell(half(), Padding::new()),
@@ -551,6 +563,8 @@ impl Page {
                 quantum_max: word(),
                 idle_grace: word(),
                 bandwidth: [word(), word()],
+                longest_milli: half(),
+                _after_longest: Padding::new(),
                 arbiter_pid: half(),
                 arbiter_generation: half(),
                 heartbeat: word(),
@@ -585,7 +599,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Whoever changes these numbers changes LAYOUT_VERSION too.
-        assert_eq!(LAYOUT_VERSION, 2);
+        assert_eq!(LAYOUT_VERSION, 3);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 512, 640 + 48 * 512));
         assert_eq!(offset_of!(Header, free), 256);
     }
@@ -596,7 +610,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 2"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 3"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }

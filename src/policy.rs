@@ -2,16 +2,17 @@
 //! arbiter and the simulator.
 //!
 //! - Everybody's memory fits: all run at once, and nothing ever switches.
-//! - It does not fit: slices that are not over go on; then waiters in the order of their tickets; then
+//! - It does not fit: slices that are not over go on; then waiters in the order of their deadlines; then
 //!   those whose slice is over. Whoever does not fit beside the ones before is passed over, and a
 //!   smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first
 //!   waiter, and such a slice is protected from everybody but that one ([`Rank`]).
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //!
-//! **Bound on a wait** (L1). With n clients, a waiter has at most n - 1 tickets before it. Each of
-//! those runs at most one quantum, plus the time of its fill and of its drain, before it goes to the
-//! end of the queue. So a wait is at most (n - 1) x (longest quantum + longest fill + longest drain).
+//! **Bound on a wait** (L1). A waiter's deadline is at most P = 3 x n x (longest slice) away ([`deadline`]). Who
+//! begins to wait after it has come stands behind the waiter, so that from then on each of the n - 1 others runs
+//! before it at most once: a slice, plus the time of a fill and of a drain. So a wait is at most
+//! P + (n - 1) x (longest slice + longest fill + longest drain).
 //!
 //! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
 //! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
@@ -27,6 +28,7 @@
 //! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
 //! there is no cycle in it, so it is finite.
 
+use crate::fair::{self, DEFAULT_WEIGHT};
 use crate::lock::SlotSet;
 use crate::page::{Phase, Quantum, SlotIndex};
 use crate::snapshot::{SlotView, Snapshot};
@@ -76,8 +78,19 @@ fn rank(snapshot: &Snapshot, slot: SlotIndex, first: Option<SlotIndex>, now: Nan
     if slice_end(snapshot, slot).is_some_and(|end| end <= now) {
         return Rank::Overdue;
     }
-    let place = |slot| (snapshot.view(slot).ticket, slot);
-    if first.is_none_or(|first| place(slot) < place(first)) { Rank::Holder } else { Rank::GapFiller }
+    let (ticket, deadline) = (|slot| (snapshot.view(slot).ticket, slot), |slot| place(snapshot, slot));
+    // Who came later and is in less of a hurry runs in a gap. Who came later and was in more of one had its turn.
+    if first.is_none_or(|first| ticket(slot) < ticket(first) || deadline(slot) < deadline(first)) {
+        Rank::Holder
+    } else {
+        Rank::GapFiller
+    }
+}
+
+/// A client's place among those of its rank: the earliest deadline, and who came first between equals.
+fn place(snapshot: &Snapshot, slot: SlotIndex) -> (Nanos, u64, SlotIndex) {
+    let view = snapshot.view(slot);
+    (view.deadline, view.ticket, slot)
 }
 
 /// Those who want the GPU, in the order in which they get it.
@@ -87,10 +100,16 @@ fn queue(snapshot: &Snapshot, now: Nanos) -> impl Iterator<Item = (SlotIndex, Gr
         .clients()
         .filter(|(slot, view)| snapshot.admitted.contains(*slot) || waits(view))
         .filter(|(_, view)| view.phase.wants_gpu())
-        .map(|(slot, view)| (rank(snapshot, slot, first, now), view.ticket, slot, view.movable()))
+        .map(|(slot, view)| {
+            let rank = rank(snapshot, slot, first, now);
+            // Between those who run, it counts who came first: hurry is for waiters.
+            let (deadline, ticket, _) = place(snapshot, slot);
+            let deadline = if matches!(rank, Rank::FirstWaiter | Rank::Waiter) { deadline } else { 0 };
+            (rank, deadline, ticket, slot, view.movable())
+        })
         .collect();
     order.sort_unstable();
-    order.into_iter().map(|(_, _, slot, demand)| (slot, demand))
+    order.into_iter().map(|(.., slot, demand)| (slot, demand))
 }
 
 /// Whether a client that is not admitted stands in the queue.
@@ -106,7 +125,7 @@ pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
     snapshot
         .clients()
         .filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot))
-        .min_by_key(|(slot, view)| (view.ticket, *slot))
+        .min_by_key(|(slot, _)| place(snapshot, *slot))
         .map(|(slot, _)| slot)
 }
 
@@ -115,8 +134,12 @@ pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
 pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let view = snapshot.view(holder);
     let waiter = first_waiter(snapshot)?;
-    (view.phase == Phase::Running && view.slice_start != NOT_BEGUN)
-        .then(|| view.slice_start.saturating_add(quantum(snapshot, waiter)))
+    (view.phase == Phase::Running && view.slice_start != NOT_BEGUN).then(|| {
+        let after = |time| view.slice_start.saturating_add(time);
+        let (least, most) = (after(quantum(snapshot, waiter)), after(slice(snapshot, holder, waiter)));
+        // A waiter whose deadline has come does not wait for more than the least.
+        snapshot.view(waiter).deadline.clamp(least, most.max(least))
+    })
 }
 
 /// When, at the latest, somebody must decide again though nothing changed: the first end of a slice
@@ -129,15 +152,92 @@ pub fn next_decision(snapshot: &Snapshot, decided: Nanos) -> Option<Nanos> {
     snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot)).filter(|end| *end > decided).min()
 }
 
-/// How long a slice is that ends because `waiter` waits, ns.
+/// How long a slice is at least that ends because `waiter` waits, ns.
 pub fn quantum(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
     match snapshot.settings.quantum {
         Quantum::Fixed(ns) => ns,
-        Quantum::Auto { factor_milli, min, max } => {
+        Quantum::Auto { factor_milli, min, max, .. } => {
             let scaled = u128::from(switch_time(snapshot, waiter)) * u128::from(factor_milli) / 1_000;
             u64::try_from(scaled).unwrap_or(u64::MAX).clamp(min, max.max(min))
         }
     }
+}
+
+/// Those who want the GPU or have it.
+fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = &SlotView> {
+    snapshot.clients().map(|(_, view)| view).filter(|view| view.phase.wants_gpu())
+}
+
+/// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: the quantum, grown by as many
+/// slices as each of those who want the GPU has used up, times the holder's weight over the least.
+///
+/// All grow alike, and none before the others: slices that follow one another differ by a quarter at most, so taking
+/// turns stays fair while it becomes cheaper, and a newcomer brings everybody back to the shortest.
+pub fn slice(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos {
+    let weight = snapshot.view(holder).weight;
+    let least = contenders(snapshot).map(|view| view.weight).min().unwrap_or(weight).max(1);
+    let most = least.saturating_mul(MOST_SHARES);
+    scaled(even_slice(snapshot, waiter), weight.clamp(least, most), least)
+}
+
+/// How long a slice is for the least weight, ns.
+fn even_slice(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
+    let streak = contenders(snapshot).map(|view| view.streak).min().unwrap_or(0);
+    let shortest = quantum(snapshot, waiter);
+    match snapshot.settings.quantum {
+        Quantum::Fixed(_) => shortest,
+        Quantum::Auto { factor_milli, longest_milli, max, .. } => {
+            let longest =
+                scaled(shortest, longest_milli.max(factor_milli), factor_milli).min(max.max(shortest));
+            grown(shortest, longest, streak)
+        }
+    }
+}
+
+/// A slice is at most so many times as long for its holder's weight: the bound on everybody's wait depends on it.
+pub const MOST_SHARES: u32 = 10;
+
+fn scaled(time: Nanos, by: u32, of: u32) -> Nanos {
+    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
+/// A quarter more for each slice, up to `longest`.
+fn grown(shortest: Nanos, longest: Nanos, slices: u32) -> Nanos {
+    // Ten thousandfold, and more than any longest; a page may claim four thousand million.
+    const ENOUGH: u32 = 42;
+    let grown = (0..slices.min(ENOUGH)).fold(shortest, |time, _| time.saturating_add(time / 4));
+    grown.min(longest)
+}
+
+/// What `view`'s client has used of the GPU, up to `now`, per share of the default weight, ns.
+fn used(view: &SlotView, now: Nanos) -> Nanos {
+    let runs = view.phase == Phase::Running && view.slice_start <= now;
+    let usage = if runs {
+        let rested = view.slice_start.saturating_sub(view.last_ran);
+        fair::after_running(fair::faded(view.usage, rested), now - view.slice_start)
+    } else {
+        fair::faded(view.usage, now.saturating_sub(view.last_ran))
+    };
+    scaled(usage, DEFAULT_WEIGHT, fair::weight(view.weight))
+}
+
+/// When a client that begins to wait now should have its slice, ns.
+///
+/// With n who want the GPU and slices of S, who has used as much as the others waits (n - 1) x S, and each switch
+/// besides; its deadline is 1.5 x n x S away, so that taking turns goes on undisturbed. Who has used less than the
+/// mean of them has a deadline so much nearer, and who has used more, so much farther, up to twice that.
+pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
+    let mine = used(snapshot.view(slot), now);
+    let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
+    let (mut n, mut sum) = (1u128, u128::from(mine));
+    for (_, view) in others {
+        n += 1;
+        sum += u128::from(used(view, now));
+    }
+    let ratio_milli = (u128::from(mine) * n * 1_000).checked_div(sum).unwrap_or(1_000).min(2_000);
+    let turns = u128::from(even_slice(snapshot, slot)) * n * 3 / 2;
+    now.saturating_add(u64::try_from(turns * ratio_milli / 1_000).unwrap_or(u64::MAX))
 }
 
 /// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes

@@ -10,6 +10,7 @@
 //!
 //! The connection has no further use: the arbiter watches the process, not the socket.
 
+use crate::fair::DEFAULT_WEIGHT;
 use crate::map::{MapError, MappedPage};
 use crate::page::{LAYOUT_VERSION, NAME_BYTES, SlotIndex};
 use crate::sync::now;
@@ -44,7 +45,7 @@ pub struct Hello {
     pub magic: u64,
     /// [`LAYOUT_VERSION`] of the client.
     pub layout_version: u32,
-    /// Its share against others'; 1 is usual.
+    /// Its share against others', 1 to [`crate::fair::MAX_WEIGHT`]; [`DEFAULT_WEIGHT`] is usual.
     pub weight: u32,
     /// The GPU that it wants.
     pub gpu: [u8; 16],
@@ -55,7 +56,13 @@ pub struct Hello {
 impl Hello {
     /// A client's request for a slot on a GPU.
     pub fn new(gpu: GpuUuid, name: &str) -> Self {
-        Self { magic: WIRE_MAGIC, layout_version: LAYOUT_VERSION, weight: 1, gpu: gpu.0, name: padded(name) }
+        Self {
+            magic: WIRE_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            weight: DEFAULT_WEIGHT,
+            gpu: gpu.0,
+            name: padded(name),
+        }
     }
 
     /// A request to see a GPU's page, of somebody who is no client of it yet.

@@ -5,6 +5,7 @@
 //! on the way in, so the policy may add what it finds without overflow.
 
 use crate::account::Operation;
+use crate::fair;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex};
 use crate::sync::Ordering;
@@ -29,6 +30,14 @@ pub struct SlotView {
     pub slice_start: Nanos,
     /// When it last ran, ns.
     pub last_ran: Nanos,
+    /// When it should have its next slice, ns.
+    pub deadline: Nanos,
+    /// GPU time that it has used lately, ns, as it was at `last_ran` ([`crate::fair`]).
+    pub usage: Nanos,
+    /// Slices that it has used up one after the other.
+    pub streak: u32,
+    /// Its share against others', 1 to [`crate::fair::MAX_WEIGHT`]; 0 where there is no client.
+    pub weight: u32,
 }
 
 impl SlotView {
@@ -127,6 +136,10 @@ impl Page {
             ticket: own.ticket.load(Ordering::Relaxed),
             slice_start: own.slice_start.load(Ordering::Relaxed),
             last_ran: own.last_ran.load(Ordering::Relaxed),
+            deadline: own.deadline.load(Ordering::Relaxed),
+            usage: own.usage.load(Ordering::Relaxed),
+            streak: own.streak.load(Ordering::Relaxed),
+            weight: fair::weight(row.weight.load(Ordering::Relaxed)),
         }
     }
 

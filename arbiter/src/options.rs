@@ -37,6 +37,9 @@ pub struct Options {
     /// With auto: the multiple of the switch that a slice lasts
     #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = factor)]
     pub quantum_factor: f64,
+    /// With auto: the multiple that it grows to while all who want the GPU use up slice after slice
+    #[arg(long, value_name = "N", default_value_t = 20.0, value_parser = factor)]
+    pub quantum_longest: f64,
     /// With auto: no slice is shorter
     #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = time)]
     pub quantum_min: Nanos,
@@ -140,6 +143,7 @@ impl Options {
             QuantumOption::Fixed(ns) => Quantum::Fixed(ns),
             QuantumOption::Auto => Quantum::Auto {
                 factor_milli: (self.quantum_factor * 1_000.0) as u32,
+                longest_milli: (self.quantum_longest.max(self.quantum_factor) * 1_000.0) as u32,
                 min: self.quantum_min,
                 max: self.quantum_max.max(self.quantum_min),
             },

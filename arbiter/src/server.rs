@@ -348,7 +348,7 @@ impl Server {
         let served = &self.gpus[index];
         let wanted = served.gpu;
         let process = Process { pid, started };
-        let slot = served.page.open_slot(process, &hello.name(), hello.weight.max(1)).ok_or_else(|| {
+        let slot = served.page.open_slot(process, &hello.name(), nvshare::fair::weight(hello.weight)).ok_or_else(|| {
             Reply::refuse(
                 Status::Full,
                 &format!(

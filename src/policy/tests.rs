@@ -1,6 +1,6 @@
 use super::*;
 use crate::page::{Page, SLOTS, Settings};
-use crate::units::MILLISECOND;
+use crate::units::{MILLISECOND, SECOND};
 use proptest::prelude::*;
 
 fn slot(index: usize) -> SlotIndex {
@@ -135,7 +135,8 @@ fn a_debt_is_somebodys_share() {
 fn auto_is_a_multiple_of_the_switch() {
     let mut snapshot = snapshot(1024, &[(Phase::Running, 768, 768, 1), (Phase::Waiting, 512, 0, 2)], &[0]);
     (snapshot.bandwidth_in, snapshot.bandwidth_out) = (2 << 30, 1 << 30);
-    snapshot.settings.quantum = Quantum::Auto { factor_milli: 5_000, min: 0, max: u64::MAX };
+    snapshot.settings.quantum =
+        Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: 0, max: u64::MAX };
     // 1 GiB comes in at 2 GiB/s; 256 granules are free, so half a GiB goes out at 1 GiB/s.
     assert_eq!(switch_time(&snapshot, slot(1)), 500 * MILLISECOND);
     assert_eq!(quantum(&snapshot, slot(1)), 2_500 * MILLISECOND);
@@ -156,6 +157,78 @@ fn who_was_recalled_does_not_come_back_before_it_has_seen_it() {
     assert_eq!(admit(&snapshot, over), set(&[1]));
 }
 
+/// A holder and two waiters of a pool that holds one of them, with slices of 1 s at least.
+fn three_batch_jobs(streaks: [u32; 3]) -> Snapshot {
+    let clients = [(Phase::Running, 8, 8, 1), (Phase::Waiting, 8, 0, 2), (Phase::Waiting, 8, 0, 3)];
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    snapshot.settings.quantum =
+        Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: SECOND, max: 60 * SECOND };
+    for (index, streak) in streaks.into_iter().enumerate() {
+        let view = &mut snapshot.slots[index];
+        (view.streak, view.weight, view.deadline) = (streak, DEFAULT_WEIGHT, 100 * SECOND + index as u64);
+    }
+    snapshot
+}
+
+#[test]
+fn slices_grow_by_a_quarter_while_all_use_them_up() {
+    let length = |streaks| slice(&three_batch_jobs(streaks), slot(0), slot(1));
+    assert_eq!(length([0, 0, 0]), SECOND);
+    assert_eq!(length([1, 1, 1]), SECOND * 5 / 4);
+    assert_eq!(length([9, 3, 1]), SECOND * 5 / 4, "none before the others");
+    assert_eq!(length([9, 0, 9]), SECOND, "a newcomer brings all back");
+    assert_eq!(length([u32::MAX; 3]), 4 * SECOND, "20 switches where the shortest has 5");
+}
+
+#[test]
+fn a_heavier_weight_has_longer_slices() {
+    let mut snapshot = three_batch_jobs([0; 3]);
+    snapshot.slots[0].weight = 300;
+    assert_eq!(slice(&snapshot, slot(0), slot(1)), 3 * SECOND);
+    assert_eq!(slice(&snapshot, slot(1), slot(2)), SECOND);
+    snapshot.slots[2].weight = 1;
+    assert_eq!(slice(&snapshot, slot(0), slot(1)), u64::from(MOST_SHARES) * SECOND);
+}
+
+#[test]
+fn a_waiter_whose_deadline_has_come_waits_for_the_least_and_no_more() {
+    let mut snapshot = three_batch_jobs([5; 3]);
+    snapshot.slots[0].slice_start = SECOND;
+    let whole = SECOND + slice(&snapshot, slot(0), slot(1));
+    assert!(whole > 3 * SECOND);
+    assert_eq!(slice_end(&snapshot, slot(0)), Some(whole));
+    snapshot.slots[1].deadline = 3 * SECOND;
+    assert_eq!(slice_end(&snapshot, slot(0)), Some(3 * SECOND));
+    snapshot.slots[1].deadline = SECOND;
+    assert_eq!(slice_end(&snapshot, slot(0)), Some(2 * SECOND), "the least is what a switch is worth");
+    // Whoever is in more of a hurry goes first, though another came before.
+    snapshot.slots[2].deadline = 0;
+    assert_eq!(admit(&snapshot, 2 * SECOND), set(&[2]));
+    // And is not taken for one who fills a gap, once it runs.
+    snapshot.admitted = set(&[2]);
+    snapshot.slots[0].phase = Phase::Idle;
+    snapshot.slots[2].phase = Phase::Running;
+    snapshot.slots[2].slice_start = 2 * SECOND;
+    assert_eq!(admit(&snapshot, 2 * SECOND), set(&[2]));
+}
+
+#[test]
+fn light_users_have_earlier_deadlines_than_heavy_ones() {
+    let mut snapshot = three_batch_jobs([0; 3]);
+    let turns = 3 * SECOND * 3 / 2;
+    assert_eq!(deadline(&snapshot, slot(1), 0), turns, "nobody has used anything");
+    for (index, usage) in [6, 6, 6].into_iter().enumerate() {
+        snapshot.slots[index].usage = usage * SECOND;
+    }
+    assert_eq!(deadline(&snapshot, slot(1), 0), turns);
+    snapshot.slots[1].usage = 0;
+    assert_eq!(deadline(&snapshot, slot(1), 0), 0, "at once");
+    snapshot.slots[1].usage = 60 * SECOND;
+    assert_eq!(deadline(&snapshot, slot(1), 0), 2 * turns, "and no farther");
+    snapshot.slots[1].weight = 1_000;
+    assert_eq!(deadline(&snapshot, slot(1), 0), turns, "ten times the weight");
+}
+
 fn any_phase() -> impl Strategy<Value = Phase> {
     (0..6u32).prop_map(Phase::parse)
 }
@@ -168,6 +241,7 @@ prop_compose! {
     /// A page that honest clients could have made: residents fit, and the counter is what is left.
     fn honest()(capacity in 1..1000u32,
                 clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), any_beginning(), any::<u64>(), 0..4u32), 0..SLOTS),
+                fairness in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u32>(), 1..=crate::fair::MAX_WEIGHT), SLOTS),
                 admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
         let mut snapshot = snapshot(capacity, &[], &[]);
         let mut free = capacity as i32;
@@ -177,12 +251,14 @@ prop_compose! {
             let resident = resident.min(demand).min(free as u32);
             free -= resident as i32;
             snapshot.occupied = snapshot.occupied.with(slot(index));
-            snapshot.slots[index] = SlotView { phase, demand, resident, pinned, unmovable: resident * stays / 4, ticket, slice_start, last_ran };
+            snapshot.slots[index] = SlotView { phase, demand, resident, pinned, unmovable: resident * stays / 4, ticket, slice_start, last_ran, ..SlotView::default() };
+            let view = &mut snapshot.slots[index];
+            (view.deadline, view.usage, view.streak, view.weight) = fairness[index];
         }
         snapshot.free = free;
         snapshot.admitted = SlotSet::from_bits(admitted & snapshot.occupied.bits());
         if !fixed {
-            snapshot.settings.quantum = Quantum::Auto { factor_milli: 5_000, min: ns, max: ns * 2 };
+            snapshot.settings.quantum = Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: ns, max: ns * 2 };
         }
         snapshot
     }
@@ -259,11 +335,12 @@ proptest! {
 
     /// Deciding is a function: the same snapshot and time give the same answer, and an answer that is
     /// published is its own answer until something changes. (With `auto`, a slice's length depends on
-    /// who is next, so a new first waiter is such a change.)
+    /// who is next, and with weights on who else is there, so a new first waiter is such a change.)
     #[test]
     fn it_settles(snapshot in honest(), now: u64) {
         let mut snapshot = snapshot;
         snapshot.settings.quantum = Quantum::Fixed(1_000);
+        snapshot.slots.iter_mut().for_each(|view| (view.weight, view.deadline) = (100, view.ticket));
         let chosen = admit(&snapshot, now);
         prop_assert_eq!(admit(&snapshot, now), chosen);
         for (slot, was) in snapshot.clone().clients() {
@@ -293,6 +370,7 @@ proptest! {
         let _ = (next_decision(&snapshot, 0), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot));
         for (slot, _) in snapshot.clients() {
             let _ = (quantum(&snapshot, slot), switch_time(&snapshot, slot), evict_share(&snapshot, slot));
+            let _ = (slice(&snapshot, slot, slot), deadline(&snapshot, slot, now));
         }
         page.decide();
         page.audit();

@@ -392,7 +392,12 @@ fn settings(whom: u8, value: u64) -> Settings {
     let quantum = match whom % 3 {
         0 => Quantum::Fixed(value),
         1 => Quantum::Fixed(value % 3 * MILLISECOND),
-        _ => Quantum::Auto { factor_milli: value as u32, min: value >> 32, max: value.rotate_left(16) },
+        _ => Quantum::Auto {
+            factor_milli: value as u32,
+            longest_milli: (value >> 7) as u32,
+            min: value >> 32,
+            max: value.rotate_left(16),
+        },
     };
     Settings { quantum, idle_grace: value }
 }
