@@ -199,6 +199,11 @@ fn a_peer_reaches_what_lies_in_host_memory_for_want_of_room() {
     }
     // Given up and asked for again while it is there.
     one.does("disable-peer 0");
+    for data in &all {
+        for granule in (data.address..data.address + 8 * data.words).step_by(2 << 20) {
+            assert_eq!(one.number(&format!("allowed {granule} 1")), 0, "also in host memory");
+        }
+    }
     one.does("enable-peer 0");
     all[1].mix(&mut one, 1);
     all[0].mix(&mut one, 1);
