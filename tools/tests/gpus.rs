@@ -1,13 +1,15 @@
 //! Processes that use several simulated GPUs: they get all of theirs or wait for all, nobody blocks anybody,
 //! and their data is right.
 
+mod application;
+
+use application::running::Running;
 use nvshare_test_support::{Dice, Patience};
 use nvshare_tools::crew::{Crew, Message};
 use nvshare_tools::job::{Event, Job};
 use nvshare_tools::node::{Node, SimulatedGpu};
 use nvshare_tools::status::{self, Gpu};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 const PATIENCE: Patience = Patience::seconds(120);
@@ -44,40 +46,6 @@ fn job(seed: u64, devices: &[i32], iterations: u64) -> Job {
 /// As long as it is told to.
 fn endless(seed: u64, devices: &[i32]) -> Job {
     Job { controlled: true, ..job(seed, devices, u64::MAX) }
-}
-
-/// A process that does a job. Killed when dropped: two that block each other would stay for ever.
-struct Running(Child);
-
-impl Running {
-    fn start(node: &Node, job: &Job) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_nvshare"))
-            .args(["internal", "job"])
-            .args(job.arguments())
-            .envs(node.environment())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self(child)
-    }
-
-    /// How it has ended, if it has.
-    fn ended(&mut self) -> Option<ExitStatus> {
-        self.0.try_wait().unwrap()
-    }
-
-    fn kill(&mut self) -> ExitStatus {
-        self.0.kill().unwrap();
-        self.0.wait().unwrap()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 fn gpus(node: &Node) -> Vec<Gpu> {

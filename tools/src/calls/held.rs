@@ -212,21 +212,28 @@ impl Held {
     ) -> Result<(), Failure> {
         let set_current = driver!(caller, b"cuCtxSetCurrent", fn(Handle));
         let end_capture = driver!(caller, b"cuStreamEndCapture", fn(Handle, *mut Handle));
-        let end_capture_ptsz = driver!(caller, b"cuStreamEndCapture_ptsz", fn(Handle, *mut Handle));
+        let create_stream = driver!(caller, b"cuStreamCreate", fn(*mut Handle, c_uint));
         let context = caller.context(0)?;
         let outcomes = self.outcomes.clone();
         let body = move || {
             // SAFETY: a context that was made.
             unsafe { set_current(context) };
             let mut arguments = Arguments::new(&row, data, seed);
+            let captures = row.class == "Capture";
+            if captures {
+                // A stream that the legacy stream does not wait for: while one that it waits for is captured, the
+                // driver refuses the copies of the other threads.
+                const NON_BLOCKING: c_uint = 1;
+                // SAFETY: a place for the stream.
+                unsafe { create_stream(&mut arguments.words[0], NON_BLOCKING) };
+            }
             let copies = arguments.words[2] == PAGE as usize;
             // SAFETY: zeros, which the driver checks, or what `Arguments` made for this function, which lives on.
             let code = unsafe { call(address, &arguments.words) };
-            if code == 0 && row.class == "Capture" {
+            if code == 0 && captures {
                 // A capture that stays open is in everybody's way.
-                let end = if row.per_thread { end_capture_ptsz } else { end_capture };
                 // SAFETY: a place for the graph.
-                unsafe { end(0, (&raw mut arguments.place[0]).cast()) };
+                unsafe { end_capture(arguments.words[0], (&raw mut arguments.place[0]).cast()) };
             }
             let wrong = copies && arguments.page != pattern(PAGE, seed);
             let outcome = Outcome { name: row.name().to_owned(), code, copies, wrong };

@@ -7,6 +7,7 @@
 
 pub mod books;
 pub mod mapped;
+pub mod running;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -186,6 +187,14 @@ impl Application {
         self.process.stderr.take().unwrap().read_to_string(&mut said).unwrap();
         let status = self.process.wait().unwrap();
         assert!(status.success(), "{status}: {said}");
+        said
+    }
+
+    /// As [`end`](Self::end), and there is no error in the log.
+    #[track_caller]
+    pub fn ends_well(self) -> String {
+        let said = self.end();
+        assert!(!said.contains("ERROR"), "{said}");
         said
     }
 
