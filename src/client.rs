@@ -266,8 +266,6 @@ pub struct Client<P> {
     phase: Phase,
     /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
     undrained: bool,
-    /// When it was last through with draining, ns: whoever asks again soon was never idle.
-    drained_at: Nanos,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
 }
@@ -280,7 +278,6 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             books: Books { page, slot, author: Arc::new(Mutex::new(())) },
             phase: Phase::Idle,
             undrained: false,
-            drained_at: 0,
             decided: 0,
         }
     }
@@ -312,11 +309,6 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// Idle or drained -> Waiting: takes a place at the end of the queue.
     fn queue(&mut self) {
         let (time, own) = (now(), self.own());
-        let streak = match time.saturating_sub(self.drained_at) <= self.page().settings().idle_grace {
-            true => own.streak.load(Ordering::Relaxed).saturating_add(1),
-            false => 0,
-        };
-        own.streak.store(streak, Ordering::Relaxed);
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
         own.ticket.store(ticket, Ordering::Relaxed);
         own.wait_since.store(time, Ordering::Relaxed);
@@ -336,7 +328,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// decision that admitted it meanwhile is put right when the client is next [polled](Client::poll).
     pub fn withdraw(&mut self) {
         if self.phase == Phase::Waiting {
-            self.own().wait_since.store(0, Ordering::Relaxed);
+            let own = self.own();
+            own.wait_since.store(0, Ordering::Relaxed);
+            own.streak.store(0, Ordering::Relaxed);
             self.enter(Phase::Idle);
             self.page().decide();
         }
@@ -455,10 +449,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     }
 
     /// Running -> Draining: the gate is shut, the submitted work goes on. Also from Filling, for a client
-    /// that grew and still has work.
-    pub fn drain(&mut self) {
+    /// that grew and still has work. Returns how long the slice was, ns.
+    pub fn drain(&mut self) -> Nanos {
         if !self.may_have_work() {
-            return;
+            return 0;
         }
         let (time, own) = (now(), self.own());
         let started = own.slice_start.load(Ordering::Relaxed);
@@ -471,15 +465,20 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         own.last_ran.store(time, Ordering::Relaxed);
         add(&own.yields, 1);
         self.enter(Phase::Draining);
+        ran
     }
 
-    /// Draining -> Waiting, at the end of the queue, if there is `more` to do; else -> Idle.
+    /// Draining -> Waiting, at the end of the queue, if there is `more` to do: it has used up its slice. Else -> Idle.
     pub fn drained(&mut self, more: bool) {
         if self.phase != Phase::Draining {
             return;
         }
         self.undrained = false;
-        self.drained_at = now();
+        let streak = &self.own().streak;
+        streak.store(
+            if more { streak.load(Ordering::Relaxed).saturating_add(1) } else { 0 },
+            Ordering::Relaxed,
+        );
         if more {
             self.queue();
         } else {

@@ -9,7 +9,7 @@
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //!
-//! **Bound on a wait** (L1). A waiter's deadline is at most P = 3 x n x (longest slice) away ([`deadline`]). Who
+//! **Bound on a wait** (L1). A waiter's deadline is at most P = 1.5 x n x (longest slice) away ([`deadline`]). Who
 //! begins to wait after it has come stands behind the waiter, so that from then on each of the n - 1 others runs
 //! before it at most once: a slice, plus the time of a fill and of a drain. So a wait is at most
 //! P + (n - 1) x (longest slice + longest fill + longest drain).
@@ -224,9 +224,11 @@ fn used(view: &SlotView, now: Nanos) -> Nanos {
 
 /// When a client that begins to wait now should have its slice, ns.
 ///
-/// With n who want the GPU and slices of S, who has used as much as the others waits (n - 1) x S, and each switch
-/// besides; its deadline is 1.5 x n x S away, so that taking turns goes on undisturbed. Who has used less than the
-/// mean of them has a deadline so much nearer, and who has used more, so much farther, up to twice that.
+/// With n who want the GPU and slices of S, who takes its turns waits (n - 1) x S, and the switches besides; its
+/// deadline is 1.5 x n x S away, so that taking turns goes on undisturbed. A light user is one that has used less than
+/// half of what they used in the mean: its deadline is nearer in proportion, down to now. Everybody else has the same,
+/// whatever they used: were a heavy user's later than that of one a little less heavy, some would have two turns before
+/// others have one.
 pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
     let mine = used(snapshot.view(slot), now);
     let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
@@ -235,7 +237,7 @@ pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
         n += 1;
         sum += u128::from(used(view, now));
     }
-    let ratio_milli = (u128::from(mine) * n * 1_000).checked_div(sum).unwrap_or(1_000).min(2_000);
+    let ratio_milli = (2 * u128::from(mine) * n * 1_000).checked_div(sum).unwrap_or(1_000).min(1_000);
     let turns = u128::from(even_slice(snapshot, slot)) * n * 3 / 2;
     now.saturating_add(u64::try_from(turns * ratio_milli / 1_000).unwrap_or(u64::MAX))
 }

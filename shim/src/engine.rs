@@ -56,8 +56,8 @@ fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
         .and_then(|()| Swap::new(shared.clone()));
     match begun {
         Ok(swap) => {
-            Engine { shared, client, swap, idle: Idle::default(), growing: Arc::default(), grown_for: 0 }
-                .run()
+            let (idle, growing) = Default::default();
+            Engine { shared, client, swap, idle, drained_at: 0, growing, grown_for: 0 }.run()
         }
         Err(error) => {
             tracing::error!(%gpu, "the engine could not start: {error}");
@@ -107,6 +107,14 @@ enum Use {
     Kept,
 }
 
+/// Whether a client that waits still makes something of its turn.
+enum Turn {
+    Wanted,
+    /// Nobody stands at the gate yet; look again at this time, ns.
+    Look(Nanos),
+    NotWanted,
+}
+
 /// Finds out whether a holder has run out of work.
 #[derive(Default)]
 struct Idle {
@@ -121,6 +129,8 @@ struct Engine {
     client: Client<MappedPage>,
     swap: Swap,
     idle: Idle,
+    /// When it was last through with draining, ns.
+    drained_at: Nanos,
     growing: Arc<AtomicBool>,
     /// The demand that host memory was last made for, granules.
     grown_for: Granules,
@@ -139,7 +149,8 @@ impl Engine {
             }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
-                Ok(Next::Yield) => self.give_way(false),
+                // Recalled while it made use of the GPU: it has more to do, as far as anybody knows yet.
+                Ok(Next::Yield) => self.give_way(true),
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
                 Err(error) if error.is_farewell() => {
                     tracing::debug!(gpu = %self.shared.gpu, "the engine ends: {error}");
@@ -233,7 +244,14 @@ impl Engine {
             Phase::Waiting => {
                 together::waiting(gpu);
                 self.grow_host_pool();
-                until
+                match self.wants_its_turn() {
+                    Turn::Wanted => until,
+                    Turn::Look(again) => by(until, again),
+                    Turn::NotWanted => {
+                        self.client.withdraw();
+                        return together::out(gpu);
+                    }
+                }
             }
             _ => until,
         };
@@ -305,6 +323,16 @@ impl Engine {
         Use::Look(time + (grace / 2).max(MILLISECOND))
     }
 
+    /// A client whose slice was over is back in the queue before its threads are back at the gate: they were waiting
+    /// for its work, which is done only now. If they don't come, it has nothing to do.
+    fn wants_its_turn(&self) -> Turn {
+        if session::gate().waiting() > 0 {
+            return Turn::Wanted;
+        }
+        let quiet = self.drained_at + self.page().settings().idle_grace;
+        if now() < quiet { Turn::Look(quiet) } else { Turn::NotWanted }
+    }
+
     /// Shuts the gate, drains, and lets others run. With `more` to do it asks for the GPU again at once.
     fn give_way(&mut self, more: bool) {
         loop {
@@ -321,7 +349,7 @@ impl Engine {
             }
         }
         self.shared.memory().open = false;
-        self.client.drain();
+        let ran = self.client.drain();
         let began = now();
         // On whichever GPU: it may use this one's memory.
         if let Err(result) = together::mark().wait() {
@@ -329,7 +357,14 @@ impl Engine {
             // wait for, and its memory can go.
             tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
         }
-        tracing::debug!(gpu = %self.shared.gpu, "drained in {}", format_nanos(now() - began));
+        let drained = now();
+        let took = drained - began;
+        // The numbers are for programs: what came when, and how long it was.
+        tracing::debug!(
+            gpu = %self.shared.gpu, at_ns = began, ran_ns = ran, drained_ns = took,
+            "drained in {} after a slice of {}", format_nanos(took), format_nanos(ran)
+        );
+        self.drained_at = drained;
         self.swap.quiet = true;
         crate::pools::drained(&self.shared);
         let more = more || session::gate().waiting() > 0;

@@ -223,10 +223,16 @@ fn light_users_have_earlier_deadlines_than_heavy_ones() {
     assert_eq!(deadline(&snapshot, slot(1), 0), turns);
     snapshot.slots[1].usage = 0;
     assert_eq!(deadline(&snapshot, slot(1), 0), 0, "at once");
-    snapshot.slots[1].usage = 60 * SECOND;
-    assert_eq!(deadline(&snapshot, slot(1), 0), 2 * turns, "and no farther");
+    // The mean is 4.5 s then, and this one has used 2/3 of half of it (to the thousandth).
+    snapshot.slots[1].usage = 1_500 * MILLISECOND;
+    assert_eq!(deadline(&snapshot, slot(1), 0), turns * 666 / 1_000);
+    for (usage, why) in [(4, "more than half of the mean"), (60, "and no farther")] {
+        snapshot.slots[1].usage = usage * SECOND;
+        assert_eq!(deadline(&snapshot, slot(1), 0), turns, "{why}");
+    }
+    snapshot.slots[1].usage = 15 * SECOND;
     snapshot.slots[1].weight = 1_000;
-    assert_eq!(deadline(&snapshot, slot(1), 0), turns, "ten times the weight");
+    assert_eq!(deadline(&snapshot, slot(1), 0), turns * 666 / 1_000, "ten times the weight");
 }
 
 fn any_phase() -> impl Strategy<Value = Phase> {

@@ -198,7 +198,9 @@ impl World {
                 }
             }
             23 => client.refill(),
-            24 => client.drain(),
+            24 => {
+                client.drain();
+            }
             25 => client.drained(value & 1 == 1),
             26 => {
                 // A client that grows shuts its gate first.
