@@ -56,6 +56,15 @@ pub trait Runtime {
     /// # Errors
     /// As for [`Runtime::fill`].
     fn evict(&mut self, granules: Granules) -> Result<(), Self::Error>;
+
+    /// Brings in what fits in free room, while others run. Takes granules with [`Books::take_ahead`] before it maps
+    /// them, chunk by chunk, and ends when that says no. A runtime that has nothing to bring in does nothing.
+    ///
+    /// # Errors
+    /// As for [`Runtime::fill`].
+    fn prefetch(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
 }
 
 /// What a client has and asks for. Cheap to clone; usable from every thread of the process.
@@ -147,6 +156,16 @@ impl<P: Deref<Target = Page>> Books<P> {
         self.page.take(self.slot, amount)
     }
 
+    /// Granules that it may bring in ahead of its turn, as things stand.
+    pub fn ahead(&self) -> Granules {
+        policy::prefetch(&crate::snapshot::Snapshot::take(&self.page, self.page.admitted()), self.slot)
+    }
+
+    /// Takes `amount` granules if the client waits, is the next, and nobody else needs that room now.
+    pub fn take_ahead(&self, amount: Granules) -> bool {
+        amount <= self.ahead() && self.try_take(amount).is_ok()
+    }
+
     /// Gives back `amount` granules, or all if it holds fewer, and wakes who waits for them.
     pub fn give(&self, amount: Granules) {
         let _author = self.author();
@@ -228,13 +247,23 @@ impl<P: Deref<Target = Page>> Books<P> {
     /// Counts a copy, and takes it into the link's measured bandwidth.
     pub fn copied(&self, direction: Direction, bytes: u64, took: Nanos) {
         let own = &self.page.slot(self.slot).own;
-        let (total, time) = match direction {
-            Direction::In => (&own.bytes_in, &own.fill_ns),
-            Direction::Out => (&own.bytes_out, &own.evict_ns),
+        self.moved(direction, bytes);
+        let time = match direction {
+            Direction::In => &own.fill_ns,
+            Direction::Out => &own.evict_ns,
         };
-        add(total, bytes);
         add(time, took);
         self.page.observe_copy(direction, bytes, took);
+    }
+
+    /// Counts a copy that tells nothing of the link, because it was in no hurry.
+    pub fn moved(&self, direction: Direction, bytes: u64) {
+        let own = &self.page.slot(self.slot).own;
+        let total = match direction {
+            Direction::In => &own.bytes_in,
+            Direction::Out => &own.bytes_out,
+        };
+        add(total, bytes);
     }
 }
 
@@ -342,7 +371,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// What the runtime said. The client is where it was, with its books true; the caller decides
     /// whether to go on or to [leave](Client::leave).
     pub fn poll<R: Runtime>(&mut self, runtime: &mut R) -> Result<Next, R::Error> {
-        let mut evicts = true;
+        let (mut evicts, mut prefetches) = (true, true);
         loop {
             let seen = self.page().doorbell(self.books.slot);
             let admitted = self.books.admitted();
@@ -382,6 +411,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         runtime.evict(share)?;
                         // A page that lies about the account asks for memory that is not there.
                         evicts = self.books.resident() < before;
+                        continue;
+                    }
+                    if prefetches && policy::prefetch(&snapshot, self.books.slot) > 0 {
+                        // Once for each look: what it has left out does not fit.
+                        prefetches = false;
+                        runtime.prefetch()?;
                         continue;
                     }
                     let until = match self.phase {
@@ -600,6 +635,11 @@ impl<P: Deref<Target = Page>> Runtime for Bookkeeper<P> {
             self.books.give(chunk);
             left -= chunk;
         }
+        Ok(())
+    }
+
+    fn prefetch(&mut self) -> Result<(), Self::Error> {
+        while self.books.take_ahead(self.books.ahead().clamp(1, self.chunk)) {}
         Ok(())
     }
 }

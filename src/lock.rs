@@ -140,7 +140,7 @@ impl Page {
 
     /// Decides who may load and run, publishes it, and rings whoever has something to do about it:
     /// those whose bit changed, those who must make room, and those who have just become unable to run
-    /// on for ever because somebody waits.
+    /// on for ever because somebody waits; and the first waiter, if it can fill some room ahead of its turn.
     ///
     /// Call it after every change that a decision looks at: a new waiter, a release, a change of
     /// demand, the end of a slice, a death, a change of settings. Returns the snapshot it decided on,
@@ -172,10 +172,12 @@ impl Page {
     fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
         let changed = before.difference(snapshot.admitted);
         let evicting = policy::evictors(snapshot);
+        let Some(first) = policy::first_waiter(snapshot) else {
+            return SlotSet::from_bits(changed.bits() | evicting.bits());
+        };
         // Holders learn that their slice has an end now.
-        let limited =
-            if policy::first_waiter(snapshot).is_some() { snapshot.admitted } else { SlotSet::EMPTY };
-        SlotSet::from_bits(changed.bits() | evicting.bits() | limited.bits())
+        let concerned = SlotSet::from_bits(changed.bits() | evicting.bits() | snapshot.admitted.bits());
+        if policy::prefetch(snapshot, first) > 0 { concerned.with(first) } else { concerned }
     }
 }
 

@@ -127,11 +127,13 @@ pub struct Settings {
     pub quantum: Quantum,
     /// A holder that has had no work for this long, in ns, gives way to a waiter.
     pub idle_grace: Nanos,
+    /// How far away, in ns, the deadline of a client is at most that begins to wait.
+    pub deadline: Nanos,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { quantum: Quantum::default(), idle_grace: 5 * MILLISECOND }
+        Self { quantum: Quantum::default(), idle_grace: 5 * MILLISECOND, deadline: 60 * SECOND }
     }
 }
 
@@ -187,6 +189,7 @@ pub struct Header {
     bandwidth: [AtomicU64; 2],
     longest_milli: AtomicU32,
     _after_longest: Padding<4>,
+    deadline: AtomicU64,
 
     pub(crate) arbiter_pid: AtomicU32,
     /// How many arbiters this page has had.
@@ -196,7 +199,7 @@ pub struct Header {
     pub(crate) audits: AtomicU64,
     pub(crate) repaired: AtomicU64,
     pub(crate) reaped: AtomicU64,
-    _to_the_next_line: Padding<96>,
+    _to_the_next_line: Padding<88>,
 
     pub(crate) free: Line,
     pub(crate) lock: Line,
@@ -411,7 +414,11 @@ impl Page {
                 max: header.quantum_max.load(Ordering::Relaxed).max(min),
             }
         };
-        Settings { quantum, idle_grace: header.idle_grace.load(Ordering::Relaxed) }
+        Settings {
+            quantum,
+            idle_grace: header.idle_grace.load(Ordering::Relaxed),
+            deadline: header.deadline.load(Ordering::Relaxed),
+        }
     }
 
     /// Puts the operator's settings into the page. The caller then [decides](Page::decide).
@@ -431,6 +438,7 @@ impl Page {
             }
         }
         header.idle_grace.store(settings.idle_grace, Ordering::Relaxed);
+        header.deadline.store(settings.deadline, Ordering::Relaxed);
     }
 
     /// The link's bandwidth, bytes a second, measured or as first guessed; never 0.
@@ -565,6 +573,7 @@ impl Page {
                 bandwidth: [word(), word()],
                 longest_milli: half(),
                 _after_longest: Padding::new(),
+                deadline: word(),
                 arbiter_pid: half(),
                 arbiter_generation: half(),
                 heartbeat: word(),

@@ -6,13 +6,14 @@
 //!   those whose slice is over. Whoever does not fit beside the ones before is passed over, and a
 //!   smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first
 //!   waiter, and such a slice is protected from everybody but that one ([`Rank`]).
+//! - The first waiter may fill what room is left while others run ([`prefetch`]).
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //!
-//! **Bound on a wait** (L1). A waiter's deadline is at most P = 1.5 x n x (longest slice) away ([`deadline`]). Who
-//! begins to wait after it has come stands behind the waiter, so that from then on each of the n - 1 others runs
-//! before it at most once: a slice, plus the time of a fill and of a drain. So a wait is at most
-//! P + (n - 1) x (longest slice + longest fill + longest drain).
+//! **Bound on a wait** (L1). A waiter's deadline is at most D away ([`deadline`]). Who begins to wait after it has
+//! come stands behind the waiter, so that from then on each of the n - 1 others runs before it at most once; and
+//! whoever runs while the deadline of the first waiter is past runs for the quantum at most. So a wait is at most
+//! D + (n - 1) x (longest quantum + longest fill + longest drain).
 //!
 //! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
 //! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
@@ -168,11 +169,12 @@ fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = &SlotView> {
     snapshot.clients().map(|(_, view)| view).filter(|view| view.phase.wants_gpu())
 }
 
-/// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: the quantum, grown by as many
-/// slices as each of those who want the GPU has used up, times the holder's weight over the least.
+/// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: the quantum, grown by an eighth
+/// for each slice that those who want the GPU have used up, times the holder's weight over the least.
 ///
-/// All grow alike, and none before the others: slices that follow one another differ by a quarter at most, so taking
-/// turns stays fair while it becomes cheaper, and a newcomer brings everybody back to the shortest.
+/// All grow alike, and none before the others: slices that follow one another differ by an eighth, so taking turns
+/// stays fair while it becomes cheaper (Jain's index over any four is 0.98 or more), and a newcomer brings everybody
+/// back to the shortest but for the others' slices in one round.
 pub fn slice(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos {
     let weight = snapshot.view(holder).weight;
     let least = contenders(snapshot).map(|view| view.weight).min().unwrap_or(weight).max(1);
@@ -182,14 +184,16 @@ pub fn slice(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos
 
 /// How long a slice is for the least weight, ns.
 fn even_slice(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
-    let streak = contenders(snapshot).map(|view| view.streak).min().unwrap_or(0);
+    let least = contenders(snapshot).map(|view| view.streak).min().unwrap_or(0);
+    let used_up = contenders(snapshot).map(|view| view.streak.min(least.saturating_add(1)));
+    let used_up = used_up.fold(0u32, u32::saturating_add);
     let shortest = quantum(snapshot, waiter);
     match snapshot.settings.quantum {
         Quantum::Fixed(_) => shortest,
         Quantum::Auto { factor_milli, longest_milli, max, .. } => {
             let longest =
                 scaled(shortest, longest_milli.max(factor_milli), factor_milli).min(max.max(shortest));
-            grown(shortest, longest, streak)
+            grown(shortest, longest, used_up)
         }
     }
 }
@@ -202,11 +206,11 @@ fn scaled(time: Nanos, by: u32, of: u32) -> Nanos {
     u64::try_from(scaled).unwrap_or(u64::MAX)
 }
 
-/// A quarter more for each slice, up to `longest`.
+/// An eighth more for each slice, up to `longest`.
 fn grown(shortest: Nanos, longest: Nanos, slices: u32) -> Nanos {
     // Ten thousandfold, and more than any longest; a page may claim four thousand million.
-    const ENOUGH: u32 = 42;
-    let grown = (0..slices.min(ENOUGH)).fold(shortest, |time, _| time.saturating_add(time / 4));
+    const ENOUGH: u32 = 80;
+    let grown = (0..slices.min(ENOUGH)).fold(shortest, |time, _| time.saturating_add(time / 8));
     grown.min(longest)
 }
 
@@ -222,13 +226,12 @@ fn used(view: &SlotView, now: Nanos) -> Nanos {
     scaled(usage, DEFAULT_WEIGHT, fair::weight(view.weight))
 }
 
-/// When a client that begins to wait now should have its slice, ns.
+/// When a client that begins to wait now should have its slice, ns: the farthest deadline of the settings away, for
+/// most. Then who came first goes first, and they take turns.
 ///
-/// With n who want the GPU and slices of S, who takes its turns waits (n - 1) x S, and the switches besides; its
-/// deadline is 1.5 x n x S away, so that taking turns goes on undisturbed. A light user is one that has used less than
-/// half of what they used in the mean: its deadline is nearer in proportion, down to now. Everybody else has the same,
-/// whatever they used: were a heavy user's later than that of one a little less heavy, some would have two turns before
-/// others have one.
+/// A light user is one that has used less than half of what those who want the GPU used in the mean. Its deadline is
+/// nearer in proportion, and one that has used an eighth of the mean has it now. Nobody's is farther for heavy use:
+/// with later ones for who has used a little more, some would have two turns before others have one.
 pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
     let mine = used(snapshot.view(slot), now);
     let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
@@ -237,9 +240,10 @@ pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
         n += 1;
         sum += u128::from(used(view, now));
     }
-    let ratio_milli = (2 * u128::from(mine) * n * 1_000).checked_div(sum).unwrap_or(1_000).min(1_000);
-    let turns = u128::from(even_slice(snapshot, slot)) * n * 3 / 2;
-    now.saturating_add(u64::try_from(turns * ratio_milli / 1_000).unwrap_or(u64::MAX))
+    // How far between 1/8 and 4/8 of the mean, thousandths.
+    let eighths_milli = (8_000 * u128::from(mine) * n).checked_div(sum).unwrap_or(8_000);
+    let way_milli = (eighths_milli.saturating_sub(1_000) / 3).min(1_000);
+    now.saturating_add(scaled(snapshot.settings.deadline, way_milli as u32, 1_000))
 }
 
 /// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes
@@ -262,14 +266,24 @@ fn copy_time(granules: Granules, bandwidth: u64) -> Nanos {
 /// A granule that is taken, or given, changes both sides of this alike, so everybody comes to the
 /// same figure while memory is on the move.
 pub fn lacking(snapshot: &Snapshot) -> Granules {
-    let missing: i64 = snapshot
-        .admitted
-        .iter()
-        .map(|slot| snapshot.view(slot))
-        .filter(|view| view.phase.wants_gpu())
-        .map(|view| i64::from(view.missing()))
-        .sum();
-    (missing - i64::from(snapshot.free)).clamp(0, i64::from(Granules::MAX)) as Granules
+    (missing(snapshot) - i64::from(snapshot.free)).clamp(0, i64::from(Granules::MAX)) as Granules
+}
+
+/// Granules that the admitted ones still lack.
+fn missing(snapshot: &Snapshot) -> i64 {
+    let wanting =
+        snapshot.admitted.iter().map(|slot| snapshot.view(slot)).filter(|view| view.phase.wants_gpu());
+    wanting.map(|view| i64::from(view.missing())).sum()
+}
+
+/// Granules that a client may bring in ahead of its turn: the first waiter, as far as there is room that neither
+/// those who run nor those who fill need. Its switch then moves only the rest.
+pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
+    if first_waiter(snapshot) != Some(slot) {
+        return 0;
+    }
+    let spare = i64::from(snapshot.free) - missing(snapshot);
+    i64::from(snapshot.view(slot).missing()).min(spare).max(0) as Granules
 }
 
 /// Granules that a client must evict now: its share of what the admitted ones lack.

@@ -46,6 +46,9 @@ pub struct Options {
     /// With auto: no slice is longer
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     pub quantum_max: Nanos,
+    /// Who has waited this long has the GPU next: whoever runs then does so for the shortest slice
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
+    pub deadline: Nanos,
     /// A holder without work for this long gives way to a waiter
     #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
     pub idle_grace: Nanos,
@@ -148,7 +151,7 @@ impl Options {
                 max: self.quantum_max.max(self.quantum_min),
             },
         };
-        Settings { quantum, idle_grace: self.idle_grace }
+        Settings { quantum, idle_grace: self.idle_grace, deadline: self.deadline }
     }
 }
 

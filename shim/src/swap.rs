@@ -294,6 +294,33 @@ impl Swap {
         }
     }
 
+    /// Brings in what was evicted and fits in free room. What has no bytes to copy is left for the fill, which is
+    /// quick with it.
+    fn prefetch_some(&mut self, moved: &mut u64) -> Result<(), SwapError> {
+        loop {
+            let room = self.shared.books.ahead();
+            let next = self.shared.memory().next_evicted(room);
+            let Some((place, copy)) = next else { return Ok(()) };
+            if !self.shared.books.take_ahead(place.granules()) {
+                self.shared.memory().settle(place.address, Backing::Evicted(copy));
+                return Ok(());
+            }
+            match self.shared.map(&place, false) {
+                Ok(handle) => {
+                    *moved += copy.in_use.bytes(place.size);
+                    self.launch(place, Cargo::In { handle, overflow: false, source: Some(copy) })?;
+                }
+                Err(error) => {
+                    // Nothing is lost: its turn will come.
+                    self.shared.memory().settle(place.address, Backing::Evicted(copy));
+                    self.shared.books.give(place.granules());
+                    tracing::debug!(gpu = %self.shared.gpu, "nothing more ahead of its turn: {error}");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
     /// Granules that the client needs and the GPU cannot give it whoever else makes room.
     fn shortage(&self) -> Granules {
         let books = &self.shared.books;
@@ -500,6 +527,7 @@ impl Swap {
         tracing::debug!(
             gpu = %self.shared.gpu,
             slot = self.shared.books.slot().get(),
+            at_ns = now(),
             "{what} {} in {} ({:.1} GiB/s)",
             format_size(bytes),
             format_nanos(took),
@@ -535,6 +563,21 @@ impl Runtime for Swap {
         }
         self.shared.bury();
         filled
+    }
+
+    fn prefetch(&mut self) -> Result<(), SwapError> {
+        let (began, mut moved) = (now(), 0);
+        self.shared.set_moving(true);
+        let fetched = self.prefetch_some(&mut moved);
+        let fetched = self.finish().and(fetched);
+        self.shared.set_moving(false);
+        // Others use the GPU and the link meanwhile: how long it took says nothing of the link.
+        self.shared.books.moved(Direction::In, moved);
+        if moved > 0 {
+            self.log("prefetched", moved, now() - began);
+        }
+        self.shared.bury();
+        fetched
     }
 
     fn evict(&mut self, granules: Granules) -> Result<(), SwapError> {

@@ -171,13 +171,40 @@ fn three_batch_jobs(streaks: [u32; 3]) -> Snapshot {
 }
 
 #[test]
-fn slices_grow_by_a_quarter_while_all_use_them_up() {
+fn slices_grow_by_an_eighth_while_all_use_them_up() {
     let length = |streaks| slice(&three_batch_jobs(streaks), slot(0), slot(1));
+    let eighths = |times| (0..times).fold(SECOND, |time, _| time + time / 8);
     assert_eq!(length([0, 0, 0]), SECOND);
-    assert_eq!(length([1, 1, 1]), SECOND * 5 / 4);
-    assert_eq!(length([9, 3, 1]), SECOND * 5 / 4, "none before the others");
-    assert_eq!(length([9, 0, 9]), SECOND, "a newcomer brings all back");
+    assert_eq!(length([1, 0, 0]), eighths(1));
+    assert_eq!(length([1, 1, 1]), eighths(3));
+    assert_eq!(length([9, 3, 1]), eighths(5), "no more than a slice before the others");
+    assert_eq!(length([9, 0, 9]), eighths(2), "a newcomer brings all back");
     assert_eq!(length([u32::MAX; 3]), 4 * SECOND, "20 switches where the shortest has 5");
+}
+
+/// Jain's index: 1 if all have the same, 1/n if one has everything.
+fn jain(shares: &[f64]) -> f64 {
+    let sum: f64 = shares.iter().sum();
+    sum * sum / (shares.len() as f64 * shares.iter().map(|share| share * share).sum::<f64>())
+}
+
+#[test]
+fn four_that_take_turns_have_had_the_same_after_any_four_slices() {
+    let clients: Vec<_> = (0..4).map(|index| (Phase::Waiting, 8, 0, index)).collect();
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    snapshot.settings.quantum =
+        Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: SECOND, max: 60 * SECOND };
+    let mut lengths = Vec::new();
+    for turn in 0..40 {
+        let (holder, next) = (slot(turn % 4), slot((turn + 1) % 4));
+        lengths.push(slice(&snapshot, holder, next));
+        snapshot.slots[holder.get()].streak += 1;
+    }
+    for (first, window) in lengths.windows(4).enumerate() {
+        let shares: Vec<_> = window.iter().map(|length| *length as f64).collect();
+        assert!(jain(&shares) >= 0.98, "from slice {first}: {window:?}");
+    }
+    assert_eq!(lengths.last(), Some(&(4 * SECOND)));
 }
 
 #[test]
@@ -215,24 +242,43 @@ fn a_waiter_whose_deadline_has_come_waits_for_the_least_and_no_more() {
 #[test]
 fn light_users_have_earlier_deadlines_than_heavy_ones() {
     let mut snapshot = three_batch_jobs([0; 3]);
-    let turns = 3 * SECOND * 3 / 2;
-    assert_eq!(deadline(&snapshot, slot(1), 0), turns, "nobody has used anything");
-    for (index, usage) in [6, 6, 6].into_iter().enumerate() {
-        snapshot.slots[index].usage = usage * SECOND;
+    snapshot.settings.deadline = 30 * SECOND;
+    let far = 30 * SECOND;
+    assert_eq!(deadline(&snapshot, slot(1), 0), far, "nobody has used anything");
+    for index in 0..3 {
+        snapshot.slots[index].usage = 6 * SECOND;
     }
-    assert_eq!(deadline(&snapshot, slot(1), 0), turns);
-    snapshot.slots[1].usage = 0;
-    assert_eq!(deadline(&snapshot, slot(1), 0), 0, "at once");
-    // The mean is 4.5 s then, and this one has used 2/3 of half of it (to the thousandth).
-    snapshot.slots[1].usage = 1_500 * MILLISECOND;
-    assert_eq!(deadline(&snapshot, slot(1), 0), turns * 666 / 1_000);
+    assert_eq!(deadline(&snapshot, slot(1), 5), far + 5);
+    snapshot.slots[1].usage = 500 * MILLISECOND;
+    assert_eq!(deadline(&snapshot, slot(1), 0), 0, "less than an eighth of the mean: at once");
+    // The mean is 4.4 s then, and this one has used 2.18 eighths of it, so it is 0.394 of the way from 1 to 4.
+    snapshot.slots[1].usage = 1_200 * MILLISECOND;
+    assert_eq!(deadline(&snapshot, slot(1), 0), far * 393 / 1_000);
     for (usage, why) in [(4, "more than half of the mean"), (60, "and no farther")] {
         snapshot.slots[1].usage = usage * SECOND;
-        assert_eq!(deadline(&snapshot, slot(1), 0), turns, "{why}");
+        assert_eq!(deadline(&snapshot, slot(1), 0), far, "{why}");
     }
-    snapshot.slots[1].usage = 15 * SECOND;
+    snapshot.slots[1].usage = 12 * SECOND;
     snapshot.slots[1].weight = 1_000;
-    assert_eq!(deadline(&snapshot, slot(1), 0), turns * 666 / 1_000, "ten times the weight");
+    assert_eq!(deadline(&snapshot, slot(1), 0), far * 393 / 1_000, "ten times the weight");
+}
+
+#[test]
+fn the_first_waiter_may_fill_what_room_is_left() {
+    // The holder has all of its 6; the waiters come after it.
+    let clients = [(Phase::Running, 6, 6, 1), (Phase::Waiting, 8, 1, 2), (Phase::Waiting, 8, 0, 3)];
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    assert_eq!(snapshot.free, 3);
+    assert_eq!(prefetch(&snapshot, slot(1)), 3);
+    assert_eq!(prefetch(&snapshot, slot(2)), 0, "not the next");
+    assert_eq!(prefetch(&snapshot, slot(0)), 0, "runs");
+    snapshot.slots[1].demand = 2;
+    assert_eq!(prefetch(&snapshot, slot(1)), 1, "all that it lacks");
+    snapshot.slots[1].demand = 8;
+    snapshot.slots[0].demand = 8;
+    assert_eq!(prefetch(&snapshot, slot(1)), 1, "the holder has grown");
+    snapshot.slots[0].demand = 10;
+    assert_eq!(prefetch(&snapshot, slot(1)), 0);
 }
 
 fn any_phase() -> impl Strategy<Value = Phase> {
@@ -336,6 +382,20 @@ proptest! {
         prop_assert_eq!(given, lacking(&snapshot));
         for (slot, view) in snapshot.clients() {
             prop_assert!(evict_share(&snapshot, slot) <= view.evictable());
+        }
+    }
+
+    /// Who fills ahead of its turn takes nothing that those who run lack, and only one does.
+    #[test]
+    fn prefetching_is_in_nobodys_way(snapshot in honest(), now: u64) {
+        let mut snapshot = snapshot;
+        snapshot.admitted = admit(&snapshot, now);
+        let ahead: Vec<_> = snapshot.clients().map(|(slot, _)| prefetch(&snapshot, slot)).filter(|room| *room > 0).collect();
+        prop_assert!(ahead.len() <= 1);
+        if let Some(room) = ahead.first() {
+            prop_assert_eq!(lacking(&snapshot), 0);
+            snapshot.free -= *room as i32;
+            prop_assert_eq!(lacking(&snapshot), 0);
         }
     }
 

@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--iterations", type=int, default=4_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sync-every", type=int, default=0, help="wait for the GPU after so many iterations")
-    parser.add_argument("--barrier", help="a file: start when --parties processes have reached it")
+    parser.add_argument("--barrier", help="a file: start when --parties processes have reached it, and check when all are through")
     parser.add_argument("--parties", type=int, default=1)
     arguments = parser.parse_args()
     n, seed = arguments.n, arguments.seed
@@ -61,6 +61,8 @@ def main():
             torch.cuda.synchronize()
     torch.cuda.synchronize()
     end = time.monotonic()
+    # What is checked is no part of the job: it waits until nobody is measured any more.
+    barrier(arguments.barrier and arguments.barrier + "-end", arguments.parties)
 
     after = (checksum(x), checksum(y), checksum(z))
     rows = torch.tensor([0, n // 2, n - 1])
@@ -71,6 +73,7 @@ def main():
         json.dumps(
             {
                 "seed": seed,
+                "pid": os.getpid(),
                 "iterations": arguments.iterations,
                 "right": right,
                 "setup_s": ready - began,

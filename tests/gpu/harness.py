@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import queue
+import re
 import resource
 import shutil
 import signal
@@ -38,6 +39,38 @@ def last_object(text):
             except ValueError:
                 continue
     return None
+
+
+SLICE = re.compile(r"nvshare\[(\d+)\].* DEBUG drained in .*at_ns=(\d+) ran_ns=(\d+) drained_ns=(\d+)")
+
+
+class Slice:
+    """A slice that is over, as the client's debug log tells: from `began` to `ended`, then drained in `drained`; s, on
+    the clock of time.monotonic()."""
+
+    def __init__(self, pid, at_ns, ran_ns, drained_ns):
+        self.pid, self.ended, self.ran, self.drained = int(pid), int(at_ns) / 1e9, int(ran_ns) / 1e9, int(drained_ns) / 1e9
+        self.began = self.ended - self.ran
+
+
+def slices(log):
+    """The slices in a debug log (NVSHARE_LOG=debug) of any number of clients, in order."""
+    found = (SLICE.search(line) for line in log)
+    return sorted((Slice(*line.groups()) for line in found if line), key=lambda one: one.ended)
+
+
+def jain(shares):
+    """Jain's index: 1 if all shares are equal, 1/n if one has everything (Jain, Chiu and Hawe, DEC-TR-301, 1984)."""
+    squares = len(shares) * sum(share**2 for share in shares)
+    return sum(shares) ** 2 / squares if squares else 1.0
+
+
+def fairness(done, clients, window):
+    """Jain's index over the GPU time of `clients` in each window of so many slices."""
+    return [
+        jain([sum(one.ran for one in done[first : first + window] if one.pid == client) for client in clients])
+        for first in range(len(done) - window + 1)
+    ]
 
 
 class Arbiter:

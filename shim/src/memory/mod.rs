@@ -350,6 +350,18 @@ impl Memory {
         self.take(missing).map(|(place, backing)| (place, backing, false))
     }
 
+    /// Takes a chunk that was evicted, is to come home to the GPU and has no more than `room` granules, marking it as
+    /// moving.
+    pub fn next_evicted(&mut self, room: Granules) -> Option<(Place, HostCopy)> {
+        let fits = |chunk: &Chunk| {
+            matches!(chunk.backing, Backing::Evicted(_)) && chunk.granules() <= room && !chunk.spill
+        };
+        match self.take(fits)? {
+            (place, Backing::Evicted(copy)) => Some((place, copy)),
+            _ => unreachable!("just matched"),
+        }
+    }
+
     /// Takes the next chunk that is in host memory for want of room, marking it as moving.
     pub fn next_overflow(&mut self) -> Option<(Place, CUmemGenericAllocationHandle)> {
         match self.take(|chunk| matches!(chunk.backing, Backing::Overflow(_)) && !chunk.fixed)? {
