@@ -264,6 +264,24 @@ fn light_users_have_earlier_deadlines_than_heavy_ones() {
 }
 
 #[test]
+fn a_slice_can_end_when_the_quantum_is_over_though_nobody_waits_yet() {
+    let mut snapshot = three_batch_jobs([20; 3]);
+    snapshot.slots[0].slice_start = 7 * SECOND;
+    assert!(slice_end(&snapshot, slot(0)) > Some(8 * SECOND));
+    assert_eq!(earliest_end(&snapshot, slot(0)), Some(8 * SECOND));
+    for waiter in [1, 2] {
+        snapshot.slots[waiter].phase = Phase::Idle;
+    }
+    assert_eq!(slice_end(&snapshot, slot(0)), None);
+    assert_eq!(earliest_end(&snapshot, slot(0)), Some(8 * SECOND), "one may come");
+    assert_eq!(earliest_end(&snapshot, slot(1)), None, "has no slice");
+    for waiter in [1, 2] {
+        snapshot.slots[waiter].demand = 1;
+    }
+    assert_eq!(earliest_end(&snapshot, slot(0)), None, "all fit");
+}
+
+#[test]
 fn the_first_waiter_may_fill_what_room_is_left() {
     // The holder has all of its 6; the waiters come after it.
     let clients = [(Phase::Running, 6, 6, 1), (Phase::Waiting, 8, 1, 2), (Phase::Waiting, 8, 0, 3)];
