@@ -129,11 +129,18 @@ pub struct Settings {
     pub idle_grace: Nanos,
     /// How far away, in ns, the deadline of a client is at most that begins to wait.
     pub deadline: Nanos,
+    /// How long, in ns, the work that a holder has in flight may take while its slice can end; 0: any time.
+    pub drain_target: Nanos,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { quantum: Quantum::default(), idle_grace: 5 * MILLISECOND, deadline: 60 * SECOND }
+        Self {
+            quantum: Quantum::default(),
+            idle_grace: 5 * MILLISECOND,
+            deadline: 60 * SECOND,
+            drain_target: 50 * MILLISECOND,
+        }
     }
 }
 
@@ -190,6 +197,7 @@ pub struct Header {
     longest_milli: AtomicU32,
     _after_longest: Padding<4>,
     deadline: AtomicU64,
+    drain_target: AtomicU64,
 
     pub(crate) arbiter_pid: AtomicU32,
     /// How many arbiters this page has had.
@@ -199,7 +207,7 @@ pub struct Header {
     pub(crate) audits: AtomicU64,
     pub(crate) repaired: AtomicU64,
     pub(crate) reaped: AtomicU64,
-    _to_the_next_line: Padding<88>,
+    _to_the_next_line: Padding<80>,
 
     pub(crate) free: Line,
     pub(crate) lock: Line,
@@ -418,6 +426,7 @@ impl Page {
             quantum,
             idle_grace: header.idle_grace.load(Ordering::Relaxed),
             deadline: header.deadline.load(Ordering::Relaxed),
+            drain_target: header.drain_target.load(Ordering::Relaxed),
         }
     }
 
@@ -439,6 +448,7 @@ impl Page {
         }
         header.idle_grace.store(settings.idle_grace, Ordering::Relaxed);
         header.deadline.store(settings.deadline, Ordering::Relaxed);
+        header.drain_target.store(settings.drain_target, Ordering::Relaxed);
     }
 
     /// The link's bandwidth, bytes a second, measured or as first guessed; never 0.
@@ -574,6 +584,7 @@ impl Page {
                 longest_milli: half(),
                 _after_longest: Padding::new(),
                 deadline: word(),
+                drain_target: word(),
                 arbiter_pid: half(),
                 arbiter_generation: half(),
                 heartbeat: word(),

@@ -49,6 +49,9 @@ pub struct Options {
     /// Who has waited this long has the GPU next: whoever runs then does so for the shortest slice
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     pub deadline: Nanos,
+    /// While a slice can end, its holder has no more work in flight than takes this long; 0s: any
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = time)]
+    pub drain_target: Nanos,
     /// A holder without work for this long gives way to a waiter
     #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = time)]
     pub idle_grace: Nanos,
@@ -151,7 +154,12 @@ impl Options {
                 max: self.quantum_max.max(self.quantum_min),
             },
         };
-        Settings { quantum, idle_grace: self.idle_grace, deadline: self.deadline }
+        Settings {
+            quantum,
+            idle_grace: self.idle_grace,
+            deadline: self.deadline,
+            drain_target: self.drain_target,
+        }
     }
 }
 

@@ -545,6 +545,7 @@ impl Shared {
     pub fn release_context(&self, context: CUcontext) {
         let _ = self.wait_for_work();
         self.streams.remove_context(context);
+        crate::flow::forget();
         // Nothing of it may be on its way.
         let regions = self.memory_at_rest().remove_context(context);
         regions.into_iter().for_each(|region| self.dispose(region));

@@ -7,11 +7,14 @@
 use crate::abi::*;
 use crate::device::Shared;
 use crate::drain::Mark;
+use crate::flow;
 use crate::session::{self, CaptureHold};
+use crate::settings::settings;
 use crate::swap::{Swap, SwapError};
 use crate::together;
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
+use nvshare::policy;
 use nvshare::sync::now;
 use nvshare::units::{Granules, MILLISECOND, Nanos, bytes_of, format_nanos};
 use nvshare::{Client, Phase};
@@ -57,7 +60,8 @@ fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
     match begun {
         Ok(swap) => {
             let (idle, growing) = Default::default();
-            Engine { shared, client, swap, idle, drained_at: 0, growing, grown_for: 0 }.run()
+            let flow_control = settings().is_ok_and(|settings| settings.flow_control);
+            Engine { shared, client, swap, idle, flow_control, drained_at: 0, growing, grown_for: 0 }.run()
         }
         Err(error) => {
             tracing::error!(%gpu, "the engine could not start: {error}");
@@ -129,6 +133,7 @@ struct Engine {
     client: Client<MappedPage>,
     swap: Swap,
     idle: Idle,
+    flow_control: bool,
     /// When it was last through with draining, ns.
     drained_at: Nanos,
     growing: Arc<AtomicBool>,
@@ -174,6 +179,7 @@ impl Engine {
     /// that is bound to it is made anew in one of those. Nothing is being copied now.
     fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
         self.idle.mark = None;
+        flow::forget();
         self.swap.move_to(context)?;
         self.shared.at_home(context);
         tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
@@ -227,6 +233,7 @@ impl Engine {
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
+                self.limit();
                 if self.client.awaited() {
                     match self.look_idle() {
                         Use::Idle => return self.give_way(false),
@@ -256,6 +263,16 @@ impl Engine {
             _ => until,
         };
         self.page().wait_doorbell(self.slot(), seen, until);
+    }
+
+    /// While its slice can end, the work in flight is held to the drain target.
+    fn limit(&self) {
+        let target = self.page().settings().drain_target;
+        if target == 0 || !self.flow_control {
+            return;
+        }
+        let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
+        flow::limit(self.shared.gpu, policy::earliest_end(&snapshot, self.slot()), target);
     }
 
     /// An allocation found no room, and shut the gate.
@@ -302,7 +319,7 @@ impl Engine {
         let gate = session::gate();
         let passes = gate.passes();
         // Who stands before the gate is about to have all GPUs.
-        if passes != self.idle.passes || gate.occupied() || gate.waiting() > 0 {
+        if passes != self.idle.passes || gate.occupied() || gate.waiting() > 0 || flow::holds_somebody() {
             self.idle.passes = passes;
             self.idle.since = time;
             self.idle.mark = None;
@@ -348,6 +365,7 @@ impl Engine {
                 together::ready(self.shared.gpu);
             }
         }
+        flow::end(self.shared.gpu);
         self.shared.memory().open = false;
         let ran = self.client.drain();
         let began = now();
@@ -435,6 +453,7 @@ impl Engine {
     fn leave(mut self) {
         together::out(self.shared.gpu);
         session::gate().shut();
+        flow::end(self.shared.gpu);
         let _ = together::mark().wait();
         self.idle.mark = None;
         let regions = {

@@ -18,6 +18,9 @@ use nvshare::sync::{
 
 const OPEN: u32 = 0;
 const SHUT: u32 = 1;
+/// Open, and whoever wants in is to keep the pace first ([`crate::flow`]): [`Gate::try_enter`] says no, so that those who
+/// pass an open gate pay nothing for it.
+const LIMITED: u32 = 2;
 
 /// One thread's announcement: odd while it is inside. Padded, because it is written all the time.
 #[repr(align(128))]
@@ -75,13 +78,18 @@ impl Gate {
         lane
     }
 
-    /// Goes in if the gate is open. Only the lane's own thread may call it, from outside.
+    /// Goes in if the gate is open and nobody limits who passes. Only the lane's own thread may call it, from outside.
     #[inline]
     pub fn try_enter(&self, lane: &Lane) -> bool {
+        self.enter_if(lane, |state| state == OPEN)
+    }
+
+    #[inline]
+    fn enter_if(&self, lane: &Lane, may: impl Fn(u32) -> bool) -> bool {
         let passes = lane.passes.load(Ordering::Relaxed);
         lane.passes.store(passes.wrapping_add(1), Ordering::Relaxed);
         light_barrier();
-        if self.state.load(Ordering::Acquire) == OPEN {
+        if may(self.state.load(Ordering::Acquire)) {
             return true;
         }
         self.leave(lane);
@@ -89,9 +97,9 @@ impl Gate {
     }
 
     /// Goes in, waiting until the gate opens; `knock` is called before each wait, to tell the engine
-    /// that somebody wants in.
+    /// that somebody wants in. Whoever calls it has kept the pace, if there is one.
     pub fn enter(&self, lane: &Lane, knock: impl Fn()) {
-        while !self.try_enter(lane) {
+        while !self.enter_if(lane, |state| state != SHUT) {
             self.waiting.fetch_add(1, Ordering::AcqRel);
             knock();
             park(&self.state, SHUT);
@@ -144,9 +152,24 @@ impl Gate {
         unpark_all(&self.state);
     }
 
+    /// Has everybody keep the pace who goes in from now on, if the gate is open.
+    pub fn limit(&self) {
+        let _ = self.state.compare_exchange(OPEN, LIMITED, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Takes [`Gate::limit`] back.
+    pub fn unlimit(&self) {
+        let _ = self.state.compare_exchange(LIMITED, OPEN, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Whether the gate is open, and whoever goes in keeps the pace.
+    pub fn is_limited(&self) -> bool {
+        self.state.load(Ordering::Relaxed) == LIMITED
+    }
+
     /// Whether the gate is open.
     pub fn is_open(&self) -> bool {
-        self.state.load(Ordering::Acquire) == OPEN
+        self.state.load(Ordering::Acquire) != SHUT
     }
 
     /// How many threads stand before the shut gate.

@@ -35,6 +35,7 @@ mod device;
 mod drain;
 mod driver;
 mod engine;
+mod flow;
 mod gate;
 mod hooks;
 mod hostpool;

@@ -28,6 +28,8 @@ pub struct Settings {
     /// NVSHARE_ENABLE_SINGLE_OVERSUB: one process may allocate more than the GPU has; the rest lies in host
     /// memory.
     pub oversubscribe: bool,
+    /// NVSHARE_FLOW_CONTROL: whether work in flight is held to the drain target while a slice can end.
+    pub flow_control: bool,
 }
 
 impl Settings {
@@ -87,13 +89,24 @@ impl Settings {
                 "NVSHARE_ENABLE_SINGLE_OVERSUB",
                 "write 1 to let one process allocate more than the GPU has, or 0",
                 false,
-                |text| match text {
-                    "" | "0" => Some(false),
-                    "1" => Some(true),
-                    _ => None,
-                },
+                |text| if text.is_empty() { Some(false) } else { switch(text) },
+            )?,
+            flow_control: parse(
+                get("NVSHARE_FLOW_CONTROL"),
+                "NVSHARE_FLOW_CONTROL",
+                "write 0 to let work in flight grow while others wait, or 1",
+                true,
+                |text| if text.is_empty() { Some(true) } else { switch(text) },
             )?,
         })
+    }
+}
+
+fn switch(text: &str) -> Option<bool> {
+    match text {
+        "0" => Some(false),
+        "1" => Some(true),
+        _ => None,
     }
 }
 
@@ -131,6 +144,7 @@ mod tests {
             ("NVSHARE_HOST_MEMORY", "lots"),
             ("NVSHARE_DISABLE", "yes"),
             ("NVSHARE_ENABLE_SINGLE_OVERSUB", "maybe"),
+            ("NVSHARE_FLOW_CONTROL", "on"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");

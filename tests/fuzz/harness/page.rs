@@ -401,5 +401,5 @@ fn settings(whom: u8, value: u64) -> Settings {
             max: value.rotate_left(16),
         },
     };
-    Settings { quantum, idle_grace: value, deadline: value.rotate_left(32) }
+    Settings { quantum, idle_grace: value, deadline: value.rotate_left(32), drain_target: value }
 }

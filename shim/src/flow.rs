@@ -1,0 +1,342 @@
+//! Flow control: how much work is in flight, so that a drain is short.
+//!
+//! Launches are asynchronous, and the driver takes hundreds of them ahead of the GPU: of kernels of 3 ms, seconds. A
+//! client whose slice may end must not have more in flight than takes the *drain target*, and the GPU must never wait
+//! for the client. So, while its slice can end ([`nvshare::policy::earliest_end`]), every submission passes here
+//! ([`Gate::limit`](crate::gate::Gate::limit)); while everybody's memory fits, none does, and nothing is paid.
+//!
+//! ```text
+//!   done            marks: the work up to here is done, when the GPU says so          submitted
+//!    │──────|──────|──────|──────|──────|──────|──────|──────|──────|──────|───────────────│
+//!    └─────────── backlog: so many submissions, times what each has taken of late ─────────┘
+//!           at most the drain target, and what is left of the slice until it can end
+//! ```
+//!
+//! A mark is an event behind all work so far ([`crate::drain`]), so streams, graphs and copies need nothing of their own.
+//! There are about sixteen in a full backlog. What a submission takes is the time between marks that were seen to be
+//! passed, over the submissions between them, in times in which the GPU was never without work; the longest of the last
+//! few counts. Only the GPU's progress is looked at: an application that waits for the GPU, however long and however
+//! often, is one with a small backlog.
+//!
+//! Whoever would make the backlog too long waits until half of it is done, or, of one that is mostly a single kernel,
+//! most of it: the GPU still has work then. A kernel that is submitted when the backlog in front of it is within the
+//! bound ends at most its own length after it, so a drain takes at most the target and one kernel.
+
+use crate::drain::Mark;
+use crate::session;
+use crate::together;
+use nvshare::sync::now;
+use nvshare::units::{GpuUuid, MILLISECOND, Nanos};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+/// Parts of a full backlog between two marks.
+const PARTS: u64 = 16;
+
+/// The most marks that are looked at.
+const MOST_MARKS: usize = 64;
+
+/// Submissions that may be in flight while nobody knows how long one takes. Never one: the GPU would wait for the client
+/// after each.
+const UNKNOWN: u64 = 2;
+
+/// How often somebody who waits looks at least, ns, of a backlog that nobody knows.
+const LOOK: Nanos = MILLISECOND / 2;
+
+/// A moment in the submitted work that the GPU comes to.
+pub trait Moment {
+    /// Whether it has.
+    fn is_past(&self) -> bool;
+}
+
+impl Moment for Mark {
+    fn is_past(&self) -> bool {
+        self.is_done()
+    }
+}
+
+/// What somebody who wants to submit does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// Submits.
+    Go,
+    /// Marks the work so far, says so with [`Pace::marked`], and asks again.
+    Mark,
+    /// Waits, at most until this time, ns, and asks again.
+    Wait(Nanos),
+}
+
+/// What a submission took in the last few stretches of work, ns.
+#[derive(Debug, Clone, Copy)]
+struct Each {
+    last: [Nanos; 4],
+    next: usize,
+    known: bool,
+}
+
+impl Each {
+    const UNKNOWN: Self = Self { last: [0; 4], next: 0, known: false };
+
+    /// The longest of them.
+    fn get(&self) -> Option<Nanos> {
+        self.known.then(|| self.last.iter().copied().max().unwrap_or(0).max(1))
+    }
+
+    /// So many took so long. If the GPU may have been without work for a part of that, it says only that they took no
+    /// longer.
+    fn observe(&mut self, count: u64, took: Nanos, busy: bool) {
+        let each = took / count;
+        if busy && self.known {
+            self.last[self.next] = each;
+            self.next = (self.next + 1) % self.last.len();
+        } else if self.get().is_none_or(|known| each < known) {
+            self.last = [each; 4];
+            self.known = true;
+        }
+    }
+}
+
+/// The pace at which a process submits, while its slice can end.
+pub struct Pace<M> {
+    target: Nanos,
+    /// When its slice can end, ns.
+    until: Nanos,
+    submitted: u64,
+    /// The first is behind what was submitted before anybody counted.
+    marks: VecDeque<(u64, M)>,
+    marked: u64,
+    /// Submissions that are done, when that was seen, and whether the GPU had more to do then.
+    done: u64,
+    done_at: Nanos,
+    busy: bool,
+    each: Each,
+    /// Submissions that may go without another look.
+    credit: u64,
+    /// The backlog was too long, and is not yet short enough.
+    held: bool,
+}
+
+impl<M: Moment> Pace<M> {
+    /// With what is in flight already: `mark` is behind it. What a submission takes is known from before, if it is.
+    fn new(target: Nanos, until: Nanos, each: Each, mark: Option<M>, time: Nanos) -> Self {
+        let marks = mark.into_iter().map(|mark| (0, mark)).collect();
+        Self {
+            target,
+            until,
+            submitted: 0,
+            marks,
+            marked: 0,
+            done: 0,
+            done_at: time,
+            busy: false,
+            each,
+            credit: 0,
+            held: false,
+        }
+    }
+
+    /// The slice can end at another time, ns.
+    pub fn limit(&mut self, until: Nanos) {
+        if until != self.until {
+            self.until = until;
+            self.credit = 0;
+        }
+    }
+
+    /// The marks mean nothing any more: a context has gone. What it had in flight is done.
+    pub fn forget(&mut self) {
+        self.marks.clear();
+        (self.done, self.marked) = (self.submitted, self.submitted);
+        (self.busy, self.credit) = (false, 0);
+    }
+
+    /// How long the backlog may be, ns. An eighth less than what is asked for, for what is not foreseen.
+    fn bound(&self, time: Nanos) -> Nanos {
+        (self.target - self.target / 8).saturating_add(self.until.saturating_sub(time))
+    }
+
+    /// Sees what is done.
+    fn look(&mut self, time: Nanos) {
+        let before = self.done;
+        let mut passed = None;
+        while self.marks.front().is_some_and(|(_, mark)| mark.is_past()) {
+            passed = self.marks.pop_front().map(|(count, _)| count);
+        }
+        let Some(count) = passed else { return };
+        if count > before {
+            self.each.observe(count - before, time.saturating_sub(self.done_at), self.busy);
+        }
+        (self.done, self.done_at, self.busy) = (count, time, !self.marks.is_empty());
+    }
+
+    /// How long the GPU has work for, ns, if each submission takes so long. The stretch that is under way counts less with time,
+    /// but not less than nothing: it may take longer than foreseen, and what is behind it has not begun.
+    fn backlog(&self, each: Nanos, time: Nanos) -> Nanos {
+        let first = self.marks.front().map_or(self.submitted, |(count, _)| *count);
+        let under_way =
+            (first - self.done).saturating_mul(each).saturating_sub(time.saturating_sub(self.done_at));
+        under_way.saturating_add((self.submitted - first).saturating_mul(each))
+    }
+
+    /// What a submission does now. [`Turn::Go`] counts it.
+    pub fn next(&mut self, time: impl Fn() -> Nanos) -> Turn {
+        if self.credit > 0 {
+            self.credit -= 1;
+            self.submitted += 1;
+            return Turn::Go;
+        }
+        let time = time();
+        self.look(time);
+        let unmarked = self.submitted - self.marked;
+        // Something that was in flight before anybody counted still is: nobody knows how much.
+        let unknown_before = self.marks.front().is_some_and(|(count, _)| *count == 0) && self.done == 0;
+        let Some(each) = self.each.get() else {
+            return match () {
+                () if unmarked > 0 && self.marks.len() < MOST_MARKS => Turn::Mark,
+                () if self.submitted - self.done >= UNKNOWN => Turn::Wait(time + LOOK),
+                () => self.go(),
+            };
+        };
+        let bound = self.bound(time);
+        let part = (bound / PARTS / each).max(1);
+        if unmarked >= part && self.marks.len() < MOST_MARKS {
+            return Turn::Mark;
+        }
+        let backlog = self.backlog(each, time);
+        let enough = if self.held || unknown_before { bound / 2 } else { bound };
+        self.held = backlog > enough;
+        if self.held {
+            let longest = (bound / PARTS).max(each / 64);
+            return Turn::Wait(time + (backlog - bound / 2).clamp(LOOK / 8, longest.max(LOOK / 8)));
+        }
+        self.credit = ((enough - backlog) / each).min(part - unmarked.min(part)).saturating_sub(1);
+        self.go()
+    }
+
+    fn go(&mut self) -> Turn {
+        self.submitted += 1;
+        Turn::Go
+    }
+
+    /// So many were submitted when they were asked for the mark; `mark` is behind them.
+    pub fn marked(&mut self, count: u64, mark: M) {
+        if count > self.marked {
+            self.marked = count;
+            self.marks.push_back((count, mark));
+        }
+    }
+
+    /// Submissions so far.
+    pub fn submitted(&self) -> u64 {
+        self.submitted
+    }
+}
+
+/// The process's pace, and when the slice of each of its GPUs can end.
+struct Flow {
+    pace: Option<Pace<Mark>>,
+    /// As it was at the end of the last slice.
+    each: Each,
+    ends: Vec<(GpuUuid, Nanos)>,
+}
+
+static FLOW: Mutex<Flow> = Mutex::new(Flow { pace: None, each: Each::UNKNOWN, ends: Vec::new() });
+static CHANGED: Condvar = Condvar::new();
+
+/// Threads that wait here.
+static HELD: AtomicU32 = AtomicU32::new(0);
+/// How often a thread has.
+static HOLDS: AtomicU64 = AtomicU64::new(0);
+
+fn flow() -> MutexGuard<'static, Flow> {
+    FLOW.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Says when the slice of a GPU can end, ns, or that it cannot. Called by the GPU's engine, while it runs.
+pub fn limit(gpu: GpuUuid, end: Option<Nanos>, target: Nanos) {
+    let mut flow = flow();
+    flow.ends.retain(|(known, _)| *known != gpu);
+    flow.ends.extend(end.map(|end| (gpu, end)));
+    let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return stop(flow) };
+    if let Some(pace) = &mut flow.pace {
+        pace.limit(until);
+        drop(flow);
+    } else {
+        drop(flow);
+        // Not under the lock: it takes others.
+        let mark = session::with_no_capture(together::mark);
+        let Flow { pace, each, .. } = &mut *self::flow();
+        pace.get_or_insert_with(|| Pace::new(target, until, *each, mark, now()));
+    }
+    session::gate().limit();
+}
+
+/// The slice of this GPU is over, or the process uses it no more.
+pub fn end(gpu: GpuUuid) {
+    let mut flow = flow();
+    flow.ends.retain(|(known, _)| *known != gpu);
+    if flow.ends.is_empty() {
+        stop(flow);
+    }
+}
+
+fn stop(mut flow: MutexGuard<'_, Flow>) {
+    let Some(pace) = flow.pace.take() else { return };
+    flow.each = pace.each;
+    drop(flow);
+    session::gate().unlimit();
+    CHANGED.notify_all();
+}
+
+/// A context is about to be destroyed, and its events with it.
+pub fn forget() {
+    if let Some(pace) = &mut flow().pace {
+        pace.forget();
+    }
+}
+
+/// Waits until a submission may go. Outside the gate: it may be shut meanwhile.
+#[cold]
+pub fn pace() {
+    let mut flow = flow();
+    while let Some(pace) = &mut flow.pace {
+        match pace.next(now) {
+            Turn::Go => return,
+            Turn::Mark => {
+                let count = pace.submitted();
+                drop(flow);
+                // Nothing is counted while a recording is open: what is recorded is no work yet.
+                let Some(mark) = session::with_no_capture(together::mark) else { return };
+                flow = self::flow();
+                if let Some(pace) = &mut flow.pace {
+                    pace.marked(count, mark);
+                }
+            }
+            Turn::Wait(until) => {
+                if !session::gate().is_limited() {
+                    return;
+                }
+                HELD.fetch_add(1, Ordering::Relaxed);
+                HOLDS.fetch_add(1, Ordering::Relaxed);
+                let rest = Duration::from_nanos(until.saturating_sub(now()));
+                flow = CHANGED.wait_timeout(flow, rest).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+                HELD.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Whether a thread waits here.
+pub fn holds_somebody() -> bool {
+    HELD.load(Ordering::Relaxed) > 0
+}
+
+/// How often threads have waited here.
+pub fn holds() -> u64 {
+    HOLDS.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,204 @@
+//! The pace on a GPU that does one kernel after the other.
+
+use super::*;
+use nvshare::units::SECOND;
+use proptest::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+const TARGET: Nanos = 50 * MILLISECOND;
+const MICROSECOND: Nanos = 1_000;
+/// What a launch takes its thread, ns.
+const LAUNCH: Nanos = 2 * MICROSECOND;
+
+/// A GPU, and the one thread that submits to it.
+#[derive(Default)]
+struct Gpu {
+    time: Cell<Nanos>,
+    /// When each kernel is through.
+    ends: RefCell<Vec<Nanos>>,
+    worked: Cell<Nanos>,
+}
+
+/// Behind so many kernels.
+struct Behind(Rc<Gpu>, usize);
+
+impl Moment for Behind {
+    fn is_past(&self) -> bool {
+        self.1 == 0 || self.0.ends.borrow()[self.1 - 1] <= self.0.time.get()
+    }
+}
+
+impl Gpu {
+    fn mark(self: &Rc<Self>) -> Behind {
+        Behind(self.clone(), self.ends.borrow().len())
+    }
+
+    fn launch(&self, length: Nanos) {
+        self.time.set(self.time.get() + LAUNCH);
+        let begins = self.last_end().max(self.time.get());
+        self.ends.borrow_mut().push(begins + length);
+        self.worked.set(self.worked.get() + length);
+    }
+
+    fn last_end(&self) -> Nanos {
+        self.ends.borrow().last().copied().unwrap_or(0)
+    }
+
+    /// How long a drain takes now.
+    fn drain(&self) -> Nanos {
+        self.last_end().saturating_sub(self.time.get())
+    }
+}
+
+/// A process that launches as fast as it may.
+struct Process {
+    gpu: Rc<Gpu>,
+    pace: Pace<Behind>,
+    longest_drain: Nanos,
+    waits: u64,
+}
+
+impl Process {
+    fn new(until: Nanos, each: Each) -> Self {
+        let gpu = Rc::<Gpu>::default();
+        let pace = Pace::new(TARGET, until, each, Some(gpu.mark()), 0);
+        Self { gpu, pace, longest_drain: 0, waits: 0 }
+    }
+
+    /// Until the time `end`, ns, kernels of the lengths that `length` gives.
+    fn runs(&mut self, end: Nanos, mut length: impl FnMut() -> Nanos) {
+        while self.gpu.time.get() < end {
+            let time = self.gpu.time.get();
+            match self.pace.next(|| time) {
+                Turn::Go => {
+                    self.gpu.launch(length());
+                    if self.gpu.time.get() >= self.pace.until {
+                        self.longest_drain = self.longest_drain.max(self.gpu.drain());
+                    }
+                }
+                Turn::Mark => {
+                    let count = self.pace.submitted();
+                    self.pace.marked(count, self.gpu.mark());
+                }
+                Turn::Wait(until) => {
+                    assert!(until > time, "it gets on");
+                    self.waits += 1;
+                    self.gpu.time.set(until);
+                }
+            }
+        }
+    }
+
+    /// The part of the time up to `end` in which the GPU worked, and the drain that is left at most.
+    fn share(&self, end: Nanos) -> f64 {
+        let beyond = self.gpu.last_end().saturating_sub(end);
+        (self.gpu.worked.get() - beyond) as f64 / end as f64
+    }
+}
+
+/// Until it is known how long a kernel takes: two are in flight meanwhile.
+fn settles(process: &mut Process, length: Nanos) {
+    process.runs(3 * length, || length);
+    process.longest_drain = 0;
+}
+
+fn runs(length: Nanos, until: Nanos, end: Nanos) -> Process {
+    let mut process = Process::new(until, Each::UNKNOWN);
+    settles(&mut process, length);
+    process.runs(end, || length);
+    process
+}
+
+#[test]
+fn a_drain_takes_the_target_and_one_kernel_at_most_and_the_gpu_always_works() {
+    for length in [5 * MICROSECOND, 5 * MILLISECOND, 500 * MILLISECOND] {
+        let process = runs(length, 0, 20 * SECOND);
+        let (drain, share) = (process.longest_drain, process.share(20 * SECOND));
+        assert!(drain <= TARGET + length, "kernels of {length} ns: {drain} ns");
+        assert!(share >= 0.99, "kernels of {length} ns: {share}");
+        assert!(process.waits > 0);
+    }
+}
+
+/// Before its slice can end a process has as much in flight as takes until then.
+#[test]
+fn a_young_slice_has_a_long_backlog() {
+    let mut process = runs(5 * MILLISECOND, 10 * SECOND, 5 * SECOND);
+    assert!(process.gpu.drain() > 3 * SECOND, "{}", process.gpu.drain());
+    process.runs(10 * SECOND, || 5 * MILLISECOND);
+    assert!(process.gpu.drain() <= TARGET + 5 * MILLISECOND, "{}", process.gpu.drain());
+    assert!(process.share(10 * SECOND) > 0.99);
+}
+
+/// A process that waits for the GPU after each kernel, or does something else for a long time, is never held.
+#[test]
+fn who_waits_for_the_gpu_itself_is_not_held() {
+    let mut process = Process::new(0, Each::UNKNOWN);
+    let gpu = process.gpu.clone();
+    for round in 0..1_000 {
+        process.runs(gpu.time.get() + 1, || 3 * MILLISECOND);
+        let thinks = if round % 100 == 99 { SECOND } else { 10 * MICROSECOND };
+        gpu.time.set(gpu.last_end() + thinks);
+    }
+    assert_eq!(process.waits, 0);
+}
+
+#[test]
+fn work_that_was_in_flight_before_is_waited_for() {
+    let gpu = Rc::<Gpu>::default();
+    (0..300).for_each(|_| gpu.launch(10 * MILLISECOND));
+    let (before, time) = (gpu.last_end(), gpu.time.get());
+    let pace = Pace::new(TARGET, 0, Each::UNKNOWN, Some(gpu.mark()), time);
+    let mut process = Process { gpu, pace, longest_drain: 0, waits: 0 };
+    process.runs(before - SECOND, || 10 * MILLISECOND);
+    assert_eq!(process.gpu.ends.borrow().len(), 300 + UNKNOWN as usize);
+    process.longest_drain = 0;
+    process.runs(before + 10 * SECOND, || 10 * MILLISECOND);
+    assert!(process.longest_drain <= SECOND + TARGET);
+    assert!(process.share(before + 10 * SECOND) > 0.99);
+}
+
+#[test]
+fn marks_of_a_context_that_has_gone_are_forgotten() {
+    let mut process = runs(5 * MILLISECOND, 0, SECOND);
+    process.pace.forget();
+    assert_eq!(process.pace.next(|| SECOND), Turn::Go, "nothing is in flight");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Kernels of any length, and of lengths that differ by a half.
+    #[test]
+    fn the_bound_holds(length in 3 * MICROSECOND..SECOND, jitter in 0..50u64, seed: u64) {
+        let mut random = seed | 1;
+        let mut process = Process::new(0, Each::UNKNOWN);
+        settles(&mut process, length + length * jitter / 100);
+        process.runs(10 * SECOND, || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            length + length * ((random >> 33) % (jitter + 1)) / 100
+        });
+        // One kernel, and what the one before it takes longer than was to be foreseen.
+        let longest = length + 2 * length * jitter / 100;
+        prop_assert!(process.longest_drain <= TARGET + longest, "{} ns", process.longest_drain);
+        prop_assert!(process.share(10 * SECOND) >= 0.99 - length as f64 / (10 * SECOND) as f64, "{}", process.share(10 * SECOND));
+    }
+
+    /// For a while everything takes a hundred times as long: another process uses the GPU too, say. It is back at its
+    /// pace as soon as the window that was in flight is done.
+    #[test]
+    fn it_recovers_within_a_window(length in 5 * MICROSECOND..2 * MILLISECOND) {
+        let mut process = Process::new(0, Each::UNKNOWN);
+        process.runs(SECOND, || length);
+        process.runs(3 * SECOND, || 100 * length);
+        let (time, disturbed) = (process.gpu.time.get(), process.gpu.last_end());
+        process.runs(disturbed + TARGET, || length);
+        let before = process.gpu.worked.get() - process.gpu.drain();
+        let from = process.gpu.time.get();
+        process.runs(from + 5 * SECOND, || length);
+        let worked = process.gpu.worked.get() - process.gpu.drain() - before;
+        let share = worked as f64 / (process.gpu.time.get() - from) as f64;
+        prop_assert!(share >= 0.99, "{share} after {time}");
+    }
+}
