@@ -181,13 +181,10 @@ impl<M: Moment> Pace<M> {
     }
 
     /// What a submission does now. [`Turn::Go`] counts it.
-    pub fn next(&mut self, time: impl Fn() -> Nanos) -> Turn {
-        if self.credit > 0 {
-            self.credit -= 1;
-            self.submitted += 1;
+    pub fn next(&mut self, time: Nanos) -> Turn {
+        if self.has_credit() {
             return Turn::Go;
         }
-        let time = time();
         self.look(time);
         let unmarked = self.submitted - self.marked;
         // Something that was in flight before anybody counted still is: nobody knows how much.
@@ -213,6 +210,16 @@ impl<M: Moment> Pace<M> {
         }
         self.credit = ((enough - backlog) / each).min(part - unmarked.min(part)).saturating_sub(1);
         self.go()
+    }
+
+    /// Whether a submission may go without a look at anything. Counts it.
+    pub fn has_credit(&mut self) -> bool {
+        let has = self.credit > 0;
+        if has {
+            self.credit -= 1;
+            self.submitted += 1;
+        }
+        has
     }
 
     fn go(&mut self) -> Turn {
@@ -302,12 +309,17 @@ pub fn forget() {
 pub fn pace() {
     let mut flow = flow();
     while let Some(pace) = &mut flow.pace {
-        match pace.next(now) {
+        if pace.has_credit() {
+            return;
+        }
+        // Nothing is counted while a capture is open: what is captured is no work yet, and to ask whether an event has
+        // passed would ruin it.
+        let Some(turn) = session::with_no_capture(|| pace.next(now())) else { return };
+        match turn {
             Turn::Go => return,
             Turn::Mark => {
                 let count = pace.submitted();
                 drop(flow);
-                // Nothing is counted while a recording is open: what is recorded is no work yet.
                 let Some(mark) = session::with_no_capture(together::mark) else { return };
                 flow = self::flow();
                 if let Some(pace) = &mut flow.pace {

@@ -3,6 +3,7 @@
 //! | function | answer |
 //! |---|---|
 //! | `nvshare_real_address(name)` | the driver's own function, under nvshare too: past the gate |
+//! | `nvshare_holds()` | how often flow control has had a thread wait |
 //! | `nvshare_waiting()` | how many threads stand before the shut gate |
 //! | `nvshare_entry_points()` | the table of entry points, as text |
 
@@ -28,6 +29,12 @@ pub unsafe extern "C" fn nvshare_real_address(name: *const c_char) -> *mut c_voi
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn nvshare_waiting() -> u32 {
     session::gate().waiting()
+}
+
+/// See the module's head.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub extern "C" fn nvshare_holds() -> u64 {
+    crate::flow::holds()
 }
 
 /// The table of entry points. A line for each: exported symbol, what cuGetProcAddress calls it, since which API

@@ -91,6 +91,14 @@ impl Probe {
         Ok(unsafe { waiting() })
     }
 
+    fn holds(&self) -> Result<u64, Failure> {
+        // SAFETY: as above.
+        let found = unsafe { self.0.get::<unsafe extern "C" fn() -> u64>(b"nvshare_holds") };
+        let holds = found.map_err(failed)?;
+        // SAFETY: it takes nothing.
+        Ok(unsafe { holds() })
+    }
+
     /// What a program that is linked with the driver calls.
     fn exported(&self, row: &Row) -> Result<usize, Failure> {
         // SAFETY: only the address is taken.
@@ -278,6 +286,7 @@ impl Caller {
                 self.hold((*data, *seed), |row| looked_up(&library, row))?
             }
             ("waiting", []) => (0, Probe::find().waiting()?.to_string()),
+            ("holds", []) => (0, Probe::find().holds()?.to_string()),
             ("returned", []) => (0, self.held.returned()),
             ("join", []) => std::mem::take(&mut self.held).join(),
             ("illegal", []) => self.illegal()?,
