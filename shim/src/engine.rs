@@ -200,6 +200,8 @@ impl Engine {
         self.swap.quiet = false;
         together::ready(self.shared.gpu);
         drop(memory);
+        // At once: its threads are through the gate, and the driver takes hundreds of launches in a millisecond.
+        self.limit();
         self.idle.since = now();
         tracing::trace!(gpu = %self.shared.gpu, "running");
     }
@@ -221,6 +223,7 @@ impl Engine {
                 return self.client.request();
             }
             Phase::Running => {
+                self.limit();
                 if together::must_give_up(gpu) {
                     return self.give_way(false);
                 }
@@ -233,7 +236,6 @@ impl Engine {
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
-                self.limit();
                 if self.client.awaited() {
                     match self.look_idle() {
                         Use::Idle => return self.give_way(false),

@@ -104,13 +104,14 @@ pub struct Pace<M> {
     /// When its slice can end, ns.
     until: Nanos,
     submitted: u64,
-    /// The first is behind what was submitted before anybody counted.
     marks: VecDeque<(u64, M)>,
     marked: u64,
     /// Submissions that are done, when that was seen, and whether the GPU had more to do then.
     done: u64,
     done_at: Nanos,
     busy: bool,
+    /// A mark has passed, and with it what was in flight before anybody counted.
+    settled: bool,
     each: Each,
     /// Submissions that may go without another look.
     credit: u64,
@@ -119,18 +120,19 @@ pub struct Pace<M> {
 }
 
 impl<M: Moment> Pace<M> {
-    /// With what is in flight already: `mark` is behind it. What a submission takes is known from before, if it is.
-    fn new(target: Nanos, until: Nanos, each: Each, mark: Option<M>, time: Nanos) -> Self {
-        let marks = mark.into_iter().map(|mark| (0, mark)).collect();
+    /// Of a process that may have work in flight already, nobody knows how much. What a submission takes is known from
+    /// before, if it is.
+    fn new(target: Nanos, until: Nanos, each: Each, time: Nanos) -> Self {
         Self {
             target,
             until,
             submitted: 0,
-            marks,
+            marks: VecDeque::new(),
             marked: 0,
             done: 0,
             done_at: time,
             busy: false,
+            settled: false,
             each,
             credit: 0,
             held: false,
@@ -165,10 +167,12 @@ impl<M: Moment> Pace<M> {
             passed = self.marks.pop_front().map(|(count, _)| count);
         }
         let Some(count) = passed else { return };
-        if count > before {
+        // The first has waited for what was in flight before.
+        if self.settled {
             self.each.observe(count - before, time.saturating_sub(self.done_at), self.busy);
         }
         (self.done, self.done_at, self.busy) = (count, time, !self.marks.is_empty());
+        self.settled = true;
     }
 
     /// How long the GPU has work for, ns, if each submission takes so long. The stretch that is under way counts less with time,
@@ -187,8 +191,6 @@ impl<M: Moment> Pace<M> {
         }
         self.look(time);
         let unmarked = self.submitted - self.marked;
-        // Something that was in flight before anybody counted still is: nobody knows how much.
-        let unknown_before = self.marks.front().is_some_and(|(count, _)| *count == 0) && self.done == 0;
         let Some(each) = self.each.get() else {
             return match () {
                 () if unmarked > 0 && self.marks.len() < MOST_MARKS => Turn::Mark,
@@ -202,7 +204,7 @@ impl<M: Moment> Pace<M> {
             return Turn::Mark;
         }
         let backlog = self.backlog(each, time);
-        let enough = if self.held || unknown_before { bound / 2 } else { bound };
+        let enough = if self.held || !self.settled { bound / 2 } else { bound };
         self.held = backlog > enough;
         if self.held {
             let longest = (bound / PARTS).max(each / 64);
@@ -267,16 +269,10 @@ pub fn limit(gpu: GpuUuid, end: Option<Nanos>, target: Nanos) {
     flow.ends.retain(|(known, _)| *known != gpu);
     flow.ends.extend(end.map(|end| (gpu, end)));
     let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return stop(flow) };
-    if let Some(pace) = &mut flow.pace {
-        pace.limit(until);
-        drop(flow);
-    } else {
-        drop(flow);
-        // Not under the lock: it takes others.
-        let mark = session::with_no_capture(together::mark);
-        let Flow { pace, each, .. } = &mut *self::flow();
-        pace.get_or_insert_with(|| Pace::new(target, until, *each, mark, now()));
-    }
+    // No mark is made here: the threads that submit may keep the driver to themselves for seconds.
+    let each = flow.each;
+    flow.pace.get_or_insert_with(|| Pace::new(target, until, each, now())).limit(until);
+    drop(flow);
     session::gate().limit();
 }
 

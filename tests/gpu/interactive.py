@@ -99,7 +99,8 @@ def side_by_side(environment, bursts):
     job = Job([*role, "batch"], environment, "batch")
     job.answer(120)
     job.tell("go")
-    times, due = [], time.monotonic() + PERIOD_S
+    began = time.monotonic()
+    times, due = [], began + PERIOD_S
     for _ in range(bursts):
         time.sleep(max(0.0, due - time.monotonic()))
         client.tell("burst")
@@ -114,12 +115,12 @@ def side_by_side(environment, bursts):
     for log in (client.log, job.log):
         log.seek(0)
         logs += log.read().splitlines()
-    return setup, times, ends, logs
+    return setup, times, ends, logs, began
 
 
 def one_run(name, environment, bursts):
-    setup, times, (client, job), log = side_by_side(environment, bursts)
-    done = slices(log)
+    setup, times, (client, job), log, began = side_by_side(environment, bursts)
+    done = [one for one in slices(log) if one.began > began]
     fills = [(int(found[2]) / 1e9, int(found[1])) for found in map(FILLED.search, log) if found]
     switches = []
     for one in done:

@@ -62,7 +62,7 @@ struct Process {
 impl Process {
     fn new(until: Nanos, each: Each) -> Self {
         let gpu = Rc::<Gpu>::default();
-        let pace = Pace::new(TARGET, until, each, Some(gpu.mark()), 0);
+        let pace = Pace::new(TARGET, until, each, 0);
         Self { gpu, pace, longest_drain: 0, waits: 0 }
     }
 
@@ -149,7 +149,7 @@ fn work_that_was_in_flight_before_is_waited_for() {
     let gpu = Rc::<Gpu>::default();
     (0..300).for_each(|_| gpu.launch(10 * MILLISECOND));
     let (before, time) = (gpu.last_end(), gpu.time.get());
-    let pace = Pace::new(TARGET, 0, Each::UNKNOWN, Some(gpu.mark()), time);
+    let pace = Pace::new(TARGET, 0, Each::UNKNOWN, time);
     let mut process = Process { gpu, pace, longest_drain: 0, waits: 0 };
     process.runs(before - SECOND, || 10 * MILLISECOND);
     assert_eq!(process.gpu.ends.borrow().len(), 300 + UNKNOWN as usize);

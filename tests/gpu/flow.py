@@ -1,0 +1,192 @@
+"""Flow control: how long a drain takes, and what it costs, with kernels of 5 us, 5 ms and 500 ms.
+
+    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--only alone contended]
+
+*contended*: two processes of which neither fits beside the other take turns of 300 ms, and launch kernels that spin for so
+long, up to a second ahead. With flow control and without: the drains (bar: the target of 50 ms and one kernel, in the
+99th percentile), and kernels per second of GPU time (bar: 99 % of what they are without it).
+*alone*: one process in the whole GPU, native and under nvshare in turn: kernels per second (bar: 99.5 %).
+
+Unmodified PyTorch; prints one JSON object for each run and a table. The GPU time is what the clients' debug logs say:
+slices and drains.
+"""
+
+import argparse
+import json
+import pathlib
+import select
+import statistics
+import sys
+import time
+
+from harness import HERE, Arbiter, Job, program, say, slices
+
+LENGTHS_US = [5, 5_000, 500_000]
+TARGET_S = 0.05
+AHEAD_S = 1.0
+MIB = 1_400
+CAPACITY = "3GiB"
+TURNS = ["--quantum", "300ms"]
+
+
+def answer(**what):
+    print(json.dumps(what), flush=True)
+
+
+def work(torch, cycles, length_us, over):
+    """Launches until it is over, and waits for all. How many, and how long it took, s."""
+    # So many launches between two events, and so many events ahead of the GPU.
+    batch = max(1, int(AHEAD_S / 4 * 1e6 / length_us))
+    ahead = max(1, int(AHEAD_S * 1e6 / length_us / batch))
+    check = max(1, min(batch, int(1_000 / length_us)))
+    events, launched, began = [], 0, time.monotonic()
+    while not over():
+        for _ in range(check):
+            torch.cuda._sleep(cycles)
+        launched += check
+        if launched % batch < check:
+            event = torch.cuda.Event()
+            event.record()
+            events.append(event)
+            if len(events) > ahead:
+                events.pop(0).synchronize()
+    torch.cuda.synchronize()
+    return launched, time.monotonic() - began
+
+
+def cycles_per_us(torch):
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(10_000_000)
+    begin.record()
+    torch.cuda._sleep(50_000_000)
+    end.record()
+    torch.cuda.synchronize()
+    return 50_000_000 / (begin.elapsed_time(end) * 1e3)
+
+
+def contender(torch, length_us):
+    data = torch.full((MIB << 18,), 1.0, device="cuda")
+    cycles = int(cycles_per_us(torch) * length_us)
+    answer(ready=True, cycles=cycles)
+    sys.stdin.readline()
+    launched, _ = work(torch, cycles, length_us, lambda: bool(select.select([sys.stdin], [], [], 0)[0]))
+    answer(launched=launched, right=bool((data == 1.0).all()))
+
+
+def loner(torch, seconds):
+    """Kernels per second of each length, in turn."""
+    rate = cycles_per_us(torch)
+    found = {}
+    for length_us in LENGTHS_US:
+        cycles = int(rate * length_us)
+        work(torch, cycles, length_us, lambda until=time.monotonic() + 0.3: time.monotonic() > until)
+        until = time.monotonic() + seconds
+        launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until)
+        found[str(length_us)] = launched / took
+    answer(per_second=found)
+
+
+def percentile(values, per_cent):
+    """Of these values, the smallest that so many per cent are no larger than."""
+    return sorted(values)[max(0, -(-len(values) * per_cent // 100) - 1)]
+
+
+def contended_run(binaries, length_us, seconds, flow):
+    role = [*program("flow.py"), "--role", "contender", "--length-us", str(length_us)]
+    with Arbiter(binaries, CAPACITY, TURNS) as arbiter:
+        environment = arbiter.environment() | {"NVSHARE_LOG": "debug", "NVSHARE_FLOW_CONTROL": "1" if flow else "0"}
+        jobs = []
+        for number in range(2):
+            jobs.append(Job(role, environment, f"contender {number}"))
+            jobs[-1].answer(120)
+        for job in jobs:
+            job.tell("go")
+        began = time.monotonic()
+        time.sleep(seconds)
+        ended = time.monotonic()
+        for job in jobs:
+            job.tell("")
+        ends = [job.answer(180) for job in jobs]
+        logs = []
+        for job in jobs:
+            job.close()
+            job.log.seek(0)
+            logs += job.log.read().splitlines()
+    done = [one for one in slices(logs) if one.began >= began]
+    timed = [one for one in done if one.ended <= ended]
+    # The first slices find out how long a kernel takes; the last one of each ends when it has no more to do.
+    drains = [one.drained for one in timed][2:]
+    gpu_s = sum(one.ran + one.drained for one in done)
+    figures = {
+        "length_us": length_us,
+        "flow_control": flow,
+        "slices": len(timed),
+        "drain_p50_s": percentile(drains, 50),
+        "drain_p99_s": percentile(drains, 99),
+        "drain_max_s": max(drains),
+        "per_gpu_second": sum(end["launched"] for end in ends) / gpu_s,
+        "right": all(end["right"] for end in ends),
+    }
+    say("contended", **figures, drains_s=[round(drain, 5) for drain in drains])
+    return figures
+
+
+def contended(binaries, seconds):
+    lines, right = [], True
+    for length_us in LENGTHS_US:
+        without, held = (contended_run(binaries, length_us, seconds, flow) for flow in (False, True))
+        right &= without["right"] and held["right"]
+        bar = TARGET_S + length_us / 1e6
+        lines.append(
+            f"kernels of {length_us:6} us: drain p50 {held['drain_p50_s'] * 1e3:6.1f}, p99 {held['drain_p99_s'] * 1e3:6.1f}, max {held['drain_max_s'] * 1e3:6.1f} ms "
+            f"of {held['slices']} (bar {bar * 1e3:.0f} ms; without {without['drain_p99_s'] * 1e3:.0f} ms); "
+            f"{held['per_gpu_second'] / without['per_gpu_second'] * 100:.2f} % of the kernels per GPU second without it (bar 99 %)"
+        )
+        print("#", lines[-1], flush=True)
+    return right, lines
+
+
+def alone(binaries, seconds):
+    found = {"native": [], "nvshare": []}
+    role = [*program("flow.py"), "--role", "loner", "--seconds", str(seconds / 4)]
+    with Arbiter(binaries) as arbiter:
+        for _ in range(2):
+            for name, environment in [("native", {}), ("nvshare", arbiter.environment())]:
+                job = Job(role, environment, name)
+                found[name].append(job.answer(180)["per_second"])
+                job.close()
+    say("alone", **found)
+    lines = []
+    for length_us in LENGTHS_US:
+        native, shared = (statistics.median(run[str(length_us)] for run in found[name]) for name in ("native", "nvshare"))
+        lines.append(f"kernels of {length_us:6} us, alone: {shared / native * 100:.2f} % of native (bar 99.5 %)")
+        print("#", lines[-1], flush=True)
+    return True, lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", type=pathlib.Path, default=HERE.parent.parent / "target/release")
+    parser.add_argument("--seconds", type=float, default=12, help="of each run")
+    parser.add_argument("--only", nargs="*", choices=["contended", "alone"], default=["contended", "alone"])
+    parser.add_argument("--role", choices=["contender", "loner"], help=argparse.SUPPRESS)
+    parser.add_argument("--length-us", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.role:
+        import torch
+
+        if arguments.role == "loner":
+            return loner(torch, arguments.seconds)
+        return contender(torch, arguments.length_us)
+    binaries, table, good = arguments.bin.resolve(), [], True
+    for run in (contended, alone):
+        if run.__name__ in arguments.only:
+            right, lines = run(binaries, arguments.seconds)
+            good &= right
+            table += lines
+    print("\n".join(table))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
