@@ -25,6 +25,7 @@ use crate::fair;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SlotIndex};
 use crate::policy::{self, NOT_BEGUN};
+use crate::shares::{Priority, Shares};
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
@@ -268,6 +269,8 @@ pub struct Client<P> {
     undrained: bool,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
+    /// The weight and the priority that its deadline was reckoned with.
+    reckoned: (u32, Priority),
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
@@ -279,6 +282,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             phase: Phase::Idle,
             undrained: false,
             decided: 0,
+            reckoned: (0, Priority::default()),
         }
     }
 
@@ -312,9 +316,24 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
         own.ticket.store(ticket, Ordering::Relaxed);
         own.wait_since.store(time, Ordering::Relaxed);
-        own.deadline.store(policy::deadline(&self.look(), self.books.slot, time), Ordering::Relaxed);
+        self.reckon();
         self.enter(Phase::Waiting);
         self.page().decide();
+    }
+
+    fn weight_and_priority(&self) -> (u32, Priority) {
+        let Shares { weight, priority, .. } = self.page().shares(self.books.slot);
+        (weight, priority)
+    }
+
+    /// Says when it should have its slice, by its present shares, from when it began to wait. So nobody gains by having
+    /// them changed again and again.
+    fn reckon(&mut self) {
+        self.reckoned = self.weight_and_priority();
+        let own = self.own();
+        let since = own.wait_since.load(Ordering::Relaxed);
+        let deadline = policy::deadline(&self.look(), self.books.slot, since);
+        own.deadline.store(deadline, Ordering::Relaxed);
     }
 
     /// Asks for the GPU. Does nothing unless the client is Idle.
@@ -372,6 +391,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     // A decision that had not seen the release, or a page that lies about the phase. Say
                     // it again and decide: the bit goes.
                     self.enter(Phase::Idle);
+                    self.page().decide();
+                }
+                Phase::Waiting if self.weight_and_priority() != self.reckoned => {
+                    self.reckon();
                     self.page().decide();
                 }
                 Phase::Idle | Phase::Waiting => {
@@ -657,6 +680,29 @@ mod tests {
         while now() == begun {}
         holder.books().renew_slice();
         assert!(page.view(holder.books().slot()).slice_start > begun);
+    }
+
+    /// Its priority is changed while it waits: its deadline follows as soon as it looks, and counts from when it began.
+    #[test]
+    fn a_waiter_with_new_shares_reckons_anew() {
+        let page = page(4);
+        page.set_settings(Settings { quantum: Quantum::Fixed(crate::units::SECOND), ..Settings::default() });
+        let (mut holder, mut moves) = client(&page, 3);
+        let (mut waiter, mut its_moves) = client(&page, 3);
+        holder.acquire(&mut moves).unwrap();
+        waiter.request();
+        let slot = waiter.books().slot();
+        let deadline = |page: &Page| page.view(slot).deadline;
+        let since = page.slot(slot).own.wait_since.load(Ordering::Relaxed);
+        let low = since + 6 * crate::units::SECOND;
+        for (priority, right) in [(Priority::Low, low), (Priority::High, since), (Priority::Low, low)] {
+            let seen = page.doorbell(slot);
+            page.set_shares(slot, Shares { priority, ..Shares::default() });
+            assert_ne!(page.doorbell(slot), seen, "it is rung");
+            waiter.poll(&mut its_moves).unwrap();
+            assert_eq!(deadline(&page), right, "{priority}");
+        }
+        assert_eq!(waiter.phase(), Phase::Waiting);
     }
 
     #[test]

@@ -9,10 +9,11 @@
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //!
-//! **Bound on a wait** (L1). A waiter's deadline is at most P = 1.5 x n x (longest slice) away ([`deadline`]). Who
-//! begins to wait after it has come stands behind the waiter, so that from then on each of the n - 1 others runs
-//! before it at most once: a slice, plus the time of a fill and of a drain. So a wait is at most
-//! P + (n - 1) x (longest slice + longest fill + longest drain).
+//! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`deadline`]): nothing for one of high priority,
+//! 1.5 x n x (longest slice) for a normal one, 3 x n x (longest slice) for one of low priority. Who begins to wait after
+//! it has come stands behind the waiter, of whatever priority: no deadline is earlier than the moment at which its
+//! owner begins to wait. So from then on each of the n - 1 others runs before it at most once: a slice, plus the time of
+//! a fill and of a drain. So a wait is at most P + (n - 1) x (longest slice + longest fill + longest drain).
 //!
 //! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
 //! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
@@ -31,6 +32,7 @@
 use crate::fair::{self, DEFAULT_WEIGHT};
 use crate::lock::SlotSet;
 use crate::page::{Phase, Quantum, SlotIndex};
+use crate::shares::Priority;
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
 
@@ -222,13 +224,16 @@ fn used(view: &SlotView, now: Nanos) -> Nanos {
     scaled(usage, DEFAULT_WEIGHT, fair::weight(view.weight))
 }
 
-/// When a client that begins to wait now should have its slice, ns.
+/// When a client that begins to wait now should have its slice, ns: never before now.
 ///
 /// With n who want the GPU and slices of S, who takes its turns waits (n - 1) x S, and the switches besides; its
 /// deadline is 1.5 x n x S away, so that taking turns goes on undisturbed. A light user is one that has used less than
 /// half of what they used in the mean: its deadline is nearer in proportion, down to now. Everybody else has the same,
 /// whatever they used: were a heavy user's later than that of one a little less heavy, some would have two turns before
 /// others have one.
+///
+/// High priority is now, as for who has used nothing: it goes next, once the holder's least is over. Low priority is
+/// twice as far as anybody's, whatever it used.
 pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
     let mine = used(snapshot.view(slot), now);
     let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
@@ -239,7 +244,12 @@ pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
     }
     let ratio_milli = (2 * u128::from(mine) * n * 1_000).checked_div(sum).unwrap_or(1_000).min(1_000);
     let turns = u128::from(even_slice(snapshot, slot)) * n * 3 / 2;
-    now.saturating_add(u64::try_from(turns * ratio_milli / 1_000).unwrap_or(u64::MAX))
+    let distance = match snapshot.view(slot).priority {
+        Priority::High => 0,
+        Priority::Normal => turns * ratio_milli / 1_000,
+        Priority::Low => 2 * turns,
+    };
+    now.saturating_add(u64::try_from(distance).unwrap_or(u64::MAX))
 }
 
 /// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes
@@ -303,3 +313,6 @@ fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
 
 #[cfg(all(test, not(loom)))]
 mod tests;
+
+#[cfg(all(test, not(loom)))]
+mod waits;
