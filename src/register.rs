@@ -399,7 +399,7 @@ pub fn look(path: &Path, gpu: GpuUuid, timeout: Duration) -> Result<MappedPage, 
 }
 
 /// What an arbiter answered, and the descriptor that came with it.
-type Answer = (Reply, Option<OwnedFd>);
+type Answer = (Box<Reply>, Option<OwnedFd>);
 
 /// Sends one message to the arbiter at `path` and waits for the answer `wanted`.
 pub(crate) fn talk(
@@ -449,7 +449,7 @@ fn ask(fd: OwnedFd, path: &Path, message: &[u8], wanted: Status) -> Result<Said,
     };
     let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
     match status {
-        granted if granted == wanted => Ok(Said::This((reply, sent))),
+        granted if granted == wanted => Ok(Said::This((reply.into(), sent))),
         Status::Welcome | Status::Shown | Status::Changed => {
             Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")))
         }

@@ -1,5 +1,6 @@
 //! What the environment says. Read once, at the first call into CUDA.
 
+use nvshare::shares::{MemoryLimit, Priority, Shares, parse_weight};
 use nvshare::units::parse_size;
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -28,6 +29,8 @@ pub struct Settings {
     /// NVSHARE_ENABLE_SINGLE_OVERSUB: one process may allocate more than the GPU has; the rest lies in host
     /// memory.
     pub oversubscribe: bool,
+    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: what the process asks for when it registers.
+    pub shares: Shares,
 }
 
 impl Settings {
@@ -93,6 +96,29 @@ impl Settings {
                     _ => None,
                 },
             )?,
+            shares: Shares {
+                weight: parse(
+                    get("NVSHARE_WEIGHT"),
+                    "NVSHARE_WEIGHT",
+                    "write a whole number from 1 to 1000; 100 is usual",
+                    Shares::default().weight,
+                    |text| parse_weight(text).ok(),
+                )?,
+                priority: parse(
+                    get("NVSHARE_PRIORITY"),
+                    "NVSHARE_PRIORITY",
+                    "write low, normal or high",
+                    Priority::default(),
+                    |text| text.parse().ok(),
+                )?,
+                memory_limit: parse(
+                    get("NVSHARE_MEMORY_LIMIT"),
+                    "NVSHARE_MEMORY_LIMIT",
+                    "write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none",
+                    MemoryLimit::default(),
+                    |text| text.parse().ok(),
+                )?,
+            },
         })
     }
 }
@@ -131,6 +157,11 @@ mod tests {
             ("NVSHARE_HOST_MEMORY", "lots"),
             ("NVSHARE_DISABLE", "yes"),
             ("NVSHARE_ENABLE_SINGLE_OVERSUB", "maybe"),
+            ("NVSHARE_WEIGHT", "0"),
+            ("NVSHARE_WEIGHT", "1001"),
+            ("NVSHARE_PRIORITY", "urgent"),
+            ("NVSHARE_MEMORY_LIMIT", "150%"),
+            ("NVSHARE_MEMORY_LIMIT", "1MiB"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");
@@ -145,5 +176,12 @@ mod tests {
         );
         assert_eq!(read("NVSHARE_HOST_MEMORY", "1GiB").unwrap().host_memory, Some(1 << 30));
         assert_eq!(read("NVSHARE_CLIENT_NAME", "job 7").unwrap().name, "job 7");
+        assert_eq!(
+            read("NVSHARE_WEIGHT", "300").unwrap().shares,
+            Shares { weight: 300, ..Shares::default() }
+        );
+        assert_eq!(read("NVSHARE_PRIORITY", "low").unwrap().shares.priority, Priority::Low);
+        let limit = read("NVSHARE_MEMORY_LIMIT", "25%").unwrap().shares.memory_limit;
+        assert_eq!(limit, MemoryLimit::Part(250_000));
     }
 }
