@@ -25,7 +25,7 @@ use crate::fair;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SlotIndex};
 use crate::policy::{self, NOT_BEGUN};
-use crate::shares::{Priority, Shares};
+use crate::shares::Priority;
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
@@ -321,15 +321,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.page().decide();
     }
 
-    fn weight_and_priority(&self) -> (u32, Priority) {
-        let Shares { weight, priority, .. } = self.page().shares(self.books.slot);
-        (weight, priority)
-    }
-
     /// Says when it should have its slice, by its present shares, from when it began to wait. So nobody gains by having
     /// them changed again and again.
     fn reckon(&mut self) {
-        self.reckoned = self.weight_and_priority();
+        self.reckoned = self.page().weight_and_priority(self.books.slot);
         let own = self.own();
         let since = own.wait_since.load(Ordering::Relaxed);
         let deadline = policy::deadline(&self.look(), self.books.slot, since);
@@ -393,7 +388,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     self.enter(Phase::Idle);
                     self.page().decide();
                 }
-                Phase::Waiting if self.weight_and_priority() != self.reckoned => {
+                Phase::Waiting if self.page().weight_and_priority(self.books.slot) != self.reckoned => {
                     self.reckon();
                     self.page().decide();
                 }
@@ -632,6 +627,7 @@ mod tests {
     use super::*;
     use crate::audit::Process;
     use crate::page::{Quantum, Settings};
+    use crate::shares::Shares;
 
     type Shared = std::sync::Arc<Page>;
 

@@ -209,12 +209,20 @@ impl fmt::Display for Shares {
 impl Page {
     /// A client's shares.
     pub fn shares(&self, slot: SlotIndex) -> Shares {
+        let (weight, priority) = self.weight_and_priority(slot);
+        Shares { weight, priority, memory_limit: self.memory_limit(slot) }
+    }
+
+    /// Those of a client's shares that decisions look at.
+    pub(crate) fn weight_and_priority(&self, slot: SlotIndex) -> (u32, Priority) {
         let row = self.slot(slot);
-        Shares {
-            weight: crate::fair::weight(row.weight.load(Ordering::Relaxed)),
-            priority: Priority::read(row.priority.load(Ordering::Relaxed)).unwrap_or_default(),
-            memory_limit: row.memory_limit.load(Ordering::Relaxed).into(),
-        }
+        let priority = Priority::read(row.priority.load(Ordering::Relaxed)).unwrap_or_default();
+        (crate::fair::weight(row.weight.load(Ordering::Relaxed)), priority)
+    }
+
+    /// The most memory that a client may have.
+    pub fn memory_limit(&self, slot: SlotIndex) -> MemoryLimit {
+        self.slot(slot).memory_limit.load(Ordering::Relaxed).into()
     }
 
     /// Gives a client other shares, and has everybody look: slices are longer or shorter at once, and a client that waits

@@ -128,7 +128,7 @@ impl Page {
         let row = self.slot(slot);
         let own = &row.own;
         let resident = self.account(slot).resident;
-        let Shares { weight, priority, .. } = self.shares(slot);
+        let (weight, priority) = self.weight_and_priority(slot);
         SlotView {
             phase: Phase::parse(own.phase.load(Ordering::Acquire)),
             demand: granules(own.demand.load(Ordering::Relaxed)),

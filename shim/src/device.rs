@@ -285,7 +285,7 @@ impl Shared {
 
     /// The client's memory limit: as it is now, since it may be changed at any time.
     fn memory_limit(&self) -> MemoryLimit {
-        self.books.page().shares(self.books.slot()).memory_limit
+        self.books.page().memory_limit(self.books.slot())
     }
 
     /// Whether `bytes` more are within the client's memory limit. Its allocations count, wherever they are, and its
