@@ -205,6 +205,21 @@ fn every_kind_of_memory_counts_against_the_limit() {
     );
 }
 
+/// Threads that allocate at once do not each have what is left.
+#[test]
+fn the_limit_is_one_for_all_threads() {
+    const LIMIT: u64 = 32 * MIB;
+    let gpu = gpu();
+    let node = node(&gpu);
+    for _ in 0..10 {
+        let mut one = started(&node, &[("NVSHARE_MEMORY_LIMIT", "32MiB")]);
+        told(&mut one, LIMIT, LIMIT - CONTEXT);
+        assert_eq!(one.number(&format!("race-objects 16 {} 0", 4 * MIB)), (LIMIT - CONTEXT) / (4 * MIB));
+        told(&mut one, LIMIT, 2 * MIB);
+        one.end();
+    }
+}
+
 #[test]
 fn a_running_process_sees_the_change_at_once() {
     let gpu = gpu();

@@ -99,7 +99,7 @@ pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: 
         let left = device.as_ref().map_or(0, |device| {
             nvshare::units::bytes_of(device.books.usable().saturating_sub(device.books.demand()))
         });
-        // Its memory limit is another matter: what lies beyond it is refused, wherever it would be.
+        // Its memory limit knows no such thing: what lies beyond it is refused, wherever it would be.
         if let Some(Err(refused)) = device.map(|device| device.within_limit(bytesize as u64)) {
             return refused;
         }
