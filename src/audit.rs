@@ -6,6 +6,7 @@
 
 use crate::lock::SlotSet;
 use crate::page::{NAME_BYTES, Page, Phase, SLOTS, SlotIndex};
+use crate::shares::Shares;
 use crate::snapshot::Owner;
 use crate::sync::Ordering;
 use crate::units::{Granules, MAX_GRANULES, Nanos};
@@ -43,7 +44,7 @@ pub struct Reaped {
 }
 
 impl Page {
-    /// Opens a slot for a process. `None` when all slots are taken.
+    /// Opens a slot for a process, with shares that are usual but for the weight. `None` when all slots are taken.
     pub fn open_slot(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
         let occupied = self.occupied();
         let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !occupied.contains(*slot))?;
@@ -55,7 +56,7 @@ impl Page {
         for (chunk, word) in bytes.chunks_exact(8).zip(&row.name) {
             word.store(u64::from_le_bytes(chunk.try_into().expect("eight bytes")), Ordering::Relaxed);
         }
-        row.weight.store(weight, Ordering::Relaxed);
+        self.store_shares(slot, Shares { weight, ..Shares::default() });
         row.started.store(process.started, Ordering::Relaxed);
         let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation.wrapping_add(1);
         row.owner.store(Owner { generation, pid: process.pid }.into(), Ordering::Release);

@@ -25,6 +25,7 @@ use crate::fair;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SlotIndex};
 use crate::policy::{self, NOT_BEGUN};
+use crate::shares::Priority;
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
@@ -297,6 +298,8 @@ pub struct Client<P> {
     undrained: bool,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
+    /// The weight and the priority that its deadline was reckoned with.
+    reckoned: (u32, Priority),
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
@@ -308,6 +311,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             phase: Phase::Idle,
             undrained: false,
             decided: 0,
+            reckoned: (0, Priority::default()),
         }
     }
 
@@ -341,9 +345,19 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
         own.ticket.store(ticket, Ordering::Relaxed);
         own.wait_since.store(time, Ordering::Relaxed);
-        own.deadline.store(policy::deadline(&self.look(), self.books.slot, time), Ordering::Relaxed);
+        self.reckon();
         self.enter(Phase::Waiting);
         self.page().decide();
+    }
+
+    /// Says when it should have its slice, by its present shares, from when it began to wait. So nobody gains by having
+    /// them changed again and again.
+    fn reckon(&mut self) {
+        self.reckoned = self.page().weight_and_priority(self.books.slot);
+        let own = self.own();
+        let since = own.wait_since.load(Ordering::Relaxed);
+        let deadline = policy::deadline(&self.look(), self.books.slot, since);
+        own.deadline.store(deadline, Ordering::Relaxed);
     }
 
     /// Asks for the GPU. Does nothing unless the client is Idle.
@@ -401,6 +415,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     // A decision that had not seen the release, or a page that lies about the phase. Say
                     // it again and decide: the bit goes.
                     self.enter(Phase::Idle);
+                    self.page().decide();
+                }
+                Phase::Waiting if self.page().weight_and_priority(self.books.slot) != self.reckoned => {
+                    self.reckon();
                     self.page().decide();
                 }
                 Phase::Idle | Phase::Waiting => {
@@ -649,6 +667,7 @@ mod tests {
     use super::*;
     use crate::audit::Process;
     use crate::page::{Quantum, Settings};
+    use crate::shares::Shares;
 
     type Shared = std::sync::Arc<Page>;
 
@@ -697,6 +716,28 @@ mod tests {
         while now() == begun {}
         holder.books().renew_slice();
         assert!(page.view(holder.books().slot()).slice_start > begun);
+    }
+
+    /// Its priority is changed while it waits: its deadline follows as soon as it looks, and counts from when it began.
+    #[test]
+    fn a_waiter_with_new_shares_reckons_anew() {
+        let page = page(4);
+        let (mut holder, mut moves) = client(&page, 3);
+        let (mut waiter, mut its_moves) = client(&page, 3);
+        holder.acquire(&mut moves).unwrap();
+        waiter.request();
+        let slot = waiter.books().slot();
+        let deadline = |page: &Page| page.view(slot).deadline;
+        let since = page.slot(slot).own.wait_since.load(Ordering::Relaxed);
+        let low = since + 2 * page.settings().deadline;
+        for (priority, right) in [(Priority::Low, low), (Priority::High, since), (Priority::Low, low)] {
+            let seen = page.doorbell(slot);
+            page.set_shares(slot, Shares { priority, ..Shares::default() });
+            assert_ne!(page.doorbell(slot), seen, "it is rung");
+            waiter.poll(&mut its_moves).unwrap();
+            assert_eq!(deadline(&page), right, "{priority}");
+        }
+        assert_eq!(waiter.phase(), Phase::Waiting);
     }
 
     #[test]

@@ -8,9 +8,11 @@
 //! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
+//! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
 //! | [`register`] | how a process gets its slot and the page's descriptor |
+//! | [`change`] | how a client's shares are changed while it runs |
 //! | [`sync`] | atomics and futexes, real or modelled by loom |
 //!
 //! The protocol rests on three invariants (DESIGN section 5), named I1 to I3 throughout:
@@ -29,10 +31,13 @@ pub mod lock;
 pub mod page;
 pub mod policy;
 pub mod pool;
+pub mod shares;
 pub mod snapshot;
 pub mod sync;
 pub mod units;
 
+#[cfg(not(loom))]
+pub mod change;
 #[cfg(not(loom))]
 pub mod map;
 #[cfg(not(loom))]

@@ -234,10 +234,12 @@ pub struct Slot {
     pub(crate) started: AtomicU64,
     /// Granules of the client's context, never movable. The arbiter writes it.
     pub(crate) pinned: AtomicU64,
+    /// Its shares ([`crate::shares`]): the arbiter writes all three.
     pub(crate) weight: AtomicU32,
-    _after_weight: Padding<4>,
+    pub(crate) priority: AtomicU32,
+    pub(crate) memory_limit: AtomicU64,
     pub(crate) name: [AtomicU64; NAME_BYTES / 8],
-    _to_the_next_line: Padding<32>,
+    _to_the_next_line: Padding<24>,
 
     /// What the owner writes.
     pub(crate) own: OwnWords,
@@ -540,7 +542,8 @@ impl Page {
             started: word(),
             pinned: word(),
             weight: half(),
-            _after_weight: Padding::new(),
+            priority: half(),
+            memory_limit: word(),
             name: std::array::from_fn(|_| word()),
             _to_the_next_line: Padding::new(),
             own: OwnWords {

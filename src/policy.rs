@@ -10,10 +10,11 @@
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //!
-//! **Bound on a wait** (L1). A waiter's deadline is at most D away ([`deadline`]). Who begins to wait after it has
-//! come stands behind the waiter, so that from then on each of the n - 1 others runs before it at most once; and
-//! whoever runs while the deadline of the first waiter is past runs for the quantum at most. So a wait is at most
-//! D + (n - 1) x (longest quantum + longest fill + longest drain).
+//! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`deadline`]): nothing for one of high priority, D,
+//! a setting, for a normal one, 2 x D for one of low priority. Who begins to wait after it has come stands behind the
+//! waiter, of whatever priority: no deadline is earlier than the moment at which its owner begins to wait. So from then on
+//! each of the n - 1 others runs before it at most once; and whoever runs while the deadline of the first waiter is past
+//! runs for the quantum at most. So a wait is at most P + (n - 1) x (longest quantum + longest fill + longest drain).
 //!
 //! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
 //! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
@@ -32,6 +33,7 @@
 use crate::fair::{self, DEFAULT_WEIGHT};
 use crate::lock::SlotSet;
 use crate::page::{Phase, Quantum, SlotIndex};
+use crate::shares::Priority;
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
 
@@ -242,12 +244,15 @@ fn used(view: &SlotView, now: Nanos) -> Nanos {
     scaled(usage, DEFAULT_WEIGHT, fair::weight(view.weight))
 }
 
-/// When a client that begins to wait now should have its slice, ns: the farthest deadline of the settings away, for
-/// most. Then who came first goes first, and they take turns.
+/// When a client that begins to wait now should have its slice, ns, never before now: the farthest deadline of the
+/// settings away, for most. Then who came first goes first, and they take turns.
 ///
 /// A light user is one that has used less than half of what those who want the GPU used in the mean. Its deadline is
 /// nearer in proportion, and one that has used an eighth of the mean has it now. Nobody's is farther for heavy use:
 /// with later ones for who has used a little more, some would have two turns before others have one.
+///
+/// High priority is now, as for who has used nothing: it goes next, once the holder's least is over. Low priority is
+/// twice as far as anybody's, whatever it used.
 pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
     let mine = used(snapshot.view(slot), now);
     let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
@@ -258,8 +263,13 @@ pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
     }
     // How far between 1/8 and 4/8 of the mean, thousandths.
     let eighths_milli = (8_000 * u128::from(mine) * n).checked_div(sum).unwrap_or(8_000);
-    let way_milli = (eighths_milli.saturating_sub(1_000) / 3).min(1_000);
-    now.saturating_add(scaled(snapshot.settings.deadline, way_milli as u32, 1_000))
+    let way_milli = (eighths_milli.saturating_sub(1_000) / 3).min(1_000) as u32;
+    let way_milli = match snapshot.view(slot).priority {
+        Priority::High => 0,
+        Priority::Normal => way_milli,
+        Priority::Low => 2_000,
+    };
+    now.saturating_add(scaled(snapshot.settings.deadline, way_milli, 1_000))
 }
 
 /// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes
@@ -333,3 +343,6 @@ fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
 
 #[cfg(all(test, not(loom)))]
 mod tests;
+
+#[cfg(all(test, not(loom)))]
+mod waits;

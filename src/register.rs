@@ -6,13 +6,15 @@
 //! to get wrong; what does not fit is refused with a sentence that says why.
 //!
 //! Whoever only wants to know how large the pool is sends the same hello with another magic: it gets the page
-//! and no slot ([`look`]). An arbiter that does not know this question refuses it as malformed.
+//! and no slot ([`look`]). An arbiter that does not know this question refuses it as malformed. Over the same socket go
+//! changes of a running client's shares ([`crate::change`]).
 //!
 //! The connection has no further use: the arbiter watches the process, not the socket.
 
-use crate::fair::DEFAULT_WEIGHT;
+use crate::change::CHANGE_MAGIC;
 use crate::map::{MapError, MappedPage};
 use crate::page::{LAYOUT_VERSION, NAME_BYTES, SlotIndex};
+use crate::shares::{Priority, Shares};
 use crate::sync::now;
 use crate::units::{GpuUuid, Nanos, format_nanos};
 use bytemuck::{Pod, Zeroable};
@@ -34,6 +36,9 @@ pub const WIRE_MAGIC: u64 = u64::from_le_bytes(*b"nvshare?");
 /// First eight bytes of a hello that asks for the page and for no slot.
 pub const LOOK_MAGIC: u64 = u64::from_le_bytes(*b"nvlook??");
 
+/// What a message to the arbiter may begin with.
+pub(crate) const TALK_MAGICS: [u64; 3] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC];
+
 /// Bytes of the sentence in a reply.
 const TEXT_BYTES: usize = 256;
 
@@ -45,23 +50,52 @@ pub struct Hello {
     pub magic: u64,
     /// [`LAYOUT_VERSION`] of the client.
     pub layout_version: u32,
-    /// Its share against others', 1 to [`crate::fair::MAX_WEIGHT`]; [`DEFAULT_WEIGHT`] is usual.
+    /// Its weight, 1 to [`crate::fair::MAX_WEIGHT`].
     pub weight: u32,
     /// The GPU that it wants.
     pub gpu: [u8; 16],
     /// What it calls itself, zero-padded UTF-8.
     pub name: [u8; NAME_BYTES],
+    /// Its memory limit's word.
+    pub memory_limit: u64,
+    /// Its priority's word.
+    pub priority: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 impl Hello {
-    /// A client's request for a slot on a GPU.
+    /// A client's request for a slot on a GPU, with the usual shares.
     pub fn new(gpu: GpuUuid, name: &str) -> Self {
         Self {
             magic: WIRE_MAGIC,
             layout_version: LAYOUT_VERSION,
-            weight: DEFAULT_WEIGHT,
+            weight: 0,
             gpu: gpu.0,
             name: padded(name),
+            memory_limit: 0,
+            priority: 0,
+            reserved: 0,
+        }
+        .with(Shares::default())
+    }
+
+    /// The same, asking for these shares.
+    pub fn with(self, shares: Shares) -> Self {
+        Self {
+            weight: shares.weight,
+            priority: shares.priority as u32,
+            memory_limit: shares.memory_limit.into(),
+            ..self
+        }
+    }
+
+    /// The shares that it asks for, within their bounds.
+    pub fn shares(&self) -> Shares {
+        Shares {
+            weight: crate::fair::weight(self.weight),
+            priority: Priority::read(self.priority).unwrap_or_default(),
+            memory_limit: self.memory_limit.into(),
         }
     }
 
@@ -85,6 +119,7 @@ impl Hello {
     /// # Errors
     /// The reply to send instead: it says what is wrong.
     pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
+        check_release(bytes)?;
         let hello: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
             Reply::refuse(
                 Status::Malformed,
@@ -94,17 +129,24 @@ impl Hello {
         if ![WIRE_MAGIC, LOOK_MAGIC].contains(&hello.magic) {
             return Err(Reply::refuse(Status::Malformed, "this is not an nvshare hello (wrong magic)"));
         }
-        if hello.layout_version != LAYOUT_VERSION {
-            return Err(Reply::refuse(
-                Status::LayoutVersion,
-                &format!(
-                    "the client has page layout {} and the arbiter {LAYOUT_VERSION}; run the same nvshare release on both sides",
-                    hello.layout_version
-                ),
-            ));
-        }
         Ok(hello)
     }
+}
+
+/// Checks that a message is of this release, as far as its beginning tells: before its length, which other releases may
+/// have changed.
+pub(crate) fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
+    let Some((magic, rest)) = bytes.split_first_chunk() else { return Ok(()) };
+    let Some(version) = rest.first_chunk().map(|version| u32::from_le_bytes(*version)) else { return Ok(()) };
+    if !TALK_MAGICS.contains(&u64::from_le_bytes(*magic)) || version == LAYOUT_VERSION {
+        return Ok(());
+    }
+    Err(Reply::refuse(
+        Status::LayoutVersion,
+        &format!(
+            "the client has page layout {version} and the arbiter {LAYOUT_VERSION}; run the same nvshare release on both sides",
+        ),
+    ))
 }
 
 /// What a hello asks for.
@@ -144,6 +186,8 @@ pub enum Status {
     Refused = 6,
     /// The page's descriptor comes with it, and no slot: that is all that was asked for.
     Shown = 7,
+    /// The client's shares are what the text says.
+    Changed = 8,
 }
 
 impl Status {
@@ -156,6 +200,7 @@ impl Status {
             Self::Malformed,
             Self::Refused,
             Self::Shown,
+            Self::Changed,
         ]
         .into_iter()
         .find(|status| *status as u32 == word)
@@ -191,7 +236,12 @@ impl Reply {
         *Self::refuse(Status::Shown, "")
     }
 
-    /// No slot, and why.
+    /// A client's shares are these now.
+    pub fn changed(shares: Shares) -> Self {
+        *Self::refuse(Status::Changed, &shares.to_string())
+    }
+
+    /// Nothing, and why.
     pub fn refuse(status: Status, why: &str) -> Box<Self> {
         Box::new(Self {
             magic: WIRE_MAGIC,
@@ -325,18 +375,19 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
 /// # Errors
 /// Nobody answers within `timeout`, the answer is a refusal, or makes no sense.
 pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
-    let begin = now();
-    loop {
-        let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
-        match ask(dial(path, left)?, path, hello)? {
-            Answer::Granted(registration) => return Ok(registration),
-            Answer::Hangup(cause) if left.is_zero() => {
-                return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
-            }
-            // Its successor is starting, as in `dial`.
-            Answer::Hangup(_) => std::thread::sleep(DIAL_AGAIN),
-        }
+    let gpu = GpuUuid(hello.gpu);
+    let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
+    let (reply, sent) = talk(path, bytemuck::bytes_of(hello), hello.wish().granted(), timeout)?;
+    // The slot means nothing to whoever only looks.
+    let slot = SlotIndex::new(reply.slot as usize)
+        .ok_or_else(|| nonsense(format!("it gave slot {}", reply.slot)))?;
+    let sent = sent.ok_or_else(|| nonsense("it sent no page".into()))?;
+    let page =
+        MappedPage::open(sent).map_err(|cause| RegisterError::Page { path: path.to_owned(), gpu, cause })?;
+    if page.gpu() != gpu {
+        return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
+    Ok(Registration { page, slot })
 }
 
 /// The page of a GPU, without a slot in it. Waits as [`register`] does.
@@ -347,51 +398,63 @@ pub fn look(path: &Path, gpu: GpuUuid, timeout: Duration) -> Result<MappedPage, 
     register(path, &Hello::look(gpu), timeout).map(|registration| registration.page)
 }
 
-enum Answer {
-    /// The slot means nothing to whoever only looks.
-    Granted(Registration),
+/// What an arbiter answered, and the descriptor that came with it.
+type Answer = (Box<Reply>, Option<OwnedFd>);
+
+/// Sends one message to the arbiter at `path` and waits for the answer `wanted`.
+pub(crate) fn talk(
+    path: &Path,
+    message: &[u8],
+    wanted: Status,
+    timeout: Duration,
+) -> Result<Answer, RegisterError> {
+    let begin = now();
+    loop {
+        let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
+        match ask(dial(path, left)?, path, message, wanted)? {
+            Said::This(answer) => return Ok(answer),
+            Said::Hangup(cause) if left.is_zero() => {
+                return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
+            }
+            // Its successor is starting, as in `dial`.
+            Said::Hangup(_) => std::thread::sleep(DIAL_AGAIN),
+        }
+    }
+}
+
+enum Said {
+    This(Answer),
     /// The other end closed without a word: it has ended. Should it have opened a slot already, its
     /// successor keeps that one until this process ends; it asks for nothing and holds nothing.
     Hangup(Errno),
 }
 
-fn ask(fd: OwnedFd, path: &Path, hello: &Hello) -> Result<Answer, RegisterError> {
-    let gpu = GpuUuid(hello.gpu);
+fn ask(fd: OwnedFd, path: &Path, message: &[u8], wanted: Status) -> Result<Said, RegisterError> {
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
     let broke = |error: Errno| nonsense(format!("the connection broke: {error}"));
     setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
-    let (reply, sent) = match send(fd.as_fd(), bytemuck::bytes_of(hello), None) {
+    let (reply, sent) = match send(fd.as_fd(), message, None) {
         // A refusal may come before the arbiter has read anything.
         Ok(()) | Err(Errno::EPIPE) => match receive_reply(fd.as_fd()) {
-            Ok((reply, _)) if reply.is_empty() => return Ok(Answer::Hangup(Errno::ECONNRESET)),
-            Err(cause @ (Errno::ECONNRESET | Errno::EPIPE)) => return Ok(Answer::Hangup(cause)),
+            Ok((reply, _)) if reply.is_empty() => return Ok(Said::Hangup(Errno::ECONNRESET)),
+            Err(cause @ (Errno::ECONNRESET | Errno::EPIPE)) => return Ok(Said::Hangup(cause)),
             Err(Errno::EAGAIN) => {
                 let what = format!("it took the connection and said nothing for {ANSWER_TIMEOUT} s");
                 return Err(nonsense(what));
             }
             reply => reply.map_err(broke)?,
         },
-        Err(cause @ Errno::ECONNRESET) => return Ok(Answer::Hangup(cause)),
+        Err(cause @ Errno::ECONNRESET) => return Ok(Said::Hangup(cause)),
         Err(error) => return Err(broke(error)),
     };
     let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
-    let wanted = hello.wish().granted();
     match status {
-        granted if granted == wanted => {}
-        Status::Welcome | Status::Shown => {
-            return Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")));
+        granted if granted == wanted => Ok(Said::This((reply.into(), sent))),
+        Status::Welcome | Status::Shown | Status::Changed => {
+            Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")))
         }
-        _ => return Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
+        _ => Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
     }
-    let slot = SlotIndex::new(reply.slot as usize)
-        .ok_or_else(|| nonsense(format!("it gave slot {}", reply.slot)))?;
-    let sent = sent.ok_or_else(|| nonsense("it sent no page".into()))?;
-    let page =
-        MappedPage::open(sent).map_err(|cause| RegisterError::Page { path: path.to_owned(), gpu, cause })?;
-    if page.gpu() != gpu {
-        return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
-    }
-    Ok(Answer::Granted(Registration { page, slot }))
 }
 
 /// Sends one message, with a descriptor or without.

@@ -5,9 +5,9 @@
 //! on the way in, so the policy may add what it finds without overflow.
 
 use crate::account::Operation;
-use crate::fair;
 use crate::lock::SlotSet;
 use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex};
+use crate::shares::{Priority, Shares};
 use crate::sync::Ordering;
 use crate::units::{Granules, MAX_GRANULES, Nanos};
 
@@ -38,6 +38,8 @@ pub struct SlotView {
     pub streak: u32,
     /// Its share against others', 1 to [`crate::fair::MAX_WEIGHT`]; 0 where there is no client.
     pub weight: u32,
+    /// How soon its turn comes.
+    pub priority: Priority,
 }
 
 impl SlotView {
@@ -126,6 +128,7 @@ impl Page {
         let row = self.slot(slot);
         let own = &row.own;
         let resident = self.account(slot).resident;
+        let (weight, priority) = self.weight_and_priority(slot);
         SlotView {
             phase: Phase::parse(own.phase.load(Ordering::Acquire)),
             demand: granules(own.demand.load(Ordering::Relaxed)),
@@ -139,7 +142,8 @@ impl Page {
             deadline: own.deadline.load(Ordering::Relaxed),
             usage: own.usage.load(Ordering::Relaxed),
             streak: own.streak.load(Ordering::Relaxed),
-            weight: fair::weight(row.weight.load(Ordering::Relaxed)),
+            weight,
+            priority,
         }
     }
 
@@ -156,7 +160,7 @@ impl Page {
             slot,
             owner,
             name: self.name(slot),
-            weight: row.weight.load(Ordering::Relaxed),
+            shares: self.shares(slot),
             view: self.view(slot),
             operation: self.account(slot).operation,
             wait_since: read(&own.wait_since),
@@ -213,8 +217,8 @@ pub struct Details {
     pub owner: Owner,
     /// What it calls itself.
     pub name: String,
-    /// Its share against others'.
-    pub weight: u32,
+    /// What it may expect against others.
+    pub shares: Shares,
     /// What the policy sees of it.
     pub view: SlotView,
     /// The move of granules in flight.

@@ -1,6 +1,7 @@
 //! The arbiter: creates the control pages, registers clients, cleans up after the dead, and watches. It is
 //! not on the path of a launch or of a hand-off, and everything goes on while it is down.
 
+pub mod changes;
 pub mod liveness;
 pub mod options;
 pub mod pages;

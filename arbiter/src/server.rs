@@ -1,6 +1,7 @@
 //! The loop: one thread around epoll. New connections, hellos, deaths, signals and a timer; nothing in
 //! it waits for a client.
 
+use crate::changes;
 use crate::liveness;
 use crate::options::Options;
 use crate::pages::{self, Served};
@@ -10,10 +11,11 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, recv,
-    socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind,
+    getsockopt, listen, recv, socket, sockopt,
 };
 use nvshare::audit::Process;
+use nvshare::change::{Change, Edit, Message};
 use nvshare::page::{Phase, SlotIndex};
 use nvshare::register::{Hello, Reply, Status, Wish, send};
 use nvshare::sync::now;
@@ -301,30 +303,41 @@ impl Server {
             Ok(length) => length,
         };
         match self.reply(&fd, &bytes[..length]) {
-            Ok((reply, page)) => answer(&fd, &reply, Some(page)),
+            Ok((reply, page)) => answer(&fd, &reply, page),
             Err(refusal) => {
-                tracing::warn!("a client is refused: {}", refusal.text());
+                tracing::warn!("somebody is refused: {}", refusal.text());
                 answer(&fd, &refusal, None);
             }
         }
     }
 
-    /// What whoever is at the other end gets for its hello: a slot or a look, and the page with it.
-    fn reply(&mut self, fd: &OwnedFd, bytes: &[u8]) -> Result<(Reply, OwnedFd), Box<Reply>> {
-        let hello = Hello::read(bytes)?;
-        let wanted = GpuUuid(hello.gpu);
-        let index = self.gpus.iter().position(|served| served.gpu == wanted).ok_or_else(|| {
+    /// What whoever is at the other end gets for its message.
+    fn reply(&mut self, fd: &OwnedFd, bytes: &[u8]) -> Result<(Reply, Option<OwnedFd>), Box<Reply>> {
+        match Message::read(bytes)? {
+            Message::Hello(hello) => self.greet(fd, &hello).map(|(reply, page)| (reply, Some(page))),
+            Message::Change(change, slot, edit) => Ok((self.change(fd, &change, slot, edit)?, None)),
+        }
+    }
+
+    fn index_of(&self, wanted: GpuUuid) -> Result<usize, Box<Reply>> {
+        self.gpus.iter().position(|served| served.gpu == wanted).ok_or_else(|| {
             let known: Vec<_> = self.gpus.iter().map(|served| served.gpu.to_string()).collect();
             Reply::refuse(
                 Status::UnknownGpu,
                 &format!("no GPU {wanted} is served here; there is {}", known.join(", ")),
             )
-        })?;
+        })
+    }
+
+    /// A slot or a look, and the page with it.
+    fn greet(&mut self, fd: &OwnedFd, hello: &Hello) -> Result<(Reply, OwnedFd), Box<Reply>> {
+        let wanted = GpuUuid(hello.gpu);
+        let index = self.index_of(wanted)?;
         let page = self.gpus[index].file.as_fd().try_clone_to_owned().map_err(|error| {
             Reply::refuse(Status::Refused, &format!("the arbiter has no descriptor left: {error}"))
         })?;
         match hello.wish() {
-            Wish::Slot => Ok((Reply::welcome(self.register(fd, &hello, index)?), page)),
+            Wish::Slot => Ok((Reply::welcome(self.register(fd, hello, index)?), page)),
             Wish::Look => {
                 tracing::debug!(gpu = %wanted, "somebody looks at its page");
                 Ok((Reply::shown(), page))
@@ -332,12 +345,41 @@ impl Server {
         }
     }
 
+    /// Changes a client's shares, for whoever may.
+    fn change(
+        &self,
+        fd: &OwnedFd,
+        change: &Change,
+        slot: SlotIndex,
+        edit: Edit,
+    ) -> Result<Reply, Box<Reply>> {
+        let Served { page, gpu, .. } = &self.gpus[self.index_of(GpuUuid(change.gpu))?];
+        let asker = peer(fd)?.uid();
+        let client = page.details(slot).filter(|client| client.owner == change.owner()).ok_or_else(|| {
+            let why =
+                format!("slot {} of {gpu} is no longer process {}'s: it has ended", slot.get(), change.pid);
+            Reply::refuse(Status::Refused, &why)
+        })?;
+        let owner = changes::user_of(change.pid);
+        changes::may_change(asker, owner, nix::unistd::geteuid().as_raw())
+            .map_err(|why| Reply::refuse(Status::Refused, &why))?;
+        let (before, shares) = (client.shares, edit.of(client.shares));
+        page.set_shares(slot, shares);
+        tracing::info!(
+            %gpu,
+            slot = slot.get(),
+            pid = change.pid,
+            client = client.name,
+            by = asker,
+            "its shares were: {before}; they are: {shares}"
+        );
+        Ok(Reply::changed(shares))
+    }
+
     /// Opens a slot for whoever is at the other end.
     fn register(&mut self, fd: &OwnedFd, hello: &Hello, index: usize) -> Result<SlotIndex, Box<Reply>> {
         let refuse = |why: String| Reply::refuse(Status::Refused, &why);
-        let peer = getsockopt(fd, sockopt::PeerCredentials)
-            .map_err(|error| refuse(format!("the kernel does not tell who asks: {error}")))?;
-        let pid = peer.pid() as u32;
+        let pid = peer(fd)?.pid() as u32;
         let gone = || {
             refuse(format!(
                 "process {pid} cannot be seen from the arbiter; it has ended, or is in a pid namespace that the arbiter cannot see into"
@@ -348,7 +390,8 @@ impl Server {
         let served = &self.gpus[index];
         let wanted = served.gpu;
         let process = Process { pid, started };
-        let slot = served.page.open_slot(process, &hello.name(), nvshare::fair::weight(hello.weight)).ok_or_else(|| {
+        let shares = hello.shares();
+        let slot = served.page.open_slot(process, &hello.name(), shares.weight).ok_or_else(|| {
             Reply::refuse(
                 Status::Full,
                 &format!(
@@ -357,7 +400,8 @@ impl Server {
                 ),
             )
         })?;
-        tracing::info!(gpu = %wanted, slot = slot.get(), pid, client = hello.name(), "registered");
+        served.page.set_shares(slot, shares);
+        tracing::info!(gpu = %wanted, slot = slot.get(), pid, client = hello.name(), "registered: {shares}");
         self.watch(index, slot, pidfd);
         // Its context is there already, or soon: look at once.
         self.sampled = 0;
@@ -461,6 +505,13 @@ fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, so
     }
     tracing::info!(gpu = %served.gpu, from = page.capacity(), to = capacity, "programs outside nvshare have changed what they take: the pool, in granules");
     page.set_capacity(capacity)
+}
+
+/// Who is at the other end.
+fn peer(fd: &OwnedFd) -> Result<UnixCredentials, Box<Reply>> {
+    getsockopt(fd, sockopt::PeerCredentials).map_err(|error| {
+        Reply::refuse(Status::Refused, &format!("the kernel does not tell who asks: {error}"))
+    })
 }
 
 fn answer(fd: &OwnedFd, reply: &Reply, page: Option<OwnedFd>) {

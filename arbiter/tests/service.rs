@@ -1,9 +1,14 @@
 //! The arbiter as a process: what good and bad input gets.
 
+use nvshare::change::{Change, Edit};
 use nvshare::page::{LAYOUT_VERSION, SLOTS};
 use nvshare::paths;
 use nvshare::register::{self, Hello, RegisterError, Status};
+use nvshare::shares::{MemoryLimit, Priority, Shares};
+use nvshare::snapshot::Owner;
 use nvshare::units::GpuUuid;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -201,4 +206,123 @@ fn sigterm_leaves_the_page_and_the_next_one_takes_it_over() {
         assert!(Instant::now() < patience, "nobody took the page over");
     }
     assert_eq!(client.page.owner(client.slot).unwrap().pid, std::process::id(), "the client is still there");
+}
+
+// --- Shares ---------------------------------------------------------------------------------------
+
+/// Registers with these shares, and says what stands in the page.
+fn client(arbiter: &Arbiter, shares: Shares) -> (register::Registration, Owner) {
+    let registration = arbiter.register(&hello().with(shares)).unwrap();
+    let owner = registration.page.details(registration.slot).unwrap().owner;
+    (registration, owner)
+}
+
+fn change(arbiter: &Arbiter, change: &Change) -> Result<String, RegisterError> {
+    nvshare::change::change(&paths::socket(&arbiter.dir), change, Duration::from_secs(5))
+}
+
+fn change_refused(result: Result<String, RegisterError>) -> (Status, String) {
+    match result {
+        Err(RegisterError::Refused { status, text, .. }) => (status, text),
+        other => panic!("not a refusal: {other:?}"),
+    }
+}
+
+const ASKED: Shares =
+    Shares { weight: 300, priority: Priority::High, memory_limit: MemoryLimit::Part(250_000) };
+
+#[test]
+fn shares_are_what_was_asked_for_and_what_they_are_changed_to() {
+    let arbiter = Arbiter::start(directory("shares"));
+    let gpu: GpuUuid = GPU.parse().unwrap();
+    let (usual, _) = client(&arbiter, Shares::default());
+    let (one, owner) = client(&arbiter, ASKED);
+    assert_eq!(one.page.shares(one.slot), ASKED);
+    assert_eq!(one.page.shares(usual.slot), Shares::default());
+
+    let edit = Edit { weight: Some(50), memory_limit: Some(MemoryLimit::Size(7)), ..Edit::default() };
+    let changed = Shares { priority: Priority::High, ..edit.of(Shares::default()) };
+    let seen = one.page.doorbell(one.slot);
+    let said = change(&arbiter, &Change::new(gpu, one.slot, owner, edit)).unwrap();
+    assert_eq!((said, one.page.shares(one.slot)), (changed.to_string(), changed));
+    assert_ne!(one.page.doorbell(one.slot), seen, "it is told to look");
+    assert_eq!(one.page.shares(usual.slot), Shares::default(), "nobody else's");
+
+    // A client that has gone, and one that is not there.
+    let gone = Owner { generation: owner.generation.wrapping_sub(1), ..owner };
+    for (slot, owner) in [(one.slot, gone), (one.slot, Owner { pid: 1, ..owner }), (usual.slot, gone)] {
+        let (status, text) = change_refused(change(&arbiter, &Change::new(gpu, slot, owner, edit)));
+        assert!(status == Status::Refused && text.contains("ended"), "{text}");
+    }
+    let other: GpuUuid = "GPU-00000000-0000-0000-0000-0000000000cc".parse().unwrap();
+    let (status, _) = change_refused(change(&arbiter, &Change::new(other, one.slot, owner, edit)));
+    assert_eq!(status, Status::UnknownGpu);
+    assert_eq!(one.page.shares(one.slot), changed);
+}
+
+#[test]
+fn garbage_changes_nothing_and_the_arbiter_goes_on() {
+    let arbiter = Arbiter::start(directory("garbage"));
+    let gpu: GpuUuid = GPU.parse().unwrap();
+    let (one, owner) = client(&arbiter, ASKED);
+    let good = Change::new(gpu, one.slot, owner, Edit { weight: Some(5), ..Edit::default() });
+    for bad in [
+        Change { weight: 0, ..good },
+        Change { weight: u32::MAX, ..good },
+        Change { which: u32::MAX, ..good },
+        Change { which: 0, ..good },
+        Change { priority: 77, which: 2, ..good },
+        Change { memory_limit: u64::MAX, which: 4, ..good },
+        Change { slot: u32::MAX, ..good },
+    ] {
+        assert_eq!(change_refused(change(&arbiter, &bad)).0, Status::Malformed, "{bad:?}");
+    }
+    assert_eq!(
+        change_refused(change(&arbiter, &Change { layout_version: 77, ..good })).0,
+        Status::LayoutVersion
+    );
+    // Messages of every length, and a register's words that are out of their bounds.
+    let mut words = bytemuck::bytes_of(&good).to_vec();
+    words.resize(200, 0xff);
+    for length in 1..words.len() {
+        if length != size_of::<Change>() {
+            let fd = register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap();
+            register::send(fd.as_fd(), &words[..length], None).unwrap();
+        }
+    }
+    let wild = Hello { weight: u32::MAX, priority: 99, memory_limit: u64::MAX, ..hello() };
+    let wild = arbiter.register(&wild).unwrap();
+    let bounded =
+        Shares { weight: 1000, priority: Priority::Normal, memory_limit: MemoryLimit::Part(1_000_000) };
+    assert_eq!(wild.page.shares(wild.slot), bounded);
+    assert_eq!(one.page.shares(one.slot), ASKED);
+    assert!(change(&arbiter, &good).is_ok(), "it is still there");
+    assert_eq!(one.page.shares(one.slot).weight, 5);
+}
+
+/// A thread of root's may ask as another user; who is no root cannot test this, and `changes` has the rule by itself.
+#[test]
+fn another_user_is_refused() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not root: the rule is tested in arbiter/src/changes.rs alone");
+        return;
+    }
+    let arbiter = Arbiter::start(directory("other-user"));
+    for dir in [arbiter.dir.as_path(), arbiter.dir.parent().unwrap()] {
+        assert!(dir.metadata().unwrap().permissions().mode() & 0o001 != 0, "{}", dir.display());
+    }
+    let (one, owner) = client(&arbiter, ASKED);
+    let edit = Edit { weight: Some(1000), ..Edit::default() };
+    let wanted = Change::new(GPU.parse().unwrap(), one.slot, owner, edit);
+    let as_stranger = || {
+        const STRANGER: nix::libc::uid_t = 4321;
+        // SAFETY: integers; the system call itself changes this thread alone, and it ends after its question.
+        let changed = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, STRANGER, STRANGER, STRANGER) };
+        assert_eq!(changed, 0);
+        change_refused(change(&arbiter, &wanted))
+    };
+    let (status, text) = std::thread::scope(|scope| scope.spawn(as_stranger).join().unwrap());
+    assert!(status == Status::Refused && text.contains("you are user 4321"), "{text}");
+    assert_eq!(one.page.shares(one.slot), ASKED, "and nothing is changed");
+    assert!(change(&arbiter, &wanted).is_ok(), "root may");
 }

@@ -12,6 +12,7 @@ use crate::truth::Figures;
 use nvshare::Books;
 use nvshare::lock::SlotSet;
 use nvshare::map::MappedPage;
+use nvshare::shares::MemoryLimit;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GRANULE, GpuUuid, Granules, MAX_GRANULES, bytes_of, format_size, granules_for};
 use std::sync::atomic::AtomicBool;
@@ -271,10 +272,54 @@ impl Shared {
     /// other clients' contexts take of it meanwhile is made up for in host memory.
     fn limit(&self) -> Granules {
         if self.oversubscribe {
-            return MAX_GRANULES;
+            MAX_GRANULES
+        } else {
+            self.books.page().capacity().saturating_sub(self.context())
         }
-        let page = self.books.page();
-        page.capacity().saturating_sub(page.view(self.books.slot()).pinned)
+    }
+
+    /// Granules of this client's context.
+    fn context(&self) -> Granules {
+        self.books.page().view(self.books.slot()).pinned
+    }
+
+    /// The client's memory limit: as it is now, since it may be changed at any time.
+    fn memory_limit(&self) -> MemoryLimit {
+        self.books.page().memory_limit(self.books.slot())
+    }
+
+    /// Whether `bytes` more are within the client's memory limit. Its allocations count, wherever they are, and its
+    /// context, so that the limits of clients that fit beside one another add up to what the GPU has.
+    ///
+    /// # Errors
+    /// OUT_OF_MEMORY, said in the log.
+    pub fn within_limit(&self, bytes: u64) -> Result<(), CuResult> {
+        let limit = self.memory_limit();
+        let Some(granules) = limit.granules(self.books.page().capacity()) else { return Ok(()) };
+        let context = self.context();
+        let left = granules.saturating_sub(context).saturating_sub(self.books.demand());
+        if bytes <= bytes_of(left) {
+            return Ok(());
+        }
+        Err(self.refuse(
+            bytes,
+            &format!(
+                "its memory limit is {}, of which its context takes {}. NVSHARE_MEMORY_LIMIT sets it, and `nvshare set --memory-limit` changes it",
+                self.limit_text().unwrap_or_default(),
+                format_size(bytes_of(context))
+            ),
+        ))
+    }
+
+    /// The client's memory limit for people, if it has one.
+    pub fn limit_text(&self) -> Option<String> {
+        let limit = self.memory_limit();
+        let size = format_size(bytes_of(limit.granules(self.books.page().capacity())?));
+        Some(if matches!(limit, MemoryLimit::Part(_)) {
+            format!("{size} ({limit} of the pool)")
+        } else {
+            size
+        })
     }
 
     /// Says in the log why an allocation is refused.
@@ -293,6 +338,7 @@ impl Shared {
     /// # Errors
     /// OUT_OF_MEMORY, said in the log; or the driver's.
     pub fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
+        self.within_limit(bytes)?;
         let limit = self.limit();
         if bytes > bytes_of(limit.saturating_sub(self.books.demand())) {
             let capacity = self.books.page().capacity();
@@ -556,7 +602,7 @@ impl Shared {
         // Held, so that no free ends between the two looks.
         let memory = self.memory();
         let snapshot = Snapshot::take(self.books.page(), SlotSet::EMPTY);
-        Figures::of(&snapshot, Some(self.books.slot()), memory.put_off())
+        Figures::of(&snapshot, Some(self.books.slot()), self.memory_limit(), memory.put_off())
     }
 }
 

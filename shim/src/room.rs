@@ -32,11 +32,12 @@ pub struct Room {
 
 impl Room {
     /// Takes `bytes` of room, rounded up to granules, waiting for the client's turn. It goes with `context`
-    /// at the latest.
+    /// at the latest. What is `asked` for by the application counts against the client's memory limit; what the driver
+    /// needs in passing does not.
     ///
     /// # Errors
-    /// OUT_OF_MEMORY: the GPU can never have so much, or not before an open capture ends.
-    pub fn take(shared: Arc<Shared>, bytes: u64, context: CUcontext) -> Result<Self, CuResult> {
+    /// OUT_OF_MEMORY: the GPU can never have so much, or not before an open capture ends, or the client may not.
+    fn take(shared: Arc<Shared>, bytes: u64, context: CUcontext, asked: bool) -> Result<Self, CuResult> {
         let granules = granules_for(bytes);
         let left = left(&shared);
         if granules > left {
@@ -50,6 +51,9 @@ impl Room {
         }
         let base = {
             let mut memory = shared.memory();
+            if asked {
+                shared.within_limit(bytes)?;
+            }
             let base = memory.add_room(bytes_of(granules), context);
             shared.populate(&mut memory, base)?;
             base
@@ -106,7 +110,7 @@ fn kept() -> MutexGuard<'static, Option<HashMap<u64, Room>>> {
 /// says by what the memory goes. Less than a granule is left to the context's account.
 pub fn keep(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
     let room = match session::current() {
-        Some((shared, context)) if bytes >= GRANULE => match Room::take(shared, bytes, context) {
+        Some((shared, context)) if bytes >= GRANULE => match Room::take(shared, bytes, context, true) {
             Ok(room) => Some(room),
             Err(error) => return error,
         },
@@ -145,7 +149,7 @@ pub fn make_room(shared: &Arc<Shared>, context: CUcontext, call: impl Fn() -> Cu
         if bytes == 0 {
             break;
         }
-        let Ok(_room) = Room::take(shared.clone(), bytes, context) else { break };
+        let Ok(_room) = Room::take(shared.clone(), bytes, context, false) else { break };
         tracing::debug!(gpu = %shared.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));
         let result = call();
         if result != CuResult::OUT_OF_MEMORY || bytes < attempt {

@@ -284,12 +284,11 @@ extern "C" fn forget() {
 /// The arbiter gives no slot.
 pub fn register(gpu: GpuUuid) -> Result<Newcomer, RegisterError> {
     // cuInit fails if the settings make no sense.
-    let (name, timeout) = match settings() {
-        Ok(settings) => (settings.name.as_str(), settings.connect_timeout),
-        Err(_) => ("", Duration::ZERO),
+    let (hello, timeout) = match settings() {
+        Ok(settings) => (Hello::new(gpu, &settings.name).with(settings.shares), settings.connect_timeout),
+        Err(_) => (Hello::new(gpu, ""), Duration::ZERO),
     };
-    let registration =
-        register::register(&paths::socket(&paths::runtime_dir()), &Hello::new(gpu, name), timeout)?;
+    let registration = register::register(&paths::socket(&paths::runtime_dir()), &hello, timeout)?;
     Ok(Client::new(registration.page, registration.slot))
 }
 

@@ -1,5 +1,6 @@
 //! What the environment says. Read once, at the first call into CUDA.
 
+use nvshare::shares::{MemoryLimit, Priority, Shares, parse_weight};
 use nvshare::units::parse_size;
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -30,6 +31,8 @@ pub struct Settings {
     pub oversubscribe: bool,
     /// NVSHARE_FLOW_CONTROL: whether work in flight is held to the drain target while a slice can end.
     pub flow_control: bool,
+    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: what the process asks for when it registers.
+    pub shares: Shares,
 }
 
 impl Settings {
@@ -98,6 +101,29 @@ impl Settings {
                 true,
                 |text| if text.is_empty() { Some(true) } else { switch(text) },
             )?,
+            shares: Shares {
+                weight: parse(
+                    get("NVSHARE_WEIGHT"),
+                    "NVSHARE_WEIGHT",
+                    "write a whole number from 1 to 1000; 100 is usual",
+                    Shares::default().weight,
+                    |text| parse_weight(text).ok(),
+                )?,
+                priority: parse(
+                    get("NVSHARE_PRIORITY"),
+                    "NVSHARE_PRIORITY",
+                    "write low, normal or high",
+                    Priority::default(),
+                    |text| text.parse().ok(),
+                )?,
+                memory_limit: parse(
+                    get("NVSHARE_MEMORY_LIMIT"),
+                    "NVSHARE_MEMORY_LIMIT",
+                    "write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none",
+                    MemoryLimit::default(),
+                    |text| text.parse().ok(),
+                )?,
+            },
         })
     }
 }
@@ -145,6 +171,11 @@ mod tests {
             ("NVSHARE_DISABLE", "yes"),
             ("NVSHARE_ENABLE_SINGLE_OVERSUB", "maybe"),
             ("NVSHARE_FLOW_CONTROL", "on"),
+            ("NVSHARE_WEIGHT", "0"),
+            ("NVSHARE_WEIGHT", "1001"),
+            ("NVSHARE_PRIORITY", "urgent"),
+            ("NVSHARE_MEMORY_LIMIT", "150%"),
+            ("NVSHARE_MEMORY_LIMIT", "1MiB"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");
@@ -159,5 +190,12 @@ mod tests {
         );
         assert_eq!(read("NVSHARE_HOST_MEMORY", "1GiB").unwrap().host_memory, Some(1 << 30));
         assert_eq!(read("NVSHARE_CLIENT_NAME", "job 7").unwrap().name, "job 7");
+        assert_eq!(
+            read("NVSHARE_WEIGHT", "300").unwrap().shares,
+            Shares { weight: 300, ..Shares::default() }
+        );
+        assert_eq!(read("NVSHARE_PRIORITY", "low").unwrap().shares.priority, Priority::Low);
+        let limit = read("NVSHARE_MEMORY_LIMIT", "25%").unwrap().shares.memory_limit;
+        assert_eq!(limit, MemoryLimit::Part(250_000));
     }
 }

@@ -5,7 +5,8 @@
 //! TensorFlow what is free, and vLLM compares what is free before and after a trial run. So the total is the pool,
 //! which may be smaller than the card; what is free is what this client can still have *on the GPU*, as if the other
 //! clients had no data there, since theirs moves out of its way; and what is neither is its own, or what others can't
-//! move out of its way.
+//! move out of its way. A client with a memory limit is told of a GPU of that size ([`nvshare::shares`]): its context
+//! counts, as it does on a GPU of that size.
 //!
 //! Before the process has attached, its figures come from the same page: it asks the arbiter to see it
 //! ([`register::look`]), once for each GPU. It takes no slot for that, and whoever never asks connects to nobody.
@@ -19,6 +20,7 @@ use nvshare::map::MappedPage;
 use nvshare::page::SlotIndex;
 use nvshare::paths;
 use nvshare::register::{self, RegisterError};
+use nvshare::shares::MemoryLimit;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, bytes_of};
 use std::sync::Mutex;
@@ -27,7 +29,7 @@ use std::time::Duration;
 /// What a process is told about a GPU's memory, in bytes. The total is the sum of the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Figures {
-    /// The pool.
+    /// The pool, or the client's memory limit if that is less.
     pub total: u64,
     /// What this client's allocations can still have on the GPU.
     pub free: u64,
@@ -38,15 +40,15 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// The figures of a client, or of a process that is none yet. `put_off` is what it has freed and still counts in its
-    /// demand: it is told as free, as cuMemFree has said.
-    pub fn of(snapshot: &Snapshot, client: Option<SlotIndex>, put_off: Granules) -> Self {
+    /// The figures of a client, or of a process that is none yet, with this memory limit. `put_off` is what it has freed
+    /// and still counts in its demand: it is told as free, as cuMemFree has said.
+    pub fn of(snapshot: &Snapshot, client: Option<SlotIndex>, limit: MemoryLimit, put_off: Granules) -> Self {
         let mut view = client.map(|slot| *snapshot.view(slot)).unwrap_or_default();
         view.demand = view.demand.saturating_sub(put_off);
-        let total = snapshot.capacity;
-        let usable = snapshot.usable().saturating_add(view.unmovable).min(total);
+        let total = limit.within(snapshot.capacity);
+        let usable = snapshot.usable().saturating_add(view.unmovable).min(total.saturating_sub(view.pinned));
         let free = usable.saturating_sub(view.demand);
-        // A client may need more than there is: the rest of it lies in host memory.
+        // A client may need more than there is: the rest of it lies in host memory. Or its limit came later.
         let own = view.demand.saturating_add(view.pinned).min(total - free);
         Self {
             total: bytes_of(total),
@@ -72,7 +74,9 @@ pub fn of_gpu(gpu: GpuUuid, patience: Duration) -> Option<Figures> {
     if let Some(shared) = session::of_gpu(gpu) {
         return Some(shared.figures());
     }
-    seen(gpu, patience).map(|page| Figures::of(&Snapshot::take(&page, SlotSet::EMPTY), None, 0))
+    // What it will register with. If that makes no sense, cuInit fails and says so.
+    let limit = settings().map(|settings| settings.shares.memory_limit).unwrap_or_default();
+    seen(gpu, patience).map(|page| Figures::of(&Snapshot::take(&page, SlotSet::EMPTY), None, limit, 0))
 }
 
 /// What this process has seen of a GPU before it attached.
@@ -133,8 +137,12 @@ mod tests {
     }
 
     fn figures_but(page: &Page, client: Option<SlotIndex>, put_off: u32) -> [u64; 4] {
+        figures_of(page, client, MemoryLimit::None, put_off)
+    }
+
+    fn figures_of(page: &Page, client: Option<SlotIndex>, limit: MemoryLimit, put_off: u32) -> [u64; 4] {
         let Figures { total, free, own, others } =
-            Figures::of(&Snapshot::take(page, SlotSet::EMPTY), client, put_off);
+            Figures::of(&Snapshot::take(page, SlotSet::EMPTY), client, limit, put_off);
         assert_eq!(total, free + own + others);
         [total, free, own, others].map(|bytes| bytes / GRANULE)
     }
@@ -174,6 +182,35 @@ mod tests {
         assert_eq!(figures_but(&page, Some(slot), 8), [100, 83, 17, 0]);
         assert_eq!(figures_but(&page, Some(slot), 20), [100, 95, 5, 0]);
         assert_eq!(figures_but(&page, Some(slot), 21), [100, 95, 5, 0], "no more than it had");
+    }
+
+    #[test]
+    fn a_limit_is_a_smaller_gpu() {
+        let page = Page::on_heap(GpuUuid([1; 16]), 100);
+        let slot = |pid| page.open_slot(Process { pid, started: 1 }, "job", 1).unwrap();
+        let (mine, other) = (slot(1), slot(2));
+        let me = Client::new(&*page, mine);
+        page.set_pinned(mine, 5);
+        me.books().grow(20);
+        let told = |limit| figures_of(&page, Some(mine), limit, 0);
+        assert_eq!(told(MemoryLimit::Size(40)), [40, 15, 25, 0]);
+        assert_eq!(told(MemoryLimit::Part(500_000)), [50, 25, 25, 0]);
+        assert_eq!(told(MemoryLimit::Size(400)), [100, 75, 25, 0], "no more than there is");
+        assert_eq!(
+            figures_of(&page, None, MemoryLimit::Size(40), 0),
+            [40, 40, 0, 0],
+            "it has none of it yet"
+        );
+        // Others take room beside it, and only then from it.
+        page.set_pinned(other, 50);
+        assert_eq!(told(MemoryLimit::Size(40)), [40, 15, 25, 0]);
+        page.set_pinned(other, 70);
+        assert_eq!(told(MemoryLimit::Size(40)), [40, 5, 25, 10]);
+        // A limit that came later takes nothing away, and nothing is free.
+        page.set_pinned(other, 0);
+        assert_eq!(told(MemoryLimit::Size(22)), [22, 0, 22, 0]);
+        assert_eq!(told(MemoryLimit::Size(3)), [3, 0, 3, 0], "less than its context");
+        assert_eq!(figures_of(&page, Some(mine), MemoryLimit::Size(22), 10), [22, 7, 15, 0]);
     }
 
     #[test]

@@ -83,8 +83,9 @@ impl Shared {
             return Err(CuResult::INVALID_VALUE);
         }
         self.can_be(&prop)?;
-        let base = self.reserve(size)?;
+        // Before what is left is looked at, so that two at once do not both have the last of it.
         let mut memory = self.memory();
+        let base = self.reserve(size)?;
         memory.add_object(base, size, prop);
         self.populate(&mut memory, base)?;
         Ok(base)

@@ -299,6 +299,34 @@ fn the_first_waiter_may_fill_what_room_is_left() {
     assert_eq!(prefetch(&snapshot, slot(1)), 0);
 }
 
+#[test]
+fn priority_moves_a_deadline_and_no_farther_than_the_bound() {
+    let mut snapshot = three_batch_jobs([0; 3]);
+    let far = snapshot.settings.deadline;
+    for (priority, distance) in [(Priority::High, 0), (Priority::Normal, far), (Priority::Low, 2 * far)] {
+        snapshot.slots[1].priority = priority;
+        assert_eq!(deadline(&snapshot, slot(1), 0), distance, "{priority}");
+    }
+    // Whoever has used nothing beside those who have is next, unless it said that it is in no hurry.
+    snapshot.slots[0].usage = 10 * SECOND;
+    assert_eq!(deadline(&snapshot, slot(1), 0), 2 * far);
+}
+
+/// The clients of high and low priority among three batch jobs, and who is next.
+#[test]
+fn high_priority_is_next_once_the_least_is_over() {
+    let mut snapshot = three_batch_jobs([5; 3]);
+    snapshot.slots[0].slice_start = SECOND;
+    snapshot.slots[2].priority = Priority::High;
+    snapshot.slots[2].deadline = deadline(&snapshot, slot(2), SECOND + 1);
+    assert_eq!(first_waiter(&snapshot), Some(slot(2)), "though another came before");
+    assert_eq!(slice_end(&snapshot, slot(0)), Some(2 * SECOND), "the least, and not the whole slice");
+    assert_eq!(admit(&snapshot, 2 * SECOND), set(&[2]));
+    // One that has waited for its whole deadline goes before it.
+    snapshot.slots[1].deadline = SECOND;
+    assert_eq!(admit(&snapshot, 2 * SECOND), set(&[1]));
+}
+
 fn any_phase() -> impl Strategy<Value = Phase> {
     (0..6u32).prop_map(Phase::parse)
 }
@@ -312,6 +340,7 @@ prop_compose! {
     fn honest()(capacity in 1..1000u32,
                 clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), any_beginning(), any::<u64>(), 0..4u32), 0..SLOTS),
                 fairness in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u32>(), 1..=crate::fair::MAX_WEIGHT), SLOTS),
+                priorities in prop::collection::vec(0..3u32, SLOTS),
                 admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
         let mut snapshot = snapshot(capacity, &[], &[]);
         let mut free = capacity as i32;
@@ -324,6 +353,7 @@ prop_compose! {
             snapshot.slots[index] = SlotView { phase, demand, resident, pinned, unmovable: resident * stays / 4, ticket, slice_start, last_ran, ..SlotView::default() };
             let view = &mut snapshot.slots[index];
             (view.deadline, view.usage, view.streak, view.weight) = fairness[index];
+            view.priority = Priority::read(priorities[index]).unwrap();
         }
         snapshot.free = free;
         snapshot.admitted = SlotSet::from_bits(admitted & snapshot.occupied.bits());
@@ -414,6 +444,25 @@ proptest! {
             prop_assert_eq!(lacking(&snapshot), 0);
             snapshot.free -= *room as i32;
             prop_assert_eq!(lacking(&snapshot), 0);
+        }
+    }
+
+    /// The bound on a wait rests on this: no deadline is before the moment at which its owner queues, nor farther than P
+    /// away; and priority moves it one way only.
+    #[test]
+    fn deadlines_are_in_bounds_and_in_the_order_of_priorities(snapshot in honest(), now in 0..u64::MAX / 2) {
+        let mut snapshot = snapshot;
+        for (slot, view) in snapshot.clone().clients() {
+            let mut by = |priority| {
+                snapshot.slots[slot.get()].priority = priority;
+                deadline(&snapshot, slot, now)
+            };
+            let [high, normal, low] = [Priority::High, Priority::Normal, Priority::Low].map(&mut by);
+            let far = snapshot.settings.deadline;
+            prop_assert_eq!(high, now);
+            prop_assert!(high <= normal && normal <= low);
+            prop_assert!(normal - now <= far && low - now <= 2 * far, "{normal} {low} of {far}");
+            snapshot.slots[slot.get()].priority = view.priority;
         }
     }
 

@@ -24,7 +24,7 @@ from harness import HERE, Arbiter, Job, program, say, slices
 LENGTHS_US = [5, 5_000, 500_000]
 TARGET_S = 0.05
 AHEAD_S = 1.0
-MIB = 1_400
+MIB = 1_200
 CAPACITY = "3GiB"
 TURNS = ["--quantum", "300ms"]
 

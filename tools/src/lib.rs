@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`run`], [`status`], [`bench`], [`demo`] | the commands |
+//! | [`run`], [`status`], [`set`], [`bench`], [`demo`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`calls`] | a program that makes the CUDA calls that a test names, right or wrong |
@@ -18,6 +18,7 @@ pub mod internal;
 pub mod job;
 pub mod node;
 pub mod run;
+pub mod set;
 pub mod status;
 
 /// Why a command failed, and with which exit status.
@@ -45,6 +46,21 @@ impl From<cuda::CudaError> for Failure {
     fn from(error: cuda::CudaError) -> Self {
         Self::with_status(1, error.to_string())
     }
+}
+
+/// Reads a priority from the command line.
+fn priority(text: &str) -> Result<nvshare::shares::Priority, String> {
+    text.parse().map_err(|error: nvshare::shares::ShareError| error.to_string())
+}
+
+/// Reads a weight from the command line.
+fn weight(text: &str) -> Result<u32, String> {
+    nvshare::shares::parse_weight(text).map_err(|error| error.to_string())
+}
+
+/// Reads a memory limit from the command line.
+fn memory_limit(text: &str) -> Result<nvshare::shares::MemoryLimit, String> {
+    text.parse().map_err(|error: nvshare::shares::ShareError| error.to_string())
 }
 
 /// Reads a size from the command line.

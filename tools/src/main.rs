@@ -1,7 +1,7 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::{Parser, Subcommand};
-use nvshare_tools::{Failure, bench, demo, internal, run, status};
+use nvshare_tools::{Failure, bench, demo, internal, run, set, status};
 use std::process::ExitCode;
 
 /// Several processes share one GPU as if each had all of it.
@@ -14,6 +14,7 @@ use std::process::ExitCode;
   nvshare demo                        see it work, without a GPU
   nvshare run -- python3 train.py     run a program on the shared GPUs; as many at once as you like
   nvshare status                      who runs, who waits, whose memory is where
+  nvshare set 4242 --priority high    change a running client's weight, priority or memory limit
   nvshare bench handoff               what a hand-off between two processes costs here
 
 `nvshare COMMAND --help` has more."
@@ -29,6 +30,8 @@ enum Command {
     Run(run::Options),
     /// Show GPUs and clients: who runs, who waits, whose memory is where
     Status(status::Options),
+    /// Change a running client's weight, priority or memory limit
+    Set(set::Options),
     /// Measure this machine: a launch, a hand-off, a switch
     Bench(bench::Options),
     /// See several jobs share a GPU that is too small for them; simulated, or real with --gpu
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run(options) => run::run(options),
         Command::Status(options) => status::run(&options).map(done),
+        Command::Set(options) => set::run(&options).map(done),
         Command::Bench(options) => bench::run(&options).map(done),
         Command::Demo(options) => demo::run(&options).map(done),
         Command::Internal(options) => internal::run(options).map(done),

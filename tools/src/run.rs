@@ -3,6 +3,7 @@
 use crate::{Failure, node, status};
 use nix::sys::signal::{SigSet, Signal};
 use nvshare::paths;
+use nvshare::shares::Priority;
 use nvshare::units::format_size;
 use std::ffi::OsString;
 use std::io::ErrorKind;
@@ -15,7 +16,8 @@ use std::process::{Command, ExitCode};
 #[command(after_help = "Examples:
   nvshare run -- python3 train.py
   nvshare run --capacity 14.9GiB -- python3 train.py     a large GPU stands in for a small one
-  nvshare run --name notebook -- jupyter lab
+  nvshare run --name notebook --priority high --memory-limit 25% -- jupyter lab
+  nvshare run --weight 300 -- python3 train.py           three times the GPU time of one with 100
 
 Without an arbiter on this machine, a private one is started; it ends after the last program.")]
 pub struct Options {
@@ -31,6 +33,15 @@ pub struct Options {
     /// What the program is called in `nvshare status` [default: its own name]
     #[arg(long)]
     name: Option<String>,
+    /// Its share against others', 1 to 1000: slices are as much longer [default: 100]
+    #[arg(long, value_parser = crate::weight)]
+    weight: Option<u32>,
+    /// How soon its turn comes: low, normal or high [default: normal]
+    #[arg(long, value_parser = crate::priority)]
+    priority: Option<Priority>,
+    /// The most GPU memory that it may have, of each GPU: a size, such as 8GiB, or a part, such as 25% [default: none]
+    #[arg(long, value_name = "SIZE|PERCENT", value_parser = limit_as_written)]
+    memory_limit: Option<String>,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -82,7 +93,18 @@ pub fn run(options: Options) -> Result<ExitCode, Failure> {
     if let Some(name) = &options.name {
         command.env("NVSHARE_CLIENT_NAME", name);
     }
+    let shares = [
+        ("NVSHARE_WEIGHT", options.weight.map(|weight| weight.to_string())),
+        ("NVSHARE_PRIORITY", options.priority.map(|priority| priority.to_string())),
+        ("NVSHARE_MEMORY_LIMIT", options.memory_limit),
+    ];
+    command.envs(shares.into_iter().filter_map(|(name, value)| Some((name, value?))));
     supervise(command, &options.program[0])
+}
+
+/// A limit that makes sense, as it was written: the program reads it again.
+fn limit_as_written(text: &str) -> Result<String, String> {
+    crate::memory_limit(text).map(|_| text.to_owned())
 }
 
 /// A pool has one size; who asks for another is told.

@@ -6,6 +6,7 @@
 use crate::Failure;
 use nvshare::map::MappedPage;
 use nvshare::page::{Direction, Page, SLOTS, SlotIndex};
+use nvshare::shares::{MemoryLimit, Shares};
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, SECOND, bytes_of, format_nanos, format_size};
@@ -19,6 +20,8 @@ use std::path::{Path, PathBuf};
 #[command(after_help = "\
 A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its
 context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
+
+Below the clients stand those whose weight, priority or memory limit is not the usual one; `nvshare set` changes them.
 
 Examples:
   nvshare status
@@ -97,6 +100,14 @@ pub struct Client {
     pub waiting_ns: Option<u64>,
     /// How long its slice lasts yet, ns; null if nobody waits for its end.
     pub slice_left_ns: Option<u64>,
+    /// Its share against others', 1 to 1000.
+    pub weight: u32,
+    /// low, normal or high: how soon its turn comes.
+    pub priority: String,
+    /// The most bytes that its allocations and its context may come to; null without a limit.
+    pub memory_limit_bytes: Option<u64>,
+    /// The limit as it was given, such as 25%; null without one.
+    pub memory_limit: Option<String>,
     /// Times that it was admitted and filled.
     pub slices: u64,
     /// Times that it gave way.
@@ -174,6 +185,7 @@ fn gpu(page: &Page) -> Gpu {
 fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Option<Client> {
     let details = page.details(slot)?;
     let bytes = |granules: Granules| bytes_of(granules);
+    let Shares { weight, priority, memory_limit } = details.shares;
     let waiting = (details.wait_since != 0).then(|| time.saturating_sub(details.wait_since));
     Some(Client {
         slot: slot.get(),
@@ -189,6 +201,10 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
         slice_left_ns: policy::slice_end(snapshot, slot)
             .filter(|_| snapshot.admitted.contains(slot))
             .map(|end| end.saturating_sub(time)),
+        weight,
+        priority: priority.to_string(),
+        memory_limit_bytes: memory_limit.granules(snapshot.capacity).map(bytes),
+        memory_limit: (memory_limit != MemoryLimit::None).then(|| memory_limit.to_string()),
         slices: details.slices,
         yields: details.yields,
         bytes_in: details.bytes_in,
@@ -268,4 +284,23 @@ fn print(gpu: &Gpu) {
         ]);
     }
     println!("{table}");
+    gpu.clients.iter().filter_map(shares).for_each(|line| println!("{line}"));
+}
+
+/// What a client's shares are, if they are not the usual ones: few have any, and the table is wide enough.
+fn shares(client: &Client) -> Option<String> {
+    let usual = Shares::default();
+    let mut unusual = Vec::new();
+    if client.weight != usual.weight {
+        unusual.push(format!("weight {}", client.weight));
+    }
+    if client.priority != usual.priority.name() {
+        unusual.push(format!("priority {}", client.priority));
+    }
+    if let (Some(bytes), Some(limit)) = (client.memory_limit_bytes, &client.memory_limit) {
+        let part = if limit.ends_with('%') { format!(" ({limit})") } else { String::new() };
+        unusual.push(format!("at most {}{part}", format_size(bytes)));
+    }
+    (!unusual.is_empty())
+        .then(|| format!("  slot {} (pid {}): {}", client.slot, client.pid, unusual.join(", ")))
 }

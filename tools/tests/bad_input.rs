@@ -42,6 +42,12 @@ fn a_setting_that_makes_no_sense_is_named_and_cuinit_fails() {
         ("NVSHARE_HOST_MEMORY", "lots", "64GiB"),
         ("NVSHARE_HOST_MEMORY", "99999999999TiB", "64GiB"),
         ("NVSHARE_DISABLE", "yes", "write 1"),
+        ("NVSHARE_WEIGHT", "1001", "1 to 1000"),
+        ("NVSHARE_WEIGHT", "heavy", "whole number"),
+        ("NVSHARE_PRIORITY", "urgent", "low, normal or high"),
+        ("NVSHARE_MEMORY_LIMIT", "lots", "8GiB"),
+        ("NVSHARE_MEMORY_LIMIT", "101%", "25%"),
+        ("NVSHARE_MEMORY_LIMIT", "0", "2MiB or more"),
     ] {
         let mut application = Application::start(node.environment(), &[(name, value)]);
         assert_eq!(application.call("init"), INVALID_VALUE, "{name}={value}");

@@ -75,6 +75,16 @@ fn bad_input_is_named_and_ends_with_status_2() {
         (&["demo", "--jobs", "9"], "--jobs 9"),
         (&["demo", "--capacity", "1GiB"], "--gpu"),
         (&["demo", "--gpu", "--capacity", "1GiB", "--size", "2GiB"], "2.00 GiB"),
+        (&["run", "--weight", "0", "--", "true"], "'0'"),
+        (&["run", "--weight", "1001", "--", "true"], "1 to 1000"),
+        (&["run", "--priority", "urgent", "--", "true"], "low, normal or high"),
+        (&["run", "--memory-limit", "150%", "--", "true"], "'150%'"),
+        (&["run", "--memory-limit", "1MiB", "--", "true"], "2MiB or more"),
+        (&["set", "7"], "--weight"),
+        (&["set", "7", "--weight", "heavy"], "'heavy'"),
+        (&["set", "7", "--memory-limit", "lots"], "25%"),
+        (&["set", "7", "--weight", "5", "--gpu", "card-0"], "'card-0'"),
+        (&["set", "7", "--weight", "5", "--runtime-dir", "/nonexistent"], "/nonexistent"),
         (&["frobnicate"], "frobnicate"),
     ] {
         let output = nvshare(arguments).output().unwrap();
@@ -90,6 +100,7 @@ fn help_has_examples() {
         &["--help"][..],
         &["run", "--help"],
         &["status", "--help"],
+        &["set", "--help"],
         &["bench", "--help"],
         &["demo", "--help"],
     ] {

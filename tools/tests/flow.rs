@@ -41,7 +41,7 @@ fn holds(variables: &[(&str, &str)], options: &[&str], others: u64) -> u64 {
     one.does("synchronize 0");
     other.sees(its, others, 1);
     assert_eq!(other.number("holds"), 0, "it waits for each of its copies");
-    [one, other].map(Application::ends_well);
+    [one, other].into_iter().for_each(|application| drop(application.ends_well()));
     balances(&node);
     holds
 }

@@ -95,9 +95,14 @@ pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: 
     guarded(|| {
         // A page that the GPU touches and has no room for is an illegal address (tests/gpu/facts.cu), so
         // there must be some. An application may ask for more than the GPU has: the driver pages that itself.
-        let left = crate::session::current().map_or(0, |(device, _)| {
+        let device = crate::session::current().map(|(device, _)| device);
+        let left = device.as_ref().map_or(0, |device| {
             nvshare::units::bytes_of(device.books.usable().saturating_sub(device.books.demand()))
         });
+        // Its memory limit knows no such thing: what lies beyond it is refused, wherever it would be.
+        if let Some(Err(refused)) = device.map(|device| device.within_limit(bytesize as u64)) {
+            return refused;
+        }
         // SAFETY: the caller's arguments; on success the driver has written the address.
         keep(
             (bytesize as u64).min(left),

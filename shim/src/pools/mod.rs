@@ -264,12 +264,13 @@ fn refusal(shared: &Shared, pool: Option<&mut Pool>, bytes: u64) -> CuResult {
     tracing::warn!(
         gpu = %shared.gpu,
         "a stream-ordered allocation of {} is refused: its pool has {}{}, of which {} is in use, and the GPU has \
-         {} left for this process",
+         {} left for this process{}",
         format_size(bytes),
         format_size(reserved),
         limit.map(|limit| format!(" of at most {}", format_size(limit))).unwrap_or_default(),
         format_size(used),
         format_size(shared.figures().free),
+        shared.limit_text().map(|limit| format!(", whose memory limit is {limit}")).unwrap_or_default(),
     );
     CuResult::OUT_OF_MEMORY
 }

@@ -10,8 +10,10 @@
 
 use nvshare::audit::{Audit, Process};
 use nvshare::client::{Next, NoMemory};
+use nvshare::fair::MAX_WEIGHT;
 use nvshare::lock::SlotSet;
 use nvshare::page::{Direction, NAME_BYTES, Page, Phase, Quantum, SLOTS, Settings, SlotIndex};
+use nvshare::shares::{MemoryLimit, Priority, Shares};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND};
 use nvshare::{Books, Client, Fill, Runtime, policy};
@@ -170,6 +172,7 @@ impl World {
                 page.adopt(granules);
                 page.beat(value);
                 page.guess_bandwidth(value);
+                page.set_shares(slot, shares(whom, value));
             }
             18 => page.ring(slot),
             19 => page.wait_doorbell(slot, page.doorbell(slot), Some(value.min(1))),
@@ -361,7 +364,11 @@ impl World {
         assert!(first.is_some() || policy::next_decision(&snapshot, 0).is_none());
         for slot in all_slots() {
             let _ = (policy::quantum(&snapshot, slot), policy::switch_time(&snapshot, slot));
-            let view = page.view(slot);
+            let (view, shares) = (page.view(slot), page.shares(slot));
+            assert_eq!((view.weight, view.priority), (shares.weight, shares.priority));
+            assert!((1..=MAX_WEIGHT).contains(&shares.weight));
+            assert!(shares.memory_limit.within(page.capacity()) <= page.capacity());
+            assert!(policy::deadline(&snapshot, slot, some_time(&snapshot)) >= some_time(&snapshot));
             assert!([view.demand, view.resident, view.pinned].into_iter().all(|count| count <= MAX_GRANULES));
             assert!(page.account(slot).closed().resident <= MAX_GRANULES);
             assert_eq!(page.details(slot).is_some(), page.owner(slot).is_some());
@@ -388,6 +395,19 @@ fn check_admitted(snapshot: &Snapshot, admitted: SlotSet) {
     assert!(sum <= u64::from(snapshot.usable()) || needy == 1, "{demands:?} in {}", snapshot.usable());
     let somebody = snapshot.clients().any(|(_, view)| view.phase.wants_gpu());
     assert_eq!(admitted.is_empty(), !somebody, "somebody must run");
+}
+
+/// Some time that a page could have.
+fn some_time(snapshot: &Snapshot) -> u64 {
+    snapshot.clients().map(|(_, view)| view.last_ran).max().unwrap_or_default()
+}
+
+fn shares(whom: u8, value: u64) -> Shares {
+    Shares {
+        weight: value as u32 % MAX_WEIGHT + 1,
+        priority: Priority::read(u32::from(whom) % 3).expect("there are three"),
+        memory_limit: MemoryLimit::from(value.rotate_left(1)),
+    }
 }
 
 fn settings(whom: u8, value: u64) -> Settings {

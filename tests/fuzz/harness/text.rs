@@ -1,5 +1,6 @@
-//! Sizes and GPU names as people write them: what is read can be written and read again.
+//! Sizes, limits and GPU names as people write them: what is read can be written and read again.
 
+use nvshare::shares::MemoryLimit;
 use nvshare::units::{GpuUuid, format_nanos, format_size, granules_for, parse_size};
 
 /// Reads the bytes as text.
@@ -13,6 +14,16 @@ pub fn run(bytes: &[u8]) {
             // Two decimals: within a hundredth of what was meant, where that is a size at all.
             if let Ok(again) = parse_size(&format_size(size)) {
                 assert!(again.abs_diff(size) <= size / 100 + 1, "{size} came back as {again}");
+            }
+        }
+        Err(error) => assert!(error.to_string().contains(&*text), "an error that does not say what it read"),
+    }
+    match text.parse::<MemoryLimit>() {
+        Ok(limit) => {
+            assert_eq!(MemoryLimit::read(limit.into()), Some(limit));
+            // A size is shown with two decimals; the others are what they were.
+            if !matches!(limit, MemoryLimit::Size(_)) {
+                assert_eq!(limit.to_string().parse(), Ok(limit));
             }
         }
         Err(error) => assert!(error.to_string().contains(&*text), "an error that does not say what it read"),

@@ -1,6 +1,8 @@
 //! What comes over the arbiter's socket: any bytes are a message or are refused with a sentence, and what
 //! is a message is the same bytes again.
 
+use nvshare::change::{CHANGE_MAGIC, Change, Edit, Message};
+use nvshare::fair::MAX_WEIGHT;
 use nvshare::page::{LAYOUT_VERSION, SlotIndex};
 use nvshare::register::{Hello, LOOK_MAGIC, Reply, Status, WIRE_MAGIC, Wish};
 use nvshare::units::GpuUuid;
@@ -11,7 +13,7 @@ pub fn run(bytes: &[u8]) {
     let Some((first, bytes)) = bytes.split_first() else { return };
     let mut bytes = bytes.to_vec();
     if first & 1 == 1 && bytes.len() >= 12 {
-        let magic = if first & 8 == 8 { LOOK_MAGIC } else { WIRE_MAGIC };
+        let magic = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, CHANGE_MAGIC][usize::from(first >> 3 & 3)];
         bytes[..8].copy_from_slice(&magic.to_le_bytes());
         bytes[8..12].copy_from_slice(&LAYOUT_VERSION.to_le_bytes());
     }
@@ -21,8 +23,36 @@ pub fn run(bytes: &[u8]) {
     if first & 4 == 4 {
         bytes.resize(size_of::<Reply>(), *first);
     }
-    hello(&bytes);
+    if first & 32 == 32 {
+        bytes.resize(size_of::<Change>(), 0);
+    }
+    message(&bytes);
     reply(&bytes);
+}
+
+/// As the arbiter reads it.
+fn message(bytes: &[u8]) {
+    match Message::read(bytes) {
+        Ok(Message::Change(change, slot, edit)) => {
+            assert_eq!(bytemuck::bytes_of(&change), bytes);
+            assert_ne!(edit, Edit::default(), "it changes nothing");
+            assert!(edit.weight.is_none_or(|weight| (1..=MAX_WEIGHT).contains(&weight)));
+            // Whoever asks for the same again says the same.
+            assert_eq!(Change::new(GpuUuid(change.gpu), slot, change.owner(), edit), change);
+        }
+        Ok(Message::Hello(_)) => hello(bytes),
+        Err(refusal) => {
+            hello(bytes);
+            refused(&refusal);
+        }
+    }
+}
+
+fn refused(refusal: &Reply) {
+    assert!(!refusal.text().is_empty(), "a refusal that does not say why");
+    let (read, status) = Reply::read(bytemuck::bytes_of(refusal)).expect("our own reply");
+    assert_eq!(read, *refusal);
+    assert!(matches!(status, Status::Malformed | Status::LayoutVersion));
 }
 
 fn hello(bytes: &[u8]) {
@@ -40,14 +70,12 @@ fn hello(bytes: &[u8]) {
                 Wish::Look => LOOK_MAGIC,
             };
             assert_eq!(hello.magic, asks);
+            // Whatever it asks for is within bounds, and can be asked for again.
+            let shares = hello.shares();
+            assert_eq!(hello.with(shares).shares(), shares);
+            assert!((1..=MAX_WEIGHT).contains(&shares.weight));
         }
-        Err(refusal) => {
-            let text = refusal.text();
-            assert!(!text.is_empty(), "a refusal that does not say why");
-            let (read, status) = Reply::read(bytemuck::bytes_of(&*refusal)).expect("our own reply");
-            assert_eq!(read, *refusal);
-            assert!(matches!(status, Status::Malformed | Status::LayoutVersion));
-        }
+        Err(refusal) => refused(&refusal),
     }
 }
 

@@ -4,6 +4,7 @@
 use super::{Answer, Caller, Code, DevicePointer, driver};
 use crate::Failure;
 use std::ffi::{c_int, c_uint, c_void};
+use std::sync::Barrier;
 
 /// `CUmemGenericAllocationHandle`.
 type Object = u64;
@@ -61,6 +62,22 @@ impl Caller {
                 let code =
                     unsafe { create(&mut object, *bytes as usize, &Prop::pinned(*device, *handle_types), 0) };
                 (code, object.to_string())
+            }
+            // So many threads at once; how many of them got one.
+            ("race-objects", [threads, bytes, device]) => {
+                let create = driver!(self, b"cuMemCreate", fn(*mut Object, usize, *const Prop, u64));
+                let ready = Barrier::new(*threads as usize);
+                let race = || {
+                    let mut object = 0;
+                    ready.wait();
+                    // SAFETY: as said.
+                    unsafe { create(&mut object, *bytes as usize, &Prop::pinned(*device, 0), 0) }
+                };
+                let codes: Vec<Code> = std::thread::scope(|scope| {
+                    let racers: Vec<_> = (0..*threads).map(|_| scope.spawn(race)).collect();
+                    racers.into_iter().map(|racer| racer.join().expect("it makes one call")).collect()
+                });
+                (0, codes.into_iter().filter(|code| *code == 0).count().to_string())
             }
             ("release-object", [object]) => {
                 let release = driver!(self, b"cuMemRelease", fn(Object));

@@ -1,0 +1,331 @@
+//! A client's shares: what it may expect of a GPU against others.
+//!
+//! - Its *weight* is how long its slices are against others', and how far its usage counts ([`crate::fair`]).
+//! - Its *priority* is how soon its turn comes ([`crate::policy::deadline`]).
+//! - Its *memory limit* is the most that its allocations and its context may come to. It sees a GPU of that size.
+//!
+//! The arbiter writes them into the client's row: first as the client asks when it registers, and later as somebody says
+//! who may ([`crate::change`]). As with every word of a page, anybody who maps it could write them too, so they are
+//! read within their bounds: a lie gains at most what asking for it would have.
+
+use crate::fair::{DEFAULT_WEIGHT, MAX_WEIGHT};
+use crate::page::{Page, SlotIndex};
+use crate::sync::Ordering;
+use crate::units::{GRANULE, Granules, MAX_GRANULES, bytes_of, format_size, granules_in, parse_size};
+use std::fmt;
+use std::str::FromStr;
+
+/// How soon a client's turn comes. Bounded: it moves a deadline, and nobody is passed over for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
+pub enum Priority {
+    /// In its turn.
+    #[default]
+    Normal = 0,
+    /// Later than those who came with it.
+    Low = 1,
+    /// Next, as soon as the holder's least slice is over.
+    High = 2,
+}
+
+impl Priority {
+    const ALL: [Self; 3] = [Self::Low, Self::Normal, Self::High];
+
+    /// The priority that this word stands for, if any.
+    pub fn read(word: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|priority| *priority as u32 == word)
+    }
+
+    /// Its name, as people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Normal => "normal",
+            Self::High => "high",
+        }
+    }
+}
+
+impl fmt::Display for Priority {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self.name())
+    }
+}
+
+/// A text that should have been one of a client's shares, and was not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ShareError {
+    /// No weight.
+    #[error("'{0}' is not a weight: write a whole number from 1 to {MAX_WEIGHT}; {DEFAULT_WEIGHT} is usual")]
+    Weight(String),
+    /// No priority.
+    #[error("'{0}' is not a priority: write low, normal or high")]
+    Priority(String),
+    /// No memory limit.
+    #[error(
+        "'{0}' is not a memory limit: write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none"
+    )]
+    MemoryLimit(String),
+}
+
+/// Reads a weight.
+///
+/// # Errors
+/// It is no whole number, or out of bounds.
+pub fn parse_weight(text: &str) -> Result<u32, ShareError> {
+    let number = text.trim().parse().ok().filter(|weight| (1..=MAX_WEIGHT).contains(weight));
+    number.ok_or_else(|| ShareError::Weight(text.to_owned()))
+}
+
+impl FromStr for Priority {
+    type Err = ShareError;
+
+    fn from_str(text: &str) -> Result<Self, ShareError> {
+        let found = Self::ALL.into_iter().find(|priority| priority.name() == text.trim());
+        found.ok_or_else(|| ShareError::Priority(text.to_owned()))
+    }
+}
+
+/// The whole of a pool, in the parts that a limit may be given in.
+const WHOLE: u32 = 1_000_000;
+
+/// In a limit's word: it is a part of the pool.
+const PART: u64 = 1 << 63;
+
+/// The most memory that a client may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MemoryLimit {
+    /// All that there is.
+    #[default]
+    None,
+    /// So many granules, at least one.
+    Size(Granules),
+    /// So many millionths of the pool, at least one; it grows and shrinks with the pool.
+    Part(u32),
+}
+
+impl MemoryLimit {
+    /// The limit in a pool of this capacity, if there is one.
+    pub fn granules(self, capacity: Granules) -> Option<Granules> {
+        match self {
+            Self::None => None,
+            Self::Size(granules) => Some(granules),
+            Self::Part(part) => Some((u64::from(capacity) * u64::from(part) / u64::from(WHOLE)) as Granules),
+        }
+    }
+
+    /// What of a pool of this capacity a client with this limit sees.
+    pub fn within(self, capacity: Granules) -> Granules {
+        self.granules(capacity).unwrap_or(capacity).min(capacity)
+    }
+
+    /// The limit that this word stands for, if any.
+    pub fn read(word: u64) -> Option<Self> {
+        let limit = Self::from(word);
+        (u64::from(limit) == word).then_some(limit)
+    }
+}
+
+/// What stands in a page is read within its bounds.
+impl From<u64> for MemoryLimit {
+    fn from(word: u64) -> Self {
+        match word {
+            0 => Self::None,
+            part if part & PART != 0 => Self::Part((part & !PART).clamp(1, u64::from(WHOLE)) as u32),
+            size => Self::Size(size.min(u64::from(MAX_GRANULES)) as Granules),
+        }
+    }
+}
+
+impl From<MemoryLimit> for u64 {
+    fn from(limit: MemoryLimit) -> Self {
+        match limit {
+            MemoryLimit::None => 0,
+            MemoryLimit::Size(granules) => granules.into(),
+            MemoryLimit::Part(part) => PART | Self::from(part),
+        }
+    }
+}
+
+impl FromStr for MemoryLimit {
+    type Err = ShareError;
+
+    fn from_str(text: &str) -> Result<Self, ShareError> {
+        let fail = || ShareError::MemoryLimit(text.to_owned());
+        let trimmed = text.trim();
+        if trimmed == "none" {
+            return Ok(Self::None);
+        }
+        if let Some(number) = trimmed.strip_suffix('%') {
+            let percent: f64 = number.trim().parse().map_err(|_| fail())?;
+            let part = (percent * f64::from(WHOLE) / 100.0).round();
+            return if (1.0..=f64::from(WHOLE)).contains(&part) {
+                Ok(Self::Part(part as u32))
+            } else {
+                Err(fail())
+            };
+        }
+        match parse_size(trimmed) {
+            Ok(bytes) if bytes >= GRANULE => Ok(Self::Size(granules_in(bytes))),
+            _ => Err(fail()),
+        }
+    }
+}
+
+impl fmt::Display for MemoryLimit {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => out.write_str("none"),
+            Self::Size(granules) => out.write_str(&format_size(bytes_of(*granules))),
+            Self::Part(part) => write!(out, "{}%", f64::from(*part) * 100.0 / f64::from(WHOLE)),
+        }
+    }
+}
+
+/// A client's shares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shares {
+    /// Its weight, 1 to [`MAX_WEIGHT`].
+    pub weight: u32,
+    /// Its priority.
+    pub priority: Priority,
+    /// The most memory that it may have.
+    pub memory_limit: MemoryLimit,
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self { weight: DEFAULT_WEIGHT, priority: Priority::default(), memory_limit: MemoryLimit::default() }
+    }
+}
+
+impl fmt::Display for Shares {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { weight, priority, memory_limit } = self;
+        write!(out, "weight {weight}, priority {priority}, memory limit {memory_limit}")
+    }
+}
+
+impl Page {
+    /// A client's shares.
+    pub fn shares(&self, slot: SlotIndex) -> Shares {
+        let (weight, priority) = self.weight_and_priority(slot);
+        Shares { weight, priority, memory_limit: self.memory_limit(slot) }
+    }
+
+    /// Those of a client's shares that decisions look at.
+    pub(crate) fn weight_and_priority(&self, slot: SlotIndex) -> (u32, Priority) {
+        let row = self.slot(slot);
+        let priority = Priority::read(row.priority.load(Ordering::Relaxed)).unwrap_or_default();
+        (crate::fair::weight(row.weight.load(Ordering::Relaxed)), priority)
+    }
+
+    /// The most memory that a client may have.
+    pub fn memory_limit(&self, slot: SlotIndex) -> MemoryLimit {
+        self.slot(slot).memory_limit.load(Ordering::Relaxed).into()
+    }
+
+    /// Gives a client other shares, and has everybody look: slices are longer or shorter at once, and a client that waits
+    /// reckons anew when its turn is. For the arbiter.
+    pub fn set_shares(&self, slot: SlotIndex, shares: Shares) {
+        self.store_shares(slot, shares);
+        self.decide();
+        for slot in self.occupied().iter() {
+            self.ring(slot);
+        }
+    }
+
+    pub(crate) fn store_shares(&self, slot: SlotIndex, shares: Shares) {
+        let row = self.slot(slot);
+        row.weight.store(shares.weight, Ordering::Relaxed);
+        row.priority.store(shares.priority as u32, Ordering::Relaxed);
+        row.memory_limit.store(shares.memory_limit.into(), Ordering::Relaxed);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_people_write_is_understood() {
+        assert_eq!(parse_weight(" 300 "), Ok(300));
+        assert_eq!("high".parse(), Ok(Priority::High));
+        for (text, limit) in [
+            ("8GiB", MemoryLimit::Size(4096)),
+            ("2097152", MemoryLimit::Size(1)),
+            // Down to whole granules: never more than was said.
+            ("5MiB", MemoryLimit::Size(2)),
+            ("25%", MemoryLimit::Part(250_000)),
+            (" 12.5 %", MemoryLimit::Part(125_000)),
+            ("100%", MemoryLimit::Part(WHOLE)),
+            ("none", MemoryLimit::None),
+        ] {
+            assert_eq!(text.parse(), Ok(limit), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_and_what_would_is_said() {
+        for text in ["", "0", "1001", "-1", "10.5", "heavy", "4294967396"] {
+            let error = parse_weight(text).unwrap_err().to_string();
+            assert!(error.contains(&format!("'{text}'")) && error.contains("1 to 1000"), "{error}");
+        }
+        for text in ["", "HIGH", "highest", "2"] {
+            let error = text.parse::<Priority>().unwrap_err().to_string();
+            assert!(error.contains(&format!("'{text}'")) && error.contains("low, normal or high"), "{error}");
+        }
+        for text in ["", "0", "2097151", "0%", "101%", "-5%", "nan%", "inf%", "%", "8 parsecs", "unlimited"] {
+            let error = text.parse::<MemoryLimit>().unwrap_err().to_string();
+            assert!(error.contains(&format!("'{text}'")) && error.contains("8GiB"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_part_follows_the_pool_and_a_size_does_not() {
+        assert_eq!(MemoryLimit::Part(250_000).within(100), 25);
+        assert_eq!(MemoryLimit::Part(250_000).within(50), 12);
+        assert_eq!(MemoryLimit::Size(60).within(100), 60);
+        assert_eq!(MemoryLimit::Size(60).within(50), 50, "no more than there is");
+        assert_eq!(MemoryLimit::None.within(50), 50);
+        assert_eq!(MemoryLimit::Part(WHOLE).within(MAX_GRANULES), MAX_GRANULES);
+    }
+
+    proptest! {
+        /// Whatever stands in a page is a limit, and one that a message may carry.
+        #[test]
+        fn a_limit_of_garbage_is_within_its_bounds(word: u64, capacity in 0..=MAX_GRANULES) {
+            let limit = MemoryLimit::from(word);
+            prop_assert_eq!(MemoryLimit::read(limit.into()), Some(limit));
+            prop_assert!(limit.within(capacity) <= capacity);
+        }
+
+        /// What is shown can be written again.
+        #[test]
+        fn a_part_is_shown_as_it_is_written(part in 1..=WHOLE) {
+            let limit = MemoryLimit::Part(part);
+            prop_assert_eq!(limit.to_string().parse(), Ok(limit));
+        }
+    }
+
+    #[test]
+    fn shares_of_garbage_are_within_their_bounds() {
+        use crate::audit::Process;
+        let page = Page::for_tests(10);
+        let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 0).unwrap();
+        let row = page.slot(slot);
+        for garbage in [0, 3, u32::MAX] {
+            row.weight.store(garbage, Ordering::Relaxed);
+            row.priority.store(garbage, Ordering::Relaxed);
+            row.memory_limit.store(u64::from(garbage) << 31 | 7, Ordering::Relaxed);
+            let shares = page.shares(slot);
+            assert!((1..=MAX_WEIGHT).contains(&shares.weight));
+            assert!(Priority::ALL.contains(&shares.priority));
+        }
+        // Whoever has the slot next has nothing of it.
+        page.reap(slot);
+        let next = page.open_slot(Process { pid: 2, started: 1 }, "job", DEFAULT_WEIGHT).unwrap();
+        assert_eq!((next, page.shares(next)), (slot, Shares::default()));
+    }
+}

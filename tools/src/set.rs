@@ -1,0 +1,173 @@
+//! `nvshare set`: a running client's weight, priority and memory limit.
+//!
+//! The client is looked up in the pages, as `nvshare status` shows them; the arbiter makes the change.
+
+use crate::Failure;
+use nvshare::change::{self, Change, Edit};
+use nvshare::map::MappedPage;
+use nvshare::page::{SLOTS, SlotIndex};
+use nvshare::paths;
+use nvshare::shares::{MemoryLimit, Priority};
+use nvshare::snapshot::Details;
+use nvshare::units::GpuUuid;
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Options of `nvshare set`.
+#[derive(Debug, clap::Args)]
+#[command(
+    group = clap::ArgGroup::new("shares").required(true).multiple(true),
+    after_help = "\
+CLIENT is a pid, a slot's number or a client's name, as `nvshare status` shows them. If it means more than one client,
+they are listed: write pid:4242, slot:3 or name:train, and --gpu where a process has several GPUs.
+
+Whose client it is, whom the arbiter runs as, and root may change it. It takes effect at once. A memory limit below what
+the client has takes nothing away: it gets no more until it has less.
+
+Examples:
+  nvshare set 4242 --weight 300                  three times the GPU time of one with 100
+  nvshare set train --priority low               its turn comes later than others'
+  nvshare set slot:3 --memory-limit 25%          a quarter of the GPU, its context included
+  nvshare set slot:3 --memory-limit none"
+)]
+pub struct Options {
+    /// Which client: pid, slot or name; pid:N, slot:N, name:TEXT
+    client: String,
+    /// Its share against others', 1 to 1000; 100 is usual
+    #[arg(long, group = "shares", value_parser = crate::weight)]
+    weight: Option<u32>,
+    /// How soon its turn comes: low, normal or high
+    #[arg(long, group = "shares", value_parser = crate::priority)]
+    priority: Option<Priority>,
+    /// The most GPU memory that it may have: a size, such as 8GiB, a part of the GPU, such as 25%, or none
+    #[arg(long, group = "shares", value_name = "SIZE|PERCENT|none", value_parser = crate::memory_limit)]
+    memory_limit: Option<MemoryLimit>,
+    /// The client of this GPU
+    #[arg(long, value_name = "UUID", value_parser = gpu)]
+    gpu: Option<GpuUuid>,
+    /// Where the pages and the arbiter's socket are
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+}
+
+fn gpu(text: &str) -> Result<GpuUuid, String> {
+    text.parse().map_err(|error: nvshare::units::UuidError| error.to_string())
+}
+
+/// How long an arbiter that is just starting is waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Whom a person means by a word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Whom {
+    pid: Option<u32>,
+    slot: Option<usize>,
+    name: Option<String>,
+}
+
+impl Whom {
+    fn read(text: &str) -> Result<Self, Failure> {
+        let nobody = Self { pid: None, slot: None, name: None };
+        let fail = |what| Failure::usage(format!("'{text}': {what}, such as `nvshare status` shows"));
+        if let Some(pid) = text.strip_prefix("pid:") {
+            return Ok(Self {
+                pid: Some(pid.parse().map_err(|_| fail("write pid: and a number"))?),
+                ..nobody
+            });
+        }
+        if let Some(slot) = text.strip_prefix("slot:") {
+            return Ok(Self {
+                slot: Some(slot.parse().map_err(|_| fail("write slot: and a number"))?),
+                ..nobody
+            });
+        }
+        if let Some(name) = text.strip_prefix("name:") {
+            return Ok(Self { name: Some(name.into()), ..nobody });
+        }
+        Ok(Self { pid: text.parse().ok(), slot: text.parse().ok(), name: Some(text.into()) })
+    }
+
+    fn means(&self, client: &Details) -> bool {
+        self.pid == Some(client.owner.pid)
+            || self.slot == Some(client.slot.get())
+            || self.name.as_ref() == Some(&client.name)
+    }
+}
+
+/// A client, and the GPU that it is one of.
+struct Found {
+    gpu: GpuUuid,
+    client: Details,
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Details { slot, owner, name, .. } = &self.client;
+        write!(out, "slot:{} on {}, pid:{}, name:{name}", slot.get(), self.gpu, owner.pid)
+    }
+}
+
+/// All clients of the node. A page that cannot be read has none, and that is said.
+fn clients(dir: &Path) -> Result<Vec<Found>, Failure> {
+    let no_node = |error| {
+        Failure::usage(format!(
+            "{}: there is no nvshare node here ({error}). Name its directory with --runtime-dir",
+            dir.display()
+        ))
+    };
+    let mut found = Vec::new();
+    for (gpu, path) in paths::pages(dir).map_err(no_node)? {
+        let file = File::options().read(true).write(true).open(&path).map_err(|error| error.to_string());
+        match file.and_then(|file| MappedPage::open(file).map_err(|error| error.to_string())) {
+            Ok(page) => {
+                let slots = (0..SLOTS).filter_map(SlotIndex::new);
+                found.extend(slots.filter_map(|slot| page.details(slot)).map(|client| Found { gpu, client }));
+            }
+            Err(why) => eprintln!("nvshare: {}: {why}; its clients are left out", path.display()),
+        }
+    }
+    Ok(found)
+}
+
+/// The one client that is meant.
+fn only(whom: &str, gpu: Option<GpuUuid>, clients: Vec<Found>) -> Result<Found, Failure> {
+    let wanted = Whom::read(whom)?;
+    let mut found: Vec<_> = clients
+        .into_iter()
+        .filter(|found| gpu.is_none_or(|gpu| found.gpu == gpu) && wanted.means(&found.client))
+        .collect();
+    match (found.pop(), found.len()) {
+        (Some(found), 0) => Ok(found),
+        (None, _) => Err(Failure::usage(format!(
+            "'{whom}' is no client{}: no pid, no slot and no name that `nvshare status` shows",
+            gpu.map(|gpu| format!(" of {gpu}")).unwrap_or_default()
+        ))),
+        (Some(last), more) => {
+            found.push(last);
+            let list: Vec<_> = found.iter().map(|found| format!("\n  {found}")).collect();
+            Err(Failure::usage(format!(
+                "'{whom}' means {} clients; say which one, with --gpu where the GPUs differ:{}",
+                more + 1,
+                list.concat()
+            )))
+        }
+    }
+}
+
+/// Changes a client's shares, and says what they are then.
+///
+/// # Errors
+/// There is no such client, or more than one; no arbiter answers, or it refuses.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
+    let found = only(&options.client, options.gpu, clients(&dir)?)?;
+    let Options { weight, priority, memory_limit, .. } = *options;
+    let edit = Edit { weight, priority, memory_limit };
+    let wanted = Change::new(found.gpu, found.client.slot, found.client.owner, edit);
+    let shares = change::change(&paths::socket(&dir), &wanted, PATIENCE)
+        .map_err(|error| Failure::usage(format!("{found}: {error}")))?;
+    println!("{found}: {shares} (was: {})", found.client.shares);
+    Ok(())
+}
