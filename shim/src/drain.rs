@@ -13,6 +13,7 @@
 
 use crate::abi::*;
 use crate::driver::Driver;
+use nvshare::units::Nanos;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 #[derive(Debug, Clone, Copy)]
@@ -40,14 +41,28 @@ struct Tracking {
 struct End {
     driver: &'static Driver,
     context: CUcontext,
+    stream: CUstream,
     event: CUevent,
+}
+
+/// Whether a mark is for telling the time between it and another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timed {
+    Yes,
+    No,
 }
 
 impl End {
     /// In the context that is current.
-    fn record(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Result<Self, CuResult> {
-        let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING)?;
-        let end = Self { driver, context, event };
+    fn record(
+        driver: &'static Driver,
+        context: CUcontext,
+        stream: CUstream,
+        timed: Timed,
+    ) -> Result<Self, CuResult> {
+        let timing = if timed == Timed::Yes { 0 } else { CU_EVENT_DISABLE_TIMING };
+        let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | timing)?;
+        let end = Self { driver, context, stream, event };
         driver.event_record(event, stream)?;
         Ok(end)
     }
@@ -127,7 +142,8 @@ impl Streams {
             return;
         };
         let Tracked { context, .. } = tracking.independent.swap_remove(index);
-        let end = Current::new(driver, context).and_then(|_current| End::record(driver, context, stream));
+        let end = Current::new(driver, context)
+            .and_then(|_current| End::record(driver, context, stream, Timed::No));
         // A stream that cannot be marked (a capture is open in it) has no work that it has submitted.
         if let Ok(end) = end {
             tracking.orphans.push(end.into());
@@ -135,7 +151,7 @@ impl Streams {
     }
 
     /// Marks the present end of everything.
-    pub fn mark(&self, driver: &'static Driver) -> Mark {
+    pub fn mark(&self, driver: &'static Driver, timed: Timed) -> Mark {
         let mut tracking = self.tracking();
         tracking.orphans.retain(|end| !end.is_past());
         let mut mark = Mark { ends: tracking.orphans.clone(), broken: None };
@@ -145,7 +161,9 @@ impl Streams {
             .map(|context| Tracked { stream: CUstream::LEGACY, context: *context })
             .chain(tracking.independent.iter().copied());
         for Tracked { stream, context } in streams {
-            match Current::new(driver, context).and_then(|_current| End::record(driver, context, stream)) {
+            match Current::new(driver, context)
+                .and_then(|_current| End::record(driver, context, stream, timed))
+            {
                 Ok(end) => mark.ends.push(end.into()),
                 Err(error) => mark.broken = mark.broken.or(Some(error)),
             }
@@ -170,6 +188,18 @@ impl Mark {
     /// Whether everything before it is done, or can never be.
     pub fn is_done(&self) -> bool {
         self.ends.iter().all(|end| end.is_past())
+    }
+
+    /// The GPU's time from an earlier mark to this one, ns: of the stream that took longest. Both are timed and done.
+    /// `None` if there is no telling.
+    pub fn since(&self, earlier: &Self) -> Option<Nanos> {
+        let between = |end: &Arc<End>| {
+            let same = |other: &&Arc<End>| other.context == end.context && other.stream == end.stream;
+            let from = earlier.ends.iter().find(same)?;
+            let milliseconds = end.driver.event_elapsed_ms(from.event, end.event).ok()?;
+            Some((f64::from(milliseconds) * 1e6) as Nanos)
+        };
+        self.ends.iter().filter_map(between).max()
     }
 
     /// This moment in one GPU's work, and that one in another's.

@@ -279,6 +279,8 @@ driver! {
             cuDriverGetVersion => driver_version() -> i32;
             /// The GPU of an ordinal.
             cuDeviceGet => device(ordinal: i32) -> CUdevice;
+            /// The GPU's time between two events that have happened and were made with timing, ms.
+            cuEventElapsedTime => event_elapsed_ms(from: CUevent, to: CUevent) -> f32;
             /// How many GPUs there are.
             cuDeviceGetCount => device_count() -> i32;
             /// How much memory a GPU has.

@@ -13,16 +13,18 @@
 //! ```
 //!
 //! A mark is an event behind all work so far ([`crate::drain`]), so streams, graphs and copies need nothing of their own.
-//! There are about sixteen in a full backlog. What a submission takes is the time between marks that were seen to be
-//! passed, over the submissions between them, in times in which the GPU was never without work; the longest of the last
-//! few counts. Only the GPU's progress is looked at: an application that waits for the GPU, however long and however
-//! often, is one with a small backlog.
+//! There are about sixteen in a full backlog. What a submission takes is the GPU's own time between two marks, over the
+//! submissions between them; it counts if the second mark was in the queue before the GPU came to the first, so that it was
+//! never without work meanwhile, and the longest of the last few does. Else it says only that they took no longer. (When
+//! somebody *sees* that marks have passed says nothing: they may be seen together that passed a second apart.) Only the
+//! GPU's progress is looked at: an application that waits for the GPU, however long and however often, is one with a
+//! small backlog.
 //!
 //! Whoever would make the backlog too long waits until half of it is done, or, of one that is mostly a single kernel,
 //! most of it: the GPU still has work then. A kernel that is submitted when the backlog in front of it is within the
 //! bound ends at most its own length after it, so a drain takes at most the target and one kernel.
 
-use crate::drain::Mark;
+use crate::drain::{Mark, Timed};
 use crate::session;
 use crate::together;
 use nvshare::sync::now;
@@ -38,6 +40,10 @@ const PARTS: u64 = 16;
 /// The most marks that are looked at.
 const MOST_MARKS: usize = 64;
 
+/// The most submissions without a mark: as many as the driver takes before it has a thread wait (about a thousand,
+/// seen on an H100).
+const MOST_UNMARKED: u64 = 1024;
+
 /// Submissions that may be in flight while nobody knows how long one takes. Never one: the GPU would wait for the client
 /// after each.
 const UNKNOWN: u64 = 2;
@@ -49,11 +55,18 @@ const LOOK: Nanos = MILLISECOND / 2;
 pub trait Moment {
     /// Whether it has.
     fn is_past(&self) -> bool;
+
+    /// The GPU's time since an earlier one, ns, if both are past and there is telling.
+    fn since(&self, earlier: &Self) -> Option<Nanos>;
 }
 
 impl Moment for Mark {
     fn is_past(&self) -> bool {
         self.is_done()
+    }
+
+    fn since(&self, earlier: &Self) -> Option<Nanos> {
+        self.since(earlier)
     }
 }
 
@@ -98,20 +111,29 @@ impl Each {
     }
 }
 
+/// Work between two marks.
+struct Stretch<M> {
+    /// Submissions up to its end.
+    count: u64,
+    /// At its end.
+    mark: M,
+    /// All of it was in the queue before the GPU came to its beginning.
+    busy: bool,
+}
+
 /// The pace at which a process submits, while its slice can end.
 pub struct Pace<M> {
     target: Nanos,
     /// When its slice can end, ns.
     until: Nanos,
     submitted: u64,
-    marks: VecDeque<(u64, M)>,
+    marks: VecDeque<Stretch<M>>,
     marked: u64,
-    /// Submissions that are done, when that was seen, and whether the GPU had more to do then.
+    /// Submissions that are done, and when that was seen.
     done: u64,
     done_at: Nanos,
-    busy: bool,
-    /// A mark has passed, and with it what was in flight before anybody counted.
-    settled: bool,
+    /// The last mark that has passed, and with it what was in flight before anybody counted.
+    last: Option<M>,
     each: Each,
     /// Submissions that may go without another look.
     credit: u64,
@@ -131,8 +153,7 @@ impl<M: Moment> Pace<M> {
             marked: 0,
             done: 0,
             done_at: time,
-            busy: false,
-            settled: false,
+            last: None,
             each,
             credit: 0,
             held: false,
@@ -151,7 +172,7 @@ impl<M: Moment> Pace<M> {
     pub fn forget(&mut self) {
         self.marks.clear();
         (self.done, self.marked) = (self.submitted, self.submitted);
-        (self.busy, self.credit) = (false, 0);
+        (self.last, self.credit) = (None, 0);
     }
 
     /// How long the backlog may be, ns. An eighth less than what is asked for, for what is not foreseen.
@@ -161,24 +182,21 @@ impl<M: Moment> Pace<M> {
 
     /// Sees what is done.
     fn look(&mut self, time: Nanos) {
-        let before = self.done;
-        let mut passed = None;
-        while self.marks.front().is_some_and(|(_, mark)| mark.is_past()) {
-            passed = self.marks.pop_front().map(|(count, _)| count);
+        while self.marks.front().is_some_and(|stretch| stretch.mark.is_past()) {
+            let Some(Stretch { count, mark, busy }) = self.marks.pop_front() else { return };
+            // The first has waited for what was in flight before.
+            if let Some(last) = &self.last {
+                let took = mark.since(last).unwrap_or(time.saturating_sub(self.done_at));
+                self.each.observe(count - self.done, took, busy);
+            }
+            (self.done, self.done_at, self.last) = (count, time, Some(mark));
         }
-        let Some(count) = passed else { return };
-        // The first has waited for what was in flight before.
-        if self.settled {
-            self.each.observe(count - before, time.saturating_sub(self.done_at), self.busy);
-        }
-        (self.done, self.done_at, self.busy) = (count, time, !self.marks.is_empty());
-        self.settled = true;
     }
 
     /// How long the GPU has work for, ns, if each submission takes so long. The stretch that is under way counts less with time,
     /// but not less than nothing: it may take longer than foreseen, and what is behind it has not begun.
     fn backlog(&self, each: Nanos, time: Nanos) -> Nanos {
-        let first = self.marks.front().map_or(self.submitted, |(count, _)| *count);
+        let first = self.marks.front().map_or(self.submitted, |stretch| stretch.count);
         let under_way =
             (first - self.done).saturating_mul(each).saturating_sub(time.saturating_sub(self.done_at));
         under_way.saturating_add((self.submitted - first).saturating_mul(each))
@@ -199,12 +217,12 @@ impl<M: Moment> Pace<M> {
             };
         };
         let bound = self.bound(time);
-        let part = (bound / PARTS / each).max(1);
+        let part = (bound / PARTS / each).clamp(1, MOST_UNMARKED);
         if unmarked >= part && self.marks.len() < MOST_MARKS {
             return Turn::Mark;
         }
         let backlog = self.backlog(each, time);
-        let enough = if self.held || !self.settled { bound / 2 } else { bound };
+        let enough = if self.held || self.last.is_none() { bound / 2 } else { bound };
         self.held = backlog > enough;
         if self.held {
             let longest = (bound / PARTS).max(each / 64);
@@ -232,8 +250,10 @@ impl<M: Moment> Pace<M> {
     /// So many were submitted when they were asked for the mark; `mark` is behind them.
     pub fn marked(&mut self, count: u64, mark: M) {
         if count > self.marked {
+            // Asked after the mark was made: what is not past now was not when its work was in the queue.
+            let busy = self.marks.back().is_some_and(|before| !before.mark.is_past());
             self.marked = count;
-            self.marks.push_back((count, mark));
+            self.marks.push_back(Stretch { count, mark, busy });
         }
     }
 
@@ -316,11 +336,15 @@ pub fn pace() {
             Turn::Mark => {
                 let count = pace.submitted();
                 drop(flow);
-                let Some(mark) = session::with_no_capture(together::mark) else { return };
+                let marked = session::with_no_capture(|| together::mark_timed(Timed::Yes));
+                let Some(mark) = marked else { return };
                 flow = self::flow();
-                if let Some(pace) = &mut flow.pace {
-                    pace.marked(count, mark);
-                }
+                // Else one may have begun meanwhile: the mark is as good as none.
+                let _ = session::with_no_capture(|| {
+                    if let Some(pace) = &mut flow.pace {
+                        pace.marked(count, mark);
+                    }
+                });
             }
             Turn::Wait(until) => {
                 if !session::gate().is_limited() {
