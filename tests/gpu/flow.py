@@ -1,14 +1,17 @@
 """Flow control: how long a drain takes, and what it costs, with kernels of 5 us, 5 ms and 500 ms.
 
-    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--only alone contended]
+    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--only drains held alone]
 
-*contended*: two processes of which neither fits beside the other take turns of 300 ms, and launch kernels that spin for so
-long, up to a second ahead. With flow control and without: the drains (bar: the target of 50 ms and one kernel, in the
-99th percentile), and kernels per second of GPU time (bar: 99 % of what they are without it).
+Kernels spin for so long, and are launched up to a second ahead. Three kinds of runs:
+
+*drains*: two processes of which neither fits beside the other take turns of 300 ms, with flow control and without: how
+long the drains take, as the clients' debug logs say (bar: the target of 50 ms and one kernel, in the 99th percentile).
+*held*: one process works, and another, which does not fit beside it, could ask for the GPU at any moment, so that all
+that it submits is held to the target. Kernels per second, with flow control and without, in turn (bar: 99 %). No memory
+moves, so nothing else is measured.
 *alone*: one process in the whole GPU, native and under nvshare in turn: kernels per second (bar: 99.5 %).
 
-Unmodified PyTorch; prints one JSON object for each run and a table. The GPU time is what the clients' debug logs say:
-slices and drains.
+Unmodified PyTorch; prints one JSON object for each run and a table.
 """
 
 import argparse
@@ -73,8 +76,9 @@ def contender(torch, length_us):
     answer(launched=launched, right=bool((data == 1.0).all()))
 
 
-def loner(torch, seconds):
+def loner(torch, seconds, mib):
     """Kernels per second of each length, in turn."""
+    data = torch.full((mib << 18,), 1.0, device="cuda")
     rate = cycles_per_us(torch)
     found = {}
     for length_us in LENGTHS_US:
@@ -83,7 +87,7 @@ def loner(torch, seconds):
         until = time.monotonic() + seconds
         launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until)
         found[str(length_us)] = launched / took
-    answer(per_second=found)
+    answer(per_second=found, right=bool((data == 1.0).all()))
 
 
 def percentile(values, per_cent):
@@ -91,13 +95,16 @@ def percentile(values, per_cent):
     return sorted(values)[max(0, -(-len(values) * per_cent // 100) - 1)]
 
 
-def contended_run(binaries, length_us, seconds, flow):
+def environment(arbiter, flow=True):
+    return arbiter.environment() | {"NVSHARE_LOG": "debug", "NVSHARE_FLOW_CONTROL": "1" if flow else "0"}
+
+
+def drains_of(binaries, length_us, seconds, flow):
     role = [*program("flow.py"), "--role", "contender", "--length-us", str(length_us)]
     with Arbiter(binaries, CAPACITY, TURNS) as arbiter:
-        environment = arbiter.environment() | {"NVSHARE_LOG": "debug", "NVSHARE_FLOW_CONTROL": "1" if flow else "0"}
         jobs = []
         for number in range(2):
-            jobs.append(Job(role, environment, f"contender {number}"))
+            jobs.append(Job(role, environment(arbiter, flow), f"contender {number}"))
             jobs[-1].answer(120)
         for job in jobs:
             job.tell("go")
@@ -106,69 +113,79 @@ def contended_run(binaries, length_us, seconds, flow):
         ended = time.monotonic()
         for job in jobs:
             job.tell("")
-        ends = [job.answer(180) for job in jobs]
+        right = all([job.answer(180)["right"] for job in jobs])
         logs = []
         for job in jobs:
             job.close()
             job.log.seek(0)
             logs += job.log.read().splitlines()
-    done = [one for one in slices(logs) if one.began >= began]
-    timed = [one for one in done if one.ended <= ended]
-    # The first slices find out how long a kernel takes; the last one of each ends when it has no more to do.
-    drains = [one.drained for one in timed][2:]
-    gpu_s = sum(one.ran + one.drained for one in done)
-    figures = {
-        "length_us": length_us,
-        "flow_control": flow,
-        "slices": len(timed),
-        "drain_p50_s": percentile(drains, 50),
-        "drain_p99_s": percentile(drains, 99),
-        "drain_max_s": max(drains),
-        "per_gpu_second": sum(end["launched"] for end in ends) / gpu_s,
-        "right": all(end["right"] for end in ends),
-    }
-    say("contended", **figures, drains_s=[round(drain, 5) for drain in drains])
+    # The first slice of each finds out how long a kernel takes.
+    drains = [one.drained for one in slices(logs) if began <= one.began and one.ended <= ended][2:]
+    figures = {"length_us": length_us, "flow_control": flow, "drains": len(drains), "right": right}
+    figures |= {"drain_p50_s": percentile(drains, 50), "drain_p99_s": percentile(drains, 99), "drain_max_s": max(drains)}
+    say("drains", **figures, drains_s=[round(drain, 5) for drain in drains])
     return figures
 
 
-def contended(binaries, seconds):
+def drains(binaries, seconds):
     lines, right = [], True
     for length_us in LENGTHS_US:
-        without, held = (contended_run(binaries, length_us, seconds, flow) for flow in (False, True))
+        without, held = (drains_of(binaries, length_us, seconds, flow) for flow in (False, True))
         right &= without["right"] and held["right"]
         bar = TARGET_S + length_us / 1e6
         lines.append(
-            f"kernels of {length_us:6} us: drain p50 {held['drain_p50_s'] * 1e3:6.1f}, p99 {held['drain_p99_s'] * 1e3:6.1f}, max {held['drain_max_s'] * 1e3:6.1f} ms "
-            f"of {held['slices']} (bar {bar * 1e3:.0f} ms; without {without['drain_p99_s'] * 1e3:.0f} ms); "
-            f"{held['per_gpu_second'] / without['per_gpu_second'] * 100:.2f} % of the kernels per GPU second without it (bar 99 %)"
+            f"kernels of {length_us:6} us: drain p50 {held['drain_p50_s'] * 1e3:6.1f}, p99 {held['drain_p99_s'] * 1e3:6.1f}, "
+            f"max {held['drain_max_s'] * 1e3:6.1f} ms of {held['drains']} (bar {bar * 1e3:.0f} ms; without flow control {without['drain_p99_s'] * 1e3:.0f} ms)"
         )
         print("#", lines[-1], flush=True)
     return right, lines
 
 
-def alone(binaries, seconds):
-    found = {"native": [], "nvshare": []}
-    role = [*program("flow.py"), "--role", "loner", "--seconds", str(seconds / 4)]
-    with Arbiter(binaries) as arbiter:
-        for _ in range(2):
-            for name, environment in [("native", {}), ("nvshare", arbiter.environment())]:
-                job = Job(role, environment, name)
-                found[name].append(job.answer(180)["per_second"])
-                job.close()
-    say("alone", **found)
+def compare(what, bar, first, second, seconds, mib):
+    """Kernels per second under the `second` environment against the `first`, in turn, twice."""
+    found, right = {name: [] for name, _ in (first, second)}, True
+    role = [*program("flow.py"), "--role", "loner", "--seconds", str(seconds / 4), "--mib", str(mib)]
+    for _ in range(2):
+        for name, variables in (first, second):
+            job = Job(role, variables, name)
+            answered = job.answer(180)
+            found[name].append(answered["per_second"])
+            right &= answered["right"]
+            job.close()
+    say(what, right=right, **found)
     lines = []
     for length_us in LENGTHS_US:
-        native, shared = (statistics.median(run[str(length_us)] for run in found[name]) for name in ("native", "nvshare"))
-        lines.append(f"kernels of {length_us:6} us, alone: {shared / native * 100:.2f} % of native (bar 99.5 %)")
+        old, new = (statistics.median(run[str(length_us)] for run in found[name]) for name, _ in (first, second))
+        lines.append(f"kernels of {length_us:6} us, {what}: {new / old * 100:.2f} % of {first[0]} (bar {bar} %)")
         print("#", lines[-1], flush=True)
-    return True, lines
+    return right, lines
+
+
+def held(binaries, seconds):
+    role = [*program("flow.py"), "--role", "contender", "--length-us", "5"]
+    with Arbiter(binaries, CAPACITY, TURNS) as arbiter:
+        idle = Job(role, environment(arbiter), "idle")
+        idle.answer(120)
+        result = compare(
+            "held", 99, ("without flow control", environment(arbiter, False)), ("with", environment(arbiter)), seconds, MIB
+        )
+        idle.tell("")
+        idle.close()
+    return result
+
+
+def alone(binaries, seconds):
+    with Arbiter(binaries) as arbiter:
+        return compare("alone", 99.5, ("native", {}), ("nvshare", arbiter.environment()), seconds, 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=pathlib.Path, default=HERE.parent.parent / "target/release")
     parser.add_argument("--seconds", type=float, default=12, help="of each run")
-    parser.add_argument("--only", nargs="*", choices=["contended", "alone"], default=["contended", "alone"])
+    names = ["drains", "held", "alone"]
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--mib", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=["contender", "loner"], help=argparse.SUPPRESS)
     parser.add_argument("--length-us", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -176,10 +193,10 @@ def main():
         import torch
 
         if arguments.role == "loner":
-            return loner(torch, arguments.seconds)
+            return loner(torch, arguments.seconds, arguments.mib)
         return contender(torch, arguments.length_us)
     binaries, table, good = arguments.bin.resolve(), [], True
-    for run in (contended, alone):
+    for run in (drains, held, alone):
         if run.__name__ in arguments.only:
             right, lines = run(binaries, arguments.seconds)
             good &= right
