@@ -104,3 +104,44 @@ fn whoever_waits_is_let_in() {
         submitter.join().unwrap();
     });
 }
+
+/// The gate is limited while somebody goes in, and shut: who takes the long way in is inside, too.
+#[test]
+fn memory_moves_while_nobody_is_inside_a_limited_gate() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        gate.open();
+        let submitter = thread::spawn({
+            let (gate, memory) = (gate.clone(), memory.clone());
+            move || submit(&gate, &memory)
+        });
+        let engine = thread::spawn(move || {
+            gate.limit();
+            swap(&gate, &memory);
+            gate.limit();
+        });
+        engine.join().unwrap();
+        submitter.join().unwrap();
+    });
+}
+
+/// Who limits a gate, or takes that back, does not open one that is shut.
+#[test]
+fn a_limit_does_not_open_the_gate() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        gate.open();
+        let limits = thread::spawn({
+            let gate = gate.clone();
+            move || {
+                gate.limit();
+                gate.unlimit();
+            }
+        });
+        gate.close();
+        assert!(!gate.is_open());
+        limits.join().unwrap();
+        assert!(!gate.is_open());
+    });
+}

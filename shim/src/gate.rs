@@ -122,7 +122,8 @@ impl Gate {
     /// Lets nobody in from now on, and does not wait for those inside. Whoever calls it and then
     /// submits work is already held.
     pub fn close(&self) {
-        self.state.store(SHUT, Ordering::SeqCst);
+        // A swap, so that it is in one order with the exchanges of whoever limits the gate at this moment.
+        self.state.swap(SHUT, Ordering::SeqCst);
         heavy_barrier();
     }
 
