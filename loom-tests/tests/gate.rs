@@ -33,6 +33,11 @@ fn submit(gate: &Gate, memory: &Memory) {
     lane.retire();
 }
 
+fn submitter(gate: &Arc<Gate>, memory: &Arc<Memory>) -> thread::JoinHandle<()> {
+    let (gate, memory) = (gate.clone(), memory.clone());
+    thread::spawn(move || submit(&gate, &memory))
+}
+
 fn swap(gate: &Gate, memory: &Memory) {
     gate.shut();
     // SAFETY: loom checks the access.
@@ -49,10 +54,7 @@ fn memory_moves_while_nobody_is_inside() {
         let gate = Arc::new(Gate::new());
         let memory = Arc::new(Memory(UnsafeCell::new(0)));
         gate.open();
-        let submitter = thread::spawn({
-            let (gate, memory) = (gate.clone(), memory.clone());
-            move || submit(&gate, &memory)
-        });
+        let submitter = submitter(&gate, &memory);
         let engine = thread::spawn(move || swap(&gate, &memory));
         engine.join().unwrap();
         submitter.join().unwrap();
@@ -95,10 +97,7 @@ fn whoever_waits_is_let_in() {
     check(3, || {
         let gate = Arc::new(Gate::new());
         let memory = Arc::new(Memory(UnsafeCell::new(0)));
-        let submitter = thread::spawn({
-            let (gate, memory) = (gate.clone(), memory.clone());
-            move || submit(&gate, &memory)
-        });
+        let submitter = submitter(&gate, &memory);
         let engine = thread::spawn(move || gate.open());
         engine.join().unwrap();
         submitter.join().unwrap();
@@ -112,10 +111,7 @@ fn memory_moves_while_nobody_is_inside_a_limited_gate() {
         let gate = Arc::new(Gate::new());
         let memory = Arc::new(Memory(UnsafeCell::new(0)));
         gate.open();
-        let submitter = thread::spawn({
-            let (gate, memory) = (gate.clone(), memory.clone());
-            move || submit(&gate, &memory)
-        });
+        let submitter = submitter(&gate, &memory);
         let engine = thread::spawn(move || {
             gate.limit();
             swap(&gate, &memory);

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 
-from harness import HERE, Arbiter, Job, program, say, slices
+from harness import HERE, Arbiter, Job, percentile, program, say, slices
 
 LENGTHS_US = [5, 5_000, 500_000]
 TARGET_S = 0.05
@@ -88,11 +88,6 @@ def loner(torch, seconds, mib):
         launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until)
         found[str(length_us)] = launched / took
     answer(per_second=found, right=bool((data == 1.0).all()))
-
-
-def percentile(values, per_cent):
-    """Of these values, the smallest that so many per cent are no larger than."""
-    return sorted(values)[max(0, -(-len(values) * per_cent // 100) - 1)]
 
 
 def environment(arbiter, flow=True):

@@ -65,6 +65,11 @@ def jain(shares):
     return sum(shares) ** 2 / squares if squares else 1.0
 
 
+def percentile(values, per_cent):
+    """Of these values, the smallest that so many per cent are no larger than."""
+    return sorted(values)[max(0, -(-len(values) * per_cent // 100) - 1)]
+
+
 def fairness(done, clients, window):
     """Jain's index over the GPU time of `clients` in each window of so many slices."""
     return [

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 
-from harness import HERE, Arbiter, Job, program, say, slices
+from harness import HERE, Arbiter, Job, percentile, program, say, slices
 
 CAPACITY = "14.9GiB"
 PERIOD_S = 2.0
@@ -84,11 +84,6 @@ def interactive(torch):
         took = burst(kernels)
         answer(began=time.monotonic() - took, seconds=took)
     answer(right=bool((y == float(kernels)).all()))
-
-
-def percentile(values, per_cent):
-    """Of these values, the smallest that so many per cent are no larger than."""
-    return sorted(values)[max(0, -(-len(values) * per_cent // 100) - 1)]
 
 
 def side_by_side(environment, bursts):
