@@ -14,6 +14,7 @@ what the log says: from when the batch job's gate shuts until the client's memor
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import sys
@@ -79,15 +80,15 @@ def interactive(torch):
     each = sorted((burst(40) - burst(20)) / 20 for _ in range(5))[2]
     kernels = max(1, round(BURST_S / each))
     alone = sorted(burst(kernels) for _ in range(5))[2]
-    answer(ready=True, kernels=kernels, alone_s=alone)
+    answer(ready=True, kernels=kernels, alone_s=alone, pid=os.getpid())
     while told().strip():
         took = burst(kernels)
-        answer(began=time.monotonic() - took, seconds=took)
+        answer(ended=time.monotonic(), seconds=took)
     answer(right=bool((y == float(kernels)).all()))
 
 
 def side_by_side(environment, bursts):
-    """Times of so many bursts beside the batch job, s; what both said at their ends; and their logs."""
+    """So many bursts beside the batch job; what both said at their ends; their logs; and when it began."""
     role = [*program("interactive.py"), "--role"]
     client = Job([*role, "interactive"], environment, "interactive")
     setup = client.answer(120)
@@ -95,11 +96,11 @@ def side_by_side(environment, bursts):
     job.answer(120)
     job.tell("go")
     began = time.monotonic()
-    times, due = [], began + PERIOD_S
+    bursts_done, due = [], began + PERIOD_S
     for _ in range(bursts):
         time.sleep(max(0.0, due - time.monotonic()))
         client.tell("burst")
-        times.append(client.answer(120)["seconds"])
+        bursts_done.append(client.answer(120))
         due += PERIOD_S
     client.tell("")
     ends = [client.answer(120)]
@@ -110,11 +111,12 @@ def side_by_side(environment, bursts):
     for log in (client.log, job.log):
         log.seek(0)
         logs += log.read().splitlines()
-    return setup, times, ends, logs, began
+    return setup, bursts_done, ends, logs, began
 
 
 def one_run(name, environment, bursts):
-    setup, times, (client, job), log, began = side_by_side(environment, bursts)
+    setup, bursts_done, (client, job), log, began = side_by_side(environment, bursts)
+    times = [one["seconds"] for one in bursts_done]
     done = [one for one in slices(log) if one.began > began]
     fills = [(int(found[2]) / 1e9, int(found[1])) for found in map(FILLED.search, log) if found]
     switches = []
@@ -132,6 +134,11 @@ def one_run(name, environment, bursts):
     if switches:
         figures["switch_p50_s"] = percentile(switches, 50)
         figures["switch_p99_s"] = percentile(switches, 99)
+        # From when it has its result to when it has given way.
+        own = [one.ended for one in done if one.pid == setup["pid"]]
+        after = [min((end for end in own if end >= one["ended"]), default=None) for one in bursts_done[:-1]]
+        gives_way = [end - one["ended"] for end, one in zip(after, bursts_done) if end is not None]
+        figures["gives_way_p50_s"], figures["gives_way_p99_s"] = percentile(gives_way, 50), percentile(gives_way, 99)
         figures["drain_p99_s"] = percentile([one.drained for one in done], 99)
     right = client["right"] and job["right"]
     say(name, right=right, bursts_s=[round(one, 4) for one in times], switches=len(switches), **figures)
@@ -161,7 +168,7 @@ def main():
         line = f"{name:12} p50 {figures['p50_s'] * 1e3:7.1f} ms, p99 {figures['p99_s'] * 1e3:7.1f} ms, batch {figures['batch_iterations_per_s']:6.1f} iterations/s"
         if "switch_p99_s" in figures:
             switch = figures["switch_p99_s"]
-            line += f"; switch p99 {switch * 1e3:.0f} ms: bar {(2 + 5) * switch * 1e3 + figures['burst_alone_s'] * 1e3:.0f} ms"
+            line += f"; switch p99 {switch * 1e3:.0f} ms: bar {(2 + 5) * switch * 1e3 + figures['burst_alone_s'] * 1e3:.0f} ms; gives way {figures['gives_way_p99_s'] * 1e3:.1f} ms after a burst, p99 (bar 20 ms)"
         table.append(line + ("" if right else "  WRONG RESULTS"))
         print("#", table[-1], flush=True)
     print("\n".join(table))
