@@ -23,6 +23,10 @@
 //! Whoever would make the backlog too long waits until half of it is done, or, of one that is mostly a single kernel,
 //! most of it: the GPU still has work then. A kernel that is submitted when the backlog in front of it is within the
 //! bound ends at most its own length after it, so a drain takes at most the target and one kernel.
+//!
+//! Work may wait for work that is yet to be submitted (a collective on several GPUs, a stream that waits for a value), and
+//! then nothing passes while everybody is held. So whoever has seen no progress for long goes nevertheless, one
+//! submission at a time and ever more rarely.
 
 use crate::drain::{Mark, Timed};
 use crate::session;
@@ -44,9 +48,15 @@ const MOST_MARKS: usize = 64;
 /// seen on an H100).
 const MOST_UNMARKED: u64 = 1024;
 
+/// Submissions between two looks at the clock.
+const MOST_CREDIT: u64 = 16;
+
 /// Submissions that may be in flight while nobody knows how long one takes. Never one: the GPU would wait for the client
 /// after each.
 const UNKNOWN: u64 = 2;
+
+/// So many targets without progress, beyond twice what was foreseen, and one submission goes nevertheless.
+const PATIENCE: u64 = 4;
 
 /// How often somebody who waits looks at least, ns, of a backlog that nobody knows.
 const LOOK: Nanos = MILLISECOND / 2;
@@ -129,6 +139,7 @@ pub struct Pace<M> {
     submitted: u64,
     marks: VecDeque<Stretch<M>>,
     marked: u64,
+    marked_at: Nanos,
     /// Submissions that are done, and when that was seen.
     done: u64,
     done_at: Nanos,
@@ -139,6 +150,10 @@ pub struct Pace<M> {
     credit: u64,
     /// The backlog was too long, and is not yet short enough.
     held: bool,
+    /// Since when somebody waits and nothing has passed, ns.
+    stuck: Option<Nanos>,
+    /// How often somebody went nevertheless since the last progress.
+    nevertheless: u32,
 }
 
 impl<M: Moment> Pace<M> {
@@ -151,12 +166,15 @@ impl<M: Moment> Pace<M> {
             submitted: 0,
             marks: VecDeque::new(),
             marked: 0,
+            marked_at: time,
             done: 0,
             done_at: time,
             last: None,
             each,
             credit: 0,
             held: false,
+            stuck: None,
+            nevertheless: 0,
         }
     }
 
@@ -171,6 +189,7 @@ impl<M: Moment> Pace<M> {
     /// The marks mean nothing any more: a context has gone. What it had in flight is done.
     pub fn forget(&mut self) {
         self.marks.clear();
+        (self.stuck, self.nevertheless) = (None, 0);
         (self.done, self.marked) = (self.submitted, self.submitted);
         (self.last, self.credit) = (None, 0);
     }
@@ -190,6 +209,7 @@ impl<M: Moment> Pace<M> {
                 self.each.observe(count - self.done, took, busy);
             }
             (self.done, self.done_at, self.last) = (count, time, Some(mark));
+            (self.stuck, self.nevertheless) = (None, 0);
         }
     }
 
@@ -211,25 +231,37 @@ impl<M: Moment> Pace<M> {
         let unmarked = self.submitted - self.marked;
         let Some(each) = self.each.get() else {
             return match () {
-                () if unmarked > 0 && self.marks.len() < MOST_MARKS => Turn::Mark,
-                () if self.submitted - self.done >= UNKNOWN => Turn::Wait(time + LOOK),
+                () if unmarked > 0 && self.marks.len() < MOST_MARKS => self.mark(time),
+                () if self.submitted - self.done >= UNKNOWN => self.wait(time, time + LOOK, 0),
                 () => self.go(),
             };
         };
         let bound = self.bound(time);
         let part = (bound / PARTS / each).clamp(1, MOST_UNMARKED);
-        if unmarked >= part && self.marks.len() < MOST_MARKS {
-            return Turn::Mark;
+        // After some time anyway: what was thought to be quick may be slow.
+        let late = unmarked > 0 && time.saturating_sub(self.marked_at) >= bound / PARTS;
+        if (unmarked >= part || late) && self.marks.len() < MOST_MARKS {
+            return self.mark(time);
         }
         let backlog = self.backlog(each, time);
         let enough = if self.held || self.last.is_none() { bound / 2 } else { bound };
         self.held = backlog > enough;
         if self.held {
             let longest = (bound / PARTS).max(each / 64);
-            return Turn::Wait(time + (backlog - bound / 2).clamp(LOOK / 8, longest.max(LOOK / 8)));
+            let until = time + (backlog - bound / 2).clamp(LOOK / 8, longest.max(LOOK / 8));
+            let foreseen =
+                self.marks.front().map_or(0, |stretch| (stretch.count - self.done).saturating_mul(each));
+            return self.wait(time, until, foreseen);
         }
-        self.credit = ((enough - backlog) / each).min(part - unmarked.min(part)).saturating_sub(1);
+        self.stuck = None;
+        self.credit =
+            ((enough - backlog) / each).min(part - unmarked.min(part)).min(MOST_CREDIT).saturating_sub(1);
         self.go()
+    }
+
+    fn mark(&mut self, time: Nanos) -> Turn {
+        self.marked_at = time;
+        Turn::Mark
     }
 
     /// Whether a submission may go without a look at anything. Counts it.
@@ -240,6 +272,18 @@ impl<M: Moment> Pace<M> {
             self.submitted += 1;
         }
         has
+    }
+
+    /// Waits, or goes nevertheless. What is under way was foreseen to take so long, ns.
+    fn wait(&mut self, time: Nanos, until: Nanos, foreseen: Nanos) -> Turn {
+        let since = *self.stuck.get_or_insert(time);
+        let patience = (PATIENCE * self.target) << self.nevertheless.min(16);
+        if time.saturating_sub(since) < patience.saturating_add(2 * foreseen) {
+            return Turn::Wait(until);
+        }
+        self.nevertheless += 1;
+        self.stuck = Some(time);
+        self.go()
     }
 
     fn go(&mut self) -> Turn {
