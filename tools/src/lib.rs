@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`run`], [`status`], [`bench`], [`demo`] | the commands |
+//! | [`run`], [`status`], [`bench`], [`demo`], [`sim`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`calls`] | a program that makes the CUDA calls that a test names, right or wrong |
@@ -18,6 +18,7 @@ pub mod internal;
 pub mod job;
 pub mod node;
 pub mod run;
+pub mod sim;
 pub mod status;
 
 /// Why a command failed, and with which exit status.
