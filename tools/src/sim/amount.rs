@@ -14,7 +14,9 @@ impl TryFrom<String> for Time {
 
     fn try_from(text: String) -> Result<Self, String> {
         let fail = || {
-            format!("'{text}' is not a time: expected a number and one of ns, us, ms, s, min, h, d, such as \"39ms\"")
+            format!(
+                "'{text}' is not a time: expected a number and one of ns, us, ms, s, min, h, d, such as \"39ms\""
+            )
         };
         let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(fail)?;
         let (number, unit) = text.split_at(split);
@@ -59,7 +61,9 @@ impl TryFrom<String> for Rate {
         match parse_size(text.trim_end_matches("/s")) {
             Ok(0) => Err("a rate above 0 expected".into()),
             Ok(rate) => Ok(Self(rate)),
-            Err(_) => Err(format!("'{text}' is not a rate: expected a size for a second, such as \"11.2GiB/s\"")),
+            Err(_) => {
+                Err(format!("'{text}' is not a rate: expected a size for a second, such as \"11.2GiB/s\""))
+            }
         }
     }
 }

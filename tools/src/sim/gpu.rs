@@ -466,8 +466,9 @@ impl Gpu {
         let mut changed = false;
         let evicting = |gpu: &Self, slot: SlotIndex| gpu.client(slot).evicting > 0;
         if self.to_host.transfer.is_none()
-            && let Some(slot) =
-                self.to_host.next(self.slots().filter(|slot| evicting(self, *slot)).collect::<Vec<_>>().into_iter())
+            && let Some(slot) = self
+                .to_host
+                .next(self.slots().filter(|slot| evicting(self, *slot)).collect::<Vec<_>>().into_iter())
         {
             let granules = self.client(slot).evicting.min(self.machine.chunk);
             let bytes = bytes_of(granules);
@@ -477,7 +478,8 @@ impl Gpu {
             changed = true;
         }
         if self.to_gpu.transfer.is_none() {
-            let ready: Vec<SlotIndex> = self.slots().filter(|slot| self.next_piece(*slot).is_some()).collect();
+            let ready: Vec<SlotIndex> =
+                self.slots().filter(|slot| self.next_piece(*slot).is_some()).collect();
             if let Some(slot) = self.to_gpu.next(ready.into_iter())
                 && let Some(granules) = self.next_piece(slot)
             {
@@ -498,8 +500,7 @@ impl Gpu {
 
     /// The granules of the next chunk that a client brings in, if it may and there is room.
     fn next_piece(&self, slot: SlotIndex) -> Option<Granules> {
-        let fills =
-            self.snapshot.view(slot).phase == Phase::Filling && self.snapshot.admitted.contains(slot);
+        let fills = self.snapshot.view(slot).phase == Phase::Filling && self.snapshot.admitted.contains(slot);
         let granules = self.missing(slot).min(self.machine.chunk);
         (fills && granules > 0 && i64::from(granules) <= i64::from(self.snapshot.free)).then_some(granules)
     }

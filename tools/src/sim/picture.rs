@@ -79,7 +79,11 @@ pub fn draw(scenario: &Scenario, outcome: &Outcome) -> String {
     }
     axis(&mut out, outcome.time, y + 6.0);
     if left_out > 0 {
-        let _ = writeln!(out, r#"<text x="10" y="{:.1}">{left_out} more clients are not drawn.</text>"#, y + 40.0);
+        let _ = writeln!(
+            out,
+            r#"<text x="10" y="{:.1}">{left_out} more clients are not drawn.</text>"#,
+            y + 40.0
+        );
     }
     out.push_str("</svg>\n");
     out
@@ -127,7 +131,13 @@ fn bars(tally: &Tally, scale: f64) -> Vec<(f64, f64, &'static str)> {
 fn axis(out: &mut String, time: Nanos, y: f64) {
     let seconds = time as f64 / 1e9;
     let step = step(seconds);
-    let unit = if step >= 3_600.0 { (3_600.0, "h") } else if step >= 1.0 { (1.0, "s") } else { (1e-3, "ms") };
+    let unit = if step >= 3_600.0 {
+        (3_600.0, "h")
+    } else if step >= 1.0 {
+        (1.0, "s")
+    } else {
+        (1e-3, "ms")
+    };
     let _ = writeln!(
         out,
         r##"<line x1="{LEFT}" y1="{y:.1}" x2="{:.0}" y2="{y:.1}" stroke="#222"/>"##,
@@ -151,7 +161,10 @@ fn axis(out: &mut String, time: Nanos, y: f64) {
 /// A round distance of the axis' marks: about ten of them.
 fn step(seconds: f64) -> f64 {
     let rough = (seconds / 10.0).max(1e-9);
-    let ladder = [1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_200.0, 1_800.0, 3_600.0, 7_200.0, 14_400.0, 21_600.0, 43_200.0, 86_400.0];
+    let ladder = [
+        1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1_200.0, 1_800.0, 3_600.0, 7_200.0,
+        14_400.0, 21_600.0, 43_200.0, 86_400.0,
+    ];
     if rough > 86_400.0 {
         return 86_400.0 * (rough / 86_400.0).ceil();
     }

@@ -102,8 +102,11 @@ impl Report {
         let single = |tally: &Tally| {
             let class = &scenario.clients[tally.class];
             let part = if class.vgpus > 1 { format!(".{}", tally.part + 1) } else { String::new() };
-            let name =
-                if class.count > 1 { format!("{} {}{part}", class.name, tally.number) } else { format!("{}{part}", class.name) };
+            let name = if class.count > 1 {
+                format!("{} {}{part}", class.name, tally.number)
+            } else {
+                format!("{}{part}", class.name)
+            };
             Row::of(name, Some(tally.place), &[tally])
         };
         let busy: f64 = outcome.gpus.iter().map(|gpu| seconds(gpu.busy)).sum();
@@ -126,7 +129,11 @@ impl Report {
             events: outcome.events,
             fairness: Fairness { least, windows: outcome.gpus.iter().map(|gpu| gpu.fairness.windows).sum() },
             classes: scenario.clients.iter().enumerate().map(|(index, it)| class(index, &it.name)).collect(),
-            clients: if all.len() > MOST_CLIENTS { Vec::new() } else { all.iter().map(|tally| single(tally)).collect() },
+            clients: if all.len() > MOST_CLIENTS {
+                Vec::new()
+            } else {
+                all.iter().map(|tally| single(tally)).collect()
+            },
             gpus: outcome
                 .gpus
                 .iter()
@@ -149,10 +156,13 @@ impl Report {
 
 impl Row {
     fn of(name: String, gpu: Option<usize>, tallies: &[&Tally]) -> Self {
-        let sum = |of: &dyn Fn(&Tally) -> u64| tallies.iter().map(|tally| of(tally)).fold(0, u64::saturating_add);
-        let answered: Nanos = sum(&|tally| tally.answers.iter().fold(0, |sum, time| time.saturating_add(sum)));
+        let sum =
+            |of: &dyn Fn(&Tally) -> u64| tallies.iter().map(|tally| of(tally)).fold(0, u64::saturating_add);
+        let answered: Nanos =
+            sum(&|tally| tally.answers.iter().fold(0, |sum, time| time.saturating_add(sum)));
         let needed = sum(&|tally| tally.needed);
-        let iterations: f64 = tallies.iter().map(|tally| tally.gpu as f64 / tally.iteration.max(1) as f64).sum();
+        let iterations: f64 =
+            tallies.iter().map(|tally| tally.gpu as f64 / tally.iteration.max(1) as f64).sum();
         let finished = tallies.iter().filter(|tally| tally.finished.is_some()).count() as u64;
         Self {
             name,
@@ -162,7 +172,11 @@ impl Row {
             gpu_seconds: seconds(sum(&|tally| tally.gpu)),
             wait: Spread::of(tallies.iter().flat_map(|tally| &tally.waits)),
             answer: Spread::of(tallies.iter().flat_map(|tally| &tally.answers)),
-            iteration_seconds: if iterations > 0.0 { seconds(sum(&|tally| tally.ran)) / iterations } else { 0.0 },
+            iteration_seconds: if iterations > 0.0 {
+                seconds(sum(&|tally| tally.ran)) / iterations
+            } else {
+                0.0
+            },
             slices: sum(&|tally| tally.slices),
             switches: sum(&|tally| tally.yields),
             bytes_in: sum(&|tally| tally.bytes_in),

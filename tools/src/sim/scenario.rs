@@ -354,7 +354,11 @@ impl Scenario {
         holds((0.0..=1e6).contains(&policy.factor), "policy.factor", "0 to 1000000")?;
         holds((0.0..=1e6).contains(&policy.longest), "policy.longest", "0 to 1000000")?;
         if policy.mode == Mode::DemandPaging {
-            holds(gpus.paging.is_some(), "gpus.paging", "a table, because policy.mode is \"demand-paging\",")?;
+            holds(
+                gpus.paging.is_some(),
+                "gpus.paging",
+                "a table, because policy.mode is \"demand-paging\",",
+            )?;
         }
         holds(!self.clients.is_empty(), "clients", "at least one [[clients]]")?;
         for (index, class) in self.clients.iter().enumerate() {
@@ -402,7 +406,10 @@ impl Scenario {
         )?;
         holds(class.buffers >= 1, "buffers", "at least 1")?;
         holds(
-            class.walks.iter().all(|walk| !walk.is_empty() && walk.iter().all(|buffer| *buffer < class.buffers)),
+            class
+                .walks
+                .iter()
+                .all(|walk| !walk.is_empty() && walk.iter().all(|buffer| *buffer < class.buffers)),
             "walks",
             "lists of buffers, each less than buffers,",
         )?;

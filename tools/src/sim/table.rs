@@ -56,7 +56,15 @@ pub fn of(report: &Report) -> String {
 
 fn cells(row: &Row) -> Vec<String> {
     let place = row.gpu.map_or(row.clients.to_string(), |gpu| gpu.to_string());
-    let times = [row.gpu_seconds, row.wait.mean, row.wait.p50, row.wait.p99, row.wait.max, row.answer.p50, row.answer.p99];
+    let times = [
+        row.gpu_seconds,
+        row.wait.mean,
+        row.wait.p50,
+        row.wait.p99,
+        row.wait.max,
+        row.answer.p50,
+        row.answer.p99,
+    ];
     let mut cells = vec![row.name.clone(), place];
     cells.extend(times.map(time));
     cells.extend([
@@ -75,8 +83,14 @@ fn gpus(report: &Report) -> String {
         return String::new();
     }
     let line = |gpu: &super::report::Gpu| {
-        let fairness = gpu.fairness.map_or(String::new(), |index| format!(", Jain's index at least {index:.3}"));
-        format!("GPU {}: busy {:.1} %, at most {} clients{fairness}\n", gpu.gpu, 100.0 * gpu.utilisation, gpu.most_clients)
+        let fairness =
+            gpu.fairness.map_or(String::new(), |index| format!(", Jain's index at least {index:.3}"));
+        format!(
+            "GPU {}: busy {:.1} %, at most {} clients{fairness}\n",
+            gpu.gpu,
+            100.0 * gpu.utilisation,
+            gpu.most_clients
+        )
     };
     report.gpus.iter().map(line).collect::<String>() + "\n"
 }

@@ -146,7 +146,8 @@ impl Fairness {
 
 /// Jain's index of `n` shares, of which those that are not 0 are given: 1 when all are equal, 1/n when one has all.
 pub fn jain(shares: impl Iterator<Item = f64>, n: usize) -> f64 {
-    let (sum, squares) = shares.fold((0.0, 0.0), |(sum, squares), share| (sum + share, squares + share * share));
+    let (sum, squares) =
+        shares.fold((0.0, 0.0), |(sum, squares), share| (sum + share, squares + share * share));
     if squares == 0.0 { 1.0 } else { sum * sum / (n as f64 * squares) }
 }
 

@@ -166,7 +166,8 @@ impl World {
             return free(gpu).then(|| vec![gpu]);
         }
         let load = |gpu: usize| (gpu, self.loads[gpu]);
-        let node = |gpu: usize| gpu / self.per_node * self.per_node..(gpu / self.per_node + 1) * self.per_node;
+        let node =
+            |gpu: usize| gpu / self.per_node * self.per_node..(gpu / self.per_node + 1) * self.per_node;
         let enough = |gpu: usize| job.vgpus == 1 || node(gpu).filter(|gpu| free(*gpu)).count() >= job.vgpus;
         let first =
             placement::choose((0..self.gpus.len()).filter(|gpu| free(*gpu) && enough(*gpu)).map(load))?;
