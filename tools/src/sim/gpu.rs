@@ -332,7 +332,10 @@ impl Gpu {
             Phase::Idle | Phase::Waiting => {
                 let share = policy::evict_share(&self.snapshot, slot);
                 if share > 0 {
-                    self.client_mut(slot).evicting = share;
+                    // Whole chunks, so it may be a little more.
+                    let chunks = share.next_multiple_of(self.machine.chunk);
+                    let all = self.snapshot.view(slot).evictable();
+                    self.client_mut(slot).evicting = chunks.min(all);
                     self.client_mut(slot).task.tally.becomes(State::Evicting, now);
                     return true;
                 }

@@ -12,21 +12,23 @@
 //! | [`world`] | all of them, and where clients are placed |
 //! | [`tally`], [`report`], [`picture`] | what is counted, and how it is told |
 
-pub mod amount;
-pub mod chance;
-pub mod gpu;
-pub mod paging;
+mod amount;
+mod chance;
+mod gpu;
+mod paging;
 pub mod picture;
 pub mod report;
 pub mod scenario;
-pub mod table;
-pub mod tally;
-pub mod task;
+mod table;
+mod tally;
+mod task;
 pub mod world;
 
 use crate::Failure;
+pub use amount::Time;
 use scenario::Scenario;
 use std::path::{Path, PathBuf};
+pub use tally::State;
 
 /// Options of `nvshare sim`.
 #[derive(Debug, clap::Args)]

@@ -10,8 +10,11 @@ use serde::Serialize;
 /// All of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
+    /// The scenario's name.
     pub scenario: String,
+    /// Whose policy.
     pub mode: &'static str,
+    /// What chance began with.
     pub seed: u64,
     /// How long the simulation was, s of its own time.
     pub seconds: f64,
@@ -21,16 +24,21 @@ pub struct Report {
     pub utilisation: f64,
     /// Times that somebody gave way.
     pub switches: u64,
+    /// Bytes copied to GPUs.
     pub bytes_in: u64,
+    /// Bytes copied from GPUs.
     pub bytes_out: u64,
     /// Clients for whom there was no place to the end.
     pub unplaced: u64,
     /// Times that the clock jumped.
     pub events: u64,
+    /// How fairly turns were taken.
     pub fairness: Fairness,
+    /// Each class.
     pub classes: Vec<Row>,
     /// Each one by itself; left out when there are more than [`MOST_CLIENTS`].
     pub clients: Vec<Row>,
+    /// Each GPU.
     pub gpus: Vec<Gpu>,
 }
 
@@ -42,17 +50,22 @@ pub const MOST_CLIENTS: usize = 1_000;
 pub struct Fairness {
     /// Of the least fair window; `null` where nobody took turns.
     pub least: Option<f64>,
+    /// How many windows there were.
     pub windows: u64,
 }
 
 /// A client, or all of a class.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
+    /// What it is called.
     pub name: String,
     /// Where it is; of a class, nothing.
     pub gpu: Option<usize>,
+    /// How many.
     pub clients: u64,
+    /// How many of them are done.
     pub finished: u64,
+    /// GPU time that it had, s, as if alone.
     pub gpu_seconds: f64,
     /// From the request for the GPU until it runs, s.
     pub wait: Spread,
@@ -60,9 +73,13 @@ pub struct Row {
     pub answer: Spread,
     /// Time per iteration while it had the GPU, s.
     pub iteration_seconds: f64,
+    /// Times that it got the GPU.
     pub slices: u64,
+    /// Times that it gave way.
     pub switches: u64,
+    /// Bytes copied to the GPU.
     pub bytes_in: u64,
+    /// Bytes copied from it.
     pub bytes_out: u64,
     /// Time that answers took, against alone.
     pub slowdown: f64,
@@ -73,18 +90,26 @@ pub struct Row {
 /// How a time is spread.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Spread {
+    /// How many.
     pub count: u64,
+    /// Their mean.
     pub mean: f64,
+    /// Half are at most this.
     pub p50: f64,
+    /// 99 of 100 are.
     pub p99: f64,
+    /// All are.
     pub max: f64,
 }
 
 /// A GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Gpu {
+    /// Its number.
     pub gpu: usize,
+    /// The most clients at once.
     pub most_clients: usize,
+    /// Time in which something computed, of all.
     pub utilisation: f64,
     /// The least fair window's index.
     pub fairness: Option<f64>,

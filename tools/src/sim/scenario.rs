@@ -43,6 +43,7 @@ pub enum Mode {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
+    /// Whose policy.
     pub mode: Mode,
     /// `"auto"`, or a time.
     pub quantum: QuantumSetting,
@@ -77,6 +78,7 @@ impl Default for Policy {
 
 impl Policy {
     /// As the page has it.
+    #[allow(clippy::needless_update, reason = "the page may have more settings than a scenario")]
     pub fn settings(&self) -> nvshare::page::Settings {
         let milli = |times: f64| (times * 1e3) as u32;
         let quantum = match self.quantum {
@@ -110,7 +112,9 @@ impl Policy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub enum QuantumSetting {
+    /// By the switch that the end of a slice causes.
     Auto,
+    /// Always this long.
     Fixed(Time),
 }
 
@@ -129,8 +133,10 @@ impl TryFrom<String> for QuantumSetting {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Gpus {
+    /// Nodes.
     #[serde(default = "one_machine")]
     pub nodes: usize,
+    /// GPUs of each node.
     #[serde(default = "one_machine")]
     pub per_node: usize,
     /// What NVML shows.
@@ -194,13 +200,16 @@ pub enum Order {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Class {
+    /// What they are called.
     pub name: String,
+    /// How many there are.
     #[serde(default = "one")]
     pub count: u64,
     /// The one GPU that they are on; else they are placed.
     pub gpu: Option<usize>,
     /// Memory of each: one size, or several of which each takes one by chance.
     pub memory: Sizes,
+    /// Their share against others'.
     #[serde(default = "weight")]
     pub weight: u32,
     /// On how many GPUs of one node each is.
@@ -226,7 +235,9 @@ pub struct Class {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(untagged, expecting = "a size such as \"12GiB\", or a list of sizes of which each client takes one")]
 pub enum Sizes {
+    /// Of each.
     One(Size),
+    /// Of each one of these, by chance.
     Any(Vec<Size>),
 }
 
@@ -264,13 +275,26 @@ impl Default for Arrival {
 pub enum Work {
     /// Iterations, one after the other, to the end.
     Batch {
+        /// GPU time of an iteration.
         iteration: Time,
+        /// How many.
         iterations: Option<u64>,
         /// In place of a number of iterations: the GPU time, alone.
         gpu_time: Option<Span>,
     },
     /// Batches with pauses between them.
-    Training { iteration: Time, iterations: u64, pause: Span, rounds: Option<u64>, lifetime: Option<Span> },
+    Training {
+        /// GPU time of an iteration.
+        iteration: Time,
+        /// How many before a pause.
+        iterations: u64,
+        /// Without work for the GPU.
+        pause: Span,
+        /// How many times.
+        rounds: Option<u64>,
+        /// No round begins after so long.
+        lifetime: Option<Span>,
+    },
     /// Requests that come from outside, whether the one before is answered or not.
     Interactive {
         /// GPU time of a request.
@@ -279,7 +303,9 @@ pub enum Work {
         every: Option<Time>,
         /// By chance, at this distance in the mean.
         poisson: Option<Time>,
+        /// How many.
         requests: Option<u64>,
+        /// None comes after so long.
         lifetime: Option<Span>,
     },
 }

@@ -6,11 +6,17 @@ use std::collections::VecDeque;
 /// What a client is doing, as the picture shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
+    /// It wants nothing.
     Idle,
+    /// It wants the GPU.
     Waiting,
+    /// Its memory comes in; of Unified Memory: it runs, and pages fault.
     Filling,
+    /// It has the GPU.
     Running,
+    /// It gives way, and its work in flight goes on.
     Draining,
+    /// It makes room.
     Evicting,
 }
 

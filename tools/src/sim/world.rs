@@ -18,6 +18,7 @@ pub struct Outcome {
     pub time: Nanos,
     /// Every client on every GPU, in the order of class, number and part.
     pub clients: Vec<Tally>,
+    /// Every GPU.
     pub gpus: Vec<GpuOutcome>,
     /// Clients that no GPU had a place for when the simulation ended.
     pub unplaced: u64,
@@ -28,8 +29,11 @@ pub struct Outcome {
 /// What a GPU came to.
 #[derive(Debug)]
 pub struct GpuOutcome {
+    /// Time in which something computed.
     pub busy: Nanos,
+    /// The most clients at once.
     pub most_clients: usize,
+    /// How fairly turns were taken.
     pub fairness: Fairness,
 }
 
