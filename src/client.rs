@@ -508,17 +508,14 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             return 0;
         }
         let (time, own) = (now(), self.own());
-        let started = own.slice_start.load(Ordering::Relaxed);
-        // A slice that has not begun is none of the time that it ran.
-        let ran = time.saturating_sub(started);
-        add(&own.run_ns, ran);
-        let rested = started.min(time).saturating_sub(own.last_ran.load(Ordering::Relaxed));
-        let usage = fair::faded(own.usage.load(Ordering::Relaxed), rested);
-        own.usage.store(fair::after_running(usage, ran), Ordering::Relaxed);
+        let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let slice = fair::slice_over(read(&own.usage), read(&own.last_ran), read(&own.slice_start), time);
+        add(&own.run_ns, slice.ran);
+        own.usage.store(slice.usage, Ordering::Relaxed);
         own.last_ran.store(time, Ordering::Relaxed);
         add(&own.yields, 1);
         self.enter(Phase::Draining);
-        ran
+        slice.ran
     }
 
     /// Draining -> Waiting, at the end of the queue, if there is `more` to do: it has used up its slice. Else -> Idle.
@@ -528,10 +525,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         self.undrained = false;
         let streak = &self.own().streak;
-        streak.store(
-            if more { streak.load(Ordering::Relaxed).saturating_add(1) } else { 0 },
-            Ordering::Relaxed,
-        );
+        streak.store(fair::streak(streak.load(Ordering::Relaxed), more), Ordering::Relaxed);
         if more {
             self.queue();
         } else {

@@ -37,6 +37,28 @@ pub fn after_running(usage: Nanos, ran: Nanos) -> Nanos {
     faded(usage, ran).saturating_add(gained as Nanos)
 }
 
+/// What a slice leaves behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slice {
+    /// How long it was, ns.
+    pub ran: Nanos,
+    /// What its holder's usage is at the end of it, ns.
+    pub usage: Nanos,
+}
+
+/// The slice that ends at `now`, of a client whose usage was `usage` when it last ran. One that has not begun
+/// ([`crate::policy::NOT_BEGUN`]) is no time that it ran.
+pub fn slice_over(usage: Nanos, last_ran: Nanos, slice_start: Nanos, now: Nanos) -> Slice {
+    let ran = now.saturating_sub(slice_start);
+    let rested = slice_start.min(now).saturating_sub(last_ran);
+    Slice { ran, usage: after_running(faded(usage, rested), ran) }
+}
+
+/// Slices that a client has used up one after the other, after one more: it has `more` to do, or begins anew.
+pub fn streak(used_up: u32, more: bool) -> u32 {
+    if more { used_up.saturating_add(1) } else { 0 }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
 //! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
+//! | [`placement`] | which GPU a new client gets |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
 //! | [`register`] | how a process gets its slot and the page's descriptor |
@@ -29,6 +30,7 @@ pub mod client;
 pub mod fair;
 pub mod lock;
 pub mod page;
+pub mod placement;
 pub mod policy;
 pub mod pool;
 pub mod shares;

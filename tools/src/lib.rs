@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`run`], [`status`], [`set`], [`bench`], [`demo`] | the commands |
+//! | [`run`], [`status`], [`set`], [`bench`], [`demo`], [`sim`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`calls`] | a program that makes the CUDA calls that a test names, right or wrong |
@@ -19,6 +19,7 @@ pub mod job;
 pub mod node;
 pub mod run;
 pub mod set;
+pub mod sim;
 pub mod status;
 
 /// Why a command failed, and with which exit status.

@@ -1,7 +1,7 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::{Parser, Subcommand};
-use nvshare_tools::{Failure, bench, demo, internal, run, set, status};
+use nvshare_tools::{Failure, bench, demo, internal, run, set, sim, status};
 use std::process::ExitCode;
 
 /// Several processes share one GPU as if each had all of it.
@@ -36,6 +36,8 @@ enum Command {
     Bench(bench::Options),
     /// See several jobs share a GPU that is too small for them; simulated, or real with --gpu
     Demo(demo::Options),
+    /// Simulate clients, GPUs and policy from a scenario file: what would be, in seconds
+    Sim(sim::Options),
     #[command(hide = true)]
     Internal(internal::Options),
 }
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Set(options) => set::run(&options).map(done),
         Command::Bench(options) => bench::run(&options).map(done),
         Command::Demo(options) => demo::run(&options).map(done),
+        Command::Sim(options) => sim::run(&options).map(done),
         Command::Internal(options) => internal::run(options).map(done),
     };
     result.unwrap_or_else(|Failure { status, message }| {

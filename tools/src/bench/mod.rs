@@ -2,6 +2,7 @@
 
 pub mod handoff;
 pub mod launch;
+pub mod sim;
 pub mod stats;
 pub mod switch;
 
@@ -33,6 +34,8 @@ enum What {
     Handoff(handoff::Options),
     /// Two processes that don't fit together change places
     Switch(switch::Options),
+    /// Processes that take turns on the simulated GPU, against what `nvshare sim` says of them
+    Sim(sim::Options),
 }
 
 /// Measures and prints.
@@ -44,6 +47,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         What::Launch(options) => launch::measure(options)?,
         What::Handoff(options) => handoff::measure(options)?,
         What::Switch(options) => switch::measure(options)?,
+        What::Sim(options) => sim::measure(options)?,
     };
     if options.json {
         rows.iter().for_each(|row| println!("{}", row.json()));

@@ -247,7 +247,8 @@ fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
     Ok(switches.split_off(WARM_UP))
 }
 
-fn open_page(node: &Node) -> Result<MappedPage, Failure> {
+/// The page of the node's first GPU.
+pub(super) fn open_page(node: &Node) -> Result<MappedPage, Failure> {
     let failed = |why: String| Failure::with_status(1, format!("the control page: {why}"));
     let pages = nvshare::paths::pages(node.dir()).map_err(|error| failed(error.to_string()))?;
     let (_, path) = pages.first().ok_or_else(|| failed("there is none".into()))?;

@@ -1,0 +1,60 @@
+//! Which GPU a new client gets: the one with the fewest clients, then the least demand, then the least busy.
+//!
+//! Clients come first, because each costs memory that cannot move (its context) and a place in the queue, whatever it
+//! asks for later. Demand says whether those who are there will have to take turns; how busy a GPU is now tells
+//! least, since it is about the past.
+
+use crate::units::{Granules, Nanos};
+
+/// What is on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Load {
+    /// Clients.
+    pub clients: usize,
+    /// Granules that they need.
+    pub demand: Granules,
+    /// GPU time used lately, ns, as [`crate::fair`] reckons it.
+    pub busy: Nanos,
+}
+
+/// The best of the GPUs that are offered, by number; the first one between equals.
+pub fn choose(loads: impl IntoIterator<Item = (usize, Load)>) -> Option<usize> {
+    loads.into_iter().min_by_key(|(gpu, load)| (*load, *gpu)).map(|(gpu, _)| gpu)
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn load(clients: usize, demand: Granules, busy: Nanos) -> Load {
+        Load { clients, demand, busy }
+    }
+
+    #[test]
+    fn clients_then_demand_then_business() {
+        assert_eq!(choose([(0, load(2, 0, 0)), (1, load(1, 9, 9))]), Some(1));
+        assert_eq!(choose([(0, load(1, 9, 0)), (1, load(1, 8, 9))]), Some(1));
+        assert_eq!(choose([(0, load(1, 8, 9)), (1, load(1, 8, 7))]), Some(1));
+        assert_eq!(choose([(5, load(1, 8, 7)), (1, load(1, 8, 7))]), Some(1));
+        assert_eq!(choose([]), None);
+    }
+
+    proptest! {
+        /// Clients that come and stay are spread: no GPU has two more than another.
+        #[test]
+        fn nobody_shares_while_a_gpu_is_free(gpus in 1usize..9, demands in prop::collection::vec(0u32..100, 0..60)) {
+            let mut loads = vec![load(0, 0, 0); gpus];
+            for demand in demands {
+                let chosen = choose(loads.iter().copied().enumerate()).unwrap();
+                let fewest = loads.iter().map(|load| load.clients).min().unwrap();
+                prop_assert_eq!(loads[chosen].clients, fewest);
+                prop_assert!(loads.iter().filter(|load| load.clients == fewest).all(|load| load.demand >= loads[chosen].demand));
+                loads[chosen].clients += 1;
+                loads[chosen].demand += demand;
+            }
+            let counts = || loads.iter().map(|load| load.clients);
+            prop_assert!(counts().max().unwrap() - counts().min().unwrap() <= 1);
+        }
+    }
+}

@@ -1,0 +1,578 @@
+//! One GPU under nvshare: clients, phases, link.
+//!
+//! Who runs, how long and who makes room is decided by [`nvshare::policy`] alone, on a [`Snapshot`] of the same shape
+//! as a page's. This module does to the snapshot what [`nvshare::client`] does to the page at the same arrows, and
+//! moves memory as the swap engine does: chunk by chunk, each way over the link at once, granules taken before a chunk
+//! comes in and given back when it has gone out. A switch is nowhere written down: it is what comes of that.
+
+use super::amount::Rate;
+use super::scenario::Scenario;
+use super::tally::{Fairness, State, Tally};
+use super::task::{Job, Task};
+use nvshare::fair;
+use nvshare::lock::SlotSet;
+use nvshare::page::{Phase, SLOTS, Settings, SlotIndex};
+use nvshare::placement::Load;
+use nvshare::policy;
+use nvshare::snapshot::{SlotView, Snapshot};
+use nvshare::units::{Granules, Nanos, bytes_of, granules_for, granules_in};
+
+/// What is the same for all GPUs.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    capacity: Granules,
+    context: Granules,
+    chunk: Granules,
+    link_in: Rate,
+    link_out: Rate,
+    overflow: Option<Rate>,
+    switch: Nanos,
+    drain: Nanos,
+    settings: Settings,
+}
+
+impl Machine {
+    /// The scenario's.
+    pub fn of(scenario: &Scenario) -> Self {
+        let gpus = &scenario.gpus;
+        Self {
+            capacity: scenario.capacity(),
+            context: granules_for(gpus.context.0),
+            chunk: granules_in(gpus.chunk.0).max(1),
+            link_in: gpus.link_in,
+            link_out: gpus.link_out,
+            overflow: gpus.overflow,
+            switch: gpus.switch.0,
+            drain: gpus.drain.0,
+            settings: scenario.policy.settings(),
+        }
+    }
+}
+
+/// A client of the GPU.
+#[derive(Debug)]
+struct Client {
+    task: Task,
+    /// Granules that were never in use: no copy brings them in.
+    absent: Granules,
+    /// Granules that it still has to give up of what it was asked for.
+    evicting: Granules,
+    wait_since: Option<Nanos>,
+    /// When it last decided in this phase because a slice was over.
+    decided: Nanos,
+    /// All is in place; it runs from then on.
+    ready_at: Option<Nanos>,
+    /// GPU time of the work that a drain waits for.
+    submitted: Nanos,
+    /// That work is done; it has drained then.
+    drained_at: Option<Nanos>,
+    /// GPU time that it had before its present slice.
+    had: Nanos,
+    /// Since when it has run without interruption.
+    running_since: Nanos,
+}
+
+/// A chunk on its way.
+#[derive(Debug, Clone, Copy)]
+struct Transfer {
+    slot: SlotIndex,
+    granules: Granules,
+    arrives: Nanos,
+}
+
+/// One direction of the link.
+#[derive(Debug, Default)]
+struct Link {
+    transfer: Option<Transfer>,
+    /// Whose chunk was last: those who use the link take turns.
+    last: usize,
+}
+
+impl Link {
+    /// Of those in `slots`, the next one's turn.
+    fn next(&self, slots: impl Iterator<Item = SlotIndex> + Clone) -> Option<SlotIndex> {
+        slots.clone().find(|slot| slot.get() > self.last).or_else(|| slots.min())
+    }
+}
+
+/// A GPU.
+#[derive(Debug)]
+pub struct Gpu {
+    machine: std::sync::Arc<Machine>,
+    snapshot: Snapshot,
+    clients: Vec<Option<Client>>,
+    next_ticket: u64,
+    to_gpu: Link,
+    to_host: Link,
+    /// Up to when all is reckoned.
+    time: Nanos,
+    /// Time in which something computed.
+    pub busy: Nanos,
+    /// The same, faded.
+    usage: (Nanos, Nanos),
+    pub fairness: Fairness,
+    /// Most clients at once.
+    pub most_clients: usize,
+}
+
+impl Gpu {
+    /// An empty one.
+    pub fn new(machine: &std::sync::Arc<Machine>) -> Self {
+        let snapshot = Snapshot {
+            capacity: machine.capacity,
+            free: machine.capacity as i32,
+            admitted: SlotSet::EMPTY,
+            occupied: SlotSet::EMPTY,
+            settings: machine.settings,
+            bandwidth_in: machine.link_in.0,
+            bandwidth_out: machine.link_out.0,
+            slots: [SlotView::default(); SLOTS],
+        };
+        Self {
+            machine: machine.clone(),
+            snapshot,
+            clients: Vec::new(),
+            next_ticket: 1,
+            to_gpu: Link::default(),
+            to_host: Link::default(),
+            time: 0,
+            busy: 0,
+            usage: (0, 0),
+            fairness: Fairness::default(),
+            most_clients: 0,
+        }
+    }
+
+    /// What is on it.
+    pub fn load(&self) -> Load {
+        let demand = self.snapshot.clients().map(|(_, view)| view.demand).sum();
+        Load { clients: self.snapshot.occupied.len(), demand, busy: self.usage.0 }
+    }
+
+    /// A client comes. There is a slot for it.
+    pub fn arrive(&mut self, job: Job, tally: Tally, now: Nanos) {
+        self.reckon(now);
+        let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !self.snapshot.occupied.contains(*slot));
+        let slot = slot.expect("placement leaves a slot");
+        if self.clients.len() <= slot.get() {
+            self.clients.resize_with(slot.get() + 1, || None);
+        }
+        self.snapshot.slots[slot.get()] = SlotView {
+            demand: job.memory,
+            pinned: self.machine.context,
+            weight: fair::weight(job.weight),
+            ..SlotView::default()
+        };
+        self.snapshot.free -= self.machine.context as i32;
+        self.snapshot.occupied = self.snapshot.occupied.with(slot);
+        self.clients[slot.get()] = Some(Client {
+            absent: job.memory,
+            task: Task::new(job, tally, now),
+            evicting: 0,
+            wait_since: None,
+            decided: 0,
+            ready_at: None,
+            submitted: 0,
+            drained_at: None,
+            had: 0,
+            running_since: now,
+        });
+        self.most_clients = self.most_clients.max(self.snapshot.occupied.len());
+        self.fairness.interrupt();
+        self.decide(now);
+    }
+
+    fn client(&self, slot: SlotIndex) -> &Client {
+        self.clients[slot.get()].as_ref().expect("an occupied slot has a client")
+    }
+
+    fn client_mut(&mut self, slot: SlotIndex) -> &mut Client {
+        self.clients[slot.get()].as_mut().expect("an occupied slot has a client")
+    }
+
+    fn view_mut(&mut self, slot: SlotIndex) -> &mut SlotView {
+        &mut self.snapshot.slots[slot.get()]
+    }
+
+    fn slots(&self) -> impl Iterator<Item = SlotIndex> + Clone + use<> {
+        let bits = self.snapshot.occupied.bits();
+        (0..SLOTS).filter(move |index| bits >> index & 1 == 1).filter_map(SlotIndex::new)
+    }
+
+    /// As [`nvshare::Page::decide`]. True if it changed something.
+    fn decide(&mut self, now: Nanos) -> bool {
+        let admitted = policy::admit(&self.snapshot, now);
+        let before = std::mem::replace(&mut self.snapshot.admitted, admitted);
+        before != admitted
+    }
+
+    fn enter(&mut self, slot: SlotIndex, phase: Phase, now: Nanos) {
+        self.view_mut(slot).phase = phase;
+        let client = self.client_mut(slot);
+        client.decided = 0;
+        client.ready_at = None;
+        client.show(phase, now);
+    }
+
+    /// Granules of a client's memory that the GPU cannot give it whoever makes room: used over the link.
+    fn overflow(&self, slot: SlotIndex) -> Granules {
+        self.snapshot.view(slot).demand.saturating_sub(self.snapshot.usable())
+    }
+
+    /// Granules that it must still bring in before it runs.
+    fn missing(&self, slot: SlotIndex) -> Granules {
+        self.snapshot.view(slot).missing().saturating_sub(self.overflow(slot))
+    }
+
+    /// What one ns of the GPU is worth to this client, as a fraction: less where it uses memory over the link.
+    fn worth(&self, slot: SlotIndex) -> (u128, u128) {
+        let iteration = u128::from(self.client(slot).task.job.iteration.max(1));
+        let over = bytes_of(self.overflow(slot));
+        let extra = self.machine.overflow.filter(|_| over > 0).map_or(0, |rate| rate.time(over));
+        (iteration, iteration + u128::from(extra))
+    }
+
+    /// Whether its work is on the GPU now.
+    fn computes(&self, slot: SlotIndex) -> bool {
+        match self.snapshot.view(slot).phase {
+            Phase::Running => self.client(slot).task.left() > 0,
+            Phase::Draining => self.client(slot).submitted > 0,
+            _ => false,
+        }
+    }
+
+    /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
+    fn reckon(&mut self, now: Nanos) {
+        let elapsed = now - std::mem::replace(&mut self.time, now);
+        let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
+        if elapsed == 0 || computing.is_empty() {
+            return;
+        }
+        self.busy += elapsed;
+        let (usage, at) = self.usage;
+        self.usage = (fair::slice_over(usage, at, now - elapsed, now).usage, now);
+        for slot in &computing {
+            let (worth, of) = self.worth(*slot);
+            let done = (u128::from(elapsed) * worth / (of * computing.len() as u128)) as Nanos;
+            let client = self.client_mut(*slot);
+            client.submitted = client.submitted.saturating_sub(done);
+            client.task.works(done, now);
+        }
+    }
+
+    /// Does all that is due by `now`.
+    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<Tally>) {
+        self.reckon(now);
+        loop {
+            let mut changed = self.arrived(now);
+            for slot in self.slots() {
+                changed |= self.walk(slot, now, gone);
+            }
+            changed |= self.depart(now);
+            if !changed {
+                return;
+            }
+        }
+    }
+
+    /// As [`nvshare::client::Client::poll`], one arrow at a time. True if it went along one.
+    fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) -> bool {
+        self.client_mut(slot).task.collect(now);
+        let admitted = self.snapshot.admitted.contains(slot);
+        let client = self.client(slot);
+        match self.snapshot.view(slot).phase {
+            // Its thread is busy with that.
+            Phase::Idle | Phase::Waiting if client.evicting > 0 => false,
+            Phase::Waiting if admitted => {
+                self.enter(slot, Phase::Filling, now);
+                true
+            }
+            Phase::Filling if self.to_gpu.transfer.is_some_and(|transfer| transfer.slot == slot) => false,
+            Phase::Filling if !admitted => {
+                self.enter(slot, Phase::Waiting, now);
+                true
+            }
+            Phase::Filling if self.missing(slot) == 0 => match client.ready_at {
+                None => {
+                    self.client_mut(slot).ready_at = Some(now + self.machine.switch);
+                    true
+                }
+                Some(ready) if ready <= now => {
+                    self.begin_running(slot, now);
+                    true
+                }
+                Some(_) => false,
+            },
+            Phase::Running if !admitted => {
+                self.drain(slot, now);
+                true
+            }
+            Phase::Running if !client.task.has_work() => self.without_work(slot, now, gone),
+            Phase::Running => self.end_of_slice(slot, now),
+            Phase::Draining if client.submitted == 0 => match client.drained_at {
+                None => {
+                    self.client_mut(slot).drained_at = Some(now + self.machine.drain);
+                    true
+                }
+                Some(drained) if drained <= now => {
+                    self.drained(slot, now);
+                    true
+                }
+                Some(_) => false,
+            },
+            Phase::Idle if admitted => self.decide(now),
+            Phase::Idle if client.task.is_over() => {
+                self.leave(slot, now, gone);
+                true
+            }
+            Phase::Idle if client.task.has_work() => {
+                self.queue(slot, now);
+                true
+            }
+            Phase::Idle | Phase::Waiting => {
+                let share = policy::evict_share(&self.snapshot, slot);
+                if share > 0 {
+                    // Whole chunks, so it may be a little more.
+                    let chunks = share.next_multiple_of(self.machine.chunk);
+                    let all = self.snapshot.view(slot).evictable();
+                    self.client_mut(slot).evicting = chunks.min(all);
+                    self.client_mut(slot).task.tally.becomes(State::Evicting, now);
+                    return true;
+                }
+                self.snapshot.view(slot).phase == Phase::Waiting && self.end_of_slice(slot, now)
+            }
+            Phase::Filling | Phase::Draining | Phase::Leaving => false,
+        }
+    }
+
+    /// Idle or drained -> Waiting.
+    fn queue(&mut self, slot: SlotIndex, now: Nanos) {
+        self.view_mut(slot).ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.client_mut(slot).wait_since = Some(now);
+        self.view_mut(slot).deadline = policy::deadline(&self.snapshot, slot, now);
+        self.enter(slot, Phase::Waiting, now);
+        self.decide(now);
+    }
+
+    fn end_of_slice(&mut self, slot: SlotIndex, now: Nanos) -> bool {
+        let due = policy::next_decision(&self.snapshot, self.client(slot).decided);
+        if due.is_none_or(|due| due > now) {
+            return false;
+        }
+        self.client_mut(slot).decided = now;
+        self.decide(now);
+        true
+    }
+
+    fn begin_running(&mut self, slot: SlotIndex, now: Nanos) {
+        let client = self.client_mut(slot);
+        client.running_since = now;
+        if let Some(since) = client.wait_since.take() {
+            client.task.tally.waits.push(now - since);
+            client.task.tally.slices += 1;
+            client.had = client.task.tally.gpu;
+            self.view_mut(slot).slice_start = now;
+        }
+        self.enter(slot, Phase::Running, now);
+    }
+
+    /// It runs and has nothing to do: it leaves, or gives way when somebody waits. True if it did.
+    fn without_work(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) -> bool {
+        let client = self.client(slot);
+        if client.task.is_over() {
+            self.give_way(slot, now);
+            self.leave(slot, now, gone);
+            return true;
+        }
+        let quiet = client.task.idle_since + self.snapshot.settings.idle_grace;
+        if quiet <= now && policy::first_waiter(&self.snapshot).is_some() {
+            self.give_way(slot, now);
+            return true;
+        }
+        self.end_of_slice(slot, now)
+    }
+
+    fn give_way(&mut self, slot: SlotIndex, now: Nanos) {
+        self.drain(slot, now);
+        self.drained(slot, now);
+    }
+
+    /// Running -> Draining.
+    fn drain(&mut self, slot: SlotIndex, now: Nanos) {
+        let view = self.view_mut(slot);
+        let slice = fair::slice_over(view.usage, view.last_ran, view.slice_start, now);
+        view.usage = slice.usage;
+        view.last_ran = now;
+        let client = self.client_mut(slot);
+        client.submitted = client.task.submitted();
+        client.drained_at = None;
+        client.task.tally.yields += 1;
+        self.enter(slot, Phase::Draining, now);
+    }
+
+    /// Draining -> Waiting or Idle.
+    fn drained(&mut self, slot: SlotIndex, now: Nanos) {
+        let client = self.client_mut(slot);
+        client.submitted = 0;
+        client.task.tally.ran += now - client.running_since;
+        let more = client.task.has_work();
+        let time = (client.task.tally.gpu - client.had) as f64 / f64::from(client.task.tally.weight);
+        let view = self.view_mut(slot);
+        view.streak = fair::streak(view.streak, more);
+        let contenders = self.snapshot.clients().filter(|(_, view)| view.phase.wants_gpu());
+        let contenders: SlotSet = contenders.map(|(slot, _)| slot).collect();
+        if more {
+            self.fairness.slice(slot.get(), time, contenders.bits());
+            self.queue(slot, now);
+        } else {
+            self.fairness.interrupt();
+            self.enter(slot, Phase::Idle, now);
+            self.decide(now);
+        }
+    }
+
+    /// It has nothing to do any more, and its memory and its context go.
+    fn leave(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) {
+        let view = std::mem::take(self.view_mut(slot));
+        self.snapshot.free += (view.resident + view.pinned) as i32;
+        self.snapshot.occupied = self.snapshot.occupied.without(slot);
+        if let Some(mut client) = self.clients[slot.get()].take() {
+            client.task.tally.becomes(State::Idle, now);
+            client.task.tally.finished = Some(now);
+            gone.push(client.task.tally);
+        }
+        self.fairness.interrupt();
+        self.decide(now);
+    }
+
+    /// The chunks that have arrived by `now`. True if one has.
+    fn arrived(&mut self, now: Nanos) -> bool {
+        let here = |transfer: &mut Transfer| transfer.arrives <= now;
+        let came = self.to_gpu.transfer.take_if(here).is_some();
+        let went = self.to_host.transfer.take_if(here);
+        if let Some(Transfer { slot, granules, .. }) = went {
+            self.view_mut(slot).resident -= granules;
+            self.snapshot.free += granules as i32;
+            let phase = self.snapshot.view(slot).phase;
+            let client = self.client_mut(slot);
+            client.evicting -= granules;
+            if client.evicting == 0 {
+                client.show(phase, now);
+            }
+        }
+        came || went.is_some()
+    }
+
+    /// Sends the next chunks on their way. True if something changed.
+    fn depart(&mut self, now: Nanos) -> bool {
+        let mut changed = false;
+        let evicting = |gpu: &Self, slot: SlotIndex| gpu.client(slot).evicting > 0;
+        if self.to_host.transfer.is_none()
+            && let Some(slot) = self
+                .to_host
+                .next(self.slots().filter(|slot| evicting(self, *slot)).collect::<Vec<_>>().into_iter())
+        {
+            let granules = self.client(slot).evicting.min(self.machine.chunk);
+            let bytes = bytes_of(granules);
+            self.client_mut(slot).task.tally.bytes_out += bytes;
+            let arrives = now + self.machine.link_out.time(bytes);
+            self.to_host = Link { transfer: Some(Transfer { slot, granules, arrives }), last: slot.get() };
+            changed = true;
+        }
+        if self.to_gpu.transfer.is_none() {
+            let ready: Vec<SlotIndex> =
+                self.slots().filter(|slot| self.next_piece(*slot).is_some()).collect();
+            if let Some(slot) = self.to_gpu.next(ready.into_iter())
+                && let Some(granules) = self.next_piece(slot)
+            {
+                self.snapshot.free -= granules as i32;
+                self.view_mut(slot).resident += granules;
+                let client = self.client_mut(slot);
+                let fresh = client.absent.min(granules);
+                client.absent -= fresh;
+                let bytes = bytes_of(granules - fresh);
+                client.task.tally.bytes_in += bytes;
+                let arrives = now + self.machine.link_in.time(bytes);
+                self.to_gpu = Link { transfer: Some(Transfer { slot, granules, arrives }), last: slot.get() };
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// The granules of the next chunk that a client brings in, if it may and there is room.
+    fn next_piece(&self, slot: SlotIndex) -> Option<Granules> {
+        let fills = self.snapshot.view(slot).phase == Phase::Filling && self.snapshot.admitted.contains(slot);
+        let granules = self.missing(slot).min(self.machine.chunk);
+        (fills && granules > 0 && i64::from(granules) <= i64::from(self.snapshot.free)).then_some(granules)
+    }
+
+    /// When something is next due.
+    pub fn next(&self) -> Option<Nanos> {
+        let k = self.slots().filter(|slot| self.computes(*slot)).count() as u128;
+        let awaited = policy::first_waiter(&self.snapshot).is_some();
+        let transfers = [self.to_gpu.transfer, self.to_host.transfer].into_iter().flatten();
+        let of_client = |slot: SlotIndex| {
+            let client = self.client(slot);
+            let takes = |work: Nanos| {
+                let (worth, of) = self.worth(slot);
+                self.time.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
+            };
+            let decision = || policy::next_decision(&self.snapshot, client.decided);
+            let phase = self.snapshot.view(slot).phase;
+            let [first, second] = match phase {
+                Phase::Running if client.task.has_work() => [Some(takes(client.task.left())), decision()],
+                Phase::Running => {
+                    let quiet = client.task.idle_since + self.snapshot.settings.idle_grace;
+                    [Some(quiet).filter(|_| awaited), decision()]
+                }
+                Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
+                Phase::Draining => [client.drained_at, None],
+                Phase::Filling => [client.ready_at, None],
+                // It decides when it has evicted.
+                Phase::Waiting if client.evicting == 0 => [decision(), None],
+                _ => [None, None],
+            };
+            [first, second, client.task.next_request()].into_iter().flatten().min()
+        };
+        let clients = self.slots().filter_map(of_client);
+        // What is past waits for a change, and those come with events of their own.
+        clients.chain(transfers.map(|transfer| transfer.arrives)).min().map(|due| due.max(self.time))
+    }
+
+    /// Those who are still there at the end, and what they have come to.
+    pub fn close(&mut self, now: Nanos) -> Vec<Tally> {
+        self.reckon(now);
+        let slots: Vec<SlotIndex> = self.slots().collect();
+        let close = |slot: SlotIndex| {
+            let client = self.clients[slot.get()].as_mut()?;
+            client.task.tally.becomes(State::Idle, now);
+            if matches!(self.snapshot.view(slot).phase, Phase::Running | Phase::Draining) {
+                client.task.tally.ran += now - client.running_since;
+            }
+            Some(client.task.tally.clone())
+        };
+        slots.into_iter().filter_map(close).collect()
+    }
+
+    /// Granules that are in the books wrongly; 0 unless this module is wrong.
+    pub fn imbalance(&self) -> i64 {
+        let held: i64 =
+            self.snapshot.clients().map(|(_, view)| i64::from(view.resident) + i64::from(view.pinned)).sum();
+        i64::from(self.snapshot.capacity) - i64::from(self.snapshot.free) - held
+    }
+}
+
+impl Client {
+    fn show(&mut self, phase: Phase, now: Nanos) {
+        let state = match phase {
+            Phase::Waiting => State::Waiting,
+            Phase::Filling => State::Filling,
+            Phase::Running => State::Running,
+            Phase::Draining => State::Draining,
+            Phase::Idle | Phase::Leaving => State::Idle,
+        };
+        self.task.tally.becomes(state, now);
+    }
+}

@@ -1,0 +1,82 @@
+//! `nvshare sim`: what a scenario would come to, by the very policy that decides on a real GPU.
+//!
+//! A discrete-event simulation: every GPU knows when something is next due on it, and the clock jumps from one such
+//! moment to the next. GPUs know nothing of one another once clients are placed.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`scenario`], [`amount`] | the file |
+//! | [`chance`], [`task`] | what clients do, and when they come |
+//! | [`gpu`] | a GPU under nvshare: the snapshot, the phases, the link |
+//! | [`paging`] | a GPU under the C nvshare: turns, and pages that the driver moves |
+//! | [`world`] | all of them, and where clients are placed |
+//! | [`tally`], [`report`], [`picture`] | what is counted, and how it is told |
+
+mod amount;
+mod chance;
+mod gpu;
+mod paging;
+pub mod picture;
+pub mod report;
+pub mod scenario;
+mod table;
+mod tally;
+mod task;
+pub mod world;
+
+use crate::Failure;
+pub use amount::Time;
+use scenario::Scenario;
+use std::path::{Path, PathBuf};
+pub use tally::State;
+
+/// Options of `nvshare sim`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  nvshare sim scenarios/field-report-nvshare.toml --svg timeline.svg
+  nvshare sim scenarios/vgpus.toml --seed 7 --json - | jq .fairness
+
+docs/simulator.md describes what is modelled, the file and the results.")]
+pub struct Options {
+    /// What to simulate, as TOML
+    scenario: PathBuf,
+    /// Write the results as JSON to this file; - is the standard output, without the table
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw what every client did when, as SVG
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// What chance begins with, in place of the scenario's
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// Simulates and tells.
+///
+/// # Errors
+/// The scenario is none, or the results cannot be written.
+pub fn run(options: &Options) -> Result<(), Failure> {
+    let scenario = Scenario::read(&options.scenario)?;
+    let seed = options.seed.unwrap_or(scenario.seed);
+    let outcome = world::simulate(&scenario, seed, options.svg.is_some());
+    let report = report::Report::of(&scenario, seed, &outcome);
+    if let Some(path) = &options.svg {
+        write(path, &picture::draw(&scenario, &outcome))?;
+    }
+    let Some(path) = &options.json else {
+        print!("{}", table::of(&report));
+        return Ok(());
+    };
+    let json = report.json();
+    if path == Path::new("-") {
+        print!("{json}");
+        return Ok(());
+    }
+    print!("{}", table::of(&report));
+    write(path, &json)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Failure> {
+    std::fs::write(path, text)
+        .map_err(|error| Failure::with_status(1, format!("{}: {error}", path.display())))
+}

@@ -1,0 +1,232 @@
+//! What a simulation came to, as figures: the same for the table, for JSON and for tests.
+
+use super::scenario::{Mode, Scenario};
+use super::tally::Tally;
+use super::world::Outcome;
+use crate::bench::stats::percentile;
+use nvshare::units::Nanos;
+use serde::Serialize;
+
+/// All of it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The scenario's name.
+    pub scenario: String,
+    /// Whose policy.
+    pub mode: &'static str,
+    /// What chance began with.
+    pub seed: u64,
+    /// How long the simulation was, s of its own time.
+    pub seconds: f64,
+    /// GPU time handed out, s, as if alone.
+    pub gpu_seconds: f64,
+    /// GPU time that something computed in, of all GPUs' time.
+    pub utilisation: f64,
+    /// Times that somebody gave way.
+    pub switches: u64,
+    /// Bytes copied to GPUs.
+    pub bytes_in: u64,
+    /// Bytes copied from GPUs.
+    pub bytes_out: u64,
+    /// Clients for whom there was no place to the end.
+    pub unplaced: u64,
+    /// Times that the clock jumped.
+    pub events: u64,
+    /// How fairly turns were taken.
+    pub fairness: Fairness,
+    /// Each class.
+    pub classes: Vec<Row>,
+    /// Each one by itself; left out when there are more than [`MOST_CLIENTS`].
+    pub clients: Vec<Row>,
+    /// Each GPU.
+    pub gpus: Vec<Gpu>,
+}
+
+/// More clients than that are told of by class alone.
+pub const MOST_CLIENTS: usize = 1_000;
+
+/// Jain's index over GPU time per weight, in windows of as many slices as contenders.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Fairness {
+    /// Of the least fair window; `null` where nobody took turns.
+    pub least: Option<f64>,
+    /// How many windows there were.
+    pub windows: u64,
+}
+
+/// A client, or all of a class.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// What it is called.
+    pub name: String,
+    /// Where it is; of a class, nothing.
+    pub gpu: Option<usize>,
+    /// How many.
+    pub clients: u64,
+    /// How many of them are done.
+    pub finished: u64,
+    /// GPU time that it had, s, as if alone.
+    pub gpu_seconds: f64,
+    /// From the request for the GPU until it runs, s.
+    pub wait: Spread,
+    /// From a request of its work until that is done, s.
+    pub answer: Spread,
+    /// Time per iteration while it had the GPU, s.
+    pub iteration_seconds: f64,
+    /// Times that it got the GPU.
+    pub slices: u64,
+    /// Times that it gave way.
+    pub switches: u64,
+    /// Bytes copied to the GPU.
+    pub bytes_in: u64,
+    /// Bytes copied from it.
+    pub bytes_out: u64,
+    /// Time that answers took, against alone.
+    pub slowdown: f64,
+    /// When the last one was done, s.
+    pub finish_seconds: Option<f64>,
+}
+
+/// How a time is spread.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Spread {
+    /// How many.
+    pub count: u64,
+    /// Their mean.
+    pub mean: f64,
+    /// Half are at most this.
+    pub p50: f64,
+    /// 99 of 100 are.
+    pub p99: f64,
+    /// All are.
+    pub max: f64,
+}
+
+/// A GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Gpu {
+    /// Its number.
+    pub gpu: usize,
+    /// The most clients at once.
+    pub most_clients: usize,
+    /// Time in which something computed, of all.
+    pub utilisation: f64,
+    /// The least fair window's index.
+    pub fairness: Option<f64>,
+}
+
+impl Report {
+    /// Of an outcome.
+    pub fn of(scenario: &Scenario, seed: u64, outcome: &Outcome) -> Self {
+        let all: Vec<&Tally> = outcome.clients.iter().collect();
+        let time = outcome.time;
+        let class = |index: usize, name: &str| {
+            let of_class: Vec<&Tally> = all.iter().copied().filter(|tally| tally.class == index).collect();
+            Row::of(name.to_owned(), None, &of_class)
+        };
+        let single = |tally: &Tally| {
+            let class = &scenario.clients[tally.class];
+            let part = if class.vgpus > 1 { format!(".{}", tally.part + 1) } else { String::new() };
+            let name = if class.count > 1 {
+                format!("{} {}{part}", class.name, tally.number)
+            } else {
+                format!("{}{part}", class.name)
+            };
+            Row::of(name, Some(tally.place), &[tally])
+        };
+        let busy: f64 = outcome.gpus.iter().map(|gpu| seconds(gpu.busy)).sum();
+        let share = |busy: f64, gpus: usize| if time == 0 { 0.0 } else { busy / seconds(time) / gpus as f64 };
+        let least = outcome.gpus.iter().filter_map(|gpu| gpu.fairness.least).min_by(f64::total_cmp);
+        Self {
+            scenario: scenario.name.clone(),
+            mode: match scenario.policy.mode {
+                Mode::Nvshare => "nvshare",
+                Mode::DemandPaging => "demand-paging",
+            },
+            seed,
+            seconds: seconds(time),
+            gpu_seconds: all.iter().map(|tally| seconds(tally.gpu)).sum(),
+            utilisation: share(busy, outcome.gpus.len()),
+            switches: all.iter().map(|tally| tally.yields).sum(),
+            bytes_in: all.iter().map(|tally| tally.bytes_in).sum(),
+            bytes_out: all.iter().map(|tally| tally.bytes_out).sum(),
+            unplaced: outcome.unplaced,
+            events: outcome.events,
+            fairness: Fairness { least, windows: outcome.gpus.iter().map(|gpu| gpu.fairness.windows).sum() },
+            classes: scenario.clients.iter().enumerate().map(|(index, it)| class(index, &it.name)).collect(),
+            clients: if all.len() > MOST_CLIENTS {
+                Vec::new()
+            } else {
+                all.iter().map(|tally| single(tally)).collect()
+            },
+            gpus: outcome
+                .gpus
+                .iter()
+                .enumerate()
+                .map(|(index, gpu)| Gpu {
+                    gpu: index,
+                    most_clients: gpu.most_clients,
+                    utilisation: share(seconds(gpu.busy), 1),
+                    fairness: gpu.fairness.least,
+                })
+                .collect(),
+        }
+    }
+
+    /// As JSON.
+    pub fn json(&self) -> String {
+        serde_json::to_string_pretty(self).expect("a report is plain data") + "\n"
+    }
+}
+
+impl Row {
+    fn of(name: String, gpu: Option<usize>, tallies: &[&Tally]) -> Self {
+        let sum =
+            |of: &dyn Fn(&Tally) -> u64| tallies.iter().map(|tally| of(tally)).fold(0, u64::saturating_add);
+        let answered: Nanos =
+            sum(&|tally| tally.answers.iter().fold(0, |sum, time| time.saturating_add(sum)));
+        let needed = sum(&|tally| tally.needed);
+        let iterations: f64 =
+            tallies.iter().map(|tally| tally.gpu as f64 / tally.iteration.max(1) as f64).sum();
+        let finished = tallies.iter().filter(|tally| tally.finished.is_some()).count() as u64;
+        Self {
+            name,
+            gpu,
+            clients: tallies.len() as u64,
+            finished,
+            gpu_seconds: seconds(sum(&|tally| tally.gpu)),
+            wait: Spread::of(tallies.iter().flat_map(|tally| &tally.waits)),
+            answer: Spread::of(tallies.iter().flat_map(|tally| &tally.answers)),
+            iteration_seconds: if iterations > 0.0 {
+                seconds(sum(&|tally| tally.ran)) / iterations
+            } else {
+                0.0
+            },
+            slices: sum(&|tally| tally.slices),
+            switches: sum(&|tally| tally.yields),
+            bytes_in: sum(&|tally| tally.bytes_in),
+            bytes_out: sum(&|tally| tally.bytes_out),
+            slowdown: if needed > 0 { answered as f64 / needed as f64 } else { 0.0 },
+            finish_seconds: tallies.iter().filter_map(|tally| tally.finished).max().map(seconds),
+        }
+    }
+}
+
+impl Spread {
+    fn of<'a>(times: impl Iterator<Item = &'a Nanos>) -> Self {
+        let mut times: Vec<f64> = times.map(|time| seconds(*time)).collect();
+        times.sort_unstable_by(f64::total_cmp);
+        let count = times.len() as u64;
+        Self {
+            count,
+            mean: if count > 0 { times.iter().sum::<f64>() / count as f64 } else { 0.0 },
+            p50: percentile(&times, 50),
+            p99: percentile(&times, 99),
+            max: percentile(&times, 100),
+        }
+    }
+}
+
+fn seconds(time: Nanos) -> f64 {
+    time as f64 / 1e9
+}

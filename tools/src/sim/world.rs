@@ -1,0 +1,229 @@
+//! All GPUs, the clock, and where clients are placed.
+
+use super::chance::Chance;
+use super::scenario::{Class, Mode, Scenario, Work};
+use super::tally::{Fairness, Tally};
+use super::task::{Job, Requests};
+use super::{gpu, paging};
+use nvshare::placement::{self, Load};
+use nvshare::units::{Nanos, granules_for};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::sync::Arc;
+
+/// What a simulation came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// How long it was.
+    pub time: Nanos,
+    /// Every client on every GPU, in the order of class, number and part.
+    pub clients: Vec<Tally>,
+    /// Every GPU.
+    pub gpus: Vec<GpuOutcome>,
+    /// Clients that no GPU had a place for when the simulation ended.
+    pub unplaced: u64,
+    /// Times that the clock has jumped.
+    pub events: u64,
+}
+
+/// What a GPU came to.
+#[derive(Debug)]
+pub struct GpuOutcome {
+    /// Time in which something computed.
+    pub busy: Nanos,
+    /// The most clients at once.
+    pub most_clients: usize,
+    /// How fairly turns were taken.
+    pub fairness: Fairness,
+}
+
+/// A GPU of either kind.
+enum Gpu {
+    Nvshare(Box<gpu::Gpu>),
+    Paging(Box<paging::Gpu>),
+}
+
+macro_rules! either {
+    ($gpu:expr, $it:ident => $what:expr) => {
+        match $gpu {
+            Gpu::Nvshare($it) => $what,
+            Gpu::Paging($it) => $what,
+        }
+    };
+}
+
+struct World {
+    gpus: Vec<Gpu>,
+    /// As of the last change on each.
+    loads: Vec<Load>,
+    per_node: usize,
+    places: usize,
+    /// When something is due on which GPU. What is not as in `next` is outdated.
+    due: BinaryHeap<Reverse<(Nanos, usize)>>,
+    next: Vec<Option<Nanos>>,
+    waiting: VecDeque<Job>,
+    gone: Vec<Tally>,
+    record: bool,
+}
+
+/// Runs a scenario to its end; `record` what everybody does when.
+pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
+    let mut arrivals = arrivals(scenario, seed).into_iter().peekable();
+    let mut world = World::of(scenario, record);
+    let until = scenario.until.map_or(Nanos::MAX, |time| time.0);
+    let (mut now, mut events) = (0, 0);
+    loop {
+        let due = world.due.peek().map(|Reverse((time, _))| *time);
+        let arrival = arrivals.peek().map(|job: &Job| job.arrives);
+        let Some(time) = [due, arrival].into_iter().flatten().min() else { break };
+        if time > until {
+            now = until;
+            break;
+        }
+        now = time;
+        events += 1;
+        if due == Some(time) {
+            let Some(Reverse((_, gpu))) = world.due.pop() else { break };
+            if world.next[gpu] == Some(time) {
+                world.advance(gpu, now);
+            }
+        } else if let Some(job) = arrivals.next() {
+            world.waiting.push_back(job);
+            world.place(now);
+        }
+    }
+    let unplaced = world.waiting.len() as u64;
+    let mut clients = world.gone;
+    let mut gpus = Vec::new();
+    for gpu in &mut world.gpus {
+        either!(gpu, gpu => {
+            clients.extend(gpu.close(now));
+            assert_eq!(gpu.imbalance(), 0, "the simulator's books do not balance");
+            let fairness = std::mem::take(&mut gpu.fairness);
+            gpus.push(GpuOutcome { busy: gpu.busy, most_clients: gpu.most_clients, fairness });
+        });
+    }
+    clients.sort_by_key(|client| (client.class, client.number, client.part));
+    Outcome { time: now, clients, gpus, unplaced, events }
+}
+
+impl World {
+    fn of(scenario: &Scenario, record: bool) -> Self {
+        let count = scenario.gpu_count();
+        let gpus: Vec<Gpu> = match (scenario.policy.mode, paging::Machine::of(scenario)) {
+            (Mode::DemandPaging, Some(machine)) => {
+                let machine = Arc::new(machine);
+                (0..count).map(|_| Gpu::Paging(Box::new(paging::Gpu::new(&machine)))).collect()
+            }
+            _ => {
+                let machine = Arc::new(gpu::Machine::of(scenario));
+                (0..count).map(|_| Gpu::Nvshare(Box::new(gpu::Gpu::new(&machine)))).collect()
+            }
+        };
+        Self {
+            loads: gpus.iter().map(|gpu| either!(gpu, gpu => gpu.load())).collect(),
+            gpus,
+            per_node: scenario.gpus.per_node,
+            places: scenario.gpus.vgpus,
+            due: BinaryHeap::new(),
+            next: vec![None; count],
+            waiting: VecDeque::new(),
+            gone: Vec::new(),
+            record,
+        }
+    }
+
+    fn advance(&mut self, index: usize, now: Nanos) {
+        let before = self.gone.len();
+        let gone = &mut self.gone;
+        let (next, load) = either!(&mut self.gpus[index], gpu => {
+            gpu.advance(now, gone);
+            (gpu.next(), gpu.load())
+        });
+        self.loads[index] = load;
+        self.next[index] = next;
+        if let Some(time) = next {
+            self.due.push(Reverse((time, index)));
+        }
+        if self.gone.len() > before {
+            self.place(now);
+        }
+    }
+
+    /// Places those who wait for a GPU, in the order in which they came, as far as there are places.
+    fn place(&mut self, now: Nanos) {
+        while let Some(job) = self.waiting.front() {
+            let Some(chosen) = self.choose(job) else { return };
+            let Some(job) = self.waiting.pop_front() else { return };
+            for (part, index) in chosen.into_iter().enumerate() {
+                let tally = Tally::new(&job, part, index, now, self.record);
+                either!(&mut self.gpus[index], gpu => gpu.arrive(job.clone(), tally, now));
+                self.advance(index, now);
+            }
+        }
+    }
+
+    /// The GPUs that a job gets: its own, or the best one and as many more of the same node as it asks for.
+    fn choose(&self, job: &Job) -> Option<Vec<usize>> {
+        let free = |gpu: usize| self.loads[gpu].clients < self.places;
+        if let Some(gpu) = job.gpu {
+            return free(gpu).then(|| vec![gpu]);
+        }
+        let load = |gpu: usize| (gpu, self.loads[gpu]);
+        let node =
+            |gpu: usize| gpu / self.per_node * self.per_node..(gpu / self.per_node + 1) * self.per_node;
+        let enough = |gpu: usize| job.vgpus == 1 || node(gpu).filter(|gpu| free(*gpu)).count() >= job.vgpus;
+        let first =
+            placement::choose((0..self.gpus.len()).filter(|gpu| free(*gpu) && enough(*gpu)).map(load))?;
+        let mut chosen = vec![first];
+        while chosen.len() < job.vgpus {
+            let others = node(first).filter(|gpu| free(*gpu) && !chosen.contains(gpu));
+            chosen.push(placement::choose(others.map(load))?);
+        }
+        Some(chosen)
+    }
+}
+
+/// All jobs of a scenario, in the order in which they come.
+fn arrivals(scenario: &Scenario, seed: u64) -> Vec<Job> {
+    let mut jobs: Vec<Job> =
+        scenario.clients.iter().enumerate().flat_map(|(index, class)| jobs_of(class, index, seed)).collect();
+    jobs.sort_by_key(|job| (job.arrives, job.class, job.number));
+    jobs
+}
+
+fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
+    let mut chance = Chance::new(seed, index as u64);
+    let walks = if class.walks.is_empty() { vec![(0..class.buffers).collect()] } else { class.walks.clone() };
+    let walks = Arc::new(walks);
+    let mut arrives = class.arrival.from.0;
+    (1..=class.count)
+        .map(|number| {
+            match (class.arrival.every, class.arrival.poisson) {
+                (_, Some(mean)) => arrives += chance.exponential(mean.0),
+                (Some(every), None) if number > 1 => arrives += every.0,
+                _ => {}
+            }
+            let sizes = class.memory.all();
+            let memory = sizes[chance.below(sizes.len())];
+            let iteration = match &class.work {
+                Work::Batch { iteration, .. } | Work::Training { iteration, .. } => iteration.0,
+                Work::Interactive { .. } => nvshare::units::MILLISECOND,
+            };
+            Job {
+                class: index,
+                number,
+                arrives,
+                gpu: class.gpu,
+                vgpus: class.vgpus,
+                memory: granules_for(memory.0),
+                weight: class.weight,
+                iteration,
+                in_flight: class.in_flight,
+                buffers: class.buffers,
+                walks: walks.clone(),
+                requests: Requests::new(class, arrives, &mut chance),
+            }
+        })
+        .collect()
+}
