@@ -138,7 +138,6 @@ pub struct Pace<M> {
     until: Nanos,
     submitted: u64,
     marks: VecDeque<Stretch<M>>,
-    marked: u64,
     marked_at: Nanos,
     /// Submissions that are done, and when that was seen.
     done: u64,
@@ -165,7 +164,6 @@ impl<M: Moment> Pace<M> {
             until,
             submitted: 0,
             marks: VecDeque::new(),
-            marked: 0,
             marked_at: time,
             done: 0,
             done_at: time,
@@ -190,7 +188,7 @@ impl<M: Moment> Pace<M> {
     pub fn forget(&mut self) {
         self.marks.clear();
         (self.stuck, self.nevertheless) = (None, 0);
-        (self.done, self.marked) = (self.submitted, self.submitted);
+        self.done = self.submitted;
         (self.last, self.credit) = (None, 0);
     }
 
@@ -228,7 +226,7 @@ impl<M: Moment> Pace<M> {
             return Turn::Go;
         }
         self.look(time);
-        let unmarked = self.submitted - self.marked;
+        let unmarked = self.submitted - self.last_marked();
         let Some(each) = self.each.get() else {
             return match () {
                 () if unmarked > 0 && self.marks.len() < MOST_MARKS => self.mark(time),
@@ -293,12 +291,16 @@ impl<M: Moment> Pace<M> {
 
     /// So many were submitted when they were asked for the mark; `mark` is behind them.
     pub fn marked(&mut self, count: u64, mark: M) {
-        if count > self.marked {
+        if count > self.last_marked() {
             // Asked after the mark was made: what is not past now was not when its work was in the queue.
             let busy = self.marks.back().is_some_and(|before| !before.mark.is_past());
-            self.marked = count;
             self.marks.push_back(Stretch { count, mark, busy });
         }
+    }
+
+    /// Submissions up to the last mark, which may have passed.
+    fn last_marked(&self) -> u64 {
+        self.marks.back().map_or(self.done, |stretch| stretch.count)
     }
 
     /// Submissions so far.

@@ -92,14 +92,14 @@ impl Settings {
                 "NVSHARE_ENABLE_SINGLE_OVERSUB",
                 "write 1 to let one process allocate more than the GPU has, or 0",
                 false,
-                |text| if text.is_empty() { Some(false) } else { switch(text) },
+                |text| switch(text, false),
             )?,
             flow_control: parse(
                 get("NVSHARE_FLOW_CONTROL"),
                 "NVSHARE_FLOW_CONTROL",
                 "write 0 to let work in flight grow while others wait, or 1",
                 true,
-                |text| if text.is_empty() { Some(true) } else { switch(text) },
+                |text| switch(text, true),
             )?,
             shares: Shares {
                 weight: parse(
@@ -128,8 +128,9 @@ impl Settings {
     }
 }
 
-fn switch(text: &str) -> Option<bool> {
+fn switch(text: &str, default: bool) -> Option<bool> {
     match text {
+        "" => Some(default),
         "0" => Some(false),
         "1" => Some(true),
         _ => None,

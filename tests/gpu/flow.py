@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 
-from harness import HERE, Arbiter, Job, percentile, program, say, slices
+from harness import HERE, Arbiter, Job, percentile, program, report, say, slices
 
 LENGTHS_US = [5, 5_000, 500_000]
 TARGET_S = 0.05
@@ -123,17 +123,13 @@ def drains_of(binaries, length_us, seconds, flow):
 
 
 def drains(binaries, seconds):
-    lines, right = [], True
     for length_us in LENGTHS_US:
         without, held = (drains_of(binaries, length_us, seconds, flow) for flow in (False, True))
-        right &= without["right"] and held["right"]
         bar = TARGET_S + length_us / 1e6
-        lines.append(
+        yield without["right"] and held["right"], (
             f"kernels of {length_us:6} us: drain p50 {held['drain_p50_s'] * 1e3:6.1f}, p99 {held['drain_p99_s'] * 1e3:6.1f}, "
             f"max {held['drain_max_s'] * 1e3:6.1f} ms of {held['drains']} (bar {bar * 1e3:.0f} ms; without flow control {without['drain_p99_s'] * 1e3:.0f} ms)"
         )
-        print("#", lines[-1], flush=True)
-    return right, lines
 
 
 def compare(what, bar, first, second, seconds, mib):
@@ -148,12 +144,9 @@ def compare(what, bar, first, second, seconds, mib):
             right &= answered["right"]
             job.close()
     say(what, right=right, **found)
-    lines = []
     for length_us in LENGTHS_US:
         old, new = (statistics.median(run[str(length_us)] for run in found[name]) for name, _ in (first, second))
-        lines.append(f"kernels of {length_us:6} us, {what}: {new / old * 100:.2f} % of {first[0]} (bar {bar} %)")
-        print("#", lines[-1], flush=True)
-    return right, lines
+        yield right, f"kernels of {length_us:6} us, {what}: {new / old * 100:.2f} % of {first[0]} (bar {bar} %)"
 
 
 def held(binaries, seconds):
@@ -161,17 +154,16 @@ def held(binaries, seconds):
     with Arbiter(binaries, CAPACITY, TURNS) as arbiter:
         idle = Job(role, environment(arbiter), "idle")
         idle.answer(120)
-        result = compare(
+        yield from compare(
             "held", 99, ("without flow control", environment(arbiter, False)), ("with", environment(arbiter)), seconds, MIB
         )
         idle.tell("")
         idle.close()
-    return result
 
 
 def alone(binaries, seconds):
     with Arbiter(binaries) as arbiter:
-        return compare("alone", 99.5, ("native", {}), ("nvshare", arbiter.environment()), seconds, 1)
+        yield from compare("alone", 99.5, ("native", {}), ("nvshare", arbiter.environment()), seconds, 1)
 
 
 def main():
@@ -190,14 +182,9 @@ def main():
         if arguments.role == "loner":
             return loner(torch, arguments.seconds, arguments.mib)
         return contender(torch, arguments.length_us)
-    binaries, table, good = arguments.bin.resolve(), [], True
-    for run in (drains, held, alone):
-        if run.__name__ in arguments.only:
-            right, lines = run(binaries, arguments.seconds)
-            good &= right
-            table += lines
-    print("\n".join(table))
-    return 0 if good else 1
+    binaries = arguments.bin.resolve()
+    chosen = [run for run in (drains, held, alone) if run.__name__ in arguments.only]
+    return report(row for run in chosen for row in run(binaries, arguments.seconds))
 
 
 if __name__ == "__main__":

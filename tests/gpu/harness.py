@@ -344,6 +344,17 @@ def say(name, **figures):
     print(json.dumps({"name": name, **figures}), flush=True)
 
 
+def report(rows):
+    """Prints what each run says, (right, line), as it comes, and all lines at the end. The exit status."""
+    table, good = [], True
+    for right, line in rows:
+        good &= right
+        table.append(line + ("" if right else "  WRONG RESULTS"))
+        print("#", table[-1], flush=True)
+    print("\n".join(table))
+    return 0 if good else 1
+
+
 def program(name):
     """How a Python program beside this file is started."""
     return [sys.executable, str(HERE / name)]

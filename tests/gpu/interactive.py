@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 
-from harness import HERE, Arbiter, Job, percentile, program, say, slices
+from harness import HERE, Arbiter, Job, percentile, program, report, say, slices
 
 CAPACITY = "14.9GiB"
 PERIOD_S = 2.0
@@ -157,22 +157,21 @@ def main():
         import torch
 
         return {"batch": batch, "interactive": interactive}[arguments.role](torch)
-    binaries, table, good = arguments.bin.resolve(), [], True
-    for name in arguments.only:
+    binaries = arguments.bin.resolve()
+
+    def row(name):
         if name == "native":
             right, figures = one_run(name, {}, arguments.bursts)
         else:
             with Arbiter(binaries, CAPACITY if name == "takes_turns" else None) as arbiter:
                 right, figures = one_run(name, arbiter.environment() | {"NVSHARE_LOG": "debug"}, arguments.bursts)
-        good &= right
         line = f"{name:12} p50 {figures['p50_s'] * 1e3:7.1f} ms, p99 {figures['p99_s'] * 1e3:7.1f} ms, batch {figures['batch_iterations_per_s']:6.1f} iterations/s"
         if "switch_p99_s" in figures:
             switch = figures["switch_p99_s"]
             line += f"; switch p99 {switch * 1e3:.0f} ms: bar {(2 + 5) * switch * 1e3 + figures['burst_alone_s'] * 1e3:.0f} ms; gives way {figures['gives_way_p99_s'] * 1e3:.1f} ms after a burst, p99 (bar 20 ms)"
-        table.append(line + ("" if right else "  WRONG RESULTS"))
-        print("#", table[-1], flush=True)
-    print("\n".join(table))
-    return 0 if good else 1
+        return right, line
+
+    return report(map(row, arguments.only))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from harness import HERE, Arbiter, fairness, last_object, program, say, slices
+from harness import HERE, Arbiter, fairness, last_object, program, report, say, slices
 
 CAPACITY = "14.9GiB"
 
@@ -176,16 +176,8 @@ def main():
     parser.add_argument("--only", nargs="*", choices=[run.__name__ for run in runs])
     arguments = parser.parse_args()
     binaries = arguments.bin.resolve()
-    table, good = [], True
-    for run in runs:
-        if arguments.only and run.__name__ not in arguments.only:
-            continue
-        right, line = run(binaries, arguments.iterations)
-        good &= right
-        table.append(line + ("" if right else "  WRONG RESULTS"))
-        print("#", table[-1], flush=True)
-    print("\n".join(table))
-    return 0 if good else 1
+    chosen = [run for run in runs if not arguments.only or run.__name__ in arguments.only]
+    return report(run(binaries, arguments.iterations) for run in chosen)
 
 
 if __name__ == "__main__":
