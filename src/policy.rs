@@ -148,17 +148,18 @@ pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
 /// When a holder's slice is over at the earliest, ns, whoever comes: a light user's deadline may have come when it
 /// begins to wait, so that only the quantum is left. `None` if nobody can end it, because everybody's memory fits.
 ///
-/// From then on a holder keeps little work in flight: nobody tells it of the end beforehand.
-pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
+/// From then on a holder keeps little work in flight: nobody tells it of the end beforehand. Of a slice that has not
+/// begun, it is as if it began now.
+pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex, now: Nanos) -> Option<Nanos> {
     let view = snapshot.view(holder);
     let demand: u64 = snapshot.clients().map(|(_, view)| u64::from(view.movable())).sum();
-    if view.phase != Phase::Running || view.slice_start == NOT_BEGUN || demand <= u64::from(snapshot.usable())
-    {
+    if view.phase != Phase::Running || demand <= u64::from(snapshot.usable()) {
         return None;
     }
+    let begins = if view.slice_start == NOT_BEGUN { now } else { view.slice_start };
     let others = snapshot.clients().filter(|(slot, _)| !snapshot.admitted.contains(*slot));
     let soonest = others.map(|(slot, _)| quantum(snapshot, slot)).min()?;
-    Some(view.slice_start.saturating_add(soonest))
+    Some(begins.saturating_add(soonest))
 }
 
 /// When, at the latest, somebody must decide again though nothing changed: the first end of a slice

@@ -10,6 +10,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
 use loom_tests::check;
+use std::cell::Cell;
 
 /// What the gate guards: submitters read it inside, the engine writes it while the gate is shut. Loom
 /// fails the model if a read and the write can meet.
@@ -27,7 +28,7 @@ fn look(memory: &Memory) {
 
 fn submit(gate: &Gate, memory: &Memory) {
     let lane = gate.lane();
-    gate.enter(&lane, || ());
+    gate.enter(&lane, || (), || ());
     look(memory);
     gate.leave(&lane);
     lane.retire();
@@ -118,6 +119,29 @@ fn memory_moves_while_nobody_is_inside_a_limited_gate() {
             gate.limit();
         });
         engine.join().unwrap();
+        submitter.join().unwrap();
+    });
+}
+
+/// A gate that is limited before it opens lets nobody in who has not kept the pace.
+#[test]
+fn nobody_goes_into_a_limited_gate_unpaced() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        gate.limit();
+        let submitter = thread::spawn({
+            let gate = gate.clone();
+            move || {
+                let paced = Cell::new(false);
+                let lane = gate.lane();
+                assert!(!gate.try_enter(&lane));
+                gate.enter(&lane, || paced.set(true), || ());
+                assert!(paced.get());
+                gate.leave(&lane);
+                lane.retire();
+            }
+        });
+        gate.open();
         submitter.join().unwrap();
     });
 }

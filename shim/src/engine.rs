@@ -189,6 +189,7 @@ impl Engine {
     /// All memory is in place. Under the map's lock, because an allocation must not slip in between the
     /// last look and the gate (I2).
     fn open(&mut self) {
+        self.limit();
         let mut memory = self.shared.memory();
         if memory.is_missing() {
             drop(memory);
@@ -200,8 +201,6 @@ impl Engine {
         self.swap.quiet = false;
         together::ready(self.shared.gpu);
         drop(memory);
-        // At once: its threads are through the gate, and the driver takes hundreds of launches in a millisecond.
-        self.limit();
         self.idle.since = now();
         tracing::trace!(gpu = %self.shared.gpu, "running");
     }
@@ -274,7 +273,7 @@ impl Engine {
             return;
         }
         let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
-        flow::limit(self.shared.gpu, policy::earliest_end(&snapshot, self.slot()), target);
+        flow::limit(self.shared.gpu, policy::earliest_end(&snapshot, self.slot(), now()), target);
     }
 
     /// An allocation found no room, and shut the gate.
@@ -385,6 +384,7 @@ impl Engine {
             "drained in {} after a slice of {}", format_nanos(took), format_nanos(ran)
         );
         self.drained_at = drained;
+        flow::drained();
         self.swap.quiet = true;
         crate::pools::drained(&self.shared);
         let more = more || session::gate().waiting() > 0;

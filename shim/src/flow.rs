@@ -144,6 +144,8 @@ pub struct Pace<M> {
     done_at: Nanos,
     /// The last mark that has passed, and with it what was in flight before anybody counted.
     last: Option<M>,
+    /// The beginning is marked: the end of what was in flight before.
+    begun: bool,
     each: Each,
     /// Submissions that may go without another look.
     credit: u64,
@@ -168,6 +170,7 @@ impl<M: Moment> Pace<M> {
             done: 0,
             done_at: time,
             last: None,
+            begun: false,
             each,
             credit: 0,
             held: false,
@@ -189,7 +192,14 @@ impl<M: Moment> Pace<M> {
         self.marks.clear();
         (self.stuck, self.nevertheless) = (None, 0);
         self.done = self.submitted;
-        (self.last, self.credit) = (None, 0);
+        (self.last, self.begun, self.credit) = (None, false, 0);
+    }
+
+    /// All that it submitted is done. What is known of a submission now, which is most for long ones: perhaps they were
+    /// all in the queue together.
+    fn drained(mut self, time: Nanos) -> Each {
+        self.look(time);
+        self.each
     }
 
     /// How long the backlog may be, ns. An eighth less than what is asked for, for what is not foreseen.
@@ -202,7 +212,9 @@ impl<M: Moment> Pace<M> {
         while self.marks.front().is_some_and(|stretch| stretch.mark.is_past()) {
             let Some(Stretch { count, mark, busy }) = self.marks.pop_front() else { return };
             // The first has waited for what was in flight before.
-            if let Some(last) = &self.last {
+            if let Some(last) = &self.last
+                && count > self.done
+            {
                 let took = mark.since(last).unwrap_or(time.saturating_sub(self.done_at));
                 self.each.observe(count - self.done, took, busy);
             }
@@ -226,6 +238,10 @@ impl<M: Moment> Pace<M> {
             return Turn::Go;
         }
         self.look(time);
+        if !self.begun {
+            // Else nobody would know what the first took, and in a slice of two or three kernels ever know anything.
+            return self.mark(time);
+        }
         let unmarked = self.submitted - self.last_marked();
         let Some(each) = self.each.get() else {
             return match () {
@@ -291,7 +307,8 @@ impl<M: Moment> Pace<M> {
 
     /// So many were submitted when they were asked for the mark; `mark` is behind them.
     pub fn marked(&mut self, count: u64, mark: M) {
-        if count > self.last_marked() {
+        if count > self.last_marked() || !self.begun {
+            self.begun = true;
             // Asked after the mark was made: what is not past now was not when its work was in the queue.
             let busy = self.marks.back().is_some_and(|before| !before.mark.is_past());
             self.marks.push_back(Stretch { count, mark, busy });
@@ -312,12 +329,14 @@ impl<M: Moment> Pace<M> {
 /// The process's pace, and when the slice of each of its GPUs can end.
 struct Flow {
     pace: Option<Pace<Mark>>,
-    /// As it was at the end of the last slice.
+    /// Of the slice that is over, until it is drained.
+    over: Option<Pace<Mark>>,
+    /// As it was when the last slice was drained.
     each: Each,
     ends: Vec<(GpuUuid, Nanos)>,
 }
 
-static FLOW: Mutex<Flow> = Mutex::new(Flow { pace: None, each: Each::UNKNOWN, ends: Vec::new() });
+static FLOW: Mutex<Flow> = Mutex::new(Flow { pace: None, over: None, each: Each::UNKNOWN, ends: Vec::new() });
 static CHANGED: Condvar = Condvar::new();
 
 /// Threads that wait here.
@@ -329,17 +348,20 @@ fn flow() -> MutexGuard<'static, Flow> {
     FLOW.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// Says when the slice of a GPU can end, ns, or that it cannot. Called by the GPU's engine, while it runs.
+/// Says when the slice of a GPU can end, ns, or that it cannot. Called by the GPU's engine, while it runs, and before the
+/// gate opens: of threads that stand before it, each could have launched for seconds a moment later.
 pub fn limit(gpu: GpuUuid, end: Option<Nanos>, target: Nanos) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
     flow.ends.extend(end.map(|end| (gpu, end)));
-    let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return stop(flow) };
+    let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return stop(&mut flow) };
     // No mark is made here: the threads that submit may keep the driver to themselves for seconds.
     let each = flow.each;
-    flow.pace.get_or_insert_with(|| Pace::new(target, until, each, now())).limit(until);
-    drop(flow);
-    session::gate().limit();
+    let pace = flow.pace.get_or_insert_with(|| {
+        session::gate().limit();
+        Pace::new(target, until, each, now())
+    });
+    pace.limit(until);
 }
 
 /// The slice of this GPU is over, or the process uses it no more.
@@ -347,21 +369,31 @@ pub fn end(gpu: GpuUuid) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
     if flow.ends.is_empty() {
-        stop(flow);
+        stop(&mut flow);
     }
 }
 
-fn stop(mut flow: MutexGuard<'_, Flow>) {
+fn stop(flow: &mut Flow) {
     let Some(pace) = flow.pace.take() else { return };
     flow.each = pace.each;
-    drop(flow);
+    flow.over = Some(pace);
     session::gate().unlimit();
     CHANGED.notify_all();
 }
 
+/// All work of the process is done, and no capture is open: its last marks say what it took.
+pub fn drained() {
+    let mut flow = flow();
+    if let Some(pace) = flow.over.take() {
+        flow.each = pace.drained(now());
+    }
+}
+
 /// A context is about to be destroyed, and its events with it.
 pub fn forget() {
-    if let Some(pace) = &mut flow().pace {
+    let mut flow = flow();
+    flow.over = None;
+    if let Some(pace) = &mut flow.pace {
         pace.forget();
     }
 }

@@ -16,11 +16,15 @@ use nvshare::sync::{
     unpark_all,
 };
 
-const OPEN: u32 = 0;
-const SHUT: u32 = 1;
-/// Open, and whoever wants in is to keep the pace first ([`crate::flow`]): [`Gate::try_enter`] says no, so that those who
-/// pass an open gate pay nothing for it.
+/// A bit of the gate's state: it is open.
+const OPEN: u32 = 1;
+/// And another: whoever wants in is to keep the pace first ([`crate::flow`]). [`Gate::try_enter`] says no, so that those
+/// who pass an open gate pay nothing for it. It can be set while the gate is shut, so that nobody is in before.
 const LIMITED: u32 = 2;
+
+fn is_open(state: u32) -> bool {
+    state & OPEN != 0
+}
 
 /// One thread's announcement: odd while it is inside. Padded, because it is written all the time.
 #[repr(align(128))]
@@ -64,7 +68,7 @@ impl Gate {
     /// A gate that is shut, with nobody inside: nothing runs before the client is admitted.
     pub fn new() -> Self {
         register_barriers();
-        Self { state: AtomicU32::new(SHUT), waiting: AtomicU32::new(0), lanes: Mutex::new(Vec::new()) }
+        Self { state: AtomicU32::new(0), waiting: AtomicU32::new(0), lanes: Mutex::new(Vec::new()) }
     }
 
     fn lanes(&self) -> MutexGuard<'_, Vec<Arc<Lane>>> {
@@ -97,13 +101,27 @@ impl Gate {
     }
 
     /// Goes in, waiting until the gate opens; `knock` is called before each wait, to tell the engine
-    /// that somebody wants in. Whoever calls it has kept the pace, if there is one.
-    pub fn enter(&self, lane: &Lane, knock: impl Fn()) {
-        while !self.enter_if(lane, |state| state != SHUT) {
+    /// that somebody wants in, and `keep_pace` before it goes into a gate that is limited.
+    pub fn enter(&self, lane: &Lane, keep_pace: impl Fn(), knock: impl Fn()) {
+        let mut paced = false;
+        loop {
+            if !paced && self.is_limited() {
+                keep_pace();
+                paced = true;
+            }
+            if self.enter_if(lane, |state| state == OPEN || paced && is_open(state)) {
+                return;
+            }
+            let state = self.state.load(Ordering::Acquire);
+            if is_open(state) {
+                continue;
+            }
             self.waiting.fetch_add(1, Ordering::AcqRel);
             knock();
-            park(&self.state, SHUT);
+            park(&self.state, state);
             self.waiting.fetch_sub(1, Ordering::AcqRel);
+            // That was the pace of the slice that is over.
+            paced = false;
         }
     }
 
@@ -114,7 +132,7 @@ impl Gate {
         // Release: what the thread did inside happens before whatever the engine does next.
         lane.passes.store(passes.wrapping_add(1), Ordering::Release);
         light_barrier();
-        if self.state.load(Ordering::Relaxed) == SHUT {
+        if !is_open(self.state.load(Ordering::Relaxed)) {
             unpark_all(&lane.passes);
         }
     }
@@ -122,8 +140,7 @@ impl Gate {
     /// Lets nobody in from now on, and does not wait for those inside. Whoever calls it and then
     /// submits work is already held.
     pub fn close(&self) {
-        // A swap, so that it is in one order with the exchanges of whoever limits the gate at this moment.
-        self.state.swap(SHUT, Ordering::SeqCst);
+        self.state.fetch_and(!OPEN, Ordering::SeqCst);
         heavy_barrier();
     }
 
@@ -149,28 +166,28 @@ impl Gate {
 
     /// Opens the gate, and wakes whoever stands before it. All memory is in place.
     pub fn open(&self) {
-        self.state.store(OPEN, Ordering::Release);
+        self.state.fetch_or(OPEN, Ordering::Release);
         unpark_all(&self.state);
     }
 
-    /// Has everybody keep the pace who goes in from now on, if the gate is open.
+    /// Has everybody keep the pace who goes in from now on, or once the gate opens.
     pub fn limit(&self) {
-        let _ = self.state.compare_exchange(OPEN, LIMITED, Ordering::AcqRel, Ordering::Relaxed);
+        self.state.fetch_or(LIMITED, Ordering::AcqRel);
     }
 
     /// Takes [`Gate::limit`] back.
     pub fn unlimit(&self) {
-        let _ = self.state.compare_exchange(LIMITED, OPEN, Ordering::AcqRel, Ordering::Relaxed);
+        self.state.fetch_and(!LIMITED, Ordering::AcqRel);
     }
 
     /// Whether the gate is open, and whoever goes in keeps the pace.
     pub fn is_limited(&self) -> bool {
-        self.state.load(Ordering::Relaxed) == LIMITED
+        self.state.load(Ordering::Relaxed) == OPEN | LIMITED
     }
 
     /// Whether the gate is open.
     pub fn is_open(&self) -> bool {
-        self.state.load(Ordering::Acquire) != SHUT
+        is_open(self.state.load(Ordering::Acquire))
     }
 
     /// How many threads stand before the shut gate.

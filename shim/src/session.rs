@@ -149,10 +149,7 @@ fn enter_slowly() -> Result<Pass, CuResult> {
         // A call within a call, of a driver callback or of a library that wraps the driver.
         return outside;
     }
-    if GATE.is_limited() {
-        crate::flow::pace();
-    }
-    GATE.enter(inside, knock);
+    GATE.enter(inside, crate::flow::pace, knock);
     match BROKEN.load(Ordering::Relaxed) {
         0 => Ok(Pass { lane }),
         code => {

@@ -268,17 +268,19 @@ fn a_slice_can_end_when_the_quantum_is_over_though_nobody_waits_yet() {
     let mut snapshot = three_batch_jobs([20; 3]);
     snapshot.slots[0].slice_start = 7 * SECOND;
     assert!(slice_end(&snapshot, slot(0)) > Some(8 * SECOND));
-    assert_eq!(earliest_end(&snapshot, slot(0)), Some(8 * SECOND));
+    assert_eq!(earliest_end(&snapshot, slot(0), 9 * SECOND), Some(8 * SECOND));
     for waiter in [1, 2] {
         snapshot.slots[waiter].phase = Phase::Idle;
     }
     assert_eq!(slice_end(&snapshot, slot(0)), None);
-    assert_eq!(earliest_end(&snapshot, slot(0)), Some(8 * SECOND), "one may come");
-    assert_eq!(earliest_end(&snapshot, slot(1)), None, "has no slice");
+    assert_eq!(earliest_end(&snapshot, slot(0), 9 * SECOND), Some(8 * SECOND), "one may come");
+    assert_eq!(earliest_end(&snapshot, slot(1), 9 * SECOND), None, "has no slice");
+    snapshot.slots[0].slice_start = NOT_BEGUN;
+    assert_eq!(earliest_end(&snapshot, slot(0), 9 * SECOND), Some(10 * SECOND), "as if it began now");
     for waiter in [1, 2] {
         snapshot.slots[waiter].demand = 1;
     }
-    assert_eq!(earliest_end(&snapshot, slot(0)), None, "all fit");
+    assert_eq!(earliest_end(&snapshot, slot(0), 9 * SECOND), None, "all fit");
 }
 
 #[test]

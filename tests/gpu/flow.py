@@ -1,10 +1,10 @@
 """Flow control: how long a drain takes, and what it costs, with kernels of 5 us, 5 ms and 500 ms.
 
-    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--only drains held alone]
+    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--lengths 5 5000 500000] [--only drains held alone]
 
 Kernels spin for so long, and are launched up to a second ahead. Three kinds of runs:
 
-*drains*: two processes of which neither fits beside the other take turns of 300 ms, with flow control and without: how
+*drains*: two processes of which neither fits beside the other take turns of 300 ms (960 ms where a kernel takes 500), with flow control and without: how
 long the drains take, as the clients' debug logs say (bar: the target of 50 ms and one kernel, in the 99th percentile).
 *held*: one process works, and another, which does not fit beside it, could ask for the GPU at any moment, so that all
 that it submits is held to the target. Kernels per second, with flow control and without, in turn (bar: 99 %). No memory
@@ -27,9 +27,10 @@ from harness import HERE, Arbiter, Job, percentile, program, report, say, slices
 LENGTHS_US = [5, 5_000, 500_000]
 TARGET_S = 0.05
 AHEAD_S = 1.0
+ROUNDS = 3
 MIB = 1_200
 CAPACITY = "3GiB"
-TURNS = ["--quantum", "300ms"]
+QUANTUM_MS = 300
 
 
 def answer(**what):
@@ -76,17 +77,17 @@ def contender(torch, length_us):
     answer(launched=launched, right=bool((data == 1.0).all()))
 
 
-def loner(torch, seconds, mib):
-    """Kernels per second of each length, in turn."""
+def loner(torch, seconds, mib, lengths):
+    """Kernels per second of each length, in turn, several times."""
     data = torch.full((mib << 18,), 1.0, device="cuda")
     rate = cycles_per_us(torch)
-    found = {}
-    for length_us in LENGTHS_US:
-        cycles = int(rate * length_us)
-        work(torch, cycles, length_us, lambda until=time.monotonic() + 0.3: time.monotonic() > until)
-        until = time.monotonic() + seconds
-        launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until)
-        found[str(length_us)] = launched / took
+    found = {str(length_us): [] for length_us in lengths}
+    work(torch, int(rate * 5), 5, lambda until=time.monotonic() + 0.3: time.monotonic() > until)
+    for _ in range(ROUNDS):
+        for length_us in lengths:
+            until = time.monotonic() + seconds / ROUNDS
+            launched, took = work(torch, int(rate * length_us), length_us, lambda: time.monotonic() > until)
+            found[str(length_us)].append(launched / took)
     answer(per_second=found, right=bool((data == 1.0).all()))
 
 
@@ -94,9 +95,15 @@ def environment(arbiter, flow=True):
     return arbiter.environment() | {"NVSHARE_LOG": "debug", "NVSHARE_FLOW_CONTROL": "1" if flow else "0"}
 
 
+def quantum_ms(length_us):
+    """When so many kernels one after the other have just less than the target left, another is let go: the worst case."""
+    length_ms = length_us // 1000
+    return QUANTUM_MS if length_ms < QUANTUM_MS else 2 * length_ms - 40
+
+
 def drains_of(binaries, length_us, seconds, flow):
     role = [*program("flow.py"), "--role", "contender", "--length-us", str(length_us)]
-    with Arbiter(binaries, CAPACITY, TURNS) as arbiter:
+    with Arbiter(binaries, CAPACITY, ["--quantum", f"{quantum_ms(length_us)}ms"]) as arbiter:
         jobs = []
         for number in range(2):
             jobs.append(Job(role, environment(arbiter, flow), f"contender {number}"))
@@ -104,7 +111,7 @@ def drains_of(binaries, length_us, seconds, flow):
         for job in jobs:
             job.tell("go")
         began = time.monotonic()
-        time.sleep(seconds)
+        time.sleep(seconds * quantum_ms(length_us) / QUANTUM_MS if flow else seconds)
         ended = time.monotonic()
         for job in jobs:
             job.tell("")
@@ -115,15 +122,16 @@ def drains_of(binaries, length_us, seconds, flow):
             job.log.seek(0)
             logs += job.log.read().splitlines()
     # The first slice of each finds out how long a kernel takes.
-    drains = [one.drained for one in slices(logs) if began <= one.began and one.ended <= ended][2:]
+    done = [one for one in slices(logs) if began <= one.began and one.ended <= ended][2:]
+    drains = [one.drained for one in done]
     figures = {"length_us": length_us, "flow_control": flow, "drains": len(drains), "right": right}
     figures |= {"drain_p50_s": percentile(drains, 50), "drain_p99_s": percentile(drains, 99), "drain_max_s": max(drains)}
-    say("drains", **figures, drains_s=[round(drain, 5) for drain in drains])
+    say("drains", **figures, slices_s=[[one.pid, *(round(time, 5) for time in (one.began - began, one.ran, one.drained))] for one in done])
     return figures
 
 
-def drains(binaries, seconds):
-    for length_us in LENGTHS_US:
+def drains(binaries, seconds, lengths):
+    for length_us in lengths:
         without, held = (drains_of(binaries, length_us, seconds, flow) for flow in (False, True))
         bar = TARGET_S + length_us / 1e6
         yield without["right"] and held["right"], (
@@ -132,11 +140,12 @@ def drains(binaries, seconds):
         )
 
 
-def compare(what, bar, first, second, seconds, mib):
-    """Kernels per second under the `second` environment against the `first`, in turn, twice."""
+def compare(what, bar, first, second, seconds, lengths, mib, times):
+    """Kernels per second under the `second` environment against the `first`, in turn: the medians."""
     found, right = {name: [] for name, _ in (first, second)}, True
     role = [*program("flow.py"), "--role", "loner", "--seconds", str(seconds / 4), "--mib", str(mib)]
-    for _ in range(2):
+    role += ["--lengths", *map(str, lengths)]
+    for _ in range(times):
         for name, variables in (first, second):
             job = Job(role, variables, name)
             answered = job.answer(180)
@@ -144,26 +153,26 @@ def compare(what, bar, first, second, seconds, mib):
             right &= answered["right"]
             job.close()
     say(what, right=right, **found)
-    for length_us in LENGTHS_US:
-        old, new = (statistics.median(run[str(length_us)] for run in found[name]) for name, _ in (first, second))
+    for length_us in lengths:
+        rounds = ([rate for run in found[name] for rate in run[str(length_us)]] for name, _ in (first, second))
+        old, new = map(statistics.median, rounds)
         yield right, f"kernels of {length_us:6} us, {what}: {new / old * 100:.2f} % of {first[0]} (bar {bar} %)"
 
 
-def held(binaries, seconds):
+def held(binaries, seconds, lengths):
     role = [*program("flow.py"), "--role", "contender", "--length-us", "5"]
-    with Arbiter(binaries, CAPACITY, TURNS) as arbiter:
+    with Arbiter(binaries, CAPACITY, ["--quantum", f"{QUANTUM_MS}ms"]) as arbiter:
         idle = Job(role, environment(arbiter), "idle")
         idle.answer(120)
-        yield from compare(
-            "held", 99, ("without flow control", environment(arbiter, False)), ("with", environment(arbiter)), seconds, MIB
-        )
+        without, held = ("without flow control", environment(arbiter, False)), ("with", environment(arbiter))
+        yield from compare("held", 99, without, held, seconds, lengths, MIB, 2)
         idle.tell("")
         idle.close()
 
 
-def alone(binaries, seconds):
+def alone(binaries, seconds, lengths):
     with Arbiter(binaries) as arbiter:
-        yield from compare("alone", 99.5, ("native", {}), ("nvshare", arbiter.environment()), seconds, 1)
+        yield from compare("alone", 99.5, ("native", {}), ("nvshare", arbiter.environment()), seconds, lengths, 1, 3)
 
 
 def main():
@@ -172,6 +181,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=12, help="of each run")
     names = ["drains", "held", "alone"]
     parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS_US, help="of kernels, us")
     parser.add_argument("--mib", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=["contender", "loner"], help=argparse.SUPPRESS)
     parser.add_argument("--length-us", type=int, help=argparse.SUPPRESS)
@@ -180,11 +190,11 @@ def main():
         import torch
 
         if arguments.role == "loner":
-            return loner(torch, arguments.seconds, arguments.mib)
+            return loner(torch, arguments.seconds, arguments.mib, arguments.lengths)
         return contender(torch, arguments.length_us)
     binaries = arguments.bin.resolve()
     chosen = [run for run in (drains, held, alone) if run.__name__ in arguments.only]
-    return report(row for run in chosen for row in run(binaries, arguments.seconds))
+    return report(row for run in chosen for row in run(binaries, arguments.seconds, arguments.lengths))
 
 
 if __name__ == "__main__":

@@ -218,7 +218,28 @@ fn work_that_waits_for_work_to_come_is_not_held_for_ever() {
 fn marks_of_a_context_that_has_gone_are_forgotten() {
     let mut process = runs(5 * MILLISECOND, 0, SECOND);
     process.pace.forget();
-    assert_eq!(process.pace.next(SECOND), Turn::Go, "nothing is in flight");
+    assert_eq!(process.pace.next(SECOND), Turn::Mark, "it begins anew");
+    process.pace.marked(process.pace.submitted(), process.gpu.mark());
+    process.gpu.time.set(process.gpu.last_end());
+    assert_eq!(process.pace.next(process.gpu.time.get()), Turn::Go, "nothing is in flight");
+}
+
+/// Slices shorter than a kernel: what one takes is known when the first is drained, though no two were marked in it.
+#[test]
+fn it_learns_from_slices_of_one_kernel() {
+    const LENGTH: Nanos = 500 * MILLISECOND;
+    const SLICE: Nanos = 300 * MILLISECOND;
+    let mut each = Each::UNKNOWN;
+    for slice in 0..5 {
+        let mut process = Process::new(SLICE, each);
+        process.runs(SLICE, || LENGTH);
+        let drain = process.gpu.drain();
+        assert!(slice == 0 || drain <= TARGET + LENGTH - SLICE, "slice {slice}: {drain} ns");
+        let end = process.gpu.last_end();
+        process.gpu.time.set(end);
+        each = process.pace.drained(end);
+        assert!(each.get().is_some_and(|known| known.abs_diff(LENGTH) <= LAUNCH), "{each:?}");
+    }
 }
 
 proptest! {
