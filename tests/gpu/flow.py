@@ -4,12 +4,14 @@
 
 Kernels spin for so long, and are launched up to a second ahead. Three kinds of runs:
 
-*drains*: two processes of which neither fits beside the other take turns of 300 ms (960 ms where a kernel takes 500), with flow control and without: how
-long the drains take, as the clients' debug logs say (bar: the target of 50 ms and one kernel, in the 99th percentile).
-*held*: one process works, and another, which does not fit beside it, could ask for the GPU at any moment, so that all
-that it submits is held to the target. Kernels per second, with flow control and without, in turn (bar: 99 %). No memory
-moves, so nothing else is measured.
-*alone*: one process in the whole GPU, native and under nvshare in turn: kernels per second (bar: 99.5 %).
+*drains*: two processes of which neither fits beside the other take turns of 300 ms (960 ms where a kernel takes 500),
+with flow control and without: how long the drains take, as the clients' debug logs say (bar: the target of 50 ms and one
+kernel, in the 99th percentile).
+*held*: of the same two, one works at a time, for a second or less, and the other could ask for the GPU at any moment, so
+all that is submitted is held to the target. Kernels per second of one that has flow control and one that has not (bar:
+99 %). No memory moves while they are counted.
+*alone*: kernels per second of a native process and one under nvshare, which work in turn as well, in the whole GPU (bar:
+99.5 %).
 
 Unmodified PyTorch; prints one JSON object for each run and a table.
 """
@@ -27,7 +29,6 @@ from harness import HERE, Arbiter, Job, percentile, program, report, say, slices
 LENGTHS_US = [5, 5_000, 500_000]
 TARGET_S = 0.05
 AHEAD_S = 1.0
-ROUNDS = 3
 MIB = 1_200
 CAPACITY = "3GiB"
 QUANTUM_MS = 300
@@ -77,18 +78,18 @@ def contender(torch, length_us):
     answer(launched=launched, right=bool((data == 1.0).all()))
 
 
-def loner(torch, seconds, mib, lengths):
-    """Kernels per second of each length, in turn, several times."""
+def loner(torch, mib):
+    """Kernels per second, each time that it is told their length and for how long."""
     data = torch.full((mib << 18,), 1.0, device="cuda")
-    rate = cycles_per_us(torch)
-    found = {str(length_us): [] for length_us in lengths}
-    work(torch, int(rate * 5), 5, lambda until=time.monotonic() + 0.3: time.monotonic() > until)
-    for _ in range(ROUNDS):
-        for length_us in lengths:
-            until = time.monotonic() + seconds / ROUNDS
-            launched, took = work(torch, int(rate * length_us), length_us, lambda: time.monotonic() > until)
-            found[str(length_us)].append(launched / took)
-    answer(per_second=found, right=bool((data == 1.0).all()))
+    answer(cycles_per_us=cycles_per_us(torch))
+    for line in iter(lambda: sys.stdin.readline().split(), []):
+        length_us, cycles, seconds = int(line[0]), int(line[1]), float(line[2])
+        # Its memory comes in, if it was out.
+        work(torch, cycles, length_us, lambda until=time.monotonic() + seconds / 5: time.monotonic() > until)
+        until = time.monotonic() + seconds
+        launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until)
+        answer(per_second=launched / took)
+    answer(right=bool((data == 1.0).all()))
 
 
 def environment(arbiter, flow=True):
@@ -96,7 +97,7 @@ def environment(arbiter, flow=True):
 
 
 def quantum_ms(length_us):
-    """When so many kernels one after the other have just less than the target left, another is let go: the worst case."""
+    """Two kernels have just less than the target left when the slice can end, so that a third is let go: the worst case."""
     length_ms = length_us // 1000
     return QUANTUM_MS if length_ms < QUANTUM_MS else 2 * length_ms - 40
 
@@ -140,39 +141,48 @@ def drains(binaries, seconds, lengths):
         )
 
 
-def compare(what, bar, first, second, seconds, lengths, mib, times):
-    """Kernels per second under the `second` environment against the `first`, in turn: the medians."""
-    found, right = {name: [] for name, _ in (first, second)}, True
-    role = [*program("flow.py"), "--role", "loner", "--seconds", str(seconds / 4), "--mib", str(mib)]
-    role += ["--lengths", *map(str, lengths)]
-    for _ in range(times):
-        for name, variables in (first, second):
-            job = Job(role, variables, name)
-            answered = job.answer(180)
-            found[name].append(answered["per_second"])
-            right &= answered["right"]
-            job.close()
-    say(what, right=right, **found)
+def compare(what, bar, variables, seconds, lengths, mib):
+    """Kernels per second of two processes that take turns to work, each alone: the second's against the first's."""
+    role = [*program("flow.py"), "--role", "loner", "--mib", str(mib)]
+    jobs, rates = {}, []
+    for name, environment_of in variables.items():
+        jobs[name] = Job(role, environment_of, name)
+        rates.append(jobs[name].answer(120)["cycles_per_us"])
+    # The same kernels for both, however fast the clock was when each of them looked.
+    rate, rows = max(rates), []
     for length_us in lengths:
-        rounds = ([rate for run in found[name] for rate in run[str(length_us)]] for name, _ in (first, second))
-        old, new = map(statistics.median, rounds)
-        yield right, f"kernels of {length_us:6} us, {what}: {new / old * 100:.2f} % of {first[0]} (bar {bar} %)"
+        # As many rounds as the time allows; those of the longest kernels are the longest, to be more than one kernel.
+        each = max(seconds / 40, 3 * length_us / 1e6)
+        found = {name: [] for name in jobs}
+        for _ in range(max(3, int(seconds / each / 2))):
+            for name, job in jobs.items():
+                job.tell(f"{length_us} {int(rate * length_us)} {each}")
+                found[name].append(job.answer(60)["per_second"])
+        say(what, length_us=length_us, **{name: [round(one, 3) for one in those] for name, those in found.items()})
+        old, new = map(statistics.median, found.values())
+        rows.append(
+            f"kernels of {length_us:6} us, {what}: {new / old * 100:.2f} % of {next(iter(jobs))}"
+            f" (bar {bar} %; medians of {len(found[name])} rounds each)"
+        )
+    for job in jobs.values():
+        job.tell("")
+    right = all([job.answer(60)["right"] for job in jobs.values()])
+    for job in jobs.values():
+        job.close()
+    for row in rows:
+        yield right, row
 
 
 def held(binaries, seconds, lengths):
-    role = [*program("flow.py"), "--role", "contender", "--length-us", "5"]
     with Arbiter(binaries, CAPACITY, ["--quantum", f"{QUANTUM_MS}ms"]) as arbiter:
-        idle = Job(role, environment(arbiter), "idle")
-        idle.answer(120)
-        without, held = ("without flow control", environment(arbiter, False)), ("with", environment(arbiter))
-        yield from compare("held", 99, without, held, seconds, lengths, MIB, 2)
-        idle.tell("")
-        idle.close()
+        variables = {"without flow control": environment(arbiter, False), "with": environment(arbiter)}
+        yield from compare("held", 99, variables, seconds, lengths, MIB)
 
 
 def alone(binaries, seconds, lengths):
     with Arbiter(binaries) as arbiter:
-        yield from compare("alone", 99.5, ("native", {}), ("nvshare", arbiter.environment()), seconds, lengths, 1, 3)
+        variables = {"native": {}, "nvshare": arbiter.environment()}
+        yield from compare("alone", 99.5, variables, seconds, lengths, 1)
 
 
 def main():
@@ -190,7 +200,7 @@ def main():
         import torch
 
         if arguments.role == "loner":
-            return loner(torch, arguments.seconds, arguments.mib, arguments.lengths)
+            return loner(torch, arguments.mib)
         return contender(torch, arguments.length_us)
     binaries = arguments.bin.resolve()
     chosen = [run for run in (drains, held, alone) if run.__name__ in arguments.only]
