@@ -479,7 +479,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.undrained = true;
         self.enter(Phase::Running);
         // A waiter that came while this client was filling has rung it, as every decision with a waiter
-        // rings every holder: the next look finds the waiter and the end of the slice.
+        // rings every holder: the next look finds the waiter and the end of the slice. And a slice that was not over
+        // because this client was filling may be over now.
+        if self.awaited() {
+            self.page().decide();
+        }
     }
 
     /// Running -> Filling: its memory is no longer all in place, because it grew. The gate is shut;

@@ -182,6 +182,57 @@ fn slices_grow_by_an_eighth_while_all_use_them_up() {
     assert_eq!(length([u32::MAX; 3]), 4 * SECOND, "20 switches where the shortest has 5");
 }
 
+/// A pool of 10, and switches that move a granule in a second.
+fn slow_link(clients: &[(Phase, Granules, Granules, u64)], admitted: &[usize]) -> Snapshot {
+    let mut snapshot = snapshot(10, clients, admitted);
+    snapshot.settings.quantum =
+        Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: 1, max: 1_000 * SECOND };
+    (snapshot.bandwidth_in, snapshot.bandwidth_out) = (bytes_of(1), bytes_of(1));
+    snapshot
+}
+
+#[test]
+fn what_grows_is_the_quantum_of_a_common_switch() {
+    let length = |demands: [Granules; 3], residents: [Granules; 2]| {
+        let clients = [
+            (Phase::Running, demands[0], demands[0], 1),
+            (Phase::Waiting, demands[1], residents[0], 2),
+            (Phase::Waiting, demands[2], residents[1], 3),
+        ];
+        let mut snapshot = slow_link(&clients, &[0]);
+        snapshot.slots[..3].iter_mut().for_each(|view| view.streak = 3);
+        slice(&snapshot, slot(0), slot(1))
+    };
+    let nine = |switches: u64| (0..9).fold(5 * switches * SECOND, |time, _| time + time / 8);
+    // Two of them are in one another's way with 6.
+    assert_eq!(length([8, 8, 8], [2, 0]), nine(6));
+    assert_eq!(length([8, 8, 8], [0, 2]), nine(6), "whoever has what is left");
+    assert_eq!(length([8, 7, 3], [3, 0]), nine(5), "the two largest");
+    assert_eq!(length([4, 4, 4], [2, 0]), nine(2), "any two fit, and all three lack 2");
+    assert_eq!(length([9, 2, 1], [1, 1]), nine(1));
+    // The least is what this very switch takes.
+    assert_eq!(length([10, 1, 1], [0, 0]), nine(1));
+}
+
+/// Two run, of which one fills; the waiter has drained, and has not evicted anything yet.
+#[test]
+fn a_slice_is_not_over_while_one_who_came_before_the_waiter_fills() {
+    let clients = [(Phase::Running, 5, 5, 2), (Phase::Filling, 5, 1, 1), (Phase::Waiting, 5, 4, 3)];
+    let mut snapshot = snapshot(10, &clients, &[0, 1]);
+    snapshot.settings.quantum = Quantum::Fixed(SECOND);
+    let later = |snapshot: &Snapshot| slice_end(snapshot, slot(0)).unwrap() - SECOND;
+    let farthest = snapshot.settings.deadline;
+    assert_eq!(later(&snapshot), farthest);
+    assert_eq!(admit(&snapshot, 2 * SECOND), set(&[0, 1]));
+    assert_eq!(evict_share(&snapshot, slot(2)), 4, "so the waiter makes room");
+    assert_eq!(admit(&snapshot, SECOND + farthest), set(&[1, 2]), "something is stuck, and others go on");
+    snapshot.slots[1].phase = Phase::Running;
+    assert_eq!(later(&snapshot), 0);
+    // Who came after the waiter, and fills a gap, does not delay it.
+    (snapshot.slots[1].phase, snapshot.slots[1].ticket) = (Phase::Filling, 4);
+    assert_eq!(later(&snapshot), 0);
+}
+
 /// Jain's index: 1 if all have the same, 1/n if one has everything.
 fn jain(shares: &[f64]) -> f64 {
     let sum: f64 = shares.iter().sum();

@@ -375,6 +375,9 @@ impl Gpu {
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
+        if policy::first_waiter(&self.snapshot).is_some() {
+            self.decide(now);
+        }
     }
 
     /// It runs and has nothing to do: it leaves, or gives way when somebody waits. True if it did.
