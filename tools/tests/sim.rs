@@ -6,7 +6,7 @@ use nvshare::page::Quantum;
 use nvshare::units::{Nanos, SECOND};
 use nvshare_tools::sim::report::{Report, Row};
 use nvshare_tools::sim::scenario::Scenario;
-use nvshare_tools::sim::{picture, world};
+use nvshare_tools::sim::{State, picture, world};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -97,6 +97,52 @@ fn small(extra: &str, clients: &str) -> String {
     format!(
         "name = \"small\"\n{extra}\n[gpus]\nmemory = \"64MiB\"\nlink_in = \"1GiB\"\nlink_out = \"1GiB\"\nchunk = \"4MiB\"\n{clients}"
     )
+}
+
+/// Two of 60 MiB take turns in a pool of 100, after a third has left that needed all of it: neither of them had anything
+/// there. While one runs the other brings in the 40 MiB that find room, so no switch moves more than the 20 MiB that the
+/// two are in one another's way with.
+#[test]
+fn who_is_next_brings_in_what_finds_room_ahead_of_its_turn() {
+    let job = |name: &str, memory, iterations| {
+        format!(
+            "[[clients]]\nname = \"{name}\"\nmemory = \"{memory}MiB\"\nwork = {{ kind = \"batch\", iteration = \"10ms\", iterations = {iterations} }}\n"
+        )
+    };
+    let scenario = Scenario::parse(&format!(
+        "name = \"prefetch\"\n[policy]\nquantum = \"1s\"\n[gpus]\nmemory = \"100MiB\"\nlink_in = \"100MiB\"\nlink_out = \"100MiB\"\nchunk = \"4MiB\"\n{}{}{}",
+        job("first", 60, 1_000),
+        job("second", 60, 1_000),
+        job("leaves", 100, 150),
+    ))
+    .unwrap_or_else(|error| panic!("{error}"));
+    let outcome = world::simulate(&scenario, 1, true);
+    let gone = outcome.clients[2].finished.expect("it has ended");
+    let fills = |client: usize| {
+        let segments = outcome.clients[client].segments.iter().flatten();
+        let fills = segments.filter(|segment| segment.state == State::Filling);
+        fills.filter(|fill| fill.from >= gone).map(|fill| fill.to - fill.from).collect::<Vec<_>>()
+    };
+    let [first, second] = [0, 1].map(fills);
+    // The first has nothing there; and a chunk of 4 MiB must go out before one can come in.
+    assert!(first[0] >= 600_000_000, "{first:?}");
+    assert!(first[1..].iter().chain(&second).all(|ns| *ns <= 240_000_000), "{first:?}, {second:?} ns");
+    assert!(first.len() > 3 && second.len() > 3);
+}
+
+#[test]
+fn priority_decides_whose_turn_comes_sooner() {
+    let job = |priority: &str| {
+        format!(
+            "[[clients]]\nname = \"{priority}\"\nmemory = \"60MiB\"\npriority = \"{priority}\"\nwork = {{ kind = \"batch\", iteration = \"10ms\", iterations = 1000 }}\n"
+        )
+    };
+    let clients: String = ["low", "normal", "high"].map(job).concat();
+    let report = report(&Scenario::parse(&small("[policy]\nquantum = \"1s\"", &clients)).unwrap(), 1);
+    let wait = |name| row(&report, name).wait.max;
+    assert!(wait("high") < wait("normal") && wait("normal") < wait("low"), "{report:?}");
+    let error = Scenario::parse(&small("", &job("urgent"))).unwrap_err();
+    assert!(error.contains("urgent") && error.contains("low, normal or high"), "{error}");
 }
 
 #[test]

@@ -161,6 +161,7 @@ impl Gpu {
             demand: job.memory,
             pinned: self.machine.context,
             weight: fair::weight(job.weight),
+            priority: job.priority,
             ..SlotView::default()
         };
         self.snapshot.free -= self.machine.context as i32;
@@ -282,12 +283,12 @@ impl Gpu {
         let client = self.client(slot);
         match self.snapshot.view(slot).phase {
             // Its thread is busy with that.
-            Phase::Idle | Phase::Waiting if client.evicting > 0 => false,
+            Phase::Idle | Phase::Waiting if self.moves(slot) => false,
             Phase::Waiting if admitted => {
                 self.enter(slot, Phase::Filling, now);
                 true
             }
-            Phase::Filling if self.to_gpu.transfer.is_some_and(|transfer| transfer.slot == slot) => false,
+            Phase::Filling if self.brings_in(slot) => false,
             Phase::Filling if !admitted => {
                 self.enter(slot, Phase::Waiting, now);
                 true
@@ -504,11 +505,27 @@ impl Gpu {
         changed
     }
 
+    /// Whether a chunk of a client is on its way to the GPU.
+    fn brings_in(&self, slot: SlotIndex) -> bool {
+        self.to_gpu.transfer.is_some_and(|transfer| transfer.slot == slot)
+    }
+
+    /// Whether a client's thread evicts, or waits for a chunk that it brings in ahead of its turn.
+    fn moves(&self, slot: SlotIndex) -> bool {
+        self.client(slot).evicting > 0 || self.brings_in(slot)
+    }
+
     /// The granules of the next chunk that a client brings in, if it may and there is room.
     fn next_piece(&self, slot: SlotIndex) -> Option<Granules> {
-        let fills = self.snapshot.view(slot).phase == Phase::Filling && self.snapshot.admitted.contains(slot);
-        let granules = self.missing(slot).min(self.machine.chunk);
-        (fills && granules > 0 && i64::from(granules) <= i64::from(self.snapshot.free)).then_some(granules)
+        let wanted = match self.snapshot.view(slot).phase {
+            Phase::Filling if self.snapshot.admitted.contains(slot) => self.missing(slot),
+            Phase::Waiting if self.client(slot).evicting == 0 => {
+                policy::prefetch(&self.snapshot, slot).min(self.missing(slot))
+            }
+            _ => 0,
+        };
+        let granules = wanted.min(self.machine.chunk);
+        (granules > 0 && i64::from(granules) <= i64::from(self.snapshot.free)).then_some(granules)
     }
 
     /// When something is next due.
@@ -533,8 +550,8 @@ impl Gpu {
                 Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
                 Phase::Filling => [client.ready_at, None],
-                // It decides when it has evicted.
-                Phase::Waiting if client.evicting == 0 => [decision(), None],
+                // It decides when its thread has moved what it moves.
+                Phase::Waiting if !self.moves(slot) => [decision(), None],
                 _ => [None, None],
             };
             [first, second, client.task.next_request()].into_iter().flatten().min()

@@ -4,6 +4,7 @@ use super::amount::{Rate, Size, Span, Time};
 use crate::Failure;
 use nvshare::fair::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use nvshare::page::{Quantum, SLOTS};
+use nvshare::shares::{Priority, ShareError};
 use nvshare::units::{GRANULE, Granules, Nanos, granules_for, granules_in};
 use serde::Deserialize;
 use std::path::Path;
@@ -111,6 +112,19 @@ impl Policy {
     }
 }
 
+/// `priority`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(try_from = "String")]
+pub struct PrioritySetting(pub Priority);
+
+impl TryFrom<String> for PrioritySetting {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map(Self).map_err(|error: ShareError| error.to_string())
+    }
+}
+
 /// `quantum`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -215,6 +229,9 @@ pub struct Class {
     /// Their share against others'.
     #[serde(default = "weight")]
     pub weight: u32,
+    /// How soon each one's turn comes.
+    #[serde(default)]
+    pub priority: PrioritySetting,
     /// On how many GPUs of one node each is.
     #[serde(default = "one_machine")]
     pub vgpus: usize,

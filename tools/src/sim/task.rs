@@ -4,6 +4,7 @@ use super::amount::Span;
 use super::chance::Chance;
 use super::scenario::{Class, Work};
 use super::tally::Tally;
+use nvshare::shares::Priority;
 use nvshare::units::{Granules, Nanos};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,6 +22,7 @@ pub struct Job {
     pub vgpus: usize,
     pub memory: Granules,
     pub weight: u32,
+    pub priority: Priority,
     pub iteration: Nanos,
     pub in_flight: u64,
     pub buffers: usize,

@@ -66,12 +66,15 @@ struct World {
     record: bool,
 }
 
+/// More can't happen at one moment, on any number of GPUs.
+const MOST_AT_ONCE: u64 = 10_000_000;
+
 /// Runs a scenario to its end; `record` what everybody does when.
 pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
     let mut arrivals = arrivals(scenario, seed).into_iter().peekable();
     let mut world = World::of(scenario, record);
     let until = scenario.until.map_or(Nanos::MAX, |time| time.0);
-    let (mut now, mut events) = (0, 0);
+    let (mut now, mut events, mut standing) = (0, 0, 0u64);
     loop {
         let due = world.due.peek().map(|Reverse((time, _))| *time);
         let arrival = arrivals.peek().map(|job: &Job| job.arrives);
@@ -80,6 +83,8 @@ pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
             now = until;
             break;
         }
+        standing = if time > now { 0 } else { standing + 1 };
+        assert!(standing < MOST_AT_ONCE, "the simulator's clock stands still at {now} ns");
         now = time;
         events += 1;
         if due == Some(time) {
@@ -218,6 +223,7 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
                 vgpus: class.vgpus,
                 memory: granules_for(memory.0),
                 weight: class.weight,
+                priority: class.priority.0,
                 iteration,
                 in_flight: class.in_flight,
                 buffers: class.buffers,
