@@ -36,6 +36,7 @@ use crate::page::{Phase, Quantum, SlotIndex};
 use crate::shares::Priority;
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
+use std::cmp::Reverse;
 
 /// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
 /// process waits for another GPU. Such a slice is never over. Whoever claims it for ever keeps the GPU for
@@ -199,13 +200,13 @@ fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = &SlotView> {
     snapshot.clients().map(|(_, view)| view).filter(|view| view.phase.wants_gpu())
 }
 
-/// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: a quantum, grown by an eighth for
-/// each slice that those who want the GPU have used up, times the holder's weight over the least. What grows is the quantum
-/// of a common switch and not of this very one ([`common_switch_time`]), which is only the least.
+/// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: a quantum, grown by a half in each
+/// round of slices that those who want the GPU have used up, times the holder's weight over the least. What grows is the
+/// quantum of a common switch and not of this very one ([`common_switch_time`]), which is only the least.
 ///
-/// All grow alike, and none before the others: slices that follow one another differ by an eighth, so taking turns
-/// stays fair while it becomes cheaper (Jain's index over any four is 0.98 or more), and a newcomer brings everybody
-/// back to the shortest but for the others' slices in one round.
+/// A round's growth is spread evenly over its slices: those of four follow one another with an eighth more. So taking
+/// turns stays fair while it becomes cheaper: after any n slices of n clients, Jain's index over their GPU time is 0.98.
+/// A newcomer brings everybody back to the shortest.
 pub fn slice(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos {
     let weight = snapshot.view(holder).weight;
     let least = contenders(snapshot).map(|view| view.weight).min().unwrap_or(weight).max(1);
@@ -215,9 +216,6 @@ pub fn slice(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos
 
 /// How long a slice is for the least weight, ns.
 fn even_slice(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
-    let least = contenders(snapshot).map(|view| view.streak).min().unwrap_or(0);
-    let used_up = contenders(snapshot).map(|view| view.streak.min(least.saturating_add(1)));
-    let used_up = used_up.fold(0u32, u32::saturating_add);
     let least = quantum(snapshot, waiter);
     match snapshot.settings.quantum {
         Quantum::Fixed(_) => least,
@@ -225,8 +223,40 @@ fn even_slice(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
             let switch = common_switch_time(snapshot);
             let shortest = scaled(switch, factor_milli, 1_000).clamp(min, max.max(min));
             let longest = scaled(shortest, longest_milli.max(factor_milli), factor_milli);
-            grown(shortest, longest.min(max.max(shortest)), used_up).max(least)
+            Turns::of(snapshot).grown(shortest, longest.min(max.max(shortest))).max(least)
         }
+    }
+}
+
+/// Slices that those who want the GPU have used up in turn.
+struct Turns {
+    /// All of them, so many times.
+    rounds: u32,
+    /// So many of them once more.
+    since: u32,
+    /// So many are there.
+    clients: u32,
+}
+
+impl Turns {
+    /// The one that has used up fewest says how many rounds, and the others' tickets whether they have queued once more
+    /// since it queued. Whoever is further ahead counts no more for that: else the one behind would lift all of those with
+    /// each slice of its own, and slices would grow by several steps at once (docs/decisions/0012-growth-by-rounds.md).
+    fn of(snapshot: &Snapshot) -> Self {
+        let behind = contenders(snapshot).map(|view| (view.streak, Reverse(view.ticket))).min();
+        let (rounds, Reverse(ticket)) = behind.unwrap_or((0, Reverse(0)));
+        let since = contenders(snapshot).filter(|view| view.ticket > ticket).count() as u32;
+        Self { rounds, since, clients: contenders(snapshot).count().max(1) as u32 }
+    }
+
+    /// What `shortest` has grown to, at most `longest`, ns.
+    fn grown(&self, shortest: Nanos, longest: Nanos) -> Nanos {
+        // Ten thousand million times, and more than any longest; a page may claim four thousand million rounds.
+        const ENOUGH: u32 = 48;
+        let steps = self.rounds.min(ENOUGH) * self.clients + self.since;
+        let more = |time: Nanos| time.saturating_add(time / (2 * u64::from(self.clients)));
+        let lengths = std::iter::successors(Some(shortest), |time| (*time < longest).then(|| more(*time)));
+        lengths.take(steps as usize + 1).last().unwrap_or(shortest).min(longest)
     }
 }
 
@@ -255,14 +285,6 @@ pub const MOST_SHARES: u32 = 10;
 fn scaled(time: Nanos, by: u32, of: u32) -> Nanos {
     let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
     u64::try_from(scaled).unwrap_or(u64::MAX)
-}
-
-/// An eighth more for each slice, up to `longest`.
-fn grown(shortest: Nanos, longest: Nanos, slices: u32) -> Nanos {
-    // Ten thousandfold, and more than any longest; a page may claim four thousand million.
-    const ENOUGH: u32 = 80;
-    let grown = (0..slices.min(ENOUGH)).fold(shortest, |time, _| time.saturating_add(time / 8));
-    grown.min(longest)
 }
 
 /// What `view`'s client has used of the GPU, up to `now`, per share of the default weight, ns.
@@ -366,7 +388,7 @@ fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
             view.evictable() > 0 && !(snapshot.admitted.contains(*slot) && view.phase.wants_gpu())
         })
         .collect();
-    order.sort_unstable_by_key(|(slot, view)| (std::cmp::Reverse(view.last_ran), *slot));
+    order.sort_unstable_by_key(|(slot, view)| (Reverse(view.last_ran), *slot));
     order.into_iter().map(move |(slot, view)| {
         let share = view.evictable().min(lacking);
         lacking -= share;

@@ -170,18 +170,6 @@ fn three_batch_jobs(streaks: [u32; 3]) -> Snapshot {
     snapshot
 }
 
-#[test]
-fn slices_grow_by_an_eighth_while_all_use_them_up() {
-    let length = |streaks| slice(&three_batch_jobs(streaks), slot(0), slot(1));
-    let eighths = |times| (0..times).fold(SECOND, |time, _| time + time / 8);
-    assert_eq!(length([0, 0, 0]), SECOND);
-    assert_eq!(length([1, 0, 0]), eighths(1));
-    assert_eq!(length([1, 1, 1]), eighths(3));
-    assert_eq!(length([9, 3, 1]), eighths(5), "no more than a slice before the others");
-    assert_eq!(length([9, 0, 9]), eighths(2), "a newcomer brings all back");
-    assert_eq!(length([u32::MAX; 3]), 4 * SECOND, "20 switches where the shortest has 5");
-}
-
 /// A pool of 10, and switches that move a granule in a second.
 fn slow_link(clients: &[(Phase, Granules, Granules, u64)], admitted: &[usize]) -> Snapshot {
     let mut snapshot = snapshot(10, clients, admitted);
@@ -200,18 +188,18 @@ fn what_grows_is_the_quantum_of_a_common_switch() {
             (Phase::Waiting, demands[2], residents[1], 3),
         ];
         let mut snapshot = slow_link(&clients, &[0]);
-        snapshot.slots[..3].iter_mut().for_each(|view| view.streak = 3);
+        snapshot.slots[..3].iter_mut().for_each(|view| view.streak = 2);
         slice(&snapshot, slot(0), slot(1))
     };
-    let nine = |switches: u64| (0..9).fold(5 * switches * SECOND, |time, _| time + time / 8);
+    let grown = |switches: u64| (0..6).fold(5 * switches * SECOND, |time, _| time + time / 6);
     // Two of them are in one another's way with 6.
-    assert_eq!(length([8, 8, 8], [2, 0]), nine(6));
-    assert_eq!(length([8, 8, 8], [0, 2]), nine(6), "whoever has what is left");
-    assert_eq!(length([8, 7, 3], [3, 0]), nine(5), "the two largest");
-    assert_eq!(length([4, 4, 4], [2, 0]), nine(2), "any two fit, and all three lack 2");
-    assert_eq!(length([9, 2, 1], [1, 1]), nine(1));
+    assert_eq!(length([8, 8, 8], [2, 0]), grown(6));
+    assert_eq!(length([8, 8, 8], [0, 2]), grown(6), "whoever has what is left");
+    assert_eq!(length([8, 7, 3], [3, 0]), grown(5), "the two largest");
+    assert_eq!(length([4, 4, 4], [2, 0]), grown(2), "any two fit, and all three lack 2");
+    assert_eq!(length([9, 2, 1], [1, 1]), grown(1));
     // The least is what this very switch takes.
-    assert_eq!(length([10, 1, 1], [0, 0]), nine(1));
+    assert_eq!(length([10, 1, 1], [0, 0]), grown(1));
 }
 
 /// Two run, of which one fills; the waiter has drained, and has not evicted anything yet.
@@ -239,23 +227,37 @@ fn jain(shares: &[f64]) -> f64 {
     sum * sum / (shares.len() as f64 * shares.iter().map(|share| share * share).sum::<f64>())
 }
 
-#[test]
-fn four_that_take_turns_have_had_the_same_after_any_four_slices() {
-    let clients: Vec<_> = (0..4).map(|index| (Phase::Waiting, 8, 0, index)).collect();
+/// How long the slices are of clients that take turns, which have used up so many before.
+fn lengths_of_turns(streaks: &[u32], turns: usize) -> Vec<Nanos> {
+    let clients: Vec<_> = (0..streaks.len()).map(|index| (Phase::Waiting, 8, 0, index as u64)).collect();
     let mut snapshot = snapshot(10, &clients, &[0]);
     snapshot.settings.quantum =
         Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: SECOND, max: 60 * SECOND };
-    let mut lengths = Vec::new();
-    for turn in 0..40 {
-        let (holder, next) = (slot(turn % 4), slot((turn + 1) % 4));
-        lengths.push(slice(&snapshot, holder, next));
-        snapshot.slots[holder.get()].streak += 1;
+    for (view, streak) in snapshot.slots.iter_mut().zip(streaks) {
+        view.streak = *streak;
     }
-    for (first, window) in lengths.windows(4).enumerate() {
-        let shares: Vec<_> = window.iter().map(|length| *length as f64).collect();
-        assert!(jain(&shares) >= 0.98, "from slice {first}: {window:?}");
+    let turn = |turn: usize| {
+        let n = streaks.len();
+        let (holder, next) = (slot(turn % n), slot((turn + 1) % n));
+        let length = slice(&snapshot, holder, next);
+        // It drains, and stands at the end of the queue.
+        let view = &mut snapshot.slots[holder.get()];
+        (view.streak, view.ticket) = (view.streak + 1, (n + turn) as u64);
+        length
+    };
+    (0..turns).map(turn).collect()
+}
+
+#[test]
+fn slices_grow_while_all_use_them_up() {
+    let grown = |times| (0..times).fold(SECOND, |time, _| time + time / 8);
+    let lengths = lengths_of_turns(&[0; 4], 20);
+    for (turn, length) in lengths.iter().enumerate() {
+        assert_eq!(*length, grown(turn).min(4 * SECOND), "20 switches where the shortest has 5");
     }
-    assert_eq!(lengths.last(), Some(&(4 * SECOND)));
+    // A newcomer, who is last in the queue, brings everybody back to the shortest; and it does not matter who came when.
+    assert_eq!(lengths_of_turns(&[9, 30, u32::MAX - 9, 0], 4), lengths[..4]);
+    assert_eq!(lengths_of_turns(&[2, 1, 1, 1], 9), lengths[4..13]);
 }
 
 #[test]
@@ -470,6 +472,20 @@ proptest! {
         if wanting.iter().map(|(_, view)| view.movable()).sum::<u32>() <= snapshot.usable() {
             prop_assert_eq!(admit(&snapshot, now), wanting.iter().map(|(slot, _)| *slot).collect());
         }
+    }
+
+    /// Of those who take turns each has had about the same after any round, whenever they came: Jain's index over GPU time
+    /// is 0.98 (0.9797 if they are very many).
+    #[test]
+    fn taking_turns_is_fair_while_slices_grow(streaks in prop::collection::vec(0..30u32, 2..12)) {
+        let lengths = lengths_of_turns(&streaks, 100);
+        let n = streaks.len();
+        for (first, window) in lengths.windows(n).enumerate() {
+            let shares: Vec<_> = window.iter().map(|length| *length as f64).collect();
+            prop_assert!(jain(&shares) >= 0.98, "{} from slice {first} on: {window:?}", jain(&shares));
+        }
+        prop_assert!(lengths.is_sorted());
+        prop_assert_eq!(lengths.last(), Some(&(4 * SECOND)));
     }
 
     /// What the admitted lack is there, among those who are not admitted: a fill always completes.
