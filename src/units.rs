@@ -86,6 +86,41 @@ pub fn format_size(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit]) }
 }
 
+/// A text that should have been a span of time, and was not.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "'{text}' is not a time: write a number and a unit, one of ns, us, ms, s, min, h, d, such as 500ms, 1.5s or 2min"
+)]
+pub struct TimeError {
+    text: String,
+}
+
+/// The longest span of time that is read, ns: thirty years, so that sums of some don't overflow.
+const LONGEST: f64 = 1e18;
+
+/// Reads a span of time, ns: a number, decimals allowed, and a unit, `ns us ms s min h d` (`m` is a minute too).
+///
+/// # Errors
+/// The text is no such number, has no unit, or means more than thirty years.
+pub fn parse_time(text: &str) -> Result<Nanos, TimeError> {
+    let fail = || TimeError { text: text.to_owned() };
+    let trimmed = text.trim();
+    let split = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(fail)?;
+    let (number, unit) = trimmed.split_at(split);
+    let scale = match unit.trim() {
+        "ns" => 1,
+        "us" => 1_000,
+        "ms" => MILLISECOND,
+        "s" => SECOND,
+        "m" | "min" => 60 * SECOND,
+        "h" => 3_600 * SECOND,
+        "d" => 86_400 * SECOND,
+        _ => return Err(fail()),
+    };
+    let ns = number.parse::<f64>().map_err(|_| fail())? * scale as f64;
+    if ns <= LONGEST { Ok(ns.round() as Nanos) } else { Err(fail()) }
+}
+
 /// A span of time, written for people: `12.3 ms`.
 pub fn format_nanos(ns: Nanos) -> String {
     match ns {
@@ -152,6 +187,19 @@ impl fmt::Debug for GpuUuid {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_as_people_write_them() {
+        assert_eq!(parse_time("500ms"), Ok(500 * MILLISECOND));
+        assert_eq!(parse_time(" 1.5 s "), Ok(1_500 * MILLISECOND));
+        assert_eq!(parse_time("3.08ms"), Ok(3_080_000));
+        assert_eq!(parse_time("0s"), Ok(0));
+        assert_eq!(parse_time("1m"), parse_time("1min"));
+        assert_eq!(parse_time("1d"), Ok(24 * 60 * 60 * SECOND));
+        for bad in ["", "5", "-1s", "s", ".s", "1.2.3s", "1 parsec", "1e9s", "99999999999s", "1M"] {
+            assert!(parse_time(bad).unwrap_err().to_string().contains(&format!("'{bad}'")), "{bad}");
+        }
+    }
 
     #[test]
     fn sizes_as_people_write_them() {

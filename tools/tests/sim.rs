@@ -154,7 +154,7 @@ fn errors_name_the_place_and_what_is_expected() {
         (client(&format!("memory = \"8MiB\"\nwieght = 3\n{work}")), vec!["line 11", "wieght", "weight"]),
         (
             client("memory = \"8MiB\"\nwork = { kind = \"batch\", iteration = \"5\", iterations = 5 }"),
-            vec!["line 11", "39ms"],
+            vec!["line 11", "'5' is not a time", "500ms"],
         ),
         (client(&format!("memory = \"80MiB\"\n{work}")), vec!["number 1 (\"a\")", "memory", "64.00 MiB"]),
         (client(&format!("memory = \"8MiB\"\ngpu = 1\n{work}")), vec!["number 1", "gpu", "0 to 0"]),

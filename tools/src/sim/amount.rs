@@ -1,7 +1,7 @@
 //! Amounts in a scenario: a number and a unit, so that no reader has to guess; and amounts by chance.
 
 use super::chance::Chance;
-use nvshare::units::{MILLISECOND, Nanos, SECOND, parse_size};
+use nvshare::units::{Nanos, SECOND, parse_size, parse_time};
 use serde::Deserialize;
 
 /// A time, such as `"39ms"`, in ns.
@@ -13,26 +13,7 @@ impl TryFrom<String> for Time {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
-        let fail = || {
-            format!(
-                "'{text}' is not a time: expected a number and one of ns, us, ms, s, min, h, d, such as \"39ms\""
-            )
-        };
-        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(fail)?;
-        let (number, unit) = text.split_at(split);
-        let scale = match unit.trim() {
-            "ns" => 1,
-            "us" => 1_000,
-            "ms" => MILLISECOND,
-            "s" => SECOND,
-            "min" => 60 * SECOND,
-            "h" => 3_600 * SECOND,
-            "d" => 86_400 * SECOND,
-            _ => return Err(fail()),
-        };
-        // A thousand years is more than anybody simulates, and sums of such times don't overflow.
-        let ns = number.parse::<f64>().map_err(|_| fail())? * scale as f64;
-        if ns <= 1e18 { Ok(Self(ns.round() as Nanos)) } else { Err(fail()) }
+        parse_time(&text).map(Self).map_err(|error| error.to_string())
     }
 }
 
