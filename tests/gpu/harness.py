@@ -178,6 +178,11 @@ class Watch(threading.Thread):
         ]
         return max(sums, default=0)
 
+    def link(self):
+        """When the first GPU's measured bandwidth changed, and to what: (s, (in, out)), bytes a second."""
+        found = [(at, (gpus[0]["bandwidth_in"], gpus[0]["bandwidth_out"])) for at, gpus in list(self.samples) if gpus]
+        return [now for before, now in zip([(0, None), *found], found) if before[1] != now[1]]
+
     def repaired(self):
         """How often the books did not balance."""
         return max((gpu["repaired"] for _, gpus in list(self.samples) for gpu in gpus), default=0)

@@ -18,7 +18,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import time
 
 from harness import HERE, Arbiter, Job, percentile, program, report, say, slices

@@ -17,11 +17,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
-from harness import HERE, Arbiter, fairness, last_object, program, report, say, slices
+from harness import GIB, HERE, Arbiter, Watch, fairness, last_object, program, report, say, slices
 
 CAPACITY = "14.9GiB"
+
+# What `nvshare status` calls the jobs.
+NAME = "add"
 
 
 def start(arguments, environment=None, log=None):
@@ -41,19 +43,17 @@ def finish(process):
     return result
 
 
-def together(count, arguments, environment=None, watch=None, log=None):
-    """Runs `count` jobs at once, from the moment when all are set up. Returns results and samples."""
+def together(count, arguments, environment=None, log=None):
+    """Runs `count` jobs at once, from the moment when all are set up. Their results."""
     with tempfile.TemporaryDirectory() as directory:
         gate = ["--barrier", directory + "/barrier", "--parties", count]
         jobs = [start([*arguments, "--seed", seed + 1, *gate], environment, log) for seed in range(count)]
-        samples = []
-        while watch and any(job.poll() is None for job in jobs):
-            try:
-                samples.append(watch())
-            except (subprocess.CalledProcessError, ValueError):
-                pass
-            time.sleep(0.25)
-        return [finish(job) for job in jobs], samples
+        return [finish(job) for job in jobs]
+
+
+def environment(arbiter):
+    """Of a job under nvshare; its debug log tells when its slices were."""
+    return arbiter.environment() | {"NVSHARE_CLIENT_NAME": NAME, "NVSHARE_LOG": "debug"}
 
 
 def span(results):
@@ -80,10 +80,10 @@ def four_fit(binaries, iterations):
     native, shared, yields = [], [], 0
     with Arbiter(binaries) as arbiter:
         for _ in range(2):
-            native.append(together(4, size)[0])
-            results, samples = together(4, size, arbiter.environment(), arbiter.clients)
-            shared.append(results)
-            yields += sum(max((c["yields"] for s in samples for c in s if c["slot"] == slot), default=0) for slot in range(4))
+            native.append(together(4, size))
+            with Watch(arbiter) as watch:
+                shared.append(together(4, size, arbiter.environment() | {"NVSHARE_CLIENT_NAME": NAME}))
+            yields += watch.yields(NAME)
     times = {"native": statistics.median(map(span, native)), "nvshare": statistics.median(map(span, shared))}
     say("four_fit", seconds=times, switches=yields, native=native, nvshare=shared)
     right = all(r["right"] for run in native + shared for r in run)
@@ -99,7 +99,7 @@ def switches(log):
         if what == "drained":
             drained = time_s
         elif drained is not None and gib >= 5:
-            rates.append(gib * 2**30 / (time_s - drained))
+            rates.append(gib * GIB / (time_s - drained))
             drained = None
     return rates
 
@@ -111,8 +111,7 @@ def two_take_turns(binaries, iterations):
     # With a full queue of launches, and with an application that waits for the GPU now and then.
     for name, more in [("queue full", ["--iterations", iterations]), ("waits every 10", ["--iterations", 1000, "--sync-every", 10])]:
         with Arbiter(binaries, CAPACITY, ["--quantum", "300ms"]) as arbiter, tempfile.TemporaryFile("w+") as log:
-            environment = arbiter.environment() | {"NVSHARE_LOG": "debug"}
-            results, samples = together(2, more, environment, arbiter.clients, log)
+            results = together(2, more, environment(arbiter), log)
             log.seek(0)
             rates = switches(log)
         right &= all(r["right"] for r in results)
@@ -120,9 +119,9 @@ def two_take_turns(binaries, iterations):
         rate = statistics.median(rates)
         say("two_take_turns", variant=name, link=link, switch_bytes_per_s=rates, results=results)
         lines.append(
-            f"two of 12 GiB in {CAPACITY}, {name}: {len(rates)} switches at {rate / 2**30:.1f} GiB/s, "
-            f"{rate / link['in'] * 100:.0f} % of the pinned {link['in'] / 2**30:.1f} GiB/s one way (bar 75 %), "
-            f"{rate / link['both'] * 100:.0f} % of {link['both'] / 2**30:.1f} with both ways busy"
+            f"two of 12 GiB in {CAPACITY}, {name}: {len(rates)} switches at {rate / GIB:.1f} GiB/s, "
+            f"{rate / link['in'] * 100:.0f} % of the pinned {link['in'] / GIB:.1f} GiB/s one way (bar 75 %), "
+            f"{rate / link['both'] * 100:.0f} % of {link['both'] / GIB:.1f} with both ways busy"
         )
     return right, "\n".join(lines)
 
@@ -131,16 +130,12 @@ def four_take_turns(binaries, iterations, serial=4):
     """`serial` of the jobs are measured natively, one after another, and their mean stands for each of the four."""
     alone = [finish(start(["--iterations", iterations, "--seed", seed + 1])) for seed in range(serial)]
     with Arbiter(binaries, CAPACITY) as arbiter, tempfile.TemporaryFile("w+") as log:
-        environment = arbiter.environment() | {"NVSHARE_LOG": "debug"}
-        results, samples = together(4, ["--iterations", iterations], environment, arbiter.clients, log)
+        with Watch(arbiter) as watch:
+            results = together(4, ["--iterations", iterations], environment(arbiter), log)
         log.seek(0)
         done = slices(log)
     in_turn = statistics.mean(result["loop_s"] for result in alone) * 4
     at_once = span(results)
-    last = {}
-    for sample in samples:
-        for client in sample:
-            last[client["slot"]] = client
     # From when all are ready until the first is through, all four want the GPU all the time.
     begun, ended = max(result["start"] for result in results), min(result["end"] for result in results)
     timed = [one for one in done if one.began >= begun]
@@ -153,7 +148,8 @@ def four_take_turns(binaries, iterations, serial=4):
         nvshare_s=at_once,
         alone=alone,
         results=results,
-        clients=list(last.values()),
+        clients=list(watch.last(NAME).values()),
+        link_gib_per_s=[[round(at - begun, 1), *(round(one / GIB, 2) for one in link)] for at, link in watch.link()],
         slices=[{"pid": one.pid, "began": round(one.began - begun, 3), "ran": round(one.ran, 3), "drained": round(one.drained, 4)} for one in timed],
         jain_over_four_slices=[round(one, 4) for one in index],
     )
