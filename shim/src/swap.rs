@@ -22,7 +22,7 @@ use crate::memory::{Backing, HostCopy, InUse, Place};
 use crate::scan::Scanner;
 use nvshare::page::Direction;
 use nvshare::sync::now;
-use nvshare::units::{GRANULE, Granules, Nanos, SECOND, format_nanos, format_size};
+use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, format_nanos, format_size};
 use nvshare::{Fill, Runtime};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -57,13 +57,19 @@ impl std::fmt::Display for SwapError {
     }
 }
 
-/// A stream, and an event for each copy in flight and one more, in the current context.
-fn lines(driver: &Driver) -> Result<(CUstream, Vec<CUevent>), SwapError> {
+/// The events before a copy and behind it.
+#[derive(Clone, Copy)]
+struct Ends {
+    begin: CUevent,
+    end: CUevent,
+}
+
+/// A stream, and the events of each copy in flight and of one more, in the current context.
+fn lines(driver: &Driver) -> Result<(CUstream, Vec<Ends>), SwapError> {
     let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).map_err(driver_said("cuStreamCreate"))?;
-    let events = (0..=DEPTH)
-        .map(|_| driver.event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING))
-        .collect::<Result<_, _>>()
-        .map_err(driver_said("cuEventCreate"))?;
+    let event = || driver.event_create(CU_EVENT_BLOCKING_SYNC).map_err(driver_said("cuEventCreate"));
+    let events =
+        (0..=DEPTH).map(|_| Ok(Ends { begin: event()?, end: event()? })).collect::<Result<_, _>>()?;
     Ok((stream, events))
 }
 
@@ -75,7 +81,7 @@ pub fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
 /// A copy in flight, and what becomes of its chunk.
 struct InFlight {
     place: Place,
-    event: CUevent,
+    ends: Ends,
     cargo: Cargo,
 }
 
@@ -99,8 +105,10 @@ enum Eyes {
 pub struct Swap {
     shared: Arc<Shared>,
     stream: CUstream,
-    events: Vec<CUevent>,
+    events: Vec<Ends>,
     in_flight: VecDeque<InFlight>,
+    /// How long copies have taken, by the GPU's clock, ns.
+    copying: Nanos,
     eyes: Eyes,
     /// No work of the client is under way: what it has may be moved to other memory.
     pub quiet: bool,
@@ -113,7 +121,15 @@ impl Swap {
     /// The driver's.
     pub fn new(shared: Arc<Shared>) -> Result<Self, SwapError> {
         let (stream, events) = lines(shared.driver)?;
-        Ok(Self { shared, stream, events, in_flight: VecDeque::new(), eyes: Eyes::Shut, quiet: true })
+        Ok(Self {
+            shared,
+            stream,
+            events,
+            in_flight: VecDeque::new(),
+            copying: 0,
+            eyes: Eyes::Shut,
+            quiet: true,
+        })
     }
 
     /// Makes the stream and the events anew in `context`, which becomes current.
@@ -137,16 +153,18 @@ impl Swap {
         if let Eyes::Open(scanner) = std::mem::replace(&mut self.eyes, Eyes::Shut) {
             scanner.destroy();
         }
-        for event in self.events.drain(..) {
-            let _ = self.shared.driver.event_destroy(event);
+        for Ends { begin, end } in self.events.drain(..) {
+            let _ = self.shared.driver.event_destroy(begin);
+            let _ = self.shared.driver.event_destroy(end);
         }
         let _ = self.shared.driver.stream_destroy(self.stream);
     }
 
     fn launch(&mut self, place: Place, cargo: Cargo) -> Result<(), SwapError> {
         let driver = self.shared.driver;
-        let event = self.events.pop().expect("one event more than copies in flight");
-        let copied = match &cargo {
+        let ends = self.events.pop().expect("events for one copy more than are in flight");
+        let begun = driver.event_record(ends.begin, self.stream);
+        let copied = begun.and_then(|()| match &cargo {
             Cargo::In { source: Some(copy), .. } => copy.in_use.runs(place.size).iter().try_for_each(
                 // SAFETY: the block has the bytes of its runs, one after the other, and stays until the event has
                 // passed.
@@ -163,13 +181,13 @@ impl Swap {
                     driver.memcpy_dtoh_async(target, place.address + at, *length as usize, self.stream)
                 },
             ),
-        };
-        let recorded = copied.and_then(|()| driver.event_record(event, self.stream));
-        self.in_flight.push_back(InFlight { place, event, cargo });
+        });
+        let recorded = copied.and_then(|()| driver.event_record(ends.end, self.stream));
+        self.in_flight.push_back(InFlight { place, ends, cargo });
         if let Err(result) = recorded {
             // The chunk goes back to where it was: its bytes are still there.
             let failed = self.in_flight.pop_back().expect("just pushed");
-            self.events.push(failed.event);
+            self.events.push(failed.ends);
             self.undo(failed);
             return Err(SwapError::Driver { call: "cuMemcpyAsync", result });
         }
@@ -200,12 +218,16 @@ impl Swap {
     /// Waits for the oldest copy in flight, and writes down where its chunk is now.
     fn retire(&mut self) -> Result<(), SwapError> {
         let Some(oldest) = self.in_flight.pop_front() else { return Ok(()) };
-        let arrived = self.shared.driver.event_synchronize(oldest.event);
-        self.events.push(oldest.event);
+        let driver = self.shared.driver;
+        let Ends { begin, end } = oldest.ends;
+        let arrived = driver.event_synchronize(end);
+        self.events.push(oldest.ends);
         if let Err(result) = arrived {
             self.undo(oldest);
             return Err(SwapError::Driver { call: "cuEventSynchronize", result });
         }
+        let milliseconds = driver.event_elapsed_ms(begin, end).unwrap_or(0.0);
+        self.copying += (f64::from(milliseconds) * MILLISECOND as f64) as Nanos;
         let InFlight { place, cargo, .. } = oldest;
         match cargo {
             Cargo::In { handle, overflow, source } => {
@@ -237,7 +259,7 @@ impl Swap {
         result
     }
 
-    fn fill_all(&mut self, moved: &mut u64, starved: &mut Nanos) -> Result<Fill, SwapError> {
+    fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
         let mut refused = None;
         self.spill();
         loop {
@@ -246,10 +268,7 @@ impl Swap {
                 self.finish()?;
                 return self.bring_home(moved);
             };
-            let began = now();
-            let room = if spill { Room::Ready } else { self.room_for(place.granules()) };
-            *starved += now() - began;
-            match room {
+            match if spill { Room::Ready } else { self.room_for(place.granules()) } {
                 Room::Ready => {}
                 // Less is usable than when the fill began.
                 Room::TooLarge => {
@@ -390,6 +409,7 @@ impl Swap {
             }
             // A place to copy it to while it is still mapped at its own.
             let size = place.size as usize;
+            let began = now();
             let arrived = driver
                 .mem_address_reserve(size, GRANULE as usize, 0, 0)
                 .map_err(driver_said("cuMemAddressReserve"))
@@ -413,6 +433,7 @@ impl Swap {
                     self.shared.release(&place, host);
                     self.shared.map_at(&place, handle).inspect_err(|_| settle(Backing::Absent))?;
                     settle(Backing::Device(handle));
+                    self.copying += now() - began;
                     *moved += place.size;
                     home += place.size;
                 }
@@ -550,14 +571,15 @@ impl Runtime for Swap {
     type Error = SwapError;
 
     fn fill(&mut self) -> Result<Fill, SwapError> {
-        let (began, mut moved, mut starved) = (now(), 0, 0);
+        let (began, mut moved) = (now(), 0);
+        self.copying = 0;
         self.shared.set_moving(true);
-        let filled = self.fill_all(&mut moved, &mut starved);
+        let filled = self.fill_all(&mut moved);
         let filled = self.finish().and(filled);
         self.shared.set_moving(false);
         let took = now() - began;
-        // The time spent waiting for the other side is the other side's.
-        self.shared.books.copied(Direction::In, moved, took.saturating_sub(starved));
+        // The time spent waiting for the other side's memory, while copies may be in flight, is the other side's.
+        self.shared.books.copied(Direction::In, moved, self.copying);
         if moved > 0 {
             self.log("filled", moved, took);
         }
