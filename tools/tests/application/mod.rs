@@ -164,7 +164,7 @@ impl Application {
         self.signal(Signal::SIGCONT);
     }
 
-    fn pid(&self) -> Pid {
+    pub fn pid(&self) -> Pid {
         Pid::from_raw(self.process.id() as i32)
     }
 
