@@ -93,6 +93,15 @@ fn the_picture_is_of_every_client_and_every_state() {
     assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());
 }
 
+/// Whoever changes the policy draws it anew.
+#[test]
+fn the_picture_in_the_documentation_is_of_this_policy() {
+    let scenario = read("four-jobs.toml");
+    let drawn = picture::draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
+    let stands = include_str!("../../docs/four-jobs.svg");
+    assert!(drawn == stands, "nvshare sim scenarios/four-jobs.toml --svg docs/four-jobs.svg");
+}
+
 fn small(extra: &str, clients: &str) -> String {
     format!(
         "name = \"small\"\n{extra}\n[gpus]\nmemory = \"64MiB\"\nlink_in = \"1GiB\"\nlink_out = \"1GiB\"\nchunk = \"4MiB\"\n{clients}"
