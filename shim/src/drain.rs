@@ -5,6 +5,12 @@
 //! per-thread default streams among them; streams made with CU_STREAM_NON_BLOCKING get an event each.
 //! So nothing has to be written down at a launch.
 //!
+//! Such an event is a barrier, too: later work of the blocking streams waits for it. A drain has none, so it does no harm
+//! there. What tells how work gets on while it goes on ([`Purpose::Pace`]) must not be one: there each blocking stream gets
+//! an event of its own, which comes after all earlier work of the legacy stream as well. Only where that cannot be known
+//! to be all, because threads have used default streams of their own, or where there is nothing to join, it is the
+//! legacy stream's.
+//!
 //! A mark in the legacy stream is itself forbidden while a blocking stream captures: callers make sure
 //! that no capture is open ([`crate::session`]).
 //!
@@ -14,12 +20,15 @@
 use crate::abi::*;
 use crate::driver::Driver;
 use nvshare::units::Nanos;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 #[derive(Debug, Clone, Copy)]
 struct Tracked {
     stream: CUstream,
     context: CUcontext,
+    /// The legacy stream waits for it.
+    blocking: bool,
 }
 
 /// The streams that a process has, and the contexts whose default streams count too.
@@ -31,8 +40,8 @@ pub struct Streams {
 #[derive(Default)]
 struct Tracking {
     contexts: Vec<CUcontext>,
-    /// Streams that the legacy stream does not wait for.
-    independent: Vec<Tracked>,
+    /// Streams that the application has made.
+    streams: Vec<Tracked>,
     /// The ends of streams that were destroyed with work in them.
     orphans: Vec<Arc<End>>,
 }
@@ -45,11 +54,25 @@ struct End {
     event: CUevent,
 }
 
-/// Whether a mark is for telling the time between it and another.
+/// What a mark is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Timed {
-    Yes,
-    No,
+pub enum Purpose {
+    /// To wait for everything.
+    Drain,
+    /// To see, and time, how work gets on, without being in its way.
+    Pace,
+}
+
+/// Threads have used default streams of their own, by the entry points that mean these. (Such a stream that is named by its
+/// handle is not noticed. It matters to the pace alone, and beside blocking streams alone: more is in flight then.)
+static PER_THREAD: AtomicBool = AtomicBool::new(false);
+
+/// A thread submits to its own default stream.
+#[inline]
+pub fn per_thread() {
+    if !PER_THREAD.load(Ordering::Relaxed) {
+        PER_THREAD.store(true, Ordering::Relaxed);
+    }
 }
 
 impl End {
@@ -58,9 +81,9 @@ impl End {
         driver: &'static Driver,
         context: CUcontext,
         stream: CUstream,
-        timed: Timed,
+        purpose: Purpose,
     ) -> Result<Self, CuResult> {
-        let timing = if timed == Timed::Yes { 0 } else { CU_EVENT_DISABLE_TIMING };
+        let timing = if purpose == Purpose::Pace { 0 } else { CU_EVENT_DISABLE_TIMING };
         let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | timing)?;
         let end = Self { driver, context, stream, event };
         driver.event_record(event, stream)?;
@@ -124,26 +147,28 @@ impl Streams {
     pub fn remove_context(&self, context: CUcontext) {
         let mut tracking = self.tracking();
         tracking.contexts.retain(|known| *known != context);
-        tracking.independent.retain(|known| known.context != context);
+        tracking.streams.retain(|known| known.context != context);
         tracking.orphans.retain(|end| end.context != context);
     }
 
     /// A stream was made.
     pub fn add(&self, stream: CUstream, context: CUcontext, flags: u32) {
-        if flags & CU_STREAM_NON_BLOCKING != 0 {
-            self.tracking().independent.push(Tracked { stream, context });
-        }
+        let blocking = flags & CU_STREAM_NON_BLOCKING == 0;
+        self.tracking().streams.push(Tracked { stream, context, blocking });
     }
 
-    /// A stream is about to be destroyed. Its work goes on, so its end is remembered.
+    /// A stream is about to be destroyed. Its work goes on, so its end is remembered, unless the legacy stream waits for it.
     pub fn remove(&self, driver: &'static Driver, stream: CUstream) {
         let mut tracking = self.tracking();
-        let Some(index) = tracking.independent.iter().position(|known| known.stream == stream) else {
+        let Some(index) = tracking.streams.iter().position(|known| known.stream == stream) else {
             return;
         };
-        let Tracked { context, .. } = tracking.independent.swap_remove(index);
+        let Tracked { context, blocking, .. } = tracking.streams.swap_remove(index);
+        if blocking {
+            return;
+        }
         let end = Current::new(driver, context)
-            .and_then(|_current| End::record(driver, context, stream, Timed::No));
+            .and_then(|_current| End::record(driver, context, stream, Purpose::Drain));
         // A stream that cannot be marked (a capture is open in it) has no work that it has submitted.
         if let Ok(end) = end {
             tracking.orphans.push(end.into());
@@ -151,18 +176,21 @@ impl Streams {
     }
 
     /// Marks the present end of everything.
-    pub fn mark(&self, driver: &'static Driver, timed: Timed) -> Mark {
+    pub fn mark(&self, driver: &'static Driver, purpose: Purpose) -> Mark {
         let mut tracking = self.tracking();
         tracking.orphans.retain(|end| !end.is_past());
         let mut mark = Mark { ends: tracking.orphans.clone(), broken: None };
-        let streams = tracking
-            .contexts
-            .iter()
-            .map(|context| Tracked { stream: CUstream::LEGACY, context: *context })
-            .chain(tracking.independent.iter().copied());
-        for Tracked { stream, context } in streams {
+        let by_stream = purpose == Purpose::Pace && !PER_THREAD.load(Ordering::Relaxed);
+        let has_blocking =
+            |context| tracking.streams.iter().any(|stream| stream.blocking && stream.context == context);
+        let legacy = tracking.contexts.iter().filter(|context| !(by_stream && has_blocking(**context)));
+        let own = tracking.streams.iter().filter(|stream| by_stream || !stream.blocking);
+        let streams = legacy
+            .map(|context| (CUstream::LEGACY, *context))
+            .chain(own.map(|tracked| (tracked.stream, tracked.context)));
+        for (stream, context) in streams {
             match Current::new(driver, context)
-                .and_then(|_current| End::record(driver, context, stream, timed))
+                .and_then(|_current| End::record(driver, context, stream, purpose))
             {
                 Ok(end) => mark.ends.push(end.into()),
                 Err(error) => mark.broken = mark.broken.or(Some(error)),

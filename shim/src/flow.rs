@@ -28,7 +28,7 @@
 //! then nothing passes while everybody is held. So whoever has seen no progress for long goes nevertheless, one
 //! submission at a time and ever more rarely.
 
-use crate::drain::{Mark, Timed};
+use crate::drain::{Mark, Purpose};
 use crate::session;
 use crate::together;
 use nvshare::sync::now;
@@ -414,7 +414,7 @@ pub fn pace() {
             Turn::Mark => {
                 let count = pace.submitted();
                 drop(flow);
-                let marked = session::with_no_capture(|| together::mark_timed(Timed::Yes));
+                let marked = session::with_no_capture(|| together::mark(Purpose::Pace));
                 let Some(mark) = marked else { return };
                 flow = self::flow();
                 // Else one may have begun meanwhile: the mark is as good as none.

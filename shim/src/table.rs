@@ -352,6 +352,9 @@ macro_rules! forward {
         #[inline(always)]
         pub(super) unsafe fn $name($($a: usize),*) -> CuResult {
             let Some(real) = slot::$name.get() else { return CuResult::NOT_FOUND };
+            if const { is_per_thread(stringify!($name)) } {
+                crate::drain::per_thread();
+            }
             let real: unsafe extern "C" fn($(word!($a)),*) -> CuResult =
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
@@ -440,6 +443,9 @@ macro_rules! entry_points {
                 #[inline(always)]
                 pub(super) unsafe fn $hname($($arg: $ty),*) -> CuResult {
                     if crate::session::enabled() {
+                        if const { is_per_thread(stringify!($hname)) } {
+                            crate::drain::per_thread();
+                        }
                         // SAFETY: the caller's arguments.
                         unsafe { handwritten!($hclass $hname)($($arg),*) }
                     } else {

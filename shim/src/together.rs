@@ -9,7 +9,7 @@
 //! one engine from opening it in the moment in which another GPU's memory goes.
 
 use crate::device::Shared;
-use crate::drain::{Mark, Timed};
+use crate::drain::{Mark, Purpose};
 use crate::order::{Order, Stage};
 use crate::session::gate;
 use nvshare::units::GpuUuid;
@@ -129,13 +129,8 @@ pub fn waits_beyond(gpu: GpuUuid) -> bool {
 
 /// Marks the present end of all work of the process, on every GPU: a kernel or a copy on one may use memory of
 /// another. No capture is open.
-pub fn mark() -> Mark {
-    mark_timed(Timed::No)
-}
-
-/// The same, perhaps for telling the time between two of them.
-pub fn mark_timed(timed: Timed) -> Mark {
+pub fn mark(purpose: Purpose) -> Mark {
     let members = together().members.clone();
-    let marks = members.iter().map(|member| member.streams.mark(member.driver, timed));
+    let marks = members.iter().map(|member| member.streams.mark(member.driver, purpose));
     marks.reduce(Mark::and).unwrap_or_default()
 }

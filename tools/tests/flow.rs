@@ -2,9 +2,12 @@
 
 mod application;
 
-use application::books::{balances, come_to};
+use application::books::{balances, client};
 use application::{Application, MIB, quick_gpu};
+use nvshare_test_support::Patience;
 use nvshare_tools::node::{Node, SimulatedGpu};
+
+const PATIENCE: Patience = Patience::seconds(60);
 
 /// Neither fits beside the other in the pool of 64 MiB.
 const MINE: u64 = 32 * MIB;
@@ -43,8 +46,14 @@ impl Scene {
             one.does(call);
         }
         let data = one.alloc(MINE);
-        one.writes(data, MINE, 2);
-        come_to(&node, &one, (MINE, MINE, 0));
+        // Slices are over at once, so the other one is back in the queue for a moment when it has given way, and may have
+        // the GPU once more before it finds that it has nothing to do.
+        PATIENCE.until("one has the GPU and the other wants nothing", || {
+            one.writes(data, MINE, 2);
+            let [has, wants] = [&one, &other].map(|application| client(&node, application).phase);
+            // Where both fit, both run.
+            has == "running" && ["idle", "running"].contains(&wants.as_str())
+        });
         let stream = one.number("stream 1");
         Self { node, one, data, stream, other, its, _gpu: gpu }
     }
@@ -95,6 +104,23 @@ fn who_can_be_asked_to_give_way_at_any_moment_is_held() {
             break;
         }
     }
+    scene.one.does("let-go");
+    scene.ends();
+}
+
+/// What tells how work gets on is no barrier between the streams of an application, though the legacy stream, which waits for
+/// all blocking ones and has all of them wait, would tell the same.
+#[test]
+fn streams_do_not_wait_for_each_other() {
+    let mut scene = Scene::new(&[], &[], OTHERS);
+    let [slow, quick] = [(); 2].map(|()| scene.one.number("stream 0"));
+    scene.one.does(&format!("hold {slow}"));
+    // Few enough to go, though nothing is seen to be done meanwhile.
+    for round in 0..2 {
+        let launch = scene.launch(round, quick);
+        scene.one.does(&launch);
+    }
+    PATIENCE.until("the quick one is through", || scene.one.call(&format!("query {quick}")) == 0);
     scene.one.does("let-go");
     scene.ends();
 }
