@@ -12,7 +12,7 @@
 //!           at most the drain target, and what is left of the slice until it can end
 //! ```
 //!
-//! A mark is an event behind all work so far ([`crate::drain`]), so streams, graphs and copies need nothing of their own.
+//! A mark is an event in each stream behind all work so far ([`crate::drain`]), so graphs and copies need nothing of their own.
 //! There are about sixteen in a full backlog. What a submission takes is the GPU's own time between two marks, over the
 //! submissions between them; it counts if the second mark was in the queue before the GPU came to the first, so that it was
 //! never without work meanwhile, and the longest of the last few does. Else it says only that they took no longer. (When

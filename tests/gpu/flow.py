@@ -1,6 +1,6 @@
 """Flow control: how long a drain takes, and what it costs, with kernels of 5 us, 5 ms and 500 ms.
 
-    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--lengths 5 5000 500000] [--only drains held alone]
+    python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--lengths 5 5000 500000] [--only drains held streams alone]
 
 Kernels spin for so long, and are launched up to a second ahead. Three kinds of runs:
 
@@ -10,6 +10,7 @@ kernel, in the 99th percentile).
 *held*: of the same two, one works at a time, for a second or less, and the other could ask for the GPU at any moment, so
 all that is submitted is held to the target. Kernels per second of one that has flow control and one that has not (bar:
 99 %). No memory moves while they are counted.
+*streams*: as *held*, with kernels of 5 ms and multiples of it in four blocking streams that overlap (bar: 99 %).
 *alone*: kernels per second of a native process and one under nvshare, which work in turn as well, in the whole GPU (bar:
 99.5 %).
 
@@ -38,20 +39,45 @@ def answer(**what):
     print(json.dumps(what), flush=True)
 
 
-def work(torch, cycles, length_us, over):
+def blocking_streams(torch, number):
+    """Streams that the legacy stream waits for, as CuPy's, Numba's and cudaStreamCreate's are, and PyTorch's own are not."""
+    import ctypes
+
+    runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
+    streams = []
+    for _ in range(number):
+        handle = ctypes.c_void_p()
+        error = runtime.cudaStreamCreate(ctypes.byref(handle))
+        if error:
+            raise RuntimeError(f"cudaStreamCreate: error {error}")
+        streams.append(torch.cuda.ExternalStream(handle.value))
+    return streams
+
+
+def launch(torch, cycles, count, streams):
+    """So many kernels; with streams, in each in turn, and in the second one twice as long, and so on."""
+    if not streams:
+        for _ in range(count):
+            torch.cuda._sleep(cycles)
+    for number in range(count if streams else 0):
+        lane = number % len(streams)
+        with torch.cuda.stream(streams[lane]):
+            torch.cuda._sleep(cycles * (lane + 1))
+
+
+def work(torch, cycles, length_us, over, streams=()):
     """Launches until it is over, and waits for all. How many, and how long it took, s."""
     # So many launches between two events, and so many events ahead of the GPU.
     batch = max(1, int(AHEAD_S / 4 * 1e6 / length_us))
     ahead = max(1, int(AHEAD_S * 1e6 / length_us / batch))
-    check = max(1, min(batch, int(1_000 / length_us)))
+    check = max(1, len(streams), min(batch, int(1_000 / length_us)))
     events, launched, began = [], 0, time.monotonic()
     while not over():
-        for _ in range(check):
-            torch.cuda._sleep(cycles)
+        launch(torch, cycles, check, streams)
         launched += check
         if launched % batch < check:
             event = torch.cuda.Event()
-            event.record()
+            event.record(*streams[-1:])
             events.append(event)
             if len(events) > ahead:
                 events.pop(0).synchronize()
@@ -78,16 +104,17 @@ def contender(torch, length_us):
     answer(launched=launched, right=bool((data == 1.0).all()))
 
 
-def loner(torch, mib):
+def loner(torch, mib, streams):
     """Kernels per second, each time that it is told their length and for how long."""
     data = torch.full((mib << 18,), 1.0, device="cuda")
+    streams = blocking_streams(torch, streams)
     answer(cycles_per_us=cycles_per_us(torch))
     for line in iter(lambda: sys.stdin.readline().split(), []):
         length_us, cycles, seconds = int(line[0]), int(line[1]), float(line[2])
         # Its memory comes in, if it was out.
-        work(torch, cycles, length_us, lambda until=time.monotonic() + seconds / 5: time.monotonic() > until)
+        work(torch, cycles, length_us, lambda until=time.monotonic() + seconds / 5: time.monotonic() > until, streams)
         until = time.monotonic() + seconds
-        launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until)
+        launched, took = work(torch, cycles, length_us, lambda: time.monotonic() > until, streams)
         answer(per_second=launched / took)
     answer(right=bool((data == 1.0).all()))
 
@@ -141,9 +168,9 @@ def drains(binaries, seconds, lengths):
         )
 
 
-def compare(what, bar, variables, seconds, lengths, mib):
+def compare(what, bar, variables, seconds, lengths, mib, streams=0):
     """Kernels per second of two processes that take turns to work, each alone: the second's against the first's."""
-    role = [*program("flow.py"), "--role", "loner", "--mib", str(mib)]
+    role = [*program("flow.py"), "--role", "loner", "--mib", str(mib), "--streams", str(streams)]
     jobs, rates = {}, []
     for name, environment_of in variables.items():
         jobs[name] = Job(role, environment_of, name)
@@ -173,10 +200,16 @@ def compare(what, bar, variables, seconds, lengths, mib):
         yield right, row
 
 
-def held(binaries, seconds, lengths):
+def held(binaries, seconds, lengths, what="held", streams=0):
     with Arbiter(binaries, CAPACITY, ["--quantum", f"{QUANTUM_MS}ms"]) as arbiter:
         variables = {"without flow control": environment(arbiter, False), "with": environment(arbiter)}
-        yield from compare("held", 99, variables, seconds, lengths, MIB)
+        yield from compare(what, 99, variables, seconds, lengths, MIB, streams)
+
+
+def streams(binaries, seconds, lengths):
+    # Launches through PyTorch's context manager take longer than the shortest kernels.
+    lengths = [length_us for length_us in lengths if 1_000 <= length_us <= 50_000]
+    yield from held(binaries, seconds, lengths, "four streams", 4)
 
 
 def alone(binaries, seconds, lengths):
@@ -189,10 +222,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=pathlib.Path, default=HERE.parent.parent / "target/release")
     parser.add_argument("--seconds", type=float, default=12, help="of each run")
-    names = ["drains", "held", "alone"]
+    runs = [drains, held, streams, alone]
+    names = [run.__name__ for run in runs]
     parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS_US, help="of kernels, us")
     parser.add_argument("--mib", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--streams", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--role", choices=["contender", "loner"], help=argparse.SUPPRESS)
     parser.add_argument("--length-us", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -200,10 +235,10 @@ def main():
         import torch
 
         if arguments.role == "loner":
-            return loner(torch, arguments.mib)
+            return loner(torch, arguments.mib, arguments.streams)
         return contender(torch, arguments.length_us)
     binaries = arguments.bin.resolve()
-    chosen = [run for run in (drains, held, alone) if run.__name__ in arguments.only]
+    chosen = [run for run in runs if run.__name__ in arguments.only]
     return report(row for run in chosen for row in run(binaries, arguments.seconds, arguments.lengths))
 
 
