@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A test that has never failed proves nothing: breaks the code in a copy of the tree, one line at a time, and
-# demands that the test named for it fails. Prints a line per mutant; exit status 1 if one survives.
+# demands that the test named for it fails. Prints a line per mutant; exit status 1 if one survives. ONLY=words runs those
+# whose line has these words.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 copy=$(mktemp -d)
@@ -9,21 +10,22 @@ cp -r Cargo.toml Cargo.lock src shim arbiter tools tests loom-tests "$copy"
 export RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target/loom-mutants}" RUST_BACKTRACE=0
 survived=0
 
-# name | file | what stands there | what a mistake would make of it | test binary | test
+# name # file # what stands there # what a mistake would make of it # test binary # test
 mutants=(
-  'tag overwritten without help|src/pool.rs|            self.help(free);||pool|a_killed_move_is_settled_exactly'
-  'settling ignores the tag|src/pool.rs|if free.tag == Some(Tag { slot, sequence: account.sequence })|if false|pool|a_killed_move_is_settled_exactly'
-  'giving back wakes nobody|src/pool.rs|crate::sync::futex_wake_low(\&self.header.free);\n        amount|amount|pool|a_starved_fill_is_woken'
-  'gate entered without a barrier|shim/src/gate.rs|        light_barrier();\n        if may(self.state.load(Ordering::Acquire))|        if may(self.state.load(Ordering::Acquire))|gate|memory_moves_while_nobody_is_inside'
-  'gate opened without waking|shim/src/gate.rs|        unpark_all(\&self.state);||gate|whoever_waits_is_let_in'
-  'gate shut without waiting|shim/src/gate.rs|if passes \& 1 == 0 {|if true {|gate|memory_moves_while_nobody_is_inside'
-  'limited gate entered without the pace|shim/src/gate.rs|state == OPEN || paced \&\& is_open(state)|is_open(state)|gate|nobody_goes_into_a_limited_gate_unpaced'
-  'gate left without waking the engine|shim/src/gate.rs|            unpark_all(\&lane.passes);||gate|memory_moves_while_nobody_is_inside'
-  'a decision that changes nothing is not published|src/lock.rs|            let published =|            if next.admitted == lock.admitted { return snapshot; }\n            let published =|decide|a_waiter_that_is_killed_holds_nobody_up'
-  'doorbells not rung|src/lock.rs|                self.ring(slot);|let _ = slot;|decide|two_take_turns'
+  'tag overwritten without help#src/pool.rs#            self.help(free);##pool#a_killed_move_is_settled_exactly'
+  'settling ignores the tag#src/pool.rs#if free.tag == Some(Tag { slot, sequence: account.sequence })#if false#pool#a_killed_move_is_settled_exactly'
+  'giving back wakes nobody#src/pool.rs#crate::sync::futex_wake_low(\&self.header.free);\n        amount#amount#pool#a_starved_fill_is_woken'
+  'gate entered without a barrier#shim/src/gate.rs#        light_barrier();\n        if may(self.state.load(Ordering::Acquire))#        if may(self.state.load(Ordering::Acquire))#gate#memory_moves_while_nobody_is_inside'
+  'gate opened without waking#shim/src/gate.rs#        unpark_all(\&self.state);##gate#whoever_waits_is_let_in'
+  'gate shut without waiting#shim/src/gate.rs#if passes \& 1 == 0 {#if true {#gate#memory_moves_while_nobody_is_inside'
+  'limited gate entered without the pace#shim/src/gate.rs#state == OPEN || paced \&\& is_open(state)#is_open(state)#gate#nobody_goes_into_a_limited_gate_unpaced'
+  'gate left without waking the engine#shim/src/gate.rs#            unpark_all(\&lane.passes);##gate#memory_moves_while_nobody_is_inside'
+  'a decision that changes nothing is not published#src/lock.rs#            let published =#            if next.admitted == lock.admitted { return snapshot; }\n            let published =#decide#a_waiter_that_is_killed_holds_nobody_up'
+  'doorbells not rung#src/lock.rs#                self.ring(slot);#let _ = slot;#decide#two_take_turns'
 )
 for mutant in "${mutants[@]}"; do
-  IFS='|' read -r name file old new binary test <<<"$mutant"
+  [[ -z ${ONLY:-} || $mutant == *"$ONLY"* ]] || continue
+  IFS='#' read -r name file old new binary test <<<"$mutant"
   cp "$file" "$copy/$file"
   perl -0pi -e 'BEGIN { ($old, $new) = (shift, shift); $old =~ s/\\n/\n/g; $old =~ s/\\&/&/g; $new =~ s/\\n/\n/g } s/\Q$old\E/$new/ or die "nothing to break\n"' "$old" "$new" "$copy/$file"
   if (cd "$copy" && timeout 120 cargo test --release -q -p loom-tests --test "$binary" "$test") >"$copy/log" 2>&1; then
