@@ -177,7 +177,7 @@ fn nonsense_on_the_socket_harms_nobody() {
 
 #[test]
 fn a_page_of_garbage_is_moved_aside() {
-    let dir = directory("garbage");
+    let dir = directory("garbage-page");
     let path = paths::page(&dir, GPU.parse().unwrap());
     for bytes in [&b"short"[..], &[0xa5; 64 << 10]] {
         std::fs::write(&path, bytes).unwrap();
