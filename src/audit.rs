@@ -49,19 +49,44 @@ impl Page {
         let occupied = self.occupied();
         let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !occupied.contains(*slot))?;
         self.clear(slot);
+        self.describe(slot, name, weight);
         let row = self.slot(slot);
-        let mut bytes = [0; NAME_BYTES];
-        let fits = name.floor_char_boundary(NAME_BYTES);
-        bytes[..fits].copy_from_slice(&name.as_bytes()[..fits]);
-        for (chunk, word) in bytes.chunks_exact(8).zip(&row.name) {
-            word.store(u64::from_le_bytes(chunk.try_into().expect("eight bytes")), Ordering::Relaxed);
-        }
-        self.store_shares(slot, Shares { weight, ..Shares::default() });
         row.started.store(process.started, Ordering::Relaxed);
         let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation.wrapping_add(1);
         row.owner.store(Owner { generation, pid: process.pid }.into(), Ordering::Release);
         self.set_occupied(occupied.with(slot));
         Some(slot)
+    }
+
+    /// As [`Page::open_slot`], for a process that asks: if one was opened for it that it has not claimed, because an
+    /// arbiter ended before it had answered, it is given that one.
+    pub fn slot_for(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
+        let is_unclaimed = |slot: &SlotIndex| {
+            self.owner(*slot) == Some(process) && self.slot(*slot).claimed.load(Ordering::Acquire) == 0
+        };
+        let Some(slot) = self.occupied().iter().find(is_unclaimed) else {
+            return self.open_slot(process, name, weight);
+        };
+        // Not cleared: it is clear, and somebody may claim it at this moment.
+        self.describe(slot, name, weight);
+        Some(slot)
+    }
+
+    /// A process takes the slot that it was given. False if it has taken it already: of two of its threads that ask at a
+    /// time both may be given the same one, and the later asks again.
+    pub fn claim(&self, slot: SlotIndex) -> bool {
+        let word = &self.slot(slot).claimed;
+        word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    fn describe(&self, slot: SlotIndex, name: &str, weight: u32) {
+        let mut bytes = [0; NAME_BYTES];
+        let fits = name.floor_char_boundary(NAME_BYTES);
+        bytes[..fits].copy_from_slice(&name.as_bytes()[..fits]);
+        for (chunk, word) in bytes.chunks_exact(8).zip(&self.slot(slot).name) {
+            word.store(u64::from_le_bytes(chunk.try_into().expect("eight bytes")), Ordering::Relaxed);
+        }
+        self.store_shares(slot, Shares { weight, ..Shares::default() });
     }
 
     fn set_occupied(&self, occupied: SlotSet) {
@@ -123,6 +148,7 @@ impl Page {
             &own.unmovable,
             &own.deadline,
             &own.usage,
+            &self.slot(slot).claimed,
         ];
         for word in words {
             word.store(0, Ordering::Relaxed);
@@ -274,6 +300,23 @@ mod tests {
         assert_eq!(page.details(first).unwrap().name, "ä".repeat(32));
         page.reap(first);
         assert_eq!(page.open_slot(SOMEBODY, "again", 1), Some(first));
+    }
+
+    /// The arbiter that opened it ended before it had answered.
+    #[test]
+    fn a_process_that_was_not_told_of_its_slot_is_given_that_one() {
+        let page = Page::for_tests(100);
+        let ask = |process| page.slot_for(process, "job", 1).unwrap();
+        let first = ask(SOMEBODY);
+        let others = ask(Process { pid: 42, started: 8 });
+        assert_ne!(others, first);
+        assert_eq!(ask(SOMEBODY), first);
+        assert!(page.claim(first) && !page.claim(first), "by one of its threads");
+        let second = ask(SOMEBODY);
+        assert!(second != first && second != others);
+        page.reap(first);
+        assert_eq!(page.open_slot(SOMEBODY, "job", 1), Some(first));
+        assert!(page.claim(first), "its next owner has not claimed it");
     }
 
     #[test]

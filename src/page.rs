@@ -22,7 +22,7 @@ const FASTEST: u64 = 1 << 44;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// Clients that one GPU can have at a time. The lock word has a bit for each.
 pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
@@ -239,7 +239,9 @@ pub struct Slot {
     pub(crate) priority: AtomicU32,
     pub(crate) memory_limit: AtomicU64,
     pub(crate) name: [AtomicU64; NAME_BYTES / 8],
-    _to_the_next_line: Padding<24>,
+    /// 1 from when the owner's process knows of it ([`Page::claim`]), which says so itself, once.
+    pub(crate) claimed: AtomicU64,
+    _to_the_next_line: Padding<16>,
 
     /// What the owner writes.
     pub(crate) own: OwnWords,
@@ -545,6 +547,7 @@ impl Page {
             priority: half(),
             memory_limit: word(),
             name: std::array::from_fn(|_| word()),
+            claimed: word(),
             _to_the_next_line: Padding::new(),
             own: OwnWords {
                 phase: half(),
@@ -622,7 +625,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Whoever changes these numbers changes LAYOUT_VERSION too.
-        assert_eq!(LAYOUT_VERSION, 3);
+        assert_eq!(LAYOUT_VERSION, 4);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 512, 640 + 48 * 512));
         assert_eq!(offset_of!(Header, free), 256);
     }
@@ -633,7 +636,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 3"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 4"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }

@@ -375,6 +375,18 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
 /// # Errors
 /// Nobody answers within `timeout`, the answer is a refusal, or makes no sense.
 pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
+    let begin = now();
+    loop {
+        let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
+        let registration = ask_for(path, hello, left)?;
+        if hello.wish() == Wish::Look || registration.page.claim(registration.slot) {
+            return Ok(registration);
+        }
+    }
+}
+
+/// The page, and the slot that the arbiter gives this process; another thread may have been given the same one.
+fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
     let gpu = GpuUuid(hello.gpu);
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
     let (reply, sent) = talk(path, bytemuck::bytes_of(hello), hello.wish().granted(), timeout)?;
@@ -425,7 +437,7 @@ pub(crate) fn talk(
 enum Said {
     This(Answer),
     /// The other end closed without a word: it has ended. Should it have opened a slot already, its
-    /// successor keeps that one until this process ends; it asks for nothing and holds nothing.
+    /// successor gives out that one ([`Page::slot_for`](crate::page::Page::slot_for)).
     Hangup(Errno),
 }
 

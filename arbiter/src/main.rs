@@ -4,7 +4,7 @@ use clap::Parser;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nvshare::paths;
-use nvshare::units::{GpuUuid, format_size};
+use nvshare::units::{GRANULE, GpuUuid, format_size};
 use nvshare_arbiter::options::{LogFormat, Options};
 use nvshare_arbiter::sampling::{Gpu, NvmlSource, Source};
 use nvshare_arbiter::server::Server;
@@ -114,6 +114,17 @@ fn gpus(options: &Options) -> Result<(Vec<Gpu>, Sampler), String> {
     let served: Vec<_> = found.into_iter().filter(|gpu| wanted(gpu.uuid)).collect();
     if served.is_empty() {
         return Err("NVML lists no GPU on this node".into());
+    }
+    let nothing = |gpu: &&Gpu| gpu.total.saturating_sub(options.headroom) < GRANULE;
+    if options.capacity.is_none()
+        && let Some(small) = served.iter().find(nothing)
+    {
+        return Err(format!(
+            "{} has {}, and --headroom {} leaves no pool of it: give less, or --capacity",
+            small.uuid,
+            format_size(small.total),
+            format_size(options.headroom)
+        ));
     }
     if let Some(capacity) = options.capacity
         && let Some(small) = served.iter().find(|gpu| gpu.total < capacity)

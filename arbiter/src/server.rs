@@ -391,7 +391,7 @@ impl Server {
         let wanted = served.gpu;
         let process = Process { pid, started };
         let shares = hello.shares();
-        let slot = served.page.open_slot(process, &hello.name(), shares.weight).ok_or_else(|| {
+        let slot = served.page.slot_for(process, &hello.name(), shares.weight).ok_or_else(|| {
             Reply::refuse(
                 Status::Full,
                 &format!(
@@ -402,7 +402,10 @@ impl Server {
         })?;
         served.page.set_shares(slot, shares);
         tracing::info!(gpu = %wanted, slot = slot.get(), pid, client = hello.name(), "registered: {shares}");
-        self.watch(index, slot, pidfd);
+        // A slot that it was to be given before, and was not told of, is watched already.
+        if !self.clients.values().any(|live| (live.gpu, live.slot) == (index, slot)) {
+            self.watch(index, slot, pidfd);
+        }
         // Its context is there already, or soon: look at once.
         self.sampled = 0;
         Ok(slot)

@@ -266,6 +266,11 @@ fn run_says_what_the_arbiter_said() {
     assert!(output.status.code() == Some(2) && stderr(&output).contains("'soon'"), "{}", stderr(&output));
     let output = machine.command(&["run", "--capacity", "1TiB", "--", "true"]).output().unwrap();
     assert!(output.status.code() == Some(2) && stderr(&output).contains("1.00 TiB"), "{}", stderr(&output));
+    // The GPU has less than is left outside a pool.
+    let output = machine.command(&["run", "--", "true"]).output().unwrap();
+    let words = ["64.00 MiB", "--headroom 512.00 MiB", "--capacity"];
+    let said = stderr(&output);
+    assert!(output.status.code() == Some(2) && words.iter().all(|word| said.contains(word)), "{said}");
 }
 
 fn bench(arguments: &[&str]) -> Vec<Row> {
