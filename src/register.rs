@@ -9,6 +9,9 @@
 //! and no slot ([`look`]). An arbiter that does not know this question refuses it as malformed. Over the same socket go
 //! changes of a running client's shares ([`crate::change`]).
 //!
+//! The process then claims its slot in the page ([`Page::claim`](crate::page::Page::claim)). One that it has not claimed,
+//! because the arbiter ended between opening it and answering, is what it is given when it asks again.
+//!
 //! The connection has no further use: the arbiter watches the process, not the socket.
 
 use crate::change::CHANGE_MAGIC;
