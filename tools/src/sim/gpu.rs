@@ -7,7 +7,7 @@
 
 use super::amount::Rate;
 use super::scenario::Scenario;
-use super::tally::{Fairness, State, Tally};
+use super::tally::{GpuTally, State, Tally};
 use super::task::{Job, Task};
 use nvshare::fair;
 use nvshare::lock::SlotSet;
@@ -106,13 +106,7 @@ pub struct Gpu {
     to_host: Link,
     /// Up to when all is reckoned.
     time: Nanos,
-    /// Time in which something computed.
-    pub busy: Nanos,
-    /// The same, faded.
-    usage: (Nanos, Nanos),
-    pub fairness: Fairness,
-    /// Most clients at once.
-    pub most_clients: usize,
+    pub tally: GpuTally,
 }
 
 impl Gpu {
@@ -136,17 +130,14 @@ impl Gpu {
             to_gpu: Link::default(),
             to_host: Link::default(),
             time: 0,
-            busy: 0,
-            usage: (0, 0),
-            fairness: Fairness::default(),
-            most_clients: 0,
+            tally: GpuTally::default(),
         }
     }
 
     /// What is on it.
     pub fn load(&self) -> Load {
         let demand = self.snapshot.clients().map(|(_, view)| view.demand).sum();
-        Load { clients: self.snapshot.occupied.len(), demand, busy: self.usage.0 }
+        Load { clients: self.snapshot.occupied.len(), demand, busy: self.tally.usage() }
     }
 
     /// A client comes. There is a slot for it.
@@ -178,8 +169,7 @@ impl Gpu {
             had: 0,
             running_since: now,
         });
-        self.most_clients = self.most_clients.max(self.snapshot.occupied.len());
-        self.fairness.interrupt();
+        self.tally.came(self.snapshot.occupied.len());
         self.decide(now);
     }
 
@@ -249,9 +239,7 @@ impl Gpu {
         if elapsed == 0 || computing.is_empty() {
             return;
         }
-        self.busy += elapsed;
-        let (usage, at) = self.usage;
-        self.usage = (fair::slice_over(usage, at, now - elapsed, now).usage, now);
+        self.tally.computed(now - elapsed..now);
         for slot in &computing {
             let (worth, of) = self.worth(*slot);
             let done = (u128::from(elapsed) * worth / (of * computing.len() as u128)) as Nanos;
@@ -427,10 +415,10 @@ impl Gpu {
         let contenders = self.snapshot.clients().filter(|(_, view)| view.phase.wants_gpu());
         let contenders: SlotSet = contenders.map(|(slot, _)| slot).collect();
         if more {
-            self.fairness.slice(slot.get(), time, contenders.bits());
+            self.tally.fairness.slice(slot.get(), time, contenders.bits());
             self.queue(slot, now);
         } else {
-            self.fairness.interrupt();
+            self.tally.fairness.interrupt();
             self.enter(slot, Phase::Idle, now);
             self.decide(now);
         }
@@ -446,7 +434,7 @@ impl Gpu {
             client.task.tally.finished = Some(now);
             gone.push(client.task.tally);
         }
-        self.fairness.interrupt();
+        self.tally.fairness.interrupt();
         self.decide(now);
     }
 

@@ -7,9 +7,8 @@
 //! nowhere written down: it is what comes of a walk over a little more than fits.
 
 use super::scenario::{Order, Paging, Scenario};
-use super::tally::{Fairness, State, Tally};
+use super::tally::{GpuTally, State, Tally};
 use super::task::{Job, Task};
-use nvshare::fair;
 use nvshare::placement::Load;
 use nvshare::units::{GRANULE, Granules, Nanos, bytes_of, granules_for};
 use std::collections::VecDeque;
@@ -76,10 +75,7 @@ pub struct Gpu {
     resident: usize,
     stamp: u64,
     next_id: u64,
-    pub busy: Nanos,
-    usage: (Nanos, Nanos),
-    pub fairness: Fairness,
-    pub most_clients: usize,
+    pub tally: GpuTally,
 }
 
 impl Gpu {
@@ -95,17 +91,14 @@ impl Gpu {
             resident: 0,
             stamp: 0,
             next_id: 0,
-            busy: 0,
-            usage: (0, 0),
-            fairness: Fairness::default(),
-            most_clients: 0,
+            tally: GpuTally::default(),
         }
     }
 
     /// What is on it.
     pub fn load(&self) -> Load {
         let demand = self.clients.iter().map(|client| client.task.job.memory).sum();
-        Load { clients: self.clients.len(), demand, busy: self.usage.0 }
+        Load { clients: self.clients.len(), demand, busy: self.tally.usage() }
     }
 
     /// A client comes.
@@ -115,8 +108,7 @@ impl Gpu {
         let pages = vec![0; job.memory as usize];
         let task = Task::new(job, tally, now);
         self.clients.push(Client { id, task, pages, walk: 0, wait_since: now, had: 0 });
-        self.most_clients = self.most_clients.max(self.clients.len());
-        self.fairness.interrupt();
+        self.tally.came(self.clients.len());
         // Its context drives out what is there.
         while self.resident > self.room() {
             self.drive_out();
@@ -260,9 +252,9 @@ impl Gpu {
             let time = (client.task.tally.gpu - client.had) as f64;
             client.task.tally.becomes(State::Idle, now);
             if idle {
-                self.fairness.interrupt();
+                self.tally.fairness.interrupt();
             } else {
-                self.fairness.slice(at % 64, time, waiting);
+                self.tally.fairness.slice(at % 64, time, waiting);
             }
             self.leave(now, gone);
             return true;
@@ -284,9 +276,7 @@ impl Gpu {
         task.tally.becomes(if came > 0 { State::Filling } else { State::Running }, now);
         let work = task.left().min(task.job.iteration.max(1));
         let whole = work + took;
-        self.busy += whole;
-        let (usage, at_time) = self.usage;
-        self.usage = (fair::slice_over(usage, at_time, now, now + whole).usage, now + whole);
+        self.tally.computed(now..now + whole);
         if let Some(holder) = &mut self.holder {
             holder.iteration = Some((now + whole, work));
         }
@@ -301,7 +291,7 @@ impl Gpu {
             client.task.tally.becomes(State::Idle, now);
             client.task.tally.finished = Some(now);
             gone.push(client.task.tally);
-            self.fairness.interrupt();
+            self.tally.fairness.interrupt();
         }
     }
 
@@ -325,7 +315,7 @@ impl Gpu {
         if let Some(Holder { id, since, iteration }) = self.holder.take() {
             let at = self.at(id);
             self.clients[at].task.tally.ran += now.saturating_sub(since);
-            self.busy -= iteration.map_or(0, |(end, _)| end.saturating_sub(now));
+            self.tally.busy -= iteration.map_or(0, |(end, _)| end.saturating_sub(now));
         }
         let close = |client: &mut Client| {
             client.task.tally.becomes(State::Idle, now);

@@ -1,7 +1,9 @@
 //! What is counted while the simulation runs.
 
+use nvshare::fair;
 use nvshare::units::Nanos;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// What a client is doing, as the picture shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -147,6 +149,39 @@ impl Fairness {
             self.least = Some(self.least.map_or(index, |least: f64| least.min(index)));
             self.windows += 1;
         }
+    }
+}
+
+/// What one GPU came to.
+#[derive(Debug, Default)]
+pub struct GpuTally {
+    /// Time in which something computed.
+    pub busy: Nanos,
+    /// The same, faded, and when it was that.
+    usage: (Nanos, Nanos),
+    /// How fairly turns were taken.
+    pub fairness: Fairness,
+    /// The most clients at once.
+    pub most_clients: usize,
+}
+
+impl GpuTally {
+    /// Something computed all the time.
+    pub fn computed(&mut self, time: Range<Nanos>) {
+        self.busy += time.end - time.start;
+        let (usage, at) = self.usage;
+        self.usage = (fair::slice_over(usage, at, time.start, time.end).usage, time.end);
+    }
+
+    /// A client has come; so many are there.
+    pub fn came(&mut self, clients: usize) {
+        self.most_clients = self.most_clients.max(clients);
+        self.fairness.interrupt();
+    }
+
+    /// GPU time used lately, ns, as [`fair`] reckons it.
+    pub fn usage(&self) -> Nanos {
+        self.usage.0
     }
 }
 

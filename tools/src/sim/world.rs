@@ -2,7 +2,7 @@
 
 use super::chance::Chance;
 use super::scenario::{Class, Mode, Scenario, Work};
-use super::tally::{Fairness, Tally};
+use super::tally::{GpuTally, Tally};
 use super::task::{Job, Requests};
 use super::{gpu, paging};
 use nvshare::placement::{self, Load};
@@ -19,22 +19,11 @@ pub struct Outcome {
     /// Every client on every GPU, in the order of class, number and part.
     pub clients: Vec<Tally>,
     /// Every GPU.
-    pub gpus: Vec<GpuOutcome>,
+    pub gpus: Vec<GpuTally>,
     /// Clients that no GPU had a place for when the simulation ended.
     pub unplaced: u64,
     /// Times that the clock has jumped.
     pub events: u64,
-}
-
-/// What a GPU came to.
-#[derive(Debug)]
-pub struct GpuOutcome {
-    /// Time in which something computed.
-    pub busy: Nanos,
-    /// The most clients at once.
-    pub most_clients: usize,
-    /// How fairly turns were taken.
-    pub fairness: Fairness,
 }
 
 /// A GPU of either kind.
@@ -104,8 +93,7 @@ pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
         either!(gpu, gpu => {
             clients.extend(gpu.close(now));
             assert_eq!(gpu.imbalance(), 0, "the simulator's books do not balance");
-            let fairness = std::mem::take(&mut gpu.fairness);
-            gpus.push(GpuOutcome { busy: gpu.busy, most_clients: gpu.most_clients, fairness });
+            gpus.push(std::mem::take(&mut gpu.tally));
         });
     }
     clients.sort_by_key(|client| (client.class, client.number, client.part));
