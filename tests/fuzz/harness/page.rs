@@ -266,11 +266,19 @@ impl World {
         let process = Process { pid: u32::from(whom) + 1, started: value };
         let name: String =
             value.to_le_bytes().iter().map(|byte| char::from(*byte)).cycle().take(70).collect();
-        let Some(slot) = self.page.open_slot(process, &name, 1) else { return };
-        assert_eq!(self.page.owner(slot), Some(process));
-        assert!(self.page.occupied().contains(slot));
+        let page = &self.page;
+        let opened = if whom & 0x40 == 0 { Page::open_slot } else { Page::slot_for };
+        let Some(slot) = opened(page, process, &name, 1) else { return };
+        assert_eq!(page.owner(slot), Some(process));
+        assert!(page.occupied().contains(slot));
+        // One in four is never told of it, and may be given it when it asks again.
+        let told = value & 3 != 0;
+        if told {
+            let claimed = page.claim(slot);
+            assert!(claimed || !self.honest);
+        }
         if let Some(place) = self.clients.get_mut(slot.get()) {
-            *place = Some(Client::new(self.page.clone(), slot));
+            *place = told.then(|| Client::new(page.clone(), slot));
         }
     }
 
@@ -387,13 +395,17 @@ fn check_admitted(snapshot: &Snapshot, admitted: SlotSet) {
         .iter()
         .map(|slot| {
             assert!(snapshot.occupied.contains(slot) && snapshot.view(slot).phase.wants_gpu());
-            snapshot.view(slot).demand
+            // What cannot move is there whoever runs.
+            snapshot.view(slot).movable()
         })
         .collect();
     let sum: u64 = demands.iter().copied().map(u64::from).sum();
     let needy = demands.iter().filter(|demand| **demand > 0).count();
     assert!(sum <= u64::from(snapshot.usable()) || needy == 1, "{demands:?} in {}", snapshot.usable());
-    let somebody = snapshot.clients().any(|(_, view)| view.phase.wants_gpu());
+    // Who runs and was recalled has yet to see it, and comes back as a waiter.
+    let recalled = |slot, phase| phase == Phase::Running && !snapshot.admitted.contains(slot);
+    let somebody =
+        snapshot.clients().any(|(slot, view)| view.phase.wants_gpu() && !recalled(slot, view.phase));
     assert_eq!(admitted.is_empty(), !somebody, "somebody must run");
 }
 

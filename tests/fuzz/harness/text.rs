@@ -1,7 +1,7 @@
-//! Sizes, limits and GPU names as people write them: what is read can be written and read again.
+//! Sizes, times, limits and GPU names as people write them: what is read can be written and read again.
 
 use nvshare::shares::MemoryLimit;
-use nvshare::units::{GpuUuid, format_nanos, format_size, granules_for, parse_size};
+use nvshare::units::{GpuUuid, format_nanos, format_size, granules_for, parse_size, parse_time};
 
 /// Reads the bytes as text.
 pub fn run(bytes: &[u8]) {
@@ -15,6 +15,15 @@ pub fn run(bytes: &[u8]) {
             if let Ok(again) = parse_size(&format_size(size)) {
                 assert!(again.abs_diff(size) <= size / 100 + 1, "{size} came back as {again}");
             }
+        }
+        Err(error) => assert!(error.to_string().contains(&*text), "an error that does not say what it read"),
+    }
+    match parse_time(&text) {
+        Ok(time) => {
+            assert_eq!(parse_time(&format!("{time}ns")), Ok(time));
+            // One decimal, from one on.
+            let again = parse_time(&format_nanos(time)).expect("what is written is read");
+            assert!(again.abs_diff(time) <= time / 20 + 1, "{time} came back as {again}");
         }
         Err(error) => assert!(error.to_string().contains(&*text), "an error that does not say what it read"),
     }
