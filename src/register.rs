@@ -385,6 +385,11 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
         if hello.wish() == Wish::Look || registration.page.claim(registration.slot) {
             return Ok(registration);
         }
+        // Threads take the same slot once each. Only a page that lies gets here for ever.
+        if left.is_zero() {
+            let what = format!("it gave slot {}, which is taken", registration.slot.get());
+            return Err(RegisterError::Nonsense { path: path.to_owned(), what });
+        }
     }
 }
 
