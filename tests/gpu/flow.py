@@ -59,7 +59,8 @@ def launch(torch, cycles, count, streams):
     if not streams:
         for _ in range(count):
             torch.cuda._sleep(cycles)
-    for number in range(count if streams else 0):
+        return
+    for number in range(count):
         lane = number % len(streams)
         with torch.cuda.stream(streams[lane]):
             torch.cuda._sleep(cycles * (lane + 1))

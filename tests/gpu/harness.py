@@ -1,6 +1,7 @@
 """What the programs for real GPUs share: a private arbiter, samples of its books, processes that may take only so
 long, jobs that are told what to do, and a competitor that always wants the GPU."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -28,6 +29,26 @@ def native_environment():
     ours = ("NVSHARE_RUNTIME_DIR", "NVSHARE_CLIENT_NAME", "LD_PRELOAD")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return kept | {"CUDA_MODULE_LOADING": "LAZY", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@contextlib.contextmanager
+def simulated_gpu(binaries, **settings):
+    """This process and those that it starts have a simulated GPU; its settings are those of NVSHARE_SIM_*."""
+    libraries = {"libcuda.so.1": "simcuda", "libcuda.so": "simcuda", "libnvidia-ml.so.1": "simnvml"}
+    name = f"nvshare-gpu-{os.getpid()}"
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        for link, library in libraries.items():
+            os.symlink(binaries / f"lib{library}.so", f"{folder}/{link}")
+        os.environ["LD_LIBRARY_PATH"] = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")
+        os.environ["NVSHARE_SIM_NAME"] = name
+        os.environ |= {f"NVSHARE_SIM_{setting}": str(value) for setting, value in settings.items()}
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ |= before
+            pathlib.Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def last_object(text):

@@ -6,12 +6,11 @@ that was killed, and one that has nothing to test. No GPU and no framework is ne
 """
 
 import argparse
-import os
 import pathlib
 import sys
 import tempfile
 
-from harness import HERE
+from harness import HERE, simulated_gpu
 
 BEGIN = f"""
 import os, signal, sys, time
@@ -82,22 +81,10 @@ def main():
     binaries = parser.parse_args().bin.resolve()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
-        libraries, sources = scratch / "lib", scratch / "programs"
-        libraries.mkdir()
+        sources = scratch / "programs"
         sources.mkdir()
-        for link, library in (("libcuda.so.1", "simcuda"), ("libcuda.so", "simcuda"), ("libnvidia-ml.so.1", "simnvml")):
-            (libraries / link).symlink_to(binaries / f"lib{library}.so")
-        name = f"nvshare-selftest-{os.getpid()}"
-        os.environ |= {
-            "LD_LIBRARY_PATH": f"{libraries}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
-            "NVSHARE_SIM_NAME": name,
-            "NVSHARE_SIM_MEMORY": "6GiB",
-            "NVSHARE_SIM_CONTEXT_BYTES": "16MiB",
-        }
-        try:
+        with simulated_gpu(binaries, MEMORY="6GiB", CONTEXT_BYTES="16MiB"):
             return check(binaries, scratch, sources)
-        finally:
-            pathlib.Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def check(binaries, scratch, sources):
