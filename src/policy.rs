@@ -251,7 +251,7 @@ impl Turns {
 
     /// What `shortest` has grown to, at most `longest`, ns.
     fn grown(&self, shortest: Nanos, longest: Nanos) -> Nanos {
-        // Ten thousand million times, and more than any longest; a page may claim four thousand million rounds.
+        // A hundred million times at least, and more than any longest; a page may claim four thousand million rounds.
         const ENOUGH: u32 = 48;
         let steps = self.rounds.min(ENOUGH) * self.clients + self.since;
         let more = |time: Nanos| time.saturating_add(time / (2 * u64::from(self.clients)));

@@ -107,7 +107,7 @@ pub struct Swap {
     stream: CUstream,
     events: Vec<Ends>,
     in_flight: VecDeque<InFlight>,
-    /// How long copies have taken, by the GPU's clock, ns.
+    /// How long copies have taken since the last fill began, by the GPU's clock, ns.
     copying: Nanos,
     eyes: Eyes,
     /// No work of the client is under way: what it has may be moved to other memory.

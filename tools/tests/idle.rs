@@ -4,7 +4,7 @@ mod application;
 
 use application::books::{balances, client};
 use application::{Application, MIB, quick_gpu};
-use nvshare_tools::node::Node;
+use nvshare_tools::node::{Node, SimulatedGpu};
 use std::path::Path;
 
 /// Neither fits beside the other in the pool of 64 MiB.
@@ -25,7 +25,7 @@ fn two(node: &Node) -> [(Application, u64, u64); 2] {
     })
 }
 
-fn node(gpu: &nvshare_tools::node::SimulatedGpu) -> Node {
+fn node(gpu: &SimulatedGpu) -> Node {
     let options = ["--capacity", "64MiB", "--quantum", "60min"];
     Node::start(gpu.environment(&[]), &options.map(str::to_owned)).unwrap()
 }

@@ -108,21 +108,23 @@ fn small(extra: &str, clients: &str) -> String {
     )
 }
 
+/// A batch job of iterations of 10 ms, with so many MiB.
+fn job(name: &str, memory: u64, iterations: u64, more: &str) -> String {
+    format!(
+        "[[clients]]\nname = \"{name}\"\nmemory = \"{memory}MiB\"\n{more}\nwork = {{ kind = \"batch\", iteration = \"10ms\", iterations = {iterations} }}\n"
+    )
+}
+
 /// Two of 60 MiB take turns in a pool of 100, after a third has left that needed all of it: neither of them had anything
 /// there. While one runs the other brings in the 40 MiB that find room, so no switch moves more than the 20 MiB that the
 /// two are in one another's way with.
 #[test]
 fn who_is_next_brings_in_what_finds_room_ahead_of_its_turn() {
-    let job = |name: &str, memory, iterations| {
-        format!(
-            "[[clients]]\nname = \"{name}\"\nmemory = \"{memory}MiB\"\nwork = {{ kind = \"batch\", iteration = \"10ms\", iterations = {iterations} }}\n"
-        )
-    };
     let scenario = Scenario::parse(&format!(
         "name = \"prefetch\"\n[policy]\nquantum = \"1s\"\n[gpus]\nmemory = \"100MiB\"\nlink_in = \"100MiB\"\nlink_out = \"100MiB\"\nchunk = \"4MiB\"\n{}{}{}",
-        job("first", 60, 1_000),
-        job("second", 60, 1_000),
-        job("leaves", 100, 150),
+        job("first", 60, 1_000, ""),
+        job("second", 60, 1_000, ""),
+        job("leaves", 100, 150, ""),
     ))
     .unwrap_or_else(|error| panic!("{error}"));
     let outcome = world::simulate(&scenario, 1, true);
@@ -141,11 +143,7 @@ fn who_is_next_brings_in_what_finds_room_ahead_of_its_turn() {
 
 #[test]
 fn priority_decides_whose_turn_comes_sooner() {
-    let job = |priority: &str| {
-        format!(
-            "[[clients]]\nname = \"{priority}\"\nmemory = \"60MiB\"\npriority = \"{priority}\"\nwork = {{ kind = \"batch\", iteration = \"10ms\", iterations = 1000 }}\n"
-        )
-    };
+    let job = |priority: &str| job(priority, 60, 1_000, &format!("priority = \"{priority}\""));
     let clients: String = ["low", "normal", "high"].map(job).concat();
     let report = report(&Scenario::parse(&small("[policy]\nquantum = \"1s\"", &clients)).unwrap(), 1);
     let wait = |name| row(&report, name).wait.max;
