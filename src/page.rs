@@ -277,9 +277,9 @@ pub struct OwnWords {
     pub(crate) yields: AtomicU64,
     pub(crate) bytes_in: AtomicU64,
     pub(crate) bytes_out: AtomicU64,
-    /// Time spent filling, ns.
+    /// Time that its copies in took, by the GPU's clock, ns.
     pub(crate) fill_ns: AtomicU64,
-    /// Time spent evicting, ns.
+    /// Time that its copies out took, by the GPU's clock, ns.
     pub(crate) evict_ns: AtomicU64,
     /// Time spent running, ns.
     pub(crate) run_ns: AtomicU64,

@@ -233,9 +233,9 @@ pub struct Details {
     pub bytes_in: u64,
     /// Bytes copied to the host.
     pub bytes_out: u64,
-    /// Time spent filling, ns.
+    /// Time that its copies in took, by the GPU's clock, ns.
     pub fill_ns: Nanos,
-    /// Time spent evicting, ns.
+    /// Time that its copies out took, by the GPU's clock, ns.
     pub evict_ns: Nanos,
     /// Time spent running, ns.
     pub run_ns: Nanos,

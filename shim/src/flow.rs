@@ -55,6 +55,9 @@ const MOST_CREDIT: u64 = 16;
 /// after each.
 const UNKNOWN: u64 = 2;
 
+/// Submissions that may be in flight for each that is done in this slice, before what was known of them is believed.
+const CONFIRMED: u64 = 2;
+
 /// So many targets without progress, beyond twice what was foreseen, and one submission goes nevertheless.
 const PATIENCE: u64 = 4;
 
@@ -251,7 +254,8 @@ impl<M: Moment> Pace<M> {
             };
         };
         let bound = self.bound(time);
-        let part = (bound / PARTS / each).clamp(1, MOST_UNMARKED);
+        let window = self.window();
+        let part = (bound / PARTS / each).min(window / 2).clamp(1, MOST_UNMARKED);
         // After some time anyway: what was thought to be quick may be slow.
         let late = unmarked > 0 && time.saturating_sub(self.marked_at) >= bound / PARTS;
         if (unmarked >= part || late) && self.marks.len() < MOST_MARKS {
@@ -260,17 +264,26 @@ impl<M: Moment> Pace<M> {
         let backlog = self.backlog(each, time);
         let enough = if self.held || self.last.is_none() { bound / 2 } else { bound };
         self.held = backlog > enough;
-        if self.held {
+        let left = window.saturating_sub(self.submitted - self.done);
+        if self.held || left == 0 {
             let longest = (bound / PARTS).max(each / 64);
-            let until = time + (backlog - bound / 2).clamp(LOOK / 8, longest.max(LOOK / 8));
+            let too_long = if self.held { backlog - bound / 2 } else { backlog / 2 };
+            let until = time + too_long.clamp(LOOK / 8, longest.max(LOOK / 8));
             let foreseen =
                 self.marks.front().map_or(0, |stretch| (stretch.count - self.done).saturating_mul(each));
             return self.wait(time, until, foreseen);
         }
         self.stuck = None;
-        self.credit =
-            ((enough - backlog) / each).min(part - unmarked.min(part)).min(MOST_CREDIT).saturating_sub(1);
+        let room = ((enough - backlog) / each).min(part - unmarked.min(part)).min(left);
+        self.credit = room.min(MOST_CREDIT).saturating_sub(1);
         self.go()
+    }
+
+    /// Submissions that may be in flight, however quick they are thought to be. What was quick in the last slice may be
+    /// slow in this one, a thousand of them are launched before the first is done, and a drain waits for all: so what is
+    /// in flight doubles as it is seen to get done, as a connection's window does after it was idle (RFC 5681, slow start).
+    fn window(&self) -> u64 {
+        UNKNOWN.max(self.done.saturating_mul(CONFIRMED))
     }
 
     fn mark(&mut self, time: Nanos) -> Turn {

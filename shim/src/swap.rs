@@ -107,7 +107,7 @@ pub struct Swap {
     stream: CUstream,
     events: Vec<Ends>,
     in_flight: VecDeque<InFlight>,
-    /// How long copies have taken since the last fill began, by the GPU's clock, ns.
+    /// How long copies have taken since the last fill or eviction began, by the GPU's clock, ns.
     copying: Nanos,
     eyes: Eyes,
     /// No work of the client is under way: what it has may be moved to other memory.
@@ -604,13 +604,14 @@ impl Runtime for Swap {
 
     fn evict(&mut self, granules: Granules) -> Result<(), SwapError> {
         let (began, mut moved) = (now(), 0);
+        self.copying = 0;
         self.shared.set_moving(true);
         let evicted = self.evict_some(granules, &mut moved);
         let evicted = self.finish().and(evicted);
         self.shared.set_moving(false);
-        let took = now() - began;
-        self.shared.books.copied(Direction::Out, moved, took);
-        self.log("evicted", moved, took);
+        // Not the time spent making host memory, which each process does once, and looking for zeros.
+        self.shared.books.copied(Direction::Out, moved, self.copying);
+        self.log("evicted", moved, now() - began);
         self.shared.bury();
         evicted
     }

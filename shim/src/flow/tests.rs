@@ -146,6 +146,38 @@ fn a_drain_takes_the_target_and_one_kernel_at_most_and_the_gpu_always_works() {
     }
 }
 
+/// As a program that sets up with quick kernels and then works with slow ones: seen on an H100, where a thousand of 3 ms were
+/// in flight before the first was done, and drains took 1.0 to 1.2 s.
+#[test]
+fn what_was_quick_in_the_last_slice_may_be_slow_in_this_one() {
+    let quick = runs(5 * MICROSECOND, 0, SECOND);
+    let each = quick.pace.drained(2 * SECOND);
+    assert!(each.get().is_some_and(|known| known < 10 * MICROSECOND), "{each:?}");
+    for length in [100 * MICROSECOND, 3 * MILLISECOND, 20 * MILLISECOND] {
+        for until in [0, 1_600 * MILLISECOND] {
+            let mut process = Process::new(until, each);
+            process.runs(4 * SECOND, || length);
+            let drain = process.longest_drain;
+            assert!(drain <= TARGET + length, "kernels of {length} ns, {until} ns left: {drain} ns");
+            assert!(process.share(4 * SECOND) >= 0.99, "{}", process.share(4 * SECOND));
+        }
+    }
+    // Of kernels longer than the target, as few as of those of which nobody knows anything, and one for want of progress.
+    let mut process = Process::new(0, each);
+    process.runs(4 * SECOND, || 500 * MILLISECOND);
+    assert!(process.longest_drain <= (UNKNOWN + 1) * 500 * MILLISECOND, "{}", process.longest_drain);
+}
+
+/// It takes a dozen looks until what was known is believed again, and the GPU hardly waits for them.
+#[test]
+fn what_was_known_is_soon_believed_again() {
+    let each = runs(5 * MICROSECOND, 0, SECOND).pace.drained(2 * SECOND);
+    let mut process = Process::new(SECOND, each);
+    process.runs(100 * MILLISECOND, || 5 * MICROSECOND);
+    assert!(process.waits <= 12, "{}", process.waits);
+    assert!(process.share(100 * MILLISECOND) >= 0.99, "{}", process.share(100 * MILLISECOND));
+}
+
 /// Before its slice can end a process has as much in flight as takes until then.
 #[test]
 fn a_young_slice_has_a_long_backlog() {
