@@ -225,6 +225,18 @@ handles! {
     CUmemoryPool;
 }
 
+/// What `cuLaunchKernelEx` launches with: grid, block and shared memory, and then the stream.
+#[repr(C)]
+#[derive(Debug)]
+pub struct CUlaunchConfig {
+    /// Grid and block in three dimensions each, and bytes of shared memory.
+    pub shape: [u32; 7],
+    /// Where it is submitted to.
+    pub stream: CUstream,
+}
+
+const _: () = assert!(std::mem::offset_of!(CUlaunchConfig, stream) == 32);
+
 impl CUstream {
     /// The default stream that all threads of a context share, by name.
     pub const LEGACY: CUstream = CUstream(1);

@@ -1,7 +1,7 @@
 //! One GPU of this process: its memory, its books, and what the application's threads do with them.
 
 use crate::abi::*;
-use crate::drain::{Purpose, Streams};
+use crate::drain::Streams;
 use crate::driver::Driver;
 use crate::hostpool::{HostPool, PinError, Pinner};
 use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Memory, Place, Region, SMALL};
@@ -475,7 +475,7 @@ impl Shared {
     pub fn wait_for_work(&self) -> bool {
         session::with_no_capture(|| {
             // A broken context does no work any more, so its memory is not in use either.
-            if let Err(result) = together::mark(Purpose::Drain).wait() {
+            if let Err(result) = together::mark().wait() {
                 tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
             }
         })

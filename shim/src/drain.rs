@@ -5,11 +5,8 @@
 //! per-thread default streams among them; streams made with CU_STREAM_NON_BLOCKING get an event each.
 //! So nothing has to be written down at a launch.
 //!
-//! Such an event is a barrier, too: later work of the blocking streams waits for it. A drain has none, so it does no harm
-//! there. What tells how work gets on while it goes on ([`Purpose::Pace`]) must not be one: there each blocking stream gets
-//! an event of its own, which comes after all earlier work of the legacy stream as well. Only where that cannot be known
-//! to be all, because threads have used default streams of their own, or where there is nothing to join, it is the
-//! legacy stream's.
+//! (Such an event is a barrier, too: later work of the blocking streams waits for it. A drain has none. What tells how a
+//! stream's work gets on while it goes on is an event in that stream alone: [`crate::flow`].)
 //!
 //! A mark in the legacy stream is itself forbidden while a blocking stream captures: callers make sure
 //! that no capture is open ([`crate::session`]).
@@ -20,7 +17,6 @@
 use crate::abi::*;
 use crate::driver::Driver;
 use nvshare::units::Nanos;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 #[derive(Debug, Clone, Copy)]
@@ -47,52 +43,39 @@ struct Tracking {
 }
 
 /// An event at the end of a stream's work so far. Given back when dropped.
-struct End {
+pub struct End {
     driver: &'static Driver,
     context: CUcontext,
-    stream: CUstream,
     event: CUevent,
 }
 
-/// What a mark is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// To wait for everything.
-    Drain,
-    /// To see, and time, how work gets on, without being in its way.
-    Pace,
-}
-
-/// Threads have used default streams of their own, by the entry points that mean these. (Such a stream that is named by its
-/// handle is not noticed. It matters to the pace alone, and beside blocking streams alone: more is in flight then.)
-static PER_THREAD: AtomicBool = AtomicBool::new(false);
-
-/// A thread submits to its own default stream.
-#[inline]
-pub fn per_thread() {
-    if !PER_THREAD.load(Ordering::Relaxed) {
-        PER_THREAD.store(true, Ordering::Relaxed);
-    }
-}
-
 impl End {
-    /// In the context that is current.
-    fn record(
+    /// Of a stream of the context that is current; timed or not.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn record(
         driver: &'static Driver,
         context: CUcontext,
         stream: CUstream,
-        purpose: Purpose,
+        timed: bool,
     ) -> Result<Self, CuResult> {
-        let timing = if purpose == Purpose::Pace { 0 } else { CU_EVENT_DISABLE_TIMING };
+        let timing = if timed { 0 } else { CU_EVENT_DISABLE_TIMING };
         let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | timing)?;
-        let end = Self { driver, context, stream, event };
+        let end = Self { driver, context, event };
         driver.event_record(event, stream)?;
         Ok(end)
     }
 
     /// Whether it has come, or can never come.
-    fn is_past(&self) -> bool {
+    pub fn is_past(&self) -> bool {
         self.driver.event_query(self.event) != Err(CuResult::NOT_READY)
+    }
+
+    /// The GPU's time since an earlier one of the same stream, ns, if both are timed and past. `None` if there is no telling.
+    pub fn since(&self, earlier: &Self) -> Option<Nanos> {
+        let milliseconds = self.driver.event_elapsed_ms(earlier.event, self.event).ok()?;
+        Some((f64::from(milliseconds) * 1e6) as Nanos)
     }
 }
 
@@ -167,8 +150,8 @@ impl Streams {
         if blocking {
             return;
         }
-        let end = Current::new(driver, context)
-            .and_then(|_current| End::record(driver, context, stream, Purpose::Drain));
+        let end =
+            Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false));
         // A stream that cannot be marked (a capture is open in it) has no work that it has submitted.
         if let Ok(end) = end {
             tracking.orphans.push(end.into());
@@ -176,21 +159,15 @@ impl Streams {
     }
 
     /// Marks the present end of everything.
-    pub fn mark(&self, driver: &'static Driver, purpose: Purpose) -> Mark {
+    pub fn mark(&self, driver: &'static Driver) -> Mark {
         let mut tracking = self.tracking();
         tracking.orphans.retain(|end| !end.is_past());
         let mut mark = Mark { ends: tracking.orphans.clone(), broken: None };
-        let by_stream = purpose == Purpose::Pace && !PER_THREAD.load(Ordering::Relaxed);
-        let has_blocking =
-            |context| tracking.streams.iter().any(|stream| stream.blocking && stream.context == context);
-        let legacy = tracking.contexts.iter().filter(|context| !(by_stream && has_blocking(**context)));
-        let own = tracking.streams.iter().filter(|stream| by_stream || !stream.blocking);
-        let streams = legacy
-            .map(|context| (CUstream::LEGACY, *context))
-            .chain(own.map(|tracked| (tracked.stream, tracked.context)));
-        for (stream, context) in streams {
+        let legacy = tracking.contexts.iter().map(|context| (CUstream::LEGACY, *context));
+        let own = tracking.streams.iter().filter(|tracked| !tracked.blocking);
+        for (stream, context) in legacy.chain(own.map(|tracked| (tracked.stream, tracked.context))) {
             match Current::new(driver, context)
-                .and_then(|_current| End::record(driver, context, stream, purpose))
+                .and_then(|_current| End::record(driver, context, stream, false))
             {
                 Ok(end) => mark.ends.push(end.into()),
                 Err(error) => mark.broken = mark.broken.or(Some(error)),
@@ -216,18 +193,6 @@ impl Mark {
     /// Whether everything before it is done, or can never be.
     pub fn is_done(&self) -> bool {
         self.ends.iter().all(|end| end.is_past())
-    }
-
-    /// The GPU's time from an earlier mark to this one, ns: of the stream that took longest. Both are timed and done.
-    /// `None` if there is no telling.
-    pub fn since(&self, earlier: &Self) -> Option<Nanos> {
-        let between = |end: &Arc<End>| {
-            let same = |other: &&Arc<End>| other.context == end.context && other.stream == end.stream;
-            let from = earlier.ends.iter().find(same)?;
-            let milliseconds = end.driver.event_elapsed_ms(from.event, end.event).ok()?;
-            Some((f64::from(milliseconds) * 1e6) as Nanos)
-        };
-        self.ends.iter().filter_map(between).max()
     }
 
     /// This moment in one GPU's work, and that one in another's.

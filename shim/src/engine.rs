@@ -6,7 +6,7 @@
 
 use crate::abi::*;
 use crate::device::Shared;
-use crate::drain::{Mark, Purpose};
+use crate::drain::Mark;
 use crate::flow;
 use crate::session::{self, CaptureHold};
 use crate::settings::settings;
@@ -331,7 +331,7 @@ impl Engine {
             return Use::Look(quiet_until);
         }
         if self.idle.mark.is_none() {
-            self.idle.mark = session::with_no_capture(|| together::mark(Purpose::Drain));
+            self.idle.mark = session::with_no_capture(together::mark);
         }
         if self.idle.mark.as_ref().is_some_and(Mark::is_done) {
             self.idle.mark = None;
@@ -371,7 +371,7 @@ impl Engine {
         let ran = self.client.drain();
         let began = now();
         // On whichever GPU: it may use this one's memory.
-        if let Err(result) = together::mark(Purpose::Drain).wait() {
+        if let Err(result) = together::mark().wait() {
             // The application's own calls will tell it: its context is broken. There is no work left to
             // wait for, and its memory can go.
             tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
@@ -456,7 +456,7 @@ impl Engine {
         together::out(self.shared.gpu);
         session::gate().shut();
         flow::end(self.shared.gpu);
-        let _ = together::mark(Purpose::Drain).wait();
+        let _ = together::mark().wait();
         self.idle.mark = None;
         let regions = {
             let mut memory = self.shared.memory();

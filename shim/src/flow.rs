@@ -5,6 +5,9 @@
 //! for the client. So, while its slice can end ([`nvshare::policy::earliest_end`]), every submission passes here
 //! ([`Gate::limit`](crate::gate::Gate::limit)); while everybody's memory fits, none does, and nothing is paid.
 //!
+//! Each [`Queue`] is looked at by itself: a stream does its work in order, streams do theirs side by side, and what is in
+//! flight in one says nothing of another. A drain takes as long as the longest queue.
+//!
 //! ```text
 //!   done            marks: the work up to here is done, when the GPU says so          submitted
 //!    │──────|──────|──────|──────|──────|──────|──────|──────|──────|──────|───────────────│
@@ -12,13 +15,13 @@
 //!           at most the drain target, and what is left of the slice until it can end
 //! ```
 //!
-//! A mark is an event in each stream behind all work so far ([`crate::drain`]), so graphs and copies need nothing of their own.
-//! There are about sixteen in a full backlog. What a submission takes is the GPU's own time between two marks, over the
-//! submissions between them; it counts if the second mark was in the queue before the GPU came to the first, so that it was
-//! never without work meanwhile, and the longest of the last few does. Else it says only that they took no longer. (When
-//! somebody *sees* that marks have passed says nothing: they may be seen together that passed a second apart.) Only the
-//! GPU's progress is looked at: an application that waits for the GPU, however long and however often, is one with a
-//! small backlog.
+//! A mark is an event in the queue behind all its work so far, so graphs and copies need nothing of their own, and no stream
+//! waits for another that would not have without. There are about sixteen in a full backlog. What a submission takes is the
+//! GPU's own time between two marks, over the submissions between them; it counts if the second mark was in the queue before
+//! the GPU came to the first, so that it was never without work meanwhile, and the longest of the last few does. Else it says
+//! only that they took no longer. (When somebody *sees* that marks have passed says nothing: they may be seen together that
+//! passed a second apart.) Only the GPU's progress is looked at: an application that waits for the GPU, however long and
+//! however often, is one with a small backlog.
 //!
 //! Whoever would make the backlog too long waits until half of it is done, or, of one that is mostly a single kernel,
 //! most of it: the GPU still has work then. A kernel that is submitted when the backlog in front of it is within the
@@ -28,14 +31,16 @@
 //! then nothing passes while everybody is held. So whoever has seen no progress for long goes nevertheless, one
 //! submission at a time and ever more rarely.
 
-use crate::drain::{Mark, Purpose};
+use crate::abi::*;
+use crate::drain::{Current, End};
+use crate::driver::Driver;
 use crate::session;
-use crate::together;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, LazyLock, Mutex, MutexGuard};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 /// Parts of a full backlog between two marks.
@@ -73,9 +78,9 @@ pub trait Moment {
     fn since(&self, earlier: &Self) -> Option<Nanos>;
 }
 
-impl Moment for Mark {
+impl Moment for End {
     fn is_past(&self) -> bool {
-        self.is_done()
+        self.is_past()
     }
 
     fn since(&self, earlier: &Self) -> Option<Nanos> {
@@ -134,7 +139,7 @@ struct Stretch<M> {
     busy: bool,
 }
 
-/// The pace at which a process submits, while its slice can end.
+/// The pace at which a process submits to a queue, while its slice can end.
 pub struct Pace<M> {
     target: Nanos,
     /// When its slice can end, ns.
@@ -161,7 +166,7 @@ pub struct Pace<M> {
 }
 
 impl<M: Moment> Pace<M> {
-    /// Of a process that may have work in flight already, nobody knows how much. What a submission takes is known from
+    /// Of a queue that may have work in flight already, nobody knows how much. What a submission takes is known from
     /// before, if it is.
     fn new(target: Nanos, until: Nanos, each: Each, time: Nanos) -> Self {
         Self {
@@ -188,14 +193,6 @@ impl<M: Moment> Pace<M> {
             self.until = until;
             self.credit = 0;
         }
-    }
-
-    /// The marks mean nothing any more: a context has gone. What it had in flight is done.
-    pub fn forget(&mut self) {
-        self.marks.clear();
-        (self.stuck, self.nevertheless) = (None, 0);
-        self.done = self.submitted;
-        (self.last, self.begun, self.credit) = (None, false, 0);
     }
 
     /// All that it submitted is done. What is known of a submission now, which is most for long ones: perhaps they were
@@ -320,6 +317,8 @@ impl<M: Moment> Pace<M> {
 
     /// So many were submitted when they were asked for the mark; `mark` is behind them.
     pub fn marked(&mut self, count: u64, mark: M) {
+        // Asked of the pace of an earlier slice, perhaps.
+        let count = count.min(self.submitted);
         if count > self.last_marked() || !self.begun {
             self.begun = true;
             // Asked after the mark was made: what is not past now was not when its work was in the queue.
@@ -339,17 +338,53 @@ impl<M: Moment> Pace<M> {
     }
 }
 
-/// The process's pace, and when the slice of each of its GPUs can end.
+/// What does its work in order: a stream, by an explicit name, and for default streams of which context, or which thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Queue {
+    stream: CUstream,
+    context: Option<CUcontext>,
+    thread: Option<ThreadId>,
+}
+
+impl Queue {
+    /// That of the stream that a call names, whose default stream is the thread's own or not.
+    pub fn of(stream: CUstream, per_thread: bool) -> Self {
+        let stream = match stream {
+            CUstream::NULL if per_thread => CUstream::PER_THREAD,
+            CUstream::NULL => CUstream::LEGACY,
+            named => named,
+        };
+        let is_default = matches!(stream, CUstream::LEGACY | CUstream::PER_THREAD);
+        Self {
+            stream,
+            context: is_default.then(|| Driver::get().ok()?.ctx_current().ok()).flatten(),
+            thread: (stream == CUstream::PER_THREAD).then(|| std::thread::current().id()),
+        }
+    }
+
+    /// Its present end. `None` if it has none: the stream or its context is broken, or there is no such stream.
+    fn end(&self) -> Option<End> {
+        let driver = Driver::get().ok()?;
+        let context = self.context.or_else(|| driver.stream_ctx(self.stream).ok())?;
+        let _current = Current::new(driver, context).ok()?;
+        End::record(driver, context, self.stream, true).ok()
+    }
+}
+
+/// The pace of each queue, and when the slice of each of the process's GPUs can end.
+#[derive(Default)]
 struct Flow {
-    pace: Option<Pace<Mark>>,
+    /// While one of them can: how long a drain may take, and when it can, ns.
+    limit: Option<(Nanos, Nanos)>,
+    paces: HashMap<Queue, Pace<End>>,
     /// Of the slice that is over, until it is drained.
-    over: Option<Pace<Mark>>,
-    /// As it was when the last slice was drained.
-    each: Each,
+    over: HashMap<Queue, Pace<End>>,
+    /// Of the queues that were used in the slice before: as it was when that was drained.
+    each: HashMap<Queue, Each>,
     ends: Vec<(GpuUuid, Nanos)>,
 }
 
-static FLOW: Mutex<Flow> = Mutex::new(Flow { pace: None, over: None, each: Each::UNKNOWN, ends: Vec::new() });
+static FLOW: LazyLock<Mutex<Flow>> = LazyLock::new(Mutex::default);
 static CHANGED: Condvar = Condvar::new();
 
 /// Threads that wait here.
@@ -361,20 +396,37 @@ fn flow() -> MutexGuard<'static, Flow> {
     FLOW.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+impl Flow {
+    /// The pace of a queue, if its work is limited.
+    fn pace(&mut self, queue: Queue) -> Option<&mut Pace<End>> {
+        let (target, until) = self.limit?;
+        let each = self.each.get(&queue).copied().unwrap_or(Each::UNKNOWN);
+        Some(self.paces.entry(queue).or_insert_with(|| Pace::new(target, until, each, now())))
+    }
+
+    fn stop(&mut self) {
+        if self.limit.take().is_none() {
+            return;
+        }
+        self.each = self.paces.iter().map(|(queue, pace)| (*queue, pace.each)).collect();
+        self.over = std::mem::take(&mut self.paces);
+        session::gate().unlimit();
+        CHANGED.notify_all();
+    }
+}
+
 /// Says when the slice of a GPU can end, ns, or that it cannot. Called by the GPU's engine, while it runs, and before the
 /// gate opens: of threads that stand before it, each could have launched for seconds a moment later.
 pub fn limit(gpu: GpuUuid, end: Option<Nanos>, target: Nanos) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
     flow.ends.extend(end.map(|end| (gpu, end)));
-    let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return stop(&mut flow) };
+    let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return flow.stop() };
     // No mark is made here: the threads that submit may keep the driver to themselves for seconds.
-    let each = flow.each;
-    let pace = flow.pace.get_or_insert_with(|| {
+    if flow.limit.replace((target, until)).is_none() {
         session::gate().limit();
-        Pace::new(target, until, each, now())
-    });
-    pace.limit(until);
+    }
+    flow.paces.values_mut().for_each(|pace| pace.limit(until));
 }
 
 /// The slice of this GPU is over, or the process uses it no more.
@@ -382,40 +434,38 @@ pub fn end(gpu: GpuUuid) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
     if flow.ends.is_empty() {
-        stop(&mut flow);
+        flow.stop();
     }
-}
-
-fn stop(flow: &mut Flow) {
-    let Some(pace) = flow.pace.take() else { return };
-    flow.each = pace.each;
-    flow.over = Some(pace);
-    session::gate().unlimit();
-    CHANGED.notify_all();
 }
 
 /// All work of the process is done, and no capture is open: its last marks say what it took.
 pub fn drained() {
     let mut flow = flow();
-    if let Some(pace) = flow.over.take() {
-        flow.each = pace.drained(now());
-    }
+    let over = std::mem::take(&mut flow.over);
+    flow.each.extend(over.into_iter().map(|(queue, pace)| (queue, pace.drained(now()))));
 }
 
-/// A context is about to be destroyed, and its events with it.
+/// A context is about to be destroyed, and its events with it: the marks mean nothing any more.
 pub fn forget() {
     let mut flow = flow();
-    flow.over = None;
-    if let Some(pace) = &mut flow.pace {
-        pace.forget();
-    }
+    flow.paces.clear();
+    flow.over.clear();
 }
 
-/// Waits until a submission may go. Outside the gate: it may be shut meanwhile.
-#[cold]
-pub fn pace() {
+/// A stream is about to be destroyed: its handle may come back as another's.
+pub fn forget_stream(stream: CUstream) {
     let mut flow = flow();
-    while let Some(pace) = &mut flow.pace {
+    let is_other = |queue: &Queue| queue.stream != stream;
+    flow.paces.retain(|queue, _| is_other(queue));
+    flow.over.retain(|queue, _| is_other(queue));
+    flow.each.retain(|queue, _| is_other(queue));
+}
+
+/// Waits until a submission to a queue may go. Outside the gate: it may be shut meanwhile.
+#[cold]
+pub fn pace(queue: Queue) {
+    let mut flow = flow();
+    while let Some(pace) = flow.pace(queue) {
         if pace.has_credit() {
             return;
         }
@@ -427,12 +477,11 @@ pub fn pace() {
             Turn::Mark => {
                 let count = pace.submitted();
                 drop(flow);
-                let marked = session::with_no_capture(|| together::mark(Purpose::Pace));
-                let Some(mark) = marked else { return };
+                let Some(mark) = session::with_no_capture(|| queue.end()).flatten() else { return };
                 flow = self::flow();
                 // Else one may have begun meanwhile: the mark is as good as none.
                 let _ = session::with_no_capture(|| {
-                    if let Some(pace) = &mut flow.pace {
+                    if let Some(pace) = flow.pace(queue) {
                         pace.marked(count, mark);
                     }
                 });

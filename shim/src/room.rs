@@ -61,7 +61,7 @@ impl Room {
         let room = Self { shared, base };
         loop {
             // The gate is open when all that the client has is in place.
-            let _pass = session::enter()?;
+            let _pass = session::enter_query()?;
             let mut memory = room.shared.memory();
             // The context may have gone meanwhile, and the room with it.
             let region = memory.region_mut(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;

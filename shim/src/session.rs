@@ -9,6 +9,7 @@ use crate::arrival::Newcomer;
 use crate::device::{DriverPinner, Shared};
 use crate::driver::Driver;
 use crate::engine;
+use crate::flow::Queue;
 use crate::gate::{Gate, Lane};
 use crate::hostpool::{HostPool, HostPoolConfig};
 use crate::settings::{OnMissingArbiter, settings};
@@ -101,21 +102,14 @@ pub fn is_inside() -> bool {
     !lane.is_null() && unsafe { &*lane }.inside()
 }
 
-/// Goes through the gate to submit work, waiting while memory is out.
+/// Goes through the gate to submit work to a queue of the GPU's, waiting while memory is out, or while too much of that queue's
+/// work is in flight.
 ///
 /// # Errors
 /// What the driver's call must return instead: memory could not be moved, and data is lost.
 #[inline]
-pub fn enter() -> Result<Pass, CuResult> {
-    let lane = LANE.get();
-    if !lane.is_null() {
-        // SAFETY: as above.
-        let inside = unsafe { &*lane };
-        if !inside.inside() && GATE.try_enter(inside) {
-            return Ok(Pass { lane });
-        }
-    }
-    enter_slowly()
+pub fn enter(queue: impl Fn() -> Queue) -> Result<Pass, CuResult> {
+    quickly().map_or_else(|| enter_slowly(&|| crate::flow::pace(queue())), Ok)
 }
 
 /// Goes through the gate for a call that wants memory mapped and submits nothing.
@@ -124,12 +118,26 @@ pub fn enter() -> Result<Pass, CuResult> {
 /// As [`enter`].
 #[inline]
 pub fn enter_query() -> Result<Pass, CuResult> {
-    enter()
+    quickly().map_or_else(|| enter_slowly(&|| ()), Ok)
+}
+
+/// Through a gate that is open to all, from outside.
+#[inline]
+fn quickly() -> Option<Pass> {
+    let lane = LANE.get();
+    if !lane.is_null() {
+        // SAFETY: as above.
+        let inside = unsafe { &*lane };
+        if !inside.inside() && GATE.try_enter(inside) {
+            return Some(Pass { lane });
+        }
+    }
+    None
 }
 
 #[cold]
 #[inline(never)]
-fn enter_slowly() -> Result<Pass, CuResult> {
+fn enter_slowly(keep_pace: &dyn Fn()) -> Result<Pass, CuResult> {
     let outside = Ok(Pass { lane: std::ptr::null() });
     if !enabled() {
         return outside;
@@ -149,7 +157,7 @@ fn enter_slowly() -> Result<Pass, CuResult> {
         // A call within a call, of a driver callback or of a library that wraps the driver.
         return outside;
     }
-    GATE.enter(inside, crate::flow::pace, knock);
+    GATE.enter(inside, keep_pace, knock);
     match BROKEN.load(Ordering::Relaxed) {
         0 => Ok(Pass { lane }),
         code => {
@@ -449,7 +457,7 @@ fn capturing() -> MutexGuard<'static, Option<HashSet<CUstream>>> {
 /// Begins a capture with `call`, in a moment when nobody wants to drain.
 pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
     let (_pass, mut set) = loop {
-        match enter() {
+        match enter_query() {
             Ok(pass) => {
                 // Held while it is looked whether to begin: see CaptureHold::unless_capturing.
                 let set = capturing();

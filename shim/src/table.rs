@@ -24,6 +24,9 @@
 //! `@` is the API version since which `cuGetProcAddress` answers the base name (the name without `_v2`, `_ptds`,
 //! `_ptsz`) with this symbol; an older request gets an older row.
 //!
+//! What submits work stands under where its arguments name the stream: [`crate::flow`] counts each stream's work by
+//! itself.
+//!
 //! # Why forwarding needs only the number of arguments
 //!
 //! Every argument of every forwarded function is a pointer, a handle, an integer of up to 64 bits, or `CUmemLocation`
@@ -207,6 +210,8 @@ pub struct Entry {
     pub arity: Option<u8>,
     /// What it is to nvshare.
     pub class: Class,
+    /// For what is forwarded: which argument names its stream, as its group in the table says.
+    pub stream: Option<&'static str>,
     /// What stands in for it and where the driver's own is; `None` for rows that pass through.
     pub hooked: Option<Hooked>,
 }
@@ -230,7 +235,12 @@ impl Hooked {
 impl Entry {
     const fn new(export: &'static str, since: u32, arity: Option<u8>, class: Class) -> Entry {
         let per_thread = is_per_thread(export);
-        Entry { export, base: base_name(export), since, per_thread, arity, class, hooked: None }
+        Entry { export, base: base_name(export), since, per_thread, arity, class, stream: None, hooked: None }
+    }
+
+    const fn in_stream(mut self, at: &'static str) -> Entry {
+        self.stream = Some(at);
+        self
     }
 
     const fn hooked(mut self, hook: *const c_void, real: &'static Real) -> Entry {
@@ -312,15 +322,34 @@ const RENAMED: &[Renamed] =
 
 /// Takes the pass that a class of forwarded calls needs.
 macro_rules! enter {
-    (Submit) => {
-        crate::session::enter()
+    (Submit $at:ident $per_thread:ident $($a:ident)*) => {
+        crate::session::enter(|| crate::flow::Queue::of(CUstream(stream!($at $($a)*)), $per_thread))
     };
-    (NeedsMemory) => {
+    (NeedsMemory $at:ident $per_thread:ident $($a:ident)*) => {
         crate::session::enter_query()
     };
-    (Grows) => {
+    (Grows $at:ident $per_thread:ident $($a:ident)*) => {
         Ok::<(), CuResult>(())
     };
+}
+
+/// The stream that a call submits to, by where its arguments say it: the first of them, the ninth, the last, the launch's
+/// attributes in the first. By default, or where a call names several, the default stream.
+macro_rules! stream {
+    (first $a:ident $($rest:ident)*) => { $a };
+    (ninth $a0:ident $a1:ident $a2:ident $a3:ident $a4:ident $a5:ident $a6:ident $a7:ident $a8:ident $($rest:ident)*) => { $a8 };
+    (last $a:ident) => { $a };
+    (last $a:ident $($rest:ident)+) => { stream!(last $($rest)+) };
+    // SAFETY: null, or a configuration that the driver will read.
+    (attributes $a:ident $($rest:ident)*) => { unsafe { stream_of($a as *const CUlaunchConfig) } };
+    (default $($a:ident)*) => { 0 };
+}
+
+/// # Safety
+/// `config` is null or points to a launch's configuration.
+unsafe fn stream_of(config: *const CUlaunchConfig) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe { config.as_ref() }.map_or(0, |config| config.stream.0)
 }
 
 /// Names the parameters of a forwarded function: `arguments!(2 => callback ...)` is `callback!(... a0 a1)`.
@@ -348,19 +377,18 @@ macro_rules! word {
 
 /// The body of a forwarded function.
 macro_rules! forward {
-    (($class:ident $name:ident) $($a:ident)*) => {
+    (($class:ident $at:ident $name:ident) $($a:ident)*) => {
         #[inline(always)]
         pub(super) unsafe fn $name($($a: usize),*) -> CuResult {
             let Some(real) = slot::$name.get() else { return CuResult::NOT_FOUND };
-            if const { is_per_thread(stringify!($name)) } {
-                crate::drain::per_thread();
-            }
+            #[allow(dead_code)]
+            const PER_THREAD: bool = is_per_thread(stringify!($name));
             let real: unsafe extern "C" fn($(word!($a)),*) -> CuResult =
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
                 unsafe { std::mem::transmute(real) };
             let call = || {
-                let _pass = match enter!($class) {
+                let _pass = match enter!($class $at PER_THREAD $($a)*) {
                     Ok(pass) => pass,
                     Err(result) => return result,
                 };
@@ -402,7 +430,7 @@ macro_rules! handwritten {
 
 macro_rules! entry_points {
     (
-        forwarded { $($fclass:ident { $($fname:ident($arity:tt) @ $fsince:literal;)* })* }
+        forwarded { $($fclass:ident $fat:ident { $($fname:ident($arity:tt) @ $fsince:literal;)* })* }
         hooked { $($hclass:ident { $($hname:ident($($arg:ident: $ty:ty),*) @ $hsince:literal;)* })* }
         passed { $($pname:ident @ $psince:literal;)* }
     ) => {
@@ -438,14 +466,11 @@ macro_rules! entry_points {
         #[allow(non_snake_case, clippy::too_many_arguments)]
         mod body {
             use super::*;
-            $($(arguments!($arity => forward ($fclass $fname));)*)*
+            $($(arguments!($arity => forward ($fclass $fat $fname));)*)*
             $($(
                 #[inline(always)]
                 pub(super) unsafe fn $hname($($arg: $ty),*) -> CuResult {
                     if crate::session::enabled() {
-                        if const { is_per_thread(stringify!($hname)) } {
-                            crate::drain::per_thread();
-                        }
                         // SAFETY: the caller's arguments.
                         unsafe { handwritten!($hclass $hname)($($arg),*) }
                     } else {
@@ -487,6 +512,7 @@ macro_rules! entry_points {
         pub static ENTRIES: &[Entry] = &[
             $($(
                 Entry::new(stringify!($fname), $fsince, Some($arity), Class::$fclass)
+                    .in_stream(stringify!($fat))
                     .hooked(hook::$fname as *const c_void, &slot::$fname),
             )*)*
             $($(
@@ -500,163 +526,9 @@ macro_rules! entry_points {
 
 entry_points! {
     forwarded {
-        Submit {
-            cuFabricCpyBatchAsync(4) @ 13_050;
-            cuFabricCpyBatchAsync_ptsz(4) @ 13_050;
-            cuGLMapBufferObject(3) @ 2_000;
-            cuGLMapBufferObject_v2(3) @ 3_020;
-            cuGLMapBufferObject_v2_ptds(3) @ 7_000;
-            cuGLMapBufferObjectAsync(4) @ 2_030;
-            cuGLMapBufferObjectAsync_v2(4) @ 3_020;
-            cuGLMapBufferObjectAsync_v2_ptsz(4) @ 7_000;
-            cuGLUnmapBufferObject(1) @ 2_000;
-            cuGLUnmapBufferObjectAsync(2) @ 2_030;
-            cuGraphLaunch(2) @ 10_000;
-            cuGraphLaunch_ptsz(2) @ 10_000;
-            cuGraphUpload(2) @ 11_010;
-            cuGraphUpload_ptsz(2) @ 11_010;
-            cuGraphicsMapResources(3) @ 3_000;
-            cuGraphicsMapResources_ptsz(3) @ 7_000;
-            cuGraphicsUnmapResources(3) @ 3_000;
-            cuGraphicsUnmapResources_ptsz(3) @ 7_000;
-            cuLaunch(1) @ 2_000;
-            cuLaunchCooperativeKernel(10) @ 9_000;
-            cuLaunchCooperativeKernel_ptsz(10) @ 9_000;
-            cuLaunchCooperativeKernelMultiDevice(3) @ 9_000;
-            cuLaunchGrid(3) @ 2_000;
-            cuLaunchGridAsync(4) @ 2_000;
+        Submit first {
             cuLaunchHostFunc(3) @ 10_000;
             cuLaunchHostFunc_ptsz(3) @ 10_000;
-            cuLaunchHostFunc_v2(4) @ 13_010;
-            cuLaunchHostFunc_v2_ptsz(4) @ 13_010;
-            cuLaunchKernel(11) @ 4_000;
-            cuLaunchKernel_ptsz(11) @ 7_000;
-            cuLaunchKernelEx(4) @ 11_060;
-            cuLaunchKernelEx_ptsz(4) @ 11_060;
-            cuMemBatchDecompressAsync(5) @ 12_060;
-            cuMemBatchDecompressAsync_ptsz(5) @ 12_060;
-            cuMemDiscardAndPrefetchBatchAsync(8) @ 13_000;
-            cuMemDiscardAndPrefetchBatchAsync_ptsz(8) @ 13_000;
-            cuMemDiscardBatchAsync(5) @ 13_000;
-            cuMemDiscardBatchAsync_ptsz(5) @ 13_000;
-            cuMemMapArrayAsync(3) @ 11_010;
-            cuMemMapArrayAsync_ptsz(3) @ 11_010;
-            cuMemPrefetchAsync(4) @ 8_000;
-            cuMemPrefetchAsync_ptsz(4) @ 8_000;
-            cuMemPrefetchAsync_v2(5) @ 12_020;
-            cuMemPrefetchAsync_v2_ptsz(5) @ 12_020;
-            cuMemPrefetchBatchAsync(8) @ 13_000;
-            cuMemPrefetchBatchAsync_ptsz(8) @ 13_000;
-            cuMemcpy(3) @ 4_000;
-            cuMemcpy_ptds(3) @ 7_000;
-            cuMemcpy2D(1) @ 2_000;
-            cuMemcpy2D_v2(1) @ 3_020;
-            cuMemcpy2D_v2_ptds(1) @ 7_000;
-            cuMemcpy2DAsync(2) @ 2_000;
-            cuMemcpy2DAsync_v2(2) @ 3_020;
-            cuMemcpy2DAsync_v2_ptsz(2) @ 7_000;
-            cuMemcpy2DUnaligned(1) @ 2_000;
-            cuMemcpy2DUnaligned_v2(1) @ 3_020;
-            cuMemcpy2DUnaligned_v2_ptds(1) @ 7_000;
-            cuMemcpy3D(1) @ 2_000;
-            cuMemcpy3D_v2(1) @ 3_020;
-            cuMemcpy3D_v2_ptds(1) @ 7_000;
-            cuMemcpy3DAsync(2) @ 2_000;
-            cuMemcpy3DAsync_v2(2) @ 3_020;
-            cuMemcpy3DAsync_v2_ptsz(2) @ 7_000;
-            cuMemcpy3DBatchAsync(5) @ 12_080;
-            cuMemcpy3DBatchAsync_ptsz(5) @ 12_080;
-            cuMemcpy3DBatchAsync_v2(4) @ 13_000;
-            cuMemcpy3DBatchAsync_v2_ptsz(4) @ 13_000;
-            cuMemcpy3DPeer(1) @ 4_000;
-            cuMemcpy3DPeer_ptds(1) @ 7_000;
-            cuMemcpy3DPeerAsync(2) @ 4_000;
-            cuMemcpy3DPeerAsync_ptsz(2) @ 7_000;
-            cuMemcpy3DWithAttributesAsync(3) @ 13_020;
-            cuMemcpy3DWithAttributesAsync_ptsz(3) @ 13_020;
-            cuMemcpyAsync(4) @ 4_000;
-            cuMemcpyAsync_ptsz(4) @ 7_000;
-            cuMemcpyAtoA(5) @ 2_000;
-            cuMemcpyAtoA_v2(5) @ 3_020;
-            cuMemcpyAtoA_v2_ptds(5) @ 7_000;
-            cuMemcpyAtoD(4) @ 2_000;
-            cuMemcpyAtoD_v2(4) @ 3_020;
-            cuMemcpyAtoD_v2_ptds(4) @ 7_000;
-            cuMemcpyAtoH(4) @ 2_000;
-            cuMemcpyAtoH_v2(4) @ 3_020;
-            cuMemcpyAtoH_v2_ptds(4) @ 7_000;
-            cuMemcpyAtoHAsync(5) @ 2_000;
-            cuMemcpyAtoHAsync_v2(5) @ 3_020;
-            cuMemcpyAtoHAsync_v2_ptsz(5) @ 7_000;
-            cuMemcpyBatchAsync(9) @ 12_080;
-            cuMemcpyBatchAsync_ptsz(9) @ 12_080;
-            cuMemcpyBatchAsync_v2(8) @ 13_000;
-            cuMemcpyBatchAsync_v2_ptsz(8) @ 13_000;
-            cuMemcpyDtoA(4) @ 2_000;
-            cuMemcpyDtoA_v2(4) @ 3_020;
-            cuMemcpyDtoA_v2_ptds(4) @ 7_000;
-            cuMemcpyDtoD(3) @ 2_000;
-            cuMemcpyDtoD_v2(3) @ 3_020;
-            cuMemcpyDtoD_v2_ptds(3) @ 7_000;
-            cuMemcpyDtoDAsync(4) @ 3_000;
-            cuMemcpyDtoDAsync_v2(4) @ 3_020;
-            cuMemcpyDtoDAsync_v2_ptsz(4) @ 7_000;
-            cuMemcpyDtoH(3) @ 2_000;
-            cuMemcpyDtoH_v2(3) @ 3_020;
-            cuMemcpyDtoH_v2_ptds(3) @ 7_000;
-            cuMemcpyDtoHAsync(4) @ 2_000;
-            cuMemcpyDtoHAsync_v2(4) @ 3_020;
-            cuMemcpyDtoHAsync_v2_ptsz(4) @ 7_000;
-            cuMemcpyHtoA(4) @ 2_000;
-            cuMemcpyHtoA_v2(4) @ 3_020;
-            cuMemcpyHtoA_v2_ptds(4) @ 7_000;
-            cuMemcpyHtoAAsync(5) @ 2_000;
-            cuMemcpyHtoAAsync_v2(5) @ 3_020;
-            cuMemcpyHtoAAsync_v2_ptsz(5) @ 7_000;
-            cuMemcpyHtoD(3) @ 2_000;
-            cuMemcpyHtoD_v2(3) @ 3_020;
-            cuMemcpyHtoD_v2_ptds(3) @ 7_000;
-            cuMemcpyHtoDAsync(4) @ 2_000;
-            cuMemcpyHtoDAsync_v2(4) @ 3_020;
-            cuMemcpyHtoDAsync_v2_ptsz(4) @ 7_000;
-            cuMemcpyPeer(5) @ 4_000;
-            cuMemcpyPeer_ptds(5) @ 7_000;
-            cuMemcpyPeerAsync(6) @ 4_000;
-            cuMemcpyPeerAsync_ptsz(6) @ 7_000;
-            cuMemcpyWithAttributesAsync(5) @ 13_020;
-            cuMemcpyWithAttributesAsync_ptsz(5) @ 13_020;
-            cuMemsetD16(3) @ 2_000;
-            cuMemsetD16_v2(3) @ 3_020;
-            cuMemsetD16_v2_ptds(3) @ 7_000;
-            cuMemsetD16Async(4) @ 3_020;
-            cuMemsetD16Async_ptsz(4) @ 7_000;
-            cuMemsetD2D16(5) @ 2_000;
-            cuMemsetD2D16_v2(5) @ 3_020;
-            cuMemsetD2D16_v2_ptds(5) @ 7_000;
-            cuMemsetD2D16Async(6) @ 3_020;
-            cuMemsetD2D16Async_ptsz(6) @ 7_000;
-            cuMemsetD2D32(5) @ 2_000;
-            cuMemsetD2D32_v2(5) @ 3_020;
-            cuMemsetD2D32_v2_ptds(5) @ 7_000;
-            cuMemsetD2D32Async(6) @ 3_020;
-            cuMemsetD2D32Async_ptsz(6) @ 7_000;
-            cuMemsetD2D8(5) @ 2_000;
-            cuMemsetD2D8_v2(5) @ 3_020;
-            cuMemsetD2D8_v2_ptds(5) @ 7_000;
-            cuMemsetD2D8Async(6) @ 3_020;
-            cuMemsetD2D8Async_ptsz(6) @ 7_000;
-            cuMemsetD32(3) @ 2_000;
-            cuMemsetD32_v2(3) @ 3_020;
-            cuMemsetD32_v2_ptds(3) @ 7_000;
-            cuMemsetD32Async(4) @ 3_020;
-            cuMemsetD32Async_ptsz(4) @ 7_000;
-            cuMemsetD8(3) @ 2_000;
-            cuMemsetD8_v2(3) @ 3_020;
-            cuMemsetD8_v2_ptds(3) @ 7_000;
-            cuMemsetD8Async(4) @ 3_020;
-            cuMemsetD8Async_ptsz(4) @ 7_000;
-            cuSignalExternalSemaphoresAsync(4) @ 10_000;
-            cuSignalExternalSemaphoresAsync_ptsz(4) @ 10_000;
             cuStreamAddCallback(4) @ 5_000;
             cuStreamAddCallback_ptsz(4) @ 7_000;
             cuStreamAttachMemAsync(4) @ 6_000;
@@ -681,10 +553,172 @@ entry_points! {
             cuStreamWriteValue64_ptsz(4) @ 9_000;
             cuStreamWriteValue64_v2(4) @ 11_070;
             cuStreamWriteValue64_v2_ptsz(4) @ 11_070;
+        }
+        Submit ninth {
+            cuLaunchCooperativeKernel(10) @ 9_000;
+            cuLaunchCooperativeKernel_ptsz(10) @ 9_000;
+            cuLaunchKernel(11) @ 4_000;
+            cuLaunchKernel_ptsz(11) @ 7_000;
+        }
+        Submit last {
+            cuGLMapBufferObjectAsync(4) @ 2_030;
+            cuGLMapBufferObjectAsync_v2(4) @ 3_020;
+            cuGLMapBufferObjectAsync_v2_ptsz(4) @ 7_000;
+            cuGLUnmapBufferObjectAsync(2) @ 2_030;
+            cuGraphLaunch(2) @ 10_000;
+            cuGraphLaunch_ptsz(2) @ 10_000;
+            cuGraphUpload(2) @ 11_010;
+            cuGraphUpload_ptsz(2) @ 11_010;
+            cuGraphicsMapResources(3) @ 3_000;
+            cuGraphicsMapResources_ptsz(3) @ 7_000;
+            cuGraphicsUnmapResources(3) @ 3_000;
+            cuGraphicsUnmapResources_ptsz(3) @ 7_000;
+            cuLaunchGridAsync(4) @ 2_000;
+            cuMemBatchDecompressAsync(5) @ 12_060;
+            cuMemBatchDecompressAsync_ptsz(5) @ 12_060;
+            cuMemDiscardAndPrefetchBatchAsync(8) @ 13_000;
+            cuMemDiscardAndPrefetchBatchAsync_ptsz(8) @ 13_000;
+            cuMemDiscardBatchAsync(5) @ 13_000;
+            cuMemDiscardBatchAsync_ptsz(5) @ 13_000;
+            cuMemMapArrayAsync(3) @ 11_010;
+            cuMemMapArrayAsync_ptsz(3) @ 11_010;
+            cuMemPrefetchAsync(4) @ 8_000;
+            cuMemPrefetchAsync_ptsz(4) @ 8_000;
+            cuMemPrefetchAsync_v2(5) @ 12_020;
+            cuMemPrefetchAsync_v2_ptsz(5) @ 12_020;
+            cuMemPrefetchBatchAsync(8) @ 13_000;
+            cuMemPrefetchBatchAsync_ptsz(8) @ 13_000;
+            cuMemcpy2DAsync(2) @ 2_000;
+            cuMemcpy2DAsync_v2(2) @ 3_020;
+            cuMemcpy2DAsync_v2_ptsz(2) @ 7_000;
+            cuMemcpy3DAsync(2) @ 2_000;
+            cuMemcpy3DAsync_v2(2) @ 3_020;
+            cuMemcpy3DAsync_v2_ptsz(2) @ 7_000;
+            cuMemcpy3DBatchAsync(5) @ 12_080;
+            cuMemcpy3DBatchAsync_ptsz(5) @ 12_080;
+            cuMemcpy3DBatchAsync_v2(4) @ 13_000;
+            cuMemcpy3DBatchAsync_v2_ptsz(4) @ 13_000;
+            cuMemcpy3DPeerAsync(2) @ 4_000;
+            cuMemcpy3DPeerAsync_ptsz(2) @ 7_000;
+            cuMemcpy3DWithAttributesAsync(3) @ 13_020;
+            cuMemcpy3DWithAttributesAsync_ptsz(3) @ 13_020;
+            cuMemcpyAsync(4) @ 4_000;
+            cuMemcpyAsync_ptsz(4) @ 7_000;
+            cuMemcpyAtoHAsync(5) @ 2_000;
+            cuMemcpyAtoHAsync_v2(5) @ 3_020;
+            cuMemcpyAtoHAsync_v2_ptsz(5) @ 7_000;
+            cuMemcpyBatchAsync(9) @ 12_080;
+            cuMemcpyBatchAsync_ptsz(9) @ 12_080;
+            cuMemcpyBatchAsync_v2(8) @ 13_000;
+            cuMemcpyBatchAsync_v2_ptsz(8) @ 13_000;
+            cuMemcpyDtoDAsync(4) @ 3_000;
+            cuMemcpyDtoDAsync_v2(4) @ 3_020;
+            cuMemcpyDtoDAsync_v2_ptsz(4) @ 7_000;
+            cuMemcpyDtoHAsync(4) @ 2_000;
+            cuMemcpyDtoHAsync_v2(4) @ 3_020;
+            cuMemcpyDtoHAsync_v2_ptsz(4) @ 7_000;
+            cuMemcpyHtoAAsync(5) @ 2_000;
+            cuMemcpyHtoAAsync_v2(5) @ 3_020;
+            cuMemcpyHtoAAsync_v2_ptsz(5) @ 7_000;
+            cuMemcpyHtoDAsync(4) @ 2_000;
+            cuMemcpyHtoDAsync_v2(4) @ 3_020;
+            cuMemcpyHtoDAsync_v2_ptsz(4) @ 7_000;
+            cuMemcpyPeerAsync(6) @ 4_000;
+            cuMemcpyPeerAsync_ptsz(6) @ 7_000;
+            cuMemcpyWithAttributesAsync(5) @ 13_020;
+            cuMemcpyWithAttributesAsync_ptsz(5) @ 13_020;
+            cuMemsetD16Async(4) @ 3_020;
+            cuMemsetD16Async_ptsz(4) @ 7_000;
+            cuMemsetD2D16Async(6) @ 3_020;
+            cuMemsetD2D16Async_ptsz(6) @ 7_000;
+            cuMemsetD2D32Async(6) @ 3_020;
+            cuMemsetD2D32Async_ptsz(6) @ 7_000;
+            cuMemsetD2D8Async(6) @ 3_020;
+            cuMemsetD2D8Async_ptsz(6) @ 7_000;
+            cuMemsetD32Async(4) @ 3_020;
+            cuMemsetD32Async_ptsz(4) @ 7_000;
+            cuMemsetD8Async(4) @ 3_020;
+            cuMemsetD8Async_ptsz(4) @ 7_000;
+            cuSignalExternalSemaphoresAsync(4) @ 10_000;
+            cuSignalExternalSemaphoresAsync_ptsz(4) @ 10_000;
             cuWaitExternalSemaphoresAsync(4) @ 10_000;
             cuWaitExternalSemaphoresAsync_ptsz(4) @ 10_000;
         }
-        NeedsMemory {
+        Submit attributes {
+            cuLaunchKernelEx(4) @ 11_060;
+            cuLaunchKernelEx_ptsz(4) @ 11_060;
+        }
+        Submit default {
+            cuFabricCpyBatchAsync(4) @ 13_050;
+            cuFabricCpyBatchAsync_ptsz(4) @ 13_050;
+            cuGLMapBufferObject(3) @ 2_000;
+            cuGLMapBufferObject_v2(3) @ 3_020;
+            cuGLMapBufferObject_v2_ptds(3) @ 7_000;
+            cuGLUnmapBufferObject(1) @ 2_000;
+            cuLaunch(1) @ 2_000;
+            cuLaunchCooperativeKernelMultiDevice(3) @ 9_000;
+            cuLaunchGrid(3) @ 2_000;
+            cuLaunchHostFunc_v2(4) @ 13_010;
+            cuLaunchHostFunc_v2_ptsz(4) @ 13_010;
+            cuMemcpy(3) @ 4_000;
+            cuMemcpy_ptds(3) @ 7_000;
+            cuMemcpy2D(1) @ 2_000;
+            cuMemcpy2D_v2(1) @ 3_020;
+            cuMemcpy2D_v2_ptds(1) @ 7_000;
+            cuMemcpy2DUnaligned(1) @ 2_000;
+            cuMemcpy2DUnaligned_v2(1) @ 3_020;
+            cuMemcpy2DUnaligned_v2_ptds(1) @ 7_000;
+            cuMemcpy3D(1) @ 2_000;
+            cuMemcpy3D_v2(1) @ 3_020;
+            cuMemcpy3D_v2_ptds(1) @ 7_000;
+            cuMemcpy3DPeer(1) @ 4_000;
+            cuMemcpy3DPeer_ptds(1) @ 7_000;
+            cuMemcpyAtoA(5) @ 2_000;
+            cuMemcpyAtoA_v2(5) @ 3_020;
+            cuMemcpyAtoA_v2_ptds(5) @ 7_000;
+            cuMemcpyAtoD(4) @ 2_000;
+            cuMemcpyAtoD_v2(4) @ 3_020;
+            cuMemcpyAtoD_v2_ptds(4) @ 7_000;
+            cuMemcpyAtoH(4) @ 2_000;
+            cuMemcpyAtoH_v2(4) @ 3_020;
+            cuMemcpyAtoH_v2_ptds(4) @ 7_000;
+            cuMemcpyDtoA(4) @ 2_000;
+            cuMemcpyDtoA_v2(4) @ 3_020;
+            cuMemcpyDtoA_v2_ptds(4) @ 7_000;
+            cuMemcpyDtoD(3) @ 2_000;
+            cuMemcpyDtoD_v2(3) @ 3_020;
+            cuMemcpyDtoD_v2_ptds(3) @ 7_000;
+            cuMemcpyDtoH(3) @ 2_000;
+            cuMemcpyDtoH_v2(3) @ 3_020;
+            cuMemcpyDtoH_v2_ptds(3) @ 7_000;
+            cuMemcpyHtoA(4) @ 2_000;
+            cuMemcpyHtoA_v2(4) @ 3_020;
+            cuMemcpyHtoA_v2_ptds(4) @ 7_000;
+            cuMemcpyHtoD(3) @ 2_000;
+            cuMemcpyHtoD_v2(3) @ 3_020;
+            cuMemcpyHtoD_v2_ptds(3) @ 7_000;
+            cuMemcpyPeer(5) @ 4_000;
+            cuMemcpyPeer_ptds(5) @ 7_000;
+            cuMemsetD16(3) @ 2_000;
+            cuMemsetD16_v2(3) @ 3_020;
+            cuMemsetD16_v2_ptds(3) @ 7_000;
+            cuMemsetD2D16(5) @ 2_000;
+            cuMemsetD2D16_v2(5) @ 3_020;
+            cuMemsetD2D16_v2_ptds(5) @ 7_000;
+            cuMemsetD2D32(5) @ 2_000;
+            cuMemsetD2D32_v2(5) @ 3_020;
+            cuMemsetD2D32_v2_ptds(5) @ 7_000;
+            cuMemsetD2D8(5) @ 2_000;
+            cuMemsetD2D8_v2(5) @ 3_020;
+            cuMemsetD2D8_v2_ptds(5) @ 7_000;
+            cuMemsetD32(3) @ 2_000;
+            cuMemsetD32_v2(3) @ 3_020;
+            cuMemsetD32_v2_ptds(3) @ 7_000;
+            cuMemsetD8(3) @ 2_000;
+            cuMemsetD8_v2(3) @ 3_020;
+            cuMemsetD8_v2_ptds(3) @ 7_000;
+        }
+        NeedsMemory none {
             cuGraphAddBatchMemOpNode(5) @ 11_070;
             cuGraphAddChildGraphNode(5) @ 10_000;
             cuGraphAddMemcpyNode(6) @ 10_000;
@@ -727,7 +761,7 @@ entry_points! {
             cuTexRefSetAddress2D_v2(4) @ 3_020;
             cuTexRefSetAddress2D_v3(4) @ 4_010;
         }
-        Grows {
+        Grows none {
             cuCtxSetLimit(2) @ 3_010;
             cuEventCreate(2) @ 2_000;
             cuFuncLoad(1) @ 12_040;
@@ -1357,6 +1391,40 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// What is asynchronous, or has a form for threads with default streams of their own that is (`_ptsz`), names its stream;
+    /// what is synchronous (`_ptds`) has none to name.
+    #[test]
+    fn what_names_a_stream_stands_under_where() {
+        // What several streams do, and what is newer than any description of its arguments that was at hand.
+        let by_default =
+            ["cuLaunchCooperativeKernelMultiDevice", "cuFabricCpyBatchAsync", "cuLaunchHostFunc"];
+        for entry in ENTRIES.iter().filter(|entry| entry.class == Class::Submit) {
+            let Some(at) = entry.stream else { continue };
+            let asynchronous = entry.base.contains("Async") || entry.export.ends_with("_ptsz");
+            if by_default.contains(&entry.base) && at == "default" {
+                continue;
+            }
+            assert!(!asynchronous || at != "default", "{} names its stream somewhere", entry.export);
+            assert!(!entry.export.ends_with("_ptds") || at == "default", "{}", entry.export);
+        }
+    }
+
+    #[test]
+    fn a_stream_is_found_among_the_arguments() {
+        fn found(a: usize, b: usize, c: usize) -> [usize; 4] {
+            [
+                stream!(first a b c),
+                stream!(last a b c),
+                stream!(default a b c),
+                stream!(ninth a a a a a a a a b c),
+            ]
+        }
+        assert_eq!(found(5, 6, 7), [5, 7, 0, 6]);
+        let config = CUlaunchConfig { shape: [1; 7], stream: CUstream(9) };
+        // SAFETY: a configuration, and none.
+        assert_eq!(unsafe { (stream_of(&config), stream_of(std::ptr::null())) }, (9, 0));
     }
 
     #[test]

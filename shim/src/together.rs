@@ -9,7 +9,7 @@
 //! one engine from opening it in the moment in which another GPU's memory goes.
 
 use crate::device::Shared;
-use crate::drain::{Mark, Purpose};
+use crate::drain::Mark;
 use crate::order::{Order, Stage};
 use crate::session::gate;
 use nvshare::units::GpuUuid;
@@ -129,8 +129,8 @@ pub fn waits_beyond(gpu: GpuUuid) -> bool {
 
 /// Marks the present end of all work of the process, on every GPU: a kernel or a copy on one may use memory of
 /// another. No capture is open.
-pub fn mark(purpose: Purpose) -> Mark {
+pub fn mark() -> Mark {
     let members = together().members.clone();
-    let marks = members.iter().map(|member| member.streams.mark(member.driver, purpose));
+    let marks = members.iter().map(|member| member.streams.mark(member.driver));
     marks.reduce(Mark::and).unwrap_or_default()
 }

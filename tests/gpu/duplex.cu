@@ -1,6 +1,6 @@
 // What the two sides of a switch do to each other: one process copies out while another copies in, each as the swap
 // engine does it (chunks of 64 MiB, eight in flight, registered huge pages), with and without creating and mapping the
-// memory that comes in, and unmapping and releasing the memory that goes out.
+// memory that comes in, and unmapping and releasing the memory that goes out; by the copy engines and by a kernel.
 //
 //     nvcc -o duplex tests/gpu/duplex.cu -lcuda && ./duplex [GiB each way]
 //
@@ -47,11 +47,18 @@ struct Shared {
 
 enum { OUT, IN };
 
+// How a chunk is copied.
+enum By { ENGINE, KERNEL };
+
 struct Case {
     const char *name;
     bool out, in, unmaps, maps, follows;
     // The most copies out that are in flight.
     int out_depth;
+    By out_by = ENGINE, in_by = ENGINE;
+    // What is unmapped is released only when all is copied.
+    bool releases_late = false;
+    int blocks = 0;
 };
 
 static const Case CASES[] = {
@@ -66,7 +73,33 @@ static const Case CASES[] = {
     {"a switch: in follows out", true, true, true, true, true, DEPTH},
     {"a switch, two copies out in flight", true, true, true, true, true, 2},
     {"a switch, one copy out in flight", true, true, true, true, true, 1},
+    {"both, out unmaps, releases late", true, true, true, false, false, DEPTH, ENGINE, ENGINE, true},
+    {"in alone by kernel, 16 blocks", false, true, false, false, false, DEPTH, ENGINE, KERNEL, false, 16},
+    {"in alone by kernel, 66 blocks", false, true, false, false, false, DEPTH, ENGINE, KERNEL, false, 66},
+    {"in alone by kernel, 264 blocks", false, true, false, false, false, DEPTH, ENGINE, KERNEL, false, 264},
+    {"out alone by kernel, 66 blocks", true, false, false, false, false, DEPTH, KERNEL, ENGINE, false, 66},
+    {"both, in by kernel, 66 blocks", true, true, false, false, false, DEPTH, ENGINE, KERNEL, false, 66},
+    {"a switch, in by kernel, 16 blocks", true, true, true, true, true, DEPTH, ENGINE, KERNEL, false, 16},
+    {"a switch, in by kernel, 66 blocks", true, true, true, true, true, DEPTH, ENGINE, KERNEL, false, 66},
+    {"a switch, in by kernel, 264 blocks", true, true, true, true, true, DEPTH, ENGINE, KERNEL, false, 264},
+    {"a switch, out by kernel, 66 blocks", true, true, true, true, true, DEPTH, KERNEL, ENGINE, false, 66},
+    {"a switch: in follows out, again", true, true, true, true, true, DEPTH},
 };
+
+// 16 bytes a load, eight loads in flight in each thread.
+__global__ void copy(uint4 *to, const uint4 *from, size_t count) {
+    constexpr int AHEAD = 8;
+    size_t step = size_t(gridDim.x) * blockDim.x;
+    for (size_t at = size_t(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += step * AHEAD) {
+        uint4 held[AHEAD];
+#pragma unroll
+        for (int each = 0; each < AHEAD; each++)
+            if (at + each * step < count) held[each] = __ldcs(from + at + each * step);
+#pragma unroll
+        for (int each = 0; each < AHEAD; each++)
+            if (at + each * step < count) __stcs(to + at + each * step, held[each]);
+    }
+}
 
 static double now() {
     timespec t;
@@ -101,8 +134,12 @@ struct Side {
         CHECK(cuMemSetAccess(at, CHUNK, &access, 1));
     }
 
-    void drop(size_t chunk) {
+    void drop(size_t chunk, bool release = true) {
         CHECK(cuMemUnmap(base + chunk * CHUNK, CHUNK));
+        if (release) let_go(chunk);
+    }
+
+    void let_go(size_t chunk) {
         CHECK(cuMemRelease(handles[chunk]));
         handles[chunk] = 0;
     }
@@ -132,7 +169,7 @@ struct Side {
             result.copying_s += ms / 1e3;
             if (unmaps) {
                 double at = now();
-                drop(chunk);
+                drop(chunk, !one.releases_late);
                 result.calls_s += now() - at;
             }
             if (side == OUT) shared->gone.fetch_add(1);
@@ -147,16 +184,23 @@ struct Side {
                 result.calls_s += now() - at;
             }
             CHECK(cuEventRecord(begins[chunk], stream));
-            if (side == OUT)
-                CHECK(cuMemcpyDtoHAsync(host + chunk * CHUNK, base + chunk * CHUNK, CHUNK, stream));
+            CUdeviceptr device = base + chunk * CHUNK;
+            char *memory = host + chunk * CHUNK;
+            if ((side == OUT ? one.out_by : one.in_by) == KERNEL) {
+                auto there = (uint4 *)device, here = (uint4 *)memory;
+                copy<<<one.blocks, 512, 0, stream>>>(side == OUT ? here : there, side == OUT ? there : here, CHUNK / sizeof(uint4));
+            } else if (side == OUT)
+                CHECK(cuMemcpyDtoHAsync(memory, device, CHUNK, stream));
             else
-                CHECK(cuMemcpyHtoDAsync(base + chunk * CHUNK, host + chunk * CHUNK, CHUNK, stream));
+                CHECK(cuMemcpyHtoDAsync(device, memory, CHUNK, stream));
             CHECK(cuEventRecord(ends[chunk], stream));
             flying.push_back(chunk);
             while ((int)flying.size() >= depth) retire();
         }
         while (!flying.empty()) retire();
         result.wall_s = now() - began;
+        if (unmaps && one.releases_late)
+            for (size_t chunk = 0; chunk < chunks; chunk++) let_go(chunk);
         meet(shared, met);
         return result;
     }
@@ -179,7 +223,7 @@ struct Side {
         host = (char *)(((size_t)mapped + HUGE - 1) / HUGE * HUGE);
         madvise(host, bytes, MADV_HUGEPAGE);
         memset(host, 1, bytes);
-        CHECK(cuMemHostRegister(host, bytes, CU_MEMHOSTREGISTER_PORTABLE));
+        CHECK(cuMemHostRegister(host, bytes, CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP));
         prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
         prop.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
         prop.location.id = device;

@@ -246,14 +246,15 @@ fn work_that_waits_for_work_to_come_is_not_held_for_ever() {
     assert!(process.gpu.drain() > TARGET / 4);
 }
 
+/// A thread that was about to mark finds another slice when it comes back.
 #[test]
-fn marks_of_a_context_that_has_gone_are_forgotten() {
-    let mut process = runs(5 * MILLISECOND, 0, SECOND);
-    process.pace.forget();
-    assert_eq!(process.pace.next(SECOND), Turn::Mark, "it begins anew");
-    process.pace.marked(process.pace.submitted(), process.gpu.mark());
-    process.gpu.time.set(process.gpu.last_end());
-    assert_eq!(process.pace.next(process.gpu.time.get()), Turn::Go, "nothing is in flight");
+fn a_mark_of_an_earlier_slice_counts_for_no_more_than_was_submitted() {
+    let gpu = Rc::<Gpu>::default();
+    let mut pace = Pace::new(TARGET, 0, Each::UNKNOWN, 0);
+    pace.marked(1_000, gpu.mark());
+    assert_eq!(pace.next(1), Turn::Go);
+    gpu.launch(MILLISECOND);
+    assert_eq!((pace.submitted(), pace.done), (1, 0));
 }
 
 /// Slices shorter than a kernel: what one takes is known when the first is drained, though no two were marked in it.

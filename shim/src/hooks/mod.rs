@@ -164,6 +164,7 @@ fn stream_ends(stream: CUstream) -> CuResult {
     if let Ok(driver) = Driver::get() {
         relaxed(|| pools::stream_ends(driver, stream));
         session::all().iter().for_each(|device| device.streams.remove(driver, stream));
+        crate::flow::forget_stream(stream);
     }
     CuResult::SUCCESS
 }

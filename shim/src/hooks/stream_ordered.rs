@@ -12,6 +12,7 @@ use super::{guarded, relaxed};
 use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
+use crate::flow::Queue;
 use crate::pools::{self, Place};
 use crate::session;
 use crate::table::real;
@@ -20,8 +21,8 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 /// A call that the driver answers, and that may give it work.
-fn by_the_driver(call: impl FnOnce() -> CuResult) -> CuResult {
-    match session::enter() {
+fn by_the_driver((stream, per_thread): (CUstream, bool), call: impl FnOnce() -> CuResult) -> CuResult {
+    match session::enter(|| Queue::of(stream, per_thread)) {
         Ok(_pass) => call(),
         Err(result) => result,
     }
@@ -62,7 +63,7 @@ unsafe fn allocate(
     guarded(|| {
         let sensible = !dptr.is_null() && bytes > 0;
         let Some((device, pool, place)) = sensible.then(|| source(stream.0, stream.1, pool)).flatten() else {
-            return made_unmovable(by_the_driver(own), bytes);
+            return made_unmovable(by_the_driver(stream, own), bytes);
         };
         match relaxed(|| pools::allocate(&device, pool, &place, bytes as u64)) {
             // SAFETY: the caller's promise, and it is not null.
@@ -78,7 +79,7 @@ fn free(dptr: CUdeviceptr, stream: CUstream, per_thread: bool, own: impl FnOnce(
         let Ok(driver) = Driver::get() else { return own() };
         let found = Place::find(driver, stream, per_thread)
             .and_then(|place| relaxed(|| pools::free_in_order(driver, &place, dptr)));
-        let result = found.unwrap_or_else(|| by_the_driver(own));
+        let result = found.unwrap_or_else(|| by_the_driver((stream, per_thread), own));
         if result == CuResult::INVALID_VALUE {
             tracing::warn!(
                 "cuMemFreeAsync({dptr:#x}): no allocation begins there that can be freed in this stream; it was never \
