@@ -427,6 +427,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     if share > 0 && evicts {
                         let before = self.books.resident();
                         runtime.evict(share)?;
+                        if policy::lacking(&snapshot) == 0 {
+                            // The room is the first waiter's, which does not know of it.
+                            policy::first_waiter(&snapshot)
+                                .into_iter()
+                                .for_each(|first| self.page().ring(first));
+                        }
                         // A page that lies about the account asks for memory that is not there.
                         evicts = self.books.resident() < before;
                         continue;

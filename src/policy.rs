@@ -371,6 +371,7 @@ pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
 ///
 /// Clients that are not admitted make room in this order: the one that ran last evicts first, since
 /// its turn is furthest away. A client that still drains will evict when it has, and keeps its place.
+/// When nothing is lacking, the last in the queue makes room for the first.
 pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
     shares(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
 }
@@ -381,19 +382,38 @@ pub fn evictors(snapshot: &Snapshot) -> SlotSet {
 }
 
 fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
-    let mut lacking = lacking(snapshot);
-    let mut order: Vec<(SlotIndex, &SlotView)> = snapshot
-        .clients()
-        .filter(|(slot, view)| {
-            view.evictable() > 0 && !(snapshot.admitted.contains(*slot) && view.phase.wants_gpu())
-        })
-        .collect();
+    let lacking = lacking(snapshot);
+    let (mut left, last) = if lacking > 0 { (lacking, None) } else { lacking_ahead(snapshot) };
+    let makes_room = |slot: SlotIndex, view: &SlotView| match last {
+        Some(last) => slot == last,
+        None => !(snapshot.admitted.contains(slot) && view.phase.wants_gpu()),
+    };
+    let mut order: Vec<(SlotIndex, &SlotView)> =
+        snapshot.clients().filter(|(slot, view)| view.evictable() > 0 && makes_room(*slot, view)).collect();
     order.sort_unstable_by_key(|(slot, view)| (Reverse(view.last_ran), *slot));
     order.into_iter().map(move |(slot, view)| {
-        let share = view.evictable().min(lacking);
-        lacking -= share;
+        let share = view.evictable().min(left);
+        left -= share;
         (slot, share)
     })
+}
+
+/// Granules that the first waiter could bring in ahead of its turn ([`prefetch`]) if there were room, once those who run have
+/// all of theirs; and who makes that room, the last in the queue. What was left lying of it would stay until its own turn,
+/// and the holder's would have to go instead at the next switch, while nobody runs.
+///
+/// Nobody else is asked: those between come back sooner, and of those who are idle perhaps the next who comes fits beside them.
+fn lacking_ahead(snapshot: &Snapshot) -> (Granules, Option<SlotIndex>) {
+    let waiters =
+        || snapshot.clients().filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot));
+    let in_place = missing(snapshot) == 0;
+    let (Some(first), true) = (first_waiter(snapshot), in_place) else { return (0, None) };
+    let last = waiters()
+        .map(|(slot, _)| slot)
+        .max_by_key(|slot| place(snapshot, *slot))
+        .filter(|last| *last != first);
+    let lacks = i64::from(snapshot.view(first).missing()) - i64::from(snapshot.free);
+    (last.map_or(0, |_| lacks.clamp(0, i64::from(Granules::MAX)) as Granules), last)
 }
 
 #[cfg(all(test, not(loom)))]

@@ -124,6 +124,38 @@ fn whoever_ran_last_evicts_first() {
     );
 }
 
+/// What is left of the last waiter goes while another runs, for who is next. What is left of others stays.
+#[test]
+fn the_last_in_the_queue_makes_room_for_the_first_while_another_runs() {
+    let clients = [
+        (Phase::Running, 5, 5, 1),
+        (Phase::Waiting, 8, 0, 2),
+        (Phase::Waiting, 8, 1, 3),
+        (Phase::Waiting, 8, 2, 4),
+        (Phase::Idle, 8, 1, 0),
+    ];
+    let mut snapshot = snapshot(10, &clients, &[0]);
+    let shares = |snapshot: &Snapshot| [1, 2, 3, 4].map(|index| evict_share(snapshot, slot(index)));
+    assert_eq!((snapshot.free, shares(&snapshot)), (1, [0, 0, 2, 0]));
+    assert_eq!(evictors(&snapshot), set(&[3]));
+    // It has gone, and the first one has brought in what there was room for.
+    (snapshot.slots[3].resident, snapshot.slots[1].resident, snapshot.free) = (0, 3, 0);
+    assert_eq!(shares(&snapshot), [0; 4]);
+    (snapshot.slots[3].resident, snapshot.slots[1].resident) = (1, 2);
+    snapshot.slots[1].demand = 2;
+    assert_eq!(shares(&snapshot), [0; 4], "the first one has all");
+    // While somebody fills, what goes out is for that one.
+    snapshot.slots[1].demand = 8;
+    snapshot.slots[0].demand = 7;
+    snapshot.slots[4].last_ran = 1;
+    assert_eq!((lacking(&snapshot), shares(&snapshot)), (2, [1, 0, 0, 1]));
+    // One who waits alone is first and last.
+    snapshot.slots[0].demand = 5;
+    snapshot.slots[2].phase = Phase::Idle;
+    snapshot.slots[3].phase = Phase::Idle;
+    assert_eq!(shares(&snapshot), [0; 4]);
+}
+
 #[test]
 fn a_debt_is_somebodys_share() {
     let mut snapshot = snapshot(10, &[(Phase::Running, 4, 4, 1), (Phase::Idle, 6, 6, 0)], &[0]);
@@ -419,6 +451,23 @@ prop_compose! {
     }
 }
 
+/// All evict what they are asked to. How many granules.
+fn make_room(snapshot: &mut Snapshot) -> Granules {
+    let shares: Vec<_> = snapshot.clients().map(|(slot, _)| (slot, evict_share(snapshot, slot))).collect();
+    for (slot, share) in &shares {
+        snapshot.slots[slot.get()].resident -= share;
+        snapshot.free += *share as i32;
+    }
+    shares.iter().map(|(_, share)| share).sum()
+}
+
+/// A client brings in what it lacks, or so much.
+fn bring_in(snapshot: &mut Snapshot, slot: SlotIndex, most: Granules) {
+    let granules = snapshot.view(slot).missing().min(most);
+    snapshot.slots[slot.get()].resident += granules;
+    snapshot.free -= granules as i32;
+}
+
 proptest! {
     /// I3.
     #[test]
@@ -496,10 +545,37 @@ proptest! {
         let total: u32 = snapshot.admitted.iter().map(|slot| snapshot.view(slot).movable()).sum();
         prop_assume!(total <= snapshot.usable());
         let given: u32 = snapshot.clients().map(|(slot, _)| evict_share(&snapshot, slot)).sum();
-        prop_assert_eq!(given, lacking(&snapshot));
+        prop_assert!(given == lacking(&snapshot) || lacking(&snapshot) == 0);
         for (slot, view) in snapshot.clients() {
             prop_assert!(evict_share(&snapshot, slot) <= view.evictable());
         }
+    }
+
+    /// What the last one makes room for is brought in ahead, all of it, and then no more is asked of anybody: nobody's memory goes
+    /// to and fro.
+    #[test]
+    fn what_goes_ahead_comes_in_ahead(snapshot in honest(), now: u64) {
+        let mut snapshot = snapshot;
+        snapshot.admitted = admit(&snapshot, now);
+        let total: u32 = snapshot.admitted.iter().map(|slot| snapshot.view(slot).movable()).sum();
+        prop_assume!(total <= snapshot.usable());
+        make_room(&mut snapshot);
+        for slot in snapshot.admitted.iter() {
+            bring_in(&mut snapshot, slot, Granules::MAX);
+            snapshot.slots[slot.get()].phase = Phase::Running;
+        }
+        prop_assert_eq!(lacking(&snapshot), 0);
+        let who = evictors(&snapshot);
+        let given = make_room(&mut snapshot);
+        let Some(first) = first_waiter(&snapshot) else { prop_assert_eq!(given, 0); return Ok(()) };
+        let last = snapshot.clients().filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot)).max_by_key(|(slot, _)| place(&snapshot, *slot));
+        let last = last.unwrap().0;
+        prop_assert!(who.is_empty() || last != first && who == SlotSet::EMPTY.with(last));
+        let room = prefetch(&snapshot, first);
+        prop_assert!(room >= given);
+        bring_in(&mut snapshot, first, room);
+        prop_assert_eq!(make_room(&mut snapshot), 0);
+        prop_assert!(last == first || snapshot.view(first).missing() == 0 || snapshot.view(last).evictable() == 0, "all that there was");
     }
 
     /// Who fills ahead of its turn takes nothing that those who run lack, and only one does.

@@ -83,3 +83,54 @@ fn the_next_client_fills_free_room_while_another_runs() {
     [idle, next, holder].into_iter().for_each(|application| drop(application.ends_well()));
     balances(&node);
 }
+
+/// What was left lying of one who waits goes while another runs, for the one who is next: the switch then moves that much less.
+#[test]
+fn who_is_not_next_makes_room_for_who_is() {
+    let gpu = quick_gpu();
+    let options = ["--capacity", "64MiB", "--quantum", "60m"];
+    let node = Node::start(gpu.environment(&[]), &options.map(str::to_owned)).unwrap();
+    let mut three = [(); 3].map(|()| {
+        let mut application = Application::ready(&node);
+        let pieces = Pieces::alloc(&mut application, 30 * MIB);
+        pieces.write(&mut application);
+        (application, pieces)
+    });
+    PATIENCE.until("one has the GPU and the others want nothing", || {
+        let [_, _, (application, pieces)] = &mut three;
+        pieces.check(application);
+        three.each_ref().map(|(application, _)| client(&node, application).phase)
+            == ["idle", "idle", "running"]
+    });
+    let [one, other, (mut holder, of_holder)] = three;
+    let has = |of: &(Application, Pieces)| books(&node, &of.0).1;
+    assert!(has(&one) + has(&other) > 0);
+    // Whoever made room first, one of them has something left.
+    let [(mut late, of_late), (mut next, of_next)] =
+        if has(&one) > has(&other) { [one, other] } else { [other, one] };
+    let stream = holder.number("stream 1");
+    holder.does(&format!("hold {stream}"));
+    let before = [&late, &next, &holder].map(|application| turns(&node, application));
+
+    let check = |pieces: &Pieces| format!("check {} {PIECE} 1", pieces.0[0]);
+    next.tell(&check(&of_next));
+    PATIENCE.until("it waits", || client(&node, &next).phase == "waiting");
+    late.tell(&check(&of_late));
+    come_to(&node, &late, (30 * MIB, 0, 0));
+    come_to(&node, &next, (30 * MIB, 28 * MIB, 0));
+    assert_eq!(books(&node, &holder), (30 * MIB, 30 * MIB, 0));
+    assert_eq!(
+        [&late, &next, &holder].map(|application| turns(&node, application)),
+        before,
+        "nobody's turn is over"
+    );
+
+    holder.does("let-go");
+    for (application, pieces) in [(&mut next, &of_next), (&mut late, &of_late)] {
+        assert_eq!(application.answer(&check(pieces)).1, "right");
+        pieces.check(application);
+    }
+    of_holder.check(&mut holder);
+    [late, next, holder].into_iter().for_each(|application| drop(application.ends_well()));
+    balances(&node);
+}
