@@ -17,12 +17,16 @@ use std::cell::UnsafeCell;
 const GUESSED: u64 = 1 << 63;
 /// No link is faster, bytes a second: bounds what garbage can do to the reckoning.
 const FASTEST: u64 = 1 << 44;
+/// And above the bandwidth: of how many copies it is the average.
+const COPY: u64 = 1 << 48;
+/// The newest copy counts as one of so many at least.
+const COPIES: u64 = 16;
 
 /// The first eight bytes of a page: `nvshare` and a line feed, so that a text file is not one.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// Clients that one GPU can have at a time. The lock word has a bit for each.
 pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
@@ -457,14 +461,16 @@ impl Page {
 
     /// The link's bandwidth, bytes a second, measured or as first guessed; never 0.
     pub fn bandwidth(&self, direction: Direction) -> u64 {
-        (self.header.bandwidth[direction as usize].load(Ordering::Relaxed) & !GUESSED).clamp(1, FASTEST)
+        (self.header.bandwidth[direction as usize].load(Ordering::Relaxed) % COPY).clamp(1, FASTEST)
     }
 
     /// Takes a measured copy into the average; the first one replaces the guess. Copies of less than
     /// 64 MiB say more about latency than about the link, and are left out.
     ///
-    /// What is averaged is the time that a byte takes, a quarter new and three quarters old, because a
-    /// time is what the bandwidth is used for. (An average of bandwidths would believe the fast copies.)
+    /// What is averaged is the time that a byte takes, because a time is what the bandwidth is used for. (An average of
+    /// bandwidths would believe the fast copies.) It is the mean of the first copies, and from the sixteenth on each has a
+    /// sixteenth: two switches in turn differ by some per cent, and slices that did, too, would not be fair
+    /// (docs/decisions/0013-bandwidth-over-sixteen-switches.md).
     pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
         const ENOUGH: u64 = 64 << 20;
         if bytes < ENOUGH || took == 0 {
@@ -473,15 +479,17 @@ impl Page {
         let measured = u128::from(bytes) * u128::from(SECOND) / u128::from(took);
         let measured = measured.clamp(1, u128::from(FASTEST));
         let word = &self.header.bandwidth[direction as usize];
-        let average = if word.load(Ordering::Relaxed) & GUESSED != 0 {
-            measured
+        let before = word.load(Ordering::Relaxed);
+        let (average, copies) = if before & GUESSED != 0 {
+            (measured, 1)
         } else {
-            // 1 / (3/4 / old + 1/4 / measured)
-            let old = u128::from(self.bandwidth(direction));
-            4 * old * measured / (3 * measured + old)
+            // 1 / ((n / old + 1 / measured) / (n + 1))
+            let (old, n) = (u128::from(self.bandwidth(direction)), before / COPY % COPIES);
+            let sum = u128::from(n) * measured + old;
+            (u128::from(n + 1) * old * measured / sum, (n + 1).min(COPIES - 1))
         };
         // A lost update loses one sample of an average.
-        word.store((average as u64).max(1), Ordering::Relaxed);
+        word.store((average as u64).clamp(1, FASTEST) | copies * COPY, Ordering::Relaxed);
     }
 
     /// Sets the bandwidth that holds until the first measurement, bytes a second each way. What is measured
@@ -625,7 +633,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Whoever changes these numbers changes LAYOUT_VERSION too.
-        assert_eq!(LAYOUT_VERSION, 4);
+        assert_eq!(LAYOUT_VERSION, 5);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 512, 640 + 48 * 512));
         assert_eq!(offset_of!(Header, free), 256);
     }
@@ -636,7 +644,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 4"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 5"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }
@@ -652,7 +660,16 @@ mod tests {
         page.observe_copy(Direction::In, 40 << 30, SECOND);
         assert_eq!(page.bandwidth(Direction::In), 40 << 30, "a guess is no measurement");
         page.observe_copy(Direction::In, 20 << 30, SECOND);
-        assert_eq!(page.bandwidth(Direction::In), 32 << 30, "a quarter of the copies takes twice as long");
+        let [fast, slow] = [40, 20].map(|gib| SECOND / gib);
+        let is = |per_gib: Nanos| page.bandwidth(Direction::In).abs_diff((SECOND << 30) / per_gib) < 1 << 20;
+        assert!(is((fast + slow) / 2), "the mean of two: {}", page.bandwidth(Direction::In));
+        (0..100).for_each(|_| page.observe_copy(Direction::In, 40 << 30, SECOND));
+        let before = page.bandwidth(Direction::In);
+        page.observe_copy(Direction::In, 20 << 30, SECOND);
+        assert!(
+            before > 39 << 30 && is((15 * ((SECOND << 30) / before) + slow) / 16),
+            "a sixteenth of the copies"
+        );
         assert_eq!(page.bandwidth(Direction::Out), 30 << 30, "what is measured is not guessed again");
     }
 
