@@ -37,7 +37,8 @@ use crate::driver::Driver;
 use crate::session;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos};
-use std::collections::{HashMap, VecDeque};
+use rustc_hash::FxHashMap;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard};
 use std::thread::ThreadId;
@@ -150,6 +151,8 @@ pub struct Pace<M> {
     /// Submissions that are done, and when that was seen.
     done: u64,
     done_at: Nanos,
+    /// When somebody last looked what is done, ns.
+    looked_at: Nanos,
     /// The last mark that has passed, and with it what was in flight before anybody counted.
     last: Option<M>,
     /// The beginning is marked: the end of what was in flight before.
@@ -177,6 +180,7 @@ impl<M: Moment> Pace<M> {
             marked_at: time,
             done: 0,
             done_at: time,
+            looked_at: time,
             last: None,
             begun: false,
             each,
@@ -207,8 +211,20 @@ impl<M: Moment> Pace<M> {
         (self.target - self.target / 8).saturating_add(self.until.saturating_sub(time))
     }
 
+    /// Whether nobody need look what is done, which the driver takes a microsecond to say: little is in flight in any case,
+    /// and it was looked at not long ago.
+    fn at_ease(&self, time: Nanos) -> bool {
+        let bound = self.bound(time);
+        let little = |each| self.backlog(each, time) <= bound / 2 && self.left() > 0;
+        self.begun
+            && !self.held
+            && time.saturating_sub(self.looked_at) < self.target / PARTS
+            && self.each.get().is_some_and(little)
+    }
+
     /// Sees what is done.
     fn look(&mut self, time: Nanos) {
+        self.looked_at = time;
         while self.marks.front().is_some_and(|stretch| stretch.mark.is_past()) {
             let Some(Stretch { count, mark, busy }) = self.marks.pop_front() else { return };
             // The first has waited for what was in flight before.
@@ -237,7 +253,9 @@ impl<M: Moment> Pace<M> {
         if self.has_credit() {
             return Turn::Go;
         }
-        self.look(time);
+        if !self.at_ease(time) {
+            self.look(time);
+        }
         if !self.begun {
             // Else nobody would know what the first took, and in a slice of two or three kernels ever know anything.
             return self.mark(time);
@@ -261,7 +279,7 @@ impl<M: Moment> Pace<M> {
         let backlog = self.backlog(each, time);
         let enough = if self.held || self.last.is_none() { bound / 2 } else { bound };
         self.held = backlog > enough;
-        let left = window.saturating_sub(self.submitted - self.done);
+        let left = self.left();
         if self.held || left == 0 {
             let longest = (bound / PARTS).max(each / 64);
             let too_long = if self.held { backlog - bound / 2 } else { backlog / 2 };
@@ -281,6 +299,11 @@ impl<M: Moment> Pace<M> {
     /// in flight doubles as it is seen to get done, as a connection's window does after it was idle (RFC 5681, slow start).
     fn window(&self) -> u64 {
         UNKNOWN.max(self.done.saturating_mul(CONFIRMED))
+    }
+
+    /// What may be submitted of that.
+    fn left(&self) -> u64 {
+        self.window().saturating_sub(self.submitted - self.done)
     }
 
     fn mark(&mut self, time: Nanos) -> Turn {
@@ -376,11 +399,11 @@ impl Queue {
 struct Flow {
     /// While one of them can: how long a drain may take, and when it can, ns.
     limit: Option<(Nanos, Nanos)>,
-    paces: HashMap<Queue, Pace<End>>,
+    paces: FxHashMap<Queue, Pace<End>>,
     /// Of the slice that is over, until it is drained.
-    over: HashMap<Queue, Pace<End>>,
+    over: FxHashMap<Queue, Pace<End>>,
     /// Of the queues that were used in the slice before: as it was when that was drained.
-    each: HashMap<Queue, Each>,
+    each: FxHashMap<Queue, Each>,
     ends: Vec<(GpuUuid, Nanos)>,
 }
 
@@ -400,8 +423,8 @@ impl Flow {
     /// The pace of a queue, if its work is limited.
     fn pace(&mut self, queue: Queue) -> Option<&mut Pace<End>> {
         let (target, until) = self.limit?;
-        let each = self.each.get(&queue).copied().unwrap_or(Each::UNKNOWN);
-        Some(self.paces.entry(queue).or_insert_with(|| Pace::new(target, until, each, now())))
+        let known = || self.each.get(&queue).copied().unwrap_or(Each::UNKNOWN);
+        Some(self.paces.entry(queue).or_insert_with(|| Pace::new(target, until, known(), now())))
     }
 
     fn stop(&mut self) {

@@ -22,6 +22,8 @@ struct Gpu {
     /// The first so many kernels wait for each other: none is through before all are there.
     chain: Cell<usize>,
     worked: Cell<Nanos>,
+    /// How often it was asked whether it has come to a mark.
+    asked: Cell<u64>,
 }
 
 /// Behind so many kernels.
@@ -29,6 +31,7 @@ struct Behind(Rc<Gpu>, usize);
 
 impl Moment for Behind {
     fn is_past(&self) -> bool {
+        self.0.asked.set(self.0.asked.get() + 1);
         self.end() <= self.0.time.get()
     }
 
@@ -176,6 +179,14 @@ fn what_was_known_is_soon_believed_again() {
     process.runs(100 * MILLISECOND, || 5 * MICROSECOND);
     assert!(process.waits <= 12, "{}", process.waits);
     assert!(process.share(100 * MILLISECOND) >= 0.99, "{}", process.share(100 * MILLISECOND));
+}
+
+/// The driver takes a microsecond to say whether a mark has passed, as long as a quick kernel takes.
+#[test]
+fn the_gpu_is_seldom_asked_while_little_is_in_flight() {
+    let process = runs(5 * MICROSECOND, SECOND, SECOND);
+    let (asked, submitted) = (process.gpu.asked.get(), process.pace.submitted());
+    assert!(submitted > 150_000 && asked < submitted / 100, "{asked} times in {submitted} submissions");
 }
 
 /// Before its slice can end a process has as much in flight as takes until then.
