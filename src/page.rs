@@ -489,7 +489,7 @@ impl Page {
             (u128::from(n + 1) * old * measured / sum, (n + 1).min(COPIES - 1))
         };
         // A lost update loses one sample of an average.
-        word.store((average as u64).clamp(1, FASTEST) | copies * COPY, Ordering::Relaxed);
+        word.store((average as u64).clamp(1, FASTEST) | (copies * COPY), Ordering::Relaxed);
     }
 
     /// Sets the bandwidth that holds until the first measurement, bytes a second each way. What is measured

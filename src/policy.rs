@@ -119,13 +119,15 @@ fn waits(view: &SlotView) -> bool {
     matches!(view.phase, Phase::Waiting | Phase::Filling)
 }
 
+/// Those who stand in the queue and are not admitted.
+fn waiters(snapshot: &Snapshot) -> impl Iterator<Item = SlotIndex> {
+    let stands = |(slot, view): &(SlotIndex, &SlotView)| waits(view) && !snapshot.admitted.contains(*slot);
+    snapshot.clients().filter(stands).map(|(slot, _)| slot)
+}
+
 /// The waiter whose turn is next, if somebody waits who is not admitted.
 pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
-    snapshot
-        .clients()
-        .filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot))
-        .min_by_key(|(slot, _)| place(snapshot, *slot))
-        .map(|(slot, _)| slot)
+    waiters(snapshot).min_by_key(|slot| place(snapshot, *slot))
 }
 
 /// When a holder's slice is over, ns, if it runs and somebody waits. A slice begins when its holder
@@ -383,14 +385,15 @@ pub fn evictors(snapshot: &Snapshot) -> SlotSet {
 
 fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
     let lacking = lacking(snapshot);
-    let (mut left, last) = if lacking > 0 { (lacking, None) } else { lacking_ahead(snapshot) };
-    let makes_room = |slot: SlotIndex, view: &SlotView| match last {
-        Some(last) => slot == last,
+    let ahead = if lacking == 0 { lacking_ahead(snapshot) } else { None };
+    let makes_room = |slot: SlotIndex, view: &SlotView| match ahead {
+        Some((last, _)) => slot == last,
         None => !(snapshot.admitted.contains(slot) && view.phase.wants_gpu()),
     };
     let mut order: Vec<(SlotIndex, &SlotView)> =
         snapshot.clients().filter(|(slot, view)| view.evictable() > 0 && makes_room(*slot, view)).collect();
     order.sort_unstable_by_key(|(slot, view)| (Reverse(view.last_ran), *slot));
+    let mut left = ahead.map_or(lacking, |(_, granules)| granules);
     order.into_iter().map(move |(slot, view)| {
         let share = view.evictable().min(left);
         left -= share;
@@ -398,22 +401,16 @@ fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
     })
 }
 
-/// Granules that the first waiter could bring in ahead of its turn ([`prefetch`]) if there were room, once those who run have
-/// all of theirs; and who makes that room, the last in the queue. What was left lying of it would stay until its own turn,
-/// and the holder's would have to go instead at the next switch, while nobody runs.
+/// The last in the queue, and granules that the first could bring in ahead of its turn ([`prefetch`]) if the last made room,
+/// once those who run have all of theirs. What was left lying of the last would stay until its own turn, which is the
+/// farthest, and the holder's would have to go instead at the next switch, while nobody runs.
 ///
 /// Nobody else is asked: those between come back sooner, and of those who are idle perhaps the next who comes fits beside them.
-fn lacking_ahead(snapshot: &Snapshot) -> (Granules, Option<SlotIndex>) {
-    let waiters =
-        || snapshot.clients().filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot));
-    let in_place = missing(snapshot) == 0;
-    let (Some(first), true) = (first_waiter(snapshot), in_place) else { return (0, None) };
-    let last = waiters()
-        .map(|(slot, _)| slot)
-        .max_by_key(|slot| place(snapshot, *slot))
-        .filter(|last| *last != first);
+fn lacking_ahead(snapshot: &Snapshot) -> Option<(SlotIndex, Granules)> {
+    let first = first_waiter(snapshot).filter(|_| missing(snapshot) == 0)?;
+    let last = waiters(snapshot).max_by_key(|slot| place(snapshot, *slot)).filter(|last| *last != first)?;
     let lacks = i64::from(snapshot.view(first).missing()) - i64::from(snapshot.free);
-    (last.map_or(0, |_| lacks.clamp(0, i64::from(Granules::MAX)) as Granules), last)
+    Some((last, lacks.clamp(0, i64::from(Granules::MAX)) as Granules))
 }
 
 #[cfg(all(test, not(loom)))]

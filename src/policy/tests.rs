@@ -568,8 +568,7 @@ proptest! {
         let who = evictors(&snapshot);
         let given = make_room(&mut snapshot);
         let Some(first) = first_waiter(&snapshot) else { prop_assert_eq!(given, 0); return Ok(()) };
-        let last = snapshot.clients().filter(|(slot, view)| waits(view) && !snapshot.admitted.contains(*slot)).max_by_key(|(slot, _)| place(&snapshot, *slot));
-        let last = last.unwrap().0;
+        let last = waiters(&snapshot).max_by_key(|slot| place(&snapshot, *slot)).unwrap();
         prop_assert!(who.is_empty() || last != first && who == SlotSet::EMPTY.with(last));
         let room = prefetch(&snapshot, first);
         prop_assert!(room >= given);
