@@ -529,6 +529,8 @@ entry_points! {
         Submit first {
             cuLaunchHostFunc(3) @ 10_000;
             cuLaunchHostFunc_ptsz(3) @ 10_000;
+            cuLaunchHostFunc_v2(4) @ 13_010;
+            cuLaunchHostFunc_v2_ptsz(4) @ 13_010;
             cuStreamAddCallback(4) @ 5_000;
             cuStreamAddCallback_ptsz(4) @ 7_000;
             cuStreamAttachMemAsync(4) @ 6_000;
@@ -658,8 +660,6 @@ entry_points! {
             cuLaunch(1) @ 2_000;
             cuLaunchCooperativeKernelMultiDevice(3) @ 9_000;
             cuLaunchGrid(3) @ 2_000;
-            cuLaunchHostFunc_v2(4) @ 13_010;
-            cuLaunchHostFunc_v2_ptsz(4) @ 13_010;
             cuMemcpy(3) @ 4_000;
             cuMemcpy_ptds(3) @ 7_000;
             cuMemcpy2D(1) @ 2_000;
@@ -1398,8 +1398,7 @@ mod tests {
     #[test]
     fn what_names_a_stream_stands_under_where() {
         // What several streams do, and what is newer than any description of its arguments that was at hand.
-        let by_default =
-            ["cuLaunchCooperativeKernelMultiDevice", "cuFabricCpyBatchAsync", "cuLaunchHostFunc"];
+        let by_default = ["cuLaunchCooperativeKernelMultiDevice", "cuFabricCpyBatchAsync"];
         for entry in ENTRIES.iter().filter(|entry| entry.class == Class::Submit) {
             let Some(at) = entry.stream else { continue };
             let asynchronous = entry.base.contains("Async") || entry.export.ends_with("_ptsz");
