@@ -28,8 +28,8 @@
 //! bound ends at most its own length after it, so a drain takes at most the target and one kernel.
 //!
 //! Work may wait for work that is yet to be submitted (a collective on several GPUs, a stream that waits for a value), and
-//! then nothing passes while everybody is held. So whoever has seen no progress for long goes nevertheless, one
-//! submission at a time and ever more rarely.
+//! then nothing passes while everybody is held. So whoever has seen no progress for a second goes nevertheless, and each second
+//! after that twice as many.
 
 use crate::abi::*;
 use crate::drain::{Current, End};
@@ -64,8 +64,12 @@ const UNKNOWN: u64 = 2;
 /// Submissions that may be in flight for each that is done in this slice, before what was known of them is believed.
 const CONFIRMED: u64 = 2;
 
-/// So many targets without progress, beyond twice what was foreseen, and one submission goes nevertheless.
-const PATIENCE: u64 = 4;
+/// So many targets without progress, beyond twice what was foreseen, and some submissions go nevertheless. Longer than most
+/// kernels take, of which nobody knows yet that they are long.
+const PATIENCE: u64 = 20;
+
+/// At most so many at a time go nevertheless, as a power of two: as many as the driver takes.
+const MOST_NEVERTHELESS: u32 = 10;
 
 /// How often somebody who waits looks at least, ns, of a backlog that nobody knows.
 const LOOK: Nanos = MILLISECOND / 2;
@@ -164,7 +168,7 @@ pub struct Pace<M> {
     held: bool,
     /// Since when somebody waits and nothing has passed, ns.
     stuck: Option<Nanos>,
-    /// How often somebody went nevertheless since the last progress.
+    /// How often some went nevertheless since the last progress.
     nevertheless: u32,
 }
 
@@ -321,13 +325,15 @@ impl<M: Moment> Pace<M> {
         has
     }
 
-    /// Waits, or goes nevertheless. What is under way was foreseen to take so long, ns.
+    /// Waits, or goes nevertheless, and others with it, twice as many each time: what the GPU waits for may come after a
+    /// thousand more. What is under way was foreseen to take so long, ns.
     fn wait(&mut self, time: Nanos, until: Nanos, foreseen: Nanos) -> Turn {
         let since = *self.stuck.get_or_insert(time);
-        let patience = (PATIENCE * self.target) << self.nevertheless.min(16);
-        if time.saturating_sub(since) < patience.saturating_add(2 * foreseen) {
+        let patience = (PATIENCE * self.target).saturating_add(2 * foreseen);
+        if time.saturating_sub(since) < patience {
             return Turn::Wait(until);
         }
+        self.credit = (1 << self.nevertheless.min(MOST_NEVERTHELESS)) - 1;
         self.nevertheless += 1;
         self.stuck = Some(time);
         self.go()
