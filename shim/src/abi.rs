@@ -11,6 +11,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
+use std::thread::ThreadId;
 
 /// What a driver call returned (`CUresult`).
 ///
@@ -242,6 +243,25 @@ impl CUstream {
     pub const LEGACY: CUstream = CUstream(1);
     /// The calling thread's own default stream, by name.
     pub const PER_THREAD: CUstream = CUstream(2);
+
+    /// By an explicit name, in a call whose default stream is the thread's own or not.
+    pub fn named(self, per_thread: bool) -> CUstream {
+        match self {
+            CUstream::NULL if per_thread => CUstream::PER_THREAD,
+            CUstream::NULL => CUstream::LEGACY,
+            named => named,
+        }
+    }
+
+    /// Whether this name is of a default stream, which is another in each context.
+    pub fn is_default(self) -> bool {
+        matches!(self, CUstream::LEGACY | CUstream::PER_THREAD)
+    }
+
+    /// Whose own it is, if it is a thread's: the calling one's.
+    pub fn thread(self) -> Option<ThreadId> {
+        (self == CUstream::PER_THREAD).then(|| std::thread::current().id())
+    }
 }
 
 /// An address on the GPU.

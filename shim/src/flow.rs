@@ -378,17 +378,9 @@ pub struct Queue {
 impl Queue {
     /// That of the stream that a call names, whose default stream is the thread's own or not.
     pub fn of(stream: CUstream, per_thread: bool) -> Self {
-        let stream = match stream {
-            CUstream::NULL if per_thread => CUstream::PER_THREAD,
-            CUstream::NULL => CUstream::LEGACY,
-            named => named,
-        };
-        let is_default = matches!(stream, CUstream::LEGACY | CUstream::PER_THREAD);
-        Self {
-            stream,
-            context: is_default.then(|| Driver::get().ok()?.ctx_current().ok()).flatten(),
-            thread: (stream == CUstream::PER_THREAD).then(|| std::thread::current().id()),
-        }
+        let stream = stream.named(per_thread);
+        let context = || Driver::get().ok()?.ctx_current().ok();
+        Self { stream, context: stream.is_default().then(context).flatten(), thread: stream.thread() }
     }
 
     /// Its present end. `None` if it has none: the stream or its context is broken, or there is no such stream.

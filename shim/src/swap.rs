@@ -107,7 +107,7 @@ pub struct Swap {
     stream: CUstream,
     events: Vec<Ends>,
     in_flight: VecDeque<InFlight>,
-    /// How long copies have taken since the last fill or eviction began, by the GPU's clock, ns.
+    /// How long copies have taken since memory last began to move, by the GPU's clock, ns.
     copying: Nanos,
     eyes: Eyes,
     /// No work of the client is under way: what it has may be moved to other memory.
@@ -257,6 +257,21 @@ impl Swap {
             result = result.and(self.retire());
         }
         result
+    }
+
+    /// Moves memory by what `act` does, which counts the bytes. What came of it when all copies are through, the bytes, and how
+    /// long it took, ns.
+    fn moving<T>(
+        &mut self,
+        act: impl FnOnce(&mut Self, &mut u64) -> Result<T, SwapError>,
+    ) -> (Result<T, SwapError>, u64, Nanos) {
+        let (began, mut moved) = (now(), 0);
+        self.copying = 0;
+        self.shared.set_moving(true);
+        let acted = act(self, &mut moved);
+        let acted = self.finish().and(acted);
+        self.shared.set_moving(false);
+        (acted, moved, now() - began)
     }
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
@@ -571,13 +586,7 @@ impl Runtime for Swap {
     type Error = SwapError;
 
     fn fill(&mut self) -> Result<Fill, SwapError> {
-        let (began, mut moved) = (now(), 0);
-        self.copying = 0;
-        self.shared.set_moving(true);
-        let filled = self.fill_all(&mut moved);
-        let filled = self.finish().and(filled);
-        self.shared.set_moving(false);
-        let took = now() - began;
+        let (filled, moved, took) = self.moving(Self::fill_all);
         // The time spent waiting for the other side's memory, while copies may be in flight, is the other side's.
         self.shared.books.copied(Direction::In, moved, self.copying);
         if moved > 0 {
@@ -588,30 +597,21 @@ impl Runtime for Swap {
     }
 
     fn prefetch(&mut self) -> Result<(), SwapError> {
-        let (began, mut moved) = (now(), 0);
-        self.shared.set_moving(true);
-        let fetched = self.prefetch_some(&mut moved);
-        let fetched = self.finish().and(fetched);
-        self.shared.set_moving(false);
+        let (fetched, moved, took) = self.moving(Self::prefetch_some);
         // Others use the GPU and the link meanwhile: how long it took says nothing of the link.
         self.shared.books.moved(Direction::In, moved);
         if moved > 0 {
-            self.log("prefetched", moved, now() - began);
+            self.log("prefetched", moved, took);
         }
         self.shared.bury();
         fetched
     }
 
     fn evict(&mut self, granules: Granules) -> Result<(), SwapError> {
-        let (began, mut moved) = (now(), 0);
-        self.copying = 0;
-        self.shared.set_moving(true);
-        let evicted = self.evict_some(granules, &mut moved);
-        let evicted = self.finish().and(evicted);
-        self.shared.set_moving(false);
+        let (evicted, moved, took) = self.moving(|swap, moved| swap.evict_some(granules, moved));
         // Not the time spent making host memory, which each process does once, and looking for zeros.
         self.shared.books.copied(Direction::Out, moved, self.copying);
-        self.log("evicted", moved, now() - began);
+        self.log("evicted", moved, took);
         self.shared.bury();
         evicted
     }

@@ -322,13 +322,16 @@ const RENAMED: &[Renamed] =
 
 /// Takes the pass that a class of forwarded calls needs.
 macro_rules! enter {
-    (Submit $at:ident $per_thread:ident $($a:ident)*) => {
-        crate::session::enter(|| crate::flow::Queue::of(CUstream(stream!($at $($a)*)), $per_thread))
+    (Submit $at:ident $name:ident $($a:ident)*) => {
+        crate::session::enter(|| {
+            let per_thread = const { is_per_thread(stringify!($name)) };
+            crate::flow::Queue::of(CUstream(stream!($at $($a)*)), per_thread)
+        })
     };
-    (NeedsMemory $at:ident $per_thread:ident $($a:ident)*) => {
+    (NeedsMemory $at:ident $name:ident $($a:ident)*) => {
         crate::session::enter_query()
     };
-    (Grows $at:ident $per_thread:ident $($a:ident)*) => {
+    (Grows $at:ident $name:ident $($a:ident)*) => {
         Ok::<(), CuResult>(())
     };
 }
@@ -381,14 +384,12 @@ macro_rules! forward {
         #[inline(always)]
         pub(super) unsafe fn $name($($a: usize),*) -> CuResult {
             let Some(real) = slot::$name.get() else { return CuResult::NOT_FOUND };
-            #[allow(dead_code)]
-            const PER_THREAD: bool = is_per_thread(stringify!($name));
             let real: unsafe extern "C" fn($(word!($a)),*) -> CuResult =
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
                 unsafe { std::mem::transmute(real) };
             let call = || {
-                let _pass = match enter!($class $at PER_THREAD $($a)*) {
+                let _pass = match enter!($class $at $name $($a)*) {
                     Ok(pass) => pass,
                     Err(result) => return result,
                 };

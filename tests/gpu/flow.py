@@ -2,7 +2,7 @@
 
     python3 tests/gpu/flow.py [--bin target/release] [--seconds 12] [--lengths 5 5000 500000] [--only drains held streams alone]
 
-Kernels spin for so long, and are launched up to a second ahead. Three kinds of runs:
+Kernels spin for so long, and are launched up to a second ahead. Four kinds of runs:
 
 *drains*: two processes of which neither fits beside the other take turns of 300 ms (960 ms where a kernel takes 500),
 with flow control and without: how long the drains take, as the clients' debug logs say (bar: the target of 50 ms and one

@@ -37,27 +37,18 @@ pub struct Place {
 }
 
 impl Place {
-    fn is_default(&self) -> bool {
-        matches!(self.stream, CUstream::LEGACY | CUstream::PER_THREAD)
-    }
-
     /// The stream that a call names. `None` if it captures, or if the driver doesn't say what it is.
     pub fn find(driver: &Driver, stream: CUstream, per_thread: bool) -> Option<Place> {
-        let stream = match stream {
-            CUstream::NULL if per_thread => CUstream::PER_THREAD,
-            CUstream::NULL => CUstream::LEGACY,
-            named => named,
-        };
+        let stream = stream.named(per_thread);
         if session::with_no_capture(|| ()).is_none()
             && driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE)
         {
             return None;
         }
-        let is_default = matches!(stream, CUstream::LEGACY | CUstream::PER_THREAD);
-        let context = if is_default { driver.ctx_current() } else { driver.stream_ctx(stream) }.ok()?;
+        let context =
+            if stream.is_default() { driver.ctx_current() } else { driver.stream_ctx(stream) }.ok()?;
         let device = session::of_context(context)?.device;
-        let thread = (stream == CUstream::PER_THREAD).then(|| std::thread::current().id());
-        Some(Place { stream, context, device, thread })
+        Some(Place { stream, context, device, thread: stream.thread() })
     }
 }
 
@@ -120,7 +111,7 @@ impl Lines {
         let entry = &mut self.entries[index];
         entry.freed += 1;
         let freed = Freed { line, ticket: entry.freed };
-        if place.is_default() {
+        if place.stream.is_default() {
             self.pass_marks(driver, index);
             self.mark(driver, index);
         }
@@ -143,7 +134,7 @@ impl Lines {
                 continue;
             }
             let stream = entry.place.stream;
-            let idle = !entry.place.is_default()
+            let idle = !entry.place.stream.is_default()
                 && session::with_no_capture(|| driver.stream_query(stream)) == Some(Ok(()));
             if idle {
                 self.all_passed(index);
