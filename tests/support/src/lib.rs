@@ -1,5 +1,7 @@
 //! What integration tests with real processes share: waiting for things, and chance that can be repeated.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// How long a test waits for what must happen. For a test that would hang; not a verdict on speed.
@@ -66,4 +68,39 @@ impl Dice {
             std::hint::spin_loop();
         }
     }
+}
+
+/// A program of `tests/programs/NAME.c`, built with the C compiler against the simulated driver; where it is. Built anew
+/// when its source or the header is newer.
+///
+/// # Panics
+/// It cannot be built; the message is the compiler's. The simulated driver must have been built before:
+/// `cargo build --workspace`, with the profile of the test.
+pub fn program(name: &str) -> PathBuf {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs");
+    let source = sources.join(name).with_extension("c");
+    // A test runs as target/PROFILE/deps/NAME.
+    let own = std::env::current_exe().expect("a running program has a path");
+    let profile = own.ancestors().nth(2).expect("a test is two folders below the profile's");
+    let folder = profile.join("test-programs");
+    let program = folder.join(name);
+    let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();
+    let newest_source = modified(&source).max(modified(&sources.join("driver.h")));
+    if modified(&program) > newest_source {
+        return program;
+    }
+    std::fs::create_dir_all(&folder).expect("the target folder can be written");
+    // Several tests may build the same program at once: each makes its own file, and the last one stays.
+    let made = folder.join(format!("{name}.{}-{:?}", std::process::id(), std::thread::current().id()));
+    let built = Command::new("cc")
+        .args(["-O1", "-g", "-Wall", "-Werror", "-pthread", "-o"])
+        .arg(&made)
+        .arg(&source)
+        .arg(profile.join("libsimcuda.so"))
+        .arg("-ldl")
+        .output()
+        .expect("the C compiler, cc, can be started");
+    assert!(built.status.success(), "{}: {}", source.display(), String::from_utf8_lossy(&built.stderr));
+    std::fs::rename(&made, &program).expect("the target folder can be written");
+    program
 }
