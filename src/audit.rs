@@ -5,7 +5,7 @@
 //! of them may be interrupted anywhere: what a killed arbiter left half done, the next one finishes.
 
 use crate::lock::SlotSet;
-use crate::page::{NAME_BYTES, Page, Phase, SLOTS, SlotIndex};
+use crate::page::{NAME_BYTES, Page, Phase, SLOTS, SlotIndex, Stall};
 use crate::shares::Shares;
 use crate::snapshot::Owner;
 use crate::sync::Ordering;
@@ -132,6 +132,7 @@ impl Page {
         let own = &self.slot(slot).own;
         own.phase.store(Phase::Idle as u32, Ordering::Relaxed);
         own.streak.store(0, Ordering::Relaxed);
+        own.stall.store(Stall::None as u32, Ordering::Relaxed);
         let words = [
             &own.demand,
             &own.ticket,
@@ -148,6 +149,9 @@ impl Page {
             &own.unmovable,
             &own.deadline,
             &own.usage,
+            &own.stall_since,
+            &own.stalls,
+            &own.drain_retries,
             &self.slot(slot).claimed,
         ];
         for word in words {

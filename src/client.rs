@@ -23,7 +23,7 @@
 use crate::account::Free;
 use crate::fair;
 use crate::lock::SlotSet;
-use crate::page::{Direction, Page, Phase, SlotIndex};
+use crate::page::{Direction, Page, Phase, SlotIndex, Stall};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
@@ -255,6 +255,34 @@ impl<P: Deref<Target = Page>> Books<P> {
         };
         add(time, took);
         self.page.observe_copy(direction, bytes, took);
+    }
+
+    /// Says that the client is to give way and cannot, and why; again and again as long as that is so, if need be. Only
+    /// the thread that walks the client through its phases calls it.
+    pub fn stalled(&self, why: Stall) {
+        let own = &self.page.slot(self.slot).own;
+        if why == Stall::None {
+            return self.stall_ended();
+        }
+        if own.stall.load(Ordering::Relaxed) == Stall::None as u32 {
+            own.stall_since.store(now(), Ordering::Relaxed);
+            add(&own.stalls, 1);
+        }
+        own.stall.store(why as u32, Ordering::Release);
+    }
+
+    /// Says that the client can give way again, or has, or need not any more. Costs a load if it was not stalled.
+    pub fn stall_ended(&self) {
+        let own = &self.page.slot(self.slot).own;
+        if own.stall.load(Ordering::Relaxed) != Stall::None as u32 {
+            own.stall.store(Stall::None as u32, Ordering::Release);
+            own.stall_since.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts a drain that let the client's threads go on, and will be begun again.
+    pub fn drain_retried(&self) {
+        add(&self.page.slot(self.slot).own.drain_retries, 1);
     }
 
     /// Counts a copy that tells nothing of the link, because it was in no hurry.
@@ -551,6 +579,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.books.give(all);
         self.books.change_demand(|_| 0);
         self.books.change_unmovable(|_| 0);
+        self.books.stall_ended();
         self.enter(Phase::Leaving);
         self.page().decide();
     }
@@ -742,6 +771,28 @@ mod tests {
             assert_eq!(deadline(&page), right, "{priority}");
         }
         assert_eq!(waiter.phase(), Phase::Waiting);
+    }
+
+    #[test]
+    fn a_stall_lasts_from_when_it_began_until_it_ends() {
+        let page = page(4);
+        let (client, _) = client(&page, 3);
+        let books = client.books();
+        let told = || {
+            let details = page.details(books.slot()).unwrap();
+            (details.stall, details.stalls)
+        };
+        let since = || page.details(books.slot()).unwrap().stall_since;
+        assert_eq!((told(), since()), ((Stall::None, 0), 0));
+        books.stalled(Stall::DrainAwaitsSubmission);
+        let begun = since();
+        while now() == begun {}
+        books.stalled(Stall::EndlessWork);
+        assert_eq!((told(), since()), ((Stall::EndlessWork, 1), begun), "for another reason, since then");
+        books.stall_ended();
+        assert_eq!((told(), since()), ((Stall::None, 1), 0));
+        books.stalled(Stall::NoHostMemory);
+        assert_eq!(told(), (Stall::NoHostMemory, 2));
     }
 
     #[test]

@@ -26,7 +26,7 @@ const COPIES: u64 = 16;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// Clients that one GPU can have at a time. The lock word has a bit for each.
 pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
@@ -96,6 +96,83 @@ impl Phase {
             Self::Running => "running",
             Self::Draining => "draining",
             Self::Leaving => "leaving",
+        }
+    }
+}
+
+/// Why a client that is to give way cannot. Only the client itself writes it ([`crate::Books::stalled`]); its memory stays
+/// in place meanwhile, and it tries again by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[repr(u32)]
+pub enum Stall {
+    /// It can, or need not.
+    #[default]
+    None = 0,
+    /// Its submitted work does not end while threads that want to submit are held: one waits for the other.
+    DrainAwaitsSubmission = 1,
+    /// Its submitted work does not end, and none of its threads wants to submit: a kernel that runs for ever.
+    EndlessWork = 2,
+    /// It captures a graph, and has not ended the capture.
+    OpenCapture = 3,
+    /// Its work is done, and the host has no memory for what must go out.
+    NoHostMemory = 4,
+}
+
+impl Stall {
+    /// Reads a reason. What is none is no stall.
+    pub fn parse(word: u32) -> Self {
+        match word {
+            1 => Self::DrainAwaitsSubmission,
+            2 => Self::EndlessWork,
+            3 => Self::OpenCapture,
+            4 => Self::NoHostMemory,
+            _ => Self::None,
+        }
+    }
+
+    /// The reason as a word for programs, as in `nvshare status --json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::DrainAwaitsSubmission => "drain-awaits-submission",
+            Self::EndlessWork => "endless-work",
+            Self::OpenCapture => "open-capture",
+            Self::NoHostMemory => "no-host-memory",
+        }
+    }
+
+    /// The reason with this word, if there is one.
+    pub fn named(name: &str) -> Option<Self> {
+        (1..=4).map(Self::parse).find(|stall| stall.name() == name)
+    }
+
+    /// The reason for people: the end of a sentence that begins with "it cannot give way:".
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::None => "no reason",
+            Self::DrainAwaitsSubmission => {
+                "its work on the GPU waits for work that its threads have yet to submit"
+            }
+            Self::EndlessWork => "its work on the GPU does not end",
+            Self::OpenCapture => "it captures a graph and has not ended the capture",
+            Self::NoHostMemory => "the host has no memory for its data",
+        }
+    }
+
+    /// What an operator does about it, in the imperative.
+    pub fn remedy(self) -> &'static str {
+        match self {
+            Self::None => "do nothing",
+            Self::DrainAwaitsSubmission => {
+                "if it does not end: end the process, or run it alone on its GPU (a resident kernel cannot take turns)"
+            }
+            Self::EndlessWork => "end the process if its kernel never returns, or run it alone on its GPU",
+            Self::OpenCapture => {
+                "end the process if it is stopped or stuck between cuStreamBeginCapture and cuStreamEndCapture"
+            }
+            Self::NoHostMemory => {
+                "free host memory, raise the control group's limit or NVSHARE_HOST_MEMORY, or end a process"
+            }
         }
     }
 }
@@ -294,6 +371,16 @@ pub struct OwnWords {
     pub(crate) deadline: AtomicU64,
     /// GPU time that it has used lately, ns, as it was when it last ran ([`crate::fair`]).
     pub(crate) usage: AtomicU64,
+    /// Why it cannot give way ([`Stall`]).
+    pub(crate) stall: AtomicU32,
+    _after_stall: Padding<4>,
+    /// Since when it cannot, ns; 0 when it can.
+    pub(crate) stall_since: AtomicU64,
+    /// Times that it could not.
+    pub(crate) stalls: AtomicU64,
+    /// Times that it let its threads go on in the middle of a drain, and began to drain again later.
+    pub(crate) drain_retries: AtomicU64,
+    _to_the_next_line: Padding<96>,
 }
 
 /// The whole page.
@@ -575,6 +662,12 @@ impl Page {
                 unmovable: word(),
                 deadline: word(),
                 usage: word(),
+                stall: half(),
+                _after_stall: Padding::new(),
+                stall_since: word(),
+                stalls: word(),
+                drain_retries: word(),
+                _to_the_next_line: Padding::new(),
             },
             account: Line(AtomicU64::new(Account::default().into()), Padding::new()),
             doorbell: Bell(half(), Padding::new()),
@@ -633,9 +726,24 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Whoever changes these numbers changes LAYOUT_VERSION too.
-        assert_eq!(LAYOUT_VERSION, 5);
-        assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 512, 640 + 48 * 512));
+        assert_eq!(LAYOUT_VERSION, 6);
+        assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
         assert_eq!(offset_of!(Header, free), 256);
+    }
+
+    #[test]
+    fn a_stall_is_read_as_what_was_written_and_garbage_as_none() {
+        for stall in [
+            Stall::DrainAwaitsSubmission,
+            Stall::EndlessWork,
+            Stall::OpenCapture,
+            Stall::NoHostMemory,
+            Stall::None,
+        ] {
+            assert_eq!(Stall::parse(stall as u32), stall);
+            assert!(stall == Stall::None || Stall::named(stall.name()) == Some(stall));
+        }
+        assert_eq!(Stall::parse(u32::MAX), Stall::None);
     }
 
     #[test]
@@ -644,7 +752,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 5"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 6"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }

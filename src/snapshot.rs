@@ -6,7 +6,7 @@
 
 use crate::account::Operation;
 use crate::lock::SlotSet;
-use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex};
+use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex, Stall};
 use crate::shares::{Priority, Shares};
 use crate::sync::Ordering;
 use crate::units::{Granules, MAX_GRANULES, Nanos};
@@ -171,6 +171,10 @@ impl Page {
             fill_ns: read(&own.fill_ns),
             evict_ns: read(&own.evict_ns),
             run_ns: read(&own.run_ns),
+            stall: Stall::parse(own.stall.load(Ordering::Acquire)),
+            stall_since: read(&own.stall_since),
+            stalls: read(&own.stalls),
+            drain_retries: read(&own.drain_retries),
         })
     }
 
@@ -239,4 +243,21 @@ pub struct Details {
     pub evict_ns: Nanos,
     /// Time spent running, ns.
     pub run_ns: Nanos,
+    /// Why it cannot give way, if it is to and cannot.
+    pub stall: Stall,
+    /// Since when it cannot, ns; 0 when it can.
+    pub stall_since: Nanos,
+    /// Times that it could not give way when it was to.
+    pub stalls: u64,
+    /// Times that it let its threads go on in the middle of a drain, and began to drain again later.
+    pub drain_retries: u64,
+}
+
+impl Details {
+    /// How long it has been unable to give way at this time, ns; `None` if it can. Its owner writes the two words one
+    /// after the other, so the reason may be there without the time: then it has just begun.
+    pub fn stalled_for(&self, now: Nanos) -> Option<Nanos> {
+        let since = if self.stall_since == 0 { now } else { self.stall_since };
+        (self.stall != Stall::None).then(|| now.saturating_sub(since))
+    }
 }

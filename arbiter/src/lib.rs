@@ -7,3 +7,4 @@ pub mod options;
 pub mod pages;
 pub mod sampling;
 pub mod server;
+pub mod stalls;

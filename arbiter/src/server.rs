@@ -6,6 +6,7 @@ use crate::liveness;
 use crate::options::Options;
 use crate::pages::{self, Served};
 use crate::sampling::{Gpu, Pinned, Source};
+use crate::stalls::Stalls;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
@@ -16,7 +17,7 @@ use nix::sys::socket::{
 };
 use nvshare::audit::Process;
 use nvshare::change::{Change, Edit, Message};
-use nvshare::page::{Phase, SlotIndex};
+use nvshare::page::{Phase, SlotIndex, Stall};
 use nvshare::register::{Hello, Reply, Status, Wish, send};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_in};
@@ -102,6 +103,7 @@ pub struct Server {
     pending: HashMap<RawFd, Pending>,
     reported: HashSet<(usize, SlotIndex)>,
     overdue: HashMap<(usize, SlotIndex), Nanos>,
+    stalls: Stalls,
 }
 
 /// Why the arbiter could not begin to serve.
@@ -183,6 +185,7 @@ impl Server {
             pending: HashMap::new(),
             reported: HashSet::new(),
             overdue: HashMap::new(),
+            stalls: Stalls::default(),
             options,
         };
         for (gpu, slot, fd) in survivors {
@@ -424,6 +427,10 @@ impl Server {
             served.page.beat(time);
             pages::audit(&served.page, served.gpu);
         }
+        for (index, served) in self.gpus.iter().enumerate() {
+            let bound = self.options.unresponsive_after;
+            self.stalls.look(index, served.gpu, &served.page, bound, time);
+        }
         self.look_for_unresponsive(time);
         if time.saturating_sub(self.sampled) >= SAMPLE_EVERY {
             self.sampled = time;
@@ -472,16 +479,20 @@ impl Server {
                     continue;
                 }
                 let Some(details) = served.page.details(slot) else { continue };
-                tracing::warn!(
-                    gpu = %served.gpu,
-                    slot = slot.get(),
-                    pid = details.owner.pid,
-                    client = details.name,
-                    phase = view.phase.name(),
-                    "it has not given way for {}: it is stopped (SIGSTOP, a debugger) or runs a kernel that long; others wait. Continue or end it",
-                    format_nanos(time - since)
-                );
-                if self.options.kill_unresponsive {
+                // What it says itself is reported as such; for want of host memory nobody is to die.
+                let stalled = details.stall != Stall::None;
+                if !stalled {
+                    tracing::warn!(
+                        gpu = %served.gpu,
+                        slot = slot.get(),
+                        pid = details.owner.pid,
+                        client = details.name,
+                        phase = view.phase.name(),
+                        "it has not given way for {}: it is stopped (SIGSTOP, a debugger) or runs a kernel that long; others wait. Continue or end it",
+                        format_nanos(time - since)
+                    );
+                }
+                if self.options.kill_unresponsive && details.stall != Stall::NoHostMemory {
                     let pid = nix::unistd::Pid::from_raw(details.owner.pid as i32);
                     let killed = nix::sys::signal::kill(pid, Signal::SIGKILL);
                     tracing::warn!(gpu = %served.gpu, %pid, "killed it, as --kill-unresponsive says: {killed:?}");

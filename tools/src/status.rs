@@ -5,7 +5,7 @@
 
 use crate::Failure;
 use nvshare::map::MappedPage;
-use nvshare::page::{Direction, Page, SLOTS, SlotIndex};
+use nvshare::page::{Direction, Page, SLOTS, SlotIndex, Stall};
 use nvshare::shares::{MemoryLimit, Shares};
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its
 context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
 
-Below the clients stand those whose weight, priority or memory limit is not the usual one; `nvshare set` changes them.
+Below the clients stand those that are to give way and cannot, with the reason, and those whose weight, priority or
+memory limit is not the usual one; `nvshare set` changes them.
 
 Examples:
   nvshare status
@@ -122,6 +123,15 @@ pub struct Client {
     pub evict_ns: u64,
     /// Time spent running in slices that have ended, ns.
     pub run_ns: u64,
+    /// Why it cannot give way although it is to: drain-awaits-submission, endless-work, open-capture or no-host-memory;
+    /// null if it can.
+    pub stall: Option<String>,
+    /// How long it has been unable to, ns; null if it can.
+    pub stalled_ns: Option<u64>,
+    /// Times that it was unable to.
+    pub stalls: u64,
+    /// Times that it let its threads go on in the middle of a drain, and began to drain again later.
+    pub drain_retries: u64,
 }
 
 /// Reads all pages of a runtime directory.
@@ -186,6 +196,7 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
     let details = page.details(slot)?;
     let bytes = |granules: Granules| bytes_of(granules);
     let Shares { weight, priority, memory_limit } = details.shares;
+    let stalled = details.stalled_for(time);
     let waiting = (details.wait_since != 0).then(|| time.saturating_sub(details.wait_since));
     Some(Client {
         slot: slot.get(),
@@ -212,6 +223,10 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
         fill_ns: details.fill_ns,
         evict_ns: details.evict_ns,
         run_ns: details.run_ns,
+        stall: stalled.map(|_| details.stall.name().into()),
+        stalled_ns: stalled,
+        stalls: details.stalls,
+        drain_retries: details.drain_retries,
     })
 }
 
@@ -284,7 +299,21 @@ fn print(gpu: &Gpu) {
         ]);
     }
     println!("{table}");
+    gpu.clients.iter().filter_map(stall).for_each(|line| println!("{line}"));
     gpu.clients.iter().filter_map(shares).for_each(|line| println!("{line}"));
+}
+
+/// What keeps a client from giving way, for how long, and what to do about it.
+fn stall(client: &Client) -> Option<String> {
+    let stall = Stall::named(client.stall.as_deref()?)?;
+    Some(format!(
+        "  slot {} (pid {}) cannot give way, for {}: {}; {}",
+        client.slot,
+        client.pid,
+        format_nanos(client.stalled_ns?),
+        stall.reason(),
+        stall.remedy()
+    ))
 }
 
 /// What a client's shares are, if they are not the usual ones: few have any, and the table is wide enough.
