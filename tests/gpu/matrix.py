@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 
+import sections
 from harness import GIB, HERE, MIB, Arbiter, Competitor, Watch, run
 
 PROGRAMS_IN = HERE / "matrix"
@@ -341,10 +342,10 @@ def settled(row):
 
 
 def table(rows):
-    """docs/compatibility.md."""
+    """Its part of docs/compatibility.md."""
     heads = ["program", "framework", "native", "under nvshare, alone", "with switches", "same result", "seconds", "remark"]
     lines = [
-        "# Compatibility",
+        "## Frameworks and programs",
         "",
         "Written by `tests/gpu/matrix.py`; see [testing.md](testing.md). Each program of `tests/gpu/matrix/` checks its own",
         "numbers and ran three times: natively; under nvshare alone; and under nvshare in a pool too small for it and a",
@@ -375,7 +376,7 @@ def main():
     parser.add_argument("--timeout", type=float, default=120, help="the most that one run may take (default 120)")
     parser.add_argument("--budget", type=float, default=540, help="begin no run after so many seconds (default 540)")
     parser.add_argument("--least-switches", type=int, default=2, help="fewer are a failure (default 2)")
-    parser.add_argument("--out", type=pathlib.Path, help="write the table here")
+    parser.add_argument("--out", type=pathlib.Path, help="put the table into this page")
     parser.add_argument("--json", type=pathlib.Path, help="keep the rows here")
     parser.add_argument("--merge", nargs="*", default=[], help="rows of earlier runs; those of this run replace them")
     parser.add_argument("--render", action="store_true", help="run nothing, only write the table of --merge")
@@ -394,7 +395,7 @@ def main():
     if options.json:
         options.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if options.out:
-        options.out.write_text(table(rows))
+        sections.write(options.out, "matrix", table(rows))
     bad = [row["name"] for row in rows if not settled(row)[0]]
     print(f"{len(rows) - len(bad)} of {len(rows)} right in {time.monotonic() - began:.0f} s" + (f"; not right: {' '.join(bad)}" if bad else ""))
     return 1 if bad else 0
