@@ -61,9 +61,7 @@ impl Page {
     /// As [`Page::open_slot`], for a process that asks: if one was opened for it that it has not claimed, because an
     /// arbiter ended before it had answered, it is given that one.
     pub fn slot_for(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
-        let is_unclaimed = |slot: &SlotIndex| {
-            self.owner(*slot) == Some(process) && self.slot(*slot).claimed.load(Ordering::Acquire) == 0
-        };
+        let is_unclaimed = |slot: &SlotIndex| self.owner(*slot) == Some(process) && !self.is_claimed(*slot);
         let Some(slot) = self.occupied().iter().find(is_unclaimed) else {
             return self.open_slot(process, name, weight);
         };
@@ -77,6 +75,23 @@ impl Page {
     pub fn claim(&self, slot: SlotIndex) -> bool {
         let word = &self.slot(slot).claimed;
         word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// How many owners a slot has had, the present one among them.
+    pub fn generation(&self, slot: SlotIndex) -> u32 {
+        Owner::from(self.slot(slot).owner.load(Ordering::Relaxed)).generation
+    }
+
+    /// Puts right whose a slot is, for an arbiter that knows better than the page.
+    pub fn set_owner(&self, slot: SlotIndex, process: Process, generation: u32) {
+        let row = self.slot(slot);
+        row.started.store(process.started, Ordering::Relaxed);
+        row.owner.store(Owner { generation, pid: process.pid }.into(), Ordering::Release);
+    }
+
+    /// Whether the process that a slot was opened for knows of it.
+    pub fn is_claimed(&self, slot: SlotIndex) -> bool {
+        self.slot(slot).claimed.load(Ordering::Acquire) != 0
     }
 
     fn describe(&self, slot: SlotIndex, name: &str, weight: u32) {

@@ -6,6 +6,7 @@
 
 use crate::fair::MAX_WEIGHT;
 use crate::page::{LAYOUT_VERSION, SlotIndex};
+use crate::presence::{ATTACH_MAGIC, Attach};
 use crate::register::{self, Hello, RegisterError, Reply, Status, TALK_MAGICS};
 use crate::shares::{MemoryLimit, Priority, Shares};
 use crate::snapshot::Owner;
@@ -150,6 +151,8 @@ pub enum Message {
     Hello(Hello),
     /// Somebody wants a client's shares changed.
     Change(Change, SlotIndex, Edit),
+    /// A client that was there before the arbiter makes itself known.
+    Attach(Attach, SlotIndex),
 }
 
 impl Message {
@@ -160,6 +163,9 @@ impl Message {
     pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
         if bytes.starts_with(&CHANGE_MAGIC.to_le_bytes()) {
             return Change::read(bytes).map(|(change, slot, edit)| Self::Change(change, slot, edit));
+        }
+        if bytes.starts_with(&ATTACH_MAGIC.to_le_bytes()) {
+            return Attach::read(bytes).map(|(attach, slot)| Self::Attach(attach, slot));
         }
         Hello::read(bytes).map(Self::Hello)
     }
@@ -173,8 +179,8 @@ const _: () = assert!(TALK_MAGICS[2] == CHANGE_MAGIC);
 /// # Errors
 /// Nobody answers within `timeout`, the answer is a refusal, or makes no sense.
 pub fn change(path: &Path, change: &Change, timeout: Duration) -> Result<String, RegisterError> {
-    let (reply, _) = register::talk(path, bytemuck::bytes_of(change), Status::Changed, timeout)?;
-    Ok(reply.text())
+    let answer = register::talk(path, bytemuck::bytes_of(change), Status::Changed, timeout)?;
+    Ok(answer.reply.text())
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
 //! | [`register`] | how a process gets its slot and the page's descriptor |
+//! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`change`] | how a client's shares are changed while it runs |
 //! | [`sync`] | atomics and futexes, real or modelled by loom |
 //!
@@ -44,6 +45,8 @@ pub mod change;
 pub mod map;
 #[cfg(not(loom))]
 pub mod paths;
+#[cfg(not(loom))]
+pub mod presence;
 #[cfg(not(loom))]
 pub mod register;
 

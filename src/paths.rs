@@ -1,5 +1,6 @@
 //! Where a node's pages and the arbiter's socket are.
 
+use crate::page::SlotIndex;
 use crate::units::GpuUuid;
 use std::path::{Path, PathBuf};
 
@@ -34,6 +35,11 @@ pub fn arbiter_lock(dir: &Path) -> PathBuf {
 /// The page of a GPU.
 pub fn page(dir: &Path, gpu: GpuUuid) -> PathBuf {
     dir.join(format!("{gpu}.page"))
+}
+
+/// The file that shows whether the client in a slot lives.
+pub fn life(dir: &Path, gpu: GpuUuid, slot: SlotIndex) -> PathBuf {
+    dir.join(format!("{gpu}.slot-{}.client", slot.get()))
 }
 
 /// The GPUs that have a page in a runtime directory, by UUID.

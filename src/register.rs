@@ -12,11 +12,13 @@
 //! The process then claims its slot in the page ([`Page::claim`](crate::page::Page::claim)). One that it has not claimed,
 //! because the arbiter ended between opening it and answering, is what it is given when it asks again.
 //!
-//! The connection has no further use: the arbiter watches the process, not the socket.
+//! With the slot comes a second descriptor, the slot's life file. Whoever registers keeps it and the connection for as
+//! long as the process lives and runs the same program ([`crate::presence`]): that is how the arbiter knows.
 
 use crate::change::CHANGE_MAGIC;
 use crate::map::{MapError, MappedPage};
 use crate::page::{LAYOUT_VERSION, NAME_BYTES, SlotIndex};
+use crate::presence::{self, ATTACH_MAGIC, Presence};
 use crate::shares::{Priority, Shares};
 use crate::sync::now;
 use crate::units::{GpuUuid, Nanos, format_nanos};
@@ -40,7 +42,7 @@ pub const WIRE_MAGIC: u64 = u64::from_le_bytes(*b"nvshare?");
 pub const LOOK_MAGIC: u64 = u64::from_le_bytes(*b"nvlook??");
 
 /// What a message to the arbiter may begin with.
-pub(crate) const TALK_MAGICS: [u64; 3] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC];
+pub(crate) const TALK_MAGICS: [u64; 4] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC];
 
 /// Bytes of the sentence in a reply.
 const TEXT_BYTES: usize = 256;
@@ -63,8 +65,8 @@ pub struct Hello {
     pub memory_limit: u64,
     /// Its priority's word.
     pub priority: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Its pid as it sees it itself: what an arbiter that cannot see it calls it.
+    pub pid: u32,
 }
 
 impl Hello {
@@ -78,7 +80,7 @@ impl Hello {
             name: padded(name),
             memory_limit: 0,
             priority: 0,
-            reserved: 0,
+            pid: std::process::id(),
         }
         .with(Shares::default())
     }
@@ -191,6 +193,10 @@ pub enum Status {
     Shown = 7,
     /// The client's shares are what the text says.
     Changed = 8,
+    /// The arbiter knows the client that was there before it.
+    Attached = 9,
+    /// The client's slot is closed. Also said without a question, over the connection that the client keeps.
+    Closed = 10,
 }
 
 impl Status {
@@ -204,6 +210,8 @@ impl Status {
             Self::Refused,
             Self::Shown,
             Self::Changed,
+            Self::Attached,
+            Self::Closed,
         ]
         .into_iter()
         .find(|status| *status as u32 == word)
@@ -237,6 +245,16 @@ impl Reply {
     /// The page, for somebody who only looks.
     pub fn shown() -> Self {
         *Self::refuse(Status::Shown, "")
+    }
+
+    /// The client is known.
+    pub fn attached(slot: SlotIndex) -> Self {
+        Self { slot: slot.get() as u32, ..*Self::refuse(Status::Attached, "") }
+    }
+
+    /// A client's slot is closed, and why.
+    pub fn closed(why: &str) -> Box<Self> {
+        Self::refuse(Status::Closed, why)
     }
 
     /// A client's shares are these now.
@@ -381,8 +399,12 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
     let begin = now();
     loop {
         let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
-        let registration = ask_for(path, hello, left)?;
-        if hello.wish() == Wish::Look || registration.page.claim(registration.slot) {
+        let (registration, answer) = ask_for(path, hello, left)?;
+        if hello.wish() == Wish::Look {
+            return Ok(registration);
+        }
+        if registration.page.claim(registration.slot) {
+            presence::keep(Presence::new(path, &registration, answer));
             return Ok(registration);
         }
         // Threads take the same slot once each. Only a page that lies gets here for ever.
@@ -393,21 +415,22 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
     }
 }
 
-/// The page, and the slot that the arbiter gives this process; another thread may have been given the same one.
-fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registration, RegisterError> {
+/// The page, and the slot that the arbiter gives this process; another thread may have been given the same one. And the
+/// answer that they came with.
+fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<(Registration, Answer), RegisterError> {
     let gpu = GpuUuid(hello.gpu);
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
-    let (reply, sent) = talk(path, bytemuck::bytes_of(hello), hello.wish().granted(), timeout)?;
+    let answer = talk(path, bytemuck::bytes_of(hello), hello.wish().granted(), timeout)?;
     // The slot means nothing to whoever only looks.
-    let slot = SlotIndex::new(reply.slot as usize)
-        .ok_or_else(|| nonsense(format!("it gave slot {}", reply.slot)))?;
-    let sent = sent.ok_or_else(|| nonsense("it sent no page".into()))?;
+    let slot = SlotIndex::new(answer.reply.slot as usize)
+        .ok_or_else(|| nonsense(format!("it gave slot {}", answer.reply.slot)))?;
+    let sent = answer.sent.first().ok_or_else(|| nonsense("it sent no page".into()))?;
     let page =
         MappedPage::open(sent).map_err(|cause| RegisterError::Page { path: path.to_owned(), gpu, cause })?;
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    Ok(Registration { page, slot })
+    Ok((Registration { page, slot }, answer))
 }
 
 /// The page of a GPU, without a slot in it. Waits as [`register`] does.
@@ -418,8 +441,14 @@ pub fn look(path: &Path, gpu: GpuUuid, timeout: Duration) -> Result<MappedPage, 
     register(path, &Hello::look(gpu), timeout).map(|registration| registration.page)
 }
 
-/// What an arbiter answered, and the descriptor that came with it.
-type Answer = (Box<Reply>, Option<OwnedFd>);
+/// What an arbiter answered.
+pub(crate) struct Answer {
+    pub(crate) reply: Box<Reply>,
+    /// The descriptors that came with it: the page, and with a slot its life file.
+    pub(crate) sent: Vec<OwnedFd>,
+    /// Over which it came.
+    pub(crate) connection: OwnedFd,
+}
 
 /// Sends one message to the arbiter at `path` and waits for the answer `wanted`.
 pub(crate) fn talk(
@@ -431,7 +460,7 @@ pub(crate) fn talk(
     let begin = now();
     loop {
         let left = timeout.saturating_sub(Duration::from_nanos(now() - begin));
-        match ask(dial(path, left)?, path, message, wanted)? {
+        match ask(dial(path, left)?, path, message, &[], wanted)? {
             Said::This(answer) => return Ok(answer),
             Said::Hangup(cause) if left.is_zero() => {
                 return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
@@ -442,20 +471,29 @@ pub(crate) fn talk(
     }
 }
 
-enum Said {
+pub(crate) enum Said {
     This(Answer),
     /// The other end closed without a word: it has ended. Should it have opened a slot already, its
     /// successor gives out that one ([`Page::slot_for`](crate::page::Page::slot_for)).
     Hangup(Errno),
 }
 
-fn ask(fd: OwnedFd, path: &Path, message: &[u8], wanted: Status) -> Result<Said, RegisterError> {
+/// Sends one message over a connection to the arbiter, with these descriptors, and waits for the answer `wanted`.
+pub(crate) fn ask(
+    connection: OwnedFd,
+    path: &Path,
+    message: &[u8],
+    fds: &[BorrowedFd<'_>],
+    wanted: Status,
+) -> Result<Said, RegisterError> {
+    let fd = &connection;
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
     let broke = |error: Errno| nonsense(format!("the connection broke: {error}"));
-    setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
-    let (reply, sent) = match send(fd.as_fd(), message, None) {
+    setsockopt(fd, sockopt::ReceiveTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(broke)?;
+    let (reply, sent) = match send(fd.as_fd(), message, fds) {
         // A refusal may come before the arbiter has read anything.
-        Ok(()) | Err(Errno::EPIPE) => match receive_reply(fd.as_fd()) {
+        // Room for more than a reply, so that a longer message is seen as one.
+        Ok(()) | Err(Errno::EPIPE) => match receive(fd.as_fd(), size_of::<Reply>() + 1, MsgFlags::empty()) {
             Ok((reply, _)) if reply.is_empty() => return Ok(Said::Hangup(Errno::ECONNRESET)),
             Err(cause @ (Errno::ECONNRESET | Errno::EPIPE)) => return Ok(Said::Hangup(cause)),
             Err(Errno::EAGAIN) => {
@@ -469,21 +507,21 @@ fn ask(fd: OwnedFd, path: &Path, message: &[u8], wanted: Status) -> Result<Said,
     };
     let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
     match status {
-        granted if granted == wanted => Ok(Said::This((reply.into(), sent))),
-        Status::Welcome | Status::Shown | Status::Changed => {
+        granted if granted == wanted => Ok(Said::This(Answer { reply: reply.into(), sent, connection })),
+        Status::Welcome | Status::Shown | Status::Changed | Status::Attached => {
             Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")))
         }
         _ => Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
     }
 }
 
-/// Sends one message, with a descriptor or without.
+/// Sends one message, and descriptors with it.
 ///
 /// # Errors
 /// The socket's.
-pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> nix::Result<()> {
-    let fds = fd.map(|fd| [fd.as_raw_fd()]);
-    let control: Vec<_> = fds.iter().map(|fds| ControlMessage::ScmRights(fds)).collect();
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> nix::Result<()> {
+    let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let control: Vec<_> = (!fds.is_empty()).then_some(ControlMessage::ScmRights(&fds)).into_iter().collect();
     let flags = MsgFlags::MSG_NOSIGNAL;
     loop {
         match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, flags, None) {
@@ -494,14 +532,17 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) ->
     }
 }
 
-fn receive_reply(socket: BorrowedFd<'_>) -> nix::Result<(Vec<u8>, Option<OwnedFd>)> {
-    // Room for more than a reply, so that a longer message is seen as one.
-    let mut bytes = vec![0; size_of::<Reply>() + 1];
+/// Receives one message of at most `room` bytes, and the descriptors that come with it. No bytes: the other end is closed.
+///
+/// # Errors
+/// The socket's.
+pub fn receive(socket: BorrowedFd<'_>, room: usize, flags: MsgFlags) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; room];
     let mut control = cmsg_space!([i32; 4]);
     let mut fds = Vec::new();
     let length = loop {
         let mut slices = [IoSliceMut::new(&mut bytes)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+        let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
         match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags) {
             Err(Errno::EINTR) => {}
             Err(error) => return Err(error),
@@ -518,5 +559,5 @@ fn receive_reply(socket: BorrowedFd<'_>) -> nix::Result<(Vec<u8>, Option<OwnedFd
         }
     };
     bytes.truncate(length);
-    Ok((bytes, fds.into_iter().next()))
+    Ok((bytes, fds))
 }

@@ -246,8 +246,8 @@ fn liar(name: &str, answers: Vec<Vec<u8>>, fd: Option<File>) -> PathBuf {
             let mut hello = [0; 512];
             let _ = recv(peer.as_raw_fd(), &mut hello, MsgFlags::empty());
             if !answer.is_empty() {
-                let fd = fd.as_ref().map(|file| -> BorrowedFd { file.as_fd() });
-                let _ = register::send(peer.as_fd(), &answer, fd);
+                let fds: Vec<BorrowedFd> = fd.iter().map(|file| file.as_fd()).collect();
+                let _ = register::send(peer.as_fd(), &answer, &fds);
             }
         }
     });

@@ -3,6 +3,7 @@
 
 pub mod changes;
 pub mod liveness;
+pub mod lives;
 pub mod options;
 pub mod pages;
 pub mod sampling;

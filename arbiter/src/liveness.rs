@@ -13,6 +13,27 @@ pub fn started(pid: u32) -> Option<u64> {
     rest.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// Whether a process is on its way out: its pidfd tells when it is through, and its memory is free then. Other than a
+/// process that runs another program now.
+pub fn is_ending(pid: u32) -> bool {
+    /// The kernel's flag of a thread that ends (`PF_EXITING`), in field 9 of /proc/PID/stat.
+    const EXITING: u64 = 4;
+    const KILL: u64 = 1 << (nix::libc::SIGKILL - 1);
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
+    // In this order: whoever has taken its SIGKILL is on its way out.
+    let killed = read("status").and_then(|status| {
+        let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"))?;
+        u64::from_str_radix(pending.trim(), 16).ok()
+    });
+    let Some(stat) = read("stat") else { return true };
+    let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace();
+    let state = fields.next();
+    let flags: u64 = fields.nth(5).and_then(|flags| flags.parse().ok()).unwrap_or(0);
+    killed.is_some_and(|pending| pending & KILL != 0)
+        || flags & EXITING != 0
+        || matches!(state, Some("Z" | "X"))
+}
+
 /// A descriptor that becomes readable when the process ends.
 ///
 /// # Errors
@@ -36,6 +57,17 @@ pub fn reopen(process: Process) -> Option<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_is_killed_is_ending_and_one_that_lives_is_not() {
+        let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
+        assert!(!is_ending(child.id()) && !is_ending(std::process::id()));
+        child.kill().unwrap();
+        // From when the signal was sent, not only when the process is gone.
+        assert!(is_ending(child.id()));
+        child.wait().unwrap();
+        assert!(is_ending(child.id()));
+    }
 
     #[test]
     fn this_process_lives_and_another_of_its_pid_does_not() {

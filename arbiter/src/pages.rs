@@ -1,8 +1,8 @@
 //! The pages: made, adopted from an arbiter before, or moved aside.
 
 use crate::liveness;
+use crate::lives::{Life, Record};
 use nvshare::audit::Audit;
-use nvshare::lock::SlotSet;
 use nvshare::map::{MapError, MappedPage};
 use nvshare::page::{PAGE_BYTES, Page, Settings, SlotIndex};
 use nvshare::paths;
@@ -22,8 +22,15 @@ pub struct Served {
     pub file: File,
 }
 
-/// Clients that were alive when this arbiter took a page over: their slots, and a descriptor for each.
-pub type Survivors = Vec<(SlotIndex, OwnedFd)>;
+/// A client that was alive when this arbiter took its page over.
+pub struct Survivor {
+    /// Its slot.
+    pub slot: SlotIndex,
+    /// Its life file, unless somebody has removed it.
+    pub life: Option<Life>,
+    /// Its process, if it can be seen from here.
+    pub pidfd: Option<OwnedFd>,
+}
 
 /// Why a page could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +51,7 @@ pub fn serve(
     gpu: GpuUuid,
     capacity: Granules,
     settings: Settings,
-) -> Result<(Served, Survivors), PageFileError> {
+) -> Result<(Served, Vec<Survivor>), PageFileError> {
     let path = paths::page(dir, gpu);
     let fail = |what| {
         let path = path.clone();
@@ -64,6 +71,8 @@ pub fn serve(
             }
         },
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            // Those of a page that was moved aside: nobody here knows their clients.
+            slots().filter_map(|slot| Life::find(dir, gpu, slot)).for_each(Life::end);
             let (file, page) = create(&path, gpu, capacity).map_err(fail("made"))?;
             page.set_settings(settings);
             page.adopt(std::process::id());
@@ -76,7 +85,7 @@ pub fn serve(
         move_aside(&path).map_err(fail("moved aside"))?;
         return serve(dir, gpu, capacity, settings);
     };
-    let survivors = adopt(&page, gpu);
+    let survivors = adopt(&page, gpu, dir);
     page.set_settings(settings);
     if page.set_capacity(capacity) {
         tracing::info!(%gpu, capacity = %format_size(bytes_of(capacity)), "the pool has another size now");
@@ -102,29 +111,57 @@ fn move_aside(path: &Path) -> io::Result<()> {
     fs::rename(path, aside.expect("numbers do not end"))
 }
 
+fn slots() -> impl Iterator<Item = SlotIndex> {
+    (0..nvshare::page::SLOTS).filter_map(SlotIndex::new)
+}
+
 /// Takes over a page with its clients: reaps those that died meanwhile, and audits.
-fn adopt(page: &Page, gpu: GpuUuid) -> Survivors {
+fn adopt(page: &Page, gpu: GpuUuid, dir: &Path) -> Vec<Survivor> {
     page.adopt(std::process::id());
+    let mut survivors: Vec<_> = slots().filter_map(|slot| survivor(page, gpu, dir, slot)).collect();
     page.rebuild_occupied();
-    let mut survivors = Vec::new();
-    for slot in page.occupied().iter() {
-        let Some(process) = page.owner(slot) else { continue };
-        match liveness::reopen(process) {
-            Some(fd) => survivors.push((slot, fd)),
-            None => reap(page, gpu, slot, "died while no arbiter ran"),
-        }
-    }
+    survivors.retain(|survivor| page.owner(survivor.slot).is_some());
     tracing::info!(%gpu, clients = survivors.len(), "took its page over");
     settle_unowned(page);
     audit(page, gpu);
     survivors
 }
 
+/// The client in a slot, if it lives; else its books are closed.
+fn survivor(page: &Page, gpu: GpuUuid, dir: &Path, slot: SlotIndex) -> Option<Survivor> {
+    let Some(life) = Life::find(dir, gpu, slot) else { return survivor_without_file(page, gpu, slot) };
+    let Record { generation, .. } = life.record;
+    if !life.is_held() {
+        reap(page, gpu, slot, "its process ended, or ran another program, while no arbiter ran");
+        life.end();
+        return None;
+    }
+    let process = life.record.process();
+    if page.owner(slot) != Some(process) || page.generation(slot) != generation {
+        tracing::warn!(%gpu, slot = slot.get(), pid = process.pid, "its page named somebody else as this slot's client: put right");
+        page.set_owner(slot, process, generation);
+    }
+    let pidfd = life.record.is_seen().then(|| liveness::reopen(process)).flatten();
+    Some(Survivor { slot, life: Some(life), pidfd })
+}
+
+/// A slot that the page says is owned, and that has no life file. An arbiter that was killed before it had answered leaves
+/// one, which nobody uses.
+fn survivor_without_file(page: &Page, gpu: GpuUuid, slot: SlotIndex) -> Option<Survivor> {
+    let process = page.owner(slot)?;
+    match liveness::reopen(process).filter(|_| page.is_claimed(slot)) {
+        Some(pidfd) => Some(Survivor { slot, life: None, pidfd: Some(pidfd) }),
+        None => {
+            reap(page, gpu, slot, "nobody was told of its slot");
+            None
+        }
+    }
+}
+
 /// An arbiter that was killed between closing a slot and giving its granules back left an account that
 /// nobody owns.
 fn settle_unowned(page: &Page) {
-    let all: SlotSet = (0..nvshare::page::SLOTS).filter_map(SlotIndex::new).collect();
-    for slot in all.iter().filter(|slot| page.owner(*slot).is_none()) {
+    for slot in slots().filter(|slot| page.owner(*slot).is_none()) {
         page.close_account(slot);
     }
 }

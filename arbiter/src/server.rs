@@ -3,8 +3,9 @@
 
 use crate::changes;
 use crate::liveness;
+use crate::lives::{Life, Record, own_namespace};
 use crate::options::Options;
-use crate::pages::{self, Served};
+use crate::pages::{self, Served, Survivor};
 use crate::sampling::{Gpu, Pinned, Source};
 use crate::stalls::Stalls;
 use nix::errno::Errno;
@@ -13,12 +14,13 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind,
-    getsockopt, listen, recv, socket, sockopt,
+    getsockopt, listen, socket, sockopt,
 };
 use nvshare::audit::Process;
 use nvshare::change::{Change, Edit, Message};
 use nvshare::page::{Phase, SlotIndex, Stall};
-use nvshare::register::{Hello, Reply, Status, Wish, send};
+use nvshare::presence::Attach;
+use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_in};
 use nvshare::{paths, policy, snapshot::Snapshot};
@@ -38,6 +40,9 @@ const PATIENCE: Nanos = 5 * SECOND;
 
 /// Connections that have said nothing yet.
 const MOST_PENDING: usize = 64;
+
+/// Why the books of a client are closed whose life file is free.
+const ENDED: &str = "its process runs another program, or ended";
 
 /// What a descriptor that epoll reports is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +80,45 @@ impl Token {
 struct Live {
     gpu: usize,
     slot: SlotIndex,
-    _pidfd: OwnedFd,
+    /// `None` if somebody removed the file while no arbiter ran.
+    life: Option<Life>,
+    /// `None` for a process that cannot be seen from here.
+    pidfd: Option<OwnedFd>,
+    /// That the client keeps, most often one. None while it has not attached to this arbiter yet.
+    connections: HashSet<RawFd>,
+    /// When its life file was first seen free.
+    free_since: Option<Nanos>,
+}
+
+impl Live {
+    /// Whether the client has ended, by what its life file says. Its pidfd says so by itself
+    /// (docs/decisions/0019-who-is-dead.md).
+    fn is_over(&mut self, gpu: GpuUuid, source: Option<&dyn Source>) -> bool {
+        if !self.connections.is_empty() || self.life.as_ref().is_none_or(Life::is_held) {
+            return false;
+        }
+        let since = *self.free_since.get_or_insert_with(now);
+        match self.life.as_ref().filter(|_| self.pidfd.is_some()).map(|life| life.record.pid) {
+            // Its pidfd is about to tell, and its memory on the GPU is free no sooner.
+            Some(pid) if liveness::is_ending(pid) => false,
+            Some(pid) if source.is_some_and(|source| is_without_memory(source, gpu, pid)) => true,
+            _ => now() - since >= LET_GO_WITHIN,
+        }
+    }
+}
+
+/// How long a process that runs another program may take to free what the one before had on the GPU, where NVML does not
+/// say that it has.
+const LET_GO_WITHIN: Nanos = 500 * MILLISECOND;
+
+fn is_without_memory(source: &dyn Source, gpu: GpuUuid, pid: u32) -> bool {
+    source.used(gpu).is_ok_and(|used| !used.contains_key(&pid))
+}
+
+/// A connection that a client keeps.
+struct Kept {
+    fd: OwnedFd,
+    client: u64,
 }
 
 struct Pending {
@@ -86,6 +129,7 @@ struct Pending {
 /// The arbiter.
 pub struct Server {
     options: Options,
+    dir: PathBuf,
     socket: PathBuf,
     epoll: Epoll,
     listener: OwnedFd,
@@ -100,6 +144,7 @@ pub struct Server {
     sampled: Nanos,
     clients: HashMap<u64, Live>,
     next_client: u64,
+    kept: HashMap<RawFd, Kept>,
     pending: HashMap<RawFd, Pending>,
     reported: HashSet<(usize, SlotIndex)>,
     overdue: HashMap<(usize, SlotIndex), Nanos>,
@@ -153,7 +198,7 @@ impl Server {
             if let Some(link) = gpu.link {
                 page.page.guess_bandwidth(link);
             }
-            survivors.extend(alive.into_iter().map(|(slot, fd)| (served.len(), slot, fd)));
+            survivors.extend(alive.into_iter().map(|survivor| (served.len(), survivor)));
             served.push(page);
         }
         let listener = bind_socket(&path)?;
@@ -169,6 +214,7 @@ impl Server {
             add(owner, Token::Owner)?;
         }
         let mut server = Self {
+            dir,
             socket: path,
             epoll,
             listener,
@@ -182,14 +228,15 @@ impl Server {
             sampled: 0,
             clients: HashMap::new(),
             next_client: 0,
+            kept: HashMap::new(),
             pending: HashMap::new(),
             reported: HashSet::new(),
             overdue: HashMap::new(),
             stalls: Stalls::default(),
             options,
         };
-        for (gpu, slot, fd) in survivors {
-            server.watch(gpu, slot, fd);
+        for (gpu, Survivor { slot, life, pidfd }) in survivors {
+            server.watch(gpu, slot, life, pidfd);
         }
         Ok(server)
     }
@@ -254,14 +301,46 @@ impl Server {
         Ok(())
     }
 
-    fn watch(&mut self, gpu: usize, slot: SlotIndex, pidfd: OwnedFd) {
+    fn watch(&mut self, gpu: usize, slot: SlotIndex, life: Option<Life>, pidfd: Option<OwnedFd>) -> u64 {
         let number = self.next_client;
         self.next_client = (self.next_client + 1) & 0xffff_ffff;
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Client(number).word());
-        if let Err(error) = self.epoll.add(&pidfd, event) {
-            tracing::error!("a client cannot be watched, its death will not be seen: {error}");
+        if let Some(pidfd) = &pidfd
+            && let Err(error) = self.epoll.add(pidfd, event)
+        {
+            tracing::error!("a client's process cannot be watched, its end will be seen later: {error}");
         }
-        self.clients.insert(number, Live { gpu, slot, _pidfd: pidfd });
+        self.clients
+            .insert(number, Live { gpu, slot, life, pidfd, connections: HashSet::new(), free_since: None });
+        number
+    }
+
+    /// Keeps a client's connection, and watches it.
+    fn keep(&mut self, fd: OwnedFd, client: u64) {
+        let Some(live) = self.clients.get_mut(&client) else { return };
+        live.connections.insert(fd.as_raw_fd());
+        self.kept.insert(fd.as_raw_fd(), Kept { fd, client });
+    }
+
+    /// Something came over a connection that a client keeps, or it has ended.
+    fn hung_up(&mut self, fd: RawFd) {
+        let Some(Kept { client, .. }) = self.kept.remove(&fd) else { return };
+        if let Some(live) = self.clients.get_mut(&client) {
+            live.connections.remove(&fd);
+        }
+        self.close_ended();
+    }
+
+    /// Closes the books of those whose life files say that they have ended. Called when a connection ends and ever so
+    /// often after that: a lock goes a moment after its connection.
+    fn close_ended(&mut self) {
+        let (gpus, source) = (&self.gpus, self.source.as_deref());
+        let over: Vec<_> = self
+            .clients
+            .iter_mut()
+            .filter_map(|(number, live)| live.is_over(gpus[live.gpu].gpu, source).then_some(*number))
+            .collect();
+        over.into_iter().for_each(|number| self.close(number, ENDED));
     }
 
     fn died(&mut self, number: u64) {
@@ -272,6 +351,12 @@ impl Server {
         let Some(live) = self.clients.remove(&number) else { return };
         let served = &self.gpus[live.gpu];
         pages::reap(&served.page, served.gpu, live.slot, why);
+        for kept in live.connections.iter().filter_map(|fd| self.kept.remove(fd)) {
+            answer(&kept.fd, &Reply::closed(why), &[]);
+        }
+        if let Some(life) = live.life {
+            life.end();
+        }
         self.pinned[live.gpu].forget(live.slot);
         self.reported.remove(&(live.gpu, live.slot));
         self.overdue.remove(&(live.gpu, live.slot));
@@ -297,29 +382,53 @@ impl Server {
     }
 
     fn hello(&mut self, fd: RawFd) {
-        let Some(pending) = self.pending.remove(&fd) else { return };
+        let Some(pending) = self.pending.remove(&fd) else { return self.hung_up(fd) };
         let fd = pending.fd;
-        let mut bytes = [0; 2 * size_of::<Hello>()];
-        let length = match recv(fd.as_raw_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+        let (bytes, sent) = match receive(fd.as_fd(), 2 * size_of::<Hello>(), MsgFlags::MSG_DONTWAIT) {
             // A connection that ends without a word asked whether somebody is here.
-            Ok(0) | Err(_) => return,
-            Ok(length) => length,
+            Err(_) => return,
+            Ok((bytes, _)) if bytes.is_empty() => return,
+            Ok(message) => message,
         };
-        match self.reply(&fd, &bytes[..length]) {
-            Ok((reply, page)) => answer(&fd, &reply, page),
+        match self.reply(&fd, &bytes, &sent) {
+            Ok(Answer { reply, sent, client }) => {
+                answer(&fd, &reply, &sent);
+                if let Some(client) = client {
+                    self.keep(fd, client);
+                }
+            }
             Err(refusal) => {
                 tracing::warn!("somebody is refused: {}", refusal.text());
-                answer(&fd, &refusal, None);
+                answer(&fd, &refusal, &[]);
             }
         }
     }
 
     /// What whoever is at the other end gets for its message.
-    fn reply(&mut self, fd: &OwnedFd, bytes: &[u8]) -> Result<(Reply, Option<OwnedFd>), Box<Reply>> {
+    fn reply(&mut self, fd: &OwnedFd, bytes: &[u8], sent: &[OwnedFd]) -> Result<Answer, Box<Reply>> {
         match Message::read(bytes)? {
-            Message::Hello(hello) => self.greet(fd, &hello).map(|(reply, page)| (reply, Some(page))),
-            Message::Change(change, slot, edit) => Ok((self.change(fd, &change, slot, edit)?, None)),
+            Message::Hello(hello) => self.greet(fd, &hello),
+            Message::Change(change, slot, edit) => {
+                Ok(Answer { reply: self.change(fd, &change, slot, edit)?, sent: Vec::new(), client: None })
+            }
+            Message::Attach(attach, slot) => self.attach(&attach, slot, sent),
         }
+    }
+
+    /// A client that registered with an arbiter before this one makes itself known, by showing its life file.
+    fn attach(&mut self, attach: &Attach, slot: SlotIndex, sent: &[OwnedFd]) -> Result<Answer, Box<Reply>> {
+        let index = self.index_of(GpuUuid(attach.gpu))?;
+        let shown = |live: &Live| {
+            let life = live.life.as_ref().filter(|_| (live.gpu, live.slot) == (index, slot));
+            life.is_some_and(|life| sent.iter().any(|fd| life.is_shown_by(fd)))
+        };
+        let gpu = self.gpus[index].gpu;
+        let Some((client, _)) = self.clients.iter().find(|(_, live)| shown(live)) else {
+            tracing::warn!(%gpu, slot = slot.get(), pid = attach.pid, "it says that it is the client in this slot, and it is not");
+            return Err(Reply::closed("this slot is not its any more"));
+        };
+        tracing::info!(%gpu, slot = slot.get(), pid = attach.pid, "is there still");
+        Ok(Answer { reply: Reply::attached(slot), sent: Vec::new(), client: Some(*client) })
     }
 
     fn index_of(&self, wanted: GpuUuid) -> Result<usize, Box<Reply>> {
@@ -333,17 +442,20 @@ impl Server {
     }
 
     /// A slot or a look, and the page with it.
-    fn greet(&mut self, fd: &OwnedFd, hello: &Hello) -> Result<(Reply, OwnedFd), Box<Reply>> {
+    fn greet(&mut self, fd: &OwnedFd, hello: &Hello) -> Result<Answer, Box<Reply>> {
         let wanted = GpuUuid(hello.gpu);
         let index = self.index_of(wanted)?;
         let page = self.gpus[index].file.as_fd().try_clone_to_owned().map_err(|error| {
             Reply::refuse(Status::Refused, &format!("the arbiter has no descriptor left: {error}"))
         })?;
         match hello.wish() {
-            Wish::Slot => Ok((Reply::welcome(self.register(fd, hello, index)?), page)),
+            Wish::Slot => {
+                let (slot, client, life) = self.register(fd, hello, index)?;
+                Ok(Answer { reply: Reply::welcome(slot), sent: vec![page, life], client: Some(client) })
+            }
             Wish::Look => {
                 tracing::debug!(gpu = %wanted, "somebody looks at its page");
-                Ok((Reply::shown(), page))
+                Ok(Answer { reply: Reply::shown(), sent: vec![page], client: None })
             }
         }
     }
@@ -379,20 +491,17 @@ impl Server {
         Ok(Reply::changed(shares))
     }
 
-    /// Opens a slot for whoever is at the other end.
-    fn register(&mut self, fd: &OwnedFd, hello: &Hello, index: usize) -> Result<SlotIndex, Box<Reply>> {
-        let refuse = |why: String| Reply::refuse(Status::Refused, &why);
-        let pid = peer(fd)?.pid() as u32;
-        let gone = || {
-            refuse(format!(
-                "process {pid} cannot be seen from the arbiter; it has ended, or is in a pid namespace that the arbiter cannot see into"
-            ))
-        };
-        let pidfd = liveness::pidfd(pid).map_err(|_| gone())?;
-        let started = liveness::started(pid).ok_or_else(gone)?;
+    /// Opens a slot for whoever is at the other end: the slot, its client, and what the client is to keep.
+    fn register(
+        &mut self,
+        fd: &OwnedFd,
+        hello: &Hello,
+        index: usize,
+    ) -> Result<(SlotIndex, u64, OwnedFd), Box<Reply>> {
+        let peer = peer(fd)?;
+        let (process, pidfd) = identify(&peer, hello.pid);
         let served = &self.gpus[index];
         let wanted = served.gpu;
-        let process = Process { pid, started };
         let shares = hello.shares();
         let slot = served.page.slot_for(process, &hello.name(), shares.weight).ok_or_else(|| {
             Reply::refuse(
@@ -403,15 +512,41 @@ impl Server {
                 ),
             )
         })?;
-        served.page.set_shares(slot, shares);
-        tracing::info!(gpu = %wanted, slot = slot.get(), pid, client = hello.name(), "registered: {shares}");
         // A slot that it was to be given before, and was not told of, is watched already.
-        if !self.clients.values().any(|live| (live.gpu, live.slot) == (index, slot)) {
-            self.watch(index, slot, pidfd);
-        }
+        let known = self.clients.iter().find(|(_, live)| (live.gpu, live.slot) == (index, slot));
+        let known = known.and_then(|(number, live)| Some((*number, live.life.as_ref()?.lend())));
+        let (client, lent) = match known {
+            Some(known) => known,
+            None => {
+                let namespace = pidfd.as_ref().map_or(0, |_| own_namespace());
+                let record = Record {
+                    pid: process.pid,
+                    started: process.started,
+                    namespace,
+                    generation: served.page.generation(slot),
+                    uid: peer.uid(),
+                };
+                match Life::begin(&self.dir, wanted, slot, record) {
+                    Ok(life) => {
+                        let lent = life.lend();
+                        (self.watch(index, slot, Some(life), pidfd), lent)
+                    }
+                    Err(error) => {
+                        served.page.reap(slot);
+                        return Err(no_life(&self.dir, &error));
+                    }
+                }
+            }
+        };
+        let lent = lent.map_err(|error| {
+            self.close(client, "it could not be given its life file");
+            no_life(&self.dir, &error)
+        })?;
+        self.gpus[index].page.set_shares(slot, shares);
+        tracing::info!(gpu = %wanted, slot = slot.get(), pid = process.pid, client = hello.name(), "registered: {shares}");
         // Its context is there already, or soon: look at once.
         self.sampled = 0;
-        Ok(slot)
+        Ok((slot, client, lent))
     }
 
     fn tick(&mut self, time: Nanos) {
@@ -423,6 +558,7 @@ impl Server {
             .map(|(number, _)| *number)
             .collect();
         left.into_iter().for_each(|number| self.close(number, "left"));
+        self.close_ended();
         for served in &self.gpus {
             served.page.beat(time);
             pages::audit(&served.page, served.gpu);
@@ -521,6 +657,27 @@ fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, so
     page.set_capacity(capacity)
 }
 
+/// Who registers, and its process where it can be seen from here.
+fn identify(peer: &UnixCredentials, own_pid: u32) -> (Process, Option<OwnedFd>) {
+    let pid = peer.pid() as u32;
+    let seen = liveness::pidfd(pid).ok().zip(liveness::started(pid));
+    match seen {
+        Some((pidfd, started)) => (Process { pid, started }, Some(pidfd)),
+        // In a pid namespace that this one does not contain: two such may have the same pid.
+        None => (Process { pid: own_pid.max(1), started: now() | UNSEEN }, None),
+    }
+}
+
+/// In the start time of a process that cannot be seen, where a time stands that is unique.
+const UNSEEN: u64 = 1 << 63;
+
+fn no_life(dir: &std::path::Path, error: &std::io::Error) -> Box<Reply> {
+    Reply::refuse(
+        Status::Refused,
+        &format!("the arbiter cannot write down its client in {}: {error}", dir.display()),
+    )
+}
+
 /// Who is at the other end.
 fn peer(fd: &OwnedFd) -> Result<UnixCredentials, Box<Reply>> {
     getsockopt(fd, sockopt::PeerCredentials).map_err(|error| {
@@ -528,9 +685,18 @@ fn peer(fd: &OwnedFd) -> Result<UnixCredentials, Box<Reply>> {
     })
 }
 
-fn answer(fd: &OwnedFd, reply: &Reply, page: Option<OwnedFd>) {
+/// What somebody gets for its message.
+struct Answer {
+    reply: Reply,
+    sent: Vec<OwnedFd>,
+    /// Whose connection it is from now on.
+    client: Option<u64>,
+}
+
+fn answer(fd: &OwnedFd, reply: &Reply, sent: &[OwnedFd]) {
+    let sent: Vec<_> = sent.iter().map(AsFd::as_fd).collect();
     // A client that is gone, or that has filled its own socket, learns nothing: its loss.
-    let _ = send(fd.as_fd(), bytemuck::bytes_of(reply), page.as_ref().map(AsFd::as_fd));
+    let _ = send(fd.as_fd(), bytemuck::bytes_of(reply), &sent);
 }
 
 /// Binds the socket. Who may connect is a matter of the directory's permissions.

@@ -165,7 +165,7 @@ fn nonsense_on_the_socket_harms_nobody() {
             })
             .collect();
         let fd = register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap();
-        let _ = register::send(std::os::fd::AsFd::as_fd(&fd), &bytes, None);
+        let _ = register::send(std::os::fd::AsFd::as_fd(&fd), &bytes, &[]);
     }
     // Connections that say nothing, more than are kept waiting.
     let silent: Vec<_> = (0..100)
@@ -287,7 +287,7 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
     for length in 1..words.len() {
         if length != size_of::<Change>() {
             let fd = register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap();
-            register::send(fd.as_fd(), &words[..length], None).unwrap();
+            register::send(fd.as_fd(), &words[..length], &[]).unwrap();
         }
     }
     let wild = Hello { weight: u32::MAX, priority: 99, memory_limit: u64::MAX, ..hello() };

@@ -276,7 +276,8 @@ fn fake_arbiter(dir: &Path, answer: impl Fn(&Hello) -> (Vec<u8>, Option<File>) +
             if let Ok(hello) = Hello::read(&bytes[..length]) {
                 let (reply, page) = answer(&hello);
                 if !reply.is_empty() {
-                    let _ = register::send(client.as_fd(), &reply, page.as_ref().map(File::as_fd));
+                    let page: Vec<_> = page.iter().map(File::as_fd).collect();
+                    let _ = register::send(client.as_fd(), &reply, &page);
                 }
             }
         }

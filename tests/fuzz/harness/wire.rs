@@ -4,6 +4,7 @@
 use nvshare::change::{CHANGE_MAGIC, Change, Edit, Message};
 use nvshare::fair::MAX_WEIGHT;
 use nvshare::page::{LAYOUT_VERSION, SlotIndex};
+use nvshare::presence::{ATTACH_MAGIC, Attach};
 use nvshare::register::{Hello, LOOK_MAGIC, Reply, Status, WIRE_MAGIC, Wish};
 use nvshare::units::GpuUuid;
 
@@ -13,7 +14,7 @@ pub fn run(bytes: &[u8]) {
     let Some((first, bytes)) = bytes.split_first() else { return };
     let mut bytes = bytes.to_vec();
     if first & 1 == 1 && bytes.len() >= 12 {
-        let magic = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, CHANGE_MAGIC][usize::from(first >> 3 & 3)];
+        let magic = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC][usize::from(first >> 3 & 3)];
         bytes[..8].copy_from_slice(&magic.to_le_bytes());
         bytes[8..12].copy_from_slice(&LAYOUT_VERSION.to_le_bytes());
     }
@@ -25,6 +26,9 @@ pub fn run(bytes: &[u8]) {
     }
     if first & 32 == 32 {
         bytes.resize(size_of::<Change>(), 0);
+    }
+    if first & 64 == 64 {
+        bytes.resize(size_of::<Attach>(), 0);
     }
     message(&bytes);
     reply(&bytes);
@@ -39,6 +43,10 @@ fn message(bytes: &[u8]) {
             assert!(edit.weight.is_none_or(|weight| (1..=MAX_WEIGHT).contains(&weight)));
             // Whoever asks for the same again says the same.
             assert_eq!(Change::new(GpuUuid(change.gpu), slot, change.owner(), edit), change);
+        }
+        Ok(Message::Attach(attach, slot)) => {
+            assert_eq!(bytemuck::bytes_of(&attach), bytes);
+            assert_eq!(Attach::new(GpuUuid(attach.gpu), slot, attach.owner()), attach);
         }
         Ok(Message::Hello(_)) => hello(bytes),
         Err(refusal) => {

@@ -1,0 +1,310 @@
+//! How the arbiter knows that a client lives: what the client keeps from its registration to its end.
+//!
+//! A client ends when its process ends *or runs another program* (execve, which keeps pid, start time and pidfd). Both end
+//! the threads of the process but for one, and with them what only those threads have. So a thread of the client's keeps
+//! three descriptors in a descriptor table of its own (`CLOSE_RANGE_UNSHARE`), where nobody else has them:
+//!
+//! - the **connection** to the arbiter: its end tells the arbiter at once that something has happened;
+//! - the **life file**, with a lock on its open file description (`F_OFD_SETLK`) that the arbiter set before it sent the
+//!   descriptor. The kernel takes the lock back when the last descriptor goes, whoever sees which pids: this arbiter and
+//!   every later one, in whatever namespace, can ask whether it is held. The lock is the proof;
+//! - the **page**, for a later arbiter that has lost it.
+//!
+//! A child of fork, vfork or clone gets the table of the thread that made it, and so none of these. An application that
+//! closes all descriptors (a daemon) closes its own. docs/decisions/0019-who-is-dead.md has the table of cases.
+//!
+//! When the connection ends and the arbiter has not said [`Status::Closed`], the arbiter has ended: the thread asks for
+//! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
+
+use crate::page::{LAYOUT_VERSION, SlotIndex};
+use crate::register::{self, Answer, Registration, Reply, Said, Status};
+use crate::snapshot::Owner;
+use crate::units::GpuUuid;
+use bytemuck::{Pod, Zeroable};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::socket::MsgFlags;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+/// First eight bytes of an [`Attach`].
+pub const ATTACH_MAGIC: u64 = u64::from_le_bytes(*b"nvattach");
+
+/// What a client says to an arbiter that began after it. Its life file and its page come with it, in this order.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Attach {
+    /// [`ATTACH_MAGIC`].
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of the client.
+    pub layout_version: u32,
+    /// Its slot.
+    pub slot: u32,
+    /// Its GPU.
+    pub gpu: [u8; 16],
+    /// How many owners its slot has had, when it got it.
+    pub generation: u32,
+    /// Its pid, as the arbiter before called it.
+    pub pid: u32,
+}
+
+impl Attach {
+    /// The words of the client that has this slot.
+    pub fn new(gpu: GpuUuid, slot: SlotIndex, owner: Owner) -> Self {
+        Self {
+            magic: ATTACH_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            slot: slot.get() as u32,
+            gpu: gpu.0,
+            generation: owner.generation,
+            pid: owner.pid,
+        }
+    }
+
+    /// Reads what came over a socket: the message, and the slot that it names.
+    ///
+    /// # Errors
+    /// The reply to send instead: it says what is wrong.
+    pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex), Box<Reply>> {
+        let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
+        register::check_release(bytes)?;
+        let attach: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
+            malformed(&format!(
+                "an attach has {} bytes and this message has {}",
+                size_of::<Self>(),
+                bytes.len()
+            ))
+        })?;
+        if attach.magic != ATTACH_MAGIC {
+            return Err(malformed("this is not an attach (wrong magic)"));
+        }
+        let slot = SlotIndex::new(attach.slot as usize)
+            .ok_or_else(|| malformed(&format!("there is no slot {}", attach.slot)))?;
+        Ok((attach, slot))
+    }
+
+    /// Whose slot it is.
+    pub fn owner(&self) -> Owner {
+        Owner { generation: self.generation, pid: self.pid }
+    }
+}
+
+/// What a registered client keeps: descriptors, by their numbers, which are the same in whichever table they are.
+#[derive(Clone)]
+pub(crate) struct Presence {
+    /// The arbiter's socket.
+    path: PathBuf,
+    attach: Attach,
+    connection: RawFd,
+    /// The page and the life file, as the arbiter sent them.
+    sent: Vec<RawFd>,
+}
+
+impl Presence {
+    /// Of a client that has claimed its slot.
+    pub(crate) fn new(path: &Path, registration: &Registration, answer: Answer) -> Self {
+        let Registration { page, slot } = registration;
+        let nobody = Owner { generation: 0, pid: 0 };
+        let owner = page.details(*slot).map_or(nobody, |details| details.owner);
+        Self {
+            // The application may change its directory.
+            path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+            attach: Attach::new(page.gpu(), *slot, owner),
+            connection: answer.connection.into_raw_fd(),
+            sent: answer.sent.into_iter().map(IntoRawFd::into_raw_fd).collect(),
+        }
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> {
+        std::iter::once(self.connection).chain(self.sent.iter().copied())
+    }
+}
+
+/// Keeps the presence until the process ends or runs another program, or the arbiter says that the slot is closed.
+///
+/// Nobody is waited for: the caller may hold the dynamic linker's lock, which a thread that begins needs. Should there be
+/// no thread, the descriptors stay in the process's own table, and end with it all the same.
+pub(crate) fn keep(presence: Presence) {
+    presence.descriptors().for_each(lend);
+    let _ = spawn("nvshare-move", move || move_over(&presence));
+}
+
+/// Starts a thread in which no signal is handled: the application's handlers would find none of its descriptors there.
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    // A thread begins with its maker's mask.
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let spawned = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(run);
+    let _ = before.and_then(|before| before.thread_set_mask());
+    spawned.map(drop)
+}
+
+/// Of the two threads here, which call little.
+const STACK: usize = 128 << 10;
+
+/// Moves the descriptors from the process's table to that of a thread of their own. It takes a second thread to close them
+/// in the process's table, which the first no longer has.
+fn move_over(presence: &Presence) {
+    let (tell, told) = channel();
+    let own = presence.clone();
+    if spawn("nvshare-alive", move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
+        return;
+    }
+    for fd in presence.descriptors() {
+        // SAFETY: the number is the process's own since `Presence::new`, and nobody else knows it.
+        drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        take_back(fd);
+    }
+}
+
+/// Whose descriptors a thread uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Table {
+    Own,
+    /// All threads' of the process: the kernel is older than 5.9, or a filter of system calls forbids it.
+    Shared,
+}
+
+/// Gives the calling thread a descriptor table with nothing in it but these.
+fn own_table(keep: &[RawFd]) -> Table {
+    let end = keep.iter().max().map_or(0, |last| last + 1);
+    // Copies the table only up to where it closes.
+    if close_range(end as u32, u32::MAX, libc::CLOSE_RANGE_UNSHARE).is_err() {
+        // SAFETY: nothing in this thread uses a descriptor that another thread opens.
+        if unshare(CloneFlags::CLONE_FILES).is_err() {
+            return Table::Shared;
+        }
+        let listed = std::fs::read_dir("/proc/thread-self/fd").into_iter().flatten().flatten();
+        let numbers = listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        numbers.filter(|fd: &RawFd| *fd >= end).for_each(close);
+    }
+    (0..end).filter(|fd| !keep.contains(fd)).for_each(close);
+    Table::Own
+}
+
+/// Closes a descriptor of the calling thread's own table, if there is one of this number.
+fn close(fd: RawFd) {
+    // SAFETY: an integer; the table is this thread's alone.
+    unsafe { libc::close(fd) };
+}
+
+fn close_range(first: u32, last: u32, flags: u32) -> nix::Result<()> {
+    // SAFETY: three integers; the caller owns what is closed.
+    nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
+}
+
+/// The thread that keeps the descriptors: asleep until the arbiter says something or ends.
+fn stay(presence: Presence, tell: &Sender<Table>) {
+    let fds: Vec<_> = presence.descriptors().collect();
+    let table = own_table(&fds);
+    let _ = tell.send(table);
+    // SAFETY: in this thread's own table nobody else knows the numbers. In the process's, nobody closes them after
+    // `move_over` was told so.
+    let own = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut connection = own(presence.connection);
+    let sent: Vec<_> = presence.sent.iter().copied().map(own).collect();
+    while let Ended::Arbiter = wait_for_end(&connection) {
+        if table == Table::Shared {
+            take_back(connection.as_raw_fd());
+        }
+        drop(connection);
+        match attach(&presence, &sent) {
+            Some(next) => connection = next,
+            None => break,
+        }
+        if table == Table::Shared {
+            lend(connection.as_raw_fd());
+        }
+    }
+    if table == Table::Shared {
+        sent.iter().map(AsRawFd::as_raw_fd).for_each(take_back);
+    }
+}
+
+/// What the end of a connection means.
+enum Ended {
+    /// The arbiter's end.
+    Arbiter,
+    /// The slot is closed.
+    Slot,
+}
+
+fn wait_for_end(connection: &OwnedFd) -> Ended {
+    loop {
+        let _ = poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+        match register::receive(connection.as_fd(), size_of::<Reply>(), MsgFlags::MSG_DONTWAIT) {
+            Err(nix::errno::Errno::EAGAIN) => {}
+            Ok((bytes, _)) if bytes.is_empty() => return Ended::Arbiter,
+            Err(_) => return Ended::Arbiter,
+            Ok((bytes, _)) => {
+                if Reply::read(&bytes).is_ok_and(|(_, status)| status == Status::Closed) {
+                    return Ended::Slot;
+                }
+            }
+        }
+    }
+}
+
+/// Between two tries to reach the next arbiter: doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// When one is there and refuses: it is another release's, or serves other GPUs.
+const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+
+/// The connection to the next arbiter, when there is one. `None`: it knows the slot as closed.
+fn attach(presence: &Presence, sent: &[OwnedFd]) -> Option<OwnedFd> {
+    let fds: Vec<_> = sent.iter().rev().map(AsFd::as_fd).collect();
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let path = &presence.path;
+        let asked = register::dial(path, Duration::ZERO).and_then(|connection| {
+            register::ask(connection, path, bytemuck::bytes_of(&presence.attach), &fds, Status::Attached)
+        });
+        let wait = match asked {
+            Ok(Said::This(answer)) => return Some(answer.connection),
+            Err(register::RegisterError::Refused { status: Status::Closed, .. }) => return None,
+            Err(register::RegisterError::Refused { .. }) => REFUSED_PAUSE,
+            Ok(Said::Hangup(_)) | Err(_) => {
+                pause = (2 * pause).min(LONGEST_PAUSE);
+                pause
+            }
+        };
+        std::thread::sleep(wait);
+    }
+}
+
+// --- In between -----------------------------------------------------------------------------------
+
+/// The descriptors that are in the process's table still, each plus one: a child of fork closes them.
+static LENT: [AtomicI32; 32] = [const { AtomicI32::new(0) }; 32];
+
+fn lend(fd: RawFd) {
+    static ATFORK: Once = Once::new();
+    // SAFETY: the handler takes numbers from atomics and closes them, which is allowed after a fork.
+    ATFORK.call_once(|| unsafe {
+        libc::pthread_atfork(None, None, Some(close_lent));
+    });
+    let free =
+        |word: &&AtomicI32| word.compare_exchange(0, fd + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+    // No place: a child of fork keeps it open, and its parent's end is known by its pidfd alone.
+    let _ = LENT.iter().find(free);
+}
+
+fn take_back(fd: RawFd) {
+    for word in &LENT {
+        let _ = word.compare_exchange(fd + 1, 0, Ordering::AcqRel, Ordering::Relaxed);
+    }
+}
+
+extern "C" fn close_lent() {
+    for word in &LENT {
+        match word.swap(0, Ordering::AcqRel) {
+            0 => {}
+            lent => close(lent - 1),
+        }
+    }
+}
