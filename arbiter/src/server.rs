@@ -6,7 +6,7 @@ use crate::liveness;
 use crate::lives::{Life, Record, own_namespace};
 use crate::options::Options;
 use crate::pages::{self, Served, Survivor};
-use crate::sampling::{Gpu, Pinned, Source};
+use crate::sampling::{Follower, Gpu, Source, View};
 use crate::stalls::Stalls;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -22,7 +22,9 @@ use nvshare::page::{Phase, SlotIndex, Stall};
 use nvshare::presence::Attach;
 use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
 use nvshare::sync::now;
-use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, format_nanos, granules_in};
+use nvshare::units::{
+    GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in,
+};
 use nvshare::{paths, policy, snapshot::Snapshot};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -138,7 +140,7 @@ pub struct Server {
     owner: Option<OwnedFd>,
     gpus: Vec<Served>,
     totals: HashMap<GpuUuid, u64>,
-    pinned: Vec<Pinned>,
+    followers: Vec<Follower>,
     source: Option<Box<dyn Source>>,
     source_failed: bool,
     sampled: Nanos,
@@ -220,7 +222,7 @@ impl Server {
             listener,
             signals,
             owner,
-            pinned: served.iter().map(|_| Pinned::default()).collect(),
+            followers: served.iter().map(|_| Follower::default()).collect(),
             totals: gpus.iter().map(|gpu| (gpu.uuid, gpu.total)).collect(),
             gpus: served,
             source,
@@ -357,7 +359,7 @@ impl Server {
         if let Some(life) = live.life {
             life.end();
         }
-        self.pinned[live.gpu].forget(live.slot);
+        self.followers[live.gpu].forget(live.slot);
         self.reported.remove(&(live.gpu, live.slot));
         self.overdue.remove(&(live.gpu, live.slot));
     }
@@ -544,8 +546,9 @@ impl Server {
         })?;
         self.gpus[index].page.set_shares(slot, shares);
         tracing::info!(gpu = %wanted, slot = slot.get(), pid = process.pid, client = hello.name(), "registered: {shares}");
-        // Its context is there already, or soon: look at once.
-        self.sampled = 0;
+        // Its context is there already, in most cases. Counted before the client hears of its slot, so that nobody is
+        // promised the memory that the context has.
+        self.sample_gpu(index);
         Ok((slot, client, lent))
     }
 
@@ -576,19 +579,26 @@ impl Server {
     }
 
     fn sample(&mut self) {
+        (0..self.gpus.len()).for_each(|index| self.sample_gpu(index));
+    }
+
+    /// Looks what the memory of a GPU is used for, and has the page show it.
+    fn sample_gpu(&mut self, index: usize) {
         let Some(source) = &self.source else { return };
-        for (served, pinned) in self.gpus.iter().zip(&mut self.pinned) {
-            match pinned.sample(&served.page, source.as_ref()) {
-                Ok(changed) => {
-                    if changed | resize(&self.options, &self.totals, served, source.as_ref()) {
-                        served.page.decide();
-                    }
-                    self.source_failed = false;
+        let (served, follower) = (&self.gpus[index], &mut self.followers[index]);
+        match follower.sample(&served.page, source.as_ref()) {
+            Ok(change) => {
+                if let Some(view) = change.view {
+                    say_how_contexts_are_counted(served.gpu, view, follower.physical().is_some());
                 }
-                Err(error) => {
-                    if !std::mem::replace(&mut self.source_failed, true) {
-                        tracing::warn!(gpu = %served.gpu, "NVML does not answer, contexts are not counted meanwhile: {error}");
-                    }
+                if change.contexts | resize(&self.options, &self.totals, served, follower) {
+                    served.page.decide();
+                }
+                self.source_failed = false;
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.source_failed, true) {
+                    tracing::warn!(gpu = %served.gpu, "NVML does not answer, contexts are not counted meanwhile: {error}");
                 }
             }
         }
@@ -638,22 +648,45 @@ impl Server {
     }
 }
 
-/// A pool that is sized by itself follows what programs outside nvshare take. True if it changed.
-fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, source: &dyn Source) -> bool {
-    if options.capacity.is_some() {
-        return false;
+/// Says, once, how the size of contexts is known.
+fn say_how_contexts_are_counted(gpu: GpuUuid, view: View, memory_known: bool) {
+    match view {
+        View::ByPid => tracing::info!(%gpu, "NVML shows each client's process: contexts are counted exactly"),
+        View::OtherPids => tracing::warn!(
+            %gpu,
+            "NVML shows the clients' processes under other pids, as in a container: each context is counted as an equal part of what they have beside their data. For exact figures run the arbiter in the host's pid namespace (hostPID: true, or docker run --pid=host)"
+        ),
+        View::Hidden if memory_known => tracing::warn!(
+            %gpu,
+            "NVML does not show the clients' processes: each context is counted as an equal part of what the GPU has in use beside the clients' data. For exact figures run the arbiter in the host's pid namespace (hostPID: true, or docker run --pid=host)"
+        ),
+        View::Hidden => tracing::warn!(
+            %gpu,
+            "NVML shows neither the clients' processes nor what the GPU has in use: contexts are counted as 0 bytes, and memory may be promised that is not there. Give --headroom as much as all contexts need, 0.5 to 2 GiB for each client"
+        ),
     }
-    let (Some(total), Ok(used)) = (totals.get(&served.gpu), source.used(served.gpu)) else { return false };
+}
+
+/// The pool is never larger than what is left of the GPU beside programs outside nvshare and memory that belongs to nobody.
+/// True if it changed.
+fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, follower: &Follower) -> bool {
+    let Some(total) = totals.get(&served.gpu) else { return false };
     let page = &served.page;
-    let clients: HashSet<_> =
-        page.occupied().iter().filter_map(|slot| page.owner(slot)).map(|owner| owner.pid).collect();
-    let foreign: u64 = used.iter().filter(|(pid, _)| !clients.contains(pid)).map(|(_, bytes)| bytes).sum();
-    let capacity = granules_in(total.saturating_sub(options.headroom).saturating_sub(foreign));
-    // A few granules more or less are not worth a decision.
-    if capacity.abs_diff(page.capacity()) < 16 {
+    let wanted = options
+        .capacity
+        .unwrap_or_else(|| total.saturating_sub(options.headroom).saturating_sub(follower.foreign()));
+    let capacity = granules_in(follower.physical().map_or(wanted, |physical| physical.min(wanted)));
+    // A few granules more or less are not worth a decision, but for a way back to the size that was asked for.
+    let small = capacity.abs_diff(page.capacity()) < 16;
+    if capacity == page.capacity() || small && options.capacity.map(granules_in) != Some(capacity) {
         return false;
     }
-    tracing::info!(gpu = %served.gpu, from = page.capacity(), to = capacity, "programs outside nvshare have changed what they take: the pool, in granules");
+    tracing::info!(
+        gpu = %served.gpu,
+        "the pool has {} now and had {}: programs outside nvshare, or memory that outlived its process, take another part of the GPU",
+        format_size(bytes_of(capacity)),
+        format_size(bytes_of(page.capacity()))
+    );
     page.set_capacity(capacity)
 }
 

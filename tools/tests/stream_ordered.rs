@@ -269,7 +269,7 @@ fn an_address_tells_its_allocation_and_its_pool() {
     let gpu = gpu();
     let node = node(&gpu);
     let mut app = Application::ready(&node);
-    let (stream, own) = (app.stream(), app.number("pool 0"));
+    let (stream, own) = (app.stream(), app.number("pool 0 0"));
     let default = app.number("default-pool");
     let (low, high) = (app.alloc_in(700, stream), app.alloc_in(700, stream));
     assert_eq!(high, low + 1024, "the test means two neighbours");
@@ -290,7 +290,7 @@ fn a_pool_has_its_limit_and_outlives_its_name() {
     let gpu = gpu();
     let node = node(&gpu);
     let mut app = Application::ready(&node);
-    let (stream, pool) = (app.stream(), app.number(&format!("pool {}", 8 * MIB)));
+    let (stream, pool) = (app.stream(), app.number(&format!("pool {} 0", 8 * MIB)));
     let all = app.left();
     let block = app.number(&format!("alloc-from {} {pool} {stream}", 6 * MIB));
     assert_eq!(app.call(&format!("alloc-from {} {pool} {stream}", 6 * MIB)), OUT_OF_MEMORY);

@@ -14,6 +14,7 @@ use crate::device::Shared;
 use crate::driver::Driver;
 use crate::flow::Queue;
 use crate::pools::{self, Place};
+use crate::room;
 use crate::session;
 use crate::table::real;
 use nvshare::units::format_size;
@@ -39,16 +40,26 @@ fn made_unmovable(result: CuResult, bytes: usize) -> CuResult {
     result
 }
 
-/// Where an allocation is to come from, if not from the driver.
-fn source(
-    stream: CUstream,
-    per_thread: bool,
-    pool: Option<CUmemoryPool>,
-) -> Option<(Arc<Shared>, CUmemoryPool, Place)> {
-    let driver = Driver::get().ok()?;
-    let place = Place::find(driver, stream, per_thread)?;
-    let pool = pool.or_else(|| driver.device_mem_pool(place.device).ok())?;
-    Some((pools::gpu_of(driver, pool)?, pool, place))
+/// Where an allocation is to come from.
+enum Source {
+    /// Our pool.
+    Ours(Arc<Shared>, CUmemoryPool, Place),
+    /// A pool that the driver serves, because other processes may open its memory.
+    DriversPool,
+    /// A node of a graph, or a call that makes no sense.
+    Driver,
+}
+
+fn source(stream: CUstream, per_thread: bool, pool: Option<CUmemoryPool>) -> Source {
+    let place = Driver::get().ok().and_then(|driver| Some((driver, Place::find(driver, stream, per_thread)?)));
+    let Some((driver, place)) = place else { return Source::Driver };
+    let Some(pool) = pool.or_else(|| driver.device_mem_pool(place.device).ok()) else {
+        return Source::Driver;
+    };
+    match pools::gpu_of(driver, pool) {
+        Some(device) => Source::Ours(device, pool, place),
+        None => Source::DriversPool,
+    }
 }
 
 /// # Safety
@@ -58,12 +69,20 @@ unsafe fn allocate(
     bytes: usize,
     stream: (CUstream, bool),
     pool: Option<CUmemoryPool>,
-    own: impl FnOnce() -> CuResult,
+    own: impl Fn() -> CuResult,
 ) -> CuResult {
     guarded(|| {
         let sensible = !dptr.is_null() && bytes > 0;
-        let Some((device, pool, place)) = sensible.then(|| source(stream.0, stream.1, pool)).flatten() else {
-            return made_unmovable(by_the_driver(stream, own), bytes);
+        let own = || by_the_driver(stream, &own);
+        let source = if sensible { source(stream.0, stream.1, pool) } else { Source::Driver };
+        let (device, pool, place) = match source {
+            Source::Ours(device, pool, place) => (device, pool, place),
+            // Counted before it is there: others must not be promised the same memory.
+            Source::DriversPool => {
+                // SAFETY: the caller's promise; the driver has written through it by then.
+                return made_unmovable(room::keep(bytes as u64, own, || unsafe { *dptr }), bytes);
+            }
+            Source::Driver => return made_unmovable(own(), bytes),
         };
         match relaxed(|| pools::allocate(&device, pool, &place, bytes as u64)) {
             // SAFETY: the caller's promise, and it is not null.
@@ -79,7 +98,13 @@ fn free(dptr: CUdeviceptr, stream: CUstream, per_thread: bool, own: impl FnOnce(
         let Ok(driver) = Driver::get() else { return own() };
         let found = Place::find(driver, stream, per_thread)
             .and_then(|place| relaxed(|| pools::free_in_order(driver, &place, dptr)));
-        let result = found.unwrap_or_else(|| by_the_driver((stream, per_thread), own));
+        let result = found.unwrap_or_else(|| {
+            let result = by_the_driver((stream, per_thread), own);
+            if result.is_success() {
+                room::let_go(dptr);
+            }
+            result
+        });
         if result == CuResult::INVALID_VALUE {
             tracing::warn!(
                 "cuMemFreeAsync({dptr:#x}): no allocation begins there that can be freed in this stream; it was never \

@@ -21,6 +21,9 @@ use simstate::{Gpu, ProcessUsage, Segment, ledger, time};
 /// A GPU's handle: its number plus one, so that null is none.
 type Device = usize;
 
+/// What another pid namespace calls a process, less what this one calls it: no pid is as large (PID_MAX_LIMIT is 2^22).
+const OTHER_PIDS: u32 = 1 << 23;
+
 const VALUE_NOT_AVAILABLE: c_uint = c_uint::MAX;
 
 static USERS: AtomicU32 = AtomicU32::new(0);
@@ -296,7 +299,12 @@ fn running<T>(device: Device, count: Out<c_uint>, places: Out<T>, of: impl Fn(Pr
     let (_, _, gpu) = gpu(device)?;
     let room = count.get()?;
     // NVML shows processes with a context; ours have a row from their first allocation or context on.
-    let all: Vec<_> = ledger::usage(gpu).into_iter().filter(|usage| usage.total() > 0).collect();
+    let rows = ledger::usage(gpu).into_iter().filter(|usage| usage.total() > 0);
+    let all: Vec<_> = match std::env::var("NVSHARE_SIM_NVML_PIDS").as_deref() {
+        Ok("none") => Vec::new(),
+        Ok("other") => rows.map(|usage| ProcessUsage { pid: usage.pid + OTHER_PIDS, ..usage }).collect(),
+        _ => rows.collect(),
+    };
     count.set(all.len() as c_uint)?;
     if (room as usize) < all.len() {
         return Err(Error::INSUFFICIENT_SIZE);

@@ -152,11 +152,11 @@ impl Caller {
                 // SAFETY: as said.
                 nothing(unsafe { set(0, *pool as Handle) })
             }
-            ("pool", [max_size]) => {
+            ("pool", [max_size, handle_types]) => {
                 let create = driver!(self, b"cuMemPoolCreate", fn(*mut Handle, *const PoolProps));
                 let props = PoolProps {
                     kind: 1,
-                    handle_types: 0,
+                    handle_types: *handle_types as c_uint,
                     location: [1, 0],
                     win32: 0,
                     max_size: *max_size as usize,

@@ -17,6 +17,7 @@ use crate::pool::{self, Block, DevicePools, Level, Pool};
 use crate::stream::Stream;
 
 const PINNED: c_uint = 1;
+const POSIX_FILE_DESCRIPTOR: c_uint = 1;
 
 driver_api! {
     fn cuDeviceGetDefaultMemPool(pool: Out<Handle>, device: c_int) {
@@ -43,7 +44,7 @@ driver_api! {
         DevicePools::set_current(self::device_at(location, kind)?, self::find(pool)?)
     }
 
-    /// Pools that other processes share are not supported, and the device attribute says so.
+    /// A pool may be made for sharing by descriptors, as on Linux; no entry point hands one out.
     fn cuMemPoolCreate(pool: Out<Handle>, props: In<MemPoolProps>) {
         let driver = driver()?;
         pool.required()?;
@@ -56,7 +57,7 @@ driver_api! {
         if !known || props.kind != PINNED {
             return Err(Error::INVALID_VALUE);
         }
-        if props.handle_types != 0 {
+        if !matches!(props.handle_types, 0 | POSIX_FILE_DESCRIPTOR) {
             return Err(Error::NOT_SUPPORTED);
         }
         let created = Pool::create(props.location, props.max_size as u64);
