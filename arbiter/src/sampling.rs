@@ -240,9 +240,9 @@ fn attribute(
         }
     }
     if !moving {
-        found.unattributed = reading
-            .memory
-            .map(|memory| memory.used.saturating_sub(resident).saturating_sub(contexts).saturating_sub(found.foreign));
+        found.unattributed = reading.memory.map(|memory| {
+            memory.used.saturating_sub(resident).saturating_sub(contexts).saturating_sub(found.foreign)
+        });
     }
     found
 }
@@ -325,8 +325,7 @@ impl Follower {
                 self.foreign.insert(*pid);
             }
         }
-        self.foreign_bytes =
-            self.foreign.iter().filter_map(|pid| reading.processes.get(pid)).fold(0, |sum, used| sum + used);
+        self.foreign_bytes = self.foreign.iter().filter_map(|pid| reading.processes.get(pid)).sum();
         let Some(unattributed) = found.unattributed else { return };
         if clients.is_empty() {
             let strangers: u64 = found.strangers.iter().filter_map(|pid| reading.processes.get(pid)).sum();
@@ -336,7 +335,10 @@ impl Follower {
         self.unattributed = match times {
             0 => (1, unattributed),
             _ if unattributed < NOISE => (0, 0),
-            _ => (times.saturating_add(1), if times < SAMPLES { least.min(unattributed) } else { unattributed }),
+            _ => (
+                times.saturating_add(1),
+                if times < SAMPLES { least.min(unattributed) } else { unattributed },
+            ),
         };
     }
 
@@ -494,7 +496,8 @@ mod tests {
     fn where_nvml_shows_no_process_contexts_are_what_is_in_use_beside_the_data() {
         let mut scene = Scene::new(&[]);
         scene.sees(reading(&[], 40));
-        scene.slots = [7, 8].map(|pid| scene.page.open_slot(Process { pid, started: 1 }, "job", 1).unwrap()).into();
+        scene.slots =
+            [7, 8].map(|pid| scene.page.open_slot(Process { pid, started: 1 }, "job", 1).unwrap()).into();
         let change = scene.sees(reading(&[], 140));
         assert_eq!(change.view, Some(View::Hidden));
         assert_eq!(scene.contexts(), [50, 50], "the 40 were there before");
@@ -534,7 +537,11 @@ mod tests {
         // An exporter has died, and 64 granules of it are open elsewhere: no process has them.
         let mut scene = Scene::new(&[(7, 100)]);
         for _ in 0..SAMPLES {
-            assert_eq!(scene.follower.physical().unwrap_or(1_000 * GRANULE), 1_000 * GRANULE, "it may be a moment's");
+            assert_eq!(
+                scene.follower.physical().unwrap_or(1_000 * GRANULE),
+                1_000 * GRANULE,
+                "it may be a moment's"
+            );
             scene.sees(reading(&[(7, 120)], 184));
         }
         assert_eq!(scene.follower.physical(), Some(936 * GRANULE));

@@ -22,9 +22,7 @@ use nvshare::page::{Phase, SlotIndex, Stall};
 use nvshare::presence::Attach;
 use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
 use nvshare::sync::now;
-use nvshare::units::{
-    GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in,
-};
+use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in};
 use nvshare::{paths, policy, snapshot::Snapshot};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};

@@ -16,7 +16,8 @@ const CONTEXT: u64 = 48 * MIB;
 
 /// A GPU of 512 MiB whose contexts are large. The arbiter's NVML shows processes by these pids.
 fn gpu(pids: &str) -> SimulatedGpu {
-    let settings = [("MEMORY", "512MiB"), ("CONTEXT_BYTES", "48MiB"), ("LINK_BANDWIDTH", "64GiB"), ("NVML_PIDS", pids)];
+    let settings =
+        [("MEMORY", "512MiB"), ("CONTEXT_BYTES", "48MiB"), ("LINK_BANDWIDTH", "64GiB"), ("NVML_PIDS", pids)];
     SimulatedGpu::new(&settings.map(|(name, value)| (name, value.to_owned())))
         .expect("the workspace is built: cargo build --workspace")
 }

@@ -51,7 +51,8 @@ enum Source {
 }
 
 fn source(stream: CUstream, per_thread: bool, pool: Option<CUmemoryPool>) -> Source {
-    let place = Driver::get().ok().and_then(|driver| Some((driver, Place::find(driver, stream, per_thread)?)));
+    let place =
+        Driver::get().ok().and_then(|driver| Some((driver, Place::find(driver, stream, per_thread)?)));
     let Some((driver, place)) = place else { return Source::Driver };
     let Some(pool) = pool.or_else(|| driver.device_mem_pool(place.device).ok()) else {
         return Source::Driver;
