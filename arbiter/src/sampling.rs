@@ -8,6 +8,7 @@
 //! views of NVML have to be told apart ([`View`]). In a container NVML may show the host's pids, which the arbiter can't
 //! match with its clients, or no process at all; then the sum of all contexts is known, and each has an equal part of it.
 
+use crate::server::UNSEEN;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvshare::page::{Page, Phase, SlotIndex};
@@ -290,7 +291,9 @@ impl Follower {
         let sampled = |(slot, account): &(SlotIndex, nvshare::account::Account)| {
             let owner = page.owner(*slot)?;
             let moving = account.operation.is_some() || page.account(*slot) != *account;
-            Some(Sampled { slot: *slot, pid: owner.pid, resident: account.resident, moving })
+            // The pid of a process in another namespace says nothing here: NVML shows it by none that is known.
+            let pid = if owner.started & UNSEEN == 0 { owner.pid } else { u32::MAX - slot.get() as u32 };
+            Some(Sampled { slot: *slot, pid, resident: account.resident, moving })
         };
         let clients: Vec<_> = before.iter().filter_map(sampled).collect();
         let was_hidden = self.view == View::Hidden;

@@ -112,7 +112,7 @@ impl Live {
 const LET_GO_WITHIN: Nanos = 500 * MILLISECOND;
 
 fn is_without_memory(source: &dyn Source, gpu: GpuUuid, pid: u32) -> bool {
-    source.used(gpu).is_ok_and(|used| !used.contains_key(&pid))
+    source.read(gpu).is_ok_and(|reading| !reading.processes.contains_key(&pid))
 }
 
 /// A connection that a client keeps.
@@ -700,7 +700,7 @@ fn identify(peer: &UnixCredentials, own_pid: u32) -> (Process, Option<OwnedFd>) 
 }
 
 /// In the start time of a process that cannot be seen, where a time stands that is unique.
-const UNSEEN: u64 = 1 << 63;
+pub(crate) const UNSEEN: u64 = 1 << 63;
 
 fn no_life(dir: &std::path::Path, error: &std::io::Error) -> Box<Reply> {
     Reply::refuse(
