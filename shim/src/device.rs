@@ -473,13 +473,13 @@ impl Shared {
     /// Waits for all work submitted so far, on whichever GPU: it may use this one's memory. False if an open
     /// capture forbids to ask.
     pub fn wait_for_work(&self) -> bool {
-        session::with_no_capture(|| {
-            // A broken context does no work any more, so its memory is not in use either.
-            if let Err(result) = together::mark().wait() {
-                tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
-            }
-        })
-        .is_some()
+        // Only the mark needs a moment without captures. The wait is long, and what begins meanwhile is not waited for.
+        let Some(mark) = session::with_no_capture(together::mark) else { return false };
+        // A broken context does no work any more, so its memory is not in use either.
+        if let Err(result) = mark.wait() {
+            tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
+        }
+        true
     }
 
     /// Finishes the frees that could not be finished at once.

@@ -19,8 +19,9 @@ use crate::driver::Driver;
 use nvshare::units::Nanos;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+/// A stream that the application has made.
 #[derive(Debug, Clone, Copy)]
-struct Tracked {
+pub struct Tracked {
     stream: CUstream,
     context: CUcontext,
     /// The legacy stream waits for it.
@@ -141,14 +142,13 @@ impl Streams {
     }
 
     /// A stream is about to be destroyed. Its work goes on, so its end is remembered, unless the legacy stream waits for it.
-    pub fn remove(&self, driver: &'static Driver, stream: CUstream) {
+    /// What was known of it, if anything.
+    pub fn remove(&self, driver: &'static Driver, stream: CUstream) -> Option<Tracked> {
         let mut tracking = self.tracking();
-        let Some(index) = tracking.streams.iter().position(|known| known.stream == stream) else {
-            return;
-        };
-        let Tracked { context, blocking, .. } = tracking.streams.swap_remove(index);
+        let index = tracking.streams.iter().position(|known| known.stream == stream)?;
+        let tracked @ Tracked { context, blocking, .. } = tracking.streams.swap_remove(index);
         if blocking {
-            return;
+            return Some(tracked);
         }
         let end =
             Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false));
@@ -156,6 +156,12 @@ impl Streams {
         if let Ok(end) = end {
             tracking.orphans.push(end.into());
         }
+        Some(tracked)
+    }
+
+    /// A stream was not destroyed after all.
+    pub fn put_back(&self, stream: Tracked) {
+        self.tracking().streams.push(stream);
     }
 
     /// Marks the present end of everything.

@@ -383,10 +383,20 @@ impl Queue {
         Self { stream, context: stream.is_default().then(context).flatten(), thread: stream.thread() }
     }
 
+    /// Whether it is a thread's own default stream, and which thread's.
+    pub fn is_of_thread(&self, thread: ThreadId) -> bool {
+        self.thread == Some(thread)
+    }
+
+    /// The context of the stream. `None` if the driver does not know the stream.
+    pub fn context(&self) -> Option<CUcontext> {
+        self.context.or_else(|| Driver::get().ok()?.stream_ctx(self.stream).ok())
+    }
+
     /// Its present end. `None` if it has none: the stream or its context is broken, or there is no such stream.
     fn end(&self) -> Option<End> {
         let driver = Driver::get().ok()?;
-        let context = self.context.or_else(|| driver.stream_ctx(self.stream).ok())?;
+        let context = self.context()?;
         let _current = Current::new(driver, context).ok()?;
         End::record(driver, context, self.stream, true).ok()
     }

@@ -17,12 +17,12 @@ use crate::together;
 use nvshare::register::{self, Hello, RegisterError};
 use nvshare::units::GpuUuid;
 use nvshare::{Client, paths};
-use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
+use std::cell::{Cell, OnceCell, RefCell};
+use std::collections::HashMap;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::Duration;
 
 static GATE: LazyLock<Gate> = LazyLock::new(|| {
@@ -399,6 +399,7 @@ pub fn primary_ends(device: CUdevice) -> Option<CUcontext> {
 
 /// A context is about to be destroyed. Its memory goes with it; the last one detaches the process.
 pub fn context_ends(context: CUcontext) {
+    forget_captures(|_, of| of == context);
     crate::peers::context_ends(context);
     let attached = {
         let mut devices = devices();
@@ -441,8 +442,9 @@ pub fn break_down(gpu: GpuUuid, result: CuResult) {
 
 // --- Captures -----------------------------------------------------------------------------------
 
-/// The streams that capture, each from its beginning to its end.
-static CAPTURING: Mutex<Option<HashSet<CUstream>>> = Mutex::new(None);
+/// The streams that capture, each from its beginning to its end, and the context of each. A thread's own default stream
+/// is one for each thread and context, whatever handle or entry point names it.
+static CAPTURING: Mutex<Option<HashMap<Queue, CUcontext>>> = Mutex::new(None);
 
 /// How many; a word to sleep on.
 static CAPTURES: AtomicU32 = AtomicU32::new(0);
@@ -450,12 +452,25 @@ static CAPTURES: AtomicU32 = AtomicU32::new(0);
 /// Engines that want to drain: no new capture begins. A word to sleep on.
 static HOLD_CAPTURES: AtomicU32 = AtomicU32::new(0);
 
-fn capturing() -> MutexGuard<'static, Option<HashSet<CUstream>>> {
+thread_local! {
+    /// There is one once this thread has captured in its own default stream, which ends with the thread.
+    static OWN_STREAM: OnceCell<OwnStream> = const { OnceCell::new() };
+}
+
+struct OwnStream(ThreadId);
+
+impl Drop for OwnStream {
+    fn drop(&mut self) {
+        forget_captures(|queue, _| queue.is_of_thread(self.0));
+    }
+}
+
+fn capturing() -> MutexGuard<'static, Option<HashMap<Queue, CUcontext>>> {
     CAPTURING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// Begins a capture with `call`, in a moment when nobody wants to drain.
-pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
+/// Begins a capture of a stream with `call`, in a moment when nobody wants to drain.
+pub fn begin_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     let (_pass, mut set) = loop {
         match enter_query() {
             Ok(pass) => {
@@ -477,23 +492,53 @@ pub fn begin_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuRes
         }
     };
     let result = call();
-    if result.is_success() && set.get_or_insert_default().insert(stream) {
-        CAPTURES.fetch_add(1, Ordering::SeqCst);
+    if result.is_success() {
+        let queue = Queue::of(stream, per_thread);
+        let context = queue.context().unwrap_or(CUcontext::NULL);
+        if let Some(thread) = stream.named(per_thread).thread() {
+            // A thread that ends already takes its stream with it very soon.
+            let _ = OWN_STREAM.try_with(|own| own.get_or_init(|| OwnStream(thread)).0);
+        }
+        if set.get_or_insert_default().insert(queue, context).is_none() {
+            CAPTURES.fetch_add(1, Ordering::SeqCst);
+        }
     }
     result
 }
 
-/// Ends a capture with `call`, whatever comes of it.
-pub fn end_capture(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
+/// Ends the capture of a stream with `call`. The driver may refuse: another thread has begun the capture, or the stream
+/// captures nothing or for another. The capture then goes on, unless the driver says that the stream captures no more,
+/// as for a capture that was invalidated.
+pub fn end_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     let result = call();
-    forget_capture(stream);
+    let goes_on = || {
+        let status = Driver::get().map(|driver| driver.stream_capture_status(stream.named(per_thread)));
+        matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
+    };
+    if result.is_success() || !goes_on() {
+        let ended = Queue::of(stream, per_thread);
+        forget_captures(|queue, _| *queue == ended);
+    }
     result
 }
 
-/// A stream captures no more.
-pub fn forget_capture(stream: CUstream) {
-    if capturing().as_mut().is_some_and(|set| set.remove(&stream)) {
-        CAPTURES.fetch_sub(1, Ordering::SeqCst);
+/// A stream that the application made is destroyed, and a capture of it has ended with it.
+pub fn stream_ended(stream: CUstream) {
+    let ended = Queue::of(stream, false);
+    forget_captures(|queue, _| *queue == ended);
+}
+
+/// Captures are over that nobody has ended: their stream, their context or their thread is gone.
+fn forget_captures(is_over: impl Fn(&Queue, CUcontext) -> bool) {
+    let over = {
+        let mut set = capturing();
+        let Some(set) = set.as_mut() else { return };
+        let before = set.len();
+        set.retain(|queue, context| !is_over(queue, *context));
+        before - set.len()
+    };
+    if over > 0 {
+        CAPTURES.fetch_sub(over as u32, Ordering::SeqCst);
         nvshare::sync::unpark_all(&CAPTURES);
         // An engine may have put off a free until now.
         knock();
@@ -504,17 +549,18 @@ pub fn forget_capture(stream: CUstream) {
 /// once it is closed. Whether it did.
 pub fn close_unless_capturing(gpu: GpuUuid) -> bool {
     let set = capturing();
-    let none = set.as_ref().is_none_or(HashSet::is_empty);
+    let none = set.as_ref().is_none_or(HashMap::is_empty);
     if none {
         together::growing(gpu);
     }
     none
 }
 
-/// Runs `action` while no capture is open and none can begin, or not at all.
+/// Runs `action` while no capture is open and none can begin, or not at all. The action waits for nothing: threads that
+/// begin or end a capture, allocate or free are held meanwhile.
 pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
     let set = capturing();
-    set.as_ref().is_none_or(HashSet::is_empty).then(action)
+    set.as_ref().is_none_or(HashMap::is_empty).then(action)
 }
 
 /// Keeps new captures from beginning, and waits for the open ones to end.

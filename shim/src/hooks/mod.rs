@@ -46,12 +46,18 @@ fn guarded(action: impl FnOnce() -> CuResult) -> CuResult {
 /// mapping touch no stream, so they cannot end up in anybody's graph.
 fn relaxed<T>(action: impl FnOnce() -> T) -> T {
     let Ok(driver) = Driver::get() else { return action() };
-    let before = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
-    let result = action();
-    if let Ok(before) = before {
-        let _ = driver.exchange_capture_mode(before);
+    // Also after a panic: the thread's mode is the application's.
+    let _before = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED).map(|mode| Restore(driver, mode));
+    action()
+}
+
+/// Gives the thread its capture mode back when dropped.
+struct Restore(&'static Driver, CUstreamCaptureMode);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        let _ = self.0.exchange_capture_mode(self.1);
     }
-    result
 }
 
 fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
@@ -159,14 +165,25 @@ fn stream_made(result: CuResult, stream: *const CUstream, flags: u32) -> CuResul
     result
 }
 
-fn stream_ends(stream: CUstream) -> CuResult {
-    session::forget_capture(stream);
-    if let Ok(driver) = Driver::get() {
-        relaxed(|| pools::stream_ends(driver, stream));
-        session::all().iter().for_each(|device| device.streams.remove(driver, stream));
+/// Destroys a stream with `call`. What it has to do goes on, so its end is marked first, while it can be. If the driver
+/// refuses, the stream is tracked as before.
+fn destroy_stream(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
+    guarded(|| {
+        let Ok(driver) = Driver::get() else { return call() };
+        let all = session::all();
+        let tracked: Vec<_> = relaxed(|| {
+            pools::stream_ends(driver, stream);
+            all.iter().filter_map(|device| Some((device, device.streams.remove(driver, stream)?))).collect()
+        });
         crate::flow::forget_stream(stream);
-    }
-    CuResult::SUCCESS
+        let result = call();
+        if result.is_success() {
+            session::stream_ended(stream);
+        } else {
+            tracked.into_iter().for_each(|(device, stream)| device.streams.put_back(stream));
+        }
+        result
+    })
 }
 
 // Init
@@ -598,15 +615,13 @@ pub unsafe fn cuStreamCreateWithPriority(stream: *mut CUstream, flags: u32, prio
 }
 
 pub unsafe fn cuStreamDestroy(stream: CUstream) -> CuResult {
-    let _ = guarded(|| stream_ends(stream));
     // SAFETY: the caller's arguments.
-    unsafe { real::cuStreamDestroy(stream) }
+    destroy_stream(stream, || unsafe { real::cuStreamDestroy(stream) })
 }
 
 pub unsafe fn cuStreamDestroy_v2(stream: CUstream) -> CuResult {
-    let _ = guarded(|| stream_ends(stream));
     // SAFETY: the caller's arguments.
-    unsafe { real::cuStreamDestroy_v2(stream) }
+    destroy_stream(stream, || unsafe { real::cuStreamDestroy_v2(stream) })
 }
 
 pub unsafe fn cuGreenCtxStreamCreate(
@@ -621,172 +636,35 @@ pub unsafe fn cuGreenCtxStreamCreate(
 
 // Capture
 
-pub unsafe fn cuStreamBeginCapture(stream: CUstream) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginCapture(stream) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginCapture_ptsz(stream: CUstream) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginCapture_ptsz(stream) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginCapture_v2(stream: CUstream, mode: CUstreamCaptureMode) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginCapture_v2(stream, mode) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginCapture_v2_ptsz(stream: CUstream, mode: CUstreamCaptureMode) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginCapture_v2_ptsz(stream, mode) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginCaptureToGraph(
-    stream: CUstream,
-    graph: CUgraph,
-    dependencies: *const CUgraphNode,
-    dependency_data: *const c_void,
-    num_dependencies: usize,
-    mode: CUstreamCaptureMode,
-) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe {
-                real::cuStreamBeginCaptureToGraph(
-                    stream,
-                    graph,
-                    dependencies,
-                    dependency_data,
-                    num_dependencies,
-                    mode,
-                )
+/// Entry points that begin or end a capture of their stream, each in the form for the legacy default stream and in that
+/// for a thread's own.
+macro_rules! captures {
+    ($($action:ident $name:ident / $per_thread:ident (stream $(, $arg:ident: $ty:ty)*);)*) => {
+        $(
+            pub unsafe fn $name(stream: CUstream $(, $arg: $ty)*) -> CuResult {
+                // SAFETY: the caller's arguments.
+                guarded(|| session::$action(stream, false, || unsafe { real::$name(stream $(, $arg)*) }))
             }
-        })
-    })
-}
 
-pub unsafe fn cuStreamBeginCaptureToGraph_ptsz(
-    stream: CUstream,
-    graph: CUgraph,
-    dependencies: *const CUgraphNode,
-    dependency_data: *const c_void,
-    num_dependencies: usize,
-    mode: CUstreamCaptureMode,
-) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe {
-                real::cuStreamBeginCaptureToGraph_ptsz(
-                    stream,
-                    graph,
-                    dependencies,
-                    dependency_data,
-                    num_dependencies,
-                    mode,
-                )
+            pub unsafe fn $per_thread(stream: CUstream $(, $arg: $ty)*) -> CuResult {
+                // SAFETY: the caller's arguments.
+                guarded(|| session::$action(stream, true, || unsafe { real::$per_thread(stream $(, $arg)*) }))
             }
-        })
-    })
+        )*
+    };
 }
 
-pub unsafe fn cuStreamBeginRecaptureToGraph(
-    stream: CUstream,
-    mode: CUstreamCaptureMode,
-    graph: CUgraph,
-    callback: *mut c_void,
-    user_data: *mut c_void,
-) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginRecaptureToGraph(stream, mode, graph, callback, user_data) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginRecaptureToGraph_ptsz(
-    stream: CUstream,
-    mode: CUstreamCaptureMode,
-    graph: CUgraph,
-    callback: *mut c_void,
-    user_data: *mut c_void,
-) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginRecaptureToGraph_ptsz(stream, mode, graph, callback, user_data) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginCaptureToCig(stream: CUstream, params: *mut c_void) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginCaptureToCig(stream, params) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamBeginCaptureToCig_ptsz(stream: CUstream, params: *mut c_void) -> CuResult {
-    guarded(|| {
-        session::begin_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamBeginCaptureToCig_ptsz(stream, params) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) -> CuResult {
-    guarded(|| {
-        session::end_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamEndCapture(stream, graph) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamEndCapture_ptsz(stream: CUstream, graph: *mut CUgraph) -> CuResult {
-    guarded(|| {
-        session::end_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamEndCapture_ptsz(stream, graph) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamEndCaptureToCig(stream: CUstream) -> CuResult {
-    guarded(|| {
-        session::end_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamEndCaptureToCig(stream) }
-        })
-    })
-}
-
-pub unsafe fn cuStreamEndCaptureToCig_ptsz(stream: CUstream) -> CuResult {
-    guarded(|| {
-        session::end_capture(stream, || {
-            // SAFETY: the caller's arguments.
-            unsafe { real::cuStreamEndCaptureToCig_ptsz(stream) }
-        })
-    })
+captures! {
+    begin_capture cuStreamBeginCapture / cuStreamBeginCapture_ptsz (stream);
+    begin_capture cuStreamBeginCapture_v2 / cuStreamBeginCapture_v2_ptsz (stream, mode: CUstreamCaptureMode);
+    begin_capture cuStreamBeginCaptureToGraph / cuStreamBeginCaptureToGraph_ptsz (
+        stream, graph: CUgraph, dependencies: *const CUgraphNode, dependency_data: *const c_void,
+        num_dependencies: usize, mode: CUstreamCaptureMode
+    );
+    begin_capture cuStreamBeginRecaptureToGraph / cuStreamBeginRecaptureToGraph_ptsz (
+        stream, mode: CUstreamCaptureMode, graph: CUgraph, callback: *mut c_void, user_data: *mut c_void
+    );
+    begin_capture cuStreamBeginCaptureToCig / cuStreamBeginCaptureToCig_ptsz (stream, params: *mut c_void);
+    end_capture cuStreamEndCapture / cuStreamEndCapture_ptsz (stream, graph: *mut CUgraph);
+    end_capture cuStreamEndCaptureToCig / cuStreamEndCaptureToCig_ptsz (stream);
 }

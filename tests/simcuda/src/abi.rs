@@ -47,6 +47,8 @@ impl Error {
     pub const CAPTURED_EVENT: Error = Error(907);
     pub const STREAM_CAPTURE_WRONG_THREAD: Error = Error(908);
     pub const GRAPH_EXEC_UPDATE_FAILURE: Error = Error(910);
+    pub const INVALID_RESOURCE_TYPE: Error = Error(914);
+    pub const STREAM_DETACHED: Error = Error(917);
 }
 
 /// An opaque handle; a number to us, a pointer to callers.
@@ -482,6 +484,23 @@ pub struct GraphExecUpdateResultInfo {
     pub result: c_uint,
     pub error_node: Handle,
     pub error_from_node: Handle,
+}
+
+/// `CUdevResource`: what a green context is made of.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct DevResource {
+    pub kind: c_uint,
+    padding: [u8; 92],
+    /// Multiprocessors.
+    pub multiprocessors: c_uint,
+    rest: [u8; 44],
+}
+
+impl DevResource {
+    pub fn of(kind: c_uint, multiprocessors: c_uint) -> DevResource {
+        DevResource { kind, padding: [0; 92], multiprocessors, rest: [0; 44] }
+    }
 }
 
 /// `CUgraphEdgeData`.

@@ -92,12 +92,12 @@ impl Array {
         let kind = Kind::Array { _physical: physical.clone() };
         let address = {
             let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
-            space.allocate(&physical, kind, device.index, context.handle())?
+            space.allocate(&physical, kind, device.index, context.owner())?
         };
         let array = Arc::new(Array {
             handle: handles::fresh(),
             descriptor,
-            context: context.handle(),
+            context: context.owner(),
             level_of,
             size,
             address,
@@ -159,7 +159,7 @@ impl Mipmap {
                 }
             }
         }
-        let mipmap = Arc::new(Mipmap { handle, context: context.handle(), levels: made });
+        let mipmap = Arc::new(Mipmap { handle, context: context.owner(), levels: made });
         driver()?.mipmaps.insert(handle, mipmap.clone());
         Ok(mipmap)
     }
@@ -169,7 +169,7 @@ impl Mipmap {
 pub fn destroy(context: &Context, array: &Array) -> Result {
     let driver = driver()?;
     driver.arrays.remove(array.handle)?;
-    for stream in context.core.live_streams() {
+    for stream in context.core.all_streams() {
         crate::stream::Fence::of(&stream).wait();
     }
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());

@@ -20,20 +20,46 @@ use crate::stream::{self, Fence, Role, Stream};
 /// The part of a context that its streams share.
 pub struct Core {
     pub handle: Handle,
+    /// The context that memory, events and modules belong to: of a green context its primary context, else itself.
+    pub owner: Handle,
     pub device: &'static Device,
-    error: AtomicI32,
+    error: Arc<AtomicI32>,
     /// Unfinished operations in blocking streams, and in the legacy stream.
     pub blocking_pending: AtomicUsize,
     pub legacy_pending: AtomicUsize,
     pub streams: Mutex<Vec<Weak<Stream>>>,
     pub captures: Mutex<Vec<Arc<Capture>>>,
     /// The contexts whose allocations this one's kernels may use (`cuCtxEnablePeerAccess`), with their GPUs.
-    pub peers: Mutex<Vec<(Handle, usize)>>,
+    pub peers: Arc<Mutex<Vec<(Handle, usize)>>>,
+    /// The green contexts that were made of it.
+    pub greens: Mutex<Vec<Weak<Core>>>,
     /// How many captures are open; the first thing that a launch looks at.
     pub open_captures: AtomicUsize,
 }
 
 impl Core {
+    fn new(
+        device: &'static Device,
+        handle: Handle,
+        owner: Handle,
+        error: Arc<AtomicI32>,
+        peers: Arc<Mutex<Vec<(Handle, usize)>>>,
+    ) -> Arc<Core> {
+        Arc::new(Core {
+            handle,
+            owner,
+            device,
+            error,
+            blocking_pending: AtomicUsize::new(0),
+            legacy_pending: AtomicUsize::new(0),
+            streams: Mutex::default(),
+            captures: Mutex::default(),
+            peers,
+            greens: Mutex::default(),
+            open_captures: AtomicUsize::new(0),
+        })
+    }
+
     /// The sticky error, if an operation has failed.
     #[inline]
     pub fn healthy(&self) -> Result {
@@ -76,6 +102,15 @@ impl Core {
         streams.retain(|stream| stream.strong_count() > 0);
         streams.iter().filter_map(Weak::upgrade).collect()
     }
+
+    /// The same, and those of its green contexts.
+    pub fn all_streams(&self) -> Vec<Arc<Stream>> {
+        let mut streams = self.live_streams();
+        for green in lock(&self.greens).iter().filter_map(Weak::upgrade) {
+            streams.extend(green.live_streams());
+        }
+        streams
+    }
 }
 
 /// A context.
@@ -84,7 +119,10 @@ pub struct Context {
     pub legacy: Arc<Stream>,
     /// Counts up and never repeats (`cuCtxGetId`).
     pub id: u64,
+    /// What the application cannot destroy by its handle: a primary context, or a green one.
     pub primary: bool,
+    /// How often it is attached to (`cuCtxAttach`).
+    pub usage: AtomicU32,
     pub flags: AtomicU32,
     pub cache_config: AtomicU32,
     pub limits: [AtomicU64; 16],
@@ -93,9 +131,8 @@ pub struct Context {
 }
 
 impl Context {
-    /// Makes a context, which costs memory.
-    pub fn create(device: &'static Device, primary: bool, flags: u32) -> Result<Arc<Context>> {
-        static IDS: AtomicU64 = AtomicU64::new(1);
+    /// Makes a context, which costs memory. A GPU's primary context always goes by the same handle.
+    pub fn create(device: &'static Device, primary: Option<Handle>, flags: u32) -> Result<Arc<Context>> {
         let driver = driver()?;
         let bytes = driver.config.context_bytes;
         let ledger = device.ledger()?;
@@ -103,23 +140,29 @@ impl Context {
             ledger.count(Count::OutOfMemory, 1);
             return Err(Error::OUT_OF_MEMORY);
         }
-        let core = Arc::new(Core {
-            handle: handles::fresh(),
-            device,
-            error: AtomicI32::new(0),
-            blocking_pending: AtomicUsize::new(0),
-            legacy_pending: AtomicUsize::new(0),
-            streams: Mutex::default(),
-            captures: Mutex::default(),
-            peers: Mutex::default(),
-            open_captures: AtomicUsize::new(0),
-        });
+        let handle = primary.unwrap_or_else(handles::fresh);
+        let core = Core::new(device, handle, handle, Arc::default(), Arc::default());
+        Context::around(core, primary.is_some(), flags, bytes)
+    }
+
+    /// Makes a green context of a primary one: streams and captures of its own, and everything else the primary's. It
+    /// costs no memory to speak of.
+    pub fn create_green(primary: &Context) -> Result<Arc<Context>> {
+        let Core { handle, device, error, peers, .. } = &*primary.core;
+        let core = Core::new(device, handles::fresh(), *handle, error.clone(), peers.clone());
+        lock(&primary.core.greens).push(Arc::downgrade(&core));
+        Context::around(core, true, primary.flags.load(SeqCst), 0)
+    }
+
+    fn around(core: Arc<Core>, primary: bool, flags: u32, bytes: u64) -> Result<Arc<Context>> {
+        static IDS: AtomicU64 = AtomicU64::new(1);
         let legacy = Stream::create(&core, Role::Legacy, 0, 0, None);
         let context = Arc::new(Context {
             core,
             legacy,
             id: IDS.fetch_add(1, SeqCst),
             primary,
+            usage: AtomicU32::new(1),
             flags: AtomicU32::new(flags),
             cache_config: AtomicU32::new(0),
             limits: Default::default(),
@@ -129,12 +172,32 @@ impl Context {
         for (limit, default) in [1024, 1 << 20, 8 << 20, 2, 2048, 64].into_iter().enumerate() {
             context.limits[limit].store(default, SeqCst);
         }
-        driver.contexts.insert(context.core.handle, context.clone());
+        driver()?.contexts.insert(context.core.handle, context.clone());
         Ok(context)
     }
 
     pub fn handle(&self) -> Handle {
         self.core.handle
+    }
+
+    /// The context that what is made in this one belongs to.
+    pub fn owner(&self) -> Handle {
+        self.core.owner
+    }
+
+    /// Whether it is a green one.
+    pub fn is_green(&self) -> bool {
+        self.core.owner != self.core.handle
+    }
+
+    /// Ends a green context. Its streams stay, detached: whatever they have begun goes on, and they can be destroyed.
+    pub fn destroy_green(&self) -> Result {
+        if !self.destroyed.swap(true, SeqCst) {
+            let _ = driver()?.contexts.remove(self.handle());
+            crate::graph::invalidate_all(&self.core);
+            self.core.live_streams().iter().for_each(|stream| stream.detach());
+        }
+        Ok(())
     }
 
     /// Waits for all work of the context.
@@ -144,7 +207,7 @@ impl Context {
             crate::graph::invalidate_all(&self.core);
             return Err(Error::STREAM_CAPTURE_UNSUPPORTED);
         }
-        for stream in self.core.live_streams() {
+        for stream in self.core.all_streams() {
             Fence::of(&stream).wait();
         }
         crate::pool::synchronized();
@@ -157,16 +220,19 @@ impl Context {
         if self.destroyed.swap(true, SeqCst) {
             return Err(Error::INVALID_CONTEXT);
         }
-        for stream in self.core.live_streams() {
+        for stream in self.core.all_streams() {
             Fence::of(&stream).wait();
             stream.close();
         }
         let handle = self.handle();
+        for green in driver.contexts.remove_if(|green| green.owner() == handle && green.is_green()) {
+            green.destroyed.store(true, SeqCst);
+        }
         let _ = driver.contexts.remove(handle);
         for other in driver.contexts.all() {
             lock(&other.core.peers).retain(|(peer, _)| *peer != handle);
         }
-        driver.streams.remove_if(|stream| stream.core.handle == handle);
+        driver.streams.remove_if(|stream| stream.core.owner == handle);
         driver.events.remove_if(|event| event.context == handle);
         driver.functions.remove_if(|function| function.context == handle);
         driver.modules.remove_if(|module| module.context == handle);
@@ -213,7 +279,10 @@ struct PerThread(Vec<Arc<Stream>>);
 
 impl Drop for PerThread {
     fn drop(&mut self) {
-        self.0.iter().for_each(|stream| stream.close());
+        for stream in &self.0 {
+            crate::graph::abandon(stream);
+            stream.close();
+        }
     }
 }
 
@@ -224,8 +293,14 @@ pub fn with_current<R>(f: impl FnOnce(&Arc<Context>) -> Result<R>) -> Result<R> 
     let with = |stack: &RefCell<Vec<Arc<Context>>>| {
         let stack = stack.borrow();
         let context = stack.last().ok_or(Error::INVALID_CONTEXT)?;
-        context.usable()?;
-        f(context)
+        match context.usable() {
+            // A primary context that was reset, and retained again.
+            Err(error) if context.primary => match by_handle(context.handle()) {
+                Ok(again) => f(&again),
+                Err(_) => Err(error),
+            },
+            usable => usable.and_then(|()| f(context)),
+        }
     };
     CURRENT.try_with(with).unwrap_or(Err(Error::INVALID_CONTEXT))
 }
@@ -308,10 +383,14 @@ fn per_thread() -> Result<Arc<Stream>> {
 
 /// Makes a stream in the current context.
 pub fn create_stream(flags: u32, priority: i32) -> Result<Handle> {
+    create_stream_in(&*healthy()?, flags, priority)
+}
+
+/// Makes a stream in a context.
+pub fn create_stream_in(context: &Context, flags: u32, priority: i32) -> Result<Handle> {
     if flags & !stream::NON_BLOCKING != 0 {
         return Err(Error::INVALID_VALUE);
     }
-    let context = healthy()?;
     let priority = priority.clamp(stream::GREATEST_PRIORITY, stream::LEAST_PRIORITY);
     let stream = Stream::create(&context.core, Role::Created, flags, priority, Some(context.legacy.clone()));
     driver()?.streams.insert(stream.handle, stream.clone());

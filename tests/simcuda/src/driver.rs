@@ -35,6 +35,8 @@ pub struct Device {
 #[derive(Default)]
 pub struct Primary {
     pub context: Option<std::sync::Arc<Context>>,
+    /// What it goes by, whenever there is one.
+    pub handle: Option<crate::abi::Handle>,
     pub references: u32,
     pub flags: u32,
 }
@@ -57,6 +59,8 @@ pub struct Driver {
     pub arrays: Registry<Array>,
     pub mipmaps: Registry<Mipmap>,
     pub objects: Registry<Object>,
+    pub greens: Registry<Context>,
+    pub resources: Registry<crate::abi::DevResource>,
 }
 
 const UNINITIALISED: u8 = 0;
@@ -152,6 +156,8 @@ impl Driver {
             arrays: Registry::new(),
             mipmaps: Registry::new(),
             objects: Registry::new(),
+            greens: Registry::new(),
+            resources: Registry::new(),
         })
     }
 

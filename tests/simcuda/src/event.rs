@@ -97,6 +97,15 @@ impl Event {
         Ok(())
     }
 
+    /// Records the event in a stream, behind work of other streams too.
+    pub fn record_after(self: &Arc<Self>, stream: &Arc<Stream>, after: Vec<Fence>) -> Result {
+        stream.usable()?;
+        let stamp = Arc::new(AtomicU64::new(0));
+        let fence = stream.submit(Op::Time(stamp.clone()), after);
+        self.set(State::Recorded { fence, stamp });
+        Ok(())
+    }
+
     /// Lets a stream wait for the event.
     pub fn wait_in(self: &Arc<Self>, stream: &Arc<Stream>, external: bool) -> Result {
         stream.usable()?;

@@ -79,6 +79,8 @@ pub struct Capture {
     thread: usize,
     origin: Handle,
     pub graph: Arc<Graph>,
+    /// The graph is the application's: it was there before the capture.
+    given: bool,
     invalidated: AtomicBool,
     /// The streams that take part.
     streams: Mutex<Vec<Arc<Stream>>>,
@@ -143,11 +145,7 @@ impl Graph {
 
     /// Adds a node behind others of the graph.
     pub fn add_after(&self, op: Op, before: &[Handle]) -> Result<Handle> {
-        let known = lock(&self.nodes).clone();
-        let number = |handle: &Handle| {
-            known.iter().position(|node| node.handle == *handle).ok_or(Error::INVALID_VALUE)
-        };
-        let after: Vec<usize> = before.iter().map(number).collect::<Result<_>>()?;
+        let after = self.numbers_of(before)?;
         if (1..after.len()).any(|i| after[..i].contains(&after[i])) {
             return Err(Error::INVALID_VALUE);
         }
@@ -177,6 +175,14 @@ impl Graph {
         Ok(exec)
     }
 
+    fn numbers_of(&self, handles: &[Handle]) -> Result<Vec<usize>> {
+        let known = lock(&self.nodes);
+        let number = |handle: &Handle| {
+            known.iter().position(|node| node.handle == *handle).ok_or(Error::INVALID_VALUE)
+        };
+        handles.iter().map(number).collect()
+    }
+
     fn handles_of(&self, numbers: &[usize]) -> Vec<Handle> {
         let nodes = lock(&self.nodes);
         numbers.iter().filter_map(|&number| nodes.get(number)).map(|node| node.handle).collect()
@@ -198,10 +204,10 @@ impl Graph {
     }
 }
 
-/// `cuStreamBeginCapture`.
-pub fn begin(stream: &Arc<Stream>, mode: Mode) -> Result {
+/// `cuStreamBeginCapture`, into a new graph or behind nodes of one that there is.
+pub fn begin(stream: &Arc<Stream>, mode: Mode, into: Option<(Arc<Graph>, &[Handle])>) -> Result {
     static IDS: AtomicU64 = AtomicU64::new(1);
-    stream.core.healthy()?;
+    stream.usable()?;
     if stream.role == Role::Legacy {
         return Err(Error::STREAM_CAPTURE_UNSUPPORTED);
     }
@@ -209,18 +215,27 @@ pub fn begin(stream: &Arc<Stream>, mode: Mode) -> Result {
     if part.is_some() {
         return Err(Error::ILLEGAL_STATE);
     }
+    let given = into.is_some();
+    let (graph, tail) = match into {
+        Some((graph, after)) => {
+            let tail = graph.numbers_of(after)?;
+            (graph, tail)
+        }
+        None => (Graph::create()?, Vec::new()),
+    };
     let capture = Arc::new(Capture {
         id: IDS.fetch_add(1, SeqCst),
         mode,
         thread: this_thread(),
         origin: stream.handle,
-        graph: Graph::create()?,
+        graph,
+        given,
         invalidated: AtomicBool::new(false),
         streams: Mutex::new(vec![stream.clone()]),
     });
     lock(&stream.core.captures).push(capture.clone());
     stream.core.open_captures.fetch_add(1, SeqCst);
-    *part = Some(Participation { capture, tail: Vec::new(), shown: Arc::default() });
+    *part = Some(Participation { capture, tail, shown: Arc::default() });
     stream.capturing.store(true, SeqCst);
     Ok(())
 }
@@ -256,9 +271,30 @@ pub fn end(stream: &Arc<Stream>) -> Result<Arc<Graph>> {
     match verdict {
         Ok(()) => Ok(capture.graph.clone()),
         Err(error) => {
-            capture.graph.destroy()?;
+            if !capture.given {
+                capture.graph.destroy()?;
+            }
             Err(error)
         }
+    }
+}
+
+/// A stream ends with its thread, and with it a capture that it has begun; one of another stream is ruined.
+pub fn abandon(stream: &Arc<Stream>) {
+    let Some(part) = lock(&stream.capture).clone() else { return };
+    let capture = part.capture;
+    capture.invalidated.store(true, SeqCst);
+    if capture.origin != stream.handle {
+        return;
+    }
+    for other in std::mem::take(&mut *lock(&capture.streams)) {
+        lock(&other.capture).take();
+        other.capturing.store(false, SeqCst);
+    }
+    lock(&stream.core.captures).retain(|open| open.id != capture.id);
+    stream.core.open_captures.fetch_sub(1, SeqCst);
+    if !capture.given {
+        let _ = capture.graph.destroy();
     }
 }
 

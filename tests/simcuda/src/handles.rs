@@ -38,6 +38,12 @@ impl<T> Registry<T> {
         objects.get(&handle).cloned().ok_or(Error::INVALID_HANDLE)
     }
 
+    /// The handle of the object that `which` chooses.
+    pub fn find(&self, which: impl Fn(&T) -> bool) -> Option<Handle> {
+        let objects = self.objects.read().unwrap_or_else(|e| e.into_inner());
+        objects.iter().find(|(_, object)| which(object)).map(|(handle, _)| *handle)
+    }
+
     pub fn all(&self) -> Vec<Arc<T>> {
         self.objects.read().unwrap_or_else(|e| e.into_inner()).values().cloned().collect()
     }

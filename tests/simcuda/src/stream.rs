@@ -54,6 +54,8 @@ pub struct Stream {
     done: Condvar,
     pub capturing: AtomicBool,
     pub capture: Mutex<Option<Participation>>,
+    /// Its green context is gone.
+    detached: AtomicBool,
 }
 
 #[derive(Default)]
@@ -121,6 +123,7 @@ impl Stream {
             done: Condvar::new(),
             capturing: AtomicBool::new(false),
             capture: Mutex::default(),
+            detached: AtomicBool::new(false),
         });
         lock(&core.streams).push(Arc::downgrade(&stream));
         stream
@@ -147,6 +150,9 @@ impl Stream {
     #[inline]
     pub fn usable(&self) -> Result {
         self.core.healthy()?;
+        if self.detached.load(SeqCst) {
+            return Err(Error::STREAM_DETACHED);
+        }
         if self.role == Role::Legacy && self.core.open_captures.load(SeqCst) > 0 {
             graph::refuse_implicit(&self.core)?;
         }
@@ -245,6 +251,11 @@ impl Stream {
             self.pending(|count| count.fetch_sub(1, SeqCst));
             self.done.notify_all();
         }
+    }
+
+    /// The green context of the stream is gone: nothing more can be submitted.
+    pub fn detach(&self) {
+        self.detached.store(true, SeqCst);
     }
 
     /// Lets the worker end once it has nothing left to do.

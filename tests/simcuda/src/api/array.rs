@@ -197,7 +197,7 @@ fn check(resource: &ResourceDesc, surface: bool) -> Result {
 }
 
 fn keep(resource: ResourceDesc, texture: Option<[u32; 26]>, view: Option<[u64; 14]>) -> Result<u64> {
-    let context = context::healthy()?.handle();
+    let context = context::healthy()?.owner();
     let handle = handles::fresh();
     driver()?.objects.insert(handle, Arc::new(Object { context, resource, texture, view }));
     Ok(handle as u64)

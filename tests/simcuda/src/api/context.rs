@@ -29,14 +29,29 @@ driver_api! {
     }
 
     fn cuCtxDestroy_v2(context: Handle) {
+        self::destroy(context)
+    }
+
+    /// Of the current context, one more use of it.
+    fn cuCtxAttach(context: Out<Handle>, flags: c_uint) {
+        if flags != 0 {
+            return Err(Error::INVALID_VALUE);
+        }
+        let current = context::current()?;
+        context.required()?;
+        current.usage.fetch_add(1, SeqCst);
+        context.set(current.handle())
+    }
+
+    fn cuCtxDetach(context: Handle) {
         let found = context::by_handle(context)?;
-        if found.primary {
+        if found.primary || context::current_handle() != context {
             return Err(Error::INVALID_CONTEXT);
         }
-        if context::current_handle() == context {
-            context::pop()?;
+        match found.usage.fetch_sub(1, SeqCst) {
+            1 => self::destroy(context),
+            _ => Ok(()),
         }
-        found.destroy()
     }
 
     fn cuCtxPushCurrent_v2(context: Handle) {
@@ -131,9 +146,20 @@ driver_api! {
     }
 }
 
+fn destroy(context: Handle) -> Result {
+    let found = context::by_handle(context)?;
+    if found.primary {
+        return Err(Error::INVALID_CONTEXT);
+    }
+    if context::current_handle() == context {
+        context::pop()?;
+    }
+    found.destroy()
+}
+
 fn create(out: Out<Handle>, flags: c_uint, device: c_int) -> Result {
     out.required()?;
-    let context = Context::create(driver()?.device(device)?, false, flags)?;
+    let context = Context::create(driver()?.device(device)?, None, flags)?;
     let handle = context.handle();
     context::push(context);
     out.set(handle)

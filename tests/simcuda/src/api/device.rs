@@ -5,7 +5,9 @@ use std::ffi::{c_char, c_int, c_uint};
 use super::driver_api;
 use crate::abi::{Error, Handle, Out, Result, Text, set_text};
 use crate::context::Context;
-use crate::driver::{driver, lock};
+use crate::driver::{Device, driver, lock};
+use crate::handles;
+use std::sync::Arc;
 
 driver_api! {
     fn cuDeviceGet(device: Out<c_int>, ordinal: c_int) {
@@ -81,15 +83,7 @@ driver_api! {
     fn cuDevicePrimaryCtxRetain(context: Out<Handle>, device: c_int) {
         let device = driver()?.device(device)?;
         context.required()?;
-        let mut primary = lock(&device.primary);
-        let retained = match &primary.context {
-            Some(context) => context.clone(),
-            None => Context::create(device, true, primary.flags)?,
-        };
-        primary.references += 1;
-        let handle = retained.handle();
-        primary.context = Some(retained);
-        context.set(handle)
+        context.set(self::retain(device)?.handle())
     }
 
     fn cuDevicePrimaryCtxRelease(device: c_int) {
@@ -134,7 +128,20 @@ fn pci_bus_id(bus: u32) -> String {
     format!("0000:{bus:02x}:00.0")
 }
 
-fn release(device: c_int) -> Result {
+/// Retains the primary context of a GPU, and makes it if there is none.
+pub(super) fn retain(device: &'static Device) -> Result<Arc<Context>> {
+    let mut primary = lock(&device.primary);
+    let handle = *primary.handle.get_or_insert_with(handles::fresh);
+    let retained = match &primary.context {
+        Some(context) => context.clone(),
+        None => Context::create(device, Some(handle), primary.flags)?,
+    };
+    primary.references += 1;
+    primary.context = Some(retained.clone());
+    Ok(retained)
+}
+
+pub(super) fn release(device: c_int) -> Result {
     let device = driver()?.device(device)?;
     let mut primary = lock(&device.primary);
     primary.references = primary.references.checked_sub(1).ok_or(Error::INVALID_CONTEXT)?;
@@ -144,10 +151,10 @@ fn release(device: c_int) -> Result {
     }
 }
 
+/// Ends the context. It stays retained as often as it was: who has retained it releases it still.
 fn reset(device: c_int) -> Result {
     let device = driver()?.device(device)?;
     let mut primary = lock(&device.primary);
-    primary.references = 0;
     primary.context.take().map_or(Ok(()), |context| context.destroy())
 }
 

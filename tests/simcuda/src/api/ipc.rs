@@ -67,7 +67,7 @@ driver_api! {
         let shared = SharedEvent::open(driver, &handle)?;
         let opened = handles::fresh();
         let flags = event::DISABLE_TIMING | event::INTERPROCESS;
-        driver.events.insert(opened, Arc::new(Event::new(context.handle(), flags, Some(shared))));
+        driver.events.insert(opened, Arc::new(Event::new(context.owner(), flags, Some(shared))));
         event.set(opened)
     }
 }
@@ -80,7 +80,7 @@ fn open(pointer: Out<u64>, handle: IpcHandle, flags: c_uint) -> Result {
     if flags != LAZY_ENABLE_PEER_ACCESS {
         return Err(Error::INVALID_VALUE);
     }
-    let (words, owner) = (handle.words(), context.handle());
+    let (words, owner) = (handle.words(), context.owner());
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
     if let Some(address) = space.open_again(&words, owner) {
         return pointer.set(address);

@@ -25,7 +25,7 @@ driver_api! {
         module.required()?;
         let image = std::fs::read(file.get()?).map_err(|_| Error::FILE_NOT_FOUND)?;
         let text = image.split(|&byte| byte == 0).next().unwrap_or_default();
-        module.set(module::load(text, context.handle())?.handle)
+        module.set(module::load(text, context.owner())?.handle)
     }
 
     fn cuModuleLoadData(module: Out<Handle>, image: In<c_void>) {
@@ -265,7 +265,7 @@ driver_api! {
 fn load(module: Out<Handle>, image: In<c_void>) -> Result {
     let context = context::healthy()?;
     module.required()?;
-    module.set(module::load(&image.bytes_to_zero()?, context.handle())?.handle)
+    module.set(module::load(&image.bytes_to_zero()?, context.owner())?.handle)
 }
 
 fn parameter(function: Handle, index: usize, offset: Out<usize>, size: Out<usize>) -> Result {
@@ -322,7 +322,7 @@ fn launch(
     let (kernel, owner) = driver.functions.with(&LAST_FUNCTION, function, known)?;
     context::with_stream(null, stream, |stream| {
         stream.usable()?;
-        if owner != 0 && owner != stream.core.handle {
+        if owner != 0 && owner != stream.core.owner {
             return Err(Error::INVALID_HANDLE);
         }
         if kernel.is_null() && !stream.capturing.load(SeqCst) && stream.idle() {

@@ -130,7 +130,7 @@ driver_api! {
         }
         graph::refuse_unsafe(&context.core)?;
         let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
-        space.register(host, bytes as u64, flags, context.core.device.index, context.handle())
+        space.register(host, bytes as u64, flags, context.core.device.index, context.owner())
     }
 
     fn cuMemHostUnregister(host: u64) {
@@ -149,7 +149,7 @@ driver_api! {
         graph::refuse_unsafe(&context.core)?;
         let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
         let device = context.core.device.index;
-        pointer.set(space.allocate_host(bytes as u64, Kind::Managed, device, context.handle())?)
+        pointer.set(space.allocate_host(bytes as u64, Kind::Managed, device, context.owner())?)
     }
 
     fn cuMemPrefetchAsync / cuMemPrefetchAsync_ptsz |null| (
@@ -231,7 +231,7 @@ fn allocate(bytes: u64) -> Result<u64> {
     let physical = Arc::new(Physical::new(backing, 0, size, location, Some(device.ledger()?))?);
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
     let kind = Kind::Allocation { physical: physical.clone() };
-    space.allocate(&physical, kind, device.index, context.handle())
+    space.allocate(&physical, kind, device.index, context.owner())
 }
 
 fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
@@ -243,7 +243,7 @@ fn allocate_host(pointer: Out<u64>, bytes: usize, flags: c_uint) -> Result {
     graph::refuse_unsafe(&context.core)?;
     let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
     let kind = Kind::HostAllocation { flags };
-    pointer.set(space.allocate_host(bytes as u64, kind, context.core.device.index, context.handle())?)
+    pointer.set(space.allocate_host(bytes as u64, kind, context.core.device.index, context.owner())?)
 }
 
 /// Frees what begins at `pointer` once nothing uses it any more.
@@ -256,7 +256,7 @@ pub(super) fn free(context: &Arc<Context>, pointer: u64, which: impl Fn(&Kind) -
             return Err(Error::INVALID_VALUE);
         }
     }
-    for stream in context.core.live_streams() {
+    for stream in context.core.all_streams() {
         crate::stream::Fence::of(&stream).wait();
     }
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());

@@ -18,6 +18,7 @@ mod device;
 mod gated;
 mod graph;
 mod graph_edit;
+mod green;
 mod init;
 mod inspect;
 mod ipc;
@@ -50,6 +51,7 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         gated::EXPORTS,
         graph::EXPORTS,
         graph_edit::EXPORTS,
+        green::EXPORTS,
         init::EXPORTS,
         ipc::EXPORTS,
         launch::EXPORTS,

@@ -42,7 +42,7 @@ driver_api! {
         if flags != 0 {
             return Err(Error::INVALID_VALUE);
         }
-        if peer == context.handle() {
+        if peer == context.handle() || peer == context.owner() {
             return Err(Error::INVALID_CONTEXT);
         }
         let device = context::by_handle(peer)?.core.device.index;

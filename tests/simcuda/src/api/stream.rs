@@ -81,11 +81,17 @@ driver_api! {
         context.set(context::stream(null, stream)?.core.handle)
     }
 
-    /// There are no green contexts.
+    /// The primary context of a stream of a green context, and the green one.
     fn cuStreamGetCtx_v2 / cuStreamGetCtx_v2_ptsz |null| (stream: Handle, context: Out<Handle>, green: Out<Handle>) {
-        green.set_if_wanted(0);
-        context.set_if_wanted(context::stream(null, stream)?.core.handle);
+        let stream = context::stream(null, stream)?;
+        green.set_if_wanted(crate::api::green::of(stream.core.handle).unwrap_or(0));
+        context.set_if_wanted(stream.core.owner);
         Ok(())
+    }
+
+    fn cuStreamGetGreenCtx(stream: Handle, green: Out<Handle>) {
+        let stream = context::stream(Null::Legacy, stream)?;
+        green.set(crate::api::green::of(stream.core.handle).unwrap_or(0))
     }
 
     fn cuLaunchHostFunc / cuLaunchHostFunc_ptsz |null| (stream: Handle, function: HostFn, data: UserData) {
@@ -129,7 +135,7 @@ driver_api! {
         let driver = driver()?;
         let shared = if shared { Some(SharedEvent::create(driver)?) } else { None };
         let handle = handles::fresh();
-        driver.events.insert(handle, Arc::new(Event::new(context.handle(), flags, shared)));
+        driver.events.insert(handle, Arc::new(Event::new(context.owner(), flags, shared)));
         event.set(handle)
     }
 
@@ -167,7 +173,18 @@ driver_api! {
     }
 
     fn cuStreamBeginCapture_v2 / cuStreamBeginCapture_v2_ptsz |null| (stream: Handle, mode: c_uint) {
-        graph::begin(&context::stream(null, stream)?, Mode::from_raw(mode)?)
+        graph::begin(&context::stream(null, stream)?, Mode::from_raw(mode)?, None)
+    }
+
+    fn cuStreamBeginCaptureToGraph / cuStreamBeginCaptureToGraph_ptsz |null| (
+        stream: Handle, graph: Handle, dependencies: In<Handle>, edges: In<GraphEdgeData>, count: usize, mode: c_uint,
+    ) {
+        if !edges.is_null() {
+            return Err(Error::NOT_SUPPORTED);
+        }
+        let after = if count == 0 { Vec::new() } else { dependencies.to_vec(count)? };
+        let graph = driver()?.graphs.get(graph)?;
+        graph::begin(&context::stream(null, stream)?, Mode::from_raw(mode)?, Some((graph, &after)))
     }
 
     fn cuStreamEndCapture / cuStreamEndCapture_ptsz |null| (stream: Handle, graph: Out<Handle>) {
@@ -248,7 +265,7 @@ fn record(null: Null, event: Handle, stream: Handle, flags: c_uint) -> Result {
     }
     let event = driver()?.events.get(event)?;
     context::with_stream(null, stream, |stream| {
-        if stream.core.handle != event.context {
+        if stream.core.owner != event.context {
             return Err(Error::INVALID_HANDLE);
         }
         event.record(stream, flags == 1)

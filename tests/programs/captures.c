@@ -1,0 +1,237 @@
+/*
+ * Captures that are open, and captures that are over without having been ended: `captures CASE [MIB]`.
+ *
+ * In the cases of two threads, one capture is open while another of the same handle ends, and while memory is freed. In
+ * the others a capture is over because its stream, its context or its thread is gone, or because it was ruined, or it is
+ * still open because the driver refused to end it. Then the program says "ready", and goes on with its memory until its
+ * standard input ends: nothing is captured any more, so others get their turn.
+ */
+#include "driver.h"
+
+enum { GLOBAL, THREAD_LOCAL, RELAXED };
+
+static CUcontext context;
+static CUdeviceptr memory;
+static size_t bytes = 8 << 20;
+static pthread_barrier_t barrier;
+
+typedef struct {
+    CUstream stream;
+    CUresult (*begin)(CUstream, int);
+    CUresult (*end)(CUstream, CUgraph *);
+    CUresult (*set)(CUdeviceptr, unsigned, size_t, CUstream);
+} Flavour;
+
+static const Flavour explicit = {CU_STREAM_PER_THREAD, cuStreamBeginCapture_v2, cuStreamEndCapture, cuMemsetD32Async};
+static const Flavour implicit = {NULL, cuStreamBeginCapture_v2_ptsz, cuStreamEndCapture_ptsz, cuMemsetD32Async_ptsz};
+
+/* An allocation and a free, as any library may make at any time. A free waits for what is submitted. */
+static void allocate_and_free(void) {
+    CUdeviceptr other;
+    CHECK(cuMemAlloc_v2(&other, 4 << 20));
+    CHECK(cuMemFree_v2(other));
+}
+
+/* Launches what a capture has recorded, and looks at what it wrote. */
+static void replay(CUgraph graph, unsigned value) {
+    CUgraphExec executable;
+    CUstream stream;
+    CHECK(cuStreamCreate(&stream, 0));
+    CHECK(cuGraphInstantiateWithFlags(&executable, graph, 0));
+    CHECK(cuGraphLaunch(executable, stream));
+    CHECK(cuStreamSynchronize(stream));
+    check_words(memory, bytes, value);
+    CHECK(cuStreamDestroy_v2(stream));
+}
+
+static void *captures_longer(void *argument) {
+    const Flavour *flavour = argument;
+    static CUgraph graph;
+    CHECK(cuCtxSetCurrent(context));
+    CHECK(flavour->begin(flavour->stream, THREAD_LOCAL));
+    pthread_barrier_wait(&barrier); /* both are open */
+    pthread_barrier_wait(&barrier); /* the other has ended */
+    CHECK(flavour->set(memory, 7, bytes / 4, flavour->stream));
+    CHECK(flavour->end(flavour->stream, &graph));
+    return graph;
+}
+
+static void two_threads(const Flavour *flavour) {
+    pthread_t thread;
+    CUgraph first;
+    void *second;
+    pthread_barrier_init(&barrier, NULL, 2);
+    pthread_create(&thread, NULL, captures_longer, (void *)flavour);
+    CHECK(flavour->begin(flavour->stream, THREAD_LOCAL));
+    pthread_barrier_wait(&barrier);
+    CHECK(flavour->set(memory, 5, bytes / 4, flavour->stream));
+    CHECK(flavour->end(flavour->stream, &first));
+    allocate_and_free();
+    pthread_barrier_wait(&barrier);
+    pthread_join(thread, &second);
+    replay(second, 7);
+    replay(first, 5);
+}
+
+static void *begins_and_ends_itself(void *flavour) {
+    CHECK(cuCtxSetCurrent(context));
+    CHECK(((const Flavour *)flavour)->begin(((const Flavour *)flavour)->stream, THREAD_LOCAL));
+    return NULL;
+}
+
+static void *ends_another_ones(void *stream) {
+    CUgraph graph = NULL;
+    CHECK(cuCtxSetCurrent(context));
+    return (void *)(intptr_t)cuStreamEndCapture(stream, &graph);
+}
+
+static void in_a_thread(void *(*function)(void *), void *argument, intptr_t expected) {
+    pthread_t thread;
+    void *result;
+    pthread_create(&thread, NULL, function, argument);
+    pthread_join(thread, &result);
+    if ((intptr_t)result != expected) {
+        fprintf(stderr, "CUDA error %ld and not %ld\n", (long)(intptr_t)result, (long)expected);
+        exit(3);
+    }
+}
+
+/* A stream that the legacy default stream waits for: nobody may use that one while this one captures. */
+static CUstream capturing(int mode) {
+    CUstream stream;
+    CHECK(cuStreamCreate(&stream, 0));
+    CHECK(cuStreamBeginCapture_v2(stream, mode));
+    return stream;
+}
+
+static void expect(CUresult result, CUresult expected, const char *call) {
+    if (result != expected) {
+        fprintf(stderr, "%s: CUDA error %d and not %d\n", call, result, expected);
+        exit(3);
+    }
+}
+
+/* A thread that did not begin the capture may not end it: it goes on. */
+static void refused(void) {
+    CUstream stream = capturing(THREAD_LOCAL);
+    CUgraph graph;
+    int mode = RELAXED;
+    in_a_thread(ends_another_ones, stream, 908);
+    CHECK(cuThreadExchangeStreamCaptureMode(&mode));
+    allocate_and_free();
+    CHECK(cuThreadExchangeStreamCaptureMode(&mode));
+    CHECK(cuMemsetD32Async(memory, 9, bytes / 4, stream));
+    CHECK(cuStreamEndCapture(stream, &graph));
+    replay(graph, 9);
+    expect(cuStreamEndCapture(stream, &graph), 401, "the end of what is no capture");
+}
+
+static void ruined(void) {
+    CUstream stream = capturing(GLOBAL);
+    CUgraph graph;
+    expect(cuCtxSynchronize(), 900, "cuCtxSynchronize");
+    expect(cuStreamEndCapture(stream, &graph), 901, "the end of a ruined capture");
+}
+
+/* The driver does not destroy a stream that captures; a capture is ruined by the attempt. */
+static void destroyed(void) {
+    CUstream stream = capturing(RELAXED);
+    CUgraph graph;
+    expect(cuStreamDestroy_v2(stream), 900, "cuStreamDestroy");
+    expect(cuStreamEndCapture(stream, &graph), 901, "the end of a ruined capture");
+    CHECK(cuStreamDestroy_v2(stream));
+}
+
+static void to_a_graph(void) {
+    CUstream stream;
+    CUgraph graph, same;
+    CHECK(cuGraphCreate(&graph, 0));
+    CHECK(cuStreamCreate(&stream, 0));
+    CHECK(cuStreamBeginCaptureToGraph(stream, graph, NULL, NULL, 0, RELAXED));
+    allocate_and_free();
+    CHECK(cuMemsetD32Async(memory, 11, bytes / 4, stream));
+    CHECK(cuStreamEndCapture(stream, &same));
+    replay(graph, 11);
+}
+
+static volatile int captured;
+
+static void waits_for_a_capture(void *unused) {
+    (void)unused;
+    while (!captured) usleep(1000);
+}
+
+static void *frees(void *address) {
+    CHECK(cuCtxSetCurrent(context));
+    CHECK(cuMemFree_v2((CUdeviceptr)(uintptr_t)address));
+    return NULL;
+}
+
+/* A free waits for work, and the work for a thread that captures meanwhile. */
+static void during_a_free(void) {
+    CUstream works;
+    CUdeviceptr other;
+    CUgraph graph;
+    pthread_t thread;
+    CHECK(cuMemAlloc_v2(&other, 4 << 20));
+    CHECK(cuStreamCreate(&works, CU_STREAM_NON_BLOCKING));
+    CHECK(cuLaunchHostFunc(works, waits_for_a_capture, NULL));
+    CHECK(cuMemsetD32Async(other, 3, 1 << 20, works));
+    pthread_create(&thread, NULL, frees, (void *)(uintptr_t)other);
+    /* Until the free has begun and waits, a capture that begins would have it give up: so several. */
+    for (int i = 0; i < 200; i++) {
+        CUstream stream = capturing(RELAXED);
+        CHECK(cuMemsetD32Async(memory, 13, bytes / 4, stream));
+        CHECK(cuStreamEndCapture(stream, &graph));
+        CHECK(cuStreamDestroy_v2(stream));
+        usleep(500);
+    }
+    captured = 1;
+    pthread_join(thread, NULL);
+    CHECK(cuStreamSynchronize(works));
+    replay(graph, 13);
+}
+
+/* A second context, with a capture that is open when the context goes. */
+static void with_its_context(void) {
+    CUcontext gone;
+    CHECK(cuCtxCreate_v2(&gone, 0, 0));
+    capturing(RELAXED);
+    CHECK(cuCtxDestroy_v2(gone));
+    CHECK(cuCtxSetCurrent(context));
+}
+
+static void with_a_reset(void) {
+    CUcontext gone;
+    CHECK(cuDevicePrimaryCtxRetain(&gone, 0));
+    CHECK(cuCtxPushCurrent_v2(gone));
+    capturing(RELAXED);
+    CHECK(cuDevicePrimaryCtxReset_v2(0));
+    CHECK(cuCtxPopCurrent_v2(&gone));
+    CHECK(cuDevicePrimaryCtxRelease_v2(0));
+}
+
+int main(int argc, char **argv) {
+    const char *name = argc > 1 ? argv[1] : "";
+    if (argc > 2) bytes = strtoul(argv[2], NULL, 10) << 20;
+    CHECK(cuInit(0));
+    CHECK(cuCtxCreate_v2(&context, 0, 0));
+    CHECK(cuMemAlloc_v2(&memory, bytes));
+    write_words(memory, bytes, 1);
+    if (!strcmp(name, "two-threads")) two_threads(&explicit);
+    else if (!strcmp(name, "two-threads-by-null")) two_threads(&implicit);
+    else if (!strcmp(name, "thread-ends")) in_a_thread(begins_and_ends_itself, (void *)&explicit, 0);
+    else if (!strcmp(name, "refused")) refused();
+    else if (!strcmp(name, "ruined")) ruined();
+    else if (!strcmp(name, "destroyed")) destroyed();
+    else if (!strcmp(name, "to-a-graph")) to_a_graph();
+    else if (!strcmp(name, "during-a-free")) during_a_free();
+    else if (!strcmp(name, "context-destroyed")) with_its_context();
+    else if (!strcmp(name, "context-reset")) with_a_reset();
+    else return 2;
+    write_words(memory, bytes, 21);
+    SAY("ready");
+    for (char c; read(0, &c, 1) > 0;) {}
+    check_words(memory, bytes, 21);
+    return 0;
+}
