@@ -47,7 +47,8 @@ fn guarded(action: impl FnOnce() -> CuResult) -> CuResult {
 fn relaxed<T>(action: impl FnOnce() -> T) -> T {
     let Ok(driver) = Driver::get() else { return action() };
     // Also after a panic: the thread's mode is the application's.
-    let _before = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED).map(|mode| Restore(driver, mode));
+    let _before =
+        driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED).map(|mode| Restore(driver, mode));
     action()
 }
 
