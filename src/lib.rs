@@ -15,6 +15,7 @@
 //! | [`register`] | how a process gets its slot and the page's descriptor |
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`change`] | how a client's shares are changed while it runs |
+//! | [`standard_error`] | a log line that never matters to the process that it is written in |
 //! | [`sync`] | atomics and futexes, real or modelled by loom |
 //!
 //! The protocol rests on three invariants (DESIGN section 5), named I1 to I3 throughout:
@@ -49,6 +50,8 @@ pub mod paths;
 pub mod presence;
 #[cfg(not(loom))]
 pub mod register;
+#[cfg(not(loom))]
+pub mod standard_error;
 
 pub use client::{Books, Client, Fill, Runtime};
 pub use page::{Page, Phase, SlotIndex};

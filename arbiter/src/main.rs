@@ -4,6 +4,7 @@ use clap::Parser;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nvshare::paths;
+use nvshare::standard_error::StandardError;
 use nvshare::units::{GRANULE, GpuUuid, format_size};
 use nvshare_arbiter::options::{LogFormat, Options};
 use nvshare_arbiter::sampling::{Gpu, NvmlSource, Source};
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
     match serve(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("nvshare-arbiter: {error}");
+            let _ = writeln!(StandardError, "nvshare-arbiter: {error}");
             ExitCode::from(USAGE)
         }
     }
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
 fn log(options: &Options) {
     let builder = tracing_subscriber::fmt()
         .with_max_level(options.log_level)
-        .with_writer(std::io::stderr)
+        .with_writer(|| StandardError)
         .with_target(false);
     match options.log_format {
         LogFormat::Text => builder.with_ansi(false).init(),

@@ -185,7 +185,7 @@ impl Server {
     ) -> Result<Self, StartError> {
         let path = paths::socket(&dir);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("no epoll"))?;
-        let mask = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect::<SigSet>();
+        let mask = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect::<SigSet>();
         mask.thread_block().map_err(failed("signals cannot be blocked"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(failed("no signalfd"))?;
@@ -269,8 +269,19 @@ impl Server {
                     Token::Listener => self.accept(),
                     Token::Signals => {
                         if let Ok(Some(signal)) = self.signals.read_signal() {
+                            let by = (signal.ssi_pid, signal.ssi_uid);
+                            if Signal::try_from(signal.ssi_signo as i32) == Ok(Signal::SIGHUP) {
+                                tracing::info!(
+                                    pid = by.0,
+                                    user = by.1,
+                                    "SIGHUP: there is nothing to read again, settings are arguments; going on"
+                                );
+                                continue;
+                            }
                             tracing::info!(
                                 signal = signal.ssi_signo,
+                                pid = by.0,
+                                user = by.1,
                                 "ending; clients go on, and the next arbiter takes over"
                             );
                             return self.end();

@@ -7,6 +7,7 @@ use nvshare::register::{self, Hello, RegisterError, Status};
 use nvshare::shares::{MemoryLimit, Priority, Shares};
 use nvshare::snapshot::Owner;
 use nvshare::units::GpuUuid;
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -206,6 +207,33 @@ fn sigterm_leaves_the_page_and_the_next_one_takes_it_over() {
         assert!(Instant::now() < patience, "nobody took the page over");
     }
     assert_eq!(client.page.owner(client.slot).unwrap().pid, std::process::id(), "the client is still there");
+}
+
+#[test]
+fn sighup_ends_no_arbiter_and_is_logged() {
+    let dir = directory("hangup");
+    let mut child =
+        command(&dir, &["--gpu", GPU, "--capacity", "64MiB"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(log.any(|line| line.contains("serving")));
+    let arbiter = Arbiter { dir, child };
+    for _ in 0..2 {
+        let pid = nix::unistd::Pid::from_raw(arbiter.child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::SIGHUP).unwrap();
+        assert!(log.any(|line| line.contains("SIGHUP") && line.contains("going on")));
+    }
+    assert!(arbiter.register(&hello()).is_ok());
+}
+
+/// Five failed starts in ten seconds are enough for systemd to give up by default, and RestartSec=1 does five in five.
+#[test]
+fn the_unit_is_started_again_however_often_it_fails() {
+    let unit = include_str!("../nvshare-arbiter.service");
+    let (head, service) = unit.split_once("[Service]").unwrap();
+    assert!(head.lines().any(|line| line == "StartLimitIntervalSec=0"), "it belongs to [Unit]");
+    assert!(service.lines().any(|line| line == "Restart=always"));
+    // Another arbiter's claim of a GPU could not be seen from a network namespace of its own.
+    assert!(!unit.contains("PrivateNetwork=yes"));
 }
 
 // --- Shares ---------------------------------------------------------------------------------------

@@ -1,6 +1,19 @@
-//! Where the shim's log goes: standard error of the application, one line a message.
+//! Where the shim's log goes: standard error of the application, one line a message, unless the application has closed it
+//! or nobody reads it ([`nvshare::standard_error`]).
 
+use nvshare::standard_error::StandardError;
+use std::io::Write;
 use tracing_subscriber::filter::LevelFilter;
+
+/// Which file standard error is, before the application has done anything with it.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static REMEMBER: extern "C" fn() = {
+    extern "C" fn remember() {
+        nvshare::standard_error::remember();
+    }
+    remember
+};
 
 /// Sets the log up, once. NVSHARE_LOG says what is logged, as in `debug` or `warn`; warnings and errors
 /// if it says nothing. What makes no sense is told and then ignored: a log is no reason to fail.
@@ -13,7 +26,8 @@ pub fn initialise() {
         let level = match wanted.trim() {
             "" => LevelFilter::WARN,
             word => word.parse().unwrap_or_else(|_| {
-                eprintln!(
+                let _ = writeln!(
+                    StandardError,
                     "nvshare[{}]: NVSHARE_LOG='{wanted}': write error, warn, info, debug or trace; taking warn",
                     std::process::id()
                 );
@@ -23,7 +37,7 @@ pub fn initialise() {
         // A host program in Rust may have a subscriber of its own, in its own copy of the library.
         let _ = tracing_subscriber::fmt()
             .with_max_level(level)
-            .with_writer(std::io::stderr)
+            .with_writer(|| StandardError)
             .with_ansi(false)
             .with_target(false)
             .with_timer(Uptime)

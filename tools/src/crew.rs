@@ -3,8 +3,9 @@
 use crate::Failure;
 use crate::job::{Event, Job};
 use crate::node::{self, Environment};
+use crate::{output, say};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -50,7 +51,9 @@ impl Crew {
                 .env("NVSHARE_CLIENT_NAME", format!("job {}", index + 1))
                 .stdin(Stdio::piped())
                 .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
+                .stderr(Stdio::piped())
+                // Ctrl-C is for this process, which ends its jobs: one that a signal ends looks like one that failed.
+                .process_group(0);
             // SAFETY: prctl is a plain system call, allowed between fork and exec. Should this process be killed, its
             // jobs must not go on for ever.
             unsafe {
@@ -127,11 +130,18 @@ pub fn clean_up_when_interrupted() {
 }
 
 /// # Errors
-/// This process was asked to end.
+/// This process was asked to end, or nobody reads what it writes.
 pub fn interrupted() -> Result<(), Failure> {
     match INTERRUPTED.load(Ordering::Relaxed) {
-        0 => Ok(()),
-        signal => Err(Failure::with_status(128 + signal as u8, "interrupted")),
+        0 => output::check(),
+        signal => {
+            if std::io::stdout().is_terminal() {
+                // Behind the ^C that the terminal shows.
+                say!();
+            }
+            // Whoever sent it knows what happened.
+            Err(Failure::with_status(128 + signal as u8, ""))
+        }
     }
 }
 

@@ -17,6 +17,7 @@
 use crate::crew::{self, Crew, Message};
 use crate::job::{Event, Job};
 use crate::node::{Environment, Node, SimulatedGpu};
+use crate::say;
 use crate::{Failure, status};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use nvshare::units::format_size;
@@ -170,7 +171,7 @@ impl Stage {
         } else {
             "this machine's GPU"
         };
-        println!(
+        say!(
             "{} jobs of {} each, {} iterations, on {kind} with {}: one fits at a time.\n",
             self.jobs,
             format_size(self.job.size),
@@ -250,14 +251,14 @@ impl Stage {
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(comfy_table::CellAlignment::Right);
         }
-        println!("\n{table}");
+        say!("\n{table}");
         if ways.iter().any(|way| way.reckoned) {
-            println!(
+            say!(
                 "~ Unified Memory was stopped after {UM_SECONDS} s of iterations; its total is reckoned from its rate."
             );
         }
         if self.gpu.is_none() {
-            println!(
+            say!(
                 "Unified Memory is left out on a real GPU: jobs that together need more managed memory than the card has\nfree could bring down what else runs there."
             );
         }
@@ -350,7 +351,7 @@ impl Screen {
     }
 
     fn view(&self, name: &str, jobs: usize, iterations: u64) -> View {
-        println!("{name}");
+        say!("{name}");
         // Bars of its own for each way: those of the one before stay as they are.
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stdout());
         let style = "  {prefix} {bar:40.cyan/blue} {pos:>5}/{len} {per_sec:>9} {msg}";
@@ -394,14 +395,14 @@ impl View {
 
     fn say(&self, job: usize, what: &str) {
         if self.lines {
-            println!("  job {}: {what}", job + 1);
+            say!("  job {}: {what}", job + 1);
         }
     }
 
     /// The bars stay where they are; what comes next goes below.
     fn close(self) {
         if !self.lines {
-            println!();
+            say!();
         }
     }
 }

@@ -7,6 +7,7 @@
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`calls`] | a program that makes the CUDA calls that a test names, right or wrong |
 //! | [`cuda`] | the CUDA driver |
+//! | [`output`] | what the commands write, to whoever still reads it |
 //! | [`internal`] | what the commands start themselves again as |
 
 pub mod bench;
@@ -17,6 +18,7 @@ pub mod demo;
 pub mod internal;
 pub mod job;
 pub mod node;
+pub mod output;
 pub mod run;
 pub mod set;
 pub mod sim;
@@ -27,7 +29,7 @@ pub mod status;
 pub struct Failure {
     /// Exit status.
     pub status: u8,
-    /// A sentence for the person who typed the command.
+    /// A sentence for the person who typed the command; empty if that person knows already.
     pub message: String,
 }
 

@@ -1,7 +1,7 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::{Parser, Subcommand};
-use nvshare_tools::{Failure, bench, demo, internal, run, set, sim, status};
+use nvshare_tools::{Failure, bench, complain, demo, internal, output, run, set, sim, status};
 use std::process::ExitCode;
 
 /// Several processes share one GPU as if each had all of it.
@@ -53,8 +53,10 @@ fn main() -> ExitCode {
         Command::Sim(options) => sim::run(&options).map(done),
         Command::Internal(options) => internal::run(options).map(done),
     };
-    result.unwrap_or_else(|Failure { status, message }| {
-        eprintln!("nvshare: {message}");
+    result.and_then(|code| output::finish().map(|()| code)).unwrap_or_else(|Failure { status, message }| {
+        if !message.is_empty() {
+            complain!("nvshare: {message}");
+        }
         ExitCode::from(status)
     })
 }

@@ -1,6 +1,7 @@
 //! The pieces of nvshare on this machine: where they are, and a private arbiter to use them with.
 
 use crate::Failure;
+use crate::complain;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
@@ -166,7 +167,7 @@ fn forward_log(child: &mut Child) {
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                eprintln!("{line}");
+                complain!("{line}");
             }
         });
         let _ = before.and_then(|before| before.thread_set_mask());

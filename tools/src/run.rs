@@ -1,5 +1,6 @@
 //! `nvshare run`: a program on the shared GPUs.
 
+use crate::complain;
 use crate::{Failure, node, status};
 use nix::sys::signal::{SigSet, Signal};
 use nvshare::paths;
@@ -112,7 +113,7 @@ fn check_capacity(dir: &std::path::Path, wanted: Option<u64>) {
     let Some(wanted) = wanted else { return };
     for gpu in status::read(dir).map(|node| node.gpus).unwrap_or_default() {
         if gpu.capacity_bytes.abs_diff(wanted) >= nvshare::GRANULE {
-            eprintln!(
+            complain!(
                 "nvshare: --capacity {}: an arbiter runs already and has {} of {}; it keeps them",
                 format_size(wanted),
                 format_size(gpu.capacity_bytes),

@@ -3,6 +3,7 @@
 //! The client is looked up in the pages, as `nvshare status` shows them; the arbiter makes the change.
 
 use crate::Failure;
+use crate::{complain, say};
 use nvshare::change::{self, Change, Edit};
 use nvshare::map::MappedPage;
 use nvshare::page::{SLOTS, SlotIndex};
@@ -125,7 +126,7 @@ fn clients(dir: &Path) -> Result<Vec<Found>, Failure> {
                 let slots = (0..SLOTS).filter_map(SlotIndex::new);
                 found.extend(slots.filter_map(|slot| page.details(slot)).map(|client| Found { gpu, client }));
             }
-            Err(why) => eprintln!("nvshare: {}: {why}; its clients are left out", path.display()),
+            Err(why) => complain!("nvshare: {}: {why}; its clients are left out", path.display()),
         }
     }
     Ok(found)
@@ -168,6 +169,6 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let wanted = Change::new(found.gpu, found.client.slot, found.client.owner, edit);
     let shares = change::change(&paths::socket(&dir), &wanted, PATIENCE)
         .map_err(|error| Failure::usage(format!("{found}: {error}")))?;
-    println!("{found}: {shares} (was: {})", found.client.shares);
+    say!("{found}: {shares} (was: {})", found.client.shares);
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! client sees.
 
 use crate::Failure;
+use crate::say;
 use nvshare::map::MappedPage;
 use nvshare::page::{Direction, Page, SLOTS, SlotIndex, Stall};
 use nvshare::shares::{MemoryLimit, Shares};
@@ -238,7 +239,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
     let node = read(&dir)?;
     if options.json {
-        println!(
+        say!(
             "{}",
             serde_json::to_string_pretty(&node)
                 .map_err(|error| Failure::with_status(1, error.to_string()))?
@@ -256,20 +257,20 @@ fn print(gpu: &Gpu) {
     } else {
         format!("{} free", format_size(gpu.free_bytes as u64))
     };
-    println!(
+    say!(
         "{}  {} pool, {free}, {} in contexts",
         gpu.uuid,
         format_size(gpu.capacity_bytes),
         format_size(gpu.pinned_bytes)
     );
-    println!(
+    say!(
         "  arbiter {} {arbiter}; link {}/s in, {}/s out",
         gpu.arbiter_pid,
         format_size(gpu.bandwidth_in),
         format_size(gpu.bandwidth_out)
     );
     if gpu.clients.is_empty() {
-        println!("  no clients");
+        say!("  no clients");
         return;
     }
     let mut table = comfy_table::Table::new();
@@ -298,9 +299,9 @@ fn print(gpu: &Gpu) {
             format_size(client.bytes_out),
         ]);
     }
-    println!("{table}");
-    gpu.clients.iter().filter_map(stall).for_each(|line| println!("{line}"));
-    gpu.clients.iter().filter_map(shares).for_each(|line| println!("{line}"));
+    say!("{table}");
+    gpu.clients.iter().filter_map(stall).for_each(|line| say!("{line}"));
+    gpu.clients.iter().filter_map(shares).for_each(|line| say!("{line}"));
 }
 
 /// What keeps a client from giving way, for how long, and what to do about it.

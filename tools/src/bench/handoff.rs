@@ -6,6 +6,7 @@
 //! measured under the same noise, and their ratio says what the protocol adds to the cheapest wake-up there is.
 
 use super::stats::Row;
+use crate::complain;
 use crate::{Failure, node};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -255,7 +256,7 @@ pub fn measure(options: &Options) -> Result<Vec<Row>, Failure> {
     let watch = std::thread::spawn(move || {
         let ended = child.wait();
         if !matches!(&ended, Ok(status) if status.success()) {
-            eprintln!("nvshare: the second process of the benchmark failed: {ended:?}");
+            complain!("nvshare: the second process of the benchmark failed: {ended:?}");
             std::process::exit(1);
         }
     });

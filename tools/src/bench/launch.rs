@@ -11,6 +11,7 @@ use super::stats::Row;
 use crate::cuda::{Gpu, Handle, LaunchKernel};
 use crate::node::{self, Environment, Node, SimulatedGpu};
 use crate::{Failure, crew};
+use crate::{complain, say};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::time::TimeValLike;
@@ -83,10 +84,10 @@ pub fn measure(options: &Options) -> Result<Vec<Row>, Failure> {
             let all = calls.values().sum::<u64>() as f64;
             rows.push(Row::single("launch_syscalls_per_million", "calls", TRACED, all));
             for ((thread, number), times) in calls {
-                eprintln!("nvshare: system call {number} of the thread {thread:?}, {times} times");
+                complain!("nvshare: system call {number} of the thread {thread:?}, {times} times");
             }
         }
-        Err(why) => eprintln!("nvshare: system calls are not counted: {why}"),
+        Err(why) => complain!("nvshare: system calls are not counted: {why}"),
     }
     Ok(rows)
 }
@@ -129,7 +130,7 @@ pub fn measured(options: &Measured) -> Result<(), Failure> {
         Row::of("launch_native", "ns", alone.native),
         Row::of("launch_nvshare", "ns", alone.hook),
     ];
-    rows.iter().for_each(|row| println!("{}", row.json()));
+    rows.iter().for_each(|row| say!("{}", row.json()));
     Ok(())
 }
 

@@ -7,6 +7,7 @@ pub mod stats;
 pub mod switch;
 
 use crate::Failure;
+use crate::say;
 use stats::{Row, figure};
 
 /// Options of `nvshare bench`.
@@ -50,9 +51,9 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         What::Sim(options) => sim::measure(options)?,
     };
     if options.json {
-        rows.iter().for_each(|row| println!("{}", row.json()));
+        rows.iter().for_each(|row| say!("{}", row.json()));
     } else {
-        println!("{}", table(&rows));
+        say!("{}", table(&rows));
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use super::stats::Row;
 use crate::crew::{self, Crew, Message};
 use crate::job::{Event, Job};
 use crate::node::{self, Environment, Node, SimulatedGpu};
+use crate::say;
 use crate::{Failure, cuda};
 use nvshare::map::MappedPage;
 use nvshare::page::{Page, Phase, SLOTS, SlotIndex};
@@ -192,7 +193,7 @@ pub fn copies(options: &Copies) -> Result<(), Failure> {
     }
     drop(host);
     gpu.free(device)?;
-    println!("{}", serde_json::to_string(&(into, out)).expect("numbers"));
+    say!("{}", serde_json::to_string(&(into, out)).expect("numbers"));
     Ok(())
 }
 

@@ -25,6 +25,7 @@ mod task;
 pub mod world;
 
 use crate::Failure;
+use crate::output;
 pub use amount::Time;
 use scenario::Scenario;
 use std::path::{Path, PathBuf};
@@ -64,15 +65,15 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         write(path, &picture::draw(&scenario, &outcome))?;
     }
     let Some(path) = &options.json else {
-        print!("{}", table::of(&report));
+        output::write(format_args!("{}", table::of(&report)));
         return Ok(());
     };
     let json = report.json();
     if path == Path::new("-") {
-        print!("{json}");
+        output::write(format_args!("{json}"));
         return Ok(());
     }
-    print!("{}", table::of(&report));
+    output::write(format_args!("{}", table::of(&report)));
     write(path, &json)
 }
 
