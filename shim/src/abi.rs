@@ -554,6 +554,9 @@ pub const CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND: CUdriverProcAddressQueryResult =
 /// The name exists only in newer versions than the one asked for.
 pub const CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT: CUdriverProcAddressQueryResult = 2;
 
+/// A context's flag: what is called synchronous returns when it is done.
+pub const CU_CTX_SYNC_MEMOPS: u32 = 0x80;
+
 /// A property of an address (`CUpointer_attribute`).
 pub type CUpointer_attribute = u32;
 /// The context that it was allocated in.

@@ -331,8 +331,12 @@ driver! {
             cuModuleUnload => module_unload(module: CUmodule);
             /// Loads a function now that would be loaded by its first launch otherwise. CUDA 12.4.
             cuFuncLoad => func_load(function: CUfunction);
+            /// Sets the flags of the current context. CUDA 12.1.
+            cuCtxSetFlags => ctx_set_flags(flags: u32);
         }
         out {
+            /// The flags of the current context. CUDA 7.
+            cuCtxGetFlags => ctx_flags() -> u32;
             /// The UUID of a GPU, of a MIG slice where that is what we see. CUDA 11.4.
             cuDeviceGetUuid_v2 => device_uuid_v2(device: CUdevice) -> CUuuid;
             /// The UUID of a whole GPU.

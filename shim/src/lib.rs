@@ -53,6 +53,7 @@ mod scan;
 mod session;
 mod settings;
 mod swap;
+mod synchronous;
 mod table;
 mod together;
 mod truth;

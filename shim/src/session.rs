@@ -224,6 +224,11 @@ pub fn of_device(device: CUdevice) -> Option<Arc<Shared>> {
     devices().iter().find(|attached| attached.shared.device == device).map(|attached| attached.shared.clone())
 }
 
+/// All contexts that the process has.
+pub fn contexts() -> Vec<CUcontext> {
+    devices().iter().flat_map(|device| device.contexts.clone()).collect()
+}
+
 /// The shared part of a GPU, and a context on it.
 pub fn attached(device: CUdevice) -> Option<(Arc<Shared>, CUcontext)> {
     devices()
@@ -401,6 +406,7 @@ pub fn primary_ends(device: CUdevice) -> Option<CUcontext> {
 pub fn context_ends(context: CUcontext) {
     forget_captures(|_, of| of == context);
     crate::peers::context_ends(context);
+    crate::synchronous::context_ends(context);
     let attached = {
         let mut devices = devices();
         let Some(index) = devices.iter().position(|attached| attached.contexts.contains(&context)) else {

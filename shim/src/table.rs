@@ -753,7 +753,6 @@ entry_points! {
             cuMemRangeGetAttributes(6) @ 8_000;
             cuMulticastBindAddr(5) @ 12_010;
             cuMulticastBindAddr_v2(6) @ 13_010;
-            cuPointerSetAttribute(3) @ 6_000;
             cuSurfObjectCreate(2) @ 5_000;
             cuTexObjectCreate(4) @ 5_000;
             cuTexRefSetAddress(4) @ 2_000;
@@ -890,6 +889,11 @@ entry_points! {
                 num_attributes: u32, attributes: *mut CUpointer_attribute, data: *mut *mut c_void,
                 ptr: CUdeviceptr
             ) @ 7_000;
+            cuPointerSetAttribute(
+                value: *const c_void, attribute: CUpointer_attribute, ptr: CUdeviceptr
+            ) @ 6_000;
+            cuCtxGetFlags(flags: *mut u32) @ 7_000;
+            cuCtxSetFlags(flags: u32) @ 12_010;
         }
         Context {
             cuDevicePrimaryCtxRetain(ctx: *mut CUcontext, dev: CUdevice) @ 7_000;
@@ -985,7 +989,6 @@ entry_points! {
         cuCtxGetDevice @ 2_000;
         cuCtxGetDevice_v2 @ 13_000;
         cuCtxGetExecAffinity @ 11_040;
-        cuCtxGetFlags @ 7_000;
         cuCtxGetId @ 12_000;
         cuCtxGetLimit @ 3_010;
         cuCtxGetSharedMemConfig @ 4_020;
@@ -998,7 +1001,6 @@ entry_points! {
         cuCtxResetPersistingL2Cache @ 11_000;
         cuCtxSetCacheConfig @ 3_020;
         cuCtxSetCurrent @ 4_000;
-        cuCtxSetFlags @ 12_010;
         cuCtxSetSharedMemConfig @ 4_020;
         cuCtxSynchronize @ 2_000;
         cuCtxSynchronize_v2 @ 13_000;

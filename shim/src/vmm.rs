@@ -244,7 +244,10 @@ impl Shared {
 
     /// cuMemGetAllocationPropertiesFromHandle. `None` if the handle is none of ours.
     pub fn object_prop(&self, handle: CUmemGenericAllocationHandle) -> Option<CUmemAllocationProp> {
-        Some(self.memory().object(handle)?.object()?.prop)
+        let mut memory = self.memory();
+        let object = memory.object(handle)?.object()?;
+        // What is only mapped any more has no handle.
+        (object.references > 0).then_some(object.prop)
     }
 
     /// The driver's own handle to an object, which stays on the GPU from now on: for calls that hand it on, by

@@ -8,24 +8,24 @@
 mod stream_ordered;
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
 use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
-use crate::memory::Allocation;
 use crate::pools;
 use crate::session;
 use crate::table::real;
-use crate::truth::{self, Figures};
+use crate::truth;
 pub use stream_ordered::*;
 
 mod ipc;
 mod placed;
+mod pointers;
 mod vmm;
 
 pub use ipc::*;
 pub use placed::*;
+pub use pointers::*;
 pub use vmm::*;
 
 /// Every row of a pitched allocation begins at a multiple of this, as the driver's own do on all recent GPUs.
@@ -61,64 +61,6 @@ impl Drop for Restore {
     }
 }
 
-fn allocation_of(address: CUdeviceptr) -> Option<Allocation> {
-    match pools::find(address) {
-        Some(pools::Found::Live(base, size, _)) => return Some(Allocation { base, size, region: base }),
-        Some(pools::Found::Unused) => return None,
-        None => {}
-    }
-    let own = session::all().iter().find_map(|device| device.memory().containing(address));
-    own.or_else(|| mapping_of(address)).or_else(|| {
-        let (base, size) = crate::ipc::containing(address)?;
-        Some(Allocation { base, size, region: base })
-    })
-}
-
-/// What the application has mapped itself: for the driver, a mapping is what an allocation is elsewhere.
-fn mapping_of(address: CUdeviceptr) -> Option<Allocation> {
-    session::all().iter().find_map(|device| {
-        let (region, view) = device.memory().views_in(address, 1).into_iter().next()?;
-        Some(Allocation { base: view.address, size: view.size, region })
-    })
-}
-
-/// Whether other processes can be given an address: for the driver, no memory of cuMemCreate can be.
-fn can_be_shared(address: CUdeviceptr) -> bool {
-    let has = |device: &Arc<Shared>| device.exportable && device.memory().containing(address).is_some();
-    pools::find(address).is_none() && session::all().iter().any(has)
-}
-
-/// Corrects what the driver has answered about an allocation of ours.
-///
-/// # Safety
-/// The driver has written the value of this attribute there.
-unsafe fn correct_attribute(data: *mut c_void, attribute: CUpointer_attribute, address: CUdeviceptr) {
-    if attribute == CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE && can_be_shared(address) {
-        // SAFETY: the caller's promise. How wide a boolean is is the driver's affair; its first byte says all.
-        unsafe { data.cast::<u8>().write(1) };
-    }
-}
-
-/// Answers what the driver cannot know about an allocation that consists of chunks. False for attributes that it can.
-///
-/// # Safety
-/// `data` points to where the value of this attribute goes.
-unsafe fn own_attribute(data: *mut c_void, attribute: CUpointer_attribute, allocation: Allocation) -> bool {
-    // SAFETY: the caller's promise; all three attributes are eight bytes.
-    unsafe {
-        match attribute {
-            CU_POINTER_ATTRIBUTE_RANGE_START_ADDR => data.cast::<CUdeviceptr>().write(allocation.base),
-            CU_POINTER_ATTRIBUTE_RANGE_SIZE => data.cast::<usize>().write(allocation.size as usize),
-            CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE => match pools::find(allocation.base) {
-                Some(pools::Found::Live(_, _, pool)) => data.cast::<CUmemoryPool>().write(pool),
-                _ => return false,
-            },
-            _ => return false,
-        }
-    }
-    true
-}
-
 /// Makes or retains a context with `call`, and room for it if the GPU is full. If the process cannot take part, `undo`
 /// it.
 fn make_context(
@@ -136,7 +78,10 @@ fn make_context(
         // SAFETY: the driver has just written through this pointer of the caller's.
         let context = unsafe { *context };
         match session::context_made(context, device, newcomer) {
-            Ok(()) => CuResult::SUCCESS,
+            Ok(()) => {
+                crate::synchronous::context_made(context);
+                CuResult::SUCCESS
+            }
             Err(error) => {
                 let _ = undo(context);
                 error
@@ -270,9 +215,6 @@ pub unsafe fn cuMemAllocPitch_v2(
 
 pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
     guarded(|| {
-        if dptr == 0 {
-            return CuResult::SUCCESS;
-        }
         if let Some(result) = relaxed(|| pools::free_now(dptr)) {
             return result;
         }
@@ -285,11 +227,11 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
             crate::room::let_go(dptr);
         }
         if result == CuResult::INVALID_VALUE {
-            match allocation_of(dptr) {
+            match Allocated::at(dptr) {
                 Some(_) if crate::ipc::containing(dptr).is_some() => tracing::warn!(
                     "cuMemFree({dptr:#x}): it is another process's memory; close it by cuIpcCloseMemHandle"
                 ),
-                Some(_) if mapping_of(dptr).is_some() => tracing::warn!(
+                Some(known) if known.is_mapped() => tracing::warn!(
                     "cuMemFree({dptr:#x}): the process has mapped memory there; unmap it by cuMemUnmap"
                 ),
                 Some(allocation) => tracing::warn!(
@@ -313,60 +255,35 @@ fn in_32_bits(bytes: u64) -> u32 {
     bytes.try_into().unwrap_or(u32::MAX)
 }
 
-/// Answers with `tell`, given what the current context's GPU has, or has the driver answer.
-fn tell_memory(places: [bool; 2], tell: impl FnOnce(Figures), ask: impl FnOnce() -> CuResult) -> CuResult {
+/// Answers with what the current context's GPU has, or has the driver answer. The driver writes what it is given a place
+/// for.
+fn tell_memory<T>(
+    [free, total]: [*mut T; 2],
+    figure: impl Fn(u64) -> T,
+    ask: impl FnOnce() -> CuResult,
+) -> CuResult {
     guarded(|| {
         let Some((device, _)) = session::current() else { return ask() };
-        if places.contains(&false) {
-            return CuResult::INVALID_VALUE;
-        }
         relaxed(|| pools::collect(&device));
-        tell(device.figures());
+        let figures = device.figures();
+        for (place, bytes) in [(free, figures.free), (total, figures.total)] {
+            if !place.is_null() {
+                // SAFETY: the caller's pointer to where the figure goes, not null.
+                unsafe { place.write(figure(bytes)) };
+            }
+        }
         CuResult::SUCCESS
     })
 }
 
 pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
-    // SAFETY: the caller's pointers to where the figures go, not null.
-    let tell = |figures: Figures| unsafe {
-        free.write(figures.free as usize);
-        total.write(figures.total as usize);
-    };
     // SAFETY: the caller's arguments.
-    tell_memory([!free.is_null(), !total.is_null()], tell, || unsafe { real::cuMemGetInfo_v2(free, total) })
+    tell_memory([free, total], |bytes| bytes as usize, || unsafe { real::cuMemGetInfo_v2(free, total) })
 }
 
 pub unsafe fn cuMemGetInfo(free: *mut u32, total: *mut u32) -> CuResult {
-    // SAFETY: as above.
-    let tell = |figures: Figures| unsafe {
-        free.write(in_32_bits(figures.free));
-        total.write(in_32_bits(figures.total));
-    };
     // SAFETY: the caller's arguments.
-    tell_memory([!free.is_null(), !total.is_null()], tell, || unsafe { real::cuMemGetInfo(free, total) })
-}
-
-pub unsafe fn cuMemGetAddressRange_v2(
-    base: *mut CUdeviceptr,
-    size: *mut usize,
-    dptr: CUdeviceptr,
-) -> CuResult {
-    guarded(|| {
-        let Some(allocation) = allocation_of(dptr) else {
-            // SAFETY: the caller's arguments.
-            return unsafe { real::cuMemGetAddressRange_v2(base, size, dptr) };
-        };
-        // SAFETY: the caller's pointers to where the answers go; each may be null, and is then not wanted.
-        unsafe {
-            if let Some(base) = base.as_mut() {
-                *base = allocation.base;
-            }
-            if let Some(size) = size.as_mut() {
-                *size = allocation.size as usize;
-            }
-        }
-        CuResult::SUCCESS
-    })
+    tell_memory([free, total], in_32_bits, || unsafe { real::cuMemGetInfo(free, total) })
 }
 
 /// The driver has answered for the card; what the client has of it may be less.
@@ -393,61 +310,6 @@ pub unsafe fn cuDeviceTotalMem(bytes: *mut u32, dev: CUdevice) -> CuResult {
     let result = unsafe { real::cuDeviceTotalMem(bytes, dev) };
     // SAFETY: the driver has just written through this pointer of the caller's.
     told_total(result, dev, |total| unsafe { bytes.write(in_32_bits(total)) })
-}
-
-pub unsafe fn cuPointerGetAttribute(
-    data: *mut c_void,
-    attribute: CUpointer_attribute,
-    ptr: CUdeviceptr,
-) -> CuResult {
-    guarded(|| {
-        if !data.is_null()
-            && let Some(allocation) = allocation_of(ptr)
-            // SAFETY: the caller's pointer to where this attribute goes, not null.
-            && unsafe { own_attribute(data, attribute, allocation) }
-        {
-            return CuResult::SUCCESS;
-        }
-        let _pass = match session::enter_query() {
-            Ok(pass) => pass,
-            Err(result) => return result,
-        };
-        // SAFETY: the caller's arguments.
-        let result = unsafe { real::cuPointerGetAttribute(data, attribute, ptr) };
-        if result.is_success() {
-            // SAFETY: the driver has just written there.
-            unsafe { correct_attribute(data, attribute, ptr) };
-        }
-        result
-    })
-}
-
-pub unsafe fn cuPointerGetAttributes(
-    num_attributes: u32,
-    attributes: *mut CUpointer_attribute,
-    data: *mut *mut c_void,
-    ptr: CUdeviceptr,
-) -> CuResult {
-    guarded(|| {
-        let _pass = match session::enter_query() {
-            Ok(pass) => pass,
-            Err(result) => return result,
-        };
-        // SAFETY: the caller's arguments.
-        let result = unsafe { real::cuPointerGetAttributes(num_attributes, attributes, data, ptr) };
-        if result == CuResult::SUCCESS
-            && let Some(allocation) = allocation_of(ptr)
-        {
-            for index in 0..num_attributes as usize {
-                // SAFETY: the driver has just read and written these arrays of `num_attributes`.
-                unsafe {
-                    own_attribute(*data.add(index), *attributes.add(index), allocation);
-                    correct_attribute(*data.add(index), *attributes.add(index), ptr);
-                }
-            }
-        }
-        result
-    })
 }
 
 // Context

@@ -6,6 +6,13 @@ use crate::session;
 use crate::table::real;
 use std::ffi::c_void;
 
+/// Whether any of a range is memory that the application has not mapped itself, whose mappings are nvshare's. The driver
+/// takes no allocation apart.
+fn is_allocated(address: CUdeviceptr, size: usize) -> bool {
+    session::all().iter().any(|device| device.memory().overlaps(address, size as u64))
+        || crate::ipc::containing(address).is_some()
+}
+
 /// Asks each GPU of the process whether it concerns it, and the driver if none says so.
 fn ours(
     ask: impl Fn(&crate::device::Shared) -> Option<CuResult>,
@@ -15,6 +22,18 @@ fn ours(
         let mine = relaxed(|| session::all().iter().find_map(|device| ask(device)));
         mine.unwrap_or_else(driver)
     })
+}
+
+/// The same, for a call that changes the mappings of a range.
+fn ours_in(
+    (address, size): (CUdeviceptr, usize),
+    ask: impl Fn(&crate::device::Shared) -> Option<CuResult>,
+    driver: impl FnOnce() -> CuResult,
+) -> CuResult {
+    let refused = |device: &crate::device::Shared| {
+        is_allocated(address, size).then_some(CuResult::INVALID_VALUE).or_else(|| ask(device))
+    };
+    ours(refused, driver)
 }
 
 pub unsafe fn cuMemCreate(
@@ -58,7 +77,8 @@ pub unsafe fn cuMemMap(
     handle: CUmemGenericAllocationHandle,
     flags: u64,
 ) -> CuResult {
-    ours(
+    ours_in(
+        (ptr, size),
         |device| device.map_object(ptr, size as u64, offset as u64, handle, flags),
         // SAFETY: the caller's arguments.
         || unsafe { real::cuMemMap(ptr, size, offset, handle, flags) },
@@ -66,12 +86,17 @@ pub unsafe fn cuMemMap(
 }
 
 pub unsafe fn cuMemUnmap(ptr: CUdeviceptr, size: usize) -> CuResult {
-    // SAFETY: the caller's arguments.
-    ours(|device| device.unmap_objects(ptr, size as u64), || unsafe { real::cuMemUnmap(ptr, size) })
+    ours_in(
+        (ptr, size),
+        |device| device.unmap_objects(ptr, size as u64),
+        // SAFETY: the caller's arguments.
+        || unsafe { real::cuMemUnmap(ptr, size) },
+    )
 }
 
 pub unsafe fn cuMemAddressFree(ptr: CUdeviceptr, size: usize) -> CuResult {
-    ours(
+    ours_in(
+        (ptr, size),
         |device| device.has_mapped(ptr, size as u64).then_some(CuResult::INVALID_VALUE),
         // SAFETY: the caller's arguments.
         || unsafe { real::cuMemAddressFree(ptr, size) },
@@ -91,7 +116,7 @@ pub unsafe fn cuMemSetAccess(
     }
     // SAFETY: the caller's array of `count`, not null.
     let access = unsafe { std::slice::from_raw_parts(desc, count) };
-    ours(|device| device.set_access(ptr, size as u64, access), driver)
+    ours_in((ptr, size), |device| device.set_access(ptr, size as u64, access), driver)
 }
 
 pub unsafe fn cuMemRetainAllocationHandle(
@@ -106,7 +131,7 @@ pub unsafe fn cuMemRetainAllocationHandle(
                 unsafe { handle.write(object) };
                 return CuResult::SUCCESS;
             }
-            if super::allocation_of(address).is_some() {
+            if super::Allocated::at(address).is_some() {
                 // The driver has no handle for memory of cuMemAlloc.
                 return CuResult::INVALID_VALUE;
             }

@@ -46,6 +46,8 @@ pub struct Allocation {
     pub size: u64,
     /// The region it lies in, by its base.
     pub region: CUdeviceptr,
+    /// How many were made before it.
+    pub number: u64,
 }
 
 /// The map.
@@ -63,6 +65,10 @@ pub struct Memory {
     /// Regions that the application has done with, and by now the last other process too. The engine
     /// releases them.
     returned: Vec<CUdeviceptr>,
+    /// Allocations whose memory synchronous operations wait for, by base; gone with the allocation.
+    synchronous: BTreeSet<CUdeviceptr>,
+    /// Allocations made so far.
+    made: u64,
     /// Rooms made so far.
     rooms: u64,
     /// Regions made so far.
@@ -86,7 +92,12 @@ impl Memory {
     /// Makes a region of `size` bytes for one allocation of `requested` bytes.
     pub fn add_whole(&mut self, base: CUdeviceptr, size: u64, requested: u64, context: CUcontext) {
         self.insert(Region::new(base, size, context, Kind::Whole));
-        self.allocations.insert(base, Allocation { base, size: requested, region: base });
+        self.add_allocation(base, requested, base);
+    }
+
+    fn add_allocation(&mut self, base: CUdeviceptr, size: u64, region: CUdeviceptr) {
+        self.allocations.insert(base, Allocation { base, size, region, number: self.made });
+        self.made += 1;
     }
 
     fn insert(&mut self, region: Region) {
@@ -122,7 +133,7 @@ impl Memory {
                 Some((region.base, gaps.take(size)?))
             })?;
         let base = region + offset;
-        self.allocations.insert(base, Allocation { base, size: requested, region });
+        self.add_allocation(base, requested, region);
         Some(base)
     }
 
@@ -132,10 +143,36 @@ impl Memory {
         (address - allocation.base < allocation.size).then_some(*allocation)
     }
 
+    /// Whether an address is among those reserved for a region, in use or not.
+    pub fn covers(&self, address: CUdeviceptr) -> bool {
+        self.overlaps(address, 1)
+    }
+
+    /// Whether any of a range of addresses is among those reserved for a region.
+    pub fn overlaps(&self, address: CUdeviceptr, size: u64) -> bool {
+        let last = self.regions.range(..address.saturating_add(size)).next_back();
+        last.is_some_and(|(_, region)| address < region.base + region.size)
+    }
+
+    /// Has synchronous operations on an allocation's memory wait, or no longer.
+    pub fn set_synchronous(&mut self, base: CUdeviceptr, on: bool) {
+        if on && self.allocations.contains_key(&base) {
+            self.synchronous.insert(base);
+        } else {
+            self.synchronous.remove(&base);
+        }
+    }
+
+    /// Whether synchronous operations on an allocation's memory wait.
+    pub fn is_synchronous(&self, base: CUdeviceptr) -> bool {
+        self.synchronous.contains(&base)
+    }
+
     /// Strikes an allocation off the list of those that can be freed or looked up. Its room in a slab
     /// is not free before [`Memory::finish_free`]: the GPU may still use it.
     pub fn begin_free(&mut self, base: CUdeviceptr) -> Option<Allocation> {
         self.exports.remove(&base);
+        self.synchronous.remove(&base);
         self.allocations.remove(&base)
     }
 
@@ -291,6 +328,7 @@ impl Memory {
         self.views.clear();
         self.doomed.clear();
         self.exports.clear();
+        self.synchronous.clear();
         self.returned.clear();
         std::mem::take(&mut self.regions).into_values().collect()
     }
@@ -307,6 +345,7 @@ impl Memory {
         self.allocations.retain(|_, allocation| !bases.contains(&allocation.region));
         self.doomed.retain(|allocation| !bases.contains(&allocation.region));
         self.exports.retain(|base, _| self.allocations.contains_key(base));
+        self.synchronous.retain(|base| self.allocations.contains_key(base));
         let (stay, go): (Vec<_>, Vec<_>) =
             bases.into_iter().partition(|base| self.regions.get(base).is_some_and(|region| region.lent > 0));
         for base in stay {

@@ -171,7 +171,7 @@ pub struct Region {
     /// Its pieces, by address.
     pub chunks: Vec<Chunk>,
     /// How many regions were made before it.
-    pub(super) born: u64,
+    pub born: u64,
     /// How often other processes have it open: it stays until they have closed it.
     pub(super) lent: u32,
     /// The application has freed what was in it.

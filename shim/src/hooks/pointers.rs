@@ -1,0 +1,307 @@
+//! What the application is told about a pointer.
+//!
+//! An allocation consists of chunks that nvshare maps by hand, some of them perhaps in host memory, and it may have a
+//! granule that it fills in part. What the driver says of such a mapping is not what it would say of an allocation of its
+//! own: the context, where the memory is, where it begins and ends, how it can be handed on. The answers here are those of
+//! the driver's own allocations. What nvshare does not know better is the driver's to answer.
+
+use super::{guarded, relaxed};
+use crate::abi::*;
+use crate::device::Shared;
+use crate::table::real;
+use crate::{pools, session, synchronous};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// An address that no allocation ever has: for the driver's answer about a pointer that it does not know.
+const NOBODYS: CUdeviceptr = 64;
+
+/// What nvshare knows about an address of an allocation.
+pub(super) struct Allocated {
+    pub(super) base: CUdeviceptr,
+    pub(super) size: u64,
+    kind: AllocatedBy,
+}
+
+/// Where an allocation came from.
+enum AllocatedBy {
+    /// cuMemAlloc.
+    Plain(Plain),
+    /// cuMemAllocAsync.
+    Pool { pool: CUmemoryPool, device: Option<CUdevice> },
+    /// cuMemMap, of an object on this GPU that can be handed on so.
+    Mapped { device: CUdevice, handle_types: u32 },
+    /// cuIpcOpenMemHandle.
+    Imported,
+}
+
+struct Plain {
+    device: Arc<Shared>,
+    context: CUcontext,
+    /// Where its chunk's addresses begin and end: several small allocations share one.
+    mapping: (CUdeviceptr, u64),
+    number: u64,
+    block: u64,
+    synchronous: bool,
+}
+
+/// An answer, as wide as the attribute is.
+enum Answer {
+    Word(u32),
+    Long(u64),
+    /// How wide a boolean is is the driver's affair: its first byte says all, once the driver has written it.
+    Flag(bool),
+}
+
+impl Allocated {
+    /// What is known about the allocation that an address lies in. `None` if it lies in none.
+    pub(super) fn at(address: CUdeviceptr) -> Option<Self> {
+        match pools::find(address) {
+            Some(pools::Found::Live(base, size, pool)) => {
+                let owner = session::all().into_iter().find(|device| device.memory().covers(base));
+                let device = owner.map(|device| device.device);
+                return Some(Self { base, size, kind: AllocatedBy::Pool { pool, device } });
+            }
+            Some(pools::Found::Unused) => return None,
+            None => {}
+        }
+        session::all()
+            .into_iter()
+            .find_map(|device| Self::plain(&device, address).or_else(|| Self::mapped(&device, address)))
+            .or_else(|| {
+                let (base, size) = crate::ipc::containing(address)?;
+                Some(Self { base, size, kind: AllocatedBy::Imported })
+            })
+    }
+
+    fn plain(device: &Arc<Shared>, address: CUdeviceptr) -> Option<Self> {
+        let memory = device.memory();
+        let allocation = memory.containing(address)?;
+        let region = memory.region(allocation.region)?;
+        let plain = Plain {
+            device: device.clone(),
+            context: region.context,
+            mapping: (region.base, region.size),
+            number: unique(device, allocation.number),
+            block: unique(device, region.born),
+            synchronous: memory.is_synchronous(allocation.base),
+        };
+        Some(Self { base: allocation.base, size: allocation.size, kind: AllocatedBy::Plain(plain) })
+    }
+
+    /// For the driver, a mapping is what an allocation is elsewhere.
+    fn mapped(device: &Arc<Shared>, address: CUdeviceptr) -> Option<Self> {
+        let memory = device.memory();
+        let (object, view) = memory.views_in(address, 1).into_iter().next()?;
+        let prop = memory.region(object)?.object()?.prop;
+        let kind = AllocatedBy::Mapped { device: device.device, handle_types: prop.requested_handle_types };
+        Some(Self { base: view.address, size: view.size, kind })
+    }
+
+    fn device(&self) -> Option<CUdevice> {
+        match &self.kind {
+            AllocatedBy::Plain(plain) => Some(plain.device.device),
+            AllocatedBy::Pool { device, .. } => *device,
+            AllocatedBy::Mapped { device, .. } => Some(*device),
+            AllocatedBy::Imported => None,
+        }
+    }
+
+    /// Whether the application has mapped the memory itself.
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self.kind, AllocatedBy::Mapped { .. })
+    }
+
+    /// What is to be said of an attribute. `None` if that is the driver's to say.
+    fn answer(&self, attribute: CUpointer_attribute, address: CUdeviceptr) -> Option<Answer> {
+        let plain = match &self.kind {
+            AllocatedBy::Plain(plain) => Some(plain),
+            _ => None,
+        };
+        Some(match (attribute, &self.kind) {
+            (CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _) => Answer::Word(CU_MEMORYTYPE_DEVICE),
+            (CU_POINTER_ATTRIBUTE_DEVICE_POINTER, _) => Answer::Long(address),
+            (CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, _) => Answer::Word(self.device()? as u32),
+            (CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, _) => Answer::Long(self.base),
+            (CU_POINTER_ATTRIBUTE_RANGE_SIZE, _) => Answer::Long(self.size),
+            (CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, AllocatedBy::Pool { pool, .. }) => {
+                Answer::Long(pool.0 as u64)
+            }
+            (CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, AllocatedBy::Mapped { handle_types, .. }) => {
+                Answer::Long((*handle_types).into())
+            }
+            (CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, _) => Answer::Long(0),
+            (CU_POINTER_ATTRIBUTE_CONTEXT, _) => Answer::Long(plain?.context.0 as u64),
+            (CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, _) => Answer::Flag(plain?.synchronous),
+            // For the driver, no memory of cuMemCreate can be; what was allocated can.
+            (CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, _) => Answer::Flag(plain?.device.exportable),
+            (CU_POINTER_ATTRIBUTE_BUFFER_ID, _) => Answer::Long(plain?.number),
+            (CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, _) => Answer::Long(plain?.mapping.0),
+            (CU_POINTER_ATTRIBUTE_MAPPING_SIZE, _) => Answer::Long(plain?.mapping.1),
+            (CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID, _) => Answer::Long(plain?.block),
+            _ => return None,
+        })
+    }
+
+    /// Whether the driver need not be asked.
+    fn answers(&self, attribute: CUpointer_attribute) -> bool {
+        matches!(self.answer(attribute, self.base), Some(Answer::Word(_) | Answer::Long(_)))
+    }
+
+    /// Writes what is to be said of an attribute, if it is not the driver's to say.
+    ///
+    /// # Safety
+    /// `data` points to where the value of this attribute goes; for a boolean, the driver has written there.
+    unsafe fn write(&self, data: *mut c_void, attribute: CUpointer_attribute, address: CUdeviceptr) {
+        // SAFETY: the caller's promise, and the answer is as wide as the attribute is. It may not be aligned.
+        unsafe {
+            match self.answer(attribute, address) {
+                Some(Answer::Word(value)) => data.cast::<u32>().write_unaligned(value),
+                Some(Answer::Long(value)) => data.cast::<u64>().write_unaligned(value),
+                Some(Answer::Flag(value)) => data.cast::<u8>().write(value.into()),
+                None => {}
+            }
+        }
+    }
+}
+
+/// A number that is unique in the process, and none of the driver's own.
+fn unique(device: &Shared, number: u64) -> u64 {
+    1 << 62 | (device.device as u64) << 48 | number
+}
+
+/// What the driver is to be asked about: memory that nvshare has mapped and nobody has allocated is unknown to the
+/// application.
+fn as_known(address: CUdeviceptr, known: Option<&Allocated>) -> CUdeviceptr {
+    let ours = || session::all().iter().any(|device| device.memory().covers(address));
+    if known.is_none() && ours() { NOBODYS } else { address }
+}
+
+pub unsafe fn cuPointerGetAttribute(
+    data: *mut c_void,
+    attribute: CUpointer_attribute,
+    ptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        let known = Allocated::at(ptr);
+        if let Some(known) = known.as_ref().filter(|known| !data.is_null() && known.answers(attribute)) {
+            // SAFETY: the caller's pointer to where this attribute goes, not null.
+            unsafe { known.write(data, attribute, ptr) };
+            return CuResult::SUCCESS;
+        }
+        let _pass = match session::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        // SAFETY: the caller's arguments.
+        let result = unsafe { real::cuPointerGetAttribute(data, attribute, as_known(ptr, known.as_ref())) };
+        if result.is_success()
+            && let Some(known) = known
+        {
+            // SAFETY: the driver has just written there.
+            unsafe { known.write(data, attribute, ptr) };
+        }
+        result
+    })
+}
+
+pub unsafe fn cuPointerGetAttributes(
+    num_attributes: u32,
+    attributes: *mut CUpointer_attribute,
+    data: *mut *mut c_void,
+    ptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        let _pass = match session::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        let known = Allocated::at(ptr);
+        let asked = as_known(ptr, known.as_ref());
+        // SAFETY: the caller's arguments.
+        let result = unsafe { real::cuPointerGetAttributes(num_attributes, attributes, data, asked) };
+        if let Some(known) = known.filter(|_| result.is_success()) {
+            for index in 0..num_attributes as usize {
+                // SAFETY: the driver has just read and written these arrays of `num_attributes`.
+                unsafe { known.write(*data.add(index), *attributes.add(index), ptr) };
+            }
+        }
+        result
+    })
+}
+
+pub unsafe fn cuPointerSetAttribute(
+    value: *const c_void,
+    attribute: CUpointer_attribute,
+    ptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        if attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS
+            && !value.is_null()
+            && let Some(Allocated { base, kind: AllocatedBy::Plain(plain), .. }) = Allocated::at(ptr)
+        {
+            // SAFETY: the caller's pointer to the value, not null; a boolean's first byte says all.
+            let on = unsafe { value.cast::<u8>().read() } != 0;
+            if on && let Err(result) = relaxed(synchronous::begin) {
+                return result;
+            }
+            plain.device.memory().set_synchronous(base, on);
+            return CuResult::SUCCESS;
+        }
+        let _pass = match session::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        // SAFETY: the caller's arguments.
+        unsafe { real::cuPointerSetAttribute(value, attribute, ptr) }
+    })
+}
+
+pub unsafe fn cuMemGetAddressRange_v2(
+    base: *mut CUdeviceptr,
+    size: *mut usize,
+    dptr: CUdeviceptr,
+) -> CuResult {
+    guarded(|| {
+        let known = Allocated::at(dptr);
+        let asked = as_known(dptr, known.as_ref());
+        let Some(known) = known else {
+            // SAFETY: the caller's arguments.
+            return unsafe { real::cuMemGetAddressRange_v2(base, size, asked) };
+        };
+        // SAFETY: the caller's pointers to where the answers go; each may be null, and is then not wanted.
+        unsafe {
+            if !base.is_null() {
+                base.write_unaligned(known.base);
+            }
+            if !size.is_null() {
+                size.write_unaligned(known.size as usize);
+            }
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuCtxGetFlags(flags: *mut u32) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuCtxGetFlags(flags) };
+    guarded(|| {
+        if result.is_success() && synchronous::is_flagged() {
+            // SAFETY: the driver has just written there.
+            unsafe { *flags &= !CU_CTX_SYNC_MEMOPS };
+        }
+        result
+    })
+}
+
+pub unsafe fn cuCtxSetFlags(flags: u32) -> CuResult {
+    guarded(|| {
+        let added = if synchronous::is_flagged() { CU_CTX_SYNC_MEMOPS } else { 0 };
+        // SAFETY: the caller's arguments, and the flag that its memory needs.
+        let result = unsafe { real::cuCtxSetFlags(flags | added) };
+        if result.is_success() && flags & CU_CTX_SYNC_MEMOPS != 0 {
+            synchronous::flag_is_the_applications();
+        }
+        result
+    })
+}

@@ -1,0 +1,43 @@
+//! The driver's own answers, natively and under nvshare: tests/gpu/differential.py on the simulated GPU.
+//!
+//! Needs the other parts beside the program, and Python: `cargo build --workspace` first.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Runs the sequences of calls that match, natively, alone and beside a competitor: no answer may be other than natively
+/// that is not explained.
+fn no_unexplained_difference(sequences: &[&str]) {
+    let programs = Path::new(env!("CARGO_BIN_EXE_nvshare")).parent().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/gpu/differential.py");
+    let output = Command::new("python3")
+        .arg(script)
+        .arg("--bin")
+        .arg(programs)
+        .args(["--simulated", "--jobs", "2", "--only"])
+        .args(sequences)
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .output()
+        .expect("python3 runs");
+    assert!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[test]
+fn how_much_memory_there_is_may_be_asked_for_in_part() {
+    no_unexplained_difference(&["memory_info"]);
+}
+
+#[test]
+fn no_other_call_takes_an_allocation_apart() {
+    no_unexplained_difference(&["frees", "frees_by_other_calls", "reserving_addresses", "released_and_mapped"]);
+}
+
+#[test]
+fn calls_in_the_wrong_state_fail_as_the_drivers_own() {
+    no_unexplained_difference(&["before_init", "without_context"]);
+}
