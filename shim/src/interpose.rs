@@ -44,14 +44,14 @@ use crate::table::{self, Entry, Hooked};
 /// `dlsym`.
 pub type Dlsym = unsafe extern "C" fn(*mut c_void, *const c_char) -> *mut c_void;
 
-/// The versions under which the C library exports `dlsym`: that of the first release for the machine, and that of the
+/// The versions under which the C library exports `dlsym` and `dlopen`: that of the first release for the machine, and that of the
 /// release that moved it from libdl to libc.
 #[cfg(target_arch = "x86_64")]
-const DLSYM_VERSIONS: [&CStr; 2] = [c"GLIBC_2.2.5", c"GLIBC_2.34"];
+const VERSIONS: [&CStr; 2] = [c"GLIBC_2.2.5", c"GLIBC_2.34"];
 #[cfg(target_arch = "riscv64")]
-const DLSYM_VERSIONS: [&CStr; 2] = [c"GLIBC_2.27", c"GLIBC_2.34"];
+const VERSIONS: [&CStr; 2] = [c"GLIBC_2.27", c"GLIBC_2.34"];
 #[cfg(not(any(target_arch = "x86_64", target_arch = "riscv64")))]
-const DLSYM_VERSIONS: [&CStr; 2] = [c"GLIBC_2.17", c"GLIBC_2.34"];
+const VERSIONS: [&CStr; 2] = [c"GLIBC_2.17", c"GLIBC_2.34"];
 
 /// The C library's dlsym, or that of another preloaded library that comes after the shim.
 ///
@@ -60,18 +60,21 @@ pub fn real_dlsym() -> Dlsym {
     static REAL: AtomicUsize = AtomicUsize::new(0);
     let mut address = REAL.load(Ordering::Acquire);
     if address == 0 {
-        address = DLSYM_VERSIONS
-            .iter()
-            // SAFETY: C strings. dlvsym isn't interposed, and looks at no more than the loaded libraries.
-            .map(|version| unsafe { libc::dlvsym(libc::RTLD_NEXT, c"dlsym".as_ptr(), version.as_ptr()) }
-                as usize)
-            .find(|address| *address != 0)
-            .unwrap_or(no_dlsym as *const c_void as usize);
+        address = real_symbol(c"dlsym").unwrap_or(no_dlsym as *const c_void as usize);
         // Two threads may get here together; they find the same.
         REAL.store(address, Ordering::Release);
     }
     // SAFETY: an address that was found under the name dlsym.
     unsafe { std::mem::transmute::<usize, Dlsym>(address) }
+}
+
+/// A symbol of the C library's dynamic linker, or of another preloaded library that comes after the shim.
+pub fn real_symbol(name: &CStr) -> Option<usize> {
+    VERSIONS
+        .iter()
+        // SAFETY: C strings. dlvsym isn't interposed, and looks at no more than the loaded libraries.
+        .map(|version| unsafe { libc::dlvsym(libc::RTLD_NEXT, name.as_ptr(), version.as_ptr()) } as usize)
+        .find(|address| *address != 0)
 }
 
 /// Stands in for a C library without dlsym, which doesn't exist: nothing is found.

@@ -31,6 +31,7 @@
 
 mod abi;
 mod arrival;
+mod deepbind;
 mod device;
 mod drain;
 mod driver;
@@ -57,4 +58,5 @@ mod synchronous;
 mod table;
 mod together;
 mod truth;
+mod unmovable;
 mod vmm;

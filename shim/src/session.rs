@@ -255,6 +255,7 @@ pub fn initialise() -> Result<(), CuResult> {
         tracing::error!("cuInit fails with CUDA_ERROR_INVALID_VALUE: {error}");
         CuResult::INVALID_VALUE
     })?;
+    crate::unmovable::decide();
     static ATFORK: OnceLock<()> = OnceLock::new();
     ATFORK.get_or_init(|| {
         // SAFETY: the handler stores into atomics, closes descriptors, and wakes nobody's futex but its own, all of which is

@@ -31,6 +31,8 @@ pub struct Settings {
     pub oversubscribe: bool,
     /// NVSHARE_FLOW_CONTROL: whether work in flight is held to the drain target while a slice can end.
     pub flow_control: bool,
+    /// NVSHARE_UNMOVABLE: whether allocations are the driver's own, or are if a tool watches them.
+    pub unmovable: Option<bool>,
     /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: what the process asks for when it registers.
     pub shares: Shares,
 }
@@ -100,6 +102,18 @@ impl Settings {
                 "write 0 to let work in flight grow while others wait, or 1",
                 true,
                 |text| switch(text, true),
+            )?,
+            unmovable: parse(
+                get("NVSHARE_UNMOVABLE"),
+                "NVSHARE_UNMOVABLE",
+                "write 1 to leave allocations to the driver, so that they cannot move, 0 to never do so, or auto",
+                None,
+                |text| match text {
+                    "" | "auto" => Some(None),
+                    "0" => Some(Some(false)),
+                    "1" => Some(Some(true)),
+                    _ => None,
+                },
             )?,
             shares: Shares {
                 weight: parse(
@@ -172,6 +186,7 @@ mod tests {
             ("NVSHARE_DISABLE", "yes"),
             ("NVSHARE_ENABLE_SINGLE_OVERSUB", "maybe"),
             ("NVSHARE_FLOW_CONTROL", "on"),
+            ("NVSHARE_UNMOVABLE", "yes"),
             ("NVSHARE_WEIGHT", "0"),
             ("NVSHARE_WEIGHT", "1001"),
             ("NVSHARE_PRIORITY", "urgent"),
@@ -190,6 +205,8 @@ mod tests {
             Duration::from_millis(500)
         );
         assert_eq!(read("NVSHARE_HOST_MEMORY", "1GiB").unwrap().host_memory, Some(1 << 30));
+        assert_eq!(read("NVSHARE_UNMOVABLE", "1").unwrap().unmovable, Some(true));
+        assert_eq!(read("NVSHARE_UNMOVABLE", "auto").unwrap().unmovable, None);
         assert_eq!(read("NVSHARE_CLIENT_NAME", "job 7").unwrap().name, "job 7");
         assert_eq!(
             read("NVSHARE_WEIGHT", "300").unwrap().shares,

@@ -34,7 +34,12 @@ fn how_much_memory_there_is_may_be_asked_for_in_part() {
 
 #[test]
 fn no_other_call_takes_an_allocation_apart() {
-    no_unexplained_difference(&["frees", "frees_by_other_calls", "reserving_addresses", "released_and_mapped"]);
+    no_unexplained_difference(&[
+        "frees",
+        "frees_by_other_calls",
+        "reserving_addresses",
+        "released_and_mapped",
+    ]);
 }
 
 #[test]

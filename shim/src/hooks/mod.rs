@@ -13,9 +13,11 @@ use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
 use crate::pools;
+use crate::room::keep;
 use crate::session;
 use crate::table::real;
 use crate::truth;
+use crate::unmovable;
 pub use stream_ordered::*;
 
 mod ipc;
@@ -159,6 +161,14 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
             // SAFETY: the caller's arguments.
             return unsafe { real::cuMemAlloc_v2(dptr, bytesize) };
         };
+        if unmovable::wanted() {
+            // SAFETY: the caller's arguments; on success the driver has written the address.
+            return keep(
+                bytesize as u64,
+                || unsafe { real::cuMemAlloc_v2(dptr, bytesize) },
+                || unsafe { *dptr },
+            );
+        }
         if dptr.is_null() {
             return CuResult::INVALID_VALUE;
         }
@@ -199,6 +209,15 @@ pub unsafe fn cuMemAllocPitch_v2(
             );
             return CuResult::OUT_OF_MEMORY;
         };
+        if unmovable::wanted() {
+            return keep(
+                bytes as u64,
+                // SAFETY: the caller's arguments; on success the driver has written the address.
+                || unsafe { real::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) },
+                // SAFETY: as above.
+                || unsafe { *dptr },
+            );
+        }
         match relaxed(|| allocate(&device, bytes as u64, context)) {
             // SAFETY: the caller's pointers to where address and pitch go, not null.
             Ok(address) => unsafe {

@@ -44,7 +44,7 @@ fn made_unmovable(result: CuResult, bytes: usize) -> CuResult {
 enum Source {
     /// Our pool.
     Ours(Arc<Shared>, CUmemoryPool, Place),
-    /// A pool that the driver serves, because other processes may open its memory.
+    /// A pool that the driver serves: other processes may open its memory, or a tool watches this process.
     DriversPool,
     /// A node of a graph, or a call that makes no sense.
     Driver,

@@ -427,6 +427,9 @@ pub fn made(handle: CUmemoryPool, device: CUdevice, limit: u64) {
 /// The GPU whose memory a pool is to be served from here. `None` for the driver's business: pools that other
 /// processes can open, that are on the host or managed, or whose GPU this process has not attached to.
 pub fn gpu_of(driver: &Driver, handle: CUmemoryPool) -> Option<Arc<Shared>> {
+    if crate::unmovable::wanted() {
+        return None;
+    }
     let known = || with_pools(|pools| pools.by_handle(handle).map(|pool| pool.device));
     if let Some(device) = known() {
         return session::of_device(device);

@@ -77,13 +77,25 @@ impl Dice {
 /// It cannot be built; the message is the compiler's. The simulated driver must have been built before:
 /// `cargo build --workspace`, with the profile of the test.
 pub fn program(name: &str) -> PathBuf {
+    built(name, name, &[])
+}
+
+/// A library of `tests/programs/NAME.c`, built as [`program`] is.
+///
+/// # Panics
+/// As for [`program`].
+pub fn library(name: &str) -> PathBuf {
+    built(name, &format!("lib{name}.so"), &["-shared", "-fPIC"])
+}
+
+fn built(name: &str, file: &str, options: &[&str]) -> PathBuf {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs");
     let source = sources.join(name).with_extension("c");
     // A test runs as target/PROFILE/deps/NAME.
     let own = std::env::current_exe().expect("a running program has a path");
     let profile = own.ancestors().nth(2).expect("a test is two folders below the profile's");
     let folder = profile.join("test-programs");
-    let program = folder.join(name);
+    let program = folder.join(file);
     let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();
     let newest_source = modified(&source).max(modified(&sources.join("driver.h")));
     if modified(&program) > newest_source {
@@ -91,9 +103,11 @@ pub fn program(name: &str) -> PathBuf {
     }
     std::fs::create_dir_all(&folder).expect("the target folder can be written");
     // Several tests may build the same program at once: each makes its own file, and the last one stays.
-    let made = folder.join(format!("{name}.{}-{:?}", std::process::id(), std::thread::current().id()));
+    let made = folder.join(format!("{file}.{}-{:?}", std::process::id(), std::thread::current().id()));
     let built = Command::new("cc")
-        .args(["-O1", "-g", "-Wall", "-Werror", "-pthread", "-o"])
+        .args(["-O1", "-g", "-Wall", "-Werror", "-pthread"])
+        .args(options)
+        .arg("-o")
         .arg(&made)
         .arg(&source)
         .arg(profile.join("libsimcuda.so"))
