@@ -7,19 +7,48 @@ use std::path::{Path, PathBuf};
 /// Names the runtime directory; takes precedence over the defaults.
 pub const RUNTIME_DIR: &str = "NVSHARE_RUNTIME_DIR";
 
-/// The runtime directory: `$NVSHARE_RUNTIME_DIR`, else `/run/nvshare` if it is there or this is root,
-/// else `$XDG_RUNTIME_DIR/nvshare`, else `/tmp/nvshare-UID`.
+/// The directory of the arbiter that serves all users of a machine.
+pub const SYSTEM_DIR: &str = "/run/nvshare";
+
+/// A directory that the environment names.
+fn named(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+/// Where this process finds its arbiter: `$NVSHARE_RUNTIME_DIR`, else the system's directory if an arbiter serves there,
+/// or did and has clients; else this user's own; else, for root, the system's all the same.
 pub fn runtime_dir() -> PathBuf {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(dir) = set(RUNTIME_DIR) {
-        return dir;
-    }
-    let system = Path::new("/run/nvshare");
+    let system = PathBuf::from(SYSTEM_DIR);
+    let private = private_dir();
+    let root = nix::unistd::Uid::effective().is_root();
+    named(RUNTIME_DIR).unwrap_or_else(|| {
+        let system_first = is_served(&system) || root && !is_served(&private);
+        if system_first { system } else { private }
+    })
+}
+
+/// Where an arbiter serves that is told no directory: the system's for root, else the user's own.
+pub fn arbiter_dir() -> PathBuf {
+    let root = nix::unistd::Uid::effective().is_root();
+    named(RUNTIME_DIR).unwrap_or_else(|| if root { SYSTEM_DIR.into() } else { private_dir() })
+}
+
+/// Where `nvshare run` starts an arbiter of this user's own: `$NVSHARE_RUNTIME_DIR`, or [`private_dir`]. Never in the
+/// system's directory, where everybody would take it for the system's.
+pub fn own_arbiter_dir() -> PathBuf {
+    named(RUNTIME_DIR).unwrap_or_else(private_dir)
+}
+
+/// This user's own runtime directory: `$XDG_RUNTIME_DIR/nvshare`, else `/tmp/nvshare-UID`.
+pub fn private_dir() -> PathBuf {
     let uid = nix::unistd::Uid::effective();
-    if system.is_dir() || uid.is_root() {
-        return system.to_owned();
-    }
-    set("XDG_RUNTIME_DIR").map_or_else(|| format!("/tmp/nvshare-{uid}").into(), |dir| dir.join("nvshare"))
+    named("XDG_RUNTIME_DIR").map_or_else(|| format!("/tmp/nvshare-{uid}").into(), |dir| dir.join("nvshare"))
+}
+
+/// Whether an arbiter serves in a directory, or has left clients in it. A directory alone says nothing: one that nobody
+/// uses may be left over.
+pub fn is_served(dir: &Path) -> bool {
+    socket(dir).exists() || arbiter_lock(dir).exists()
 }
 
 /// The arbiter's socket in a runtime directory.

@@ -2,6 +2,7 @@
 //! not on the path of a launch or of a hand-off, and everything goes on while it is down.
 
 pub mod changes;
+pub mod claim;
 pub mod liveness;
 pub mod lives;
 pub mod options;

@@ -7,12 +7,14 @@ use nvshare::paths;
 use nvshare::standard_error::StandardError;
 use nvshare::units::{GRANULE, GpuUuid, format_size};
 use nvshare_arbiter::options::{LogFormat, Options};
+use nvshare_arbiter::pages::Succession;
 use nvshare_arbiter::sampling::{Gpu, NvmlSource, Source};
 use nvshare_arbiter::server::Server;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, Write};
 use std::os::fd::FromRawFd;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Bad input, or a directory that another arbiter serves.
@@ -42,13 +44,28 @@ fn log(options: &Options) {
 }
 
 fn serve(options: Options) -> Result<(), String> {
-    let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
+    let dir = options.runtime_dir.clone().unwrap_or_else(paths::arbiter_dir);
+    let made = !dir.exists();
     std::fs::create_dir_all(&dir)
         .map_err(|error| format!("the runtime directory {} cannot be made: {error}", dir.display()))?;
-    let _lock = lock(&dir)?;
-    let (gpus, source) = gpus(&options)?;
+    let result = Directory::lock(&dir).and_then(|directory| serve_in(&dir, options, directory));
+    if made {
+        // Not if something is in it still.
+        let _ = std::fs::remove_dir(&dir);
+    }
+    result
+}
+
+fn serve_in(dir: &Path, options: Options, mut directory: Directory) -> Result<(), String> {
+    let pools = options.pools();
+    let differs = directory.before.as_ref().is_some_and(|before| *before != pools);
+    let succession = if options.exit_when_idle && differs { Succession::Stranger } else { Succession::Heir };
     let ready = options.ready_fd;
-    let server = Server::start(options, dir.clone(), gpus, source).map_err(|error| error.to_string())?;
+    let started = gpus(&options).and_then(|(gpus, source)| {
+        Server::start(options, dir.to_owned(), succession, gpus, source).map_err(|error| error.to_string())
+    });
+    let server = started.inspect_err(|_| directory.give_up())?;
+    directory.sign(&pools);
     tracing::info!(dir = %dir.display(), "serving");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     if let Some(fd) = ready {
@@ -59,32 +76,70 @@ fn serve(options: Options) -> Result<(), String> {
     server.run().map_err(|error| error.to_string())
 }
 
-/// One arbiter a directory: holds a lock for as long as the result lives.
-fn lock(dir: &Path) -> Result<Flock<File>, String> {
-    let path = paths::arbiter_lock(dir);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(|error| format!("{} cannot be opened: {error}", path.display()))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(mut lock) => {
-            let _ = lock.set_len(0);
-            let _ = writeln!(&mut *lock, "{}", std::process::id());
-            Ok(lock)
+/// One arbiter a directory: the lock on a file in it, for as long as this lives. In the file stand the arbiter's pid, and
+/// how it sizes its pools ([`Options::pools`]).
+struct Directory {
+    path: PathBuf,
+    file: Flock<File>,
+    /// What the arbiter before said of its pools.
+    before: Option<String>,
+}
+
+impl Directory {
+    fn lock(dir: &Path) -> Result<Self, String> {
+        let path = paths::arbiter_lock(dir);
+        loop {
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+                .map_err(|error| format!("{} cannot be opened: {error}", path.display()))?;
+            let said = std::fs::read_to_string(&path).unwrap_or_default();
+            let mut said = said.lines();
+            let pid = said.next().unwrap_or_default().trim().to_owned();
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // Its owner may have ended and removed it meanwhile: then somebody else may have the one that is there.
+                Ok(file) if is_at(&path, &file) => {
+                    let before = said.next().map(str::to_owned);
+                    let mut directory = Self { path, file, before };
+                    let before = directory.before.clone().unwrap_or_default();
+                    directory.sign(&before);
+                    return Ok(directory);
+                }
+                Ok(_) => {}
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    return Err(format!(
+                        "another arbiter (pid {pid}) serves {} already; end it first, or give this one another --runtime-dir",
+                        dir.display()
+                    ));
+                }
+                Err((_, error)) => return Err(format!("{} cannot be locked: {error}", path.display())),
+            }
         }
-        Err((_, Errno::EWOULDBLOCK)) => {
-            let pid = std::fs::read_to_string(&path).unwrap_or_default();
-            Err(format!(
-                "another arbiter (pid {}) serves {} already; end it first, or give this one another --runtime-dir",
-                pid.trim(),
-                dir.display()
-            ))
-        }
-        Err((_, error)) => Err(format!("{} cannot be locked: {error}", path.display())),
     }
+
+    /// Says who serves here, and how it sizes its pools.
+    fn sign(&mut self, pools: &str) {
+        let line = if pools.is_empty() { String::new() } else { format!("{pools}\n") };
+        let _ = self.file.set_len(0);
+        let _ = self.file.rewind();
+        let _ = write!(&mut *self.file, "{}\n{line}", std::process::id());
+    }
+
+    /// This arbiter does not serve. What one before it said stays, for the next.
+    fn give_up(&mut self) {
+        if self.before.is_none() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Whether a file is the one that has this path.
+fn is_at(path: &Path, file: &File) -> bool {
+    let identity = |data: std::io::Result<std::fs::Metadata>| data.ok().map(|data| (data.dev(), data.ino()));
+    identity(path.metadata()) == identity(file.metadata())
 }
 
 /// NVML, if there is one.

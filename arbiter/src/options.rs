@@ -73,6 +73,9 @@ pub struct Options {
     /// End when the process --owner-pid has ended and no client is left
     #[arg(long, requires = "owner_pid")]
     pub exit_when_idle: bool,
+    /// Serve a GPU although another arbiter of this machine serves it, in another directory: each deals out its memory
+    #[arg(long, env = "NVSHARE_ALLOW_SECOND_ARBITER", value_parser = clap::builder::FalseyValueParser::new())]
+    pub allow_second_arbiter: bool,
     /// The process that started a private arbiter
     #[arg(long, value_name = "PID")]
     pub owner_pid: Option<i32>,
@@ -136,6 +139,16 @@ fn factor(text: &str) -> Result<f64, String> {
 }
 
 impl Options {
+    /// How the pools are sized and for whom, in words: a private arbiter takes living clients over only from one that
+    /// said the same.
+    pub fn pools(&self) -> String {
+        let kind = if self.exit_when_idle { "a private arbiter" } else { "a service" };
+        match self.capacity {
+            Some(capacity) => format!("{kind} with --capacity {}", format_size(capacity)),
+            None => format!("{kind} with --headroom {}", format_size(self.headroom)),
+        }
+    }
+
     /// What the pages are told.
     pub fn settings(&self) -> Settings {
         let quantum = match self.quantum {

@@ -34,11 +34,39 @@ pub struct Survivor {
 
 /// Why a page could not be served.
 #[derive(Debug, thiserror::Error)]
-#[error("the page {} cannot be {what}: {cause}", .path.display())]
-pub struct PageFileError {
-    path: PathBuf,
-    what: &'static str,
-    cause: io::Error,
+pub enum PageFileError {
+    /// The file system's.
+    #[error("the page {} cannot be {what}: {cause}", .path.display())]
+    Io {
+        /// The page.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// It has clients, and this arbiter is none that may change their pool.
+    #[error(
+        "the page {} has {clients} living clients in a pool of {}, of an arbiter with other settings; a private arbiter does not change a pool under its clients. Start that arbiter again, end its clients, or use another --runtime-dir",
+        .path.display(), format_size(bytes_of(*.capacity))
+    )]
+    Lived {
+        /// The page.
+        path: PathBuf,
+        /// How many.
+        clients: usize,
+        /// The pool's size.
+        capacity: Granules,
+    },
+}
+
+/// What an arbiter is to those before it in the same directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Succession {
+    /// It may take over their clients, and give the pool its own size: it is the operator's, or says the same as they did.
+    Heir,
+    /// A private arbiter with other settings.
+    Stranger,
 }
 
 /// Opens the page of a GPU, or makes it. A page of this layout that is there already is taken over with
@@ -51,11 +79,12 @@ pub fn serve(
     gpu: GpuUuid,
     capacity: Granules,
     settings: Settings,
+    succession: Succession,
 ) -> Result<(Served, Vec<Survivor>), PageFileError> {
     let path = paths::page(dir, gpu);
     let fail = |what| {
         let path = path.clone();
-        move |cause| PageFileError { path, what, cause }
+        move |cause| PageFileError::Io { path, what, cause }
     };
     let found = match File::options().read(true).write(true).open(&path) {
         Ok(file) => match MappedPage::open(&file) {
@@ -83,9 +112,12 @@ pub fn serve(
     };
     let Some((file, page)) = found else {
         move_aside(&path).map_err(fail("moved aside"))?;
-        return serve(dir, gpu, capacity, settings);
+        return serve(dir, gpu, capacity, settings, succession);
     };
     let survivors = adopt(&page, gpu, dir);
+    if !survivors.is_empty() && succession == Succession::Stranger {
+        return Err(PageFileError::Lived { path, clients: survivors.len(), capacity: page.capacity() });
+    }
     page.set_settings(settings);
     if page.set_capacity(capacity) {
         tracing::info!(%gpu, capacity = %format_size(bytes_of(capacity)), "the pool has another size now");

@@ -2,10 +2,11 @@
 //! it waits for a client.
 
 use crate::changes;
+use crate::claim::{Claim, ClaimError, Holder};
 use crate::liveness;
 use crate::lives::{Life, Record, own_namespace};
 use crate::options::Options;
-use crate::pages::{self, Served, Survivor};
+use crate::pages::{self, Served, Succession, Survivor};
 use crate::sampling::{Follower, Gpu, Source, View};
 use crate::stalls::Stalls;
 use nix::errno::Errno;
@@ -27,6 +28,7 @@ use nvshare::{paths, policy, snapshot::Snapshot};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Between two looks at everything, while there are clients and while there are none.
 const TICK: Nanos = 100 * MILLISECOND;
@@ -50,6 +52,7 @@ enum Token {
     Listener,
     Signals,
     Owner,
+    Claims,
     Connection(RawFd),
     Client(u64),
 }
@@ -60,6 +63,7 @@ impl Token {
             Self::Listener => 0,
             Self::Signals => 1,
             Self::Owner => 2,
+            Self::Claims => 3,
             Self::Connection(fd) => 1 << 32 | fd as u64,
             Self::Client(number) => 2 << 32 | number,
         }
@@ -69,6 +73,7 @@ impl Token {
         match (word >> 32, word & 0xffff_ffff) {
             (0, 0) => Self::Listener,
             (0, 1) => Self::Signals,
+            (0, 3) => Self::Claims,
             (1, fd) => Self::Connection(fd as RawFd),
             (2, number) => Self::Client(number),
             _ => Self::Owner,
@@ -134,6 +139,7 @@ pub struct Server {
     epoll: Epoll,
     listener: OwnedFd,
     signals: SignalFd,
+    claims: Vec<Claim>,
     /// Of the process that started a private arbiter; `None` once it has ended.
     owner: Option<OwnedFd>,
     gpus: Vec<Served>,
@@ -165,6 +171,48 @@ pub enum StartError {
     /// A page could not be served.
     #[error(transparent)]
     Page(#[from] pages::PageFileError),
+    /// Another arbiter serves a GPU.
+    #[error(
+        "{0}, and each of two arbiters would deal out all of the GPU's memory. Use that one (--runtime-dir, NVSHARE_RUNTIME_DIR), end it, or serve the GPU twice all the same with --allow-second-arbiter (NVSHARE_ALLOW_SECOND_ARBITER=1)"
+    )]
+    Held(Holder),
+}
+
+/// Between two tries to claim a GPU, whose last arbiter may be ending.
+const CLAIM_AGAIN: Duration = Duration::from_millis(50);
+const CLAIM_TRIES: usize = 20;
+
+/// Claims the GPUs that are to be served.
+fn claim(gpus: &[Gpu], options: &Options) -> Result<Vec<Claim>, StartError> {
+    let mut claims = Vec::new();
+    for gpu in gpus {
+        let mut tries = 1;
+        loop {
+            match Claim::new(gpu.uuid) {
+                Ok(claim) => {
+                    claims.push(claim);
+                    break;
+                }
+                Err(ClaimError::System(cause)) => {
+                    return Err(failed(format!("{} cannot be claimed", gpu.uuid))(cause));
+                }
+                Err(ClaimError::Held(holder)) if options.allow_second_arbiter => {
+                    tracing::warn!(
+                        "{holder}; serving it too, as --allow-second-arbiter says: together they deal out more memory than it has"
+                    );
+                    break;
+                }
+                Err(ClaimError::Held(holder)) if tries == CLAIM_TRIES => {
+                    return Err(StartError::Held(holder));
+                }
+                Err(ClaimError::Held(_)) => {
+                    tries += 1;
+                    std::thread::sleep(CLAIM_AGAIN);
+                }
+            }
+        }
+    }
+    Ok(claims)
 }
 
 fn failed(what: impl Into<String>) -> impl FnOnce(Errno) -> StartError {
@@ -180,6 +228,7 @@ impl Server {
     pub fn start(
         options: Options,
         dir: PathBuf,
+        succession: Succession,
         gpus: Vec<Gpu>,
         source: Option<Box<dyn Source>>,
     ) -> Result<Self, StartError> {
@@ -189,12 +238,13 @@ impl Server {
         mask.thread_block().map_err(failed("signals cannot be blocked"))?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(failed("no signalfd"))?;
+        let claims = claim(&gpus, &options)?;
         let mut served = Vec::new();
         let mut survivors = Vec::new();
         for gpu in &gpus {
             let capacity =
                 granules_in(options.capacity.unwrap_or(gpu.total.saturating_sub(options.headroom)));
-            let (page, alive) = pages::serve(&dir, gpu.uuid, capacity, options.settings())?;
+            let (page, alive) = pages::serve(&dir, gpu.uuid, capacity, options.settings(), succession)?;
             if let Some(link) = gpu.link {
                 page.page.guess_bandwidth(link);
             }
@@ -210,6 +260,9 @@ impl Server {
         };
         add(&listener, Token::Listener)?;
         add(&signals, Token::Signals)?;
+        for claim in &claims {
+            add(claim, Token::Claims)?;
+        }
         if let Some(owner) = &owner {
             add(owner, Token::Owner)?;
         }
@@ -219,6 +272,7 @@ impl Server {
             epoll,
             listener,
             signals,
+            claims,
             owner,
             followers: served.iter().map(|_| Follower::default()).collect(),
             totals: gpus.iter().map(|gpu| (gpu.uuid, gpu.total)).collect(),
@@ -287,6 +341,7 @@ impl Server {
                             return self.end();
                         }
                     }
+                    Token::Claims => self.claims.iter().for_each(|claim| claim.tell(&self.dir)),
                     Token::Owner => {
                         self.owner = None;
                     }
@@ -297,18 +352,20 @@ impl Server {
         }
     }
 
+    /// The pages stay, as far as they have clients: those go on, and the next arbiter takes them over. Without clients a
+    /// private arbiter leaves nothing behind, and a service says that it serves no more.
     fn end(self) -> Result<(), StartError> {
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        // The pages stay: clients go on with them, and the next arbiter takes them over.
         let _ = std::fs::remove_file(&self.socket);
-        if self.options.exit_when_idle && self.clients.is_empty() {
+        if !self.clients.is_empty() {
+            return Ok(());
+        }
+        if self.options.exit_when_idle {
             for served in &self.gpus {
-                let _ = std::fs::remove_file(paths::page(
-                    self.socket.parent().unwrap_or(&self.socket),
-                    served.gpu,
-                ));
+                let _ = std::fs::remove_file(paths::page(&self.dir, served.gpu));
             }
         }
+        let _ = std::fs::remove_file(paths::arbiter_lock(&self.dir));
         Ok(())
     }
 

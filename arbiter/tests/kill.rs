@@ -58,6 +58,8 @@ fn arbiter(dir: &Path) -> Child {
         .arg(dir)
         .args(["--gpu", GPU, "--capacity", &format!("{}M", 2 * CAPACITY), "--quantum", "1ms"])
         .args(["--nvml-library", "/nonexistent/libnvidia-ml.so"])
+        // The tests run side by side and call their GPU the same.
+        .arg("--allow-second-arbiter")
         .env("NVSHARE_LOG", "error")
         .stdin(Stdio::null())
         .spawn()

@@ -27,6 +27,8 @@ fn command(dir: &Path, arguments: &[&str]) -> Command {
         .arg("--runtime-dir")
         .arg(dir)
         .args(["--nvml-library", "/nonexistent/libnvidia-ml.so"])
+        // The tests run side by side and call their GPU the same.
+        .arg("--allow-second-arbiter")
         .args(arguments)
         .stdin(Stdio::null());
     command
@@ -234,6 +236,111 @@ fn the_unit_is_started_again_however_often_it_fails() {
     assert!(service.lines().any(|line| line == "Restart=always"));
     // Another arbiter's claim of a GPU could not be seen from a network namespace of its own.
     assert!(!unit.contains("PrivateNetwork=yes"));
+}
+
+// --- Private arbiters -----------------------------------------------------------------------------
+
+/// A private arbiter of a process that is there for as long as the test, with its log.
+fn private(dir: &Path, arguments: &[&str]) -> Command {
+    let own = std::process::id().to_string();
+    let mut command = command(dir, &["--gpu", GPU, "--exit-when-idle", "--owner-pid", &own]);
+    command.args(arguments);
+    command
+}
+
+fn serves(dir: &Path) -> bool {
+    register::dial(&paths::socket(dir), Duration::ZERO).is_ok()
+}
+
+fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let patience = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < patience, "still not: {what}");
+        std::thread::yield_now();
+    }
+}
+
+fn ends(arbiter: &mut Arbiter, signal: nix::sys::signal::Signal) {
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(arbiter.child.id() as i32), signal).unwrap();
+    arbiter.child.wait().unwrap();
+}
+
+#[test]
+fn a_gpu_that_another_arbiter_serves_elsewhere_is_refused_unless_asked_for() {
+    const SHARED: &str = "GPU-00000000-0000-0000-0000-0000000020bb";
+    let [one, two] = ["claim-one", "claim-two"].map(directory);
+    let start = |dir: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare-arbiter"));
+        command.arg("--runtime-dir").arg(dir).args(["--nvml-library", "/nonexistent", "--capacity", "64MiB"]);
+        command.args(["--gpu", SHARED]).stderr(Stdio::piped());
+        command
+    };
+    let mut first = Arbiter { child: start(&one).stderr(Stdio::null()).spawn().unwrap(), dir: one.clone() };
+    wait_for("the first serves", || serves(&one));
+    let refused = start(&two).output().unwrap();
+    let (pid, user) = (first.child.id().to_string(), format!("user {}", nix::unistd::geteuid()));
+    fails_with_two(&refused, &[SHARED, &pid, &user, one.to_str().unwrap(), "--allow-second-arbiter"]);
+    assert!(!paths::is_served(&two), "and leaves nothing behind");
+
+    let child = start(&two).env("NVSHARE_ALLOW_SECOND_ARBITER", "1").stderr(Stdio::piped()).spawn().unwrap();
+    let mut second = Arbiter { child, dir: two.clone() };
+    let mut log = BufReader::new(second.child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert!(
+        log.any(|line| line.contains("served already") && line.contains("as --allow-second-arbiter says"))
+    );
+    wait_for("both serve", || serves(&two));
+    ends(&mut second, nix::sys::signal::Signal::SIGTERM);
+
+    // A claim ends with its process, however that ends.
+    ends(&mut first, nix::sys::signal::Signal::SIGKILL);
+    second.child = start(&two).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the second serves", || serves(&two));
+}
+
+#[test]
+fn a_private_arbiter_changes_no_pool_under_living_clients() {
+    let dir = directory("stranger");
+    let start = |arguments: &[&str]| private(&dir, arguments).stderr(Stdio::null()).spawn().unwrap();
+    let mut arbiter = Arbiter { child: start(&["--capacity", "64MiB"]), dir: dir.clone() };
+    wait_for("it serves", || serves(&dir));
+    let client = arbiter.register(&hello()).unwrap();
+    ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
+    for _ in 0..2 {
+        // Nor if it tries again.
+        let refused = private(&dir, &["--capacity", "32MiB"]).output().unwrap();
+        fails_with_two(&refused, &["1 living clients", "64.00 MiB", "--runtime-dir"]);
+        assert_eq!(client.page.capacity(), 32);
+    }
+    // One that says the same takes over.
+    arbiter.child = start(&["--capacity", "64MiB"]);
+    wait_for("a successor serves", || serves(&dir));
+    ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
+    // The operator's may change what the operator wants.
+    arbiter.child =
+        command(&dir, &["--gpu", GPU, "--capacity", "32MiB"]).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the operator's has changed it", || serves(&dir) && client.page.capacity() == 16);
+    assert!(client.page.owner(client.slot).is_some());
+    // And what a private one says after that is not what the operator's said.
+    ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
+    fails_with_two(&private(&dir, &["--capacity", "32MiB"]).output().unwrap(), &["living clients"]);
+}
+
+#[test]
+fn a_private_arbiter_without_clients_leaves_nothing_behind() {
+    let above = directory("clean");
+    let dir = above.join("made/by/it");
+    let child = private(&dir, &["--capacity", "64MiB"]).stderr(Stdio::null()).spawn().unwrap();
+    let mut arbiter = Arbiter { child, dir: dir.clone() };
+    wait_for("it serves", || serves(&dir));
+    ends(&mut arbiter, nix::sys::signal::Signal::SIGTERM);
+    assert!(
+        !dir.exists(),
+        "{:?}",
+        std::fs::read_dir(&dir).map(|entries| entries.flatten().collect::<Vec<_>>())
+    );
+    assert!(!private(&dir, &["--capacity", "none"]).output().unwrap().status.success());
+    assert!(!dir.exists());
+    let _ = std::fs::remove_dir_all(above);
 }
 
 // --- Shares ---------------------------------------------------------------------------------------

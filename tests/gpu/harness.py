@@ -28,7 +28,9 @@ def native_environment():
     """This process's environment without nvshare, and with what makes processes that are stuck tell where."""
     ours = ("NVSHARE_RUNTIME_DIR", "NVSHARE_CLIENT_NAME", "LD_PRELOAD")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return kept | {"CUDA_MODULE_LOADING": "LAZY", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
+    # Several scenarios at once have an arbiter each, with a part of the GPU's memory.
+    second = {"NVSHARE_ALLOW_SECOND_ARBITER": "1"}
+    return kept | second | {"CUDA_MODULE_LOADING": "LAZY", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @contextlib.contextmanager

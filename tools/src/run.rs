@@ -9,8 +9,9 @@ use nvshare::units::format_size;
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 /// Options of `nvshare run`.
 #[derive(Debug, clap::Args)]
@@ -65,11 +66,14 @@ const FORWARDED: [Signal; 8] = [
 /// # Errors
 /// The program or the arbiter cannot be started.
 pub fn run(options: Options) -> Result<ExitCode, Failure> {
-    let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
+    let mut dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
     let shim = node::shim()?;
     if node::answers(&dir) {
         check_capacity(&dir, options.capacity);
     } else {
+        if options.runtime_dir.is_none() && !system_arbiter_is_starting(&dir)? {
+            dir = paths::own_arbiter_dir();
+        }
         let mut arguments = Vec::new();
         if let Some(capacity) = options.capacity {
             arguments.extend(["--capacity".to_owned(), capacity.to_string()]);
@@ -103,13 +107,31 @@ pub fn run(options: Options) -> Result<ExitCode, Failure> {
     supervise(command, &options.program[0])
 }
 
+/// Whether the system's arbiter answers after all.
+///
+/// # Errors
+/// It does not, and may have clients: a second one beside them would deal out their memory too.
+fn system_arbiter_is_starting(dir: &Path) -> Result<bool, Failure> {
+    if dir != Path::new(paths::SYSTEM_DIR) || !paths::is_served(dir) {
+        return Ok(false);
+    }
+    // It may be starting.
+    let found = nvshare::register::dial(&paths::socket(dir), Duration::from_secs(2));
+    match found {
+        Ok(_) => Ok(true),
+        Err(error) => Err(Failure::usage(format!(
+            "the arbiter of this system does not answer, and its clients may have memory on the GPUs: {error}. Start it again (systemctl start nvshare-arbiter), or have an arbiter of your own with --runtime-dir DIR"
+        ))),
+    }
+}
+
 /// A limit that makes sense, as it was written: the program reads it again.
 fn limit_as_written(text: &str) -> Result<String, String> {
     crate::memory_limit(text).map(|_| text.to_owned())
 }
 
 /// A pool has one size; who asks for another is told.
-fn check_capacity(dir: &std::path::Path, wanted: Option<u64>) {
+fn check_capacity(dir: &Path, wanted: Option<u64>) {
     let Some(wanted) = wanted else { return };
     for gpu in status::read(dir).map(|node| node.gpus).unwrap_or_default() {
         if gpu.capacity_bytes.abs_diff(wanted) >= nvshare::GRANULE {

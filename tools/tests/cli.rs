@@ -210,6 +210,27 @@ fn run_passes_signals_on() {
     }
 }
 
+/// Root's as well: what it would leave in the system's directory would be in everybody's way.
+#[test]
+fn an_arbiter_of_ones_own_is_in_ones_own_directory() {
+    let machine = Machine::new();
+    let system = Path::new(paths::SYSTEM_DIR);
+    if paths::is_served(system) {
+        eprintln!("an arbiter serves this machine: not tested");
+        return;
+    }
+    let was_there = system.exists();
+    let mut command = machine.command(&["run", "--capacity", "32MiB", "--", "sh", "-c", "echo $NVSHARE_RUNTIME_DIR"]);
+    let output = command.env_remove(paths::RUNTIME_DIR).env("XDG_RUNTIME_DIR", machine.dir.path()).output().unwrap();
+    let own = machine.dir.path().join("nvshare");
+    assert_eq!((stdout(&output).trim(), stderr(&output).as_str()), (own.to_str().unwrap(), ""));
+    assert_eq!(system.exists(), was_there);
+    let begin = Instant::now();
+    while own.exists() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it is left behind");
+    }
+}
+
 #[test]
 fn several_at_once_share_one_arbiter_which_ends_after_them() {
     let machine = Machine::new();
