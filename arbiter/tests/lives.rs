@@ -119,8 +119,8 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
 
     // One that sees neither.
     let (arbiter, mut log) = start_arbiter(&dir, true);
-    attached(&mut log, 2);
     assert_eq!(slots(&page), [first, second]);
+    attached(&mut log, 2);
     let (three, third) = start_client(&dir, false);
     assert_eq!(slots(&page), [first, second, third], "and a new one is given a slot");
     one.end();
@@ -130,8 +130,8 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     // One that sees all of them, after one has ended that the arbiter before saw under no pid.
     three.end();
     let (arbiter, mut log) = start_arbiter(&dir, false);
-    attached(&mut log, 1);
     assert_eq!(slots(&page), [second]);
+    attached(&mut log, 1);
     two.end();
     PATIENCE.until("the last one's slot is closed", || slots(&page).is_empty());
     drop((arbiter, log));

@@ -220,8 +220,10 @@ fn an_arbiter_of_ones_own_is_in_ones_own_directory() {
         return;
     }
     let was_there = system.exists();
-    let mut command = machine.command(&["run", "--capacity", "32MiB", "--", "sh", "-c", "echo $NVSHARE_RUNTIME_DIR"]);
-    let output = command.env_remove(paths::RUNTIME_DIR).env("XDG_RUNTIME_DIR", machine.dir.path()).output().unwrap();
+    let mut command =
+        machine.command(&["run", "--capacity", "32MiB", "--", "sh", "-c", "echo $NVSHARE_RUNTIME_DIR"]);
+    let output =
+        command.env_remove(paths::RUNTIME_DIR).env("XDG_RUNTIME_DIR", machine.dir.path()).output().unwrap();
     let own = machine.dir.path().join("nvshare");
     assert_eq!((stdout(&output).trim(), stderr(&output).as_str()), (own.to_str().unwrap(), ""));
     assert_eq!(system.exists(), was_there);
