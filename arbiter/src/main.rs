@@ -3,6 +3,7 @@
 use clap::Parser;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{SigSet, Signal};
 use nvshare::paths;
 use nvshare::standard_error::StandardError;
 use nvshare::units::{GRANULE, GpuUuid, format_size};
@@ -23,6 +24,8 @@ const USAGE: u8 = 2;
 fn main() -> ExitCode {
     let options = Options::parse();
     log(&options);
+    // It waits until the loop reads it: NVML takes seconds to begin.
+    let _ = [Signal::SIGHUP].into_iter().collect::<SigSet>().thread_block();
     match serve(options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
