@@ -167,6 +167,7 @@ impl Page {
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,
+            &own.host_promise,
             &self.slot(slot).claimed,
         ];
         for word in words {

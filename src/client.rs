@@ -280,6 +280,18 @@ impl<P: Deref<Target = Page>> Books<P> {
         }
     }
 
+    /// Publishes what host memory this client was promised and has not made yet, in a word that those understand who
+    /// promise any ([`Books::host_promises`]).
+    pub fn promise_host(&self, word: u64) {
+        self.page.slot(self.slot).own.host_promise.store(word, Ordering::SeqCst);
+    }
+
+    /// What the other clients of this GPU have published by [`Books::promise_host`].
+    pub fn host_promises(&self) -> impl Iterator<Item = u64> {
+        let others = self.page.occupied().without(self.slot);
+        others.iter().map(|slot| self.page.slot(slot).own.host_promise.load(Ordering::SeqCst))
+    }
+
     /// Counts a drain that let the client's threads go on, and will be begun again.
     pub fn drain_retried(&self) {
         add(&self.page.slot(self.slot).own.drain_retries, 1);
@@ -395,10 +407,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// Waiting -> Idle: takes the request back, because the process lacks what must be had before this GPU. A
-    /// decision that admitted it meanwhile is put right when the client is next [polled](Client::poll).
+    /// Waiting -> Idle: takes the request back, because the process lacks what must be had before this GPU. Also from
+    /// Filling, for a client that cannot be filled: what it has in place stays until it is asked for. (One whose work is
+    /// under way drains.) A decision that admitted it meanwhile is put right when the client is next
+    /// [polled](Client::poll).
     pub fn withdraw(&mut self) {
-        if self.phase == Phase::Waiting {
+        if self.phase == Phase::Waiting || (self.phase == Phase::Filling && !self.undrained) {
             let own = self.own();
             own.wait_since.store(0, Ordering::Relaxed);
             own.streak.store(0, Ordering::Relaxed);

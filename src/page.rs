@@ -380,7 +380,9 @@ pub struct OwnWords {
     pub(crate) stalls: AtomicU64,
     /// Times that it let its threads go on in the middle of a drain, and began to drain again later.
     pub(crate) drain_retries: AtomicU64,
-    _to_the_next_line: Padding<96>,
+    /// Host memory that it was promised and has not made yet, as those read it who share that memory with it.
+    pub(crate) host_promise: AtomicU64,
+    _to_the_next_line: Padding<88>,
 }
 
 /// The whole page.
@@ -667,6 +669,7 @@ impl Page {
                 stall_since: word(),
                 stalls: word(),
                 drain_retries: word(),
+                host_promise: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line(AtomicU64::new(Account::default().into()), Padding::new()),

@@ -546,7 +546,7 @@ impl Shared {
                 self.books.give(granules);
             }
             Backing::Overflow(handle) => self.release(&place, handle),
-            Backing::Evicted(copy) => self.host.free(copy.block),
+            Backing::Evicted(copy) => self.host.free(copy.memory),
             Backing::Booked => self.books.give(granules),
             Backing::Absent | Backing::Denied => {}
             // Nothing is disposed of while memory moves.

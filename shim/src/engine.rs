@@ -10,6 +10,7 @@ use crate::drain::Mark;
 use crate::flow;
 use crate::session::{self, CaptureHold};
 use crate::settings::settings;
+use crate::starved::Starved;
 use crate::swap::{Swap, SwapError};
 use crate::together;
 use nvshare::client::Next;
@@ -59,9 +60,10 @@ fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
         .and_then(|()| Swap::new(shared.clone()));
     match begun {
         Ok(swap) => {
-            let (idle, growing) = Default::default();
+            let (idle, growing, starved) = Default::default();
             let flow_control = settings().is_ok_and(|settings| settings.flow_control);
-            Engine { shared, client, swap, idle, flow_control, drained_at: 0, growing, grown_for: 0 }.run()
+            Engine { shared, client, swap, idle, flow_control, drained_at: 0, growing, grown_for: 0, starved }
+                .run()
         }
         Err(error) => {
             tracing::error!(%gpu, "the engine could not start: {error}");
@@ -75,7 +77,7 @@ impl SwapError {
     fn cuda(&self) -> CuResult {
         match self {
             Self::Driver { result, .. } => *result,
-            Self::Host(_) => CuResult::OUT_OF_MEMORY,
+            Self::Host(_) | Self::Gpu(_) => CuResult::OUT_OF_MEMORY,
         }
     }
 
@@ -139,6 +141,8 @@ struct Engine {
     growing: Arc<AtomicBool>,
     /// The demand that host memory was last made for, granules.
     grown_for: Granules,
+    /// There is no host memory for what it should evict.
+    starved: Starved,
 }
 
 impl Engine {
@@ -161,7 +165,7 @@ impl Engine {
                     tracing::debug!(gpu = %self.shared.gpu, "the engine ends: {error}");
                     return;
                 }
-                Err(SwapError::Host(why)) => self.no_host_memory(&why),
+                Err(SwapError::Host(why) | SwapError::Gpu(why)) => self.no_memory(&why),
                 Err(error) => return self.break_down(&error),
             }
         }
@@ -201,6 +205,7 @@ impl Engine {
         self.swap.quiet = false;
         together::ready(self.shared.gpu);
         drop(memory);
+        self.starved.filled(&self.shared);
         self.idle.since = now();
         tracing::trace!(gpu = %self.shared.gpu, "running");
     }
@@ -217,7 +222,9 @@ impl Engine {
         }
         crate::ipc::sweep();
         let gpu = self.shared.gpu;
+        let starved = self.starved.look(&self.shared);
         let until = match self.client.phase() {
+            Phase::Idle if self.starved.asks_at().is_some() => self.starved.asks_at(),
             Phase::Idle if session::gate().waiting() > 0 && together::may_ask(gpu) => {
                 return self.client.request();
             }
@@ -263,6 +270,7 @@ impl Engine {
             }
             _ => until,
         };
+        let until = starved.map_or(until, |look_again| by(until, look_again));
         self.page().wait_doorbell(self.slot(), seen, until);
     }
 
@@ -388,7 +396,8 @@ impl Engine {
         self.swap.quiet = true;
         crate::pools::drained(&self.shared);
         let more = more || session::gate().waiting() > 0;
-        self.client.drained(more && together::may_ask(self.shared.gpu));
+        let may_ask = together::may_ask(self.shared.gpu) && self.starved.asks_at().is_none();
+        self.client.drained(more && may_ask);
     }
 
     /// Host memory for what may have to go out, made before it has to. Only where memory is short: a
@@ -428,14 +437,16 @@ impl Engine {
         }
     }
 
-    /// Others wait for what this client cannot put anywhere. Host memory may come back: try again.
-    fn no_host_memory(&mut self, why: &str) {
-        tracing::error!(
-            gpu = %self.shared.gpu,
-            "memory stays on the GPU, and others wait for it: {why}; trying again"
-        );
-        let seen = self.page().doorbell(self.slot());
-        self.page().wait_doorbell(self.slot(), seen, Some(now() + 500 * MILLISECOND));
+    /// There is no memory to move to: not on the host for what should go out, or neither there nor on the GPU for what
+    /// should come in. Everything is where it was, so nothing is lost: others go on, and this client too if it can.
+    fn no_memory(&mut self, why: &str) {
+        if self.client.phase() != Phase::Filling {
+            return self.starved.cannot_evict(&self.shared, why);
+        }
+        self.starved.cannot_fill(&self.shared, why);
+        // If its work is under way it drains first.
+        self.give_way(false);
+        self.client.withdraw();
     }
 
     /// Memory could not be moved, and the application's data with it: its calls fail from now on, and
@@ -468,6 +479,7 @@ impl Engine {
         while self.growing.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
+        self.starved.end();
         self.shared.host.trim(0);
         self.client.leave();
     }

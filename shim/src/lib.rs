@@ -24,6 +24,7 @@
 //! | [`scan`] | finding the granules that hold nothing but zeros |
 //! | [`drain`] | waiting for submitted work |
 //! | [`hostpool`] | host memory for what is evicted |
+//! | [`starved`] | what happens when there is none |
 //! | [`probe`] | what tests and benchmarks ask the shim itself |
 //! | [`abi`], [`driver`] | the CUDA driver |
 
@@ -53,6 +54,7 @@ mod room;
 mod scan;
 mod session;
 mod settings;
+mod starved;
 mod swap;
 mod synchronous;
 mod table;

@@ -14,7 +14,7 @@
 
 use crate::abi::*;
 use crate::device::Shared;
-use crate::memory::{Backing, Region};
+use crate::memory::Backing;
 use crate::session;
 use nvshare::units::{GRANULE, Granules, bytes_of, format_size, granules_for};
 use std::collections::HashMap;
@@ -64,12 +64,13 @@ impl Room {
             let _pass = session::enter_query()?;
             let mut memory = room.shared.memory();
             // The context may have gone meanwhile, and the room with it.
-            let region = memory.region_mut(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
+            let region = memory.region(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
             if region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Denied)) {
                 return Err(room.shared.refuse(bytes, "there is no room on the GPU that it could have"));
             }
             if region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Booked)) {
-                fix(&room.shared, region);
+                // From now on nobody takes it away.
+                room.shared.books.fix(memory.fix(base));
                 drop(memory);
                 return Ok(room);
             }
@@ -80,14 +81,6 @@ impl Room {
 /// Granules of the GPU that the client could have beside what it has.
 fn left(shared: &Shared) -> Granules {
     shared.books.usable().saturating_sub(shared.books.demand())
-}
-
-/// From now on nobody takes the room away.
-fn fix(shared: &Shared, region: &mut Region) {
-    for chunk in &mut region.chunks {
-        chunk.fixed = true;
-        shared.books.fix(chunk.granules());
-    }
 }
 
 impl Drop for Room {

@@ -339,7 +339,7 @@ pub fn context_made(
     let slot = client.books().slot();
     let config = HostPoolConfig { limit: settings.host_memory, ..HostPoolConfig::default() };
     let pinner = Arc::new(DriverPinner::new(driver, context));
-    let host = HostPool::new(config, Box::new(pinner.clone()));
+    let host = HostPool::new(config, Box::new(pinner.clone()), Box::new(client.books().clone()));
     let shared = Arc::new(Shared::new(
         driver,
         device,

@@ -22,7 +22,7 @@ use crate::memory::{Backing, HostCopy, InUse, Place};
 use crate::scan::Scanner;
 use nvshare::page::Direction;
 use nvshare::sync::now;
-use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, format_nanos, format_size};
+use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{Fill, Runtime};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,8 +31,8 @@ use std::time::Duration;
 /// Copies in flight. On an H100 (PCIe 5), eight switch at 39.6 GiB/s and four at 38.9 (docs/benchmarks.md).
 const DEPTH: usize = 8;
 
-/// How long a fill tries again when the driver has no memory although the pool had room.
-const CREATE_PATIENCE: Nanos = 30 * SECOND;
+/// How long a fill tries again when the driver has no memory although the pool had room, before it lets others go first.
+const CREATE_PATIENCE: Nanos = 5 * SECOND;
 
 /// Why memory could not be moved.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,15 +44,18 @@ pub enum SwapError {
         /// What it said.
         result: CuResult,
     },
-    /// There is no host memory for a copy.
+    /// There is no host memory for a copy, or in place of the GPU's. Waiting may mend it.
     Host(String),
+    /// The GPU has no memory although the pool has. Waiting may mend it.
+    Gpu(String),
 }
 
 impl std::fmt::Display for SwapError {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Driver { call, result } => write!(out, "{call} said {result}"),
-            Self::Host(why) => write!(out, "no host memory for a copy: {why}"),
+            Self::Host(why) => write!(out, "no host memory: {why}"),
+            Self::Gpu(why) => write!(out, "no memory on the GPU: {why}"),
         }
     }
 }
@@ -76,6 +79,21 @@ fn lines(driver: &Driver) -> Result<(CUstream, Vec<Ends>), SwapError> {
 /// Makes an error of what the driver said to `call`.
 pub fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
     move |result| SwapError::Driver { call, result }
+}
+
+impl SwapError {
+    fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Driver { result: CuResult::OUT_OF_MEMORY, .. })
+    }
+}
+
+/// What it comes to that host memory could not be mapped.
+fn for_want_of_host_memory(error: SwapError) -> SwapError {
+    if error.is_out_of_memory() {
+        SwapError::Host("the driver gives none that the GPU can use".into())
+    } else {
+        error
+    }
 }
 
 /// A copy in flight, and what becomes of its chunk.
@@ -165,20 +183,17 @@ impl Swap {
         let ends = self.events.pop().expect("events for one copy more than are in flight");
         let begun = driver.event_record(ends.begin, self.stream);
         let copied = begun.and_then(|()| match &cargo {
-            Cargo::In { source: Some(copy), .. } => copy.in_use.runs(place.size).iter().try_for_each(
-                // SAFETY: the block has the bytes of its runs, one after the other, and stays until the event has
-                // passed.
-                |(at, from, length)| unsafe {
-                    let source = copy.block.as_ptr().add(*from as usize);
-                    driver.memcpy_htod_async(place.address + at, source, *length as usize, self.stream)
+            Cargo::In { source: Some(copy), .. } => copy.pieces(place.size).try_for_each(
+                // SAFETY: a piece of the copy's own memory, which stays until the event has passed.
+                |(at, source, length)| unsafe {
+                    driver.memcpy_htod_async(place.address + at, source, length as usize, self.stream)
                 },
             ),
             Cargo::In { source: None, .. } => Ok(()),
-            Cargo::Out { target, .. } => target.in_use.runs(place.size).iter().try_for_each(
+            Cargo::Out { target, .. } => target.pieces(place.size).try_for_each(
                 // SAFETY: as above, and nobody else writes to it.
-                |(at, to, length)| unsafe {
-                    let target = target.block.as_ptr().add(*to as usize);
-                    driver.memcpy_dtoh_async(target, place.address + at, *length as usize, self.stream)
+                |(at, target, length)| unsafe {
+                    driver.memcpy_dtoh_async(target, place.address + at, length as usize, self.stream)
                 },
             ),
         });
@@ -208,7 +223,7 @@ impl Swap {
                 source.map_or(Backing::Absent, Backing::Evicted)
             }
             Cargo::Out { handle, target } => {
-                self.shared.host.free(target.block);
+                self.shared.host.free(target.memory);
                 Backing::Device(handle)
             }
         };
@@ -234,7 +249,7 @@ impl Swap {
                 let backing = if overflow { Backing::Overflow(handle) } else { Backing::Device(handle) };
                 self.shared.memory().settle(place.address, backing);
                 if let Some(source) = source {
-                    self.shared.host.free(source.block);
+                    self.shared.host.free(source.memory);
                 }
             }
             Cargo::Out { handle, target } => self.gone(&place, handle, Backing::Evicted(target)),
@@ -276,7 +291,7 @@ impl Swap {
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
         let mut refused = None;
-        self.spill();
+        self.spill()?;
         loop {
             let next = self.shared.memory().next_missing();
             let Some((place, backing, spill)) = next else {
@@ -288,7 +303,7 @@ impl Swap {
                 // Less is usable than when the fill began.
                 Room::TooLarge => {
                     self.shared.memory().settle(place.address, backing);
-                    if self.spill() == 0 {
+                    if self.spill()? == 0 {
                         // Only room is missing, which nothing but the GPU can give.
                         self.shared.memory().deny_room();
                     }
@@ -313,9 +328,10 @@ impl Swap {
                     if !spill {
                         self.shared.books.give(place.granules());
                     }
-                    if spill || !self.may_try_again(&error, place.size, &mut refused) {
-                        return Err(error);
+                    if spill {
+                        return Err(for_want_of_host_memory(error));
                     }
+                    self.try_again(error, place.size, &mut refused)?;
                     continue;
                 }
             };
@@ -369,24 +385,33 @@ impl Swap {
     }
 
     /// Chooses what goes to host memory for want of room; says how many granules.
-    fn spill(&self) -> Granules {
+    ///
+    /// # Errors
+    /// The host has no memory for so many.
+    fn spill(&self) -> Result<Granules, SwapError> {
         let shortage = self.shortage();
         let mut memory = self.shared.memory();
         let spilled = memory.spill(shortage);
         drop(memory);
         if spilled > 0 {
+            let bytes = bytes_of(spilled);
+            self.shared.host.spare(bytes).map_err(|error| SwapError::Host(error.to_string()))?;
             tracing::info!(
                 gpu = %self.shared.gpu,
-                "{} more than the GPU has left beside the contexts: they are used from host memory, over the link",
-                format_size(u64::from(spilled) * GRANULE)
+                "{} more than the GPU has left for this process: they are used from host memory, over the link",
+                format_size(bytes)
             );
         }
-        spilled
+        Ok(spilled)
     }
 
     /// Room for a chunk of this size. Waits for the pool as long as the pool can ever have it.
     fn room_for(&self, granules: Granules) -> Room {
         let books = &self.shared.books;
+        // As long as there is room, nothing more need be known.
+        if books.admitted() && books.try_take(granules).is_ok() {
+            return Room::Ready;
+        }
         let too_large = || self.shortage() > 0;
         loop {
             if !books.admitted() {
@@ -445,8 +470,18 @@ impl Swap {
                 });
             match arrived {
                 Ok(handle) => {
-                    self.shared.release(&place, host);
-                    self.shared.map_at(&place, handle).inspect_err(|_| settle(Backing::Absent))?;
+                    self.shared.unmap(&place);
+                    if let Err(error) = self.shared.map_at(&place, handle) {
+                        let _ = driver.mem_release(handle);
+                        self.shared.books.give(place.granules());
+                        // Where it was, its bytes still are.
+                        let back = self.shared.map_at(&place, host);
+                        settle(Backing::Overflow(host));
+                        back?;
+                        tracing::debug!(gpu = %self.shared.gpu, "stays in host memory: {error}");
+                        break;
+                    }
+                    let _ = driver.mem_release(host);
                     settle(Backing::Device(handle));
                     self.copying += now() - began;
                     *moved += place.size;
@@ -467,52 +502,66 @@ impl Swap {
     }
 
     /// The driver had no room that the pool had: a context grew that is not counted yet, or a program uses
-    /// the GPU beside nvshare. Waits a little. False if that went on for too long.
-    fn may_try_again(&self, error: &SwapError, size: u64, refused: &mut Option<Nanos>) -> bool {
-        if !matches!(error, SwapError::Driver { result: CuResult::OUT_OF_MEMORY, .. }) {
-            return false;
+    /// the GPU beside nvshare. Waits a little.
+    ///
+    /// # Errors
+    /// That went on for too long, or something else is wrong.
+    fn try_again(&self, error: SwapError, size: u64, refused: &mut Option<Nanos>) -> Result<(), SwapError> {
+        if !error.is_out_of_memory() {
+            return Err(error);
         }
+        let why = || {
+            format!(
+                "the GPU has no room for {} that the pool had: a context has grown, or another program uses the GPU beside nvshare",
+                format_size(size)
+            )
+        };
         let since = *refused.get_or_insert_with(|| {
-            tracing::warn!(
-                gpu = %self.shared.gpu,
-                "the GPU has no room for {} that the pool had: a context has grown, or another program uses the GPU beside nvshare; trying again for {}",
-                format_size(size),
-                format_nanos(CREATE_PATIENCE)
-            );
+            tracing::warn!(gpu = %self.shared.gpu, "{}; trying again for {}", why(), format_nanos(CREATE_PATIENCE));
             now()
         });
+        if now() - since >= CREATE_PATIENCE {
+            return Err(SwapError::Gpu(why()));
+        }
         // Nothing announces that memory outside the books was freed.
         std::thread::sleep(Duration::from_millis(20));
-        now() - since < CREATE_PATIENCE
+        Ok(())
     }
 
+    /// Evicts so many granules, as far as there is host memory for them: when there is none for a chunk, smaller ones go.
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
         self.look()?;
-        let mut left = granules;
+        let (mut left, mut most, mut refused) = (granules, u64::MAX, None);
         while left > 0 {
-            let Some((place, backing, in_use)) = self.shared.memory().next_resident() else { break };
-            left = left.saturating_sub(place.granules());
+            let next = self.shared.memory().next_resident(most);
+            let Some((place, backing, in_use)) = next else { break };
             let Backing::Device(handle) = backing else {
                 self.shared.memory().settle(place.address, Backing::Absent);
                 self.shared.books.give(place.granules());
+                left = left.saturating_sub(place.granules());
                 continue;
             };
             let bytes = in_use.bytes(place.size);
             if bytes == 0 {
                 self.gone(&place, handle, Backing::Absent);
+                left = left.saturating_sub(place.granules());
                 continue;
             }
-            let target = match self.shared.host.alloc(bytes as usize) {
-                Ok(block) => HostCopy { block, in_use },
+            let target = match self.shared.host.alloc(bytes) {
+                Ok(memory) => HostCopy { memory, in_use },
                 Err(error) => {
                     self.shared.memory().settle(place.address, Backing::Device(handle));
-                    return Err(SwapError::Host(error.to_string()));
+                    // Less each time, so this ends.
+                    most = error.left().min(bytes - GRANULE);
+                    refused = Some(SwapError::Host(error.to_string()));
+                    continue;
                 }
             };
             *moved += bytes;
+            left = left.saturating_sub(place.granules());
             self.launch(place, Cargo::Out { handle, target })?;
         }
-        Ok(())
+        refused.filter(|_| left > 0).map_or(Ok(()), Err)
     }
 
     /// Finds out what of the client's memory is in use, where that is not known. Only while none of its work

@@ -16,7 +16,7 @@
 
 use crate::abi::*;
 use crate::device::Shared;
-use crate::memory::{Allocation, Backing, Memory, Region, View};
+use crate::memory::{Allocation, Backing, Chunk, Memory, Region, View};
 use nvshare::units::{GRANULE, format_size};
 use std::ops::Range;
 
@@ -264,8 +264,10 @@ impl Shared {
             return Some(Err(CuResult::INVALID_VALUE));
         }
         Some(match region.chunks.as_slice() {
-            [chunk] if matches!(chunk.backing, Backing::Device(_)) => {
-                self.fix(region).map(|handles| handles[0].0)
+            [Chunk { backing: Backing::Device(physical), .. }] => {
+                let physical = *physical;
+                self.books.fix(memory.fix(handle));
+                Ok(physical)
             }
             // Too large for one piece, or not on the GPU.
             _ => {
@@ -289,29 +291,12 @@ impl Shared {
     pub fn share(&self, address: CUdeviceptr) -> Result<Allocation, CuResult> {
         let mut memory = self.memory_at_rest();
         let allocation = memory.containing(address).ok_or(CuResult::INVALID_VALUE)?;
-        let region = memory.region_mut(allocation.region).ok_or(CuResult::INVALID_VALUE)?;
-        if !self.exportable {
+        let region = memory.region(allocation.region).ok_or(CuResult::INVALID_VALUE)?;
+        let in_place = |chunk: &Chunk| matches!(chunk.backing, Backing::Device(_));
+        if !self.exportable || !region.chunks.iter().all(in_place) {
             return Err(CuResult::NOT_SUPPORTED);
         }
-        self.fix(region)?;
+        self.books.fix(memory.fix(allocation.region));
         Ok(allocation)
-    }
-
-    /// Fixes all chunks of a region.
-    fn fix(&self, region: &mut Region) -> Result<Vec<(CUmemGenericAllocationHandle, u64)>, CuResult> {
-        let handles: Option<Vec<_>> = region
-            .chunks
-            .iter()
-            .map(|chunk| match chunk.backing {
-                Backing::Device(handle) => Some((handle, chunk.size)),
-                _ => None,
-            })
-            .collect();
-        let handles = handles.ok_or(CuResult::NOT_SUPPORTED)?;
-        for chunk in region.chunks.iter_mut().filter(|chunk| !chunk.fixed) {
-            chunk.fixed = true;
-            self.books.fix(chunk.granules());
-        }
-        Ok(handles)
     }
 }

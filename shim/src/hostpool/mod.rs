@@ -12,25 +12,34 @@
 //! [`forget`]: its copy of the books describes memory that it does not have.
 //!
 //! What the application may need one day is *committed* when it allocates: if host memory could not hold
-//! it, the allocation is refused then, and nobody is killed for it later. An arena is held to the same
-//! bound, measured anew, since others may have taken what was there when the promise was made: then a
-//! block is refused, and the caller may try again.
+//! it, the allocation is refused then, and nobody is killed for it later. A commitment holds however the pool's
+//! free memory lies: what is asked for comes in several blocks if it must, and an arena that the kernel does not map as
+//! a whole is made smaller.
+//!
+//! An arena is held to the same bound, measured anew, and again and again while its pages are put in place, since others
+//! may have taken what was there when the promise was made, or take it at this moment ([`promises::step`]). Then there
+//! is less, and the caller may try again.
 //!
 //! The bound is on the pool as a whole: what the machine leaves now plus what the pool holds now. This sum
 //! stays as it is while the pool grows and shrinks, so it can be kept for a while, which the first term
-//! alone could not. It is measured while nobody resizes, because an arena in the making is in neither.
+//! alone could not. It is measured while nobody resizes, because an arena in the making is in neither. What other pools
+//! have promised and do not hold is taken off ([`promises`]).
 
 mod limits;
 mod prefault;
+mod promises;
 
-use limits::HostLimits;
+pub use promises::Board;
+
+use limits::{HostLimits, Sharers};
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Nanos, SECOND, format_nanos, format_size};
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use promises::Promises;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// How long a measured bound is believed.
 const BELIEVED: Nanos = SECOND;
@@ -42,10 +51,11 @@ const NEAR: u64 = 1 << 30;
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
 /// For the child of a fork, before it does anything else: the pools that exist are its parent's. They
-/// refuse everything from now on, and leave memory and driver alone when they are dropped. One atomic
-/// addition and no lock, so a fork handler may call it.
+/// refuse everything from now on, and leave memory and driver alone when they are dropped. Two atomic
+/// writes and no lock, so a fork handler may call it.
 pub fn forget() {
     FORKS.fetch_add(1, Ordering::Relaxed);
+    promises::forget();
 }
 
 /// Registers host memory with the driver, so that the GPU copies it at full speed.
@@ -89,6 +99,8 @@ pub enum HostPoolError {
     Map {
         /// Bytes asked for.
         wanted: u64,
+        /// Bytes that are free in the pool.
+        left: u64,
         /// What it said.
         why: String,
     },
@@ -107,7 +119,7 @@ impl std::fmt::Display for HostPoolError {
                 out,
                 "host memory for evicted data belongs to the process that this one was forked from: start the process anew (spawn or forkserver) instead of using its GPU after a fork"
             ),
-            Self::Map { wanted, why } => write!(
+            Self::Map { wanted, why, .. } => write!(
                 out,
                 "the kernel maps no {} of host memory for evicted data: {why}. Look at ulimit -v, vm.max_map_count and vm.overcommit_memory",
                 format_size(*wanted)
@@ -118,8 +130,18 @@ impl std::fmt::Display for HostPoolError {
 
 impl std::error::Error for HostPoolError {}
 
+impl HostPoolError {
+    /// Bytes that can be had all the same, at this moment.
+    pub fn left(&self) -> u64 {
+        match self {
+            Self::Bound { left, .. } | Self::Map { left, .. } => *left,
+            Self::Forked => 0,
+        }
+    }
+}
+
 /// How the pool grows and how far.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HostPoolConfig {
     /// The most bytes, if the user set a bound.
     pub limit: Option<u64>,
@@ -130,8 +152,8 @@ pub struct HostPoolConfig {
     pub step: u64,
     /// Threads that touch a new arena.
     pub threads: usize,
-    /// Where `/proc` and `/sys` are found: `/` but in tests.
-    pub root: PathBuf,
+    /// What machine, control groups and process leave at this moment.
+    pub limits: Arc<dyn Fn() -> Vec<HostLimits> + Send + Sync>,
 }
 
 impl Default for HostPoolConfig {
@@ -142,14 +164,14 @@ impl Default for HostPoolConfig {
             arena: 512 << 20,
             step: crate::memory::CHUNK,
             threads: cores.min(8),
-            root: "/".into(),
+            limits: Arc::new(|| HostLimits::probe(Path::new("/"))),
         }
     }
 }
 
 /// A piece of an arena. Not `Clone`: whoever has it owns the bytes.
 #[derive(Debug)]
-pub struct HostBlock {
+struct HostBlock {
     address: NonNull<u8>,
     length: usize,
 }
@@ -159,86 +181,92 @@ unsafe impl Send for HostBlock {}
 // SAFETY: a shared block hands out nothing but its address.
 unsafe impl Sync for HostBlock {}
 
-impl HostBlock {
-    /// Its first byte.
-    pub fn as_ptr(&self) -> *mut u8 {
-        self.address.as_ptr()
+/// Memory of the pool: whole granules, in one block or in several. Not `Clone`: whoever has it owns the bytes.
+#[derive(Debug)]
+pub struct HostMemory {
+    blocks: Vec<HostBlock>,
+}
+
+impl HostMemory {
+    /// Bytes.
+    pub fn length(&self) -> u64 {
+        self.blocks.iter().map(|block| block.length as u64).sum()
+    }
+
+    /// Where `length` bytes from the byte `from` lie: address and length of each piece, in order.
+    pub fn pieces(&self, from: u64, length: u64) -> impl Iterator<Item = (*mut u8, u64)> {
+        let (mut skip, mut left) = (from, length);
+        self.blocks.iter().filter_map(move |block| {
+            let whole = block.length as u64;
+            let (at, here) = (skip.min(whole), whole.saturating_sub(skip).min(left));
+            (skip, left) = (skip - at, left - here);
+            // SAFETY: within the block.
+            (here > 0).then(|| (unsafe { block.address.as_ptr().add(at as usize) }, here))
+        })
     }
 
     /// Cuts it in two, the first of `length` bytes: whole granules, fewer than it has.
-    pub fn split_at(self, length: usize) -> (Self, Self) {
-        assert!(
-            length < self.length && length.is_multiple_of(GRANULE as usize),
-            "both parts are whole granules"
-        );
-        // SAFETY: within the block.
-        let rest = unsafe { self.address.add(length) };
-        (Self { address: self.address, length }, Self { address: rest, length: self.length - length })
+    pub fn split_at(self, length: u64) -> (Self, Self) {
+        assert!(length < self.length() && length.is_multiple_of(GRANULE), "both parts are whole granules");
+        let (mut first, mut rest, mut left) = (Vec::new(), Vec::new(), length as usize);
+        for block in self.blocks {
+            let HostBlock { address, length } = block;
+            let here = length.min(left);
+            left -= here;
+            if here > 0 {
+                first.push(HostBlock { address, length: here });
+            }
+            if here < length {
+                // SAFETY: within the block.
+                rest.push(HostBlock { address: unsafe { address.add(here) }, length: length - here });
+            }
+        }
+        (Self { blocks: first }, Self { blocks: rest })
     }
 }
 
+/// A mapping of the pool's.
 struct Arena {
-    address: NonNull<u8>,
     length: usize,
     pinned: bool,
-    /// Offset and length of what is free, apart from each other.
+    /// Address and length of what is free, apart from each other.
     free: BTreeMap<usize, usize>,
 }
 
-// SAFETY: an arena is a mapping that the pool owns; only the pool touches its description.
-unsafe impl Send for Arena {}
-
 impl Arena {
-    /// The length of the smallest gap that holds `length`, and where it is.
-    fn fit(&self, length: usize) -> Option<(usize, usize)> {
-        self.free.iter().filter(|(_, gap)| **gap >= length).map(|(offset, gap)| (*gap, *offset)).min()
-    }
-
-    fn take(&mut self, (gap, offset): (usize, usize), length: usize) -> HostBlock {
-        self.free.remove(&offset);
-        if gap > length {
-            self.free.insert(offset + length, gap - length);
-        }
-        // SAFETY: the gap lies inside the arena.
-        HostBlock { address: unsafe { self.address.add(offset) }, length }
-    }
-
-    fn contains(&self, block: &HostBlock) -> bool {
-        let begin = self.address.as_ptr() as usize;
-        (begin..begin + self.length).contains(&(block.as_ptr() as usize))
-    }
-
-    fn give(&mut self, block: &HostBlock) {
-        let mut offset = block.as_ptr() as usize - self.address.as_ptr() as usize;
-        let mut length = block.length;
-        if let Some((before, gap)) = self.free.range(..offset).next_back().map(|(o, l)| (*o, *l))
-            && before + gap == offset
-        {
-            self.free.remove(&before);
-            (offset, length) = (before, gap + length);
-        }
-        if let Some(gap) = self.free.remove(&(offset + length)) {
-            length += gap;
-        }
-        self.free.insert(offset, length);
-    }
-
     fn unused(&self) -> bool {
-        self.free.get(&0) == Some(&self.length)
+        self.free.first_key_value().is_some_and(|(_, length)| *length == self.length)
     }
 }
 
-/// What the pool may hold in all.
+/// A free piece: whether it is not pinned, its length and its address. In order: pinned memory first, and the smallest.
+type Gap = (bool, usize, usize);
+
+/// What the pool may hold in all, by each of the limits, as if other pools were promised nothing.
 #[derive(Debug, Clone)]
 struct Bound {
     measured: Nanos,
-    most: u64,
-    what: String,
+    limits: Vec<HostLimits>,
+}
+
+impl Bound {
+    /// The limit that leaves least: of all, or of those that are shared with others.
+    fn tightest(limits: &[HostLimits]) -> HostLimits {
+        let none = HostLimits { bytes: u64::MAX, sharers: Sharers::Machine, bound: "nothing".into() };
+        limits.iter().min_by_key(|limits| limits.bytes).cloned().unwrap_or(none)
+    }
 }
 
 #[derive(Default)]
 struct State {
-    arenas: Vec<Arena>,
+    /// By address.
+    arenas: BTreeMap<usize, Arena>,
+    /// What is free in all of them.
+    gaps: BTreeSet<Gap>,
+    /// Bytes of all arenas.
+    capacity: u64,
+    /// Bytes of all gaps.
+    free: u64,
     committed: u64,
     bound: Option<Bound>,
     /// A thread adds or removes arenas.
@@ -249,15 +277,95 @@ struct State {
 }
 
 impl State {
-    fn capacity(&self) -> u64 {
-        self.arenas.iter().map(|arena| arena.length as u64).sum()
+    fn add(&mut self, address: NonNull<u8>, length: usize, pinned: bool) {
+        let begin = address.as_ptr() as usize;
+        let free = BTreeMap::from([(begin, length)]);
+        self.arenas.insert(begin, Arena { length, pinned, free });
+        self.gaps.insert((!pinned, length, begin));
+        self.capacity += length as u64;
+        self.free += length as u64;
     }
 
-    /// From the smallest gap that fits, so that the large ones last; pinned memory first.
-    fn take(&mut self, length: usize) -> Option<HostBlock> {
-        let fits = self.arenas.iter_mut().filter_map(|arena| Some((arena.fit(length)?, arena)));
-        let (gap, arena) = fits.min_by_key(|(gap, arena)| (!arena.pinned, *gap))?;
-        Some(arena.take(gap, length))
+    /// Takes an arena away that has no block in use.
+    fn remove(&mut self, begin: usize) -> Option<Arena> {
+        let arena = self.arenas.remove(&begin)?;
+        self.gaps.remove(&(!arena.pinned, arena.length, begin));
+        self.capacity -= arena.length as u64;
+        self.free -= arena.length as u64;
+        Some(arena)
+    }
+
+    /// So many bytes: from the smallest gap that fits, so that the large ones last; if none does, from the largest
+    /// ones. Pinned memory first.
+    fn take(&mut self, length: usize) -> Option<HostMemory> {
+        if self.free < length as u64 {
+            return None;
+        }
+        let (mut blocks, mut left) = (Vec::new(), length);
+        while left > 0 {
+            let gap = self.gap_for(left)?;
+            let (_, size, address) = gap;
+            let taken = size.min(left);
+            self.shorten(gap, taken);
+            blocks.push(HostBlock { address: NonNull::new(address as *mut u8)?, length: taken });
+            left -= taken;
+        }
+        Some(HostMemory { blocks })
+    }
+
+    /// The smallest gap of `length`, or the largest that there is.
+    fn gap_for(&self, length: usize) -> Option<Gap> {
+        let kinds = [false, true];
+        let of = |unpinned: bool, from| (unpinned, from, 0)..=(unpinned, usize::MAX, usize::MAX);
+        let fits = kinds.iter().find_map(|unpinned| self.gaps.range(of(*unpinned, length)).next());
+        let largest = || kinds.iter().find_map(|unpinned| self.gaps.range(of(*unpinned, 0)).next_back());
+        fits.or_else(largest).copied()
+    }
+
+    /// Takes so many bytes from the beginning of a gap.
+    fn shorten(&mut self, gap: Gap, taken: usize) {
+        let (unpinned, size, address) = gap;
+        self.gaps.remove(&gap);
+        self.free -= taken as u64;
+        let Some((_, arena)) = self.arenas.range_mut(..=address).next_back() else { return };
+        arena.free.remove(&address);
+        if size > taken {
+            arena.free.insert(address + taken, size - taken);
+            self.gaps.insert((unpinned, size - taken, address + taken));
+        }
+    }
+
+    /// Takes a block back. False if it lies in no arena.
+    fn give(&mut self, block: &HostBlock) -> bool {
+        let (mut begin, mut length) = (block.address.as_ptr() as usize, block.length);
+        let found = self.arenas.range_mut(..=begin).next_back();
+        let Some((_, arena)) = found.filter(|(at, arena)| begin - **at < arena.length) else { return false };
+        let unpinned = !arena.pinned;
+        self.free += length as u64;
+        if let Some((before, gap)) = arena.free.range(..begin).next_back().map(|(at, gap)| (*at, *gap))
+            && before + gap == begin
+        {
+            arena.free.remove(&before);
+            self.gaps.remove(&(unpinned, gap, before));
+            (begin, length) = (before, gap + length);
+        }
+        if let Some(gap) = arena.free.remove(&(begin + length)) {
+            self.gaps.remove(&(unpinned, gap, begin + length));
+            length += gap;
+        }
+        arena.free.insert(begin, length);
+        self.gaps.insert((unpinned, length, begin));
+        true
+    }
+
+    /// An arena is registered, or no more.
+    fn set_pinned(&mut self, begin: usize, pinned: bool) {
+        let Some(arena) = self.arenas.get_mut(&begin) else { return };
+        for (address, length) in &arena.free {
+            self.gaps.remove(&(!arena.pinned, *length, *address));
+            self.gaps.insert((!pinned, *length, *address));
+        }
+        arena.pinned = pinned;
     }
 }
 
@@ -265,10 +373,11 @@ impl State {
 pub struct HostPool {
     config: HostPoolConfig,
     pinner: Box<dyn Pinner>,
+    promises: Promises,
     /// The value of [`FORKS`] when it was made.
     forks: u32,
     state: Mutex<State>,
-    /// A resize ended, or a block was given back.
+    /// A resize ended, or memory was given back.
     changed: Condvar,
 }
 
@@ -284,9 +393,10 @@ impl Drop for Resizing<'_> {
 
 impl HostPool {
     /// An empty pool.
-    pub fn new(config: HostPoolConfig, pinner: Box<dyn Pinner>) -> Self {
+    pub fn new(config: HostPoolConfig, pinner: Box<dyn Pinner>, board: Box<dyn Board>) -> Self {
         let forks = FORKS.load(Ordering::Relaxed);
-        Self { config, pinner, forks, state: Mutex::default(), changed: Condvar::new() }
+        let promises = Promises::new(board);
+        Self { config, pinner, promises, forks, state: Mutex::default(), changed: Condvar::new() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -320,7 +430,12 @@ impl HostPool {
 
     /// Bytes in the pool, free or not.
     pub fn capacity(&self) -> u64 {
-        if self.forked() { 0 } else { self.state().capacity() }
+        if self.forked() { 0 } else { self.state().capacity }
+    }
+
+    /// Bytes in the pool that nothing uses.
+    pub fn free_bytes(&self) -> u64 {
+        if self.forked() { 0 } else { self.state().free }
     }
 
     /// Reserves room for `bytes` that may one day be evicted, without taking it.
@@ -331,28 +446,51 @@ impl HostPool {
     /// The bound would be passed.
     pub fn commit(&self, bytes: u64) -> Result<(), HostPoolError> {
         self.ours()?;
-        {
-            let mut state = self.state();
-            let wanted = state.committed.saturating_add(bytes);
-            // While somebody resizes there is nothing to measure, and an old bound must do.
-            let fits = state.bound.as_ref().is_some_and(|bound| {
-                (now().saturating_sub(bound.measured) < BELIEVED || state.resizing)
-                    && wanted.saturating_add(NEAR) <= bound.most
-            });
-            if fits {
-                state.committed = wanted;
-                return Ok(());
-            }
-        }
-        let bound = self.measure(&self.resize());
+        let measured = self.believed(bytes);
+        let bound = measured.unwrap_or_else(|| self.measure(&self.resize()));
         let mut state = self.state();
-        let wanted = state.committed.saturating_add(bytes);
-        if wanted > bound.most {
-            let left = bound.most.saturating_sub(state.committed);
-            return Err(HostPoolError::Bound { wanted: bytes, left, bound: bound.what });
+        let before = state.committed;
+        state.committed = before.saturating_add(bytes);
+        // Published first: of two that promise at a time, one at least sees the other.
+        self.publish(&state);
+        let tightest = self.beside_others(&bound);
+        if state.committed > tightest.bytes {
+            state.committed = before;
+            self.publish(&state);
+            let left = tightest.bytes.saturating_sub(before);
+            return Err(HostPoolError::Bound { wanted: bytes, left, bound: tightest.bound });
         }
-        state.committed = wanted;
         Ok(())
+    }
+
+    /// The bound as it was last measured, if that is not long ago and `bytes` more stay far from it.
+    fn believed(&self, bytes: u64) -> Option<Bound> {
+        let state = self.state();
+        let bound = state.bound.as_ref()?;
+        // While somebody resizes there is nothing to measure, and an old bound must do.
+        let fresh = now().saturating_sub(bound.measured) < BELIEVED || state.resizing;
+        let wanted = state.committed.saturating_add(bytes).saturating_add(NEAR);
+        (fresh && wanted <= self.beside_others(bound).bytes).then(|| bound.clone())
+    }
+
+    /// What the pool may hold beside what others were promised.
+    fn beside_others(&self, bound: &Bound) -> HostLimits {
+        let others = self.promises.others();
+        let less = |limits: &HostLimits| {
+            let taken = others.below(limits.sharers);
+            let bound = match taken {
+                0 => limits.bound.clone(),
+                _ => format!("{}, of which other jobs were promised {}", limits.bound, format_size(taken)),
+            };
+            HostLimits { bytes: limits.bytes.saturating_sub(taken), bound, ..*limits }
+        };
+        Bound::tightest(&bound.limits.iter().map(less).collect::<Vec<_>>())
+    }
+
+    /// Tells others what this pool has promised and does not hold.
+    fn publish(&self, state: &State) {
+        let limits = state.bound.as_ref().map_or(&[] as &[_], |bound| bound.limits.as_slice());
+        self.promises.publish(state.committed.saturating_sub(state.capacity), limits);
     }
 
     /// Takes a reservation back.
@@ -360,23 +498,22 @@ impl HostPool {
         if !self.forked() {
             let mut state = self.state();
             state.committed = state.committed.saturating_sub(bytes);
+            self.publish(&state);
         }
     }
 
     /// Looks at the machine. The books are the machine's while nobody else resizes.
     fn measure(&self, _resizing: &Resizing<'_>) -> Bound {
-        let limits = HostLimits::probe(&self.config.root);
+        let mut limits = (self.config.limits)();
         let mut state = self.state();
-        let mut bound = Bound {
-            measured: now(),
-            most: limits.bytes.saturating_add(state.capacity()),
-            what: limits.bound,
-        };
-        if let Some(limit) = self.config.limit
-            && limit < bound.most
-        {
-            (bound.most, bound.what) = (limit, format!("NVSHARE_HOST_MEMORY={}", format_size(limit)));
+        for limit in &mut limits {
+            limit.bytes = limit.bytes.saturating_add(state.capacity);
         }
+        if let Some(limit) = self.config.limit {
+            let bound = format!("NVSHARE_HOST_MEMORY={}", format_size(limit));
+            limits.push(HostLimits { bytes: limit, sharers: Sharers::Pool, bound });
+        }
+        let bound = Bound { measured: now(), limits };
         state.bound = Some(bound.clone());
         bound
     }
@@ -393,28 +530,72 @@ impl HostPool {
             if missing == 0 {
                 return Ok(());
             }
-            let bound = self.measure(&resizing);
+            let bound = Bound::tightest(&self.measure(&resizing).limits);
             let left = self.left(&bound);
             if left == 0 {
-                return Err(HostPoolError::Bound { wanted: missing, left, bound: bound.what });
+                let left = self.free_bytes();
+                return Err(HostPoolError::Bound { wanted: missing, left, bound: bound.bound });
             }
             self.grow(&resizing, self.arena_for(missing, left))?;
         }
     }
 
-    /// A block of `length` bytes, rounded up to whole granules. Its content is what was there before.
+    /// Grows until `most` bytes are free, or as many as the bound allows, but not for fewer than `least`.
     ///
     /// # Errors
-    /// Nothing free is large enough, and the bound or the kernel gives no more.
-    pub fn alloc(&self, length: usize) -> Result<HostBlock, HostPoolError> {
+    /// There cannot be `least` bytes, or the kernel refused.
+    pub fn make_free(&self, least: u64, most: u64) -> Result<(), HostPoolError> {
         self.ours()?;
-        let rounded = length.max(1).checked_next_multiple_of(GRANULE as usize);
-        let length = rounded.unwrap_or(usize::MAX);
+        let (free, capacity) = {
+            let state = self.state();
+            (state.free, state.capacity)
+        };
+        if free < least {
+            let bound = Bound::tightest(&self.measure(&self.resize()).limits);
+            let left = self.left(&bound).saturating_add(free);
+            if left < least {
+                return Err(HostPoolError::Bound { wanted: least, left, bound: bound.bound });
+            }
+        }
+        self.ensure(capacity.saturating_add(most.saturating_sub(free)))
+    }
+
+    /// Whether the bounds leave `bytes` outside the pool: host memory that somebody else makes for what the pool has
+    /// promised.
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn spare(&self, bytes: u64) -> Result<(), HostPoolError> {
+        self.ours()?;
+        let resizing = self.resize();
+        let measure = || {
+            let bound = Bound::tightest(&self.measure(&resizing).limits);
+            (self.left(&bound), bound)
+        };
+        let (mut left, mut bound) = measure();
+        if left < bytes {
+            self.release(&resizing, 0);
+            (left, bound) = measure();
+        }
+        if left < bytes {
+            return Err(HostPoolError::Bound { wanted: bytes, left, bound: bound.bound });
+        }
+        Ok(())
+    }
+
+    /// `length` bytes, rounded up to whole granules. Their content is what was there before.
+    ///
+    /// # Errors
+    /// There are not so many free, and the bound or the kernel gives no more.
+    pub fn alloc(&self, length: u64) -> Result<HostMemory, HostPoolError> {
+        self.ours()?;
+        let rounded = length.max(1).checked_next_multiple_of(GRANULE);
+        let length = rounded.and_then(|length| usize::try_from(length).ok()).unwrap_or(usize::MAX);
         loop {
             let mut state = self.state();
             loop {
-                if let Some(block) = state.take(length) {
-                    return Ok(block);
+                if let Some(memory) = state.take(length) {
+                    return Ok(memory);
                 }
                 if !state.resizing {
                     break;
@@ -422,26 +603,19 @@ impl HostPool {
                 state = self.wait(state);
             }
             state.resizing = true;
+            let promised = state.committed.saturating_sub(state.capacity);
+            let free = state.free;
             drop(state);
             let resizing = Resizing(self);
-            let length = length as u64;
-            // What is free lies in arenas that are too small for this block, and often for the next.
-            let promised = self.state().committed;
-            if self.capacity().saturating_add(length) > promised {
-                self.release(&resizing, promised.saturating_sub(length));
+            let missing = (length as u64).saturating_sub(free);
+            let bound = Bound::tightest(&self.measure(&resizing).limits);
+            let left = self.left(&bound);
+            if left < missing {
+                let left = left.saturating_add(free);
+                return Err(HostPoolError::Bound { wanted: length as u64, left, bound: bound.bound });
             }
-            let bound = self.measure(&resizing);
-            let mut left = self.left(&bound);
-            if left < length && left.saturating_add(self.unused()) >= length {
-                self.release(&resizing, 0);
-                left = self.left(&bound);
-            }
-            if left < length {
-                return Err(HostPoolError::Bound { wanted: length, left, bound: bound.what });
-            }
-            // Somebody waits for this block: nothing is made for him that nobody may ever want.
-            let wanted = promised.saturating_sub(self.capacity());
-            self.grow(&resizing, length.max(self.arena_for(wanted, left)))?;
+            // Somebody waits for this: nothing is made for him that nobody may ever want.
+            self.grow(&resizing, missing.max(self.arena_for(promised, left)))?;
         }
     }
 
@@ -452,25 +626,21 @@ impl HostPool {
     }
 
     /// Whole granules by which the pool may grow.
-    fn left(&self, bound: &Bound) -> u64 {
-        let left = bound.most.saturating_sub(self.capacity());
+    fn left(&self, bound: &HostLimits) -> u64 {
+        let left = bound.bytes.saturating_sub(self.capacity());
         left - left % GRANULE
     }
 
-    fn unused(&self) -> u64 {
-        let state = self.state();
-        state.arenas.iter().filter(|arena| arena.unused()).map(|arena| arena.length as u64).sum()
-    }
-
-    /// Takes a block back. Its memory stays for the next one.
-    pub fn free(&self, block: HostBlock) {
+    /// Takes memory back. It stays for the next one.
+    pub fn free(&self, memory: HostMemory) {
         if self.forked() {
             return;
         }
         let mut state = self.state();
-        match state.arenas.iter_mut().find(|arena| arena.contains(&block)) {
-            Some(arena) => arena.give(&block),
-            None => tracing::error!("a host block at {:p} is in no arena: it is leaked", block.as_ptr()),
+        for block in &memory.blocks {
+            if !state.give(block) {
+                tracing::error!("a host block at {:p} is in no arena: it is leaked", block.address);
+            }
         }
         if state.waiting > 0 {
             self.changed.notify_all();
@@ -488,15 +658,18 @@ impl HostPool {
         let mut gone = Vec::new();
         {
             let mut state = self.state();
-            let mut held = state.capacity();
-            let spare = |arena: &Arena, held: u64| arena.unused() && held - arena.length as u64 >= keep;
-            while let Some(index) = state.arenas.iter().position(|arena| spare(arena, held)) {
-                let arena = state.arenas.swap_remove(index);
-                held -= arena.length as u64;
-                gone.push(arena);
+            let mut held = state.capacity;
+            let unused = state.arenas.iter().filter(|(_, arena)| arena.unused());
+            let lengths: Vec<_> = unused.map(|(begin, arena)| (*begin, arena.length as u64)).collect();
+            for (begin, length) in lengths {
+                if held - length >= keep {
+                    held -= length;
+                    gone.extend(state.remove(begin).map(|arena| (begin, arena)));
+                }
             }
+            self.publish(&state);
         }
-        gone.iter().for_each(|arena| self.unmap(arena));
+        gone.iter().for_each(|(begin, arena)| self.unmap(*begin, arena));
     }
 
     /// Registers everything anew after `change`, which moves the pinner to another context. The caller sees
@@ -508,23 +681,20 @@ impl HostPool {
         // Nobody makes or releases an arena meanwhile.
         let _resizing = self.resize();
         let arenas: Vec<_> =
-            self.state().arenas.iter().map(|arena| (arena.address, arena.length, arena.pinned)).collect();
-        for (address, length, _) in arenas.iter().filter(|(_, _, pinned)| *pinned) {
-            self.pinner.unpin(address.as_ptr(), *length);
+            self.state().arenas.iter().map(|(begin, arena)| (*begin, arena.length, arena.pinned)).collect();
+        for (begin, length, _) in arenas.iter().filter(|(_, _, pinned)| *pinned) {
+            self.pinner.unpin(*begin as *mut u8, *length);
         }
         change();
-        for (address, length, _) in arenas {
-            let pinned = self.pin(address, length);
-            let mut state = self.state();
-            if let Some(arena) = state.arenas.iter_mut().find(|arena| arena.address == address) {
-                arena.pinned = pinned;
-            }
+        for (begin, length, _) in arenas {
+            let pinned = self.pin(begin as *mut u8, length);
+            self.state().set_pinned(begin, pinned);
         }
     }
 
     /// Registers memory. Whether it could be; if not, says so once.
-    fn pin(&self, address: NonNull<u8>, length: usize) -> bool {
-        let Err(PinError(why)) = self.pinner.pin(address.as_ptr(), length) else { return true };
+    fn pin(&self, address: *mut u8, length: usize) -> bool {
+        let Err(PinError(why)) = self.pinner.pin(address, length) else { return true };
         if !std::mem::replace(&mut self.state().warned, true) {
             tracing::warn!(
                 "host memory could not be pinned, so switches will be 3 to 6 times slower: {why}. This process may lock {} (RLIMIT_MEMLOCK); if that is less than its GPU memory, raise it (ulimit -l unlimited, LimitMEMLOCK=infinity, docker run --ulimit memlock=-1) and start the process again",
@@ -534,37 +704,79 @@ impl HostPool {
         false
     }
 
-    fn unmap(&self, arena: &Arena) {
+    fn unmap(&self, begin: usize, arena: &Arena) {
+        let address = begin as *mut u8;
         if arena.pinned {
-            self.pinner.unpin(arena.address.as_ptr(), arena.length);
+            self.pinner.unpin(address, arena.length);
         }
         // SAFETY: the arena is out of the pool with no block of it in use, so nobody knows the memory.
-        if unsafe { libc::munmap(arena.address.as_ptr().cast(), arena.length) } != 0 {
+        if unsafe { libc::munmap(address.cast(), arena.length) } != 0 {
             let error = std::io::Error::last_os_error();
             tracing::error!("{} of host memory stays mapped: {error}", format_size(arena.length as u64));
         }
     }
 
-    /// Makes an arena of `length` bytes, outside the lock.
-    fn grow(&self, _resizing: &Resizing<'_>, length: u64) -> Result<(), HostPoolError> {
-        let refused = |why| HostPoolError::Map { wanted: length, why };
+    /// Makes an arena of `length` bytes, outside the lock, or a smaller one: what the kernel maps, and what the bound
+    /// still allows while the pages come.
+    fn grow(&self, resizing: &Resizing<'_>, length: u64) -> Result<(), HostPoolError> {
         let began = now();
-        let bytes = usize::try_from(length).map_err(|error| refused(error.to_string()))?;
-        let address = prefault::map(bytes).map_err(|error| refused(error.to_string()))?;
-        prefault::prefault(address, bytes, self.config.threads);
-        let pinned = self.pin(address, bytes);
+        let (address, mapped) = self.map(length)?;
+        let mut refused = None;
+        let length = prefault::prefault(address, mapped, self.config.threads, |unfinished| {
+            let tightest = self.shared_left();
+            let step = promises::step(tightest.bytes.saturating_sub(unfinished));
+            if step == 0 {
+                refused = Some(tightest.bound);
+            }
+            step
+        });
+        prefault::cut(address, length, mapped);
+        if length == 0 {
+            let bound = refused.unwrap_or_default();
+            return Err(HostPoolError::Bound { wanted: mapped as u64, left: self.free_bytes(), bound });
+        }
+        let pinned = self.pin(address.as_ptr(), length);
         let mut state = self.state();
-        let free = BTreeMap::from([(0, bytes)]);
-        state.arenas.push(Arena { address, length: bytes, pinned, free });
-        let capacity = state.capacity();
+        state.add(address, length, pinned);
+        let capacity = state.capacity;
+        self.publish(&state);
         drop(state);
+        if refused.is_some() {
+            self.measure(resizing);
+        }
         tracing::debug!(
             "the pool of host memory grew by {} to {} in {}",
-            format_size(length),
+            format_size(length as u64),
             format_size(capacity),
             format_nanos(now() - began)
         );
         Ok(())
+    }
+
+    /// Maps as much of `length` as the kernel gives in one piece: half as much, and half of that, if it must be.
+    fn map(&self, length: u64) -> Result<(NonNull<u8>, usize), HostPoolError> {
+        let mut bytes = length;
+        loop {
+            let tried = usize::try_from(bytes)
+                .map_err(std::io::Error::other)
+                .and_then(|bytes| prefault::map(bytes).map(|address| (address, bytes)));
+            match tried {
+                Ok(mapped) => return Ok(mapped),
+                Err(_) if bytes > GRANULE => bytes = (bytes / 2).next_multiple_of(GRANULE),
+                Err(error) => {
+                    let (left, why) = (self.free_bytes(), error.to_string());
+                    return Err(HostPoolError::Map { wanted: length, left, why });
+                }
+            }
+        }
+    }
+
+    /// What those limits leave now that others draw on too: while an arena is made, others may make one.
+    fn shared_left(&self) -> HostLimits {
+        let mut limits = (self.config.limits)();
+        // The mapping itself counts against the process's own already.
+        limits.retain(|limits| matches!(limits.sharers, Sharers::Group(_) | Sharers::Machine));
+        Bound::tightest(&limits)
     }
 }
 
@@ -574,10 +786,11 @@ impl Drop for HostPool {
             return;
         }
         // What a block still uses stays mapped: its holder may yet touch it.
-        let arenas = std::mem::take(&mut self.state().arenas);
-        for arena in arenas.iter().filter(|arena| arena.unused()) {
-            self.unmap(arena);
+        let arenas = std::mem::take(&mut *self.state()).arenas;
+        for (begin, arena) in arenas.iter().filter(|(_, arena)| arena.unused()) {
+            self.unmap(*begin, arena);
         }
+        self.promises.publish(0, &[]);
     }
 }
 

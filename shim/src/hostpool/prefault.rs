@@ -9,7 +9,7 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 use nvshare::units::GRANULE;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
 use std::thread;
 
 const HUGE: usize = GRANULE as usize;
@@ -64,21 +64,60 @@ pub fn map(length: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::other("a mapping at address 0"))
 }
 
+/// How far the touching has got.
+struct Progress<P> {
+    /// Everything before it is claimed by some thread.
+    next: usize,
+    /// So far it may go before `permit` is asked again.
+    allowed: usize,
+    /// Claimed and not yet touched.
+    unfinished: usize,
+    end: usize,
+    permit: P,
+}
+
+impl<P: FnMut(u64) -> u64> Progress<P> {
+    /// The next piece for a thread that is through with `finished` bytes: where it begins and ends.
+    fn claim(&mut self, finished: usize) -> Option<(usize, usize)> {
+        self.unfinished -= finished;
+        if self.next < self.end && self.next >= self.allowed {
+            let more = usize::try_from((self.permit)(self.unfinished as u64)).unwrap_or(usize::MAX);
+            self.allowed = self.next.saturating_add(more);
+            if more == 0 {
+                self.end = self.next;
+            }
+        }
+        let from = self.next;
+        let to = self.end.min(self.allowed).min(from + STRIPE);
+        self.next = to.max(from);
+        self.unfinished += self.next - from;
+        (to > from).then_some((from, to))
+    }
+}
+
 /// Puts a page behind every address of a new mapping, with up to `threads` threads, this one among them:
 /// what a thread that could not be made leaves undone, the others do.
-pub fn prefault(address: NonNull<u8>, length: usize, threads: usize) {
+///
+/// `permit` says how many further bytes may be touched before it is asked again, whole granules, and is told how many
+/// were claimed and are not touched yet. If it says none, that is the end. Returns how many bytes have their pages, from
+/// the beginning.
+pub fn prefault(
+    address: NonNull<u8>,
+    length: usize,
+    threads: usize,
+    permit: impl FnMut(u64) -> u64 + Send,
+) -> usize {
     let begin = address.as_ptr() as usize;
-    let next = AtomicUsize::new(0);
+    let progress = Mutex::new(Progress { next: 0, allowed: 0, unfinished: 0, end: length, permit });
+    let claim = |finished| progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).claim(finished);
     let work = || {
-        loop {
-            let from = next.fetch_add(STRIPE, Ordering::Relaxed);
-            if from >= length {
-                break;
-            }
-            for offset in (from..length.min(from + STRIPE)).step_by(PAGE) {
+        let mut finished = 0;
+        while let Some((from, to)) = claim(finished) {
+            for offset in (from..to).step_by(PAGE) {
                 // SAFETY: inside the mapping, which nobody else knows yet.
                 unsafe { ((begin + offset) as *mut u8).write_volatile(0) };
             }
+            finished = to - from;
         }
     };
     let helpers = threads.min(length.div_ceil(STRIPE)).saturating_sub(1);
@@ -99,6 +138,15 @@ pub fn prefault(address: NonNull<u8>, length: usize, threads: usize) {
         }
         work();
     });
+    progress.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).end
+}
+
+/// Gives the end of a mapping back, from `kept` bytes on.
+pub fn cut(address: NonNull<u8>, kept: usize, length: usize) {
+    if kept < length {
+        // SAFETY: the end of a mapping that nobody else knows yet.
+        unsafe { libc::munmap(address.as_ptr().byte_add(kept).cast(), length - kept) };
+    }
 }
 
 fn leave_realtime() {
@@ -171,7 +219,7 @@ mod tests {
         for threads in [0, 1, 2, 8, 100] {
             let length = 2 * STRIPE + HUGE;
             let address = map(length).unwrap();
-            prefault(address, length, threads);
+            assert_eq!(prefault(address, length, threads, |_| u64::MAX), length);
             let (_, sizes) = smaps(address);
             assert_eq!(sizes["Rss"] * 1024, length, "{threads} threads");
             unmap(address, length);
@@ -182,7 +230,7 @@ mod tests {
     fn the_callers_signal_mask_is_as_before() {
         let before = SigSet::thread_get_mask().unwrap();
         let address = map(4 * STRIPE).unwrap();
-        prefault(address, 4 * STRIPE, 4);
+        prefault(address, 4 * STRIPE, 4, |_| u64::MAX);
         assert_eq!(SigSet::thread_get_mask().unwrap(), before);
         unmap(address, 4 * STRIPE);
     }
@@ -208,7 +256,7 @@ mod tests {
             let masks = thread::scope(|scope| {
                 let begin = address.as_ptr() as usize;
                 let busy = scope.spawn(move || {
-                    prefault(NonNull::new(begin as *mut u8).unwrap(), length, 4);
+                    prefault(NonNull::new(begin as *mut u8).unwrap(), length, 4, |_| u64::MAX);
                 });
                 let mut masks = Vec::new();
                 while !busy.is_finished() {
@@ -229,5 +277,28 @@ mod tests {
     fn a_mapping_that_cannot_be_is_an_error() {
         assert!(map(usize::MAX - 4096).is_err());
         assert!(map(1 << 60).is_err());
+    }
+
+    #[test]
+    fn touching_ends_where_it_is_permitted_to() {
+        for threads in [1, 4] {
+            let length = 4 * STRIPE;
+            let address = map(length).unwrap();
+            let mut left = 5;
+            let (mut asked, mut most) = (0, 0);
+            let touched = prefault(address, length, threads, |unfinished| {
+                (asked, most) = (asked + 1, most.max(unfinished));
+                left -= 1;
+                if left > 0 { 3 * GRANULE } else { 0 }
+            });
+            assert_eq!((touched, asked), (12 * HUGE, 5), "{threads} threads");
+            assert!(most <= 12 * GRANULE);
+            let (_, sizes) = smaps(address);
+            assert_eq!(sizes["Rss"] * 1024, touched);
+            cut(address, touched, length);
+            let (_, sizes) = smaps(address);
+            assert_eq!(sizes["Size"] * 1024, touched);
+            unmap(address, touched);
+        }
     }
 }

@@ -1,6 +1,7 @@
 use super::*;
 use std::fs;
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Barrier, mpsc};
 use std::time::Duration;
 
@@ -31,17 +32,45 @@ impl Pinner for Count {
 
 /// A machine without limits, so that a test asks nothing of the one it runs on.
 fn config(arena: usize, limit: Option<u64>) -> HostPoolConfig {
-    HostPoolConfig { limit, arena, step: GRANULE, threads: 2, root: "/nowhere/at/all".into() }
+    HostPoolConfig { limit, arena, step: GRANULE, threads: 2, limits: Arc::new(Vec::new) }
+}
+
+/// The pool of a client that nobody shares memory with.
+#[derive(Default)]
+struct Alone(AtomicU64);
+
+impl Board for Alone {
+    fn publish(&self, _promise: promises::Promise) {}
+
+    fn others(&self) -> Vec<promises::Promise> {
+        Vec::new()
+    }
+
+    fn of_process(&self) -> &AtomicU64 {
+        &self.0
+    }
+}
+
+fn pool_of(config: HostPoolConfig, pinner: impl Pinner + 'static) -> HostPool {
+    HostPool::new(config, Box::new(pinner), Box::new(Alone::default()))
 }
 
 fn pool(arena: usize, limit: Option<u64>) -> (HostPool, Count) {
     let count = Count::default();
-    (HostPool::new(config(arena, limit), Box::new(count.clone())), count)
+    (pool_of(config(arena, limit), count.clone()), count)
+}
+
+impl HostMemory {
+    /// Its first byte.
+    fn as_ptr(&self) -> *mut u8 {
+        self.blocks[0].address.as_ptr()
+    }
 }
 
 /// What is in use, in order of address; fails where two blocks share a byte.
-fn spans<'a>(blocks: impl IntoIterator<Item = &'a HostBlock>) -> Vec<(usize, usize)> {
-    let mut spans: Vec<_> = blocks.into_iter().map(|block| (block.as_ptr() as usize, block.length)).collect();
+fn spans<'a>(memory: impl IntoIterator<Item = &'a HostMemory>) -> Vec<(usize, usize)> {
+    let blocks = memory.into_iter().flat_map(|memory| &memory.blocks);
+    let mut spans: Vec<_> = blocks.map(|block| (block.address.as_ptr() as usize, block.length)).collect();
     spans.sort_unstable();
     assert!(spans.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "overlap: {spans:x?}");
     assert!(spans.iter().all(|(address, length)| address % BLOCK == 0 && length % BLOCK == 0));
@@ -49,18 +78,22 @@ fn spans<'a>(blocks: impl IntoIterator<Item = &'a HostBlock>) -> Vec<(usize, usi
 }
 
 /// Free and used bytes are the capacity, free extents do not touch, and all is free when none is used.
-fn audit(pool: &HostPool, blocks: &[HostBlock]) {
+fn audit(pool: &HostPool, blocks: &[HostMemory]) {
     let used: usize = spans(blocks).iter().map(|(_, length)| length).sum();
     let state = pool.state();
-    let free: usize = state.arenas.iter().flat_map(|arena| arena.free.values()).sum();
-    assert_eq!(free + used, state.capacity() as usize);
-    for arena in &state.arenas {
+    let free: usize = state.arenas.values().flat_map(|arena| arena.free.values()).sum();
+    assert_eq!((free + used, free as u64), (state.capacity as usize, state.free));
+    let gaps = |(_, arena): (&usize, &Arena)| -> Vec<Gap> {
+        arena.free.iter().map(|(address, length)| (!arena.pinned, *length, *address)).collect()
+    };
+    assert_eq!(state.arenas.iter().flat_map(gaps).collect::<BTreeSet<_>>(), state.gaps);
+    for arena in state.arenas.values() {
         let gaps: Vec<_> = arena.free.iter().collect();
         assert!(gaps.iter().all(|(_, length)| **length > 0));
         assert!(gaps.windows(2).all(|pair| pair[0].0 + pair[0].1 < *pair[1].0), "not joined: {gaps:?}");
     }
     if blocks.is_empty() {
-        assert!(state.arenas.iter().all(Arena::unused));
+        assert!(state.arenas.values().all(Arena::unused));
     }
 }
 
@@ -79,7 +112,7 @@ fn any_history_of_blocks_keeps_the_books() {
         let mut blocks = Vec::new();
         for _ in 0..120 {
             match below(10) {
-                0..=4 => match pool.alloc(below(6 * GRANULE) as usize) {
+                0..=4 => match pool.alloc(below(6 * GRANULE)) {
                     Ok(block) => blocks.push(block),
                     Err(HostPoolError::Bound { .. }) => assert!(pool.capacity() > limit - 6 * GRANULE),
                     Err(error) => panic!("{error}"),
@@ -104,7 +137,7 @@ fn any_history_of_blocks_keeps_the_books() {
 #[test]
 fn blocks_are_whole_granules_and_never_none() {
     let (pool, _) = pool(8 * BLOCK, None);
-    let blocks = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1].map(|length| pool.alloc(length).unwrap());
+    let blocks = [0, 1, GRANULE - 1, GRANULE, GRANULE + 1].map(|length| pool.alloc(length).unwrap());
     assert_eq!(spans(&blocks).iter().map(|(_, length)| length / BLOCK).sum::<usize>(), 6);
     audit(&pool, &blocks);
     for block in blocks {
@@ -118,10 +151,10 @@ fn blocks_are_whole_granules_and_never_none() {
 #[test]
 fn a_block_larger_than_an_arena_gets_one_of_its_own() {
     let (pool, _) = pool(4 * BLOCK, None);
-    let block = pool.alloc(9 * BLOCK).unwrap();
+    let block = pool.alloc(9 * GRANULE).unwrap();
     assert_eq!(pool.capacity(), 9 * GRANULE);
     pool.free(block);
-    assert!(pool.alloc(usize::MAX).is_err());
+    assert!(pool.alloc(u64::MAX).is_err());
 }
 
 #[test]
@@ -132,26 +165,62 @@ fn the_last_arena_is_smaller_and_the_bound_is_not_passed() {
     let error = pool.ensure(50 * GRANULE).unwrap_err();
     assert_eq!(pool.capacity(), 11 * GRANULE, "all that the bound allows");
     assert!(error.to_string().contains("NVSHARE_HOST_MEMORY=22.00 MiB"), "{error}");
-    let blocks: Vec<_> = (0..11).map(|_| pool.alloc(BLOCK).unwrap()).collect();
-    assert!(matches!(pool.alloc(BLOCK), Err(HostPoolError::Bound { left: 0, .. })));
+    let blocks: Vec<_> = (0..11).map(|_| pool.alloc(GRANULE).unwrap()).collect();
+    assert!(matches!(pool.alloc(GRANULE), Err(HostPoolError::Bound { left: 0, .. })));
     audit(&pool, &blocks);
 }
 
+/// What was promised is there, however what is free lies: no further byte is taken for it.
 #[test]
-fn unused_arenas_make_way_for_a_block_that_none_of_them_holds() {
-    let (pool, count) = pool(4 * BLOCK, Some(8 * GRANULE));
-    pool.ensure(8 * GRANULE).unwrap();
-    let block = pool.alloc(6 * BLOCK).unwrap();
-    assert!(pool.capacity() <= 8 * GRANULE);
-    assert_eq!(count.pinned.load(Ordering::Relaxed) as u64, pool.capacity());
-    pool.free(block);
+fn a_promise_holds_however_the_free_memory_lies() {
+    let (pool, count) = pool(4 * BLOCK, Some(16 * GRANULE));
+    pool.commit(16 * GRANULE).unwrap();
+    pool.ensure(16 * GRANULE).unwrap();
+    let mut all: Vec<_> = (0..16).map(|_| pool.alloc(GRANULE).unwrap()).collect();
+    all.sort_unstable_by_key(|block| block.as_ptr());
+    // Every other granule is free, in four arenas.
+    let (mut kept, mut given) = (Vec::new(), Vec::new());
+    for (index, block) in all.into_iter().enumerate() {
+        if index % 2 == 0 { kept.push(block) } else { given.push(block) }
+    }
+    given.into_iter().for_each(|block| pool.free(block));
+    let scattered = pool.alloc(8 * GRANULE).unwrap();
+    assert_eq!((scattered.blocks.len(), scattered.length()), (8, 8 * GRANULE));
+    kept.push(scattered);
+    audit(&pool, &kept);
+    assert_eq!(count.tried.load(Ordering::Relaxed), 4, "no arena was made for it");
+    let error = pool.alloc(GRANULE).unwrap_err();
+    assert_eq!(error.left(), 0, "{error}");
+    kept.into_iter().for_each(|block| pool.free(block));
+    audit(&pool, &[]);
+}
+
+#[test]
+fn memory_in_several_blocks_is_one_range_of_bytes() {
+    let (pool, _) = pool(2 * BLOCK, None);
+    pool.ensure(6 * GRANULE).unwrap();
+    let memory = pool.alloc(5 * GRANULE).unwrap();
+    assert!(memory.blocks.len() >= 3, "the test means several");
+    let (from, length) = (GRANULE / 2, 4 * GRANULE);
+    let pieces: Vec<_> = memory.pieces(from, length).collect();
+    assert_eq!(pieces.iter().map(|(_, length)| length).sum::<u64>(), length);
+    let (first, rest) = memory.split_at(3 * GRANULE);
+    assert_eq!((first.length(), rest.length()), (3 * GRANULE, 2 * GRANULE));
+    let before: Vec<_> = first.pieces(from, 3 * GRANULE - from).collect();
+    let after: Vec<_> = rest.pieces(0, length - (3 * GRANULE - from)).collect();
+    let total = |pieces: &[(*mut u8, u64)]| pieces.iter().map(|(_, length)| length).sum::<u64>();
+    assert_eq!(total(&before) + total(&after), length);
+    assert_eq!((before[0], after.last()), (pieces[0], pieces.last()));
+    pool.free(first);
+    pool.free(rest);
+    audit(&pool, &[]);
 }
 
 #[test]
 fn trimming_keeps_what_it_was_told_to_and_what_is_in_use() {
     let (pool, count) = pool(4 * BLOCK, None);
     pool.ensure(16 * GRANULE).unwrap();
-    let block = pool.alloc(BLOCK).unwrap();
+    let block = pool.alloc(GRANULE).unwrap();
     pool.trim(9 * GRANULE);
     assert_eq!(pool.capacity(), 12 * GRANULE, "a further arena less would be too few");
     pool.trim(0);
@@ -193,8 +262,14 @@ impl Machine {
     }
 
     fn pool(&self) -> HostPool {
-        let config = HostPoolConfig { root: self.0.clone(), ..config(8 * BLOCK, None) };
-        HostPool::new(config, Box::new(Count::default()))
+        self.pool_with(Alone::default())
+    }
+
+    fn pool_with(&self, board: impl Board + 'static) -> HostPool {
+        let root = self.0.clone();
+        let limits = Arc::new(move || HostLimits::probe(&root));
+        let config = HostPoolConfig { limits, ..config(8 * BLOCK, None) };
+        HostPool::new(config, Box::new(Count::default()), Box::new(board))
     }
 }
 
@@ -233,17 +308,17 @@ fn the_machine_is_not_asked_each_time_but_near_the_bound_and_for_an_arena() {
     machine.has(0);
     assert!(pool.commit(2 * MIB).is_err());
     // Others took what was promised: no block rather than a killed process.
-    assert!(matches!(pool.alloc(BLOCK), Err(HostPoolError::Bound { left: 0, .. })));
+    assert!(matches!(pool.alloc(GRANULE), Err(HostPoolError::Bound { left: 0, .. })));
     machine.has(16 * MIB);
-    pool.free(pool.alloc(BLOCK).unwrap());
+    pool.free(pool.alloc(GRANULE).unwrap());
     assert_eq!(pool.capacity(), 6 * MIB, "all that is promised, in one arena");
 }
 
 #[test]
 fn memory_that_cannot_be_pinned_is_used_all_the_same() {
     let count = Count { refuse: true, ..Count::default() };
-    let pool = HostPool::new(config(2 * BLOCK, None), Box::new(count.clone()));
-    let blocks = [pool.alloc(2 * BLOCK).unwrap(), pool.alloc(2 * BLOCK).unwrap()];
+    let pool = pool_of(config(2 * BLOCK, None), count.clone());
+    let blocks = [pool.alloc(2 * GRANULE).unwrap(), pool.alloc(2 * GRANULE).unwrap()];
     assert!(pool.state().warned);
     for block in blocks {
         // SAFETY: a live block of two granules.
@@ -285,7 +360,7 @@ fn a_failed_pin_is_told_once_with_the_limit_and_the_remedy() {
     let log = Log::default();
     tracing::subscriber::with_default(log.clone(), || {
         let count = Count { refuse: true, ..Count::default() };
-        HostPool::new(config(2 * BLOCK, None), Box::new(count)).ensure(6 * GRANULE).unwrap();
+        pool_of(config(2 * BLOCK, None), count).ensure(6 * GRANULE).unwrap();
     });
     let log = log.0.lock().unwrap();
     assert_eq!(log.len(), 1, "{log:?}");
@@ -304,7 +379,7 @@ fn threads_share_it() {
             scope.spawn(move || {
                 for round in 0..200 {
                     let length = (1 + (usize::from(thread) + round) % 3) * BLOCK;
-                    let block = pool.alloc(length).unwrap();
+                    let block = pool.alloc(length as u64).unwrap();
                     for end in [0, length - 64] {
                         // SAFETY: inside this thread's own block.
                         unsafe { block.as_ptr().add(end).write_bytes(thread, 64) };
@@ -350,7 +425,7 @@ fn blocks_come_and_go_while_the_pool_grows() {
     let ((entered, pinning), (go, wait)) = (mpsc::channel(), mpsc::channel());
     let held = Arc::new(AtomicBool::new(false));
     let slow = Slow { entered, go: Mutex::new(wait), held: held.clone() };
-    let pool = HostPool::new(config(4 * BLOCK, None), Box::new(slow));
+    let pool = pool_of(config(4 * BLOCK, None), slow);
     pool.ensure(4 * GRANULE).unwrap();
     pool.commit(GRANULE).unwrap();
     held.store(true, Ordering::Release);
@@ -359,13 +434,13 @@ fn blocks_come_and_go_while_the_pool_grows() {
         scope.spawn(|| pool.ensure(8 * GRANULE).unwrap());
         pinning.recv().unwrap();
         // The new arena is in the making and stays so.
-        let all = pool.alloc(4 * BLOCK).unwrap();
+        let all = pool.alloc(4 * GRANULE).unwrap();
         pool.commit(GRANULE).unwrap();
         pool.uncommit(GRANULE);
         // Who finds nothing waits for the arena, or for what comes back before it is ready.
         let (done, got) = mpsc::channel();
         let waiter = &pool;
-        scope.spawn(move || done.send(waiter.alloc(BLOCK).unwrap()).unwrap());
+        scope.spawn(move || done.send(waiter.alloc(GRANULE).unwrap()).unwrap());
         assert!(got.recv_timeout(Duration::from_millis(50)).is_err());
         pool.free(all);
         pool.free(got.recv_timeout(Duration::from_secs(5)).expect("a block was given back"));
@@ -376,26 +451,9 @@ fn blocks_come_and_go_while_the_pool_grows() {
 }
 
 #[test]
-fn a_block_that_fits_no_arena_takes_the_place_of_those_that_are_too_small() {
-    let (pool, _) = pool(64 * BLOCK, None);
-    pool.commit(4 * GRANULE).unwrap();
-    pool.ensure(2 * GRANULE).unwrap();
-    pool.ensure(4 * GRANULE).unwrap();
-    let block = pool.alloc(4 * BLOCK).unwrap();
-    assert_eq!(pool.capacity(), 4 * GRANULE, "as much as is promised and no more");
-    pool.free(block);
-    // What is in use stays, and what is promised for others is not given up for it.
-    let small = [pool.alloc(3 * BLOCK).unwrap(), pool.alloc(BLOCK).unwrap()];
-    let large = pool.alloc(2 * BLOCK).unwrap();
-    assert_eq!(pool.capacity(), 6 * GRANULE);
-    pool.free(large);
-    small.into_iter().for_each(|block| pool.free(block));
-}
-
-#[test]
 fn arenas_are_made_in_steps_up_to_the_bound() {
     let config = HostPoolConfig { step: 8 * GRANULE, ..config(64 * BLOCK, Some(20 * GRANULE)) };
-    let pool = HostPool::new(config, Box::new(Count::default()));
+    let pool = pool_of(config, Count::default());
     for (wanted, made) in [(1, 8), (8, 8), (9, 16), (17, 20)] {
         pool.ensure(wanted * GRANULE).unwrap();
         assert_eq!(pool.capacity(), made * GRANULE, "for {wanted}");
@@ -406,7 +464,7 @@ fn arenas_are_made_in_steps_up_to_the_bound() {
 fn what_was_registered_is_registered_anew() {
     let (pool, count) = pool(2 * BLOCK, None);
     pool.commit(4 * GRANULE).unwrap();
-    let used = pool.alloc(BLOCK).unwrap();
+    let used = pool.alloc(GRANULE).unwrap();
     pool.ensure(4 * GRANULE).unwrap();
     let whole = pool.capacity() as usize;
     assert_eq!(count.pinned.load(Ordering::Relaxed), whole);
@@ -426,7 +484,7 @@ fn two_in_need_make_one_arena() {
         for _ in 0..4 {
             scope.spawn(|| {
                 start.wait();
-                pool.alloc(BLOCK).unwrap()
+                pool.alloc(GRANULE).unwrap()
             });
         }
     });
@@ -437,7 +495,7 @@ fn two_in_need_make_one_arena() {
 fn a_child_has_neither_the_memory_nor_the_pool() {
     let (pool, count) = pool(2 * BLOCK, None);
     pool.commit(2 * GRANULE).unwrap();
-    let block = pool.alloc(BLOCK).unwrap();
+    let block = pool.alloc(GRANULE).unwrap();
     let address = block.as_ptr();
     let locked = pool.state();
     // SAFETY: the child only loads and stores atomics and asks the kernel, then exits at once.
@@ -450,7 +508,7 @@ fn a_child_has_neither_the_memory_nor_the_pool() {
         let mut resident = 0;
         // SAFETY: mincore only reads the table of mappings.
         let mapped = unsafe { libc::mincore(address.cast(), BLOCK.min(4096), &mut resident) } == 0;
-        let refused = matches!(pool.alloc(BLOCK), Err(HostPoolError::Forked))
+        let refused = matches!(pool.alloc(GRANULE), Err(HostPoolError::Forked))
             && matches!(pool.commit(1), Err(HostPoolError::Forked))
             && matches!(pool.ensure(1), Err(HostPoolError::Forked))
             && pool.capacity() == 0;
@@ -471,5 +529,104 @@ fn a_child_has_neither_the_memory_nor_the_pool() {
     assert!(libc::WIFEXITED(status), "hung: {status:x}");
     assert_eq!(libc::WEXITSTATUS(status), 0, "1: mapped, 2: not refused, 4: unpinned");
     pool.free(block);
-    pool.free(pool.alloc(2 * BLOCK).expect("the parent goes on"));
+    pool.free(pool.alloc(2 * GRANULE).expect("the parent goes on"));
+}
+
+/// The rows of a page that several clients publish in.
+#[derive(Clone, Default)]
+struct Rows(Arc<Mutex<BTreeMap<u32, promises::Promise>>>);
+
+struct Row(Rows, u32, AtomicU64);
+
+impl Board for Row {
+    fn publish(&self, promise: promises::Promise) {
+        self.0.0.lock().unwrap().insert(self.1, promise);
+    }
+
+    fn others(&self) -> Vec<promises::Promise> {
+        let rows = self.0.0.lock().unwrap();
+        rows.iter().filter(|(row, _)| **row != self.1).map(|(_, promise)| *promise).collect()
+    }
+
+    fn of_process(&self) -> &AtomicU64 {
+        &self.2
+    }
+}
+
+/// Four clients of one machine, each within its bound: all that they are promised is there.
+#[test]
+fn what_several_are_promised_is_counted_together() {
+    let machine = Machine::new("together", 40 * MIB);
+    let rows = Rows::default();
+    let pools: Vec<_> =
+        (0..4).map(|row| machine.pool_with(Row(rows.clone(), row, AtomicU64::new(0)))).collect();
+    for pool in &pools[..3] {
+        pool.commit(12 * MIB).unwrap();
+    }
+    let error = pools[3].commit(12 * MIB).unwrap_err();
+    assert_eq!(error.left(), 4 * MIB, "{error:?}");
+    assert!(error.to_string().contains("other jobs were promised 36.00 MiB"), "{error}");
+    pools[3].commit(4 * MIB).unwrap();
+    // What is made is measured, and promised no more.
+    pools[0].ensure(12 * MIB).unwrap();
+    machine.has(28 * MIB);
+    assert!(pools[3].commit(2 * MIB).is_err());
+    pools[0].free(pools[0].alloc(12 * MIB).unwrap());
+    pools[1].uncommit(6 * MIB);
+    pools[3].commit(6 * MIB).unwrap();
+    // Who dies leaves its row, and its memory.
+    rows.0.lock().unwrap().remove(&2);
+    pools[3].commit(12 * MIB).unwrap();
+}
+
+/// The pools of one process for its GPUs.
+#[test]
+fn what_a_process_is_promised_on_several_gpus_is_counted_together() {
+    static PROMISED: AtomicU64 = AtomicU64::new(0);
+    struct Gpu;
+    impl Board for Gpu {
+        fn publish(&self, _promise: promises::Promise) {}
+
+        fn others(&self) -> Vec<promises::Promise> {
+            Vec::new()
+        }
+
+        fn of_process(&self) -> &AtomicU64 {
+            &PROMISED
+        }
+    }
+    let machine = Machine::new("gpus", 40 * MIB);
+    let [first, second] = [(); 2].map(|()| machine.pool_with(Gpu));
+    first.commit(30 * MIB).unwrap();
+    assert_eq!(second.commit(30 * MIB).unwrap_err().left(), 10 * MIB);
+    drop(first);
+    second.commit(30 * MIB).unwrap();
+}
+
+/// While an arena is made, somebody else takes what was measured before: the arena is as large as there is memory for.
+#[test]
+fn an_arena_ends_where_the_memory_does() {
+    let looks = Arc::new(AtomicU64::new(0));
+    let counted = looks.clone();
+    let limits = Arc::new(move || {
+        let taken = counted.fetch_add(1, Ordering::Relaxed) * 2 * MIB;
+        let (bytes, bound) = ((20 * MIB).saturating_sub(taken), "the test".to_owned());
+        vec![HostLimits { bytes, sharers: Sharers::Machine, bound }]
+    });
+    let count = Count::default();
+    let pool = pool_of(HostPoolConfig { limits, threads: 1, ..config(64 * BLOCK, None) }, count.clone());
+    // It measures 20 MiB, and less by a granule each time that it has taken one: what it leaves it cannot have.
+    let error = pool.make_free(2 * MIB, 40 * MIB).unwrap_err();
+    assert!(matches!(error, HostPoolError::Bound { left, .. } if left == 16 * MIB), "{error:?}");
+    assert_eq!((pool.capacity(), count.pinned.load(Ordering::Relaxed) as u64), (16 * MIB, 16 * MIB));
+    assert!(looks.load(Ordering::Relaxed) >= 9, "it looked before each step");
+    let error = pool.alloc(18 * MIB).unwrap_err();
+    assert_eq!(error.left(), 16 * MIB, "{error:?}");
+    audit(&pool, &[]);
+}
+
+/// The kernel maps no large piece any more (RLIMIT_AS, RLIMIT_DATA): several small ones do.
+#[test]
+fn what_is_not_mapped_as_a_whole_is_mapped_in_pieces() {
+    assert!(matches!(pool(BLOCK, None).0.map(1 << 60), Ok((_, length)) if length < 1 << 47));
 }

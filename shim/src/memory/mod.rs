@@ -13,6 +13,7 @@
 //! handle, as the application sees it, is its home: physical memory comes and goes beneath it.
 
 mod gaps;
+mod index;
 mod region;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ pub use region::{Backing, CHUNK, Chunk, HostCopy, InUse, Kind, Object, Place, Re
 
 use crate::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
 use gaps::Gaps;
+use index::Index;
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,6 +56,10 @@ pub struct Allocation {
 #[derive(Debug, Default)]
 pub struct Memory {
     regions: BTreeMap<CUdeviceptr, Region>,
+    /// The chunks by what can be done with them.
+    index: Index,
+    /// The slabs: context, length of the largest gap, and base.
+    slabs: BTreeSet<(CUcontext, u64, CUdeviceptr)>,
     allocations: BTreeMap<CUdeviceptr, Allocation>,
     /// Where objects are mapped: address, and the object's base.
     views: BTreeMap<CUdeviceptr, CUdeviceptr>,
@@ -77,6 +83,9 @@ pub struct Memory {
     pub moving: bool,
     /// The gate is open: what is allocated now must be usable, or shut it again.
     pub open: bool,
+    /// Regions and chunks that were looked at so far.
+    #[cfg(test)]
+    visits: std::cell::Cell<u64>,
 }
 
 /// What freeing an allocation leaves to be done.
@@ -98,11 +107,67 @@ impl Memory {
     fn add_allocation(&mut self, base: CUdeviceptr, size: u64, region: CUdeviceptr) {
         self.allocations.insert(base, Allocation { base, size, region, number: self.made });
         self.made += 1;
+        if let Some(region) = self.regions.get_mut(&region) {
+            region.allocations += 1;
+        }
+    }
+
+    fn remove_allocation(&mut self, base: CUdeviceptr) -> Option<Allocation> {
+        self.exports.remove(&base);
+        self.synchronous.remove(&base);
+        let allocation = self.allocations.remove(&base)?;
+        if let Some(region) = self.regions.get_mut(&allocation.region) {
+            region.allocations -= 1;
+        }
+        Some(allocation)
     }
 
     fn insert(&mut self, region: Region) {
-        self.regions.insert(region.base, Region { born: self.born, ..region });
+        let region = Region { born: self.born, ..region };
         self.born += 1;
+        for chunk in &region.chunks {
+            self.index.insert(region.base, region.is_room(), chunk);
+        }
+        self.slabs.extend(region.as_slab());
+        self.regions.insert(region.base, region);
+    }
+
+    /// Takes a region out of the map, and whatever points to it but allocations and views.
+    fn take_region(&mut self, base: CUdeviceptr) -> Option<Region> {
+        let region = self.regions.remove(&base)?;
+        for chunk in &region.chunks {
+            self.visit();
+            self.index.remove(base, region.is_room(), chunk);
+        }
+        if let Some(slab) = region.as_slab() {
+            self.slabs.remove(&slab);
+        }
+        Some(region)
+    }
+
+    /// Counts a region or a chunk that is looked at, for tests.
+    fn visit(&self) {
+        #[cfg(test)]
+        self.visits.set(self.visits.get() + 1);
+    }
+
+    /// Changes the chunk that begins at an address. Every change of a chunk in the map is made here.
+    fn change<T>(&mut self, address: CUdeviceptr, change: impl FnOnce(&mut Chunk) -> T) -> Option<T> {
+        self.visit();
+        let (base, region) = self.regions.range_mut(..=address).next_back()?;
+        let (base, is_room, at) = (*base, region.is_room(), region.chunk_at(address)?);
+        let chunk = &mut region.chunks[at];
+        self.index.remove(base, is_room, chunk);
+        let changed = change(chunk);
+        self.index.insert(base, is_room, chunk);
+        Some(changed)
+    }
+
+    /// The region that an address lies in, and the index of its chunk there.
+    fn chunk(&self, address: CUdeviceptr) -> Option<(&Region, usize)> {
+        self.visit();
+        let (_, region) = self.regions.range(..=address).next_back()?;
+        Some((region, region.chunk_at(address)?))
     }
 
     /// Makes a slab.
@@ -124,17 +189,28 @@ impl Memory {
         base
     }
 
-    /// Finds room for a small allocation in a slab of the context's.
+    /// Finds room for a small allocation in a slab of the context's: in the one with the smallest gap of those whose
+    /// largest has room.
     pub fn take_small(&mut self, requested: u64, context: CUcontext) -> Option<CUdeviceptr> {
         let size = requested.next_multiple_of(ALIGNMENT);
-        let (region, offset) =
-            self.regions.values_mut().filter(|region| region.context == context).find_map(|region| {
-                let Kind::Slab(gaps) = &mut region.kind else { return None };
-                Some((region.base, gaps.take(size)?))
-            })?;
+        let slabs = (context, size, 0)..=(context, CUdeviceptr::MAX, CUdeviceptr::MAX);
+        let (.., region) = *self.slabs.range(slabs).next()?;
+        let offset = self.change_gaps(region, |gaps| gaps.take(size)).flatten()?;
         let base = region + offset;
         self.add_allocation(base, requested, region);
         Some(base)
+    }
+
+    /// Changes what is free in a slab. `None` if there is no slab.
+    fn change_gaps<T>(&mut self, base: CUdeviceptr, change: impl FnOnce(&mut Gaps) -> T) -> Option<T> {
+        self.visit();
+        let region = self.regions.get_mut(&base)?;
+        let before = region.as_slab()?;
+        let Kind::Slab(gaps) = &mut region.kind else { return None };
+        let changed = change(gaps);
+        self.slabs.remove(&before);
+        self.slabs.extend(region.as_slab());
+        Some(changed)
     }
 
     /// The allocation that `address` lies in.
@@ -171,22 +247,22 @@ impl Memory {
     /// Strikes an allocation off the list of those that can be freed or looked up. Its room in a slab
     /// is not free before [`Memory::finish_free`]: the GPU may still use it.
     pub fn begin_free(&mut self, base: CUdeviceptr) -> Option<Allocation> {
-        self.exports.remove(&base);
-        self.synchronous.remove(&base);
-        self.allocations.remove(&base)
+        self.remove_allocation(base)
     }
 
     /// The allocation's last use is over.
     pub fn finish_free(&mut self, allocation: Allocation) -> Freed {
-        let Some(region) = self.regions.get_mut(&allocation.region) else { return Freed::Nothing };
-        if let Kind::Slab(gaps) = &mut region.kind {
-            gaps.give(allocation.base - region.base, allocation.size.next_multiple_of(ALIGNMENT));
-            if !gaps.empty() {
-                return Freed::Nothing;
-            }
+        let base = allocation.region;
+        let in_slab = self.change_gaps(base, |gaps| {
+            gaps.give(allocation.base - base, allocation.size.next_multiple_of(ALIGNMENT));
+            gaps.empty()
+        });
+        if in_slab == Some(false) {
+            return Freed::Nothing;
         }
+        let Some(region) = self.regions.get_mut(&base) else { return Freed::Nothing };
         region.abandoned = true;
-        if region.lent > 0 { Freed::Nothing } else { Freed::Region(region.base) }
+        if region.lent > 0 { Freed::Nothing } else { Freed::Region(base) }
     }
 
     /// Gives an allocation a number by which other processes know it, if it has none yet. `None` if no
@@ -225,7 +301,8 @@ impl Memory {
         let bases = std::mem::take(&mut self.returned);
         // A slab may have been taken into use again.
         let over = |region: &Region| region.lent == 0 && region.is_orphan();
-        let mut release = |base| self.regions.get(base).is_some_and(over).then(|| self.regions.remove(base));
+        let mut release =
+            |base: &_| self.regions.get(base).is_some_and(over).then(|| self.take_region(*base));
         bases.iter().filter_map(|base| release(base).flatten()).collect()
     }
 
@@ -246,7 +323,7 @@ impl Memory {
 
     /// Granules that the frees left to the engine will give back: the application has them no more.
     pub fn put_off(&self) -> Granules {
-        let in_use = |base| self.allocations.values().any(|allocation| allocation.region == base);
+        let in_use = |base| self.regions.get(&base).is_some_and(|region| region.allocations > 0);
         let doomed = self.doomed.iter().map(|allocation| allocation.region).filter(|base| !in_use(*base));
         // Several allocations may have been a slab's last.
         let going: BTreeSet<_> = doomed.chain(self.returned.iter().copied()).collect();
@@ -256,14 +333,13 @@ impl Memory {
 
     /// Takes a region out of the map that the application never got to know.
     pub fn forget(&mut self, region: CUdeviceptr) -> Option<Region> {
-        self.allocations.remove(&region);
-        self.exports.remove(&region);
-        self.regions.remove(&region)
+        self.remove_allocation(region);
+        self.take_region(region)
     }
 
     /// Takes a region out of the map.
     pub fn remove(&mut self, region: CUdeviceptr) -> Option<Region> {
-        self.regions.remove(&region)
+        self.take_region(region)
     }
 
     /// A region.
@@ -271,14 +347,21 @@ impl Memory {
         self.regions.get(&base)
     }
 
-    /// A region, to write into.
-    pub fn region_mut(&mut self, base: CUdeviceptr) -> Option<&mut Region> {
-        self.regions.get_mut(&base)
+    /// All of a region's chunks stay on the GPU from now on, as far as they do not already: so many granules.
+    pub fn fix(&mut self, base: CUdeviceptr) -> Granules {
+        let Some(region) = self.regions.get(&base) else { return 0 };
+        let loose: Vec<_> =
+            region.chunks.iter().filter(|chunk| !chunk.fixed).map(|chunk| chunk.address).collect();
+        let fix = |chunk: &mut Chunk| {
+            chunk.fixed = true;
+            chunk.granules()
+        };
+        loose.into_iter().filter_map(|address| self.change(address, fix)).sum()
     }
 
     /// All regions.
     pub fn regions(&self) -> impl Iterator<Item = &Region> {
-        self.regions.values()
+        self.regions.values().inspect(|_| self.visit())
     }
 
     /// The object that the application knows by this handle.
@@ -319,7 +402,7 @@ impl Memory {
         let base = self.views.remove(&address)?;
         let object = self.regions.get_mut(&base)?.object_mut()?;
         object.views.retain(|view| view.address != address);
-        (object.references == 0 && object.views.is_empty()).then(|| self.regions.remove(&base)).flatten()
+        (object.references == 0 && object.views.is_empty()).then(|| self.take_region(base)).flatten()
     }
 
     /// Takes everything out of the map.
@@ -330,154 +413,139 @@ impl Memory {
         self.exports.clear();
         self.synchronous.clear();
         self.returned.clear();
+        self.slabs.clear();
+        self.index = Index::default();
         std::mem::take(&mut self.regions).into_values().collect()
     }
 
     /// Takes out of the map all that goes with a context. What other processes have open stays, and is
     /// nobody's here.
     pub fn remove_context(&mut self, context: CUcontext) -> Vec<Region> {
-        let bases: Vec<_> = self
-            .regions
-            .values()
-            .filter(|region| region.context == context)
-            .map(|region| region.base)
-            .collect();
-        self.allocations.retain(|_, allocation| !bases.contains(&allocation.region));
+        let of_context = |region: &&Region| region.context == context;
+        let bases: BTreeSet<_> = self.regions.values().filter(of_context).map(|region| region.base).collect();
+        let gone: Vec<_> =
+            self.allocations.values().filter(|allocation| bases.contains(&allocation.region)).collect();
+        let gone: Vec<_> = gone.iter().map(|allocation| allocation.base).collect();
+        for base in gone {
+            self.remove_allocation(base);
+        }
         self.doomed.retain(|allocation| !bases.contains(&allocation.region));
-        self.exports.retain(|base, _| self.allocations.contains_key(base));
-        self.synchronous.retain(|base| self.allocations.contains_key(base));
-        let (stay, go): (Vec<_>, Vec<_>) =
-            bases.into_iter().partition(|base| self.regions.get(base).is_some_and(|region| region.lent > 0));
+        let is_lent = |base: &_| self.regions.get(base).is_some_and(|region| region.lent > 0);
+        let (stay, go): (Vec<_>, Vec<_>) = bases.into_iter().partition(is_lent);
         for base in stay {
             if let Some(region) = self.regions.get_mut(&base) {
+                if let Some(slab) = region.as_slab() {
+                    self.slabs.remove(&slab);
+                }
                 (region.context, region.kind, region.abandoned) = (CUcontext::NULL, Kind::Whole, true);
             }
         }
-        go.iter().filter_map(|base| self.regions.remove(base)).collect()
+        go.into_iter().filter_map(|base| self.take_region(base)).collect()
     }
 
     /// Puts a chunk where it now is. The chunk's region cannot have gone: while chunks move, regions
     /// are only doomed.
     pub fn settle(&mut self, address: CUdeviceptr, backing: Backing) {
-        if let Some(chunk) = self.chunk_mut(address) {
+        self.change(address, |chunk| {
             chunk.backing = backing;
-        }
+            // It was chosen for one fill; the next one chooses anew.
+            chunk.spill &= chunk.is_missing();
+        });
     }
 
-    fn chunk_mut(&mut self, address: CUdeviceptr) -> Option<&mut Chunk> {
-        let (_, region) = self.regions.range_mut(..=address).next_back()?;
-        region.chunks.iter_mut().find(|chunk| chunk.address == address)
-    }
-
-    /// Takes a chunk away, marking it as moving.
-    fn take(&mut self, which: impl Fn(&Chunk) -> bool) -> Option<(Place, Backing)> {
-        // Room first: it is only ever in the GPU's memory. Its addresses are the highest.
-        self.regions.values_mut().rev().find_map(|region| {
-            let index = region.chunks.iter().position(&which)?;
-            let place = region.place(&region.chunks[index]);
-            Some((place, std::mem::replace(&mut region.chunks[index].backing, Backing::Moving)))
+    /// Takes a chunk away, marking it as moving. Also says what is known of its use, and whether it is to be mapped to
+    /// host memory.
+    fn take(&mut self, address: Option<CUdeviceptr>) -> Option<(Place, Backing, InUse, bool)> {
+        let address = address?;
+        let (region, at) = self.chunk(address)?;
+        let place = region.place(&region.chunks[at]);
+        self.change(address, |chunk| {
+            let backing = std::mem::replace(&mut chunk.backing, Backing::Moving);
+            (place, backing, chunk.seen.unwrap_or(InUse::All), chunk.spill)
         })
     }
 
     /// Takes the next chunk that the GPU cannot use, marking it as moving. Also says whether it is to be
     /// mapped to host memory: such chunks come first, because only then does the rest fit.
     pub fn next_missing(&mut self) -> Option<(Place, Backing, bool)> {
-        let missing = |chunk: &Chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_));
-        if let Some((place, backing)) = self.take(|chunk| missing(chunk) && chunk.spill) {
-            return Some((place, backing, true));
-        }
-        self.take(missing).map(|(place, backing)| (place, backing, false))
+        let (place, backing, _, spill) = self.take(self.index.next_missing())?;
+        Some((place, backing, spill))
     }
 
     /// Takes a chunk that was evicted, is to come home to the GPU and has no more than `room` granules, marking it as
     /// moving.
     pub fn next_evicted(&mut self, room: Granules) -> Option<(Place, HostCopy)> {
-        let fits = |chunk: &Chunk| {
-            matches!(chunk.backing, Backing::Evicted(_)) && chunk.granules() <= room && !chunk.spill
-        };
-        match self.take(fits)? {
-            (place, Backing::Evicted(copy)) => Some((place, copy)),
-            _ => unreachable!("just matched"),
+        match self.take(self.index.next_evicted(room))? {
+            (place, Backing::Evicted(copy), ..) => Some((place, copy)),
+            _ => unreachable!("the index says that it is evicted"),
         }
     }
 
     /// Takes the next chunk that is in host memory for want of room, marking it as moving.
     pub fn next_overflow(&mut self) -> Option<(Place, CUmemGenericAllocationHandle)> {
-        match self.take(|chunk| matches!(chunk.backing, Backing::Overflow(_)) && !chunk.fixed)? {
-            (place, Backing::Overflow(handle)) => Some((place, handle)),
-            _ => unreachable!("just matched"),
+        match self.take(self.index.next_overflow())? {
+            (place, Backing::Overflow(handle), ..) => Some((place, handle)),
+            _ => unreachable!("the index says that it is in host memory"),
         }
     }
 
     /// Chunks on the GPU that nobody has looked at since the client last ran: address and bytes. Such as a
     /// look can take: [`CHUNK`] at most.
     pub fn unseen(&self) -> Vec<(CUdeviceptr, u64)> {
-        self.regions
-            .values()
-            .flat_map(|region| &region.chunks)
-            .filter(|chunk| matches!(chunk.backing, Backing::Device(_)) && !chunk.fixed)
-            .filter(|chunk| chunk.seen.is_none() && chunk.size <= CHUNK)
-            .map(|chunk| (chunk.address, chunk.size))
-            .collect()
+        let chunk = |address| self.chunk(address).map(|(region, at)| (address, region.chunks[at].size));
+        self.index.unseen().filter_map(chunk).collect()
     }
 
     /// What a look at a chunk has found.
     pub fn saw(&mut self, address: CUdeviceptr, in_use: InUse) {
-        if let Some(chunk) = self.chunk_mut(address) {
-            chunk.seen = Some(in_use);
-        }
+        self.change(address, |chunk| chunk.seen = Some(in_use));
     }
 
-    /// The client runs: what was seen counts no more, and whoever spilled may come home next time.
+    /// The client runs: what was seen counts no more.
     pub fn unsee(&mut self) {
-        for chunk in self.regions.values_mut().flat_map(|region| &mut region.chunks) {
-            chunk.seen = None;
+        for address in self.index.seen() {
+            self.change(address, |chunk| chunk.seen = None);
         }
     }
 
-    /// Takes the next chunk to be evicted, marking it as moving, and says what of it is in use. Those that
-    /// need no copy come first; then from the end, because large allocations tend to lie there, and large
-    /// chunks move best.
-    pub fn next_resident(&mut self) -> Option<(Place, Backing, InUse)> {
-        let empty = |chunk: &Chunk| {
-            chunk.evictable()
-                && (chunk.seen == Some(InUse::Granules(0)) || matches!(chunk.backing, Backing::Booked))
-        };
-        for wanted in [&empty as &dyn Fn(&Chunk) -> bool, &Chunk::evictable] {
-            for region in self.regions.values_mut().rev() {
-                if let Some(index) = region.chunks.iter().rposition(wanted) {
-                    let place = region.place(&region.chunks[index]);
-                    let chunk = &mut region.chunks[index];
-                    let in_use = chunk.seen.unwrap_or(InUse::All);
-                    return Some((place, std::mem::replace(&mut chunk.backing, Backing::Moving), in_use));
-                }
-            }
-        }
-        None
+    /// Takes the next chunk to be evicted that needs at most `most` bytes of host memory, marking it as moving, and says
+    /// what of it is in use. Those that need no copy come first.
+    pub fn next_resident(&mut self, most: u64) -> Option<(Place, Backing, InUse)> {
+        let most = Granules::try_from(most / GRANULE).unwrap_or(Granules::MAX);
+        let (place, backing, in_use, _) = self.take(self.index.next_resident(most))?;
+        Some((place, backing, in_use))
+    }
+
+    /// Granules that can be evicted with as much host memory as it takes.
+    pub fn evictable(&self) -> Granules {
+        self.index.evictable()
+    }
+
+    /// Granules that can be evicted with `bytes` of host memory.
+    pub fn evictable_with(&self, bytes: u64) -> Granules {
+        self.index.evictable_with(Granules::try_from(bytes / GRANULE).unwrap_or(Granules::MAX))
+    }
+
+    /// Bytes of host memory that are needed at least to evict anything.
+    pub fn least_need(&self) -> u64 {
+        self.index.least_need().map_or(0, |granules| u64::from(granules) * GRANULE)
     }
 
     /// There will be no room: whoever waits for it is told so.
     pub fn deny_room(&mut self) {
-        for region in self.regions.values_mut().filter(|region| matches!(region.kind, Kind::Room)) {
-            for chunk in region.chunks.iter_mut().filter(|chunk| matches!(chunk.backing, Backing::Absent)) {
-                chunk.backing = Backing::Denied;
-            }
+        for address in self.index.waiting_room() {
+            self.settle(address, Backing::Denied);
         }
     }
 
     /// Whether there is a chunk that the GPU cannot use.
     pub fn is_missing(&self) -> bool {
-        self.regions.values().flat_map(|region| &region.chunks).any(|chunk| !chunk.backing.usable())
+        self.index.is_missing()
     }
 
     /// Granules that are mapped to host memory for want of room.
     pub fn overflow(&self) -> Granules {
-        self.regions
-            .values()
-            .flat_map(|region| &region.chunks)
-            .filter(|chunk| matches!(chunk.backing, Backing::Overflow(_)))
-            .map(Chunk::granules)
-            .sum()
+        self.index.overflowed()
     }
 
     /// Chooses what is to be filled in host memory: `shortage` granules of those that are missing. Says how many
@@ -488,32 +556,57 @@ impl Memory {
     /// (tests/gpu/facts.cu, H200). And they are of the youngest memory, [`SPREAD`] granules for each: what a
     /// program allocates last is mostly what it writes its results to, once each, and what it allocates first,
     /// parameters and inputs, it reads again and again.
+    ///
+    /// What must be in one piece goes there as a whole, and only if nothing else is left: or the fill would wait for
+    /// room that cannot be.
     pub fn spill(&mut self, shortage: Granules) -> Granules {
-        let may = |chunk: &Chunk| matches!(chunk.backing, Backing::Absent | Backing::Evicted(_));
-        let mut missing = Vec::new();
-        for region in self.regions.values_mut().filter(|region| region.may_spill()) {
-            for chunk in &mut region.chunks {
-                chunk.spill = false;
-                if may(chunk) {
-                    let granules = 0..chunk.size / GRANULE;
-                    let address = |granule| chunk.address + granule * GRANULE;
-                    missing.extend(granules.map(|granule| (region.born, region.base, address(granule))));
-                }
+        let chosen_before: Vec<_> = self.index.spilled().collect();
+        for address in chosen_before {
+            self.change(address, |chunk| chunk.spill = false);
+        }
+        if shortage == 0 {
+            return 0;
+        }
+        let (mut missing, mut whole) = (Vec::new(), Vec::new());
+        for address in self.index.missing() {
+            let Some((region, at)) = self.chunk(address) else { continue };
+            let granules = region.chunks[at].granules();
+            if region.may_spill() {
+                let address = |granule| address + u64::from(granule) * GRANULE;
+                missing.extend((0..granules).map(|granule| (Reverse(region.born), address(granule))));
+            } else if !region.is_room() {
+                whole.push((Reverse(region.born), address));
             }
         }
-        missing.sort_unstable_by_key(|(born, _, address)| (Reverse(*born), *address));
+        missing.sort_unstable();
         missing.truncate((shortage as usize).saturating_mul(SPREAD));
         let (all, wanted) = (missing.len(), (shortage as usize).min(missing.len()));
-        for index in 0..wanted {
-            // The middle of each of as many equal parts.
-            let (_, base, address) = missing[(2 * index + 1) * all / (2 * wanted)];
-            let Some(region) = self.regions.get_mut(&base) else { continue };
-            let holds = |chunk: &Chunk| (chunk.address..chunk.address + chunk.size).contains(&address);
-            if let Some(at) = region.chunks.iter().position(holds) {
-                let offset = address - region.chunks[at].address;
-                region.cut_out(at, offset).spill = true;
+        // The middles of as many equal parts.
+        (0..wanted).for_each(|index| self.spill_granule(missing[(2 * index + 1) * all / (2 * wanted)].1));
+        whole.sort_unstable();
+        let spill = |chunk: &mut Chunk| {
+            chunk.spill = true;
+            chunk.granules()
+        };
+        let mut spilled = wanted as Granules;
+        for (_, address) in whole {
+            if spilled >= shortage {
+                break;
             }
+            spilled += self.change(address, spill).unwrap_or(0);
         }
-        wanted as Granules
+        spilled
+    }
+
+    /// Makes a chunk of the granule at an address, which is to be filled in host memory.
+    fn spill_granule(&mut self, address: CUdeviceptr) {
+        self.visit();
+        let Some((base, region)) = self.regions.range_mut(..=address).next_back() else { return };
+        let Some(at) = region.chunk_at(address) else { return };
+        let offset = address - region.chunks[at].address;
+        self.index.remove(*base, false, &region.chunks[at]);
+        let (pieces, at) = region.cut_out(at, offset);
+        region.chunks[at].spill = true;
+        region.chunks[pieces].iter().for_each(|chunk| self.index.insert(*base, false, chunk));
     }
 }

@@ -4,7 +4,7 @@ use super::gaps::Gaps;
 use crate::abi::{
     CUcontext, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle,
 };
-use crate::hostpool::HostBlock;
+use crate::hostpool::HostMemory;
 use nvshare::units::{GRANULE, Granules};
 
 /// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (DESIGN section 2).
@@ -53,9 +53,23 @@ impl InUse {
 #[derive(Debug)]
 pub struct HostCopy {
     /// The bytes.
-    pub block: HostBlock,
+    pub memory: HostMemory,
     /// Which granules they are.
     pub in_use: InUse,
+}
+
+impl HostCopy {
+    /// What is to be copied, for a chunk of `size` bytes: offset in the chunk, where in host memory, and length of each
+    /// piece, in bytes.
+    pub fn pieces(&self, size: u64) -> impl Iterator<Item = (u64, *mut u8, u64)> {
+        self.in_use.runs(size).into_iter().flat_map(|(at, from, length)| {
+            let mut done = 0;
+            self.memory.pieces(from, length).map(move |(address, length)| {
+                done += length;
+                (at + done - length, address, length)
+            })
+        })
+    }
 }
 
 /// Where a chunk's bytes are.
@@ -84,7 +98,7 @@ impl Backing {
     }
 }
 
-/// The unit in which memory moves.
+/// The unit in which memory moves. In the map, it is changed by [`super::Memory::change`] alone.
 #[derive(Debug)]
 pub struct Chunk {
     /// Where it is mapped.
@@ -113,6 +127,11 @@ impl Chunk {
 
     pub(super) fn evictable(&self) -> bool {
         matches!(self.backing, Backing::Device(_) | Backing::Booked) && !self.fixed
+    }
+
+    /// Whether the GPU cannot use it and it can be brought in.
+    pub(super) fn is_missing(&self) -> bool {
+        matches!(self.backing, Backing::Absent | Backing::Evicted(_))
     }
 }
 
@@ -172,6 +191,8 @@ pub struct Region {
     pub chunks: Vec<Chunk>,
     /// How many regions were made before it.
     pub born: u64,
+    /// Allocations in it that the application has.
+    pub(super) allocations: u32,
     /// How often other processes have it open: it stays until they have closed it.
     pub(super) lent: u32,
     /// The application has freed what was in it.
@@ -208,7 +229,20 @@ impl Region {
         let chunks = (0..size.div_ceil(chunk))
             .map(|index| Chunk::new(base + index * chunk, chunk.min(size - index * chunk)))
             .collect();
-        Self { base, size, context, chunks, born: 0, lent: 0, abandoned: false, kind }
+        Self { base, size, context, chunks, born: 0, allocations: 0, lent: 0, abandoned: false, kind }
+    }
+
+    /// Whether nothing is mapped there.
+    pub(super) fn is_room(&self) -> bool {
+        matches!(self.kind, Kind::Room)
+    }
+
+    /// A slab's context, the length of its largest gap, and its base.
+    pub(super) fn as_slab(&self) -> Option<(CUcontext, u64, CUdeviceptr)> {
+        match &self.kind {
+            Kind::Slab(gaps) => Some((self.context, gaps.largest(), self.base)),
+            _ => None,
+        }
     }
 
     /// Its size in granules.
@@ -270,14 +304,22 @@ impl Region {
         }
     }
 
-    /// Whether a part of it may lie in host memory, for want of room.
+    /// The index of the chunk that an address lies in.
+    pub(super) fn chunk_at(&self, address: CUdeviceptr) -> Option<usize> {
+        let after = self.chunks.partition_point(|chunk| chunk.address <= address);
+        let index = after.checked_sub(1)?;
+        (address - self.chunks[index].address < self.chunks[index].size).then_some(index)
+    }
+
+    /// Whether granules of it may lie in host memory, for want of room.
     pub(super) fn may_spill(&self) -> bool {
         !matches!(self.kind, Kind::Room) && !self.kind.is_one_piece(self.size)
     }
 
     /// Cuts the chunk at `index` so that the granule at `offset` bytes in it is a chunk of its own, and
-    /// returns that one.
-    pub(super) fn cut_out(&mut self, index: usize, offset: u64) -> &mut Chunk {
+    /// returns which ones it has become, and which of them that is.
+    pub(super) fn cut_out(&mut self, index: usize, offset: u64) -> (std::ops::Range<usize>, usize) {
+        let before = self.chunks.len();
         let mut at = index;
         if offset > 0 {
             self.cut(index, offset);
@@ -286,7 +328,7 @@ impl Region {
         if self.chunks[at].size > GRANULE {
             self.cut(at, GRANULE);
         }
-        &mut self.chunks[at]
+        (index..index + 1 + self.chunks.len() - before, at)
     }
 
     /// Cuts a chunk that is not on the GPU in two.
@@ -301,17 +343,17 @@ impl Region {
             }
         };
         (chunk.backing, rest.backing) = match std::mem::replace(&mut chunk.backing, Backing::Absent) {
-            Backing::Evicted(HostCopy { block, in_use }) => {
+            Backing::Evicted(HostCopy { memory, in_use }) => {
                 let (before, after) = split(in_use);
                 let length = before.bytes(offset);
                 match (length, after.bytes(rest.size)) {
-                    (0, _) => (Backing::Absent, Backing::Evicted(HostCopy { block, in_use: after })),
-                    (_, 0) => (Backing::Evicted(HostCopy { block, in_use: before }), Backing::Absent),
+                    (0, _) => (Backing::Absent, Backing::Evicted(HostCopy { memory, in_use: after })),
+                    (_, 0) => (Backing::Evicted(HostCopy { memory, in_use: before }), Backing::Absent),
                     (length, _) => {
-                        let (head, tail) = block.split_at(length as usize);
+                        let (head, tail) = memory.split_at(length);
                         (
-                            Backing::Evicted(HostCopy { block: head, in_use: before }),
-                            Backing::Evicted(HostCopy { block: tail, in_use: after }),
+                            Backing::Evicted(HostCopy { memory: head, in_use: before }),
+                            Backing::Evicted(HostCopy { memory: tail, in_use: after }),
                         )
                     }
                 }

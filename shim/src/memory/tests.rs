@@ -214,17 +214,20 @@ fn the_youngest_memory_spills_wherever_it_lies() {
 }
 
 #[test]
-fn room_and_what_is_handed_on_whole_never_spill() {
+fn room_never_spills_and_what_is_handed_on_whole_only_if_nothing_else_can() {
     let mut memory = Memory::default();
     memory.add_room(4 * GRANULE, CONTEXT);
     let mut prop = CUmemAllocationProp::pinned(crate::abi::CUmemLocation::device(0));
     prop.requested_handle_types = crate::abi::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     memory.add_object(1 << 40, 3 * CHUNK, prop);
     assert_eq!(memory.region(1 << 40).unwrap().chunks.len(), 1, "one handle is handed on");
-    assert_eq!(memory.spill(8), 0);
+    assert_eq!(memory.spill(8), 96, "whole: a fill that waits for room that cannot be never ends");
+    assert_eq!(spilled(&memory), [1 << 40]);
+    assert_eq!((memory.spill(0), spilled(&memory)), (0, Vec::new()));
     memory.add_object(1 << 41, 2 * WHOLE, prop);
     assert_eq!(memory.region(1 << 41).unwrap().chunks.len() as u64, 2 * WHOLE / CHUNK, "too large for that");
     assert_eq!(memory.spill(8), 8);
+    assert!(!spilled(&memory).contains(&(1 << 40)));
 }
 
 #[test]
@@ -244,4 +247,124 @@ fn an_object_lives_while_it_is_held_or_mapped() {
     memory.object(object).unwrap().object_mut().unwrap().references = 0;
     assert_eq!(memory.remove_view(view).map(|region| region.base), Some(object));
     assert!(memory.object(object).is_none());
+}
+
+/// Walks `count` regions of one granule out and in as the engine does, with a look at all that it asks in between. How
+/// many regions and chunks were looked at, for each of them.
+fn visits_of_a_switch(count: u64) -> u64 {
+    let mut memory = Memory::default();
+    for index in 0..count {
+        let base = (1 << 40) + 2 * index * GRANULE;
+        memory.add_whole(base, GRANULE, GRANULE, CONTEXT);
+        memory.settle(base, Backing::Device(1));
+    }
+    memory.visits.set(0);
+    for (address, _) in memory.unseen() {
+        memory.saw(address, InUse::Granules(0));
+    }
+    while let Some((place, ..)) = memory.next_resident(u64::MAX) {
+        assert!(memory.is_missing() && memory.overflow() == 0 && memory.put_off() == 0);
+        memory.settle(place.address, Backing::Absent);
+    }
+    memory.spill(0);
+    while let Some((place, _, spill)) = memory.next_missing() {
+        assert!(!spill && memory.next_evicted(1).is_none() && memory.next_overflow().is_none());
+        assert_eq!(memory.take_small(100, CONTEXT), None);
+        memory.settle(place.address, Backing::Device(1));
+    }
+    memory.unsee();
+    assert!(!memory.is_missing());
+    memory.visits.get() / count
+}
+
+#[test]
+fn a_switch_looks_at_each_region_so_many_times_however_many_there_are() {
+    let few = visits_of_a_switch(100);
+    assert!(few < 20, "{few}");
+    assert_eq!(visits_of_a_switch(10_000), few);
+}
+
+/// Whatever has happened to the chunks, the index says of them what they are.
+#[test]
+fn the_index_is_what_the_chunks_are() {
+    let fresh = |memory: &Memory| {
+        let mut index = Index::default();
+        for region in memory.regions.values() {
+            region.chunks.iter().for_each(|chunk| index.insert(region.base, region.is_room(), chunk));
+        }
+        index
+    };
+    for seed in 1..=40u64 {
+        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut below = |bound: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % bound
+        };
+        let (mut memory, mut bases, mut next) = (Memory::default(), Vec::new(), 1u64 << 40);
+        for _ in 0..200 {
+            match below(12) {
+                0..=2 => {
+                    let size = (1 + below(70)) * GRANULE;
+                    match below(3) {
+                        0 => bases.push(memory.add_room(size, CONTEXT)),
+                        1 => {
+                            memory.add_object(
+                                next,
+                                size,
+                                CUmemAllocationProp::pinned(crate::abi::CUmemLocation::device(0)),
+                            );
+                            bases.push(next);
+                        }
+                        _ => {
+                            memory.add_whole(next, size, size, CONTEXT);
+                            bases.push(next);
+                        }
+                    }
+                    next += 1 << 32;
+                }
+                3 | 4 => {
+                    if let Some((place, _, spill)) = memory.next_missing() {
+                        let backing = match (place.room, spill) {
+                            (true, _) => Backing::Booked,
+                            (_, true) => Backing::Overflow(2),
+                            _ => Backing::Device(1),
+                        };
+                        memory.settle(place.address, backing);
+                    }
+                }
+                5 => {
+                    if let Some((place, ..)) = memory.next_resident(below(40) * GRANULE) {
+                        memory.settle(place.address, Backing::Absent);
+                    }
+                }
+                6 => {
+                    memory.spill(below(20) as Granules);
+                }
+                7 => {
+                    let unseen = memory.unseen();
+                    unseen
+                        .iter()
+                        .for_each(|(address, _)| memory.saw(*address, InUse::Granules(below(3) as u32)));
+                }
+                8 => memory.unsee(),
+                9 => {
+                    if let Some((place, _)) = memory.next_overflow() {
+                        memory.settle(place.address, Backing::Device(3));
+                    }
+                }
+                10 if !bases.is_empty() => {
+                    memory.fix(bases[below(bases.len() as u64) as usize]);
+                }
+                11 if !bases.is_empty() => {
+                    memory.forget(bases.swap_remove(below(bases.len() as u64) as usize));
+                }
+                _ => memory.deny_room(),
+            }
+            assert_eq!(memory.index, fresh(&memory), "seed {seed}");
+        }
+        memory.take_all();
+        assert_eq!(memory.index, Index::default());
+    }
 }

@@ -11,6 +11,7 @@ mod figures;
 mod graphs;
 mod held;
 mod ipc;
+mod limited;
 mod mapped;
 mod peers;
 mod placed;
@@ -145,6 +146,7 @@ impl Caller {
                     Self::graphs,
                     Self::held,
                     Self::ipc,
+                    Self::limited,
                     Self::mapped,
                     Self::peers,
                     Self::placed,

@@ -1,0 +1,205 @@
+//! The chunks by what can be done with them, so that nobody walks over all of them to find the next.
+//!
+//! Every change of a chunk goes through [`super::Memory::change`], which takes the chunk out of the index and puts it back
+//! in as what it has become. Finding the next chunk, and asking how many there are of a kind, costs the same however many
+//! there are.
+
+use super::region::{Backing, CHUNK, Chunk, InUse};
+use crate::abi::CUdeviceptr;
+use nvshare::units::Granules;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// A chunk in the order in which chunks come in: room first, which is only ever in the GPU's memory and whose addresses
+/// are the highest; a region from its beginning.
+type Place = (Reverse<CUdeviceptr>, CUdeviceptr);
+
+/// What the index knows.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Index {
+    /// Those that the GPU cannot use and that can be brought in. First those that are to be mapped to host memory: only
+    /// then does the rest fit.
+    missing: BTreeSet<(Reverse<bool>, Place)>,
+    /// Of those, the ones with a copy in host memory that come home to the GPU, by size.
+    evicted: BTreeSet<(Granules, Place)>,
+    /// Those that are mapped to host memory and may come home.
+    overflow: BTreeSet<Place>,
+    /// Granules that are mapped to host memory.
+    overflowed: u64,
+    /// Those that the GPU cannot use, on their way or not.
+    unusable: usize,
+    /// Those that can be evicted, by what a copy of them takes; and how many granules each has.
+    by_need: BTreeMap<(Granules, CUdeviceptr), Granules>,
+    /// Granules of those.
+    evictable: u64,
+    /// Of those, the ones that need a copy.
+    resident: BTreeSet<CUdeviceptr>,
+    /// Those on the GPU that nobody has looked at since the client last ran, and that a look can take.
+    unseen: BTreeSet<CUdeviceptr>,
+    /// Those that somebody has looked at since.
+    seen: BTreeSet<CUdeviceptr>,
+    /// Room that waits for the GPU.
+    room: BTreeSet<CUdeviceptr>,
+}
+
+/// Granules of host memory that an eviction of a chunk takes.
+fn need(chunk: &Chunk) -> Granules {
+    match (&chunk.backing, chunk.seen) {
+        (Backing::Booked, _) => 0,
+        (_, Some(InUse::Granules(bits))) => bits.count_ones(),
+        _ => chunk.granules(),
+    }
+}
+
+fn set<T: Ord>(set: &mut BTreeSet<T>, key: T, present: bool) {
+    if present {
+        set.insert(key);
+    } else {
+        set.remove(&key);
+    }
+}
+
+impl Index {
+    /// A chunk of the region at `base` is there from now on as what it is.
+    pub fn insert(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk) {
+        self.mark(base, is_room, chunk, true);
+    }
+
+    /// A chunk, as it was when it was inserted, is there no more.
+    pub fn remove(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk) {
+        self.mark(base, is_room, chunk, false);
+    }
+
+    fn mark(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk, present: bool) {
+        let (address, granules) = (chunk.address, chunk.granules());
+        let place = (Reverse(base), address);
+        if !chunk.backing.usable() {
+            self.unusable = if present { self.unusable + 1 } else { self.unusable - 1 };
+        }
+        if chunk.is_missing() {
+            set(&mut self.missing, (Reverse(chunk.spill), place), present);
+        }
+        match &chunk.backing {
+            Backing::Absent if is_room => set(&mut self.room, address, present),
+            Backing::Evicted(_) if !chunk.spill => set(&mut self.evicted, (granules, place), present),
+            Backing::Overflow(_) => {
+                let granules = u64::from(granules);
+                self.overflowed =
+                    if present { self.overflowed + granules } else { self.overflowed - granules };
+                if !chunk.fixed {
+                    set(&mut self.overflow, place, present);
+                }
+            }
+            _ => {}
+        }
+        if chunk.evictable() {
+            let need = need(chunk);
+            if present {
+                self.by_need.insert((need, address), granules);
+                self.evictable += u64::from(granules);
+            } else {
+                self.by_need.remove(&(need, address));
+                self.evictable -= u64::from(granules);
+            }
+            if need > 0 {
+                set(&mut self.resident, address, present);
+            }
+            let is_memory = matches!(chunk.backing, Backing::Device(_));
+            if is_memory && chunk.seen.is_none() && chunk.size <= CHUNK {
+                set(&mut self.unseen, address, present);
+            }
+        }
+        if chunk.seen.is_some() {
+            set(&mut self.seen, address, present);
+        }
+    }
+
+    /// The next one to bring in.
+    pub fn next_missing(&self) -> Option<CUdeviceptr> {
+        self.missing.first().map(|(_, (_, address))| *address)
+    }
+
+    /// All that can be brought in.
+    pub fn missing(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.missing.iter().map(|(_, (_, address))| *address)
+    }
+
+    /// Those that are to be mapped to host memory when they are brought in.
+    pub fn spilled(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.missing.iter().take_while(|(Reverse(spill), _)| *spill).map(|(_, (_, address))| *address)
+    }
+
+    /// The largest with a copy in host memory that has no more than `room` granules.
+    pub fn next_evicted(&self, room: Granules) -> Option<CUdeviceptr> {
+        let (granules, _) = *self.evicted.iter().next()?;
+        if granules > room {
+            return None;
+        }
+        let after = (room.saturating_add(1), (Reverse(CUdeviceptr::MAX), 0));
+        self.evicted.range(..after).next_back().map(|(_, (_, address))| *address)
+    }
+
+    /// The next that is mapped to host memory and may come home.
+    pub fn next_overflow(&self) -> Option<CUdeviceptr> {
+        self.overflow.first().map(|(_, address)| *address)
+    }
+
+    /// Granules that are mapped to host memory.
+    pub fn overflowed(&self) -> Granules {
+        Granules::try_from(self.overflowed).unwrap_or(Granules::MAX)
+    }
+
+    /// Whether there is one that the GPU cannot use.
+    pub fn is_missing(&self) -> bool {
+        self.unusable > 0
+    }
+
+    /// The next one to evict that takes at most `most` granules of host memory. Those that need no copy come first; then
+    /// from the end, because large allocations tend to lie there, and large chunks move best.
+    pub fn next_resident(&self, most: Granules) -> Option<CUdeviceptr> {
+        let ((need, smallest), _) = self.by_need.first_key_value()?;
+        if *need == 0 {
+            return Some(*smallest);
+        }
+        if self.by_need.last_key_value().is_some_and(|((largest, _), _)| *largest <= most) {
+            return self.resident.last().copied();
+        }
+        self.by_need.range(..=(most, CUdeviceptr::MAX)).next_back().map(|((_, address), _)| *address)
+    }
+
+    /// Granules that can be evicted with as much host memory as it takes.
+    pub fn evictable(&self) -> Granules {
+        Granules::try_from(self.evictable).unwrap_or(Granules::MAX)
+    }
+
+    /// Granules that can be evicted with so many granules of host memory: of the smallest chunks. A chunk goes whole.
+    pub fn evictable_with(&self, host: Granules) -> Granules {
+        let mut left = host;
+        let fits = self.by_need.iter().take_while(|((need, _), _)| {
+            let fits = *need <= left;
+            left = left.saturating_sub(*need);
+            fits
+        });
+        fits.map(|(_, granules)| granules).sum()
+    }
+
+    /// Granules of host memory that some chunk takes at least when it is evicted.
+    pub fn least_need(&self) -> Option<Granules> {
+        self.by_need.first_key_value().map(|((need, _), _)| *need)
+    }
+
+    /// Those on the GPU that nobody has looked at.
+    pub fn unseen(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.unseen.iter().copied()
+    }
+
+    /// Those that somebody has looked at.
+    pub fn seen(&self) -> Vec<CUdeviceptr> {
+        self.seen.iter().copied().collect()
+    }
+
+    /// Room that waits for the GPU.
+    pub fn waiting_room(&self) -> Vec<CUdeviceptr> {
+        self.room.iter().copied().collect()
+    }
+}
