@@ -48,26 +48,16 @@ impl Page {
     pub fn open_slot(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
         let occupied = self.occupied();
         let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !occupied.contains(*slot))?;
-        self.clear(slot);
-        self.describe(slot, name, weight);
-        let row = self.slot(slot);
-        row.started.store(process.started, Ordering::Relaxed);
-        let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation.wrapping_add(1);
-        row.owner.store(Owner { generation, pid: process.pid }.into(), Ordering::Release);
-        self.set_occupied(occupied.with(slot));
+        self.open_slot_at(slot, process, name, weight);
         Some(slot)
     }
 
-    /// As [`Page::open_slot`], for a process that asks: if one was opened for it that it has not claimed, because an
-    /// arbiter ended before it had answered, it is given that one.
-    pub fn slot_for(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
-        let is_unclaimed = |slot: &SlotIndex| self.owner(*slot) == Some(process) && !self.is_claimed(*slot);
-        let Some(slot) = self.occupied().iter().find(is_unclaimed) else {
-            return self.open_slot(process, name, weight);
-        };
-        // Not cleared: it is clear, and somebody may claim it at this moment.
+    /// Opens this slot, which nobody has, for a process. For an arbiter, which knows by itself which slots are free:
+    /// everybody can write the page.
+    pub fn open_slot_at(&self, slot: SlotIndex, process: Process, name: &str, weight: u32) {
+        self.clear(slot);
         self.describe(slot, name, weight);
-        Some(slot)
+        self.set_owner(slot, process, self.generation(slot).wrapping_add(1));
     }
 
     /// A process takes the slot that it was given. False if it has taken it already: of two of its threads that ask at a
@@ -82,11 +72,20 @@ impl Page {
         Owner::from(self.slot(slot).owner.load(Ordering::Relaxed)).generation
     }
 
-    /// Puts right whose a slot is, for an arbiter that knows better than the page.
-    pub fn set_owner(&self, slot: SlotIndex, process: Process, generation: u32) {
+    /// Writes whose a slot is, whatever stood there, for an arbiter that knows better than the page. True if something else
+    /// stood there.
+    pub fn set_owner(&self, slot: SlotIndex, process: Process, generation: u32) -> bool {
         let row = self.slot(slot);
-        row.started.store(process.started, Ordering::Relaxed);
-        row.owner.store(Owner { generation, pid: process.pid }.into(), Ordering::Release);
+        let owner = Owner { generation, pid: process.pid }.into();
+        let right = row.owner.load(Ordering::Relaxed) == owner
+            && row.started.load(Ordering::Relaxed) == process.started
+            && self.occupied().contains(slot);
+        if !right {
+            row.started.store(process.started, Ordering::Relaxed);
+            row.owner.store(owner, Ordering::Release);
+            self.set_occupied(self.occupied().with(slot));
+        }
+        !right
     }
 
     /// Whether the process that a slot was opened for knows of it.
@@ -94,7 +93,8 @@ impl Page {
         self.slot(slot).claimed.load(Ordering::Acquire) != 0
     }
 
-    fn describe(&self, slot: SlotIndex, name: &str, weight: u32) {
+    /// Writes what a slot's owner calls itself, and its weight; its other shares are the usual ones.
+    pub fn describe(&self, slot: SlotIndex, name: &str, weight: u32) {
         let mut bytes = [0; NAME_BYTES];
         let fits = name.floor_char_boundary(NAME_BYTES);
         bytes[..fits].copy_from_slice(&name.as_bytes()[..fits]);
@@ -254,7 +254,7 @@ impl Page {
     }
 
     /// Puts the bit map of occupied slots right, after a restart: an arbiter killed between the two
-    /// stores of [`Page::open_slot`] or [`Page::reap`] left them different.
+    /// stores of [`Page::open_slot_at`] or [`Page::reap`] left them different.
     pub fn rebuild_occupied(&self) {
         let owned = (0..SLOTS).filter_map(SlotIndex::new).filter(|slot| self.owner(*slot).is_some());
         self.set_occupied(owned.collect());
@@ -322,21 +322,30 @@ mod tests {
         assert_eq!(page.open_slot(SOMEBODY, "again", 1), Some(first));
     }
 
-    /// The arbiter that opened it ended before it had answered.
     #[test]
-    fn a_process_that_was_not_told_of_its_slot_is_given_that_one() {
+    fn a_slot_is_claimed_once() {
         let page = Page::for_tests(100);
-        let ask = |process| page.slot_for(process, "job", 1).unwrap();
-        let first = ask(SOMEBODY);
-        let others = ask(Process { pid: 42, started: 8 });
-        assert_ne!(others, first);
-        assert_eq!(ask(SOMEBODY), first);
-        assert!(page.claim(first) && !page.claim(first), "by one of its threads");
-        let second = ask(SOMEBODY);
-        assert!(second != first && second != others);
-        page.reap(first);
-        assert_eq!(page.open_slot(SOMEBODY, "job", 1), Some(first));
-        assert!(page.claim(first), "its next owner has not claimed it");
+        let slot = page.open_slot(SOMEBODY, "job", 1).unwrap();
+        assert!(!page.is_claimed(slot) && page.claim(slot));
+        assert!(page.is_claimed(slot) && !page.claim(slot), "by one of its threads");
+        page.reap(slot);
+        assert_eq!(page.open_slot(SOMEBODY, "job", 1), Some(slot));
+        assert!(page.claim(slot), "its next owner has not claimed it");
+    }
+
+    #[test]
+    fn whose_a_slot_is_can_be_put_right() {
+        let page = Page::for_tests(100);
+        let slot = page.open_slot(SOMEBODY, "job", 1).unwrap();
+        let generation = page.generation(slot);
+        assert!(!page.set_owner(slot, SOMEBODY, generation));
+        for lie in [0, 7, u64::MAX] {
+            page.slot(slot).owner.store(lie, Ordering::Relaxed);
+            assert!(page.set_owner(slot, SOMEBODY, generation));
+            assert_eq!(page.owner(slot), Some(SOMEBODY));
+        }
+        page.set_occupied(SlotSet::EMPTY);
+        assert!(page.set_owner(slot, SOMEBODY, generation) && page.occupied().contains(slot));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`page`] | the control page: one file per GPU, mapped by everyone |
+//! | [`page`] | the control page: one per GPU, mapped by everyone |
 //! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
@@ -14,8 +14,11 @@
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
 //! | [`register`] | how a process gets its slot and the page's descriptor |
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
+//! | [`sealed`], [`record`] | the memory that a page is in, and what one arbiter writes down for the next |
 //! | [`change`] | how a client's shares are changed while it runs |
 //! | [`standard_error`] | a log line that never matters to the process that it is written in |
+//! | [`runtime_dir`] | who may serve in a runtime directory, and whose arbiter is believed there |
+//! | [`log_limit`] | a bound on log lines that a stranger can cause |
 //! | [`sync`] | atomics and futexes, real or modelled by loom |
 //!
 //! The protocol rests on three invariants (DESIGN section 5), named I1 to I3 throughout:
@@ -31,6 +34,7 @@ pub mod audit;
 pub mod client;
 pub mod fair;
 pub mod lock;
+pub mod log_limit;
 pub mod page;
 pub mod placement;
 pub mod policy;
@@ -49,7 +53,13 @@ pub mod paths;
 #[cfg(not(loom))]
 pub mod presence;
 #[cfg(not(loom))]
+pub mod record;
+#[cfg(not(loom))]
 pub mod register;
+#[cfg(not(loom))]
+pub mod runtime_dir;
+#[cfg(not(loom))]
+pub mod sealed;
 #[cfg(not(loom))]
 pub mod standard_error;
 

@@ -4,11 +4,15 @@
 //! allows that for atomics and for nothing else, so [`Page`] consists of atomics alone, and of padding
 //! that is typed as changeable and never touched. Every bit pattern is a valid `AtomicU32` or
 //! `AtomicU64`. The mapping is page-aligned, so every field is aligned, and its length is checked
-//! against the file's before and after mapping. What is left is a file that shrinks under the mapping: an
-//! access then raises SIGBUS. The arbiter seals the file's size where the kernel can (memfd); in tmpfs,
-//! only who may write the runtime directory can do it.
+//! against the file's before mapping. What is left is a file that shrinks under the mapping: an access then raises
+//! SIGBUS. Pages are in memory whose size is sealed ([`crate::sealed`]), and a client takes no other
+//! ([`crate::register`]).
+//!
+//! Whoever only looks has a descriptor that only reads. Its mapping can only be read too: a store into it is a fault.
 
 use crate::page::{PAGE_BYTES, Page, PageError};
+use crate::sealed;
+use crate::units::{GpuUuid, Granules};
 use memmap2::{MmapOptions, MmapRaw};
 use std::fs::File;
 use std::io;
@@ -20,6 +24,17 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub struct MappedPage {
     mapping: Arc<MmapRaw>,
+}
+
+/// Makes a page in sealed memory: an empty pool of `capacity` granules.
+///
+/// # Errors
+/// There is no memory for it, or the kernel will not map it.
+pub fn create(gpu: GpuUuid, capacity: Granules) -> Result<(File, MappedPage), MapError> {
+    let file = sealed::create(&format!("nvshare:{gpu}"), PAGE_BYTES)?;
+    let page = MappedPage::map(&file)?;
+    page.initialise(gpu, capacity);
+    Ok((file, page))
 }
 
 /// Why a page could not be mapped.
@@ -54,11 +69,14 @@ impl MappedPage {
         if found < PAGE_BYTES as u64 {
             return Err(PageError::Short { found }.into());
         }
-        let mapping = MmapOptions::new().len(PAGE_BYTES).map_raw(&file)?;
+        let mut options = MmapOptions::new();
+        options.len(PAGE_BYTES);
+        let reads = sealed::is_read_only(&file);
+        let memory = if reads { options.map_raw_read_only(&file) } else { options.map_raw(&file) }?;
         // A child of fork has no part in the protocol (DESIGN section 5): it must not even see it.
         #[cfg(not(miri))]
-        mapping.advise(memmap2::Advice::DontFork)?;
-        Ok(Self { mapping: Arc::new(mapping) })
+        memory.advise(memmap2::Advice::DontFork)?;
+        Ok(Self { mapping: Arc::new(memory) })
     }
 
     /// Where the mapping begins, to tell whether it is still there after a fork.
@@ -122,6 +140,15 @@ mod tests {
         let second = MappedPage::open(&file).unwrap();
         first.set_capacity(12);
         assert_eq!((second.capacity(), second.free().granules, second.gpu()), (12, 12, GpuUuid([1; 16])));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no memfd")]
+    fn whoever_only_looks_sees_the_same_page() {
+        let (file, page) = create(GpuUuid([1; 16]), 9).unwrap();
+        let looked_at = MappedPage::open(sealed::read_only(&file).unwrap()).unwrap();
+        page.set_capacity(12);
+        assert_eq!((looked_at.capacity(), looked_at.gpu()), (12, GpuUuid([1; 16])));
     }
 
     #[test]

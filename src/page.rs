@@ -441,12 +441,6 @@ impl Page {
     /// The magic comes last, so that nobody takes a half-made page for a whole one.
     pub fn initialise(&self, gpu: GpuUuid, capacity: Granules) {
         let header = &self.header;
-        header.layout_version.store(LAYOUT_VERSION, Ordering::Relaxed);
-        header.slot_count.store(SLOTS as u32, Ordering::Relaxed);
-        header.page_bytes.store(PAGE_BYTES as u64, Ordering::Relaxed);
-        for (half, word) in gpu.0.chunks_exact(8).zip(&header.gpu) {
-            word.store(u64::from_le_bytes(half.try_into().expect("eight bytes")), Ordering::Relaxed);
-        }
         let capacity = capacity.min(MAX_GRANULES);
         header.capacity.store(u64::from(capacity), Ordering::Relaxed);
         header.free.store(Free { granules: capacity as i32, tag: None }.into(), Ordering::Relaxed);
@@ -454,6 +448,19 @@ impl Page {
         self.set_settings(Settings::default());
         for word in &header.bandwidth {
             word.store(DEFAULT_BANDWIDTH | GUESSED, Ordering::Relaxed);
+        }
+        self.restore_identity(gpu);
+    }
+
+    /// Writes what [`check`](Page::check) reads, whatever stood there: everybody can write the page, and the arbiter
+    /// knows which page it is.
+    pub fn restore_identity(&self, gpu: GpuUuid) {
+        let header = &self.header;
+        header.layout_version.store(LAYOUT_VERSION, Ordering::Relaxed);
+        header.slot_count.store(SLOTS as u32, Ordering::Relaxed);
+        header.page_bytes.store(PAGE_BYTES as u64, Ordering::Relaxed);
+        for (half, word) in gpu.0.chunks_exact(8).zip(&header.gpu) {
+            word.store(u64::from_le_bytes(half.try_into().expect("eight bytes")), Ordering::Relaxed);
         }
         header.magic.store(MAGIC, Ordering::Release);
     }

@@ -143,6 +143,9 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()>
     spawned.map(drop)
 }
 
+/// The name of the thread that keeps the descriptors.
+pub(crate) const KEEPER: &str = "nvshare-alive";
+
 /// Of the two threads here, which call little.
 const STACK: usize = 128 << 10;
 
@@ -151,7 +154,7 @@ const STACK: usize = 128 << 10;
 fn move_over(presence: &Presence) {
     let (tell, told) = channel();
     let own = presence.clone();
-    if spawn("nvshare-alive", move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
+    if spawn(KEEPER, move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
         return;
     }
     for fd in presence.descriptors() {

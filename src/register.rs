@@ -12,6 +12,13 @@
 //! The process then claims its slot in the page ([`Page::claim`](crate::page::Page::claim)). One that it has not claimed,
 //! because the arbiter ended between opening it and answering, is what it is given when it asks again.
 //!
+//! Whoever only looks gets a descriptor that only reads. All descriptors of pages are of sealed memory
+//! ([`crate::sealed`]), and no other is taken; nor is an answer of somebody whom [`crate::runtime_dir`] does not believe.
+//!
+//! A page exists for as long as somebody has it, so an arbiter that ends after it has sent a page, and before the process
+//! has mapped it, may have a successor with another page. If the connection is still open when the page is mapped, every
+//! later arbiter finds it; if not, the process asks again.
+//!
 //! With the slot comes a second descriptor, the slot's life file. Whoever registers keeps it and the connection for as
 //! long as the process lives and runs the same program ([`crate::presence`]): that is how the arbiter knows.
 
@@ -22,12 +29,13 @@ use crate::presence::{self, ATTACH_MAGIC, Presence};
 use crate::shares::{Priority, Shares};
 use crate::sync::now;
 use crate::units::{GpuUuid, Nanos, format_nanos};
+use crate::{runtime_dir, sealed};
 use bytemuck::{Pod, Zeroable};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect,
-    recvmsg, sendmsg, setsockopt, socket, sockopt,
+    getsockopt, recv, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::io::{IoSlice, IoSliceMut};
@@ -341,6 +349,17 @@ pub enum RegisterError {
         /// What was wrong with its answer.
         what: String,
     },
+    /// Somebody else's arbiter, or whatever it is.
+    #[error(
+        "what answers at {} runs as user {user}, and this process, of user {}, believes an arbiter only if it runs as root, as its own user, or as the user to whom root has given that directory: somebody else may have put the socket there. Name another directory with NVSHARE_RUNTIME_DIR",
+        .path.display(), nix::unistd::geteuid()
+    )]
+    Stranger {
+        /// The socket.
+        path: PathBuf,
+        /// Who listens there.
+        user: u32,
+    },
     /// The page that came is not usable.
     #[error("the page that the arbiter at {} sent for {gpu} is not usable: {cause}", .path.display())]
     Page {
@@ -370,7 +389,7 @@ const DIAL_AGAIN: Duration = Duration::from_millis(10);
 /// Connects to the arbiter, trying again until `timeout` is over.
 ///
 /// # Errors
-/// [`RegisterError::NoArbiter`].
+/// [`RegisterError::NoArbiter`], or [`RegisterError::Stranger`] at once.
 pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
     let begin = now();
     let fail = |cause| RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause };
@@ -381,13 +400,22 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
         // A stopped arbiter whose queue is full would keep us in `connect` for as long as it is stopped.
         setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(fail)?;
         match connect(fd.as_raw_fd(), &address) {
-            Ok(()) => return Ok(fd),
+            Ok(()) => return believed(fd, path),
             Err(Errno::EINTR) => {}
             Err(cause) if now() - begin >= timeout.as_nanos() as Nanos => return Err(fail(cause)),
             // The arbiter is starting: there is nothing to wait on before its socket exists.
             Err(_) => std::thread::sleep(DIAL_AGAIN),
         }
     }
+}
+
+/// The connection, if who listens is one whom this process believes.
+fn believed(fd: OwnedFd, path: &Path) -> Result<OwnedFd, RegisterError> {
+    let stranger = |user| RegisterError::Stranger { path: path.to_owned(), user };
+    // Of whoever began to listen, as the kernel knows it.
+    let user = getsockopt(&fd, sockopt::PeerCredentials).map_err(|_| stranger(u32::MAX))?.uid();
+    let dir = path.parent().unwrap_or(Path::new("."));
+    if runtime_dir::believes(dir, user) { Ok(fd) } else { Err(stranger(user)) }
 }
 
 /// Registers this process with the arbiter at `path`. If the arbiter ends before it has answered, the
@@ -403,7 +431,18 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
         if hello.wish() == Wish::Look {
             return Ok(registration);
         }
-        if registration.page.claim(registration.slot) {
+        let claimed = registration.page.claim(registration.slot);
+        if has_ended(&answer.connection) {
+            drop((registration, answer));
+            if left.is_zero() {
+                let cause = Errno::ECONNRESET;
+                return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
+            }
+            // Its successor may not be there yet.
+            std::thread::sleep(DIAL_AGAIN);
+            continue;
+        }
+        if claimed {
             presence::keep(Presence::new(path, &registration, answer));
             return Ok(registration);
         }
@@ -413,6 +452,12 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
             return Err(RegisterError::Nonsense { path: path.to_owned(), what });
         }
     }
+}
+
+/// Whether nobody is at the other end any more.
+fn has_ended(connection: &OwnedFd) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    !matches!(recv(connection.as_raw_fd(), &mut [0], flags), Err(Errno::EAGAIN | Errno::EINTR) | Ok(1..))
 }
 
 /// The page, and the slot that the arbiter gives this process; another thread may have been given the same one. And the
@@ -427,6 +472,11 @@ fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<(Registratio
     let sent = answer.sent.first().ok_or_else(|| nonsense("it sent no page".into()))?;
     let page =
         MappedPage::open(sent).map_err(|cause| RegisterError::Page { path: path.to_owned(), gpu, cause })?;
+    if !sealed::is_sealed(sent) {
+        return Err(nonsense(format!(
+            "the page that it sent for {gpu} is not sealed: others could shorten it"
+        )));
+    }
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
@@ -474,7 +524,7 @@ pub(crate) fn talk(
 pub(crate) enum Said {
     This(Answer),
     /// The other end closed without a word: it has ended. Should it have opened a slot already, its
-    /// successor gives out that one ([`Page::slot_for`](crate::page::Page::slot_for)).
+    /// successor gives out that one.
     Hangup(Errno),
 }
 

@@ -12,9 +12,9 @@ use nvshare::{Client, Page};
 use nvshare::{audit::Process, policy};
 use proptest::prelude::*;
 use std::fs::File;
-use std::io::Write;
 use std::mem::offset_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -203,10 +203,8 @@ fn temporary(name: &str) -> PathBuf {
 }
 
 fn file(content: &[u8]) -> File {
-    let path = temporary(&format!("{:?}", std::thread::current().id()));
-    let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-    std::fs::remove_file(path).unwrap();
-    file.write_all(content).unwrap();
+    let file = nvshare::sealed::create("page", content.len().max(1)).unwrap();
+    file.write_all_at(content, 0).unwrap();
     file
 }
 
@@ -240,6 +238,7 @@ fn liar(name: &str, answers: Vec<Vec<u8>>, fd: Option<File>) -> PathBuf {
     bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     listen(&listener, Backlog::new(1).unwrap()).unwrap();
     std::thread::spawn(move || {
+        let mut answered = Vec::new();
         for answer in answers {
             // SAFETY: accept has just made the descriptor.
             let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
@@ -248,8 +247,12 @@ fn liar(name: &str, answers: Vec<Vec<u8>>, fd: Option<File>) -> PathBuf {
             if !answer.is_empty() {
                 let fds: Vec<BorrowedFd> = fd.iter().map(|file| file.as_fd()).collect();
                 let _ = register::send(peer.as_fd(), &answer, &fds);
+                // As an arbiter does: it has not ended.
+                answered.push(peer);
             }
         }
+        // Until the test is over.
+        std::thread::park();
     });
     path
 }

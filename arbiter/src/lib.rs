@@ -3,6 +3,7 @@
 
 pub mod changes;
 pub mod claim;
+pub mod connections;
 pub mod liveness;
 pub mod lives;
 pub mod options;

@@ -3,7 +3,7 @@
 use nix::errno::Errno;
 use nvshare::audit::Process;
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// When a process started, in clock ticks since boot: field 22 of /proc/PID/stat.
 pub fn started(pid: u32) -> Option<u64> {
@@ -46,7 +46,25 @@ pub fn pidfd(pid: u32) -> nix::Result<OwnedFd> {
     }
 }
 
-/// A descriptor for a process that is known from the page: `None` if that one is gone, whoever may have
+/// Ends the process of a descriptor, and no other that may have its pid by now.
+///
+/// # Errors
+/// It has ended, or this user may not.
+pub fn kill(pidfd: &OwnedFd) -> nix::Result<()> {
+    // SAFETY: pidfd_send_signal takes two integers, no information about the signal, and no flags.
+    let result = unsafe {
+        nix::libc::syscall(
+            nix::libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            nix::libc::SIGKILL,
+            std::ptr::null::<nix::libc::siginfo_t>(),
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// A descriptor for a process that is known from the record: `None` if that one is gone, whoever may have
 /// its pid now.
 pub fn reopen(process: Process) -> Option<OwnedFd> {
     let fd = pidfd(process.pid).ok()?;

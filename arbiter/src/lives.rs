@@ -16,7 +16,7 @@ use nvshare::paths;
 use nvshare::units::GpuUuid;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -82,8 +82,15 @@ impl Life {
     /// The file that an arbiter before made for a slot, if there is one.
     pub fn find(dir: &Path, gpu: GpuUuid, slot: SlotIndex) -> Option<Self> {
         let path = paths::life(dir, gpu, slot);
-        let file = File::options().read(true).write(true).open(&path).ok()?;
-        let record = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let mut file = File::options().read(true).write(true).custom_flags(flags).open(&path).ok()?;
+        // In a directory like /tmp somebody else may have made it.
+        if file.metadata().ok()?.uid() != nix::unistd::geteuid().as_raw() {
+            return None;
+        }
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).ok()?;
+        let record = serde_json::from_slice(&text).ok()?;
         Some(Self { path, file, record })
     }
 

@@ -4,9 +4,9 @@ use clap::Parser;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
-use nvshare::paths;
 use nvshare::standard_error::StandardError;
 use nvshare::units::{GRANULE, GpuUuid, format_size};
+use nvshare::{paths, runtime_dir};
 use nvshare_arbiter::options::{LogFormat, Options};
 use nvshare_arbiter::pages::Succession;
 use nvshare_arbiter::sampling::{Gpu, NvmlSource, Source};
@@ -14,7 +14,7 @@ use nvshare_arbiter::server::Server;
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -49,9 +49,9 @@ fn log(options: &Options) {
 fn serve(options: Options) -> Result<(), String> {
     let dir = options.runtime_dir.clone().unwrap_or_else(paths::arbiter_dir);
     let made = !dir.exists();
-    std::fs::create_dir_all(&dir)
-        .map_err(|error| format!("the runtime directory {} cannot be made: {error}", dir.display()))?;
-    let result = Directory::lock(&dir).and_then(|directory| serve_in(&dir, options, directory));
+    runtime_dir::prepare(&dir).map_err(|error| error.to_string())?;
+    let result = check_room(&dir)
+        .and_then(|()| Directory::lock(&dir)).and_then(|directory| serve_in(&dir, options, directory));
     if made {
         // Not if something is in it still.
         let _ = std::fs::remove_dir(&dir);
@@ -79,6 +79,26 @@ fn serve_in(dir: &Path, options: Options, mut directory: Directory) -> Result<()
     server.run().map_err(|error| error.to_string())
 }
 
+/// What the runtime directory must have left, in bytes: for the lock, the records of all GPUs, and their successors.
+const ROOM: u64 = 64 << 10;
+
+/// Checks that the runtime directory's file system is not full, which would show only when a client registers.
+fn check_room(dir: &Path) -> Result<(), String> {
+    let room = nix::sys::statvfs::statvfs(dir)
+        .map_err(|error| format!("the runtime directory {} cannot be looked at: {error}", dir.display()))?;
+    // Some file systems have no bound, and say so with zeros.
+    let left = room.blocks_available().saturating_mul(room.fragment_size());
+    if room.blocks() > 0 && left < ROOM {
+        return Err(format!(
+            "the file system of the runtime directory {} is full: it has {} left, and the arbiter needs {}; make room there, or name another --runtime-dir",
+            dir.display(),
+            format_size(left),
+            format_size(ROOM)
+        ));
+    }
+    Ok(())
+}
+
 /// One arbiter a directory: the lock on a file in it, for as long as this lives. In the file stand the arbiter's pid, and
 /// how it sizes its pools ([`Options::pools`]).
 struct Directory {
@@ -97,9 +117,18 @@ impl Directory {
                 .write(true)
                 .create(true)
                 .truncate(false)
+                .mode(0o600)
+                .custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK)
                 .open(&path)
                 .map_err(|error| format!("{} cannot be opened: {error}", path.display()))?;
-            let said = std::fs::read_to_string(&path).unwrap_or_default();
+            let owner = file.metadata().map_err(|error| format!("{}: {error}", path.display()))?.uid();
+            if owner != nix::unistd::geteuid().as_raw() {
+                return Err(format!(
+                    "{} belongs to user {owner}, who could keep every arbiter away with it: remove it, or name another --runtime-dir",
+                    path.display()
+                ));
+            }
+            let said = std::io::read_to_string(&file).unwrap_or_default();
             let mut said = said.lines();
             let pid = said.next().unwrap_or_default().trim().to_owned();
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

@@ -1,7 +1,7 @@
 //! The arbiter's command line.
 
 use clap::{Parser, ValueEnum};
-use nvshare::page::{Quantum, Settings};
+use nvshare::page::{Quantum, SLOTS, Settings};
 use nvshare::units::{GRANULE, GpuUuid, Nanos, SECOND, format_size, parse_size, parse_time};
 use std::path::PathBuf;
 use tracing_subscriber::filter::LevelFilter;
@@ -61,6 +61,9 @@ pub struct Options {
     /// Kill such a client (SIGKILL) instead of only reporting it
     #[arg(long)]
     pub kill_unresponsive: bool,
+    /// The most slots of a GPU that one user may have; root and the arbiter's own user may have all 48
+    #[arg(long, value_name = "N", default_value_t = 36, value_parser = clap::value_parser!(u16).range(1..=SLOTS as i64))]
+    pub slots_per_user: u16,
     /// The NVML library
     #[arg(long, value_name = "PATH", default_value = "libnvidia-ml.so.1")]
     pub nvml_library: PathBuf,
@@ -147,6 +150,12 @@ impl Options {
             Some(capacity) => format!("{kind} with --capacity {}", format_size(capacity)),
             None => format!("{kind} with --headroom {}", format_size(self.headroom)),
         }
+    }
+
+    /// The most slots of a GPU that a user may have; `None` for whoever may have all.
+    pub fn most_slots_of(&self, user: u32) -> Option<usize> {
+        let bounded = user != 0 && user != nix::unistd::geteuid().as_raw();
+        bounded.then_some(usize::from(self.slots_per_user))
     }
 
     /// What the pages are told.

@@ -1,15 +1,21 @@
 //! The pages: made, adopted from an arbiter before, or moved aside.
 
 use crate::liveness;
-use crate::lives::{Life, Record};
+use crate::lives::{Life, Record as LifeRecord};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, SockFlag, accept4};
 use nvshare::audit::Audit;
-use nvshare::map::{MapError, MappedPage};
-use nvshare::page::{PAGE_BYTES, Page, Settings, SlotIndex};
-use nvshare::paths;
-use nvshare::units::{GpuUuid, Granules, bytes_of, format_size};
+use nvshare::map::{self, MapError, MappedPage};
+use nvshare::page::{Page, Settings, SlotIndex};
+use nvshare::record::{Record, RecordError};
+use nvshare::register::receive;
+use nvshare::sync::now;
+use nvshare::units::{GpuUuid, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
+use nvshare::{paths, sealed};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// A page that this arbiter serves.
@@ -18,8 +24,12 @@ pub struct Served {
     pub gpu: GpuUuid,
     /// The page.
     pub page: MappedPage,
-    /// Its file, which clients get.
+    /// Its memory, which clients get.
     pub file: File,
+    /// The same for those that only look: this descriptor cannot write.
+    pub read_only: File,
+    /// Where the next arbiter finds the page.
+    pub record: Record,
 }
 
 /// A client that was alive when this arbiter took its page over.
@@ -34,12 +44,14 @@ pub struct Survivor {
 
 /// Why a page could not be served.
 #[derive(Debug, thiserror::Error)]
-pub enum PageFileError {
+pub enum PageError {
     /// The file system's.
-    #[error("the page {} cannot be {what}: {cause}", .path.display())]
+    #[error("the page of {gpu} cannot be {what} in {}: {cause}{}", .dir.display(), hint(.cause))]
     Io {
-        /// The page.
-        path: PathBuf,
+        /// Whose page.
+        gpu: GpuUuid,
+        /// The runtime directory.
+        dir: PathBuf,
         /// What was tried.
         what: &'static str,
         /// What the system said.
@@ -47,12 +59,14 @@ pub enum PageFileError {
     },
     /// It has clients, and this arbiter is none that may change their pool.
     #[error(
-        "the page {} has {clients} living clients in a pool of {}, of an arbiter with other settings; a private arbiter does not change a pool under its clients. Start that arbiter again, end its clients, or use another --runtime-dir",
-        .path.display(), format_size(bytes_of(*.capacity))
+        "{gpu} has {clients} living clients in {}, in a pool of {}, of an arbiter with other settings; a private arbiter does not change a pool under its clients. Start that arbiter again, end its clients, or use another --runtime-dir",
+        .dir.display(), format_size(bytes_of(*.capacity))
     )]
     Lived {
-        /// The page.
-        path: PathBuf,
+        /// The GPU.
+        gpu: GpuUuid,
+        /// The runtime directory.
+        dir: PathBuf,
         /// How many.
         clients: usize,
         /// The pool's size.
@@ -69,72 +83,143 @@ pub enum Succession {
     Stranger,
 }
 
-/// Opens the page of a GPU, or makes it. A page of this layout that is there already is taken over with
-/// its clients; anything else is moved aside, and its clients are on their own.
+fn hint(cause: &io::Error) -> &'static str {
+    match cause.kind() {
+        io::ErrorKind::StorageFull => {
+            "; its file system is full: make room there, or name another --runtime-dir"
+        }
+        io::ErrorKind::OutOfMemory => "; the machine or this control group has no memory left for it",
+        _ => "",
+    }
+}
+
+/// Gives the socket that clients come to, on which nobody is served yet.
+pub type Listen<'a> = &'a dyn Fn() -> Option<&'a OwnedFd>;
+
+/// Takes over the page of a GPU with its clients, or makes one. A record that is there and makes no sense is moved aside;
+/// clients whose page nobody gives are on their own. `listen` is where they can bring it.
 ///
 /// # Errors
-/// The file system's.
+/// The file system's, or there is no memory for a page.
 pub fn serve(
     dir: &Path,
     gpu: GpuUuid,
     capacity: Granules,
     settings: Settings,
     succession: Succession,
-) -> Result<(Served, Vec<Survivor>), PageFileError> {
-    let path = paths::page(dir, gpu);
-    let fail = |what| {
-        let path = path.clone();
-        move |cause| PageFileError::Io { path, what, cause }
-    };
-    let found = match File::options().read(true).write(true).open(&path) {
-        Ok(file) => match MappedPage::open(&file) {
-            Ok(page) if page.gpu() == gpu => Some((file, page)),
-            Ok(page) => {
-                tracing::warn!(%gpu, "the page {} is of {}: moving it aside", path.display(), page.gpu());
-                None
-            }
-            Err(MapError::Io(cause)) => return Err(fail("mapped")(cause)),
-            Err(MapError::Page(why)) => {
-                tracing::warn!(%gpu, "the page {} cannot be taken over, {why}: moving it aside", path.display());
-                None
-            }
-        },
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            // Those of a page that was moved aside: nobody here knows their clients.
-            slots().filter_map(|slot| Life::find(dir, gpu, slot)).for_each(Life::end);
-            let (file, page) = create(&path, gpu, capacity).map_err(fail("made"))?;
-            page.set_settings(settings);
-            page.adopt(std::process::id());
-            tracing::info!(%gpu, capacity = %format_size(bytes_of(capacity)), "made its page");
-            return Ok((Served { gpu, page, file }, Vec::new()));
+    listen: Listen<'_>,
+) -> Result<(Served, Vec<Survivor>), PageError> {
+    let fail = |what| move |cause| PageError::Io { gpu, dir: dir.to_owned(), what, cause };
+    let taken = match Record::open(dir, gpu, true) {
+        Ok(record) => take_over(record, gpu, dir, listen).map_err(fail("taken over"))?,
+        Err(RecordError::Io(error)) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(RecordError::Io(error)) => return Err(fail("opened")(error)),
+        Err(RecordError::Foreign(why)) => {
+            let path = paths::page(dir, gpu);
+            tracing::warn!(%gpu, "{} cannot be taken over, it is no record of an arbiter of this release ({why}): moving it aside", path.display());
+            move_aside(&path).map_err(fail("moved aside"))?;
+            None
         }
-        Err(error) => return Err(fail("opened")(error)),
     };
-    let Some((file, page)) = found else {
-        move_aside(&path).map_err(fail("moved aside"))?;
-        return serve(dir, gpu, capacity, settings, succession);
+    let Some((served, survivors)) = taken else {
+        // Those of a page that is gone: nobody here knows their clients.
+        slots().filter_map(|slot| Life::find(dir, gpu, slot)).for_each(Life::end);
+        let served = create(dir, gpu, capacity).map_err(fail("made"))?;
+        served.page.set_settings(settings);
+        served.page.adopt(std::process::id());
+        tracing::info!(%gpu, capacity = %format_size(bytes_of(capacity)), "made its page");
+        return Ok((served, Vec::new()));
     };
-    let survivors = adopt(&page, gpu, dir);
+    let page = &served.page;
     if !survivors.is_empty() && succession == Succession::Stranger {
-        return Err(PageFileError::Lived { path, clients: survivors.len(), capacity: page.capacity() });
+        let (dir, clients, capacity) = (dir.to_owned(), survivors.len(), page.capacity());
+        return Err(PageError::Lived { gpu, dir, clients, capacity });
     }
     page.set_settings(settings);
     if page.set_capacity(capacity) {
         tracing::info!(%gpu, capacity = %format_size(bytes_of(capacity)), "the pool has another size now");
     }
     page.decide();
-    Ok((Served { gpu, page, file }, survivors))
+    Ok((served, survivors))
 }
 
-fn create(path: &Path, gpu: GpuUuid, capacity: Granules) -> io::Result<(File, MappedPage)> {
-    // Under another name until it is whole, so that nobody maps half a page.
-    let draft = path.with_extension(format!("draft-{}", std::process::id()));
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&draft)?;
-    file.set_len(PAGE_BYTES as u64)?;
-    let page = MappedPage::map(&file).map_err(|error| io::Error::other(error.to_string()))?;
-    page.initialise(gpu, capacity);
-    fs::rename(&draft, path)?;
-    Ok((file, page))
+fn create(dir: &Path, gpu: GpuUuid, capacity: Granules) -> io::Result<Served> {
+    let (file, page) = map::create(gpu, capacity).map_err(|error| match error {
+        MapError::Io(error) => error,
+        MapError::Page(error) => io::Error::other(error),
+    })?;
+    let record = Record::create(dir, gpu, &file)?;
+    Ok(Served { gpu, page, read_only: sealed::read_only(&file)?, file, record })
+}
+
+/// How long clients that live have time to bring their page. They try once a second at least.
+const BROUGHT_WITHIN: Nanos = 5 * SECOND;
+
+/// Takes over the page that a record tells of, with its clients. `None` if nobody is left who has it.
+fn take_over(
+    mut record: Record,
+    gpu: GpuUuid,
+    dir: &Path,
+    listen: Listen<'_>,
+) -> io::Result<Option<(Served, Vec<Survivor>)>> {
+    let alive = || slots().filter_map(|slot| Life::find(dir, gpu, slot)).filter(Life::is_held);
+    let found = match record.page() {
+        None if alive().next().is_some() => listen().and_then(|listener| brought(&record, gpu, listener)),
+        found => found,
+    };
+    let Some(file) = found else {
+        let pids: Vec<_> = alive().map(|life| life.record.pid.to_string()).collect();
+        if !pids.is_empty() {
+            tracing::warn!(
+                %gpu,
+                "the clients with the pids {} live and have not brought their page within {}: they go on without an arbiter until they end, and share the GPU with nobody who comes now. End them if others are to have it",
+                pids.join(", "),
+                format_nanos(BROUGHT_WITHIN)
+            );
+        }
+        return Ok(None);
+    };
+    record.take_over(gpu)?;
+    let page = match MappedPage::map(&file) {
+        Err(MapError::Io(error)) => return Err(error),
+        other => other.map_err(io::Error::other)?,
+    };
+    // The kernel says which memory it is: it is the page that the record tells of, whatever somebody has written into it.
+    page.restore_identity(gpu);
+    let served = Served { gpu, page, read_only: sealed::read_only(&file)?, file, record };
+    let survivors = adopt(&served, dir);
+    Ok(Some((served, survivors)))
+}
+
+/// Waits until a client brings the page: of a process that this arbiter cannot see or cannot look into. Everybody is turned
+/// away meanwhile, and comes again.
+fn brought(record: &Record, gpu: GpuUuid, listener: &OwnedFd) -> Option<File> {
+    let until = now() + BROUGHT_WITHIN;
+    tracing::info!(%gpu, "waiting for a client to bring its page");
+    while now() < until {
+        let left = until.saturating_sub(now()).div_ceil(MILLISECOND) as u16;
+        let _ = poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], PollTimeout::from(left));
+        let Ok(socket) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { continue };
+        // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
+        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+        let found = shown(&socket).into_iter().map(File::from).find(|file| record.is_page(file));
+        if found.is_some() {
+            return found;
+        }
+    }
+    None
+}
+
+/// How long a message may take that was sent when its connection was made.
+const SAID_WITHIN: u16 = 100;
+
+/// The descriptors that come with the first message of a connection.
+fn shown(socket: &OwnedFd) -> Vec<OwnedFd> {
+    let _ = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(SAID_WITHIN));
+    match receive(socket.as_fd(), 512, MsgFlags::MSG_DONTWAIT) {
+        Err(Errno::EAGAIN) | Err(_) => Vec::new(),
+        Ok((_, sent)) => sent,
+    }
 }
 
 fn move_aside(path: &Path) -> io::Result<()> {
@@ -148,30 +233,43 @@ fn slots() -> impl Iterator<Item = SlotIndex> {
 }
 
 /// Takes over a page with its clients: reaps those that died meanwhile, and audits.
-fn adopt(page: &Page, gpu: GpuUuid, dir: &Path) -> Vec<Survivor> {
+fn adopt(served: &Served, dir: &Path) -> Vec<Survivor> {
+    let Served { page, gpu, record, .. } = served;
     page.adopt(std::process::id());
-    let mut survivors: Vec<_> = slots().filter_map(|slot| survivor(page, gpu, dir, slot)).collect();
+    let mut survivors: Vec<_> = slots().filter_map(|slot| survivor(page, *gpu, dir, slot)).collect();
     page.rebuild_occupied();
     survivors.retain(|survivor| page.owner(survivor.slot).is_some());
+    for slot in slots() {
+        let of_slot = survivors.iter().find(|survivor| survivor.slot == slot);
+        write_down(record, slot, of_slot.and_then(|survivor| survivor.life.as_ref()));
+    }
     tracing::info!(%gpu, clients = survivors.len(), "took its page over");
     settle_unowned(page);
-    audit(page, gpu);
+    audit(page, *gpu);
     survivors
+}
+
+/// Writes down where the page is to be had: at the process of the client in a slot, if it can be seen from here.
+pub fn write_down(record: &Record, slot: SlotIndex, client: Option<&Life>) {
+    let pid = client.filter(|life| life.record.is_seen()).map_or(0, |life| life.record.pid);
+    if let Err(error) = record.set_client(slot, pid) {
+        // Clients bring the page themselves, only later.
+        tracing::warn!(slot = slot.get(), "the record of who has the page cannot be written: {error}");
+    }
 }
 
 /// The client in a slot, if it lives; else its books are closed.
 fn survivor(page: &Page, gpu: GpuUuid, dir: &Path, slot: SlotIndex) -> Option<Survivor> {
     let Some(life) = Life::find(dir, gpu, slot) else { return survivor_without_file(page, gpu, slot) };
-    let Record { generation, .. } = life.record;
+    let LifeRecord { generation, .. } = life.record;
     if !life.is_held() {
         reap(page, gpu, slot, "its process ended, or ran another program, while no arbiter ran");
         life.end();
         return None;
     }
     let process = life.record.process();
-    if page.owner(slot) != Some(process) || page.generation(slot) != generation {
+    if page.set_owner(slot, process, generation) {
         tracing::warn!(%gpu, slot = slot.get(), pid = process.pid, "its page named somebody else as this slot's client: put right");
-        page.set_owner(slot, process, generation);
     }
     let pidfd = life.record.is_seen().then(|| liveness::reopen(process)).flatten();
     Some(Survivor { slot, life: Some(life), pidfd })
@@ -213,6 +311,12 @@ pub fn reap(page: &Page, gpu: GpuUuid, slot: SlotIndex, why: &str) {
         us = (nvshare::sync::now() - began) / 1_000,
         "{why}"
     );
+}
+
+/// Puts right what the arbiter alone decides and everybody can overwrite: which page it is, and the operator's settings.
+pub fn restore(served: &Served, settings: Settings) {
+    served.page.restore_identity(served.gpu);
+    served.page.set_settings(settings);
 }
 
 /// Checks that the books balance, and says so if they did not.

@@ -3,6 +3,7 @@
 
 use crate::changes;
 use crate::claim::{Claim, ClaimError, Holder};
+use crate::connections::{Connection, Peer, Silent};
 use crate::liveness;
 use crate::lives::{Life, Record, own_namespace};
 use crate::options::Options;
@@ -14,17 +15,20 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, UnixCredentials, accept4, bind,
-    getsockopt, listen, socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen,
+    socket, sockopt,
 };
 use nvshare::audit::Process;
 use nvshare::change::{Change, Edit, Message};
-use nvshare::page::{Phase, SlotIndex, Stall};
+use nvshare::lock::SlotSet;
+use nvshare::log_limit::LogLimit;
+use nvshare::page::{Phase, SLOTS, SlotIndex, Stall};
 use nvshare::presence::Attach;
 use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in};
 use nvshare::{paths, policy, snapshot::Snapshot};
+use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
@@ -40,8 +44,11 @@ const SAMPLE_EVERY: Nanos = 500 * MILLISECOND;
 /// How long a connection may say nothing.
 const PATIENCE: Nanos = 5 * SECOND;
 
-/// Connections that have said nothing yet.
-const MOST_PENDING: usize = 64;
+/// Connections that are taken before the arbiter looks at anything else again.
+const ACCEPTED_AT_ONCE: usize = 64;
+
+/// Connections that one client keeps. It needs one.
+const MOST_KEPT: usize = 4;
 
 /// Why the books of a client are closed whose life file is free.
 const ENDED: &str = "its process runs another program, or ended";
@@ -85,7 +92,8 @@ impl Token {
 struct Live {
     gpu: usize,
     slot: SlotIndex,
-    /// `None` if somebody removed the file while no arbiter ran.
+    /// Whose the slot is, as the arbiter knows it: the page says so too, and everybody can write the page. `None` if
+    /// somebody removed the file while no arbiter ran.
     life: Option<Life>,
     /// `None` for a process that cannot be seen from here.
     pidfd: Option<OwnedFd>,
@@ -126,9 +134,15 @@ struct Kept {
     client: u64,
 }
 
-struct Pending {
-    fd: OwnedFd,
-    since: Nanos,
+/// What strangers can do that is logged: each kind has its own bound on lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Nuisance {
+    /// A message that makes no sense.
+    Nonsense,
+    /// A message that makes sense, and asks for what is not to be had.
+    Request,
+    /// What stands in the page is not what the arbiter wrote.
+    Overwritten,
 }
 
 /// The arbiter.
@@ -151,7 +165,8 @@ pub struct Server {
     clients: HashMap<u64, Live>,
     next_client: u64,
     kept: HashMap<RawFd, Kept>,
-    pending: HashMap<RawFd, Pending>,
+    silent: Silent,
+    log_limits: HashMap<Nuisance, LogLimit>,
     reported: HashSet<(usize, SlotIndex)>,
     overdue: HashMap<(usize, SlotIndex), Nanos>,
     stalls: Stalls,
@@ -170,7 +185,7 @@ pub enum StartError {
     },
     /// A page could not be served.
     #[error(transparent)]
-    Page(#[from] pages::PageFileError),
+    Page(#[from] pages::PageError),
     /// Another arbiter serves a GPU.
     #[error(
         "{0}, and each of two arbiters would deal out all of the GPU's memory. Use that one (--runtime-dir, NVSHARE_RUNTIME_DIR), end it, or serve the GPU twice all the same with --allow-second-arbiter (NVSHARE_ALLOW_SECOND_ARBITER=1)"
@@ -239,19 +254,23 @@ impl Server {
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(failed("no signalfd"))?;
         let claims = claim(&gpus, &options)?;
+        // Who can connect finds pages, but for clients whose page cannot be had otherwise: those bring it.
+        let door = Door { path: path.clone(), socket: OnceCell::new() };
         let mut served = Vec::new();
         let mut survivors = Vec::new();
         for gpu in &gpus {
             let capacity =
                 granules_in(options.capacity.unwrap_or(gpu.total.saturating_sub(options.headroom)));
-            let (page, alive) = pages::serve(&dir, gpu.uuid, capacity, options.settings(), succession)?;
+            let (page, alive) =
+                pages::serve(&dir, gpu.uuid, capacity, options.settings(), succession, &|| door.open().ok())?;
             if let Some(link) = gpu.link {
                 page.page.guess_bandwidth(link);
             }
             survivors.extend(alive.into_iter().map(|survivor| (served.len(), survivor)));
             served.push(page);
         }
-        let listener = bind_socket(&path)?;
+        door.open()?;
+        let listener = door.socket.into_inner().expect("it was just opened");
         let owner = options.owner_pid.and_then(|pid| liveness::pidfd(pid as u32).ok());
         let add = |fd: &dyn AsFd, token: Token| {
             epoll
@@ -283,7 +302,8 @@ impl Server {
             clients: HashMap::new(),
             next_client: 0,
             kept: HashMap::new(),
-            pending: HashMap::new(),
+            silent: Silent::default(),
+            log_limits: HashMap::new(),
             reported: HashSet::new(),
             overdue: HashMap::new(),
             stalls: Stalls::default(),
@@ -306,8 +326,8 @@ impl Server {
             let time = now();
             if time >= next_tick {
                 self.tick(time);
-                next_tick = now()
-                    + if self.clients.is_empty() && self.pending.is_empty() { QUIET_TICK } else { TICK };
+                next_tick =
+                    now() + if self.clients.is_empty() && self.silent.is_empty() { QUIET_TICK } else { TICK };
             }
             if self.options.exit_when_idle && self.owner.is_none() && self.clients.is_empty() {
                 tracing::info!("nobody is left: ending");
@@ -318,9 +338,11 @@ impl Server {
                 Err(Errno::EINTR) => continue,
                 result => result.map_err(failed("epoll"))?,
             };
+            let mut newcomers = false;
             for event in &events[..count] {
                 match Token::parse(event.data()) {
-                    Token::Listener => self.accept(),
+                    // Those that are known come first.
+                    Token::Listener => newcomers = true,
                     Token::Signals => {
                         if let Ok(Some(signal)) = self.signals.read_signal() {
                             let by = (signal.ssi_pid, signal.ssi_uid);
@@ -348,6 +370,9 @@ impl Server {
                     Token::Connection(fd) => self.hello(fd),
                     Token::Client(number) => self.died(number),
                 }
+            }
+            if newcomers {
+                self.accept();
             }
         }
     }
@@ -385,6 +410,9 @@ impl Server {
 
     /// Keeps a client's connection, and watches it.
     fn keep(&mut self, fd: OwnedFd, client: u64) {
+        if let Err(error) = self.watch_connection(&fd) {
+            tracing::error!("a client's connection cannot be watched, its end will be seen later: {error}");
+        }
         let Some(live) = self.clients.get_mut(&client) else { return };
         live.connections.insert(fd.as_raw_fd());
         self.kept.insert(fd.as_raw_fd(), Kept { fd, client });
@@ -418,7 +446,12 @@ impl Server {
     fn close(&mut self, number: u64, why: &str) {
         let Some(live) = self.clients.remove(&number) else { return };
         let served = &self.gpus[live.gpu];
+        // Whoever wrote into its row must not keep the slot open.
+        if let Some(life) = &live.life {
+            served.page.set_owner(live.slot, life.record.process(), life.record.generation);
+        }
         pages::reap(&served.page, served.gpu, live.slot, why);
+        pages::write_down(&served.record, live.slot, None);
         for kept in live.connections.iter().filter_map(|fd| self.kept.remove(fd)) {
             answer(&kept.fd, &Reply::closed(why), &[]);
         }
@@ -432,55 +465,99 @@ impl Server {
 
     fn accept(&mut self) {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        while let Ok(fd) = accept4(self.listener.as_raw_fd(), flags) {
+        for _ in 0..ACCEPTED_AT_ONCE {
+            let Ok(socket) = accept4(self.listener.as_raw_fd(), flags) else { return };
             // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            // The one that has been silent for longest makes room: silence must not keep anybody out.
-            if self.pending.len() >= MOST_PENDING
-                && let Some(oldest) =
-                    self.pending.iter().min_by_key(|(_, pending)| pending.since).map(|(fd, _)| *fd)
-            {
-                self.pending.remove(&oldest);
-            }
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, Token::Connection(fd.as_raw_fd()).word());
-            if self.epoll.add(&fd, event).is_ok() {
-                self.pending.insert(fd.as_raw_fd(), Pending { fd, since: now() });
-            }
+            let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+            let Ok(peer) = peer(&socket) else { continue };
+            self.hear(Connection { socket, peer, since: now() });
         }
     }
 
+    /// A connection has spoken, or has ended.
     fn hello(&mut self, fd: RawFd) {
-        let Some(pending) = self.pending.remove(&fd) else { return self.hung_up(fd) };
-        let fd = pending.fd;
-        let (bytes, sent) = match receive(fd.as_fd(), 2 * size_of::<Hello>(), MsgFlags::MSG_DONTWAIT) {
+        match self.silent.remove(fd) {
+            Some(connection) => self.hear(connection),
+            None => self.hung_up(fd),
+        }
+    }
+
+    /// Serves whoever has spoken already, and keeps the connection of who has not.
+    fn hear(&mut self, connection: Connection) {
+        let Some(silent) = self.served(connection) else { return };
+        // One that cannot be watched is closed: its process tries again.
+        if self.watch_connection(&silent.socket).is_err() {
+            return;
+        }
+        if let Some(displaced) = self.silent.add(silent) {
+            // The last chance of the one that goes: what has not spoken now is closed.
+            let _ = self.served(displaced);
+        }
+    }
+
+    fn watch_connection(&self, socket: &OwnedFd) -> nix::Result<()> {
+        let token = Token::Connection(socket.as_raw_fd());
+        match self.epoll.add(socket, EpollEvent::new(EpollFlags::EPOLLIN, token.word())) {
+            Err(Errno::EEXIST) => Ok(()),
+            added => added,
+        }
+    }
+
+    /// Takes a message and answers it. The connection again if it is silent.
+    fn served(&mut self, connection: Connection) -> Option<Connection> {
+        let socket = &connection.socket;
+        let (bytes, sent) = match receive(socket.as_fd(), 2 * size_of::<Hello>(), MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => return Some(connection),
             // A connection that ends without a word asked whether somebody is here.
-            Err(_) => return,
-            Ok((bytes, _)) if bytes.is_empty() => return,
+            Err(_) => return None,
+            Ok((bytes, _)) if bytes.is_empty() => return None,
             Ok(message) => message,
         };
-        match self.reply(&fd, &bytes, &sent) {
+        match self.reply(connection.peer, &bytes, &sent) {
             Ok(Answer { reply, sent, client }) => {
-                answer(&fd, &reply, &sent);
+                answer(socket, &reply, &sent);
                 if let Some(client) = client {
-                    self.keep(fd, client);
+                    self.keep(connection.socket, client);
                 }
             }
-            Err(refusal) => {
-                tracing::warn!("somebody is refused: {}", refusal.text());
-                answer(&fd, &refusal, &[]);
+            Err((kind, refusal)) => {
+                self.log_refusal(kind, connection.peer, &refusal);
+                answer(socket, &refusal, &[]);
+            }
+        }
+        None
+    }
+
+    fn log_refusal(&mut self, kind: Nuisance, peer: Peer, refusal: &Reply) {
+        if self.log_limits.entry(kind).or_default().allows(now()) {
+            tracing::warn!(pid = peer.pid, user = peer.user, "somebody is refused: {}", refusal.text());
+        }
+    }
+
+    fn log_suppressed(&mut self, time: Nanos) {
+        for (kind, limit) in &mut self.log_limits {
+            if let Some(count) = limit.suppressed(time) {
+                tracing::warn!(count, "not logged, more of the same: {kind:?}");
             }
         }
     }
 
     /// What whoever is at the other end gets for its message.
-    fn reply(&mut self, fd: &OwnedFd, bytes: &[u8], sent: &[OwnedFd]) -> Result<Answer, Box<Reply>> {
-        match Message::read(bytes)? {
-            Message::Hello(hello) => self.greet(fd, &hello),
-            Message::Change(change, slot, edit) => {
-                Ok(Answer { reply: self.change(fd, &change, slot, edit)?, sent: Vec::new(), client: None })
-            }
+    fn reply(
+        &mut self,
+        peer: Peer,
+        bytes: &[u8],
+        sent: &[OwnedFd],
+    ) -> Result<Answer, (Nuisance, Box<Reply>)> {
+        let message = Message::read(bytes).map_err(|refusal| (Nuisance::Nonsense, refusal))?;
+        match message {
+            Message::Hello(hello) => self.greet(peer, &hello),
+            Message::Change(change, slot, edit) => self
+                .change(peer, &change, slot, edit)
+                .map(|reply| Answer { reply, sent: Vec::new(), client: None }),
             Message::Attach(attach, slot) => self.attach(&attach, slot, sent),
         }
+        .map_err(|refusal| (Nuisance::Request, refusal))
     }
 
     /// A client that registered with an arbiter before this one makes itself known, by showing its life file.
@@ -491,10 +568,14 @@ impl Server {
             life.is_some_and(|life| sent.iter().any(|fd| life.is_shown_by(fd)))
         };
         let gpu = self.gpus[index].gpu;
-        let Some((client, _)) = self.clients.iter().find(|(_, live)| shown(live)) else {
-            tracing::warn!(%gpu, slot = slot.get(), pid = attach.pid, "it says that it is the client in this slot, and it is not");
-            return Err(Reply::closed("this slot is not its any more"));
+        let Some((client, live)) = self.clients.iter().find(|(_, live)| shown(live)) else {
+            let why = format!("slot {} of {gpu} is not that client's any more", slot.get());
+            return Err(Reply::closed(&why));
         };
+        if live.connections.len() >= MOST_KEPT {
+            let why = format!("the client in slot {} of {gpu} keeps {MOST_KEPT} connections", slot.get());
+            return Err(Reply::refuse(Status::Refused, &why));
+        }
         tracing::info!(%gpu, slot = slot.get(), pid = attach.pid, "is there still");
         Ok(Answer { reply: Reply::attached(slot), sent: Vec::new(), client: Some(*client) })
     }
@@ -510,15 +591,18 @@ impl Server {
     }
 
     /// A slot or a look, and the page with it.
-    fn greet(&mut self, fd: &OwnedFd, hello: &Hello) -> Result<Answer, Box<Reply>> {
+    fn greet(&mut self, peer: Peer, hello: &Hello) -> Result<Answer, Box<Reply>> {
         let wanted = GpuUuid(hello.gpu);
         let index = self.index_of(wanted)?;
-        let page = self.gpus[index].file.as_fd().try_clone_to_owned().map_err(|error| {
+        let Served { file, read_only, .. } = &self.gpus[index];
+        // Whoever has no slot has nothing to write.
+        let page = if hello.wish() == Wish::Slot { file } else { read_only };
+        let page = page.as_fd().try_clone_to_owned().map_err(|error| {
             Reply::refuse(Status::Refused, &format!("the arbiter has no descriptor left: {error}"))
         })?;
         match hello.wish() {
             Wish::Slot => {
-                let (slot, client, life) = self.register(fd, hello, index)?;
+                let (slot, client, life) = self.register(peer, hello, index)?;
                 Ok(Answer { reply: Reply::welcome(slot), sent: vec![page, life], client: Some(client) })
             }
             Wish::Look => {
@@ -528,23 +612,82 @@ impl Server {
         }
     }
 
-    /// Changes a client's shares, for whoever may.
-    fn change(
+    /// The client that has a slot.
+    fn live(&self, index: usize, slot: SlotIndex) -> Option<&Live> {
+        self.clients.values().find(|live| (live.gpu, live.slot) == (index, slot))
+    }
+
+    /// The slots of a GPU that somebody has, whatever the page says.
+    fn taken(&self, index: usize) -> SlotSet {
+        self.clients.values().filter(|live| live.gpu == index).map(|live| live.slot).collect()
+    }
+
+    /// Refuses a user who has as many slots as one may have.
+    fn check_user(&self, index: usize, user: u32) -> Result<(), Box<Reply>> {
+        let Some(most) = self.options.most_slots_of(user) else { return Ok(()) };
+        let of_user = |live: &&Live| {
+            live.gpu == index && live.life.as_ref().is_some_and(|life| life.record.uid == user)
+        };
+        if self.clients.values().filter(of_user).count() < most {
+            return Ok(());
+        }
+        Err(Reply::refuse(
+            Status::Full,
+            &format!(
+                "user {user} has {most} slots of {}, as many as one user may have here (--slots-per-user of nvshare-arbiter); end a client first",
+                self.gpus[index].gpu
+            ),
+        ))
+    }
+
+    /// The slot for a process: one that was opened for it and that it was not told of, because an arbiter ended before it
+    /// had answered, or a new one.
+    fn slot_for(
         &self,
-        fd: &OwnedFd,
-        change: &Change,
-        slot: SlotIndex,
-        edit: Edit,
-    ) -> Result<Reply, Box<Reply>> {
-        let Served { page, gpu, .. } = &self.gpus[self.index_of(GpuUuid(change.gpu))?];
-        let asker = peer(fd)?.uid();
-        let client = page.details(slot).filter(|client| client.owner == change.owner()).ok_or_else(|| {
+        index: usize,
+        process: Process,
+        hello: &Hello,
+        user: u32,
+    ) -> Result<SlotIndex, Box<Reply>> {
+        let Served { page, gpu, .. } = &self.gpus[index];
+        let untold = |live: &&Live| {
+            let own = live.life.as_ref().is_some_and(|life| life.record.process() == process);
+            live.gpu == index && own && !page.is_claimed(live.slot)
+        };
+        if let Some(live) = self.clients.values().find(untold) {
+            page.describe(live.slot, &hello.name(), hello.shares().weight);
+            return Ok(live.slot);
+        }
+        self.check_user(index, user)?;
+        let taken = self.taken(index);
+        let all = (0..SLOTS).filter_map(SlotIndex::new);
+        let slot = all.into_iter().find(|slot| !taken.contains(*slot)).ok_or_else(|| {
+            Reply::refuse(
+                Status::Full,
+                &format!(
+                    "all {SLOTS} slots of {gpu} are taken; end a client first (`nvshare status` lists them)"
+                ),
+            )
+        })?;
+        page.open_slot_at(slot, process, &hello.name(), hello.shares().weight);
+        Ok(slot)
+    }
+
+    /// Changes a client's shares, for whoever may.
+    fn change(&self, peer: Peer, change: &Change, slot: SlotIndex, edit: Edit) -> Result<Reply, Box<Reply>> {
+        let index = self.index_of(GpuUuid(change.gpu))?;
+        let Served { page, gpu, .. } = &self.gpus[index];
+        let asker = peer.user;
+        let ended = || {
             let why =
                 format!("slot {} of {gpu} is no longer process {}'s: it has ended", slot.get(), change.pid);
             Reply::refuse(Status::Refused, &why)
-        })?;
-        let owner = changes::user_of(change.pid);
-        changes::may_change(asker, owner, nix::unistd::geteuid().as_raw())
+        };
+        let record = self.live(index, slot).and_then(|live| live.life.as_ref()).map(|life| life.record);
+        let named = |record: &Record| (record.pid, record.generation) == (change.pid, change.generation);
+        let record = record.filter(named).ok_or_else(ended)?;
+        let client = page.details(slot).ok_or_else(ended)?;
+        changes::may_change(asker, Some(record.uid), nix::unistd::geteuid().as_raw())
             .map_err(|why| Reply::refuse(Status::Refused, &why))?;
         let (before, shares) = (client.shares, edit.of(client.shares));
         page.set_shares(slot, shares);
@@ -562,24 +705,15 @@ impl Server {
     /// Opens a slot for whoever is at the other end: the slot, its client, and what the client is to keep.
     fn register(
         &mut self,
-        fd: &OwnedFd,
+        peer: Peer,
         hello: &Hello,
         index: usize,
     ) -> Result<(SlotIndex, u64, OwnedFd), Box<Reply>> {
-        let peer = peer(fd)?;
-        let (process, pidfd) = identify(&peer, hello.pid);
+        let (process, pidfd) = identify(peer, hello.pid);
+        let shares = hello.shares();
+        let slot = self.slot_for(index, process, hello, peer.user)?;
         let served = &self.gpus[index];
         let wanted = served.gpu;
-        let shares = hello.shares();
-        let slot = served.page.slot_for(process, &hello.name(), shares.weight).ok_or_else(|| {
-            Reply::refuse(
-                Status::Full,
-                &format!(
-                    "all {} slots of {wanted} are taken; end a client first (`nvshare status` lists them)",
-                    nvshare::page::SLOTS
-                ),
-            )
-        })?;
         // A slot that it was to be given before, and was not told of, is watched already.
         let known = self.clients.iter().find(|(_, live)| (live.gpu, live.slot) == (index, slot));
         let known = known.and_then(|(number, live)| Some((*number, live.life.as_ref()?.lend())));
@@ -592,11 +726,12 @@ impl Server {
                     started: process.started,
                     namespace,
                     generation: served.page.generation(slot),
-                    uid: peer.uid(),
+                    uid: peer.user,
                 };
                 match Life::begin(&self.dir, wanted, slot, record) {
                     Ok(life) => {
                         let lent = life.lend();
+                        pages::write_down(&served.record, slot, Some(&life));
                         (self.watch(index, slot, Some(life), pidfd), lent)
                     }
                     Err(error) => {
@@ -619,7 +754,9 @@ impl Server {
     }
 
     fn tick(&mut self, time: Nanos) {
-        self.pending.retain(|_, pending| time.saturating_sub(pending.since) < PATIENCE);
+        self.silent.close_older(time.saturating_sub(PATIENCE));
+        self.log_suppressed(time);
+        self.restore(time);
         let left: Vec<_> = self
             .clients
             .iter()
@@ -642,6 +779,19 @@ impl Server {
             self.sample();
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+    }
+
+    /// Puts right what the arbiter alone decides and everybody can overwrite.
+    fn restore(&mut self, time: Nanos) {
+        self.gpus.iter().for_each(|served| pages::restore(served, self.options.settings()));
+        for live in self.clients.values() {
+            let (Served { page, gpu, .. }, Some(life)) = (&self.gpus[live.gpu], &live.life) else { continue };
+            if page.set_owner(live.slot, life.record.process(), life.record.generation)
+                && self.log_limits.entry(Nuisance::Overwritten).or_default().allows(time)
+            {
+                tracing::warn!(%gpu, slot = live.slot.get(), pid = life.record.pid, "somebody has overwritten in the page whose the slot is: put right");
+            }
+        }
     }
 
     fn sample(&mut self) {
@@ -691,23 +841,28 @@ impl Server {
                     continue;
                 }
                 let Some(details) = served.page.details(slot) else { continue };
+                // The process that registered for the slot, whatever stands in the page.
+                let live = self.clients.values().find(|live| (live.gpu, live.slot) == key);
+                let process = live.and_then(|live| live.life.as_ref()).map(|life| life.record.pid);
+                let pid = process.unwrap_or(details.owner.pid);
                 // What it says itself is reported as such; for want of host memory nobody is to die.
                 let stalled = details.stall != Stall::None;
                 if !stalled {
                     tracing::warn!(
                         gpu = %served.gpu,
                         slot = slot.get(),
-                        pid = details.owner.pid,
+                        pid,
                         client = details.name,
                         phase = view.phase.name(),
                         "it has not given way for {}: it is stopped (SIGSTOP, a debugger) or runs a kernel that long; others wait. Continue or end it",
                         format_nanos(time - since)
                     );
                 }
-                if self.options.kill_unresponsive && details.stall != Stall::NoHostMemory {
-                    let pid = nix::unistd::Pid::from_raw(details.owner.pid as i32);
-                    let killed = nix::sys::signal::kill(pid, Signal::SIGKILL);
-                    tracing::warn!(gpu = %served.gpu, %pid, "killed it, as --kill-unresponsive says: {killed:?}");
+                let pidfd = live.filter(|live| live.life.is_some()).and_then(|live| live.pidfd.as_ref());
+                let kills = self.options.kill_unresponsive && details.stall != Stall::NoHostMemory;
+                if let Some(pidfd) = pidfd.filter(|_| kills) {
+                    let killed = liveness::kill(pidfd);
+                    tracing::warn!(gpu = %served.gpu, pid, "killed it, as --kill-unresponsive says: {killed:?}");
                 }
             }
         }
@@ -757,8 +912,8 @@ fn resize(options: &Options, totals: &HashMap<GpuUuid, u64>, served: &Served, fo
 }
 
 /// Who registers, and its process where it can be seen from here.
-fn identify(peer: &UnixCredentials, own_pid: u32) -> (Process, Option<OwnedFd>) {
-    let pid = peer.pid() as u32;
+fn identify(peer: Peer, own_pid: u32) -> (Process, Option<OwnedFd>) {
+    let pid = peer.pid;
     let seen = liveness::pidfd(pid).ok().zip(liveness::started(pid));
     match seen {
         Some((pidfd, started)) => (Process { pid, started }, Some(pidfd)),
@@ -778,10 +933,9 @@ fn no_life(dir: &std::path::Path, error: &std::io::Error) -> Box<Reply> {
 }
 
 /// Who is at the other end.
-fn peer(fd: &OwnedFd) -> Result<UnixCredentials, Box<Reply>> {
-    getsockopt(fd, sockopt::PeerCredentials).map_err(|error| {
-        Reply::refuse(Status::Refused, &format!("the kernel does not tell who asks: {error}"))
-    })
+fn peer(socket: &OwnedFd) -> nix::Result<Peer> {
+    let peer = getsockopt(socket, sockopt::PeerCredentials)?;
+    Ok(Peer { user: peer.uid(), pid: peer.pid() as u32 })
 }
 
 /// What somebody gets for its message.
@@ -796,6 +950,22 @@ fn answer(fd: &OwnedFd, reply: &Reply, sent: &[OwnedFd]) {
     let sent: Vec<_> = sent.iter().map(AsFd::as_fd).collect();
     // A client that is gone, or that has filled its own socket, learns nothing: its loss.
     let _ = send(fd.as_fd(), bytemuck::bytes_of(reply), &sent);
+}
+
+/// The socket, bound when it is first needed.
+struct Door {
+    path: PathBuf,
+    socket: OnceCell<OwnedFd>,
+}
+
+impl Door {
+    fn open(&self) -> Result<&OwnedFd, StartError> {
+        if let Some(socket) = self.socket.get() {
+            return Ok(socket);
+        }
+        let socket = bind_socket(&self.path)?;
+        Ok(self.socket.get_or_init(|| socket))
+    }
 }
 
 /// Binds the socket. Who may connect is a matter of the directory's permissions.

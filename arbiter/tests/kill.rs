@@ -10,9 +10,8 @@ use nvshare::map::MappedPage;
 use nvshare::page::Phase;
 use nvshare::register::{self, Hello};
 use nvshare::units::GpuUuid;
-use nvshare::{Client, paths};
+use nvshare::{Client, paths, record};
 use nvshare_test_support::{Dice, Patience};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -78,8 +77,7 @@ fn victim(dir: &Path) -> Child {
 
 impl Node {
     fn page(&self) -> MappedPage {
-        let path = paths::page(&self.dir, GPU.parse::<GpuUuid>().unwrap());
-        MappedPage::open(File::options().read(true).write(true).open(path).unwrap()).unwrap()
+        record::open_page(&self.dir, GPU.parse::<GpuUuid>().unwrap()).unwrap()
     }
 }
 

@@ -22,7 +22,8 @@ use nvshare::paths;
 use nvshare::register::{self, RegisterError};
 use nvshare::shares::MemoryLimit;
 use nvshare::snapshot::Snapshot;
-use nvshare::units::{GpuUuid, Granules, bytes_of};
+use nvshare::sync::now;
+use nvshare::units::{GpuUuid, Granules, Nanos, SECOND, bytes_of};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -88,6 +89,23 @@ struct Seen {
     page: Option<MappedPage>,
 }
 
+/// An arbiter that has not been seen for this long has perhaps a successor with another page.
+const ARBITER_SEEN_WITHIN: Nanos = 5 * SECOND;
+
+impl Seen {
+    /// A page that has no client goes with its arbiter, and the next one makes another: looks whether it has.
+    fn renew(&mut self) {
+        let Some(page) = &self.page else { return };
+        let (_, _, heartbeat) = page.arbiter();
+        if now().saturating_sub(heartbeat) < ARBITER_SEEN_WITHIN {
+            return;
+        }
+        if let Ok(page) = register::look(&paths::socket(&paths::runtime_dir()), self.gpu, Duration::ZERO) {
+            self.page = Some(page);
+        }
+    }
+}
+
 static SEEN: Mutex<Vec<Seen>> = Mutex::new(Vec::new());
 
 fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
@@ -95,7 +113,8 @@ fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
     // Whoever forks may have held the lock in another thread, so nobody may wait for it: then the arbiter is asked.
     if let Ok(mut seen) = SEEN.try_lock() {
         forget_those_of_others(&mut seen, pid);
-        if let Some(seen) = seen.iter().find(|seen| seen.gpu == gpu) {
+        if let Some(seen) = seen.iter_mut().find(|seen| seen.gpu == gpu) {
+            seen.renew();
             return seen.page.clone();
         }
     }

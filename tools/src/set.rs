@@ -5,14 +5,12 @@
 use crate::Failure;
 use crate::{complain, say};
 use nvshare::change::{self, Change, Edit};
-use nvshare::map::MappedPage;
 use nvshare::page::{SLOTS, SlotIndex};
-use nvshare::paths;
 use nvshare::shares::{MemoryLimit, Priority};
 use nvshare::snapshot::Details;
 use nvshare::units::GpuUuid;
+use nvshare::{paths, record};
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -120,8 +118,7 @@ fn clients(dir: &Path) -> Result<Vec<Found>, Failure> {
     };
     let mut found = Vec::new();
     for (gpu, path) in paths::pages(dir).map_err(no_node)? {
-        let file = File::options().read(true).write(true).open(&path).map_err(|error| error.to_string());
-        match file.and_then(|file| MappedPage::open(file).map_err(|error| error.to_string())) {
+        match record::view_page(dir, gpu) {
             Ok(page) => {
                 let slots = (0..SLOTS).filter_map(SlotIndex::new);
                 found.extend(slots.filter_map(|slot| page.details(slot)).map(|client| Found { gpu, client }));

@@ -5,15 +5,13 @@
 
 use crate::Failure;
 use crate::say;
-use nvshare::map::MappedPage;
 use nvshare::page::{Direction, Page, SLOTS, SlotIndex, Stall};
 use nvshare::shares::{MemoryLimit, Shares};
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, SECOND, bytes_of, format_nanos, format_size};
-use nvshare::{paths, policy};
+use nvshare::{paths, policy, record};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Options of `nvshare status`.
@@ -149,14 +147,8 @@ pub fn read(dir: &Path) -> Result<Node, Failure> {
     let pages =
         paths::pages(dir).map_err(|error| nothing(&format!("there is no nvshare node here ({error})")))?;
     let mut node = Node { gpus: Vec::new(), unreadable: Vec::new() };
-    for (_, path) in pages {
-        let page = File::options()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|error| error.to_string())
-            .and_then(|file| MappedPage::open(file).map_err(|error| error.to_string()));
-        match page {
+    for (uuid, path) in pages {
+        match record::view_page(dir, uuid) {
             Ok(page) => node.gpus.push(gpu(&page)),
             Err(why) => node.unreadable.push(format!("{}: {why}", path.display())),
         }

@@ -8,9 +8,10 @@ mod application;
 use application::{Application, INVALID_VALUE, MIB, SUCCESS, gpu, node};
 use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr};
 use nix::sys::socket::{accept4, bind, listen, recv, socket};
-use nvshare::map::{MappedPage, scribble};
+use nvshare::map::{self, MappedPage, scribble};
 use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES, SLOTS, SlotIndex};
 use nvshare::register::{self, Hello, Reply};
+use nvshare::sealed;
 use nvshare::{GpuUuid, paths};
 use nvshare_tools::node::{Environment, Node, SimulatedGpu, TempDir};
 use nvshare_tools::status;
@@ -352,11 +353,7 @@ fn nonsense_is_no_missing_arbiter() {
 
 /// A page as the arbiter makes it for this GPU, then changed.
 fn page(gpu: [u8; 16], change: impl Fn(&MappedPage)) -> File {
-    let memory = nix::sys::memfd::memfd_create(c"page", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
-    let file = File::from(memory);
-    file.set_len(PAGE_BYTES as u64).unwrap();
-    let page = MappedPage::map(&file).unwrap();
-    page.initialise(GpuUuid(gpu), 32);
+    let (file, page) = map::create(GpuUuid(gpu), 32).unwrap();
     change(&page);
     file
 }
@@ -394,12 +391,17 @@ fn a_page_of_garbage_is_refused() {
     answered(garbage, &["does not begin with nvshare's magic", "0x6761726261676521", "for GPU-"], &[]);
     let zeros = |hello: &Hello| (bytes(&welcome()), Some(page(hello.gpu, |page| scribble(page, &[0]))));
     answered(zeros, &["does not begin with nvshare's magic", "for GPU-"], &[]);
-    let short = |hello: &Hello| {
-        let file = page(hello.gpu, |_| {});
-        file.set_len(100).unwrap();
-        (bytes(&welcome()), Some(file))
-    };
+    let short = |_: &Hello| (bytes(&welcome()), Some(sealed::create("page", 100).unwrap()));
     answered(short, &["it has 100 bytes", "truncated", "for GPU-"], &[]);
     let anothers = |hello: &Hello| (bytes(&welcome()), Some(page(hello.gpu.map(|byte| !byte), |_| {})));
     answered(anothers, &["it sent the page of GPU-"], &[]);
+    // One that it could shorten when it likes: whoever touched it then would be killed.
+    let unsealed = |hello: &Hello| {
+        let memory = nix::sys::memfd::memfd_create(c"page", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap();
+        let file = File::from(memory);
+        file.set_len(PAGE_BYTES as u64).unwrap();
+        MappedPage::map(&file).unwrap().initialise(GpuUuid(hello.gpu), 32);
+        (bytes(&welcome()), Some(file))
+    };
+    answered(unsealed, &["is not sealed", "for GPU-"], &[]);
 }

@@ -2,15 +2,13 @@
 //!
 //! Needs the other parts beside the program: `cargo build --workspace` first.
 
-use nvshare::map::{MappedPage, scribble};
-use nvshare::page::PAGE_BYTES;
+use nvshare::map::{self, MappedPage, scribble};
+use nvshare::record::Record;
 use nvshare::{GpuUuid, paths};
 use nvshare_tools::bench::stats::Row;
 use nvshare_tools::node::{Environment, SimulatedGpu, TempDir};
 use nvshare_tools::status;
-use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -111,11 +109,12 @@ fn help_has_examples() {
     assert!(stdout(&version).contains(env!("CARGO_PKG_VERSION")));
 }
 
-fn page_file(dir: &Path, number: u8) -> File {
-    let path = paths::page(dir, GpuUuid([number; 16]));
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(path).unwrap();
-    file.set_len(PAGE_BYTES as u64).unwrap();
-    file
+/// A page as an arbiter makes it and records it: this test's process has it.
+fn page(dir: &Path, number: u8) -> MappedPage {
+    let gpu = GpuUuid([number; 16]);
+    let (file, page) = map::create(gpu, 50).unwrap();
+    Record::create(dir, gpu, &file).unwrap();
+    page
 }
 
 #[test]
@@ -127,25 +126,22 @@ fn status_shows_good_pages_and_says_what_is_wrong_with_others() {
     let empty = status(&[]);
     assert!(empty.status.code() == Some(2) && stderr(&empty).contains("nvshare run"), "{empty:?}");
 
-    let good = MappedPage::map(page_file(dir.path(), 1)).unwrap();
-    good.initialise(GpuUuid([1; 16]), 50);
+    let _good = page(dir.path(), 1);
     let output = status(&["--json"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let node: status::Node = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((node.gpus.len(), node.gpus[0].capacity_bytes), (1, 100 << 20));
 
-    // Another layout: the version follows the eight bytes of the magic.
-    let other = page_file(dir.path(), 2);
-    MappedPage::map(&other).unwrap().initialise(GpuUuid([2; 16]), 50);
-    other.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
-    // Not a page at all, and a page that was cut off.
-    scribble(&MappedPage::map(page_file(dir.path(), 3)).unwrap(), &[0xdead_beef, 7]);
-    page_file(dir.path(), 4).set_len(100).unwrap();
+    // Not a page at all, a record that is none, and one whose page is gone.
+    let other = page(dir.path(), 2);
+    scribble(&other, &[0xdead_beef, 7]);
+    std::fs::write(paths::page(dir.path(), GpuUuid([3; 16])), [0; 100]).unwrap();
+    drop(page(dir.path(), 4));
     let output = status(&[]);
     let (shown, said) = (stdout(&output), stderr(&output));
     assert_eq!(output.status.code(), Some(2), "{said}");
     assert!(shown.contains("GPU-01010101") && shown.contains("100.00 MiB"), "{shown}");
-    for words in ["version 9", "has 1", "0x00000000deadbeef", "100 bytes"] {
+    for words in ["0x00000000deadbeef", "100 bytes", "no client is left"] {
         assert!(said.contains(words), "{words}: {said}");
     }
 }
@@ -153,7 +149,7 @@ fn status_shows_good_pages_and_says_what_is_wrong_with_others() {
 #[test]
 fn status_survives_any_words_in_a_page() {
     let dir = TempDir::new().unwrap();
-    let page = MappedPage::map(page_file(dir.path(), 1)).unwrap();
+    let page = page(dir.path(), 1);
     for words in [&[u64::MAX][..], &[0x8000_0000_0000_0001, 3], &[1, 2, 3, 5, 7, u64::MAX, 1 << 63]] {
         scribble(&page, words);
         // The identity is right, so that the rest is looked at.

@@ -23,7 +23,6 @@ use nvshare::units::{GRANULE, GpuUuid, Granules};
 use nvshare_test_support::{Dice, Patience};
 use nvshare_tools::node::{self, SimulatedGpu, TempDir};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -270,12 +269,8 @@ impl Stage {
         let dir = TempDir::new().unwrap();
         let arbiter = arbiter(&gpu, dir.path());
         answers(dir.path());
-        let found = std::fs::read_dir(dir.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .find(|path| path.extension().is_some_and(|extension| extension == "page"))
-            .expect("the arbiter has made a page");
-        let page = MappedPage::open(File::options().read(true).write(true).open(found).unwrap()).unwrap();
+        let (uuid, _) = nvshare::paths::pages(dir.path()).unwrap().remove(0);
+        let page = nvshare::record::open_page(dir.path(), uuid).unwrap();
         assert_ne!(page.gpu(), GpuUuid([0; 16]));
         let mut stage = Self {
             dice,

@@ -4,15 +4,12 @@
 mod application;
 
 use application::{Application, MIB, SUCCESS, gpu, node};
-use nvshare::map::MappedPage;
 use nvshare::page::SlotIndex;
 use nvshare::snapshot::Snapshot;
-use nvshare::{paths, policy};
+use nvshare::{policy, record};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::{Node, SimulatedGpu};
 use nvshare_tools::status::{self, Client};
-use std::fs::File;
-use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 /// After so long, a test has failed because something never happened. No verdict depends on it otherwise.
@@ -313,8 +310,7 @@ fn a_change_of_priority_counts_for_a_turn_that_is_waited_for() {
         jobs[index].tell(&write(index));
         PATIENCE.until("it waits", || clients(&node)[index].phase == "waiting");
     }
-    let page =
-        MappedPage::open(File::options().read(true).write(true).open(page_of(&node)).unwrap()).unwrap();
+    let page = record::open_page(node.dir(), gpu_of(&node).parse().unwrap()).unwrap();
     let next = || policy::first_waiter(&Snapshot::take(&page, page.admitted())).map(SlotIndex::get);
     for (priority, first) in [("low", 2), ("high", 1), ("low", 2)] {
         set(&node, &["slot:1", "--priority", priority]);
@@ -328,10 +324,6 @@ fn a_change_of_priority_counts_for_a_turn_that_is_waited_for() {
         job.sees(data[index], 40 * MIB, index as u64);
         job.end();
     }
-}
-
-fn page_of(node: &Node) -> PathBuf {
-    paths::page(node.dir(), gpu_of(node).parse().unwrap())
 }
 
 fn gpu_of(node: &Node) -> String {

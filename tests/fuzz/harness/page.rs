@@ -267,8 +267,7 @@ impl World {
         let name: String =
             value.to_le_bytes().iter().map(|byte| char::from(*byte)).cycle().take(70).collect();
         let page = &self.page;
-        let opened = if whom & 0x40 == 0 { Page::open_slot } else { Page::slot_for };
-        let Some(slot) = opened(page, process, &name, 1) else { return };
+        let Some(slot) = page.open_slot(process, &name, 1) else { return };
         assert_eq!(page.owner(slot), Some(process));
         assert!(page.occupied().contains(slot));
         // One in four is never told of it, and may be given it when it asks again.

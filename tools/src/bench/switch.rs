@@ -16,7 +16,6 @@ use nvshare::page::{Page, Phase, SLOTS, SlotIndex};
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Nanos, format_size};
 use std::collections::HashMap;
-use std::fs::File;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -252,10 +251,8 @@ fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
 pub(super) fn open_page(node: &Node) -> Result<MappedPage, Failure> {
     let failed = |why: String| Failure::with_status(1, format!("the control page: {why}"));
     let pages = nvshare::paths::pages(node.dir()).map_err(|error| failed(error.to_string()))?;
-    let (_, path) = pages.first().ok_or_else(|| failed("there is none".into()))?;
-    let file =
-        File::options().read(true).write(true).open(path).map_err(|error| failed(error.to_string()))?;
-    MappedPage::open(file).map_err(|error| failed(error.to_string()))
+    let (gpu, _) = pages.first().ok_or_else(|| failed("there is none".into()))?;
+    nvshare::record::open_page(node.dir(), *gpu).map_err(|error| failed(error.to_string()))
 }
 
 /// Waits until every job has said what is wanted.

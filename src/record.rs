@@ -1,0 +1,267 @@
+//! Which memory a page is, and where it is to be had: what one arbiter writes down for the next.
+//!
+//! A page is a sealed memfd ([`crate::sealed`]), which has no name. It exists for as long as somebody has it open or
+//! mapped: the arbiter and its clients. The next arbiter takes it from a process that stands in the record
+//! ([`Record::page`]), or a client brings it ([`crate::presence`]). When nobody is left who has it, nobody needs it.
+//!
+//! A record is a file in the runtime directory that only the arbiter's user can open; its name, `GPU-….page`, tells
+//! everybody which GPUs are served. Its space is allocated when it is made, so it can always be written.
+
+use crate::map::MappedPage;
+use crate::page::{LAYOUT_VERSION, SLOTS, SlotIndex};
+use crate::paths;
+use crate::register::RegisterError;
+use crate::sealed::{self, Identity};
+use crate::units::GpuUuid;
+use bytemuck::{Pod, Zeroable};
+use nix::fcntl::posix_fallocate;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::Duration;
+
+const MAGIC: u64 = u64::from_le_bytes(*b"nvsh-rec");
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Head {
+    magic: u64,
+    layout_version: u32,
+    slots: u32,
+    gpu: [u8; 16],
+    device: u64,
+    inode: u64,
+    arbiter: u32,
+    zero: u32,
+}
+
+/// Why a record could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The file system's.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// It is something else.
+    #[error("it is no record of an arbiter of this release ({0})")]
+    Foreign(String),
+}
+
+/// An arbiter's record of one GPU.
+#[derive(Debug)]
+pub struct Record {
+    file: File,
+    page: Identity,
+    arbiter: u32,
+    /// Who wrote it, and so whose the page is.
+    user: u32,
+}
+
+impl Record {
+    /// Makes the record of a page that this process serves, in place of what is there.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn create(dir: &Path, gpu: GpuUuid, page: &File) -> io::Result<Self> {
+        let path = paths::page(dir, gpu);
+        // Under another name until it is whole, so that nobody reads half a record.
+        let draft = path.with_extension(format!("draft-{}", std::process::id()));
+        let _ = std::fs::remove_file(&draft);
+        let made = File::options().read(true).write(true).create_new(true).mode(0o600).open(&draft);
+        let filled = made.and_then(|file| Self::fill(file, gpu, page));
+        let record = filled.and_then(|record| std::fs::rename(&draft, &path).map(|()| record));
+        if record.is_err() {
+            let _ = std::fs::remove_file(&draft);
+        }
+        record
+    }
+
+    fn fill(file: File, gpu: GpuUuid, page: &File) -> io::Result<Self> {
+        posix_fallocate(&file, 0, place(SLOTS) as i64)?;
+        let page = Identity::of(page)?;
+        let record = Self { user: file.metadata()?.uid(), file, page, arbiter: std::process::id() };
+        record.write_head(gpu)?;
+        Ok(record)
+    }
+
+    fn write_head(&self, gpu: GpuUuid) -> io::Result<()> {
+        let head = Head {
+            magic: MAGIC,
+            layout_version: LAYOUT_VERSION,
+            slots: SLOTS as u32,
+            gpu: gpu.0,
+            device: self.page.device,
+            inode: self.page.inode,
+            arbiter: self.arbiter,
+            zero: 0,
+        };
+        self.file.write_all_at(bytemuck::bytes_of(&head), 0)
+    }
+
+    /// Opens the record of a GPU, to read it or also to write it.
+    ///
+    /// # Errors
+    /// There is none, it cannot be opened, or it is something else.
+    pub fn open(dir: &Path, gpu: GpuUuid, write: bool) -> Result<Self, RecordError> {
+        let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+        let file = File::options().read(true).write(write).custom_flags(flags).open(paths::page(dir, gpu))?;
+        let data = file.metadata()?;
+        if data.len() != place(SLOTS) {
+            let why = format!("it has {} bytes instead of {}", data.len(), place(SLOTS));
+            return Err(RecordError::Foreign(why));
+        }
+        let mut head = Head::zeroed();
+        file.read_exact_at(bytemuck::bytes_of_mut(&mut head), 0)?;
+        let foreign = |why: String| Err(RecordError::Foreign(why));
+        if write && data.uid() != nix::unistd::geteuid().as_raw() {
+            return foreign(format!("it belongs to user {}", data.uid()));
+        }
+        if head.magic != MAGIC {
+            return foreign("wrong magic".into());
+        }
+        if (head.layout_version, head.slots) != (LAYOUT_VERSION, SLOTS as u32) {
+            return foreign(format!("page layout {} instead of {LAYOUT_VERSION}", head.layout_version));
+        }
+        if head.gpu != gpu.0 {
+            return foreign(format!("it is of {}", GpuUuid(head.gpu)));
+        }
+        let page = Identity { device: head.device, inode: head.inode };
+        Ok(Self { file, page, arbiter: head.arbiter, user: data.uid() })
+    }
+
+    /// This process serves the page now.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn take_over(&mut self, gpu: GpuUuid) -> io::Result<()> {
+        self.arbiter = std::process::id();
+        self.write_head(gpu)
+    }
+
+    /// The process of the client in a slot, by the pid that this process sees; 0 for none.
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn set_client(&self, slot: SlotIndex, pid: u32) -> io::Result<()> {
+        self.file.write_all_at(&pid.to_le_bytes(), place(slot.get()))
+    }
+
+    /// Whether a descriptor is of the page.
+    pub fn is_page(&self, file: &File) -> bool {
+        sealed::is(file, self.page, self.user)
+    }
+
+    /// The page, from whoever of those in the record has it and can be seen.
+    pub fn page(&self) -> Option<File> {
+        let mut pids = [0u32; SLOTS];
+        self.file.read_exact_at(bytemuck::cast_slice_mut(&mut pids), place(0)).ok()?;
+        let pids = std::iter::once(self.arbiter).chain(pids).filter(|pid| *pid != 0);
+        pids.into_iter().find_map(|pid| sealed::at_process(pid, self.page, self.user))
+    }
+}
+
+fn place(index: usize) -> u64 {
+    (size_of::<Head>() + index * size_of::<u32>()) as u64
+}
+
+/// The page of a GPU, for root and for the user that the arbiter runs as, whether an arbiter runs or not. Everybody else
+/// asks the arbiter ([`crate::register::look`]).
+///
+/// # Errors
+/// There is none, this user may not, or nobody who has the page is left.
+pub fn open_page(dir: &Path, gpu: GpuUuid) -> io::Result<MappedPage> {
+    let record = Record::open(dir, gpu, false).map_err(|error| match error {
+        RecordError::Io(error) => error,
+        foreign => io::Error::other(foreign),
+    })?;
+    let gone = || {
+        io::Error::new(io::ErrorKind::NotFound, "no arbiter runs, and no client is left that has the page")
+    };
+    MappedPage::open(record.page().ok_or_else(gone)?).map_err(io::Error::other)
+}
+
+/// The page of a GPU to look at: as [`open_page`] where this user may, else from the arbiter, which shows it to everybody.
+///
+/// # Errors
+/// Neither; the message says why.
+pub fn view_page(dir: &Path, gpu: GpuUuid) -> Result<MappedPage, String> {
+    let own = match open_page(dir, gpu) {
+        Ok(page) => return Ok(page),
+        Err(error) => error,
+    };
+    match crate::register::look(&paths::socket(dir), gpu, Duration::ZERO) {
+        Ok(page) => Ok(page),
+        // Without an arbiter, only the page that this user may open by itself is left.
+        Err(RegisterError::NoArbiter { .. }) if own.kind() != io::ErrorKind::PermissionDenied => {
+            Err(own.to_string())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::map;
+
+    const GPU: GpuUuid = GpuUuid([6; 16]);
+
+    struct Dir(std::path::PathBuf);
+
+    impl Dir {
+        fn new(name: &str) -> Self {
+            let dir = std::env::temp_dir().join(format!("nvshare-record-{}-{name}", std::process::id()));
+            std::fs::create_dir_all(&dir).unwrap();
+            Self(dir)
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no memfd")]
+    fn the_next_arbiter_reads_what_the_last_one_wrote() {
+        let dir = Dir::new("next");
+        let (file, page) = map::create(GPU, 9).unwrap();
+        let record = Record::create(&dir.0, GPU, &file).unwrap();
+        let slot = SlotIndex::new(1).unwrap();
+        record.set_client(slot, std::process::id()).unwrap();
+        // Not from who wrote it.
+        record.file.write_all_at(&0u32.to_le_bytes(), std::mem::offset_of!(Head, arbiter) as u64).unwrap();
+        let next = Record::open(&dir.0, GPU, true).unwrap();
+        assert!(next.is_page(&file) && !next.is_page(&map::create(GPU, 9).unwrap().0));
+        assert_eq!(Identity::of(&next.page().unwrap()).unwrap(), Identity::of(&file).unwrap());
+        page.set_capacity(12);
+        assert_eq!(open_page(&dir.0, GPU).unwrap().capacity(), 12);
+        drop((file, page));
+        let gone = open_page(&dir.0, GPU).err().unwrap().to_string();
+        assert!(next.page().is_none() && gone.contains("no client is left"), "{gone}");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no memfd")]
+    fn what_is_no_record_is_refused() {
+        use std::io::Write;
+        let dir = Dir::new("foreign");
+        let path = paths::page(&dir.0, GPU);
+        let (file, _page) = map::create(GPU, 9).unwrap();
+        let why = || Record::open(&dir.0, GPU, true).unwrap_err().to_string();
+        std::fs::write(&path, b"short").unwrap();
+        assert!(why().contains("5 bytes"), "{}", why());
+        std::fs::write(&path, vec![0; place(SLOTS) as usize]).unwrap();
+        assert!(why().contains("wrong magic"), "{}", why());
+        Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+        assert!(why().contains("layout 9"), "{}", why());
+        std::fs::remove_file(&path).unwrap();
+        let victim = dir.0.join("victim");
+        File::create(&victim).unwrap().write_all(b"precious").unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        assert!(matches!(Record::open(&dir.0, GPU, true), Err(RecordError::Io(_))), "no link is followed");
+        Record::create(&dir.0, GPU, &file).unwrap();
+        assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
+    }
+}
