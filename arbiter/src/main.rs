@@ -51,7 +51,8 @@ fn serve(options: Options) -> Result<(), String> {
     let made = !dir.exists();
     runtime_dir::prepare(&dir).map_err(|error| error.to_string())?;
     let result = check_room(&dir)
-        .and_then(|()| Directory::lock(&dir)).and_then(|directory| serve_in(&dir, options, directory));
+        .and_then(|()| Directory::lock(&dir))
+        .and_then(|directory| serve_in(&dir, options, directory));
     if made {
         // Not if something is in it still.
         let _ = std::fs::remove_dir(&dir);

@@ -67,6 +67,8 @@ fn arbiter(dir: &Path, arguments: &[&str]) -> Command {
         .arg("--runtime-dir")
         .arg(dir)
         .args(["--nvml-library", "/nonexistent/libnvidia-ml.so", "--gpu", GPU, "--capacity", "64MiB"])
+        // The tests run side by side, and the GPU is none.
+        .arg("--allow-second-arbiter")
         .args(arguments)
         .env_remove("NVSHARE_LOG")
         .stdin(Stdio::null());

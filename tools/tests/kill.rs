@@ -417,6 +417,9 @@ impl Stage {
         }
         self.arbiter = Some(arbiter(&self.gpu, self.dir.path()));
         answers(self.dir.path());
+        // If all clients were dead, nobody had the old page any more, and there is another.
+        let uuid = self.page.gpu();
+        self.page = nvshare::record::open_page(self.dir.path(), uuid).unwrap();
         let after = slots(&self.page);
         assert!(
             before.iter().all(|slot| after.contains(slot)),
@@ -526,7 +529,7 @@ impl Stage {
     /// An arbiter may die between the two words that it changes when a context's size changes, and the next one
     /// finds the difference. Nothing else may ever make the books wrong.
     fn check_repairs(&mut self, arbiters_before: u32, repaired_before: u64) {
-        let repaired = self.page.audit_counts().1 - repaired_before;
+        let repaired = self.page.audit_counts().1.saturating_sub(repaired_before);
         let arbiters = self.tally.arbiters - arbiters_before;
         assert!(
             repaired <= u64::from(arbiters),
