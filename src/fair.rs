@@ -22,7 +22,7 @@ pub fn weight(word: u32) -> u32 {
 }
 
 fn fraction_left(elapsed: Nanos) -> f64 {
-    (-(elapsed as f64) / HALF_LIFE as f64).exp2()
+    libm::exp2(-(elapsed as f64) / HALF_LIFE as f64)
 }
 
 /// What is left of `usage`, ns, after `elapsed` ns without any.

@@ -31,7 +31,7 @@ fn submit(gate: &Gate, memory: &Memory) {
     gate.enter(&lane, || (), || ());
     look(memory);
     gate.leave(&lane);
-    lane.retire();
+    gate.retire(lane);
 }
 
 fn submitter(gate: &Arc<Gate>, memory: &Arc<Memory>) -> thread::JoinHandle<()> {
@@ -82,13 +82,35 @@ fn two_submitters_and_a_swap() {
                     look(&memory);
                     gate.leave(&lane);
                 }
-                lane.retire();
+                gate.retire(lane);
             }
         });
         let engine = thread::spawn(move || swap(&gate, &memory));
         for participant in [patient, hasty, engine] {
             participant.join().unwrap();
         }
+    });
+}
+
+/// A thread ends and another one gets its lane while the gate shuts.
+#[test]
+fn memory_moves_while_nobody_is_inside_in_a_lane_that_changes_hands() {
+    check(2, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        gate.open();
+        let submitters = thread::spawn({
+            let (gate, memory) = (gate.clone(), memory.clone());
+            move || {
+                submit(&gate, &memory);
+                // Whoever waits for the lane's counter sees it of two threads.
+                submitter(&gate, &memory).join().unwrap();
+                assert_eq!(gate.passes(), 4, "both used the same lane");
+            }
+        });
+        let engine = thread::spawn(move || swap(&gate, &memory));
+        engine.join().unwrap();
+        submitters.join().unwrap();
     });
 }
 
@@ -138,7 +160,7 @@ fn nobody_goes_into_a_limited_gate_unpaced() {
                 gate.enter(&lane, || paced.set(true), || ());
                 assert!(paced.get());
                 gate.leave(&lane);
-                lane.retire();
+                gate.retire(lane);
             }
         });
         gate.open();

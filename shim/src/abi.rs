@@ -11,7 +11,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::thread::ThreadId;
+use crate::thread::{self, ThreadId};
 
 /// What a driver call returned (`CUresult`).
 ///
@@ -260,7 +260,7 @@ impl CUstream {
 
     /// Whose own it is, if it is a thread's: the calling one's.
     pub fn thread(self) -> Option<ThreadId> {
-        (self == CUstream::PER_THREAD).then(|| std::thread::current().id())
+        (self == CUstream::PER_THREAD).then(thread::id_to_keep)
     }
 }
 

@@ -41,7 +41,29 @@ struct Tracking {
     streams: Vec<Tracked>,
     /// The ends of streams that were destroyed with work in them.
     orphans: Vec<Arc<End>>,
+    /// So many of them had not come when that was last looked at.
+    orphans_ahead: usize,
 }
+
+impl Tracking {
+    /// Lets those ends go that have come.
+    fn forget_orphans(&mut self) {
+        self.orphans.retain(|end| !end.is_past());
+        self.orphans_ahead = self.orphans.len();
+    }
+
+    /// Remembers the end of a stream. Most processes make and destroy streams and never drain, so those that have come go
+    /// whenever there are twice as many as had not: each is looked at twice, on average.
+    fn add_orphan(&mut self, end: End) {
+        if self.orphans.len() >= 2 * self.orphans_ahead + FEW_ORPHANS {
+            self.forget_orphans();
+        }
+        self.orphans.push(end.into());
+    }
+}
+
+/// As many ends of destroyed streams as nobody needs to look through.
+const FEW_ORPHANS: usize = 16;
 
 /// An event at the end of a stream's work so far. Given back when dropped.
 pub struct End {
@@ -154,7 +176,7 @@ impl Streams {
             Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false));
         // A stream that cannot be marked (a capture is open in it) has no work that it has submitted.
         if let Ok(end) = end {
-            tracking.orphans.push(end.into());
+            tracking.add_orphan(end);
         }
         Some(tracked)
     }
@@ -167,7 +189,7 @@ impl Streams {
     /// Marks the present end of everything.
     pub fn mark(&self, driver: &'static Driver) -> Mark {
         let mut tracking = self.tracking();
-        tracking.orphans.retain(|end| !end.is_past());
+        tracking.forget_orphans();
         let mut mark = Mark { ends: tracking.orphans.clone(), broken: None };
         let legacy = tracking.contexts.iter().map(|context| (CUstream::LEGACY, *context));
         let own = tracking.streams.iter().filter(|tracked| !tracked.blocking);

@@ -163,7 +163,7 @@ impl Engine {
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
                 Err(error) if error.is_farewell() => {
                     tracing::debug!(gpu = %self.shared.gpu, "the engine ends: {error}");
-                    return;
+                    return self.driver_has_gone(&error);
                 }
                 Err(SwapError::Host(why) | SwapError::Gpu(why)) => self.no_memory(&why),
                 Err(error) => return self.break_down(&error),
@@ -460,6 +460,14 @@ impl Engine {
         let regions = self.shared.memory().take_all();
         regions.into_iter().for_each(|region| self.shared.dispose(region));
         self.client.leave();
+    }
+
+    /// The process is ending. Exit handlers may still make calls, and wait for other threads that do: the driver answers
+    /// them all, and no memory is in the way.
+    fn driver_has_gone(&self, error: &SwapError) {
+        if error.cuda() == CuResult::DEINITIALIZED {
+            together::leave(self.shared.gpu);
+        }
     }
 
     /// The last context goes: everything back.

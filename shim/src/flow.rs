@@ -35,13 +35,13 @@ use crate::abi::*;
 use crate::drain::{Current, End};
 use crate::driver::Driver;
 use crate::session;
+use crate::thread::ThreadId;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos};
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, LazyLock, Mutex, MutexGuard};
-use std::thread::ThreadId;
 use std::time::Duration;
 
 /// Parts of a full backlog between two marks.
@@ -487,6 +487,15 @@ pub fn forget() {
 pub fn forget_stream(stream: CUstream) {
     let mut flow = flow();
     let is_other = |queue: &Queue| queue.stream != stream;
+    flow.paces.retain(|queue, _| is_other(queue));
+    flow.over.retain(|queue, _| is_other(queue));
+    flow.each.retain(|queue, _| is_other(queue));
+}
+
+/// A thread ends, and its own default streams with it.
+pub fn thread_ended(thread: ThreadId) {
+    let mut flow = flow();
+    let is_other = |queue: &Queue| queue.thread != Some(thread);
     flow.paces.retain(|queue, _| is_other(queue));
     flow.over.retain(|queue, _| is_other(queue));
     flow.each.retain(|queue, _| is_other(queue));

@@ -10,6 +10,9 @@
 //!
 //! Leaving is the same argument once more: the thread makes its counter even and then looks whether
 //! somebody is shutting the gate and sleeps on the counter.
+//!
+//! A lane outlives its thread and becomes the next thread's: there are as many as threads were alive at a time. The
+//! engine may still look at it after it changed hands, and waits for whoever is inside, as it should.
 
 use nvshare::sync::{
     Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, park, register_barriers,
@@ -30,24 +33,24 @@ fn is_open(state: u32) -> bool {
 #[repr(align(128))]
 pub struct Lane {
     passes: AtomicU32,
-    /// Threads never write here: it says that the lane's thread is gone.
-    retired: AtomicU32,
 }
 
 impl Lane {
     fn new() -> Self {
-        Self { passes: AtomicU32::new(0), retired: AtomicU32::new(0) }
+        Self { passes: AtomicU32::new(0) }
     }
 
     /// Whether the lane's thread is inside.
     pub fn inside(&self) -> bool {
         self.passes.load(Ordering::Relaxed) & 1 == 1
     }
+}
 
-    /// The lane's thread ends: the gate forgets the lane.
-    pub fn retire(&self) {
-        self.retired.store(1, Ordering::Release);
-    }
+#[derive(Default)]
+struct Lanes {
+    all: Vec<Arc<Lane>>,
+    /// Those of threads that have ended.
+    free: Vec<Arc<Lane>>,
 }
 
 /// The gate of a process.
@@ -55,7 +58,7 @@ pub struct Gate {
     state: AtomicU32,
     /// Threads that stand before the shut gate.
     waiting: AtomicU32,
-    lanes: Mutex<Vec<Arc<Lane>>>,
+    lanes: Mutex<Lanes>,
 }
 
 impl Default for Gate {
@@ -68,18 +71,31 @@ impl Gate {
     /// A gate that is shut, with nobody inside: nothing runs before the client is admitted.
     pub fn new() -> Self {
         register_barriers();
-        Self { state: AtomicU32::new(0), waiting: AtomicU32::new(0), lanes: Mutex::new(Vec::new()) }
+        Self { state: AtomicU32::new(0), waiting: AtomicU32::new(0), lanes: Mutex::new(Lanes::default()) }
     }
 
-    fn lanes(&self) -> MutexGuard<'_, Vec<Arc<Lane>>> {
+    fn lanes(&self) -> MutexGuard<'_, Lanes> {
         self.lanes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// A lane for a new thread.
     pub fn lane(&self) -> Arc<Lane> {
+        let mut lanes = self.lanes();
+        if let Some(lane) = lanes.free.pop() {
+            return lane;
+        }
         let lane = Arc::new(Lane::new());
-        self.lanes().push(lane.clone());
+        lanes.all.push(lane.clone());
         lane
+    }
+
+    /// The lane's thread ends: another one may have the lane. Only the lane's own thread may call it.
+    pub fn retire(&self, lane: Arc<Lane>) {
+        if lane.inside() {
+            // The thread was ended in the middle of a call. Nobody waits for it for ever.
+            self.leave(&lane);
+        }
+        self.lanes().free.push(lane);
     }
 
     /// Goes in if the gate is open and nobody limits who passes. Only the lane's own thread may call it, from outside.
@@ -147,11 +163,7 @@ impl Gate {
     /// Shuts the gate: when it returns, nobody is inside, and nobody comes in until [`Gate::open`].
     pub fn shut(&self) {
         self.close();
-        let lanes: Vec<_> = {
-            let mut lanes = self.lanes();
-            lanes.retain(|lane| lane.retired.load(Ordering::Acquire) == 0);
-            lanes.clone()
-        };
+        let lanes = self.lanes().all.clone();
         // A lane that is made after this look belongs to a thread that will find the gate shut.
         for lane in lanes {
             loop {
@@ -198,11 +210,11 @@ impl Gate {
     /// How often threads have gone in, all together, modulo 2^32: whether anything was submitted
     /// between two looks.
     pub fn passes(&self) -> u32 {
-        self.lanes().iter().fold(0, |sum, lane| sum.wrapping_add(lane.passes.load(Ordering::Relaxed)))
+        self.lanes().all.iter().fold(0, |sum, lane| sum.wrapping_add(lane.passes.load(Ordering::Relaxed)))
     }
 
     /// Whether some thread is inside.
     pub fn occupied(&self) -> bool {
-        self.lanes().iter().any(|lane| lane.inside())
+        self.lanes().all.iter().any(|lane| lane.inside())
     }
 }

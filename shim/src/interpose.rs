@@ -369,7 +369,7 @@ fn note_unknown(base: &CStr, version: i32) {
     let so_far = UNKNOWN.fetch_add(1, Ordering::Relaxed) + 1;
     let name = base.to_string_lossy().into_owned();
     let new = NAMED.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
-    if new && !session::is_ending() {
+    if new {
         // The CUDA runtime looks everything up before it calls cuInit.
         crate::log::initialise();
         tracing::info!(

@@ -8,6 +8,7 @@
 //! | [`interpose`] | `dlsym` and `cuGetProcAddress`, which hand those functions out |
 //! | [`hooks`] | the entry points that need more than the gate |
 //! | [`gate`] | threads that submit work pass it, and memory moves only while it is shut |
+//! | [`thread`] | a number for each thread, and what goes when one ends |
 //! | [`session`] | the process: its gate, its GPUs, its captures |
 //! | [`order`] | which GPUs a process with several may ask for, and which it must give up |
 //! | [`together`] | its gate opens when it has all of them |
@@ -58,6 +59,7 @@ mod starved;
 mod swap;
 mod synchronous;
 mod table;
+mod thread;
 mod together;
 mod truth;
 mod unmovable;

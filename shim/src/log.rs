@@ -1,9 +1,20 @@
 //! Where the shim's log goes: standard error of the application, one line a message, unless the application has closed it
 //! or nobody reads it ([`nvshare::standard_error`]).
+//!
+//! The line is put together here and not by `tracing_subscriber::fmt`, which keeps a buffer in a thread-local and panics in
+//! a thread whose thread-locals are gone: such a thread still makes CUDA calls ([`crate::thread`]).
 
 use nvshare::standard_error::StandardError;
-use std::io::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::field::RecordFields;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::FormatFields;
+use tracing_subscriber::fmt::format::{DefaultFields, Writer};
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Which file standard error is, before the application has done anything with it.
 #[used]
@@ -35,28 +46,25 @@ pub fn initialise() {
             }),
         };
         // A host program in Rust may have a subscriber of its own, in its own copy of the library.
-        let _ = tracing_subscriber::fmt()
-            .with_max_level(level)
-            .with_writer(|| StandardError)
-            .with_ansi(false)
-            .with_target(false)
-            .with_timer(Uptime)
-            .try_init();
+        let _ = tracing_subscriber::registry().with(level).with(Lines).try_init();
     });
 }
 
-/// Seconds since boot, as the page's times: logs of all processes of a node line up.
-struct Uptime;
+/// Writes each message as a line.
+struct Lines;
 
-impl tracing_subscriber::fmt::time::FormatTime for Uptime {
-    fn format_time(&self, out: &mut tracing_subscriber::fmt::format::Writer<'_>) -> std::fmt::Result {
-        let time = nvshare::sync::now();
-        write!(
-            out,
-            "nvshare[{}] {}.{:06}",
-            std::process::id(),
-            time / 1_000_000_000,
-            time / 1_000 % 1_000_000
-        )
+impl<S: Subscriber> Layer<S> for Lines {
+    fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+        let _ = StandardError.write_all(line(&event.metadata().level().to_string(), event).as_bytes());
     }
+}
+
+fn line(level: &str, fields: impl RecordFields) -> String {
+    let (pid, time) = (std::process::id(), nvshare::sync::now());
+    // Seconds since boot, as the page's times: logs of all processes of a node line up.
+    let (seconds, micros) = (time / 1_000_000_000, time / 1_000 % 1_000_000);
+    let mut line = format!("nvshare[{pid}] {seconds}.{micros:06} {level:>5} ");
+    let _ = DefaultFields::new().format_fields(Writer::new(&mut line), fields);
+    let _ = writeln!(line);
+    line
 }

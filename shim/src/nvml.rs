@@ -191,7 +191,7 @@ mod body {
 
 /// NVML has answered for the card: `write`s the client's figures over it.
 fn correct(result: Return, device: Device, write: impl FnOnce(Figures)) -> Return {
-    if result == SUCCESS && session::enabled() && !session::is_ending() {
+    if result == SUCCESS && session::enabled() {
         // A panic must not unwind into C, and NVML's own answer is there.
         let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             if let Some(figures) = gpu(device).and_then(|gpu| truth::of_gpu(gpu, patience())) {

@@ -69,30 +69,62 @@ struct LaneOwner(Arc<Lane>);
 impl Drop for LaneOwner {
     fn drop(&mut self) {
         LANE.set(std::ptr::null());
-        self.0.retire();
+        GATE.retire(self.0.clone());
     }
 }
 
 /// Leave to be inside; ends when dropped.
-pub struct Pass {
-    lane: *const Lane,
+///
+/// Points to a lane; or one byte further, if the lane ends with the pass; or is [`Pass::OUTSIDE`].
+pub struct Pass(*const Lane);
+
+/// A bit of a pass: a thread whose thread-locals are gone has a lane for each pass.
+const LATE: usize = 1;
+
+impl Pass {
+    /// Of a call that the gate does not hold: in a process without nvshare, or in the middle of another call.
+    const OUTSIDE: Self = Self(std::ptr::without_provenance(LATE));
 }
 
 impl Drop for Pass {
     #[inline]
     fn drop(&mut self) {
-        if !self.lane.is_null() {
-            // SAFETY: the lane lives as long as its thread, and a pass stays in its thread.
-            GATE.leave(unsafe { &*self.lane });
+        if self.0.addr() & LATE != 0 {
+            return self.end_late();
         }
+        // SAFETY: the lane lives as long as its thread, and a pass stays in its thread.
+        GATE.leave(unsafe { &*self.0 });
     }
 }
 
-/// Whether this thread has run its thread-local destructors: exit handlers run then, the CUDA runtime's
-/// among them. The process is ending, the arbiter closes its books, and there is nothing to do any more
-/// (nor can anything be logged: the log needs thread-locals).
-pub fn is_ending() -> bool {
-    OWNER.try_with(|_| ()).is_err()
+impl Pass {
+    #[cold]
+    #[inline(never)]
+    fn end_late(&self) {
+        let lane = self.0.map_addr(|address| address & !LATE);
+        if lane.is_null() {
+            return;
+        }
+        LANE.set(std::ptr::null());
+        // SAFETY: the reference that `own_lane` keeps for this pass alone.
+        let lane = unsafe { Arc::from_raw(lane) };
+        GATE.leave(&lane);
+        GATE.retire(lane);
+        crate::thread::call_ends();
+    }
+}
+
+/// Set by an exit handler that runs beside the driver's own: from then on the driver may be gone any time.
+static EXITING: AtomicBool = AtomicBool::new(false);
+
+/// Whether the process is ending and the driver has gone already: it answers every call with DEINITIALIZED from then on.
+pub fn driver_has_gone() -> bool {
+    EXITING.load(Ordering::Relaxed)
+        && Driver::get().is_ok_and(|driver| driver.ctx_current() == Err(CuResult::DEINITIALIZED))
+}
+
+extern "C" fn exiting() {
+    EXITING.store(true, Ordering::Relaxed);
 }
 
 /// Whether this thread is inside the gate, in the middle of a call.
@@ -129,7 +161,7 @@ fn quickly() -> Option<Pass> {
         // SAFETY: as above.
         let inside = unsafe { &*lane };
         if !inside.inside() && GATE.try_enter(inside) {
-            return Some(Pass { lane });
+            return Some(Pass(lane));
         }
     }
     None
@@ -138,49 +170,37 @@ fn quickly() -> Option<Pass> {
 #[cold]
 #[inline(never)]
 fn enter_slowly(keep_pace: &dyn Fn()) -> Result<Pass, CuResult> {
-    let outside = Ok(Pass { lane: std::ptr::null() });
-    if !enabled() {
-        return outside;
+    if !enabled() || is_inside() {
+        // Inside: a call within a call, of a driver callback or of a library that wraps the driver.
+        return Ok(Pass::OUTSIDE);
     }
-    let Some(lane) = own_lane() else {
-        // The thread is ending and has no lane any more. It waits until it may go in, as it can; what
-        // it then submits is marked by the drain, which comes after the gate is shut.
-        while !GATE.is_open() && BROKEN.load(Ordering::Relaxed) == 0 {
-            knock();
-            std::thread::yield_now();
-        }
-        return outside;
-    };
-    // SAFETY: as above.
-    let inside = unsafe { &*lane };
-    if inside.inside() {
-        // A call within a call, of a driver callback or of a library that wraps the driver.
-        return outside;
+    if driver_has_gone() {
+        // Nobody opens the gate any more.
+        return Err(CuResult::DEINITIALIZED);
     }
-    GATE.enter(inside, keep_pace, knock);
+    let (lane, late) = own_lane();
+    // SAFETY: a lane of this thread's lives as long as the thread, and one that ends with the pass at least as long.
+    GATE.enter(unsafe { &*lane }, keep_pace, knock);
+    let pass = Pass(lane.map_addr(|address| address | if late { LATE } else { 0 }));
     match BROKEN.load(Ordering::Relaxed) {
-        0 => Ok(Pass { lane }),
-        code => {
-            GATE.leave(inside);
-            Err(CuResult(code))
-        }
+        0 => Ok(pass),
+        code => Err(CuResult(code)),
     }
 }
 
-fn own_lane() -> Option<*const Lane> {
-    let lane = LANE.get();
-    if !lane.is_null() {
-        return Some(lane);
+/// This thread's lane, and whether it ends with the pass: nobody would give it back, because the thread-locals are gone.
+fn own_lane() -> (*const Lane, bool) {
+    let known = LANE.get();
+    if !known.is_null() {
+        return (known, false);
     }
-    OWNER
-        .try_with(|owner| {
-            let lane = GATE.lane();
-            let pointer = Arc::as_ptr(&lane);
-            *owner.borrow_mut() = Some(LaneOwner(lane));
-            LANE.set(pointer);
-            pointer
-        })
-        .ok()
+    let lane = GATE.lane();
+    let pointer = Arc::as_ptr(&lane);
+    LANE.set(pointer);
+    let mut lane = Some(lane);
+    let _ = OWNER.try_with(|owner| *owner.borrow_mut() = lane.take().map(LaneOwner));
+    // Without an owner, the pass keeps the reference.
+    (pointer, lane.map(Arc::into_raw).is_some())
 }
 
 /// Tells the engines that a thread stands before the gate.
@@ -261,6 +281,9 @@ pub fn initialise() -> Result<(), CuResult> {
         // SAFETY: the handler stores into atomics, closes descriptors, and wakes nobody's futex but its own, all of which is
         // allowed after a fork.
         unsafe { libc::pthread_atfork(None, None, Some(forget)) };
+        // The driver's own exit handler is from cuInit: this one comes just before it.
+        // SAFETY: the handler stores into an atomic.
+        unsafe { libc::atexit(exiting) };
     });
     let path = paths::socket(&paths::runtime_dir());
     match register::dial(&path, settings.connect_timeout) {
@@ -303,6 +326,23 @@ pub fn register(gpu: GpuUuid) -> Result<Newcomer, RegisterError> {
     Ok(Client::new(registration.page, registration.slot))
 }
 
+/// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before [`DEVICES`],
+/// which nobody holds meanwhile: the process's other GPUs, and the threads at the gate, do not wait for that answer.
+static ATTACHING: Mutex<()> = Mutex::new(());
+
+/// Notes a context, if the process has attached to its GPU.
+fn add_context(context: CUcontext, device: CUdevice) -> bool {
+    let mut devices = devices();
+    let Some(attached) = devices.iter_mut().find(|attached| attached.shared.device == device) else {
+        return false;
+    };
+    if !attached.contexts.contains(&context) {
+        attached.contexts.push(context);
+        attached.shared.streams.add_context(context);
+    }
+    true
+}
+
 /// A context was made on a GPU. The first one attaches the process to it, as the client that it has registered for it
 /// if it has.
 ///
@@ -313,12 +353,12 @@ pub fn context_made(
     device: CUdevice,
     newcomer: Option<Newcomer>,
 ) -> Result<(), CuResult> {
-    let mut devices = devices();
-    if let Some(attached) = devices.iter_mut().find(|attached| attached.shared.device == device) {
-        if !attached.contexts.contains(&context) {
-            attached.contexts.push(context);
-            attached.shared.streams.add_context(context);
-        }
+    if add_context(context, device) {
+        newcomer.into_iter().for_each(Client::leave);
+        return Ok(());
+    }
+    let _one = ATTACHING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if add_context(context, device) {
         // Another thread was faster.
         newcomer.into_iter().for_each(Client::leave);
         return Ok(());
@@ -362,7 +402,7 @@ pub fn context_made(
             return Err(CuResult::SYSTEM_NOT_READY);
         }
     };
-    devices.push(Attached { shared, contexts: vec![context], engine: Some(engine) });
+    devices().push(Attached { shared, contexts: vec![context], engine: Some(engine) });
     Ok(())
 }
 

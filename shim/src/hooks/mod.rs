@@ -35,13 +35,15 @@ const PITCH_ALIGNMENT: usize = 512;
 
 /// Runs what might panic. A panic is a bug of ours, and no reason to take the host program down.
 fn guarded(action: impl FnOnce() -> CuResult) -> CuResult {
-    if session::is_ending() {
+    if session::driver_has_gone() {
         return CuResult::DEINITIALIZED;
     }
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(action)).unwrap_or_else(|_| {
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action)).unwrap_or_else(|_| {
         tracing::error!("nvshare panicked inside a CUDA call; the call fails with CUDA_ERROR_UNKNOWN");
         CuResult::UNKNOWN
-    })
+    });
+    crate::thread::call_ends();
+    result
 }
 
 /// Runs `action` in a capture mode that allows it to map memory while another thread captures: reserving, creating and

@@ -35,6 +35,7 @@ use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
 use crate::session;
+use crate::thread::ThreadId;
 use arena::{Arena, Freed, Line};
 use nvshare::units::{GRANULE, format_size};
 use order::Lines;
@@ -389,6 +390,20 @@ pub fn drained(shared: &Shared) {
 pub fn stream_ends(driver: &Driver, stream: CUstream) {
     if USED.load(Ordering::Relaxed) {
         with_pools(|pools| pools.lines.end_stream(driver, stream));
+    }
+}
+
+/// The calling thread ends, and its own default streams with it. Their work goes on.
+pub fn thread_ended(thread: ThreadId) {
+    if USED.load(Ordering::Relaxed)
+        && let Ok(driver) = Driver::get()
+    {
+        with_pools(|pools| {
+            if pools.lines.end_thread(driver, thread) {
+                // Those of threads before it may be through.
+                pools.advance(driver);
+            }
+        });
     }
 }
 

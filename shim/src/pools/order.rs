@@ -20,8 +20,8 @@ use crate::abi::*;
 use crate::drain::Current;
 use crate::driver::Driver;
 use crate::session;
+use crate::thread::{self, ThreadId};
 use std::collections::VecDeque;
-use std::thread::ThreadId;
 
 /// A stream, as its order goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +72,7 @@ impl Entry {
     }
 
     fn is_reachable(&self) -> bool {
-        !self.gone && self.place.thread.is_none_or(|thread| thread == std::thread::current().id())
+        !self.gone && self.place.thread.is_none_or(|thread| thread == thread::id())
     }
 }
 
@@ -227,17 +227,30 @@ impl Lines {
         self.entries.iter().filter_map(|entry| entry.marks.back()).map(|(_, event)| *event).collect()
     }
 
-    /// A stream is about to be destroyed. What it has to do goes on, so its end is marked.
+    /// A stream is about to be destroyed.
     pub fn end_stream(&mut self, driver: &Driver, stream: CUstream) {
+        self.end(driver, |place| place.stream == stream);
+    }
+
+    /// The calling thread ends, and its own default streams with it. Whether it has freed anything there.
+    pub fn end_thread(&mut self, driver: &Driver, thread: ThreadId) -> bool {
+        self.end(driver, |place| place.thread == Some(thread))
+    }
+
+    /// Streams end. What they have to do goes on, so their ends are marked. Whether there was one.
+    fn end(&mut self, driver: &Driver, ends: impl Fn(&Place) -> bool) -> bool {
+        let mut any = false;
         for index in 0..self.entries.len() {
             let entry = &self.entries[index];
-            if entry.place.stream == stream && !entry.gone {
+            if !entry.gone && ends(&entry.place) {
                 if !entry.marked() {
                     self.mark(driver, index);
                 }
                 self.entries[index].gone = true;
+                any = true;
             }
         }
+        any
     }
 
     /// All that was submitted to a GPU is done.
