@@ -9,9 +9,9 @@
 // A constant's neighbours are stated with it, used or not.
 #![allow(dead_code)]
 
+use crate::thread::{self, ThreadId};
 use std::ffi::c_void;
 use std::fmt;
-use crate::thread::{self, ThreadId};
 
 /// What a driver call returned (`CUresult`).
 ///

@@ -18,6 +18,7 @@ impl Error {
     pub const INVALID_VALUE: Error = Error(1);
     pub const OUT_OF_MEMORY: Error = Error(2);
     pub const NOT_INITIALIZED: Error = Error(3);
+    pub const DEINITIALIZED: Error = Error(4);
     pub const INVALID_DEVICE: Error = Error(101);
     pub const INVALID_IMAGE: Error = Error(200);
     pub const INVALID_CONTEXT: Error = Error(201);

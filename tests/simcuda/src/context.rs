@@ -5,6 +5,7 @@
 //! that was made in it goes away with it.
 
 use std::cell::RefCell;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -110,6 +111,14 @@ impl Core {
             streams.extend(green.live_streams());
         }
         streams
+    }
+
+    pub fn add_stream(&self, stream: &Arc<Stream>) {
+        let mut streams = lock(&self.streams);
+        if streams.len() == streams.capacity() {
+            streams.retain(|stream| stream.strong_count() > 0);
+        }
+        streams.push(Arc::downgrade(stream));
     }
 }
 
@@ -269,21 +278,33 @@ const STREAM_LEGACY: Handle = 1;
 const STREAM_PER_THREAD: Handle = 2;
 
 thread_local! {
-    static CURRENT: RefCell<Vec<Arc<Context>>> = const { RefCell::new(Vec::new()) };
-    static PER_THREAD: RefCell<PerThread> = const { RefCell::new(PerThread(Vec::new())) };
+    // The real driver answers a thread that has run all its destructors, too: nothing here is ever destroyed but what
+    // `End` throws away.
+    static CURRENT: ManuallyDrop<RefCell<Vec<Arc<Context>>>> =
+        const { ManuallyDrop::new(RefCell::new(Vec::new())) };
+    /// The thread's own default streams, one for each context that it used; they end with the thread.
+    static PER_THREAD: ManuallyDrop<RefCell<Vec<Arc<Stream>>>> =
+        const { ManuallyDrop::new(RefCell::new(Vec::new())) };
+    static END: End = const { End };
     static LAST_STREAM: Cache<Stream> = const { Cache::new() };
 }
 
-/// The thread's own default streams, one for each context that it used; they end with the thread.
-struct PerThread(Vec<Arc<Stream>>);
+/// A thread that ends has no context any more, and no streams. It may use a context again.
+struct End;
 
-impl Drop for PerThread {
+impl Drop for End {
     fn drop(&mut self) {
-        for stream in &self.0 {
-            crate::graph::abandon(stream);
+        drop(CURRENT.with(|stack| stack.take()));
+        for stream in PER_THREAD.with(|own| own.take()) {
+            crate::graph::abandon(&stream);
             stream.close();
         }
     }
+}
+
+/// What the thread uses goes when it ends.
+fn use_until_end() {
+    let _ = END.try_with(|_| ());
 }
 
 /// Calls `f` with the current context, which must be there; its sticky error is `f`'s business.
@@ -302,7 +323,7 @@ pub fn with_current<R>(f: impl FnOnce(&Arc<Context>) -> Result<R>) -> Result<R> 
             usable => usable.and_then(|()| f(context)),
         }
     };
-    CURRENT.try_with(with).unwrap_or(Err(Error::INVALID_CONTEXT))
+    CURRENT.with(|stack| with(stack))
 }
 
 /// The current context, whatever state it is in.
@@ -319,7 +340,7 @@ pub fn healthy() -> Result<Arc<Context>> {
 
 /// The handle of the current context, or 0.
 pub fn current_handle() -> Handle {
-    CURRENT.with_borrow(|stack| stack.last().map_or(0, |context| context.handle()))
+    CURRENT.with(|stack| stack.borrow().last().map_or(0, |context| context.handle()))
 }
 
 /// The context with that handle.
@@ -333,18 +354,21 @@ pub fn by_handle_or_current(handle: Handle) -> Result<Arc<Context>> {
 }
 
 pub fn push(context: Arc<Context>) {
-    CURRENT.with_borrow_mut(|stack| stack.push(context));
+    use_until_end();
+    CURRENT.with(|stack| stack.borrow_mut().push(context));
 }
 
 pub fn pop() -> Result<Handle> {
-    let popped = CURRENT.with_borrow_mut(Vec::pop);
+    let popped = CURRENT.with(|stack| stack.borrow_mut().pop());
     popped.map(|context| context.handle()).ok_or(Error::INVALID_CONTEXT)
 }
 
 /// Replaces the top of the stack; 0 leaves the thread without a context.
 pub fn set_current(handle: Handle) -> Result {
     let context = if handle == 0 { None } else { Some(by_handle(handle)?) };
-    CURRENT.with_borrow_mut(|stack| {
+    use_until_end();
+    CURRENT.with(|stack| {
+        let mut stack = stack.borrow_mut();
         stack.pop();
         stack.extend(context);
     });
@@ -368,17 +392,17 @@ pub fn stream(null: Null, handle: Handle) -> Result<Arc<Stream>> {
 
 fn per_thread() -> Result<Arc<Stream>> {
     let context = current()?;
-    let find = |own: &RefCell<PerThread>| {
-        let own = &mut own.borrow_mut().0;
+    use_until_end();
+    PER_THREAD.with(|own| {
+        let mut own = own.borrow_mut();
         own.retain(|stream| !stream.closed());
         if let Some(stream) = own.iter().find(|stream| stream.core.handle == context.handle()) {
-            return stream.clone();
+            return Ok(stream.clone());
         }
         let stream = Stream::create(&context.core, Role::PerThread, 0, 0, Some(context.legacy.clone()));
         own.push(stream.clone());
-        stream
-    };
-    PER_THREAD.try_with(find).map_err(|_| Error::INVALID_CONTEXT)
+        Ok(stream)
+    })
 }
 
 /// Makes a stream in the current context.

@@ -3,6 +3,9 @@
 //! Nothing exists before `cuInit`, and after it there is still no thread and no row in the shared segment: a device's
 //! books are opened by the first call that needs them. A forked child can't use the driver, as with the real one:
 //! every call that needs it is refused before a lock is taken that another thread may have held.
+//!
+//! When the process exits, the driver goes by an exit handler of `cuInit`'s, as the real one: handlers that were registered
+//! later can still use it, and those from before, and static destructors, cannot.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
@@ -66,6 +69,7 @@ pub struct Driver {
 const UNINITIALISED: u8 = 0;
 const READY: u8 = 1;
 const FORKED: u8 = 2;
+const GONE: u8 = 3;
 
 static STATE: AtomicU8 = AtomicU8::new(UNINITIALISED);
 static DRIVER: OnceLock<Driver> = OnceLock::new();
@@ -73,8 +77,10 @@ static INITIALISING: Mutex<()> = Mutex::new(());
 
 /// The driver, if `cuInit` was called in this process.
 pub fn driver() -> Result<&'static Driver> {
-    if STATE.load(Ordering::Acquire) != READY {
-        return Err(Error::NOT_INITIALIZED);
+    match STATE.load(Ordering::Acquire) {
+        READY => {}
+        GONE => return Err(Error::DEINITIALIZED),
+        _ => return Err(Error::NOT_INITIALIZED),
     }
     DRIVER.get().ok_or(Error::NOT_INITIALIZED)
 }
@@ -84,6 +90,7 @@ pub fn init() -> Result {
     match STATE.load(Ordering::Acquire) {
         READY => return Ok(()),
         FORKED => return Err(Error::NOT_INITIALIZED),
+        GONE => return Err(Error::DEINITIALIZED),
         _ => {}
     }
     let _one = lock(&INITIALISING);
@@ -95,8 +102,11 @@ pub fn init() -> Result {
         crate::watch::start();
     }
     if DRIVER.set(driver).is_ok() {
-        // SAFETY: the handler is a plain function that stores to an atomic, which is all a forked child may do.
-        unsafe { libc::pthread_atfork(None, None, Some(after_fork)) };
+        // SAFETY: the handlers are plain functions that store to an atomic, which is all a forked child may do.
+        unsafe {
+            libc::pthread_atfork(None, None, Some(after_fork));
+            libc::atexit(at_exit);
+        }
     }
     STATE.store(READY, Ordering::Release);
     Ok(())
@@ -104,6 +114,10 @@ pub fn init() -> Result {
 
 unsafe extern "C" fn after_fork() {
     STATE.store(FORKED, Ordering::Release);
+}
+
+extern "C" fn at_exit() {
+    let _ = STATE.compare_exchange(READY, GONE, Ordering::AcqRel, Ordering::Relaxed);
 }
 
 /// The calling thread's number, which no other thread of the process ever has.

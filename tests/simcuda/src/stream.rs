@@ -125,7 +125,7 @@ impl Stream {
             capture: Mutex::default(),
             detached: AtomicBool::new(false),
         });
-        lock(&core.streams).push(Arc::downgrade(&stream));
+        core.add_stream(&stream);
         stream
     }
 

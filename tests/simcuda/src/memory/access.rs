@@ -155,7 +155,8 @@ fn through_kernel(dst: u64, dst_pageable: bool, src: u64, len: u64) -> Result {
     // answers EFAULT for either.
     // SAFETY: the kernel checks both ranges itself; the end that isn't pageable is vouched for by the table.
     let copied = unsafe {
-        let me = libc::getpid();
+        // By its own number: the first thread, whose number is the process's, may have ended.
+        let me = libc::gettid();
         if dst_pageable {
             libc::process_vm_writev(me, &from, 1, &to, 1, 0)
         } else {

@@ -1,0 +1,67 @@
+/*
+ * Threads and streams that come and go while nobody drains: `come_and_go THREADS STREAMS`. Says how many pages more the
+ * process has in memory after all of them than after the first thousand.
+ *
+ * Each thread submits work to the legacy stream and to its own default stream, and allocates and frees in the order of the
+ * latter. Each stream is destroyed with work in it.
+ */
+#include "driver.h"
+
+static CUcontext context;
+static CUdeviceptr memory;
+
+static long resident_pages(void) {
+    long size, resident = 0;
+    FILE *statm = fopen("/proc/self/statm", "r");
+    if (!statm || fscanf(statm, "%ld %ld", &size, &resident) != 2) exit(2);
+    fclose(statm);
+    return resident;
+}
+
+static void *comes_and_goes(void *unused) {
+    CUdeviceptr own;
+    (void)unused;
+    CHECK(cuCtxSetCurrent(context));
+    CHECK(cuMemsetD32Async(memory, 1, 16, CU_STREAM_LEGACY));
+    CHECK(cuMemAllocAsync(&own, 256, CU_STREAM_PER_THREAD));
+    CHECK(cuMemsetD32Async(own, 2, 16, CU_STREAM_PER_THREAD));
+    CHECK(cuMemFreeAsync(own, CU_STREAM_PER_THREAD));
+    CHECK(cuStreamSynchronize(CU_STREAM_PER_THREAD));
+    return NULL;
+}
+
+static void threads(long count) {
+    for (long i = 0; i < count; i++) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, comes_and_goes, NULL)) exit(2);
+        pthread_join(thread, NULL);
+    }
+}
+
+static void streams(long count) {
+    for (long i = 0; i < count; i++) {
+        CUstream stream;
+        CHECK(cuStreamCreate(&stream, i % 2 ? CU_STREAM_NON_BLOCKING : 0));
+        CHECK(cuMemsetD32Async(memory, i, 16, stream));
+        CHECK(cuStreamDestroy_v2(stream));
+        /* Else there are as many as the machine is behind. */
+        if (i % 64 == 63) CHECK(cuCtxSynchronize());
+    }
+}
+
+static void say_growth(const char *of, void (*make)(long), long count) {
+    long first = count < 1000 ? count : 1000;
+    make(first);
+    long before = resident_pages();
+    make(count - first);
+    SAY("%s: %ld pages", of, resident_pages() - before);
+}
+
+int main(int argc, char **argv) {
+    CHECK(cuInit(0));
+    CHECK(cuCtxCreate_v2(&context, 0, 0));
+    CHECK(cuMemAlloc_v2(&memory, 64));
+    say_growth("threads", threads, argc > 1 ? atol(argv[1]) : 20000);
+    say_growth("streams", streams, argc > 2 ? atol(argv[2]) : 20000);
+    return 0;
+}
