@@ -13,16 +13,17 @@ use crate::flow::Queue;
 use crate::gate::{Gate, Lane};
 use crate::hostpool::{HostPool, HostPoolConfig};
 use crate::settings::{OnMissingArbiter, settings};
+use crate::thread::ThreadId;
 use crate::together;
 use nvshare::register::{self, Hello, RegisterError};
 use nvshare::units::GpuUuid;
 use nvshare::{Client, paths};
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock};
-use std::thread::{JoinHandle, ThreadId};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 static GATE: LazyLock<Gate> = LazyLock::new(|| {
@@ -499,19 +500,6 @@ static CAPTURES: AtomicU32 = AtomicU32::new(0);
 /// Engines that want to drain: no new capture begins. A word to sleep on.
 static HOLD_CAPTURES: AtomicU32 = AtomicU32::new(0);
 
-thread_local! {
-    /// There is one once this thread has captured in its own default stream, which ends with the thread.
-    static OWN_STREAM: OnceCell<OwnStream> = const { OnceCell::new() };
-}
-
-struct OwnStream(ThreadId);
-
-impl Drop for OwnStream {
-    fn drop(&mut self) {
-        forget_captures(|queue, _| queue.is_of_thread(self.0));
-    }
-}
-
 fn capturing() -> MutexGuard<'static, Option<HashMap<Queue, CUcontext>>> {
     CAPTURING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -542,10 +530,6 @@ pub fn begin_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> 
     if result.is_success() {
         let queue = Queue::of(stream, per_thread);
         let context = queue.context().unwrap_or(CUcontext::NULL);
-        if let Some(thread) = stream.named(per_thread).thread() {
-            // A thread that ends already takes its stream with it very soon.
-            let _ = OWN_STREAM.try_with(|own| own.get_or_init(|| OwnStream(thread)).0);
-        }
         if set.get_or_insert_default().insert(queue, context).is_none() {
             CAPTURES.fetch_add(1, Ordering::SeqCst);
         }
@@ -573,6 +557,11 @@ pub fn end_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> Cu
 pub fn stream_ended(stream: CUstream) {
     let ended = Queue::of(stream, false);
     forget_captures(|queue, _| *queue == ended);
+}
+
+/// A thread ends, and its own default streams with it.
+pub fn thread_ended(thread: ThreadId) {
+    forget_captures(|queue, _| queue.is_of_thread(thread));
 }
 
 /// Captures are over that nobody has ended: their stream, their context or their thread is gone.

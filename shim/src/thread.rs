@@ -63,6 +63,7 @@ pub fn call_ends() {
 fn ended() {
     // A panic must not unwind into the C library, which runs destructors.
     let cleared = std::panic::catch_unwind(|| {
+        crate::session::thread_ended(id());
         crate::flow::thread_ended(id());
         crate::pools::thread_ended(id());
     });
