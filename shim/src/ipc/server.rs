@@ -2,7 +2,8 @@
 //!
 //! It believes nothing and waits for nobody. A connection that sends anything but a request, or does not take its
 //! answer, is closed; one that has opened nothing is closed after a while; and there is a bound to how many there
-//! are. Only processes of the same user, or of root, get a connection at all.
+//! are. Only processes of the same user, or of root, get a connection at all. But anybody can connect: what that costs is
+//! bounded too, in log lines and in time. After so many that were turned away, nobody is let in for a moment.
 
 use super::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, Wish, peer, receive, send};
 use super::handle::{Exporter, Key};
@@ -12,6 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
 };
+use nvshare::log_limit::LogLimit;
 use nvshare::sync::now;
 use nvshare::units::{MILLISECOND, Nanos};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -25,6 +27,10 @@ const PATIENCE: Nanos = 5_000 * MILLISECOND;
 
 /// Until descriptors are tried again when the process had none left.
 const BREATH: Nanos = 100 * MILLISECOND;
+
+/// So many may be turned away one after the other, and then nobody is let in for so long.
+const TURNED_AWAY_AT_ONCE: u32 = 32;
+const REST: Nanos = 10 * MILLISECOND;
 
 /// What there is to give.
 pub trait Lender {
@@ -85,6 +91,36 @@ pub fn forget() {
     }
 }
 
+/// What strangers and broken peers can cause, by the lines that it is logged with.
+#[derive(Debug, Default)]
+struct Nuisances {
+    other_user: LogLimit,
+    nonsense: LogLimit,
+    wrong_key: LogLimit,
+    /// Since somebody was served, or since the last rest.
+    turned_away: u32,
+}
+
+impl Nuisances {
+    /// Says what was not logged.
+    fn sum_up(&mut self, time: Nanos) {
+        for (limit, what) in [
+            (&mut self.other_user, "processes of other users that asked for memory of this one"),
+            (&mut self.nonsense, "messages that were no request for memory"),
+            (&mut self.wrong_key, "requests for memory with a wrong key"),
+        ] {
+            if let Some(count) = limit.suppressed(time) {
+                tracing::warn!(count, "not logged, more {what}");
+            }
+        }
+    }
+
+    /// When there is something to say.
+    fn due(&self) -> Option<Nanos> {
+        [&self.other_user, &self.nonsense, &self.wrong_key].into_iter().filter_map(LogLimit::due).min()
+    }
+}
+
 struct Peer<L> {
     socket: Socket,
     pid: i32,
@@ -107,7 +143,7 @@ pub fn open(exporter: &Exporter) -> nix::Result<Socket> {
 
 /// Serves for ever.
 pub fn serve<L: Lender>(listener: Socket, lender: &L) {
-    let mut server = Server { listener, peers: Vec::new(), breath: None };
+    let mut server = Server { listener, peers: Vec::new(), breath: None, nuisances: Nuisances::default() };
     loop {
         server.round(lender);
     }
@@ -116,8 +152,9 @@ pub fn serve<L: Lender>(listener: Socket, lender: &L) {
 struct Server<L> {
     listener: Socket,
     peers: Vec<Peer<L>>,
-    /// No descriptors were left for a new connection: until when none is taken.
+    /// No descriptors were left for a new connection, or too many were turned away: until when none is taken.
     breath: Option<Nanos>,
+    nuisances: Nuisances,
 }
 
 impl<L> Server<L> {
@@ -125,9 +162,14 @@ impl<L> Server<L> {
     fn round(&mut self, lender: &impl Lender<Loan = L>) {
         self.make_room();
         let time = now();
+        self.nuisances.sum_up(time);
+        if self.nuisances.turned_away >= TURNED_AWAY_AT_ONCE {
+            self.nuisances.turned_away = 0;
+            self.breath = Some(time + REST);
+        }
         self.breath = self.breath.filter(|end| *end > time);
         let ends = self.peers.iter().filter(|peer| peer.loans.is_empty()).map(|peer| peer.since + PATIENCE);
-        let until = ends.chain(self.breath).min();
+        let until = ends.chain(self.breath).chain(self.nuisances.due()).min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             // Rounded up, or the last millisecond is spent spinning.
             let left = until.saturating_sub(time).div_ceil(MILLISECOND);
@@ -144,7 +186,9 @@ impl<L> Server<L> {
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
         drop(fds);
         let mut told = ready[1..].iter();
-        self.peers.retain_mut(|peer| !told.next().is_some_and(|ready| *ready) || hear(peer, lender));
+        self.peers.retain_mut(|peer| {
+            !told.next().is_some_and(|ready| *ready) || hear(peer, lender, &mut self.nuisances)
+        });
         if ready[0] && listens {
             self.admit();
         }
@@ -180,32 +224,45 @@ impl<L> Server<L> {
                 self.peers.push(Peer { socket: Socket::new(socket), pid, since: now(), loans: Vec::new() })
             }
             Ok((false, pid)) => {
-                tracing::warn!(
-                    peer = pid,
-                    "a process of another user asks for memory of this one, and gets none"
-                )
+                self.nuisances.turned_away += 1;
+                if self.nuisances.other_user.allows(now()) {
+                    tracing::warn!(
+                        peer = pid,
+                        "a process of another user asks for memory of this one, and gets none"
+                    );
+                }
             }
-            Err(_) => {}
+            Err(_) => self.nuisances.turned_away += 1,
         }
     }
 }
 
 /// Takes one message. False if the connection is to be closed.
-fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>) -> bool {
+fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut Nuisances) -> bool {
     // Room for more than a request, so that a longer message is seen as one.
     let mut bytes = [0; size_of::<Ask>() + 1];
     let (length, sent) = match receive(peer.socket.fd.as_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
-        Ok((0, _)) => return false,
+        // Whoever has opened something before it ends is no nuisance.
+        Ok((0, _)) => {
+            nuisances.turned_away += u32::from(peer.loans.is_empty());
+            return false;
+        }
         Ok(message) => message,
         Err(Errno::EAGAIN) => return true,
         Err(_) => return false,
     };
     let Some((wish, ask)) = Ask::read(&bytes[..length]).filter(|_| sent.is_empty()) else {
-        tracing::warn!(peer = peer.pid, "a message of {length} B that is no request for memory: hanging up");
+        nuisances.turned_away += 1;
+        if nuisances.nonsense.allows(now()) {
+            tracing::warn!(
+                peer = peer.pid,
+                "a message of {length} B that is no request for memory: hanging up"
+            );
+        }
         return false;
     };
     match wish {
-        Wish::Open => answer(peer, lender, &ask),
+        Wish::Open => answer(peer, lender, &ask, nuisances),
         Wish::Close => {
             if let Some(index) = peer.loans.iter().rposition(|(number, ..)| *number == ask.number) {
                 peer.loans.remove(index);
@@ -216,9 +273,15 @@ fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>) -> bool {
     }
 }
 
-fn answer<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, ask: &Ask) -> bool {
-    let refused = |why| {
-        if why == Refusal::Denied {
+fn answer<L>(
+    peer: &mut Peer<L>,
+    lender: &impl Lender<Loan = L>,
+    ask: &Ask,
+    nuisances: &mut Nuisances,
+) -> bool {
+    let mut refused = |why| {
+        nuisances.turned_away += u32::from(why == Refusal::Denied);
+        if why == Refusal::Denied && nuisances.wrong_key.allows(now()) {
             tracing::warn!(
                 peer = peer.pid,
                 "a process asks for memory of this one with a wrong key, and gets none"

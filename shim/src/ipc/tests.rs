@@ -83,6 +83,7 @@ fn be_an_exporter() {
     match std::env::var(ROLE).as_deref() {
         Ok("files") => {
             let (exporter, key) = (Exporter::here().unwrap(), Key::draw().unwrap());
+            crate::log::initialise();
             let listener = server::open(&exporter).unwrap();
             say(&hex(&Handle::new(exporter, 300, key)));
             std::thread::spawn(move || server::serve(listener, &Files { key }));
@@ -125,11 +126,16 @@ struct Other {
 
 impl Other {
     fn start(role: &str) -> Self {
+        Self::start_with(role, None)
+    }
+
+    fn start_with(role: &str, log: Option<File>) -> Self {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args(["ipc::tests::be_an_exporter", "--exact", "--nocapture", "--test-threads=1"])
             .env(ROLE, role)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .stderr(log.map_or_else(Stdio::inherit, Stdio::from))
             .spawn()
             .unwrap();
         let mut said = BufReader::new(process.stdout.take().unwrap());
@@ -381,6 +387,25 @@ fn a_crowd_that_opens_nothing_keeps_nobody_out() {
     assert!(hung_up(&crowd[0]), "those that came first make room");
     open(&first, &other.handle(3)).unwrap();
     other.has_lent(2);
+}
+
+/// Whoever floods an exporter must not fill its standard error, which may be a file on somebody's disk.
+#[test]
+fn garbage_is_logged_a_few_times_and_counted() {
+    let log = std::env::temp_dir().join(format!("nvshare-ipc-log-{}", std::process::id()));
+    let mut other = Other::start_with("files", Some(File::create(&log).unwrap()));
+    for _ in 0..1_000 {
+        // Some are turned away before they have said anything.
+        let _ = send(other.hostile().as_raw_fd(), b"garbage", MsgFlags::MSG_NOSIGNAL);
+    }
+    other.works();
+    other.has_lent(0);
+    let said = || std::fs::read_to_string(&log).unwrap();
+    nvshare_test_support::Patience::seconds(20)
+        .until("the rest is counted", || said().contains("not logged"));
+    let lines = said().lines().filter(|line| line.contains("no request for memory: hanging up")).count();
+    assert!((1..=20).contains(&lines), "{lines} lines for 1000 messages");
+    std::fs::remove_file(log).unwrap();
 }
 
 /// Needs root, to be somebody else in one thread.
