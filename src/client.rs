@@ -12,6 +12,10 @@
 //! A client that grew fills while its earlier work is still under way. Recalled then, it drains before it
 //! waits, as from Running: who waits may be asked to evict at any moment.
 //!
+//! A drain may stand still, because the work waits for threads that want to submit more. Then the client lets them, still in
+//! phase Draining and with all its memory in place, and tries again; nobody asks it to evict meanwhile. If nobody needs its
+//! memory any more, it goes on as if it had grown ([`Client::resume`]).
+//!
 //! A [`Client`] belongs to one thread, which walks it along these arrows; [`Client::poll`] does what is
 //! due and says what to wait for. How memory moves is the business of a [`Runtime`]: the shim moves
 //! CUDA allocations, another runtime whatever it has. [`Books`] may be used from every thread of the
@@ -292,6 +296,22 @@ impl<P: Deref<Target = Page>> Books<P> {
         others.iter().map(|slot| self.page.slot(slot).own.host_promise.load(Ordering::SeqCst))
     }
 
+    /// Ends the client, whose own thread is no more, or ends with this: gives back all but `lost` granules, of which nobody
+    /// knows how to release them. Without any the arbiter clears the slot when it next looks; else the slot stays, with that
+    /// much that cannot move, until the process ends.
+    pub fn end(&self, lost: Granules) {
+        let lost = lost.min(self.resident());
+        self.give(self.resident() - lost);
+        self.change_demand(|_| u64::from(lost));
+        self.change_unmovable(|_| u64::from(lost));
+        self.stall_ended();
+        let own = &self.page.slot(self.slot).own;
+        own.wait_since.store(0, Ordering::Relaxed);
+        let phase = if lost == 0 { Phase::Leaving } else { Phase::Idle };
+        own.phase.store(phase as u32, Ordering::Release);
+        self.page.decide();
+    }
+
     /// Counts a drain that let the client's threads go on, and will be begun again.
     pub fn drain_retried(&self) {
         add(&self.page.slot(self.slot).own.drain_retries, 1);
@@ -381,13 +401,17 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Idle or drained -> Waiting: takes a place at the end of the queue.
     fn queue(&mut self) {
+        self.take_place();
+        self.enter(Phase::Waiting);
+        self.page().decide();
+    }
+
+    fn take_place(&mut self) {
         let (time, own) = (now(), self.own());
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
         own.ticket.store(ticket, Ordering::Relaxed);
         own.wait_since.store(time, Ordering::Relaxed);
         self.reckon();
-        self.enter(Phase::Waiting);
-        self.page().decide();
     }
 
     /// Says when it should have its slice, by its present shares, from when it began to wait. So nobody gains by having
@@ -436,7 +460,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     self.enter(Phase::Filling);
                 }
                 // It runs; or it grew, and what it has must not go out before the work that uses it is done.
-                Phase::Running | Phase::Filling if !admitted && self.may_have_work() => {
+                Phase::Running | Phase::Filling if !admitted && self.has_work() => {
                     return Ok(Next::Yield);
                 }
                 Phase::Filling if !admitted => {
@@ -549,14 +573,14 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     }
 
     /// Whether work that it submitted may be in flight, and it has not begun to drain.
-    fn may_have_work(&self) -> bool {
+    pub fn has_work(&self) -> bool {
         self.undrained && self.phase != Phase::Draining
     }
 
     /// Running -> Draining: the gate is shut, the submitted work goes on. Also from Filling, for a client
     /// that grew and still has work. Returns how long the slice was, ns.
     pub fn drain(&mut self) -> Nanos {
-        if !self.may_have_work() {
+        if !self.has_work() {
             return 0;
         }
         let (time, own) = (now(), self.own());
@@ -568,6 +592,22 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         add(&own.yields, 1);
         self.enter(Phase::Draining);
         slice.ran
+    }
+
+    /// Draining -> Filling: its work has not ended, and nobody waits for what it has any more. It has its memory, and runs
+    /// on if a decision lets it; else [`Client::poll`] says [`Next::Yield`].
+    pub fn resume(&mut self) {
+        if self.phase == Phase::Draining {
+            self.take_place();
+            self.enter(Phase::Filling);
+            self.page().decide();
+        }
+    }
+
+    /// Whether anybody waits for room, or for its turn.
+    pub fn is_needed(&self) -> bool {
+        let snapshot = self.look();
+        policy::lacking(&snapshot) > 0 || policy::first_waiter(&snapshot).is_some()
     }
 
     /// Draining -> Waiting, at the end of the queue, if there is `more` to do: it has used up its slice. Else -> Idle.
@@ -588,14 +628,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Gives the slot up. The caller has released all memory; the books say so, whatever they said
     /// before. The arbiter clears the slot when it next looks.
-    pub fn leave(mut self) {
-        let all = self.books.resident();
-        self.books.give(all);
-        self.books.change_demand(|_| 0);
-        self.books.change_unmovable(|_| 0);
-        self.books.stall_ended();
-        self.enter(Phase::Leaving);
-        self.page().decide();
+    pub fn leave(self) {
+        self.books.end(0);
     }
 
     /// Waits for the GPU and brings all memory in. When it returns, the client runs. The caller has waited for
@@ -785,6 +819,63 @@ mod tests {
             assert_eq!(deadline(&page), right, "{priority}");
         }
         assert_eq!(waiter.phase(), Phase::Waiting);
+    }
+
+    /// What is left of it is in nobody's way, and counts as what cannot move.
+    #[test]
+    fn a_client_that_breaks_down_gives_back_what_it_can() {
+        let page = page(4);
+        let (mut broken, mut moves) = client(&page, 3);
+        let (mut waiter, mut its_moves) = client(&page, 3);
+        broken.acquire(&mut moves).unwrap();
+        waiter.request();
+        broken.books().end(1);
+        let view = page.view(broken.books().slot());
+        assert_eq!((view.phase, view.resident, view.unmovable, view.demand), (Phase::Idle, 1, 1, 1));
+        waiter.acquire(&mut its_moves).unwrap();
+        broken.books().end(0);
+        assert_eq!(page.view(broken.books().slot()).phase, Phase::Leaving);
+        assert_eq!(page.free().granules, 1);
+    }
+
+    /// Its work did not end, and whoever wanted its room is gone: it runs on, and what it has was never touched.
+    #[test]
+    fn a_drain_that_nobody_needs_any_more_is_given_up() {
+        let page = page(4);
+        let (mut first, mut moves) = client(&page, 3);
+        let (mut second, _) = client(&page, 3);
+        page.set_settings(Settings { quantum: Quantum::Fixed(0), ..Settings::default() });
+        first.acquire(&mut moves).unwrap();
+        second.request();
+        assert_eq!(first.poll(&mut moves), Ok(Next::Yield));
+        first.drain();
+        assert!(second.books().admitted() && first.is_needed());
+        assert!(matches!(first.poll(&mut moves), Ok(Next::Sleep { .. })));
+        assert_eq!(first.books().resident(), 3, "nobody is asked to evict what work may use");
+        second.leave();
+        assert!(!first.is_needed());
+        first.resume();
+        assert_eq!(first.poll(&mut moves), Ok(Next::Open));
+        assert_eq!((first.phase(), first.books().resident()), (Phase::Running, 3));
+    }
+
+    /// As above, and somebody comes in between: it drains again, before anything is evicted.
+    #[test]
+    fn a_drain_that_is_given_up_in_vain_begins_again() {
+        let page = page(4);
+        let (mut first, mut moves) = client(&page, 3);
+        let (mut second, mut its_moves) = client(&page, 3);
+        first.acquire(&mut moves).unwrap();
+        first.drain();
+        second.request();
+        assert!(second.books().admitted());
+        first.resume();
+        assert_eq!(first.poll(&mut moves), Ok(Next::Yield));
+        first.drain();
+        first.drained(true);
+        first.poll(&mut moves).unwrap();
+        second.acquire(&mut its_moves).unwrap();
+        assert_eq!(first.books().resident(), 1);
     }
 
     #[test]

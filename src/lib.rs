@@ -25,8 +25,8 @@
 //!
 //! - **I1** `free + sum(resident) + sum(pinned) == capacity`, but for operations in flight, which
 //!   [`account::Account`] announces.
-//! - **I2** a client submits GPU work only in [`page::Phase::Running`] with its gate open; Running
-//!   implies that all its memory is in place.
+//! - **I2** a client submits GPU work only with its gate open, and that only in [`page::Phase::Running`], or in
+//!   [`page::Phase::Draining`] when a drain is put off: either implies that all its memory is in place.
 //! - **I3** whom a decision admits fits, or it admits exactly one.
 
 pub mod account;

@@ -63,7 +63,8 @@ pub enum Phase {
     Filling = 2,
     /// All its memory is in place, and its gate is open (I2), or opens when its process has its other GPUs too.
     Running = 3,
-    /// Its gate is shut, and it waits for the work it has submitted.
+    /// It is to give way, and waits for the work it has submitted. Its gate is shut; or all its memory is in place, and the
+    /// gate is open for a while, because the work waits for more to be submitted. Nobody asks it to evict.
     Draining = 4,
     /// Has given everything back and wants its slot to be cleared.
     Leaving = 5,

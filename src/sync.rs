@@ -35,7 +35,7 @@ mod real {
         time.tv_sec as Nanos * crate::units::SECOND + time.tv_nsec as Nanos
     }
 
-    fn wait(word: *const u32, expected: u32, until: Option<Nanos>) {
+    fn wait(word: *const u32, expected: u32, until: Option<Nanos>, private: i32) {
         let timeout = until.map(|ns| libc::timespec {
             tv_sec: (ns / 1_000_000_000) as _,
             tv_nsec: (ns % 1_000_000_000) as _,
@@ -46,7 +46,7 @@ mod real {
             libc::syscall(
                 libc::SYS_futex,
                 word,
-                libc::FUTEX_WAIT_BITSET,
+                libc::FUTEX_WAIT_BITSET | private,
                 expected,
                 timeout.as_ref().map_or(ptr::null(), ptr::from_ref),
                 ptr::null::<u32>(),
@@ -63,7 +63,7 @@ mod real {
     /// Sleeps while `word` is `expected`, until woken, until the time `until`, or for no reason at
     /// all: the caller looks again. Works between processes.
     pub fn futex_wait(word: &AtomicU32, expected: u32, until: Option<Nanos>) {
-        wait(word.as_ptr(), expected, until);
+        wait(word.as_ptr(), expected, until, 0);
     }
 
     /// Wakes everybody who sleeps on `word`, in any process.
@@ -73,7 +73,7 @@ mod real {
 
     /// As [`futex_wait`], on the low half of a 64-bit word.
     pub fn futex_wait_low(word: &AtomicU64, expected: u32, until: Option<Nanos>) {
-        wait(low_half(word), expected, until);
+        wait(low_half(word), expected, until, 0);
     }
 
     /// As [`futex_wake`], on the low half of a 64-bit word.
@@ -90,6 +90,11 @@ mod real {
     /// Sleeps while `word` is `expected`; wake-ups for no reason happen. Threads of this process only.
     pub fn park(word: &AtomicU32, expected: u32) {
         atomic_wait::wait(word, expected);
+    }
+
+    /// As [`park`], at most until the time `until`.
+    pub fn park_until(word: &AtomicU32, expected: u32, until: Nanos) {
+        wait(word.as_ptr(), expected, Some(until), libc::FUTEX_PRIVATE_FLAG);
     }
 
     /// Wakes every thread of this process that is [parked](park) on `word`.
@@ -135,7 +140,10 @@ mod real {
         if ASYMMETRIC.load(Ordering::Relaxed) && !membarrier(MEMBARRIER_PRIVATE_EXPEDITED) {
             // Registered and yet refused: it cannot happen on a kernel that keeps its word, and
             // going on would let memory move under a running kernel.
-            panic!("membarrier(2) was registered and then refused: {}", std::io::Error::last_os_error());
+            panic!(
+                "membarrier(2) was allowed at first and then refused (a seccomp filter?): {}",
+                std::io::Error::last_os_error()
+            );
         }
     }
 }
@@ -199,6 +207,11 @@ mod model {
 
     /// The modelled in-process wait.
     pub fn park(word: &AtomicU32, expected: u32) {
+        futex_wait(word, expected, None);
+    }
+
+    /// The modelled in-process wait; `until` never comes.
+    pub fn park_until(word: &AtomicU32, expected: u32, _until: Nanos) {
         futex_wait(word, expected, None);
     }
 

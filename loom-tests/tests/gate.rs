@@ -10,6 +10,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
 use loom_tests::check;
+use nvshare::units::Nanos;
 use std::cell::Cell;
 
 /// What the gate guards: submitters read it inside, the engine writes it while the gate is shut. Loom
@@ -42,8 +43,14 @@ fn submitter(gate: &Arc<Gate>, memory: &Arc<Memory>) -> thread::JoinHandle<usize
     thread::spawn(move || submit(&gate, &memory))
 }
 
+/// When it returns, nobody is inside, and nobody comes in.
+fn shut(gate: &Gate) {
+    gate.close();
+    while !gate.vacated(Nanos::MAX) {}
+}
+
 fn swap(gate: &Gate, memory: &Memory) {
-    gate.shut();
+    shut(gate);
     // SAFETY: loom checks the access.
     memory.0.with_mut(|value| unsafe { *value = 1 });
     // SAFETY: as above.
@@ -187,5 +194,55 @@ fn a_limit_does_not_open_the_gate() {
         assert!(!gate.is_open());
         limits.join().unwrap();
         assert!(!gate.is_open());
+    });
+}
+
+/// The drain is put off in the middle, because somebody is inside, and tried again: memory moves only when nobody is.
+#[test]
+fn a_drain_that_is_put_off_moves_nothing() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        gate.open();
+        let submitter = submitter(&gate, &memory);
+        let engine = thread::spawn(move || {
+            gate.close();
+            // Time stands still: it waits for nobody.
+            if !gate.vacated(0) {
+                gate.open();
+            }
+            swap(&gate, &memory);
+        });
+        engine.join().unwrap();
+        submitter.join().unwrap();
+    });
+}
+
+/// Whoever stands before the gate, or comes to it, is let in when it fails, whoever shuts it, and is not let in quickly.
+#[test]
+fn nobody_stands_before_a_gate_that_has_failed() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        gate.open();
+        let submitter = thread::spawn({
+            let gate = gate.clone();
+            move || {
+                let lane = gate.lane();
+                gate.enter(&lane, || (), || ());
+                gate.leave(&lane);
+                gate.retire(lane);
+            }
+        });
+        let engine = thread::spawn({
+            let gate = gate.clone();
+            move || {
+                gate.close();
+                gate.fail();
+                gate.close();
+            }
+        });
+        engine.join().unwrap();
+        submitter.join().unwrap();
+        assert!(!gate.try_enter(&gate.lane()));
     });
 }

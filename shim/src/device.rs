@@ -4,7 +4,7 @@ use crate::abi::*;
 use crate::drain::Streams;
 use crate::driver::Driver;
 use crate::hostpool::{HostPool, PinError, Pinner};
-use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Memory, Place, Region, SMALL};
+use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Left, Memory, Place, Region, SMALL};
 use crate::session;
 use crate::swap::SwapError;
 use crate::together;
@@ -338,6 +338,7 @@ impl Shared {
     /// # Errors
     /// OUT_OF_MEMORY, said in the log; or the driver's.
     pub fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
+        session::intact()?;
         self.within_limit(bytes)?;
         let limit = self.limit();
         if bytes > bytes_of(limit.saturating_sub(self.books.demand())) {
@@ -411,6 +412,18 @@ impl Shared {
         }
     }
 
+    /// Maps all that is missing to host memory, because threads must go on and there is no room on the GPU: it comes home
+    /// later. What the host holds the bytes of is not touched; nothing is, of a client that has not drained.
+    ///
+    /// # Errors
+    /// The host has no memory for it either. What could be mapped is.
+    pub fn back_all_by_host(&self, memory: &mut Memory) -> Result<(), SwapError> {
+        for base in memory.missing() {
+            self.back_by_host(memory, base)?;
+        }
+        Ok(())
+    }
+
     /// Maps what is missing of a region to host memory.
     fn back_by_host(&self, memory: &mut Memory, base: CUdeviceptr) -> Result<(), SwapError> {
         for place in memory.region(base).map(Region::missing).unwrap_or_default() {
@@ -473,28 +486,40 @@ impl Shared {
     /// Waits for all work submitted so far, on whichever GPU: it may use this one's memory. False if an open
     /// capture forbids to ask.
     pub fn wait_for_work(&self) -> bool {
-        // Only the mark needs a moment without captures. The wait is long, and what begins meanwhile is not waited for.
-        let Some(mark) = session::with_no_capture(together::mark) else { return false };
+        // Nothing is held while it waits: the work may be waiting for a thread that begins a capture.
+        let Some(mut mark) = session::with_no_capture(together::mark) else { return false };
+        loop {
+            mark.wait();
+            match session::with_no_capture(|| mark.look()) {
+                Some(true) => break,
+                Some(false) => {}
+                None => return false,
+            }
+        }
         // A broken context does no work any more, so its memory is not in use either.
-        if let Err(result) = mark.wait() {
+        if let Some(result) = mark.broken() {
             tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
         }
         true
     }
 
     /// Finishes the frees that could not be finished at once.
-    pub fn bury(&self) {
-        if !self.memory().has_doomed() || !self.wait_for_work() {
+    fn bury(&self) {
+        let left = self.memory().left();
+        if self.wait_for_work() {
+            self.finish_left(left);
+        }
+    }
+
+    /// Finishes the frees that were left when `left` was said. The work that may use their memory is done.
+    pub fn finish_left(&self, left: Left) {
+        let mut memory = self.memory();
+        if memory.moving {
             return;
         }
-        let mut memory = self.memory();
-        if !memory.moving {
-            for allocation in memory.take_doomed() {
-                self.finish_free(&mut memory, allocation);
-            }
-            let returned = memory.take_returned();
-            returned.into_iter().for_each(|region| self.dispose(region));
-        }
+        let Some((doomed, returned)) = memory.take_left(left) else { return };
+        doomed.into_iter().for_each(|allocation| self.finish_free(&mut memory, allocation));
+        returned.into_iter().for_each(|region| self.dispose(region));
     }
 
     /// Allocates by `attempt`; if there is no memory, again when what was freed before is given back. That it is free
@@ -523,10 +548,12 @@ impl Shared {
     /// Releases a region that nothing uses any more.
     pub fn dispose(&self, mut region: Region) {
         let granules = region.granules();
+        let lost = region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Moving));
         for chunk in std::mem::take(&mut region.chunks) {
             self.dispose_chunk(&region, chunk);
         }
-        if !matches!(region.kind, Kind::Room) {
+        // Where something may still be mapped, the addresses are the process's for good.
+        if !matches!(region.kind, Kind::Room) && !lost {
             if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize) {
                 tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
             }
@@ -549,8 +576,8 @@ impl Shared {
             Backing::Evicted(copy) => self.host.free(copy.memory),
             Backing::Booked => self.books.give(granules),
             Backing::Absent | Backing::Denied => {}
-            // Nothing is disposed of while memory moves.
-            Backing::Moving => unreachable!("a moving chunk was disposed of"),
+            // Nothing is disposed of while memory moves, unless the engine has panicked: then nobody knows where it is.
+            Backing::Moving => {}
         }
     }
 

@@ -1,15 +1,18 @@
 //! Draining: waiting for the work that the application has submitted.
 //!
-//! Never by cuCtxSynchronize, which ruins a capture (DESIGN section 2), but by events. An event in the
-//! legacy default stream comes after all earlier work of every *blocking* stream of its context, the
-//! per-thread default streams among them; streams made with CU_STREAM_NON_BLOCKING get an event each.
-//! So nothing has to be written down at a launch.
+//! Never by cuCtxSynchronize, which ruins a capture (DESIGN section 2), but by events, in two steps, so that nothing has to be
+//! written down at a launch:
 //!
-//! (Such an event is a barrier, too: later work of the blocking streams waits for it. A drain has none. What tells how a
-//! stream's work gets on while it goes on is an event in that stream alone: [`crate::flow`].)
+//! 1. Each stream that the application has made, and that has work, gets an event.
+//! 2. When those have passed, the legacy default stream of each context gets one: it comes after all earlier work of every
+//!    blocking stream of the context, the threads' own default streams among them, which only their threads can name.
 //!
-//! A mark in the legacy stream is itself forbidden while a blocking stream captures: callers make sure
-//! that no capture is open ([`crate::session`]).
+//! An event in the legacy stream is a barrier: later work of all blocking streams waits for it. Made in the first step, it
+//! would keep out what the work in front of it may be waiting for: the copy that a resident kernel spins for, in another
+//! stream. So it comes when no stream that is known has work. (What tells how a stream's work gets on while it goes on is an
+//! event in that stream alone, too: [`crate::flow`].)
+//!
+//! Neither is allowed while a stream captures: a mark that is made, or looked at, meanwhile is not past.
 //!
 //! Several threads may wait at a time, an engine and those that free memory: none takes an event away from
 //! another that still needs it.
@@ -108,10 +111,12 @@ impl Drop for End {
     }
 }
 
-/// A moment in everything that was submitted.
+/// A moment in everything that was submitted, or somewhat later.
 #[derive(Default)]
 pub struct Mark {
     ends: Vec<Arc<End>>,
+    /// Contexts whose legacy streams are to be marked when the ends have passed.
+    legacy: Vec<(&'static Driver, CUcontext)>,
     /// What the driver said of a context that cannot be marked: it does no work any more.
     broken: Option<CuResult>,
 }
@@ -186,19 +191,16 @@ impl Streams {
         self.tracking().streams.push(stream);
     }
 
-    /// Marks the present end of everything.
+    /// Marks the present end of everything. No capture is open.
     pub fn mark(&self, driver: &'static Driver) -> Mark {
         let mut tracking = self.tracking();
         tracking.forget_orphans();
-        let mut mark = Mark { ends: tracking.orphans.clone(), broken: None };
-        let legacy = tracking.contexts.iter().map(|context| (CUstream::LEGACY, *context));
-        let own = tracking.streams.iter().filter(|tracked| !tracked.blocking);
-        for (stream, context) in legacy.chain(own.map(|tracked| (tracked.stream, tracked.context))) {
-            match Current::new(driver, context)
-                .and_then(|_current| End::record(driver, context, stream, false))
-            {
-                Ok(end) => mark.ends.push(end.into()),
-                Err(error) => mark.broken = mark.broken.or(Some(error)),
+        let legacy = tracking.contexts.iter().map(|context| (driver, *context)).collect();
+        let mut mark = Mark { ends: tracking.orphans.clone(), legacy, broken: None };
+        for Tracked { stream, context, .. } in &tracking.streams {
+            // To ask costs less than an event, and most streams of most programs have no work.
+            if driver.stream_query(*stream) == Err(CuResult::NOT_READY) {
+                mark.add(driver, *context, *stream);
             }
         }
         mark
@@ -206,26 +208,59 @@ impl Streams {
 }
 
 impl Mark {
-    /// Waits until everything before it is done.
-    ///
-    /// # Errors
-    /// The driver's: a context is broken, and what it had to do will never be done. All else is.
-    pub fn wait(self) -> Result<(), CuResult> {
-        let mut result = self.broken.map_or(Ok(()), Err);
-        for end in &self.ends {
-            result = result.and(end.driver.event_synchronize(end.event));
+    fn add(&mut self, driver: &'static Driver, context: CUcontext, stream: CUstream) {
+        match Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false)) {
+            Ok(end) => self.ends.push(end.into()),
+            Err(error) => self.broken = self.broken.or(Some(error)),
         }
-        result
     }
 
-    /// Whether everything before it is done, or can never be.
-    pub fn is_done(&self) -> bool {
-        self.ends.iter().all(|end| end.is_past())
+    /// Whether everything before it is done, or can never be. No capture is open.
+    pub fn look(&mut self) -> bool {
+        self.ends.retain(|end| !end.is_past());
+        if self.ends.is_empty() && !self.legacy.is_empty() {
+            self.mark_legacy();
+            self.ends.retain(|end| !end.is_past());
+        }
+        self.ends.is_empty()
+    }
+
+    /// Whether what is marked already is done. Marks nothing more.
+    pub fn has_passed(&mut self) -> bool {
+        self.ends.retain(|end| !end.is_past());
+        self.ends.is_empty()
+    }
+
+    /// How much of it is not done yet, in no unit: it gets less, and none means that all is done.
+    pub fn left(&self) -> usize {
+        self.ends.len() + self.legacy.len()
+    }
+
+    fn mark_legacy(&mut self) {
+        for (driver, context) in std::mem::take(&mut self.legacy) {
+            self.add(driver, context, CUstream::LEGACY);
+        }
+    }
+
+    /// What the driver said of a context that is broken, whose work will never be done. All other is, once
+    /// [`Mark::look`] says so.
+    pub fn broken(&self) -> Option<CuResult> {
+        self.broken
+    }
+
+    /// Waits for what is marked already. [`Mark::look`] says whether that was all.
+    pub fn wait(&mut self) {
+        for end in self.ends.drain(..) {
+            if let Err(result) = end.driver.event_synchronize(end.event) {
+                self.broken = self.broken.or(Some(result));
+            }
+        }
     }
 
     /// This moment in one GPU's work, and that one in another's.
     pub fn and(mut self, other: Self) -> Self {
         self.ends.extend(other.ends);
+        self.legacy.extend(other.legacy);
         self.broken = self.broken.or(other.broken);
         self
     }

@@ -4,20 +4,25 @@
 //! client's, a thread at the gate, an allocation that found no room, a capture that ended. While nobody
 //! else wants the GPU it never wakes.
 
+mod ending;
+mod giving_way;
+
 use crate::abi::*;
 use crate::device::Shared;
 use crate::drain::Mark;
 use crate::flow;
-use crate::session::{self, CaptureHold};
-use crate::settings::settings;
+use crate::ipc::Closing;
+use crate::memory::Left;
+use crate::session;
 use crate::starved::Starved;
 use crate::swap::{Swap, SwapError};
 use crate::together;
+use giving_way::{GivingWay, Look};
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
 use nvshare::policy;
 use nvshare::sync::now;
-use nvshare::units::{Granules, MILLISECOND, Nanos, bytes_of, format_nanos};
+use nvshare::units::{Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos};
 use nvshare::{Client, Phase};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,45 +37,17 @@ pub fn start(
     client: Client<MappedPage>,
     context: CUcontext,
 ) -> std::io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name("nvshare".into()).spawn(move || {
+    std::thread::Builder::new().name(THREAD.into()).spawn(move || {
         // The application's signals are for its own threads.
         let _ = nix::sys::signal::SigSet::all().thread_set_mask();
-        let _ended = Ended(shared.clone());
-        // What the engine does is never meant for a graph that some other thread captures.
-        let _ = shared.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
-        run(shared, client, context);
+        // It looks at work in flight at moments that it chooses to the microsecond.
+        let _ = nix::sys::prctl::set_timerslack(1_000);
+        ending::run_to_the_end(shared, client, context);
     })
 }
 
-/// Says, however the engine ends, that it has.
-struct Ended(Arc<Shared>);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        self.0.engine_ended();
-    }
-}
-
-fn run(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
-    let gpu = shared.gpu;
-    let begun = shared
-        .driver
-        .ctx_set_current(context)
-        .map_err(|result| SwapError::Driver { call: "cuCtxSetCurrent", result })
-        .and_then(|()| Swap::new(shared.clone()));
-    match begun {
-        Ok(swap) => {
-            let (idle, growing, starved) = Default::default();
-            let flow_control = settings().is_ok_and(|settings| settings.flow_control);
-            Engine { shared, client, swap, idle, flow_control, drained_at: 0, growing, grown_for: 0, starved }
-                .run()
-        }
-        Err(error) => {
-            tracing::error!(%gpu, "the engine could not start: {error}");
-            session::break_down(gpu, error.cuda());
-        }
-    }
-}
+/// What the engine's thread is called.
+pub const THREAD: &str = "nvshare";
 
 impl SwapError {
     /// What the application is told.
@@ -78,6 +55,7 @@ impl SwapError {
         match self {
             Self::Driver { result, .. } => *result,
             Self::Host(_) | Self::Gpu(_) => CuResult::OUT_OF_MEMORY,
+            Self::Panic(_) => CuResult::UNKNOWN,
         }
     }
 
@@ -90,6 +68,12 @@ impl SwapError {
 
 /// How often a client with memory in host memory looks whether the GPU has room for it again.
 const OVERFLOW_LOOK: Nanos = 500 * MILLISECOND;
+
+/// How often an engine looks whether the work is done that may use what was freed.
+const TIDY_LOOK: Nanos = 5 * MILLISECOND;
+
+/// The longest rest between two tries to bring home what lies in host memory, of a client that cannot be drained.
+const COMES_HOME_REST: Nanos = 60 * SECOND;
 
 /// A sleep until then, ns, and no longer than until `again`.
 fn by(until: Option<Nanos>, again: Nanos) -> Option<Nanos> {
@@ -143,30 +127,56 @@ struct Engine {
     grown_for: Granules,
     /// There is no host memory for what it should evict.
     starved: Starved,
+    /// It gives way, or tries to.
+    giving_way: Option<GivingWay>,
+    /// The end of the work that may use what was freed, and what that is.
+    burial: Option<(Option<Mark>, Left)>,
+    /// The same, for memory of other processes that was closed.
+    closing: Option<(Option<Mark>, Closing)>,
+    /// What lies in host memory is not tried to bring home before, ns, and how long after that again.
+    comes_home: (Nanos, Nanos),
 }
 
 impl Engine {
-    fn run(mut self) {
+    fn new(shared: Arc<Shared>, client: Client<MappedPage>, swap: Swap, flow_control: bool) -> Self {
+        let (idle, growing) = Default::default();
+        Self {
+            shared,
+            client,
+            swap,
+            idle,
+            flow_control,
+            drained_at: 0,
+            growing,
+            grown_for: 0,
+            giving_way: None,
+            burial: None,
+            closing: None,
+            comes_home: (0, OVERFLOW_LOOK),
+            starved: Starved::default(),
+        }
+    }
+
+    /// Walks the client through its phases, until its last context goes.
+    ///
+    /// # Errors
+    /// Why it cannot any more: memory could not be moved, or the process breaks down for the sake of another GPU.
+    fn run(&mut self) -> Result<(), SwapError> {
         loop {
             if self.shared.leaving.load(Ordering::Acquire) {
-                return self.leave();
+                return Ok(());
             }
-            if let Some(heir) = self.shared.heir()
-                && let Err(error) = self.move_to(heir)
-            {
-                return self.break_down(&error);
+            session::intact().map_err(|result| SwapError::Driver { call: "another GPU's engine", result })?;
+            if let Some(heir) = self.shared.heir() {
+                self.move_to(heir)?;
             }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
                 // Recalled while it made use of the GPU: it has more to do, as far as anybody knows yet.
                 Ok(Next::Yield) => self.give_way(true),
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
-                Err(error) if error.is_farewell() => {
-                    tracing::debug!(gpu = %self.shared.gpu, "the engine ends: {error}");
-                    return self.driver_has_gone(&error);
-                }
                 Err(SwapError::Host(why) | SwapError::Gpu(why)) => self.no_memory(&why),
-                Err(error) => return self.break_down(&error),
+                Err(error) => return Err(error),
             }
         }
     }
@@ -183,6 +193,11 @@ impl Engine {
     /// that is bound to it is made anew in one of those. Nothing is being copied now.
     fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
         self.idle.mark = None;
+        self.burial = None;
+        if let Some((mark, _)) = &mut self.closing {
+            *mark = None;
+        }
+        self.giving_way.iter_mut().for_each(GivingWay::forget_marks);
         flow::forget();
         self.swap.move_to(context)?;
         self.shared.at_home(context);
@@ -217,10 +232,7 @@ impl Engine {
         if self.shared.leaving.load(Ordering::Acquire) || self.shared.heir().is_some() {
             return;
         }
-        if self.shared.memory().has_doomed() {
-            self.shared.bury();
-        }
-        crate::ipc::sweep();
+        let until = if self.tidy_up() { until } else { by(until, now() + TIDY_LOOK) };
         let gpu = self.shared.gpu;
         let starved = self.starved.look(&self.shared);
         let until = match self.client.phase() {
@@ -236,7 +248,7 @@ impl Engine {
                 if self.grown() {
                     return;
                 }
-                self.grow_host_pool();
+                let until = if self.grow_host_pool() { until } else { by(until, now() + TIDY_LOOK) };
                 let until = match self.overflow_look() {
                     Some(Overflow::ComesHome) => return self.give_way(true),
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
@@ -256,6 +268,11 @@ impl Engine {
                 self.client.withdraw();
                 return together::out(gpu);
             }
+            Phase::Draining => match self.look_drained() {
+                Look::Drained => return self.gave_way(),
+                Look::Again(_) if self.resume_if_not_needed() => return,
+                Look::Again(look_again) => by(until, look_again),
+            },
             Phase::Waiting => {
                 together::waiting(gpu);
                 self.grow_host_pool();
@@ -309,7 +326,7 @@ impl Engine {
             return None;
         }
         let books = &self.shared.books;
-        let fits = books.demand() <= books.usable();
+        let fits = books.demand() <= books.usable() && now() >= self.comes_home.0;
         let room = fits && session::with_no_capture(|| ()).is_some();
         // Nothing announces that a context has ended, or that room was given back.
         Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_LOOK) })
@@ -341,7 +358,8 @@ impl Engine {
         if self.idle.mark.is_none() {
             self.idle.mark = session::with_no_capture(together::mark);
         }
-        if self.idle.mark.as_ref().is_some_and(Mark::is_done) {
+        let mark = self.idle.mark.as_mut();
+        if mark.is_some_and(|mark| session::with_no_capture(|| mark.look()) == Some(true)) {
             self.idle.mark = None;
             tracing::debug!(gpu = %self.shared.gpu, "idle for {}: giving way", format_nanos(time - self.idle.since));
             return Use::Idle;
@@ -359,63 +377,79 @@ impl Engine {
         if now() < quiet { Turn::Look(quiet) } else { Turn::NotWanted }
     }
 
-    /// Shuts the gate, drains, and lets others run. With `more` to do it asks for the GPU again at once.
-    fn give_way(&mut self, more: bool) {
-        loop {
-            let hold = CaptureHold::new();
-            together::out(self.shared.gpu);
-            session::gate().shut();
-            if !hold.is_broken() {
-                break;
+    /// Finishes what was freed, and closed, when the work is done that may use it. False if that is to be looked at again
+    /// soon. Nothing is waited for: the work may never end.
+    fn tidy_up(&mut self) -> bool {
+        if self.giving_way.is_some() {
+            // When it has drained. Until then it alone marks the work in flight.
+            return true;
+        }
+        let buried = self.bury();
+        if self.closing.is_none()
+            && let Some(closing) = crate::ipc::closing()
+        {
+            self.closing = Some((None, closing));
+        }
+        let Some((mark, closing)) = self.closing.take() else { return buried };
+        match done(mark) {
+            Done::Yes => closing.end(),
+            Done::No(mark) => {
+                self.closing = Some((Some(mark), closing));
+                return false;
             }
-            // Under the map's lock: an allocation may have shut the gate meanwhile (I2).
+            // The end of the capture rings.
+            Done::Capturing => self.closing = Some((None, closing)),
+        }
+        buried
+    }
+
+    /// The same, for what was freed.
+    fn bury(&mut self) -> bool {
+        if self.burial.is_none() {
             let memory = self.shared.memory();
-            if !memory.is_missing() {
-                together::ready(self.shared.gpu);
+            if !memory.has_doomed() || memory.moving {
+                return true;
             }
+            self.burial = Some((None, memory.left()));
         }
-        flow::end(self.shared.gpu);
-        self.shared.memory().open = false;
-        let ran = self.client.drain();
-        let began = now();
-        // On whichever GPU: it may use this one's memory.
-        if let Err(result) = together::mark().wait() {
-            // The application's own calls will tell it: its context is broken. There is no work left to
-            // wait for, and its memory can go.
-            tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
+        let Some((mark, left)) = self.burial.take() else { return true };
+        match done(mark) {
+            Done::Yes => {
+                self.shared.finish_left(left);
+                !self.shared.memory().has_doomed()
+            }
+            Done::No(mark) => {
+                self.burial = Some((Some(mark), left));
+                false
+            }
+            Done::Capturing => true,
         }
-        let drained = now();
-        let took = drained - began;
-        // The numbers are for programs: what came when, and how long it was.
-        tracing::debug!(
-            gpu = %self.shared.gpu, at_ns = began, ran_ns = ran, drained_ns = took,
-            "drained in {} after a slice of {}", format_nanos(took), format_nanos(ran)
-        );
-        self.drained_at = drained;
-        flow::drained();
-        self.swap.quiet = true;
-        crate::pools::drained(&self.shared);
-        let more = more || session::gate().waiting() > 0;
-        let may_ask = together::may_ask(self.shared.gpu) && self.starved.asks_at().is_none();
-        self.client.drained(more && may_ask);
     }
 
     /// Host memory for what may have to go out, made before it has to. Only where memory is short: a
     /// process that fits beside all others never pins any.
-    fn grow_host_pool(&mut self) {
+    /// False if that is to be looked at again soon.
+    fn grow_host_pool(&mut self) -> bool {
         let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
         let wanted: u64 = snapshot.clients().map(|(_, view)| u64::from(view.demand)).sum();
         let demand = self.shared.books.demand();
         if wanted <= u64::from(snapshot.usable()) || self.grown_for == demand {
-            return;
+            return true;
         }
-        self.grown_for = demand;
         // What is all zero will not be copied, so no memory is made for it. What nobody has used yet will be.
         let bytes = match self.client.phase() {
-            Phase::Running => self.swap.forecast(),
+            Phase::Running => match self.swap.forecast() {
+                Some(bytes) => bytes,
+                None => return false,
+            },
             _ => bytes_of(demand),
         };
-        self.shared.bury();
+        self.grown_for = demand;
+        self.make_host_memory(bytes);
+        true
+    }
+
+    fn make_host_memory(&self, bytes: u64) {
         if self.shared.host.capacity() >= bytes || self.growing.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -444,39 +478,19 @@ impl Engine {
             return self.starved.cannot_evict(&self.shared, why);
         }
         self.starved.cannot_fill(&self.shared, why);
-        // If its work is under way it drains first.
-        self.give_way(false);
-        self.client.withdraw();
-    }
-
-    /// Memory could not be moved, and the application's data with it: its calls fail from now on, and
-    /// the others get the room.
-    fn break_down(self, error: &SwapError) {
-        tracing::error!(
-            gpu = %self.shared.gpu,
-            "memory could not be moved, every CUDA call of this process fails from now on: {error}"
-        );
-        session::break_down(self.shared.gpu, error.cuda());
-        let regions = self.shared.memory().take_all();
-        regions.into_iter().for_each(|region| self.shared.dispose(region));
-        self.client.leave();
-    }
-
-    /// The process is ending. Exit handlers may still make calls, and wait for other threads that do: the driver answers
-    /// them all, and no memory is in the way.
-    fn driver_has_gone(&self, error: &SwapError) {
-        if error.cuda() == CuResult::DEINITIALIZED {
-            together::leave(self.shared.gpu);
+        if self.client.has_work() {
+            // It drains first.
+            return self.give_way(false);
         }
+        together::out(self.shared.gpu);
+        self.client.withdraw();
     }
 
     /// The last context goes: everything back.
     fn leave(mut self) {
-        together::out(self.shared.gpu);
-        session::gate().shut();
-        flow::end(self.shared.gpu);
-        let _ = together::mark().wait();
+        self.drain_for_good();
         self.idle.mark = None;
+        (self.burial, self.closing) = (None, None);
         let regions = {
             let mut memory = self.shared.memory();
             memory.open = false;
@@ -490,5 +504,26 @@ impl Engine {
         self.starved.end();
         self.shared.host.trim(0);
         self.client.leave();
+    }
+}
+
+/// Whether the work that may use some memory is done.
+enum Done {
+    Yes,
+    /// It will be when this has passed.
+    No(Mark),
+    /// A capture is open, which forbids to ask. Its end rings.
+    Capturing,
+}
+
+/// Looks whether all work is done that was submitted when the mark was made; now, if there is none.
+fn done(mark: Option<Mark>) -> Done {
+    let Some(mut mark) = mark.or_else(|| session::with_no_capture(together::mark)) else {
+        return Done::Capturing;
+    };
+    match session::with_no_capture(|| mark.look()) {
+        Some(true) => Done::Yes,
+        Some(false) => Done::No(mark),
+        None => Done::Capturing,
     }
 }

@@ -469,6 +469,17 @@ pub fn end(gpu: GpuUuid) {
     }
 }
 
+/// How long the work of the slice that is over takes from this time on, ns, by what is known of it; 0 if nothing is.
+pub fn foreseen(time: Nanos) -> Nanos {
+    let mut flow = flow();
+    let backlog = |pace: &mut Pace<End>| {
+        // What a capture forbids to look at is thought to be as it was.
+        let _ = session::with_no_capture(|| pace.look(time));
+        pace.each.get().map_or(0, |each| pace.backlog(each, time))
+    };
+    flow.over.values_mut().map(backlog).max().unwrap_or(0)
+}
+
 /// All work of the process is done, and no capture is open: its last marks say what it took.
 pub fn drained() {
     let mut flow = flow();

@@ -13,20 +13,32 @@
 //!
 //! A lane outlives its thread and becomes the next thread's: there are as many as threads were alive at a time. The
 //! engine may still look at it after it changed hands, and waits for whoever is inside, as it should.
+//!
+//! Whoever shuts the gate may find that those inside do not come out, or that the work submitted before does not end,
+//! because one waits for a thread that stands before the gate. Then it opens the gate again, having moved nothing, and
+//! tries later ([`crate::engine`]): so it waits for those inside only until a time ([`Gate::vacated`]).
 
 use nvshare::sync::{
-    Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, park, register_barriers,
-    unpark_all,
+    Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, now, park, park_until,
+    register_barriers, unpark_all,
 };
+use nvshare::units::Nanos;
 
 /// A bit of the gate's state: it is open.
 const OPEN: u32 = 1;
 /// And another: whoever wants in is to keep the pace first ([`crate::flow`]). [`Gate::try_enter`] says no, so that those
 /// who pass an open gate pay nothing for it. It can be set while the gate is shut, so that nobody is in before.
 const LIMITED: u32 = 2;
+/// And another, for ever: there is nothing to guard any more, and whoever goes in has an error to tell. The fast way in is
+/// closed then, and the slow one open, so that nobody misses it and nobody waits.
+const FAILED: u32 = 4;
 
 fn is_open(state: u32) -> bool {
-    state & OPEN != 0
+    state & (OPEN | FAILED) != 0
+}
+
+fn has_failed(state: u32) -> bool {
+    state & FAILED != 0
 }
 
 /// One thread's announcement: odd while it is inside. Padded, because it is written all the time.
@@ -125,7 +137,7 @@ impl Gate {
                 keep_pace();
                 paced = true;
             }
-            if self.enter_if(lane, |state| state == OPEN || paced && is_open(state)) {
+            if self.enter_if(lane, |state| state == OPEN || has_failed(state) || paced && is_open(state)) {
                 return;
             }
             let state = self.state.load(Ordering::Acquire);
@@ -148,21 +160,21 @@ impl Gate {
         // Release: what the thread did inside happens before whatever the engine does next.
         lane.passes.store(passes.wrapping_add(1), Ordering::Release);
         light_barrier();
-        if !is_open(self.state.load(Ordering::Relaxed)) {
+        if self.state.load(Ordering::Relaxed) & OPEN == 0 {
             unpark_all(&lane.passes);
         }
     }
 
-    /// Lets nobody in from now on, and does not wait for those inside. Whoever calls it and then
+    /// Lets nobody in from now on, until [`Gate::open`], and does not wait for those inside. Whoever calls it and then
     /// submits work is already held.
     pub fn close(&self) {
-        self.state.fetch_and(!OPEN, Ordering::SeqCst);
-        heavy_barrier();
+        if !has_failed(self.state.fetch_and(!OPEN, Ordering::SeqCst)) {
+            heavy_barrier();
+        }
     }
 
-    /// Shuts the gate: when it returns, nobody is inside, and nobody comes in until [`Gate::open`].
-    pub fn shut(&self) {
-        self.close();
+    /// Waits until nobody is inside a gate that is [closed](Gate::close), or until the time `until`; true if nobody is.
+    pub fn vacated(&self, until: Nanos) -> bool {
         let lanes = self.lanes().all.clone();
         // A lane that is made after this look belongs to a thread that will find the gate shut.
         for lane in lanes {
@@ -171,14 +183,24 @@ impl Gate {
                 if passes & 1 == 0 {
                     break;
                 }
-                park(&lane.passes, passes);
+                if now() >= until {
+                    return false;
+                }
+                park_until(&lane.passes, passes, until);
             }
         }
+        true
     }
 
     /// Opens the gate, and wakes whoever stands before it. All memory is in place.
     pub fn open(&self) {
         self.state.fetch_or(OPEN, Ordering::Release);
+        unpark_all(&self.state);
+    }
+
+    /// Lets everybody in from now on, by the slow way, to be told of an error.
+    pub fn fail(&self) {
+        self.state.fetch_or(FAILED, Ordering::SeqCst);
         unpark_all(&self.state);
     }
 

@@ -48,6 +48,7 @@ mod log;
 mod memory;
 mod nvml;
 mod order;
+mod patience;
 mod peers;
 mod pools;
 mod probe;

@@ -25,8 +25,15 @@ use nvshare::units::GpuUuid;
 /// What a process has of one GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stage {
-    /// Nothing, and waits for nothing: idle, draining, or just being let in.
+    /// Nothing, and waits for nothing: idle, or just being let in.
     Out,
+    /// The right to it has ended, and all its memory is still in place: the process waits for its work there.
+    Draining,
+    /// The same, but memory that was allocated meanwhile is not in place.
+    DrainingIncomplete,
+    /// The right to it has ended, and all its memory is in place: the drain did not come to an end, and is put off. Until
+    /// then the process goes on as if it had it.
+    DrainPaused,
     /// Asked for it, and others have it.
     Waiting,
     /// The right to it; memory that was allocated meanwhile still comes in.
@@ -94,9 +101,19 @@ impl Order {
         self.after(gpu).any(|stage| stage == Stage::Waiting)
     }
 
-    /// Whether the process may run: it has every GPU that it uses.
+    /// Whether the process may run: it has every GPU that it uses, or has not been able to give it up yet.
     pub fn complete(&self) -> bool {
-        self.members.iter().all(|(_, stage)| *stage == Stage::Ready)
+        self.members.iter().all(|(_, stage)| matches!(stage, Stage::Ready | Stage::DrainPaused))
+    }
+
+    /// Puts off the drains of all GPUs where memory is in place: one stands still, so they all do, because each waits for
+    /// the work of the whole process.
+    pub fn pause_drains(&mut self) {
+        for (_, stage) in &mut self.members {
+            if *stage == Stage::Draining {
+                *stage = Stage::DrainPaused;
+            }
+        }
     }
 }
 

@@ -118,6 +118,13 @@ pub struct Scan {
     chunks: usize,
 }
 
+impl Scan {
+    /// Whether the answer is there, or will never be.
+    pub fn is_answered(&self, driver: &Driver) -> bool {
+        driver.event_query(self.table.answered) != Err(CuResult::NOT_READY)
+    }
+}
+
 /// The kernel, loaded into a context.
 pub struct Scanner {
     driver: &'static Driver,

@@ -183,10 +183,8 @@ fn enter_slowly(keep_pace: &dyn Fn()) -> Result<Pass, CuResult> {
     // SAFETY: a lane of this thread's lives as long as the thread, and one that ends with the pass at least as long.
     GATE.enter(unsafe { &*lane }, keep_pace, knock);
     let pass = Pass(lane.map_addr(|address| address | if late { LATE } else { 0 }));
-    match BROKEN.load(Ordering::Relaxed) {
-        0 => Ok(pass),
-        code => Err(CuResult(code)),
-    }
+    // A gate that has failed lets everybody in, to be told so here.
+    intact().map(|()| pass)
 }
 
 /// This thread's lane, and whether it ends with the pass: nobody would give it back, because the thread-locals are gone.
@@ -482,10 +480,27 @@ pub fn context_ends(context: CUcontext) {
     tracing::info!(gpu = %shared.gpu, "detached");
 }
 
-/// Memory of a GPU could not be moved: every call returns this from now on.
+/// Memory of a GPU cannot be moved any more: every call that uses a GPU returns this from now on. Whoever waits for an engine
+/// is woken.
 pub fn break_down(gpu: GpuUuid, result: CuResult) {
-    BROKEN.store(result.0, Ordering::Release);
+    // The first one stays, as with the driver's own.
+    let _ = BROKEN.compare_exchange(0, result.0, Ordering::SeqCst, Ordering::Relaxed);
+    GATE.fail();
+    nvshare::sync::unpark_all(&HOLD_CAPTURES);
     together::leave(gpu);
+    // The process's other GPUs are of no use to it.
+    together::ring_all();
+}
+
+/// Whether memory can be moved.
+///
+/// # Errors
+/// What every call that uses a GPU returns, because it cannot.
+pub fn intact() -> Result<(), CuResult> {
+    match BROKEN.load(Ordering::Acquire) {
+        0 => Ok(()),
+        code => Err(CuResult(code)),
+    }
 }
 
 // --- Captures -----------------------------------------------------------------------------------
@@ -494,7 +509,7 @@ pub fn break_down(gpu: GpuUuid, result: CuResult) {
 /// is one for each thread and context, whatever handle or entry point names it.
 static CAPTURING: Mutex<Option<HashMap<Queue, CUcontext>>> = Mutex::new(None);
 
-/// How many; a word to sleep on.
+/// How many.
 static CAPTURES: AtomicU32 = AtomicU32::new(0);
 
 /// Engines that want to drain: no new capture begins. A word to sleep on.
@@ -575,8 +590,7 @@ fn forget_captures(is_over: impl Fn(&Queue, CUcontext) -> bool) {
     };
     if over > 0 {
         CAPTURES.fetch_sub(over as u32, Ordering::SeqCst);
-        nvshare::sync::unpark_all(&CAPTURES);
-        // An engine may have put off a free until now.
+        // An engine may have put off a free, or a drain, until now.
         knock();
     }
 }
@@ -599,19 +613,15 @@ pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
     set.as_ref().is_none_or(HashMap::is_empty).then(action)
 }
 
-/// Keeps new captures from beginning, and waits for the open ones to end.
+/// Keeps new captures from beginning, but for those that belong to an open one.
 pub struct CaptureHold(());
 
 impl CaptureHold {
-    /// Waits until no capture is open. The gate is open meanwhile, so that those that are can end.
-    pub fn new() -> Self {
+    /// Begins to. Waits for nothing: whoever drains leaves the gate open while a capture [is](CaptureHold::is_broken), so
+    /// that it can end, and looks again when one has ended, which rings the engines.
+    pub fn begin() -> Self {
         HOLD_CAPTURES.fetch_add(1, Ordering::SeqCst);
-        loop {
-            match CAPTURES.load(Ordering::SeqCst) {
-                0 => return Self(()),
-                open => nvshare::sync::park(&CAPTURES, open),
-            }
-        }
+        Self(())
     }
 
     /// Keeps new captures from beginning, or nothing if one is open, for whoever cannot wait for its end: it may be
@@ -623,7 +633,7 @@ impl CaptureHold {
         with_no_capture(|| hold)
     }
 
-    /// Whether a capture slipped in between the look and the gate.
+    /// Whether a capture is open: still, or because it slipped in.
     pub fn is_broken(&self) -> bool {
         CAPTURES.load(Ordering::SeqCst) > 0
     }

@@ -19,7 +19,7 @@ use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
 use crate::memory::{Backing, HostCopy, InUse, Place};
-use crate::scan::Scanner;
+use crate::scan::{Scan, Scanner};
 use nvshare::page::Direction;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
@@ -30,6 +30,9 @@ use std::time::Duration;
 
 /// Copies in flight. On an H100 (PCIe 5), eight switch at 39.6 GiB/s and four at 38.9 (docs/benchmarks.md).
 const DEPTH: usize = 8;
+
+/// How long a forecast waits for the GPU.
+const FORECAST_WAIT: Nanos = 5 * MILLISECOND;
 
 /// How long a fill tries again when the driver has no memory although the pool had room, before it lets others go first.
 const CREATE_PATIENCE: Nanos = 5 * SECOND;
@@ -48,6 +51,8 @@ pub enum SwapError {
     Host(String),
     /// The GPU has no memory although the pool has. Waiting may mend it.
     Gpu(String),
+    /// A bug of ours, or what the kernel refuses: the panic's message.
+    Panic(String),
 }
 
 impl std::fmt::Display for SwapError {
@@ -56,6 +61,7 @@ impl std::fmt::Display for SwapError {
             Self::Driver { call, result } => write!(out, "{call} said {result}"),
             Self::Host(why) => write!(out, "no host memory: {why}"),
             Self::Gpu(why) => write!(out, "no memory on the GPU: {why}"),
+            Self::Panic(why) => write!(out, "nvshare's engine has panicked, {why}"),
         }
     }
 }
@@ -128,6 +134,8 @@ pub struct Swap {
     /// How long copies have taken since memory last began to move, by the GPU's clock, ns.
     copying: Nanos,
     eyes: Eyes,
+    /// A look at memory for a forecast that is under way, and how many bytes it looks at. Memory counts as moving meanwhile.
+    asked: Option<(Scan, u64)>,
     /// No work of the client is under way: what it has may be moved to other memory.
     pub quiet: bool,
 }
@@ -146,6 +154,7 @@ impl Swap {
             in_flight: VecDeque::new(),
             copying: 0,
             eyes: Eyes::Shut,
+            asked: None,
             quiet: true,
         })
     }
@@ -168,6 +177,9 @@ impl Swap {
 
     fn give_back(&mut self) {
         let _ = self.finish();
+        if self.asked.is_some() {
+            let _ = self.answer();
+        }
         if let Eyes::Open(scanner) = std::mem::replace(&mut self.eyes, Eyes::Shut) {
             scanner.destroy();
         }
@@ -285,7 +297,7 @@ impl Swap {
         self.shared.set_moving(true);
         let acted = act(self, &mut moved);
         let acted = self.finish().and(acted);
-        self.shared.set_moving(false);
+        self.shared.set_moving(self.asked.is_some());
         (acted, moved, now() - began)
     }
 
@@ -579,6 +591,14 @@ impl Swap {
 
     /// A bit for each granule of each chunk that is in use; `None` if there is no telling.
     fn scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Vec<u32>>, SwapError> {
+        match (self.ask(chunks)?, &mut self.eyes) {
+            (Some(scan), Eyes::Open(scanner)) => scanner.finish(scan).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Has the GPU look at chunks, if it can.
+    fn ask(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan>, SwapError> {
         if chunks.is_empty() {
             return Ok(None);
         }
@@ -592,19 +612,45 @@ impl Swap {
             };
         }
         let Eyes::Open(scanner) = &mut self.eyes else { return Ok(None) };
-        let scan = scanner.scan(chunks, self.stream)?;
-        scanner.finish(scan).map(Some)
+        scanner.scan(chunks, self.stream).map(Some)
     }
 
     /// Bytes that an eviction of everything would copy, as things stand: for making host memory ahead of
     /// need. The application's work goes on meanwhile, so this is no more than a forecast; but nothing may be
     /// unmapped while the GPU looks at it, so frees wait as they do while memory moves.
-    pub fn forecast(&mut self) -> u64 {
-        self.shared.set_moving(true);
-        let chunks: Vec<_> = self.shared.memory().unseen();
-        let seen = self.scan(&chunks).ok().flatten();
+    ///
+    /// `None` if the GPU has not come to it yet: the application's work may take long, or never end. Ask again.
+    pub fn forecast(&mut self) -> Option<u64> {
+        if self.asked.is_none() {
+            self.shared.set_moving(true);
+            let chunks: Vec<_> = self.shared.memory().unseen();
+            let all: u64 = chunks.iter().map(|(_, size)| size).sum();
+            match self.ask(&chunks) {
+                Ok(Some(scan)) => self.asked = Some((scan, all)),
+                Ok(None) | Err(_) => {
+                    self.shared.set_moving(false);
+                    return Some(all);
+                }
+            }
+        }
+        let until = now() + FORECAST_WAIT;
+        while self.asked.as_ref().is_some_and(|(scan, _)| !scan.is_answered(self.shared.driver)) {
+            if now() >= until {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Some(self.answer())
+    }
+
+    /// Waits for the look that is under way.
+    fn answer(&mut self) -> u64 {
+        let Some((scan, all)) = self.asked.take() else { return 0 };
+        let seen = match &mut self.eyes {
+            Eyes::Open(scanner) => scanner.finish(scan).ok(),
+            _ => None,
+        };
         self.shared.set_moving(false);
-        let all: u64 = chunks.iter().map(|(_, size)| size).sum();
         seen.map_or(all, |seen| seen.iter().map(|bits| u64::from(bits.count_ones()) * GRANULE).sum())
     }
 
@@ -641,7 +687,6 @@ impl Runtime for Swap {
         if moved > 0 {
             self.log("filled", moved, took);
         }
-        self.shared.bury();
         filled
     }
 
@@ -652,7 +697,6 @@ impl Runtime for Swap {
         if moved > 0 {
             self.log("prefetched", moved, took);
         }
-        self.shared.bury();
         fetched
     }
 
@@ -661,7 +705,6 @@ impl Runtime for Swap {
         // Not the time spent making host memory, which each process does once, and looking for zeros.
         self.shared.books.copied(Direction::Out, moved, self.copying);
         self.log("evicted", moved, took);
-        self.shared.bury();
         evicted
     }
 }

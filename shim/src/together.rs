@@ -30,9 +30,13 @@ fn together() -> MutexGuard<'static, Together> {
 impl Together {
     /// Writes down what the process has of a GPU, shuts or opens the gate, and tells the other engines.
     fn set(&mut self, gpu: GpuUuid, stage: Stage) {
-        if !self.order.set(gpu, stage) {
-            return;
+        if self.order.set(gpu, stage) {
+            self.changed(gpu);
         }
+    }
+
+    /// What the process has of this GPU has changed, or of others too.
+    fn changed(&mut self, gpu: GpuUuid) {
         if self.order.complete() {
             self.begin(gpu);
             gate().open();
@@ -63,6 +67,11 @@ impl Together {
     }
 }
 
+/// Rings all engines of the process: something has changed that concerns them all.
+pub fn ring_all() {
+    together().members.iter().for_each(|member| member.knock());
+}
+
 /// The process begins to use a GPU. Nobody goes in before it has that one too.
 pub fn join(shared: Arc<Shared>) {
     let mut together = together();
@@ -91,9 +100,11 @@ pub fn ready(gpu: GpuUuid) {
 /// A GPU that is the process's has more memory now than is in place: nobody more goes in.
 pub fn growing(gpu: GpuUuid) {
     let mut together = together();
-    // One that is being given up fills all that is missing when it comes back.
-    if together.order.stage(gpu) == Stage::Ready {
-        together.set(gpu, Stage::Growing);
+    match together.order.stage(gpu) {
+        Stage::Ready => together.set(gpu, Stage::Growing),
+        Stage::Draining | Stage::DrainPaused => together.set(gpu, Stage::DrainingIncomplete),
+        // One that was given up fills all that is missing when it comes back.
+        _ => {}
     }
 }
 
@@ -105,6 +116,47 @@ pub fn waiting(gpu: GpuUuid) {
 /// The process does not have a GPU, and does not wait for it: nobody more goes in.
 pub fn out(gpu: GpuUuid) {
     together().set(gpu, Stage::Out);
+}
+
+/// A GPU is to be given up: nobody more goes in. Its memory is all in place, or not. Those inside may still be there.
+pub fn drain(gpu: GpuUuid, incomplete: bool) {
+    let mut together = together();
+    let stage = if incomplete { Stage::DrainingIncomplete } else { Stage::Draining };
+    if together.order.set(gpu, stage) {
+        together.ring_all_but(gpu);
+    }
+    // Also if it is closed already: another engine may be in the middle of closing it, with its barrier still to come.
+    gate().close();
+}
+
+/// The work of the process on all GPUs is done, as far as a drain that began with [`drain`] knows: the GPU is given up. False
+/// if threads were let in meanwhile; then nothing is known.
+pub fn drained(gpu: GpuUuid) -> bool {
+    let mut together = together();
+    let is = matches!(together.order.stage(gpu), Stage::Draining | Stage::DrainingIncomplete);
+    if is {
+        together.set(gpu, Stage::Out);
+    }
+    is
+}
+
+/// A drain is put off, and with it those of the process's other GPUs: threads go in, if all memory of the process is in
+/// place. The caller holds the map of this GPU's memory, in which nothing is missing.
+pub fn pause_drain(gpu: GpuUuid) {
+    let mut together = together();
+    together.order.set(gpu, Stage::DrainPaused);
+    together.order.pause_drains();
+    together.changed(gpu);
+}
+
+/// Whether the process may have work that uses a GPU's memory: it has that one, or is about to give it up.
+pub fn has(gpu: GpuUuid) -> bool {
+    !matches!(together().order.stage(gpu), Stage::Out | Stage::Waiting)
+}
+
+/// Whether a drain is put off.
+pub fn is_paused(gpu: GpuUuid) -> bool {
+    together().order.stage(gpu) == Stage::DrainPaused
 }
 
 /// Whether a GPU is the process's, with all memory in place.

@@ -236,6 +236,9 @@ pub unsafe fn cuMemAllocPitch_v2(
 
 pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
     guarded(|| {
+        if let Err(broken) = session::intact() {
+            return broken;
+        }
         if let Some(result) = relaxed(|| pools::free_now(dptr)) {
             return result;
         }

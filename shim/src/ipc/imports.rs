@@ -217,21 +217,39 @@ pub fn containing(address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
 /// it.
 static CLOSING: AtomicBool = AtomicBool::new(false);
 
-/// Unmaps what is closed, when the work that may use it is done. When a capture ends, the engine calls it.
-pub fn sweep() {
+/// What is closed and still mapped.
+pub struct Closing(Vec<Import>);
+
+/// Takes what is closed and still mapped, if there is any: for whoever then waits for the work that may use it.
+pub fn closing() -> Option<Closing> {
     if !CLOSING.swap(false, Ordering::AcqRel) {
-        return;
+        return None;
     }
     // Not waited for: another thread may wait for an exporter with it. It will sweep, or the next call.
-    let closing = match IMPORTS.try_lock().as_deref_mut() {
-        Ok(Some(imports)) => std::mem::take(&mut imports.closing),
-        _ => return CLOSING.store(true, Ordering::Release),
-    };
+    match IMPORTS.try_lock().as_deref_mut() {
+        Ok(Some(imports)) => Some(Closing(std::mem::take(&mut imports.closing))),
+        _ => {
+            CLOSING.store(true, Ordering::Release);
+            None
+        }
+    }
+}
+
+impl Closing {
+    /// Unmaps it: the work that may use it is done.
+    pub fn end(self) {
+        self.0.into_iter().for_each(Import::end);
+    }
+}
+
+/// Unmaps what is closed, when the work that may use it is done. When a capture ends, the engine does that.
+fn sweep() {
+    let Some(closing) = closing() else { return };
     // Work of any GPU may use it.
     if session::all().iter().all(|device| device.wait_for_work()) {
-        closing.into_iter().for_each(Import::end);
+        closing.end();
     } else {
-        with(|imports| imports.closing.extend(closing));
+        with(|imports| imports.closing.extend(closing.0));
         CLOSING.store(true, Ordering::Release);
     }
 }

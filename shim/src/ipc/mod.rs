@@ -36,7 +36,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use imports::{close, containing, context_ends, sweep};
+pub use imports::{Closing, close, closing, containing, context_ends};
 
 use crate::abi::*;
 use crate::device::Shared;

@@ -79,6 +79,8 @@ pub struct Memory {
     rooms: u64,
     /// Regions made so far.
     born: u64,
+    /// Times that frees which were left to the engine were taken out of their lists.
+    burials: u64,
     /// The engine moves chunks, and nobody else may touch their backing.
     pub moving: bool,
     /// The gate is open: what is allocated now must be usable, or shut it again.
@@ -86,6 +88,14 @@ pub struct Memory {
     /// Regions and chunks that were looked at so far.
     #[cfg(test)]
     visits: std::cell::Cell<u64>,
+}
+
+/// What was left to the engine at a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Left {
+    burials: u64,
+    doomed: usize,
+    returned: usize,
 }
 
 /// What freeing an allocation leaves to be done.
@@ -296,24 +306,30 @@ impl Memory {
         over
     }
 
-    /// The regions that nobody has open any more, neither here nor elsewhere.
-    pub fn take_returned(&mut self) -> Vec<Region> {
-        let bases = std::mem::take(&mut self.returned);
-        // A slab may have been taken into use again.
-        let over = |region: &Region| region.lent == 0 && region.is_orphan();
-        let mut release =
-            |base: &_| self.regions.get(base).is_some_and(over).then(|| self.take_region(*base));
-        bases.iter().filter_map(|base| release(base).flatten()).collect()
-    }
-
     /// Leaves the end of a free to the engine.
     pub fn doom(&mut self, allocation: Allocation) {
         self.doomed.push(allocation);
     }
 
-    /// The frees to finish, which are the caller's then.
-    pub fn take_doomed(&mut self) -> Vec<Allocation> {
-        std::mem::take(&mut self.doomed)
+    /// What is left to the engine as yet.
+    pub fn left(&self) -> Left {
+        Left { burials: self.burials, doomed: self.doomed.len(), returned: self.returned.len() }
+    }
+
+    /// Of what was left when [`Memory::left`] said so: the frees to finish, which are the caller's then, and the regions that
+    /// nobody has open any more, neither here nor elsewhere. `None` if some of it was taken since.
+    pub fn take_left(&mut self, left: Left) -> Option<(Vec<Allocation>, Vec<Region>)> {
+        if left.burials != self.burials {
+            return None;
+        }
+        self.burials += 1;
+        let doomed = self.doomed.drain(..left.doomed).collect();
+        let bases: Vec<_> = self.returned.drain(..left.returned).collect();
+        // A slab may have been taken into use again.
+        let over = |region: &Region| region.lent == 0 && region.is_orphan();
+        let mut release =
+            |base: &_| self.regions.get(base).is_some_and(over).then(|| self.take_region(*base));
+        Some((doomed, bases.iter().filter_map(|base| release(base).flatten()).collect()))
     }
 
     /// Whether a free is left to the engine.
@@ -407,6 +423,7 @@ impl Memory {
 
     /// Takes everything out of the map.
     pub fn take_all(&mut self) -> Vec<Region> {
+        self.burials += 1;
         self.allocations.clear();
         self.views.clear();
         self.doomed.clear();
@@ -429,6 +446,7 @@ impl Memory {
         for base in gone {
             self.remove_allocation(base);
         }
+        self.burials += 1;
         self.doomed.retain(|allocation| !bases.contains(&allocation.region));
         let is_lent = |base: &_| self.regions.get(base).is_some_and(|region| region.lent > 0);
         let (stay, go): (Vec<_>, Vec<_>) = bases.into_iter().partition(is_lent);
@@ -541,6 +559,15 @@ impl Memory {
     /// Whether there is a chunk that the GPU cannot use.
     pub fn is_missing(&self) -> bool {
         self.index.is_missing()
+    }
+
+    /// The regions of which something is missing that has never been anywhere.
+    pub fn missing(&self) -> Vec<CUdeviceptr> {
+        let new = |region: &&Region| {
+            let mut out = region.chunks.iter().filter(|chunk| !chunk.backing.usable());
+            !region.usable() && out.all(|chunk| matches!(chunk.backing, Backing::Absent))
+        };
+        self.regions.values().filter(new).map(|region| region.base).collect()
     }
 
     /// Granules that are mapped to host memory for want of room.

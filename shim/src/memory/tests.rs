@@ -2,6 +2,29 @@ use super::*;
 
 const CONTEXT: CUcontext = CUcontext(1);
 
+/// Takes all that is left to the engine.
+fn left(memory: &mut Memory) -> (Vec<Allocation>, Vec<Region>) {
+    memory.take_left(memory.left()).expect("nobody has taken it")
+}
+
+/// A free that comes after the mark is not covered by it, and a mark covers nothing that somebody else has taken since.
+#[test]
+fn what_is_left_to_the_engine_is_taken_as_far_as_it_was_marked() {
+    let mut memory = Memory::default();
+    let allocations: Vec<_> = [1 << 30, 2 << 30]
+        .map(|base| {
+            memory.add_whole(base, 2 << 20, 2 << 20, CUcontext::NULL);
+            memory.begin_free(base).unwrap()
+        })
+        .to_vec();
+    memory.doom(allocations[0]);
+    let marked = memory.left();
+    memory.doom(allocations[1]);
+    assert_eq!(memory.take_left(marked).unwrap().0, allocations[..1]);
+    assert!(memory.take_left(marked).is_none() && memory.has_doomed());
+    assert_eq!(left(&mut memory).0, allocations[1..]);
+}
+
 #[test]
 fn a_region_is_cut_into_chunks() {
     let mut memory = Memory::default();
@@ -60,7 +83,7 @@ fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
     memory.doom(allocation);
     assert_eq!(memory.containing(1 << 30), None);
     assert!(memory.region(1 << 30).is_some() && memory.has_doomed());
-    assert_eq!(memory.take_doomed(), [allocation]);
+    assert_eq!(left(&mut memory).0, [allocation]);
     assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
 }
 
@@ -80,7 +103,7 @@ fn what_is_put_off_is_what_the_frees_will_give_back() {
     assert_eq!((doom(small[1]), doom(small[2])), (3, 4), "the slab goes with its last one, once");
     memory.lend(1 << 30);
     assert_eq!(memory.put_off(), 1, "another process keeps it");
-    for allocation in memory.take_doomed() {
+    for allocation in left(&mut memory).0 {
         if let Freed::Region(base) = memory.finish_free(allocation) {
             memory.remove(base);
         }
@@ -88,7 +111,7 @@ fn what_is_put_off_is_what_the_frees_will_give_back() {
     assert_eq!(memory.put_off(), 0);
     assert!(memory.take_back(1 << 30));
     assert_eq!(memory.put_off(), 3, "and has done with it");
-    assert_eq!((memory.take_returned().len(), memory.put_off()), (1, 0));
+    assert_eq!((left(&mut memory).1.len(), memory.put_off()), (1, 0));
 }
 
 #[test]
@@ -105,7 +128,7 @@ fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
     assert_eq!(memory.finish_free(allocation), Freed::Nothing);
     assert!(!memory.take_back(1 << 30) && memory.take_back(1 << 30));
     assert!(memory.has_doomed());
-    assert_eq!(memory.take_returned().len(), 1);
+    assert_eq!(left(&mut memory).1.len(), 1);
     assert!(memory.region(1 << 30).is_none() && !memory.has_doomed());
     // An allocation at the same address is another one.
     memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
@@ -131,7 +154,7 @@ fn a_slab_that_others_have_open_can_be_used_again() {
     free(&mut memory);
     assert!(memory.take_back(1 << 30));
     assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30), "before the engine came");
-    assert!(memory.take_returned().is_empty());
+    assert!(left(&mut memory).1.is_empty());
     let allocation = memory.begin_free(1 << 30).unwrap();
     assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
 }
@@ -147,7 +170,7 @@ fn what_others_have_open_outlives_its_context() {
     assert_eq!(gone, [1 << 31]);
     assert_eq!((memory.containing(1 << 30), memory.take_small(1, CUcontext::NULL)), (None, None));
     assert!(memory.take_back(1 << 30));
-    assert_eq!(memory.take_returned().len(), 1);
+    assert_eq!(left(&mut memory).1.len(), 1);
 }
 
 /// The addresses of the chunks that are to lie in host memory.

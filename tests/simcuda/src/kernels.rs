@@ -17,6 +17,7 @@ use crate::driver::driver;
 use crate::memory::access::Range;
 use crate::memory::va::User;
 use crate::op::{compute, page_in};
+use crate::value::{Condition, Value};
 use crate::zeros;
 
 /// A kernel.
@@ -38,11 +39,12 @@ enum Body {
     AddF32,
     ChecksumU64,
     NonzeroU64,
+    AwaitU32,
     ZeroGranules,
 }
 
 /// All kernels.
-pub static KERNELS: [Kernel; 9] = [
+pub static KERNELS: [Kernel; 10] = [
     Kernel { name: "nvshare_null", parameters: &[], body: Body::Null },
     Kernel { name: "nvshare_spin", parameters: &[8], body: Body::Spin },
     Kernel { name: "nvshare_fill_u32", parameters: &[8, 8, 4], body: Body::FillU32 },
@@ -51,6 +53,7 @@ pub static KERNELS: [Kernel; 9] = [
     Kernel { name: "nvshare_add_f32", parameters: &[8, 8, 8, 8], body: Body::AddF32 },
     Kernel { name: "nvshare_checksum_u64", parameters: &[8, 8, 8], body: Body::ChecksumU64 },
     Kernel { name: "nvshare_nonzero_u64", parameters: &[8, 8, 8], body: Body::NonzeroU64 },
+    Kernel { name: "nvshare_await_u32", parameters: &[8, 4], body: Body::AwaitU32 },
     Kernel { name: "nvshare_zero_granules", parameters: &[8, 8], body: Body::ZeroGranules },
 ];
 
@@ -130,7 +133,7 @@ impl Launch {
         let [a, b, c, d] = self.arguments;
         let array = |address, element, write| Range { address, element, write };
         match self.kernel.body {
-            Body::Null | Body::Spin | Body::ZeroGranules => (vec![], 0, None),
+            Body::Null | Body::Spin | Body::AwaitU32 | Body::ZeroGranules => (vec![], 0, None),
             Body::FillU32 => (vec![array(a, 4, true)], b, None),
             Body::IotaU64 | Body::MixU64 => (vec![array(a, 8, true)], b, None),
             Body::AddF32 => (vec![array(a, 4, true), array(b, 4, false), array(c, 4, false)], d, None),
@@ -147,6 +150,13 @@ impl Launch {
             Body::Spin => {
                 compute(device, self.arguments[0], || ());
                 return Ok(());
+            }
+            Body::AwaitU32 => {
+                let value = Value { address: self.arguments[0], value: self.arguments[1], wide: false };
+                if !value.address.is_multiple_of(value.bytes()) {
+                    return Err(Error::MISALIGNED_ADDRESS);
+                }
+                return value.wait(core, Condition::Equal);
             }
             Body::ZeroGranules => return zeros::execute(device, user, self.arguments[0], self.arguments[1]),
             _ => driver.config.kernel_ns,
@@ -182,7 +192,7 @@ impl Launch {
             for i in 0..n {
                 let index = first + i;
                 match self.kernel.body {
-                    Body::Null | Body::Spin | Body::ZeroGranules => {}
+                    Body::Null | Body::Spin | Body::AwaitU32 | Body::ZeroGranules => {}
                     Body::FillU32 => store(at[0], i, argument as u32),
                     Body::IotaU64 => store(at[0], i, argument.wrapping_add(index).wrapping_mul(GOLDEN)),
                     Body::MixU64 => {

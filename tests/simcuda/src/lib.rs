@@ -26,6 +26,7 @@
 //! | `ipc_event` | events of several processes |
 //! | `graph`, `graph_edit` | capture and replay; clones, graphs in graphs and updates |
 //! | `module`, `kernels` | PTX images and the kernels that really compute |
+//! | `value` | values in memory that streams and kernels wait for |
 //! | `watch` | calls that come while memory is out |
 //! | `zeros` | nvshare's own kernel, which looks for memory that is all zero |
 
@@ -46,5 +47,6 @@ mod op;
 mod pool;
 mod stream;
 mod um;
+mod value;
 mod watch;
 mod zeros;

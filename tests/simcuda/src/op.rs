@@ -19,6 +19,7 @@ use crate::kernels::Launch;
 use crate::memory::access::{End, Side};
 use crate::memory::va::{Kind, Place, User};
 use crate::pool::Block;
+use crate::value::{Condition, Value};
 
 /// An operation.
 #[derive(Clone)]
@@ -49,6 +50,10 @@ pub enum Op {
     Reach(Arc<SharedEvent>, u64),
     /// Waits for a recording, perhaps by another process.
     AwaitReached(Arc<SharedEvent>, u64),
+    /// Waits until a value is in memory.
+    AwaitValue(Value, Condition),
+    /// Writes a value to memory.
+    WriteValue(Value),
     /// Records an event from inside a graph.
     Stamp(Arc<Event>),
     /// Waits for an event from inside a graph.
@@ -115,6 +120,7 @@ impl Op {
             | Op::Time(_)
             | Op::Reach(..)
             | Op::AwaitReached(..) => 5,
+            Op::AwaitValue(..) | Op::WriteValue(_) => 12,
             Op::Await(_) => 6,
             Op::Stamp(_) => 7,
         }
@@ -146,6 +152,8 @@ impl Op {
                 event.wait(*number);
                 Ok(())
             }
+            Op::AwaitValue(value, condition) => value.wait(core, *condition),
+            Op::WriteValue(value) => value.write(core),
             Op::Kernel(launch) => launch.execute(core),
             Op::Copy(copy) => copy.execute(device),
             Op::Set(set) => set.execute(device),

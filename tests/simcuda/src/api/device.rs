@@ -220,7 +220,7 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         88 => 0,        // pageable memory access
         89 | 90 => 1,   // concurrent managed access; preemption
         91 => 1,        // host pointers of registered memory
-        92..=94 => 0,   // stream memory operations
+        92..=94 => 1,   // stream memory operations
         95 => 1,        // cooperative launch
         96 => 0,
         97 => 64 << 10, // shared memory per block, opt-in
@@ -234,7 +234,9 @@ fn attribute(attribute: c_int, pci_bus: c_int) -> Result<c_int> {
         107..=114 => 0, // compression, persisting L2
         115 => 1,       // memory pools
         116..=119 => 0, // GPUDirect, pools of other processes
-        120..=124 => 0, // clusters, memory operations, DMA-BUF
+        120 | 121 => 0, // clusters, deferred mapping
+        122 | 123 => 1, // stream memory operations
+        124 => 0,       // DMA-BUF
         125 => 1,       // IPC events
         126..=129 => 0, // more memory operations, fabric handles
         130 => 0,       // NUMA

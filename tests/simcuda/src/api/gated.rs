@@ -81,6 +81,10 @@ gated! {
         cuMemsetD32_v2 cuMemsetD32_v2_ptds cuMemsetD8Async cuMemsetD8Async_ptsz cuMemsetD8_v2
         cuMemsetD8_v2_ptds cuPointerSetAttribute cuStreamAddCallback cuStreamAddCallback_ptsz
         cuStreamAttachMemAsync cuStreamAttachMemAsync_ptsz cuSurfObjectCreate cuTexObjectCreate
+        cuStreamWaitValue32 cuStreamWaitValue32_ptsz cuStreamWaitValue32_v2 cuStreamWaitValue32_v2_ptsz
+        cuStreamWaitValue64 cuStreamWaitValue64_ptsz cuStreamWaitValue64_v2 cuStreamWaitValue64_v2_ptsz
+        cuStreamWriteValue32 cuStreamWriteValue32_ptsz cuStreamWriteValue32_v2 cuStreamWriteValue32_v2_ptsz
+        cuStreamWriteValue64 cuStreamWriteValue64_ptsz cuStreamWriteValue64_v2 cuStreamWriteValue64_v2_ptsz
     }
     unsupported {
         (a) {
@@ -111,13 +115,7 @@ gated! {
             cuMemcpyHtoA @ 2_000 cuMemcpyHtoDAsync @ 2_000 cuSignalExternalSemaphoresAsync @ 10_000
             cuSignalExternalSemaphoresAsync_ptsz @ 10_000 cuStreamBatchMemOp @ 8_000
             cuStreamBatchMemOp_ptsz @ 8_000 cuStreamBatchMemOp_v2 @ 11_070 cuStreamBatchMemOp_v2_ptsz @ 11_070
-            cuStreamWaitValue32 @ 8_000 cuStreamWaitValue32_ptsz @ 8_000 cuStreamWaitValue32_v2 @ 11_070
-            cuStreamWaitValue32_v2_ptsz @ 11_070 cuStreamWaitValue64 @ 9_000 cuStreamWaitValue64_ptsz @ 9_000
-            cuStreamWaitValue64_v2 @ 11_070 cuStreamWaitValue64_v2_ptsz @ 11_070 cuStreamWriteValue32 @ 8_000
-            cuStreamWriteValue32_ptsz @ 8_000 cuStreamWriteValue32_v2 @ 11_070
-            cuStreamWriteValue32_v2_ptsz @ 11_070 cuStreamWriteValue64 @ 9_000
-            cuStreamWriteValue64_ptsz @ 9_000 cuStreamWriteValue64_v2 @ 11_070
-            cuStreamWriteValue64_v2_ptsz @ 11_070 cuTexRefSetAddress @ 2_000 cuTexRefSetAddress2D @ 2_020
+            cuTexRefSetAddress @ 2_000 cuTexRefSetAddress2D @ 2_020
             cuTexRefSetAddress2D_v2 @ 3_020 cuTexRefSetAddress2D_v3 @ 4_010 cuTexRefSetAddress_v2 @ 3_020
             cuWaitExternalSemaphoresAsync @ 10_000 cuWaitExternalSemaphoresAsync_ptsz @ 10_000
         }

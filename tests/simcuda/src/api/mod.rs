@@ -28,6 +28,7 @@ mod peer;
 mod pool;
 mod proc_address;
 mod stream;
+mod values;
 mod vmm;
 
 use std::ffi::c_void;
@@ -60,6 +61,7 @@ pub(crate) fn exports() -> impl Iterator<Item = Export> {
         pool::EXPORTS,
         proc_address::EXPORTS,
         stream::EXPORTS,
+        values::EXPORTS,
         vmm::EXPORTS,
     ];
     topics.into_iter().flatten().map(|export| Export { name: export.name, address: export.address })

@@ -9,6 +9,8 @@ use std::sync::RwLockReadGuard;
 
 use super::Memory;
 use super::va::{Place, Space, User};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Release};
+
 use crate::abi::{Error, Result};
 
 const PIECE: u64 = 1 << 20;
@@ -121,6 +123,35 @@ impl Memory {
             }
             f(&at[..arrays.len()], done, n);
             done += n;
+        }
+        Ok(())
+    }
+
+    /// Reads a word of 64 or 32 bits that the GPU can use, as it is at this moment: others may be writing it.
+    pub fn read_word(&self, user: User, address: u64, wide: bool) -> Result<u64> {
+        let table = self.table();
+        table.check(address, if wide { 8 } else { 4 }, user, false)?;
+        // SAFETY: the table vouches for the word while its lock is held, and the caller for its alignment.
+        Ok(unsafe {
+            if wide {
+                AtomicU64::from_ptr(address as *mut u64).load(Acquire)
+            } else {
+                AtomicU32::from_ptr(address as *mut u32).load(Acquire).into()
+            }
+        })
+    }
+
+    /// Writes one.
+    pub fn write_word(&self, user: User, address: u64, value: u64, wide: bool) -> Result {
+        let table = self.table();
+        table.check(address, if wide { 8 } else { 4 }, user, true)?;
+        // SAFETY: as above.
+        unsafe {
+            if wide {
+                AtomicU64::from_ptr(address as *mut u64).store(value, Release);
+            } else {
+                AtomicU32::from_ptr(address as *mut u32).store(value as u32, Release);
+            }
         }
         Ok(())
     }

@@ -1,0 +1,388 @@
+//! Giving way: the gate is shut, the work in flight is waited for, and if it does not end because it waits for threads
+//! at the gate, the gate opens again and all that is tried later ([`crate::patience`]).
+//!
+//! ```text
+//!               no capture is open         nothing ends, and threads stand at the gate
+//!   Capturing ─────────────────────▶ Shut ────────────────────────────────────────────▶ Paused
+//!       ▲                           │   ▲                                                 │
+//!       └────── one has begun ──────┘   └─────────── what stood still has ended ──────────┘
+//!                                   └──▶ all is done: the client has drained
+//! ```
+//!
+//! All memory is in place until the end, so nothing is lost by opening the gate. The engine looks again and again, and sleeps
+//! on its doorbell in between: whatever else it has to do is done meanwhile, and nothing here waits without a bound.
+//!
+//! A process drains each of its GPUs by itself, and for each waits for the work on all of them. So one drain that is
+//! put off puts off the others ([`together::pause_drain`]).
+
+use super::Engine;
+use crate::drain::Mark;
+use crate::flow;
+use crate::patience::Patience;
+use crate::session::{self, CaptureHold};
+use crate::settings::settings;
+use crate::together;
+use nvshare::page::Stall;
+use nvshare::sync::now;
+use nvshare::units::{MILLISECOND, Nanos, SECOND, format_nanos};
+
+/// Between two looks at work in flight, a part of the time that it has been waited for already,
+const PART: Nanos = 64;
+/// and no less than this: a look takes a microsecond or two.
+const SHORTEST_LOOK: Nanos = 20_000;
+/// No drain that is within its target ends later for it than by this,
+const USUAL_LOOK: Nanos = MILLISECOND / 4;
+const USUAL: Nanos = 100 * MILLISECOND;
+/// and one that takes long, by this.
+const LONGEST_LOOK: Nanos = 10 * MILLISECOND;
+
+/// Work that has not ended for so long is said to be endless, and a capture to be open for long.
+const LONG: Nanos = 2 * SECOND;
+
+/// Threads that were let in keep no pace for so long: what the work waits for may come after many submissions.
+const FREE: Nanos = 50 * MILLISECOND;
+
+/// A client that gives way.
+pub struct GivingWay {
+    /// It has more to do, as far as anybody knows.
+    more: bool,
+    /// Its last context goes, and captures are no matter any more.
+    leaves: bool,
+    began: Nanos,
+    ran: Nanos,
+    patience: Patience,
+    state: State,
+}
+
+enum State {
+    /// A capture is open, and the gate too.
+    Capturing {
+        hold: CaptureHold,
+        since: Nanos,
+    },
+    Shut(Shut),
+    Paused(Paused),
+}
+
+/// The gate is shut.
+struct Shut {
+    /// When something was last seen to end, or the gate was shut.
+    progress: Nanos,
+    /// Since when threads stand before it.
+    standing: Option<Nanos>,
+    /// The end of all work, once nobody is inside.
+    mark: Option<Mark>,
+    left: usize,
+}
+
+/// The gate is open, for a while.
+struct Paused {
+    since: Nanos,
+    /// It is not shut again before.
+    until: Nanos,
+    /// What stood still. `None` if a capture forbade to mark it as yet.
+    mark: Option<Mark>,
+    /// It has ended, so long after threads went on, ns.
+    ended: Option<Nanos>,
+}
+
+/// What comes of a look.
+pub enum Look {
+    Drained,
+    /// Look again at this time, ns, or when the doorbell rings.
+    Again(Nanos),
+}
+
+fn again(since: Nanos, time: Nanos) -> Look {
+    let waited = time.saturating_sub(since);
+    let longest = if waited < USUAL { USUAL_LOOK } else { LONGEST_LOOK };
+    Look::Again(time + (waited / PART).clamp(SHORTEST_LOOK, longest))
+}
+
+impl GivingWay {
+    /// The context in which the marks were made goes: make them anew.
+    pub(super) fn forget_marks(&mut self) {
+        match &mut self.state {
+            State::Capturing { .. } => {}
+            State::Shut(shut) => (shut.mark, shut.left) = (None, usize::MAX),
+            State::Paused(paused) => paused.mark = None,
+        }
+    }
+}
+
+impl Engine {
+    /// Begins to give way. With `more` to do it asks for the GPU again at once.
+    pub(super) fn give_way(&mut self, more: bool) {
+        let ran = self.client.drain();
+        self.begin_giving_way(more, ran, false);
+        if let Look::Drained = self.look_drained() {
+            self.gave_way();
+        }
+    }
+
+    /// The last context goes: waits until all work is done, and lets threads go on in between as ever.
+    pub(super) fn drain_for_good(&mut self) {
+        if !together::has(self.shared.gpu) {
+            // It has drained, or never run.
+            return together::out(self.shared.gpu);
+        }
+        self.begin_giving_way(false, 0, true);
+        loop {
+            let seen = self.page().doorbell(self.slot());
+            match self.look_drained() {
+                Look::Drained => break,
+                Look::Again(until) => self.page().wait_doorbell(self.slot(), seen, Some(until)),
+            }
+        }
+        self.giving_way = None;
+        self.shared.books.stall_ended();
+    }
+
+    fn begin_giving_way(&mut self, more: bool, ran: Nanos, leaves: bool) {
+        let time = now();
+        let patience = Patience::new(self.page().settings().drain_target, 0);
+        let state = self.shut(leaves);
+        self.giving_way = Some(GivingWay { more, leaves, began: time, ran, patience, state });
+        self.foresee();
+    }
+
+    /// Shuts the gate, if no capture is open.
+    fn shut(&mut self, leaves: bool) -> State {
+        let hold = CaptureHold::begin();
+        let since = now();
+        if !leaves && hold.is_broken() {
+            return State::Capturing { hold, since };
+        }
+        {
+            // Under the map's lock: an allocation may shut the gate meanwhile, and have its memory missing (I2).
+            let memory = self.shared.memory();
+            together::drain(self.shared.gpu, memory.is_missing());
+        }
+        flow::end(self.shared.gpu);
+        State::Shut(Shut { progress: since, standing: None, mark: None, left: usize::MAX })
+    }
+
+    fn foresee(&mut self) {
+        let target = self.page().settings().drain_target;
+        if let Some(GivingWay { state: State::Shut(_), patience, .. }) = &mut self.giving_way {
+            patience.foresee(target, flow::foreseen(now()));
+        }
+    }
+
+    /// Lets threads in again: all memory is in place, if need be in host memory. False if the host has none for what was
+    /// allocated meanwhile.
+    fn open_again(&mut self) -> bool {
+        let mut memory = self.shared.memory();
+        if memory.is_missing() {
+            if let Err(error) = self.shared.back_all_by_host(&mut memory) {
+                tracing::debug!(gpu = %self.shared.gpu, "the gate stays shut in the middle of a drain: {error}");
+            }
+            if memory.is_missing() {
+                return false;
+            }
+        }
+        memory.open = true;
+        together::pause_drain(self.shared.gpu);
+        true
+    }
+
+    /// Looks how far it has come with giving way, and does what is due.
+    pub(super) fn look_drained(&mut self) -> Look {
+        loop {
+            let Some(mut giving_way) = self.giving_way.take() else { return Look::Again(Nanos::MAX) };
+            let looked = match &mut giving_way.state {
+                State::Capturing { hold, since } => self.look_at_captures(hold, *since),
+                State::Shut(shut) => {
+                    let (stand, leaves) = (giving_way.patience.stand(), giving_way.leaves);
+                    self.look_at_work(shut, stand, leaves)
+                }
+                State::Paused(paused) => self.look_at_pause(paused, &mut giving_way.patience),
+            };
+            match looked {
+                Step::Look(look) => {
+                    self.giving_way = Some(giving_way);
+                    return look;
+                }
+                Step::Shut => {
+                    giving_way.state = self.shut(giving_way.leaves);
+                    self.giving_way = Some(giving_way);
+                    self.foresee();
+                }
+                Step::Capture => {
+                    giving_way.state = State::Capturing { hold: CaptureHold::begin(), since: now() };
+                    self.giving_way = Some(giving_way);
+                }
+                Step::Pause(mark) => {
+                    let time = now();
+                    let until = time + giving_way.patience.pause();
+                    giving_way.state = State::Paused(Paused { since: time, until, mark, ended: None });
+                    self.shared.books.drain_retried();
+                    tracing::debug!(
+                        gpu = %self.shared.gpu,
+                        "the work in flight has not ended after {}, and threads wait to submit more: they go on, and the drain is tried again",
+                        format_nanos(giving_way.patience.stand())
+                    );
+                    self.giving_way = Some(giving_way);
+                }
+            }
+        }
+    }
+
+    fn look_at_captures(&mut self, hold: &CaptureHold, since: Nanos) -> Step {
+        let time = now();
+        if !hold.is_broken() {
+            self.shared.books.stall_ended();
+            return Step::Shut;
+        }
+        if time.saturating_sub(since) >= LONG {
+            self.shared.books.stalled(Stall::OpenCapture);
+        }
+        // The end of a capture rings.
+        Step::Look(Look::Again(time + LONG))
+    }
+
+    fn look_at_work(&mut self, shut: &mut Shut, stand: Nanos, leaves: bool) -> Step {
+        if together::is_paused(self.shared.gpu) {
+            // Another GPU's drain stood still.
+            return Step::Pause(shut.mark.take());
+        }
+        let time = now();
+        if shut.mark.is_none() && session::gate().vacated(time) {
+            shut.mark =
+                if leaves { Some(together::mark()) } else { session::with_no_capture(together::mark) };
+            if shut.mark.is_none() && self.open_again() {
+                // A capture has begun before the gate was shut.
+                return Step::Capture;
+            }
+        }
+        if let Some(mark) = &mut shut.mark {
+            if mark.look() && self.is_drained(mark) {
+                return Step::Look(Look::Drained);
+            }
+            if mark.left() < shut.left {
+                (shut.left, shut.progress) = (mark.left(), time);
+            }
+        }
+        if session::gate().waiting() == 0 {
+            shut.standing = None;
+            if time.saturating_sub(shut.progress) >= LONG {
+                self.shared.books.stalled(Stall::EndlessWork);
+            }
+        } else {
+            let standing = (*shut.standing.get_or_insert(time)).max(shut.progress);
+            if time.saturating_sub(standing) >= stand {
+                self.shared.books.stalled(Stall::DrainAwaitsSubmission);
+                if self.open_again() {
+                    return Step::Pause(shut.mark.take());
+                }
+            }
+        }
+        Step::Look(again(shut.progress, time))
+    }
+
+    /// All that was marked is done. Whether the client has drained: threads may have been let in by another engine.
+    fn is_drained(&mut self, mark: &Mark) -> bool {
+        if let Some(result) = mark.broken() {
+            // The application's own calls will tell it: its context is broken. There is no work left to
+            // wait for, and its memory can go.
+            tracing::debug!(gpu = %self.shared.gpu, "while draining: {result}");
+        }
+        // Under the map's lock: what is allocated from now on is not to be mapped.
+        let mut memory = self.shared.memory();
+        let drained = together::drained(self.shared.gpu);
+        if drained {
+            memory.open = false;
+        }
+        drained
+    }
+
+    fn look_at_pause(&mut self, paused: &mut Paused, patience: &mut Patience) -> Step {
+        let (time, gpu) = (now(), self.shared.gpu);
+        let open = together::is_paused(gpu) && session::gate().is_open();
+        if paused.mark.is_none() {
+            paused.mark = session::with_no_capture(together::mark);
+        }
+        let went_on = time.saturating_sub(paused.since);
+        // No more than what was marked already: an event in the legacy stream, now, would keep others out.
+        let mark = paused.mark.as_mut();
+        if mark.is_some_and(|mark| session::with_no_capture(|| mark.has_passed()) == Some(true)) {
+            paused.ended.get_or_insert(went_on);
+        }
+        if !open {
+            // An allocation found no room, or another GPU is given up.
+            return Step::Shut;
+        }
+        if let Some(took) = paused.ended {
+            self.shared.books.stalled(Stall::DrainAwaitsSubmission);
+            if time < paused.until {
+                return Step::Look(Look::Again(paused.until));
+            }
+            patience.ended(took);
+            return Step::Shut;
+        }
+        if went_on >= LONG {
+            self.shared.books.stalled(Stall::EndlessWork);
+        }
+        if went_on >= FREE {
+            self.keep_pace(paused.since);
+        }
+        Step::Look(again(paused.since, time))
+    }
+
+    /// Threads that go on in the middle of a drain keep the pace, so that they don't make it longer.
+    fn keep_pace(&self, since: Nanos) {
+        let target = self.page().settings().drain_target;
+        if target > 0 && settings().is_ok_and(|settings| settings.flow_control) {
+            flow::limit(self.shared.gpu, Some(since), target);
+        }
+    }
+
+    /// Nobody needs what it has any more: it runs on, if it can run.
+    pub(super) fn resume_if_not_needed(&mut self) -> bool {
+        let gpu = self.shared.gpu;
+        let paused = matches!(&self.giving_way, Some(GivingWay { state: State::Paused(_), .. }));
+        if !paused || self.client.is_needed() || together::must_give_up(gpu) {
+            return false;
+        }
+        tracing::debug!(%gpu, "its work did not end, and nobody waits for it any more: going on");
+        self.giving_way = None;
+        self.shared.books.stall_ended();
+        // If it was for the sake of what lies in host memory, that is tried again, and more and more seldom.
+        let rest = self.comes_home.1;
+        self.comes_home = (now() + rest, (2 * rest).min(super::COMES_HOME_REST));
+        self.client.resume();
+        true
+    }
+
+    /// It has drained: lets others run.
+    pub(super) fn gave_way(&mut self) {
+        let Some(GivingWay { more, began, ran, .. }) = self.giving_way.take() else { return };
+        self.shared.books.stall_ended();
+        let (drained, gpu) = (now(), self.shared.gpu);
+        let took = drained - began;
+        // The numbers are for programs: what came when, and how long it was.
+        tracing::debug!(
+            %gpu, at_ns = began, ran_ns = ran, drained_ns = took,
+            "drained in {} after a slice of {}", format_nanos(took), format_nanos(ran)
+        );
+        self.drained_at = drained;
+        self.comes_home = (0, super::OVERFLOW_LOOK);
+        flow::drained();
+        self.swap.quiet = true;
+        crate::pools::drained(&self.shared);
+        let more = more || session::gate().waiting() > 0;
+        let may_ask = together::may_ask(gpu) && self.starved.asks_at().is_none();
+        self.client.drained(more && may_ask);
+    }
+}
+
+/// What a look leads to.
+enum Step {
+    Look(Look),
+    /// Wait for the end of a capture.
+    Capture,
+    /// Shut the gate, and try.
+    Shut,
+    /// The gate is open again, behind this mark if there is one.
+    Pause(Option<Mark>),
+}
