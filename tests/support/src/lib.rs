@@ -45,6 +45,12 @@ impl Dice {
         Self(seed)
     }
 
+    /// From this seed, which any number may be.
+    pub fn new(seed: u64) -> Self {
+        // Seeds that are alike must not begin alike, and zero would stay zero.
+        Self(seed.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
     /// A number from 0 to `limit` - 1.
     pub fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
@@ -91,9 +97,10 @@ pub fn library(name: &str) -> PathBuf {
 fn built(name: &str, file: &str, options: &[&str]) -> PathBuf {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs");
     let source = sources.join(name).with_extension("c");
-    // A test runs as target/PROFILE/deps/NAME.
     let own = std::env::current_exe().expect("a running program has a path");
-    let profile = own.ancestors().nth(2).expect("a test is two folders below the profile's");
+    // A program runs as target/PROFILE/NAME, a test as target/PROFILE/deps/NAME.
+    let folder = own.parent().expect("a program is in a folder");
+    let profile = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     let folder = profile.join("test-programs");
     let program = folder.join(file);
     let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();
