@@ -11,8 +11,17 @@ pub fn stacks(pid: u32) -> String {
     match output {
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stdout);
-            let interesting = |line: &&str| line.starts_with("Thread ") || line.starts_with('#');
-            text.lines().filter(interesting).map(|line| format!("  {line}\n")).collect()
+            let mut threads: Vec<String> = Vec::new();
+            for line in text.lines() {
+                match (line.starts_with("Thread "), line.starts_with('#'), threads.last_mut()) {
+                    (true, ..) => threads.push(format!("  {line}\n")),
+                    (_, true, Some(thread)) => thread.push_str(&format!("  {line}\n")),
+                    _ => {}
+                }
+            }
+            // Threads of the simulated GPU that wait for work say nothing.
+            let is_idle = |thread: &&String| thread.contains("\"sim-stream") && thread.contains("Condvar");
+            threads.iter().filter(|thread| !is_idle(thread)).map(String::as_str).collect()
         }
         Err(error) => format!("  gdb: {error}\n"),
     }
