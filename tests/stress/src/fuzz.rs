@@ -55,9 +55,13 @@ pub struct Options {
     /// Which pools; seeds take them in turn
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Mode::Fits, Mode::Small, Mode::Overflow])]
     modes: Vec<Mode>,
-    /// Steps to leave out
+    /// Only these steps of each
     #[arg(long, value_delimiter = ',')]
-    skip: Vec<u32>,
+    only: Vec<u32>,
+    /// What not to do: managed, mapped, streams, captures, contexts, pools, queries, wrong, primary,
+    /// attribute-N, half-info
+    #[arg(long, default_value = "")]
+    without: String,
     /// Most microseconds between two calls under nvshare
     #[arg(long, default_value_t = 1500)]
     nap_us: u64,
@@ -82,12 +86,12 @@ pub fn run(options: &Options) -> Result<(), String> {
     let mut nodes = options.modes.iter().map(|&mode| Fuzz::new(options, mode)).collect::<Result<Vec<_>, _>>()?;
     for seed in options.first..options.first + options.seeds {
         let turn = (seed - options.first) as usize % nodes.len();
-        let skip = options.skip.iter().copied().collect();
-        match nodes[turn].compare(seed, &skip)? {
+        let steps = if options.only.is_empty() { (0..options.steps).collect() } else { options.only.iter().copied().collect() };
+        match nodes[turn].compare(seed, &steps)? {
             Outcome::Same(lines) => calls += lines,
             Outcome::Differs(what) => {
                 failures += 1;
-                nodes[turn].report(seed, skip, &what)?;
+                nodes[turn].report(seed, steps, &what)?;
                 if !options.keep_going {
                     break;
                 }
@@ -143,20 +147,20 @@ impl<'a> Fuzz<'a> {
         self.machine.scratch().join("refused")
     }
 
-    fn command(&self, seed: u64, skip: &BTreeSet<u32>, environment: Environment) -> Command {
-        let skip: Vec<String> = skip.iter().map(u32::to_string).collect();
+    fn command(&self, seed: u64, steps: &BTreeSet<u32>, environment: Environment) -> Command {
         let mut command = Command::new(program("random_calls"));
         command
             .args([seed.to_string(), self.options.steps.to_string()])
             .envs(environment)
-            .env("FUZZ_SKIP", skip.join(","))
+            .env("FUZZ_ONLY", list(steps))
+            .env("FUZZ_WITHOUT", format!("{},", self.options.without))
             .env("FUZZ_LIMIT", LIMIT.to_string());
         command
     }
 
-    fn compare(&mut self, seed: u64, skip: &BTreeSet<u32>) -> Result<Outcome, String> {
+    fn compare(&mut self, seed: u64, steps: &BTreeSet<u32>) -> Result<Outcome, String> {
         self.competitor.must_live()?;
-        let mut shared = self.command(seed, skip, self.machine.client()?);
+        let mut shared = self.command(seed, steps, self.machine.client()?);
         shared
             .env("FUZZ_POOL", self.mode.pool().to_string())
             .env("FUZZ_REFUSED", self.refused())
@@ -171,7 +175,7 @@ impl<'a> Fuzz<'a> {
         if let Some(failure) = shared.failure {
             return Ok(Outcome::Differs(failure));
         }
-        let mut native = self.command(seed, skip, self.native.native());
+        let mut native = self.command(seed, steps, self.native.native());
         native.env("FUZZ_REPLAY", self.refused());
         let native = self.execute(native)?;
         if let Some(failure) = native.failure {
@@ -227,39 +231,42 @@ impl<'a> Fuzz<'a> {
     }
 
     /// Says what differs, and the fewest steps that it takes.
-    fn report(&mut self, seed: u64, mut skip: BTreeSet<u32>, what: &str) -> Result<(), String> {
+    fn report(&mut self, seed: u64, mut steps: BTreeSet<u32>, what: &str) -> Result<(), String> {
         println!("\n==== seed {seed}, {:?}: {what}", self.mode);
         let mut last = what.to_owned();
         if !self.options.no_shrink && !what.starts_with("it hangs") {
-            self.shrink(seed, &mut skip, &mut last)?;
+            self.shrink(seed, &mut steps, &mut last)?;
         }
-        let skipped: Vec<String> = skip.iter().map(u32::to_string).collect();
-        let skipped = if skipped.is_empty() { String::new() } else { format!(" --skip {}", skipped.join(",")) };
         let mode = self.mode.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
         println!("---- with the fewest steps found: {last}");
         println!(
-            "repeat: nvshare-stress fuzz --first {seed} --seeds 1 --modes {mode} --steps {} --nap-us {}{skipped} --show",
-            self.options.steps, self.options.nap_us
+            "repeat: nvshare-stress fuzz --first {seed} --seeds 1 --modes {mode} --steps {} --nap-us {} --without '{}' --only {} --show",
+            self.options.steps,
+            self.options.nap_us,
+            self.options.without,
+            list(&steps)
         );
         Ok(())
     }
 
-    /// Leaves out steps, first many at once, as long as something still differs. Twice is tried: the competitor is not
+    /// Leaves out steps, first many at once, as long as the same still differs. Each is tried twice: the competitor is not
     /// always in the way at the same moment.
-    fn shrink(&mut self, seed: u64, skip: &mut BTreeSet<u32>, what: &mut String) -> Result<(), String> {
-        let mut size = self.options.steps / 2;
+    fn shrink(&mut self, seed: u64, steps: &mut BTreeSet<u32>, what: &mut String) -> Result<(), String> {
+        let mut size = steps.len() / 2;
         let mut tries = 0;
         while size > 0 {
-            for from in (0..self.options.steps).step_by(size as usize) {
-                let mut more = skip.clone();
-                more.extend(from..(from + size).min(self.options.steps));
-                if more.len() == skip.len() || tries > 250 {
-                    continue;
-                }
+            let all: Vec<u32> = steps.iter().copied().collect();
+            for part in all.chunks(size) {
+                let fewer: BTreeSet<u32> = steps.iter().copied().filter(|step| !part.contains(step)).collect();
                 for _ in 0..2 {
                     tries += 1;
-                    if let Outcome::Differs(difference) = self.compare(seed, &more)? {
-                        (*skip, *what) = (more, difference);
+                    if tries > 250 {
+                        return Ok(());
+                    }
+                    if let Outcome::Differs(difference) = self.compare(seed, &fewer)?
+                        && kind(&difference) == kind(what)
+                    {
+                        (*steps, *what) = (fewer, difference);
                         break;
                     }
                 }
@@ -268,6 +275,17 @@ impl<'a> Fuzz<'a> {
         }
         Ok(())
     }
+}
+
+fn list(steps: &BTreeSet<u32>) -> String {
+    steps.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// What two differences have in common that may have the same cause: the last line, without its numbers but for results.
+fn kind(difference: &str) -> String {
+    let last = difference.lines().find(|line| line.starts_with("  nvshare: ")).or(difference.lines().next());
+    let (call, results) = last.unwrap_or_default().rsplit_once("->").unwrap_or((last.unwrap_or_default(), ""));
+    call.chars().filter(|char| !char.is_ascii_digit()).chain(results.chars()).collect()
 }
 
 /// The first lines that are not alike, with some before them.
