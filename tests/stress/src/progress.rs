@@ -14,6 +14,7 @@ const LANES: usize = 16;
 const EVENTS: usize = 100;
 
 const FREE: u32 = 0;
+const LIVING: u32 = 1;
 const KILLS_ITSELF: u32 = 3;
 
 /// Text that another process writes at any time.
@@ -134,6 +135,11 @@ impl Progress {
     /// Whether it has said that it kills itself.
     pub fn kills_itself(&self, pid: u32) -> bool {
         self.row_of(pid).any(|row| row.state.load(Ordering::Acquire) == KILLS_ITSELF)
+    }
+
+    /// Whether it has not said that it ends.
+    pub fn lives_on(&self, pid: u32) -> bool {
+        self.row_of(pid).any(|row| row.state.load(Ordering::Acquire) == LIVING)
     }
 
     /// What it last did, and when, oldest first.

@@ -249,7 +249,7 @@ impl Busy {
         let before = Instant::now();
         std::thread::sleep(TICK);
         self.reap(run)?;
-        self.close_rows(run);
+        self.close_rows(run)?;
         self.go_on();
         if self.arbiter_back.is_some_and(|time| time <= Instant::now()) {
             self.arbiter_back = None;
@@ -314,7 +314,7 @@ impl Busy {
         let well = code == 0 && signal.is_none_or(|signal| signal == Signal::SIGKILL && may_be_killed);
         if !well {
             let log = self.children.get(&pid).map(|(_, path)| autopsy::tail(path, 12)).unwrap_or_default();
-            let history = self.progress.history(pid, 40);
+            let history = self.progress.history(pid, 100);
             return Err(format!("process {pid} ended with {code}, {signal:?}:\n{log}{history}"));
         }
         self.close(run, pid);
@@ -333,12 +333,17 @@ impl Busy {
     }
 
     /// Closes the rows of processes that others have started and seen the end of.
-    fn close_rows(&mut self, run: &mut Run) {
+    fn close_rows(&mut self, run: &mut Run) -> Result<(), String> {
         for pid in self.progress.processes() {
-            if kill(Pid::from_raw(pid as i32), None) == Err(Errno::ESRCH) {
-                self.close(run, pid);
+            if kill(Pid::from_raw(pid as i32), None) != Err(Errno::ESRCH) {
+                continue;
             }
+            if self.progress.lives_on(pid) && !self.killed.contains(&pid) {
+                return Err(format!("process {pid} ended before its end:\n{}", self.progress.history(pid, 100)));
+            }
+            self.close(run, pid);
         }
+        Ok(())
     }
 
     fn any(&self, run: &mut Run) -> Option<u32> {
@@ -482,7 +487,7 @@ impl Busy {
             text += &self.progress.history(pid, 30);
         }
         let said = |path: &PathBuf| {
-            let tail = autopsy::tail(path, 8);
+            let tail = autopsy::tail(path, 15);
             (!tail.is_empty()).then(|| format!("{}:\n{tail}", name(path)))
         };
         text.extend(self.logs().iter().filter_map(said));
