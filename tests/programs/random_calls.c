@@ -664,7 +664,7 @@ static void host_function(void) {
 }
 
 static void begin_capture(void) {
-    int s = choose(4) ? 1 + choose(3) : 4 + thread, mode = choose(3);
+    int s = choose(4) ? 1 + choose(3) : 4 + thread, mode = strstr(without, "global-captures") ? 1 + choose(2) : choose(3);
     Stream *it = &here()->streams[s];
     if (!it->alive || it->capturing || captures() > 1) return;
     cuStreamSynchronize(it->handle);

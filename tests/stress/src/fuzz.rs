@@ -59,7 +59,7 @@ pub struct Options {
     #[arg(long, value_delimiter = ',')]
     only: Vec<u32>,
     /// What not to do: managed, mapped, streams, captures, contexts, pools, queries, wrong, primary,
-    /// attribute-N, half-info
+    /// attribute-N, half-info, global-captures
     #[arg(long, default_value = "")]
     without: String,
     /// Most microseconds between two calls under nvshare
