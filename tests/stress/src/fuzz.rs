@@ -83,10 +83,15 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<(), String> {
     let begin = Instant::now();
     let (mut failures, mut calls) = (0, 0);
-    let mut nodes = options.modes.iter().map(|&mode| Fuzz::new(options, mode)).collect::<Result<Vec<_>, _>>()?;
+    let mut nodes =
+        options.modes.iter().map(|&mode| Fuzz::new(options, mode)).collect::<Result<Vec<_>, _>>()?;
     for seed in options.first..options.first + options.seeds {
         let turn = (seed - options.first) as usize % nodes.len();
-        let steps = if options.only.is_empty() { (0..options.steps).collect() } else { options.only.iter().copied().collect() };
+        let steps = if options.only.is_empty() {
+            (0..options.steps).collect()
+        } else {
+            options.only.iter().copied().collect()
+        };
         match nodes[turn].compare(seed, &steps)? {
             Outcome::Same(lines) => calls += lines,
             Outcome::Differs(what) => {
@@ -99,7 +104,10 @@ pub fn run(options: &Options) -> Result<(), String> {
             }
         }
         if seed % 50 == 0 {
-            println!("seed {seed}: {calls} lines, {failures} failures, {:.0} s", begin.elapsed().as_secs_f64());
+            println!(
+                "seed {seed}: {calls} lines, {failures} failures, {:.0} s",
+                begin.elapsed().as_secs_f64()
+            );
         }
     }
     println!("{} seeds in {:?}: {calls} lines alike, {failures} failures", options.seeds, options.modes);
@@ -257,7 +265,8 @@ impl<'a> Fuzz<'a> {
         while size > 0 {
             let all: Vec<u32> = steps.iter().copied().collect();
             for part in all.chunks(size) {
-                let fewer: BTreeSet<u32> = steps.iter().copied().filter(|step| !part.contains(step)).collect();
+                let fewer: BTreeSet<u32> =
+                    steps.iter().copied().filter(|step| !part.contains(step)).collect();
                 for _ in 0..2 {
                     tries += 1;
                     if tries > 250 {
@@ -284,7 +293,8 @@ fn list(steps: &BTreeSet<u32>) -> String {
 /// What two differences have in common that may have the same cause: the last line, without its numbers but for results.
 fn kind(difference: &str) -> String {
     let last = difference.lines().find(|line| line.starts_with("  nvshare: ")).or(difference.lines().next());
-    let (call, results) = last.unwrap_or_default().rsplit_once("->").unwrap_or((last.unwrap_or_default(), ""));
+    let (call, results) =
+        last.unwrap_or_default().rsplit_once("->").unwrap_or((last.unwrap_or_default(), ""));
     call.chars().filter(|char| !char.is_ascii_digit()).chain(results.chars()).collect()
 }
 
@@ -316,7 +326,9 @@ impl Competitor {
     fn must_live(&mut self) -> Result<(), String> {
         match self.0.try_wait() {
             Ok(None) => Ok(()),
-            ended => Err(format!("the competitor has ended: {ended:?}\n{}", autopsy::tail(Path::new(&self.1), 5))),
+            ended => {
+                Err(format!("the competitor has ended: {ended:?}\n{}", autopsy::tail(Path::new(&self.1), 5)))
+            }
         }
     }
 }

@@ -101,7 +101,8 @@ impl Machine {
     pub fn start_arbiter(&mut self) -> Result<(), String> {
         let program = node::program().map_err(|failure| failure.message)?.with_file_name("nvshare-arbiter");
         let (ready, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(why("a pipe"))?;
-        let log = File::options().create(true).append(true).open(self.log()).map_err(why("the arbiter's log"))?;
+        let log =
+            File::options().create(true).append(true).open(self.log()).map_err(why("the arbiter's log"))?;
         let mut command = Command::new(program);
         command
             .arg("--runtime-dir")
@@ -161,7 +162,10 @@ impl Machine {
                 found.extend(node.unreadable.iter().map(|why| format!("a page that cannot be read: {why}")));
                 for gpu in &node.gpus {
                     for client in &gpu.clients {
-                        found.push(format!("slot {} is still taken by {} ({})", client.slot, client.pid, client.phase));
+                        found.push(format!(
+                            "slot {} is still taken by {} ({})",
+                            client.slot, client.pid, client.phase
+                        ));
                     }
                     if gpu.free_bytes != gpu.capacity_bytes as i64 {
                         let (free, all) = (gpu.free_bytes, gpu.capacity_bytes);
@@ -204,7 +208,9 @@ impl Machine {
         let Some(pid) = self.arbiter else { return vec!["the arbiter is not there".into()] };
         let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count);
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-        let kib = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
         let bytes = kib.unwrap_or(0) << 10;
         if descriptors == 0 {
             return vec![format!("the arbiter, {pid}, has ended")];
@@ -212,10 +218,14 @@ impl Machine {
         let (idle_descriptors, idle_bytes) = *self.idle.get_or_insert((descriptors, bytes));
         let mut found = Vec::new();
         if descriptors > idle_descriptors {
-            found.push(format!("the arbiter has {descriptors} descriptors open and had {idle_descriptors} when it began"));
+            found.push(format!(
+                "the arbiter has {descriptors} descriptors open and had {idle_descriptors} when it began"
+            ));
         }
         if bytes > idle_bytes + ARBITER_GROWTH {
-            found.push(format!("the arbiter has {bytes} bytes of memory and had {idle_bytes} when it was first idle"));
+            found.push(format!(
+                "the arbiter has {bytes} bytes of memory and had {idle_bytes} when it was first idle"
+            ));
         }
         found
     }

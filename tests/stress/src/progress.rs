@@ -22,7 +22,8 @@ struct Text<const N: usize>([AtomicU64; N]);
 
 impl<const N: usize> Text<N> {
     fn read(&self) -> String {
-        let bytes: Vec<u8> = self.0.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
+        let bytes: Vec<u8> =
+            self.0.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
         let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
         String::from_utf8_lossy(&bytes[..end]).into_owned()
     }
@@ -106,14 +107,17 @@ impl Progress {
     }
 
     fn row_of(&self, pid: u32) -> impl Iterator<Item = &Row> {
-        let is_its = move |row: &&Row| row.state.load(Ordering::Acquire) != FREE && row.pid.load(Ordering::Relaxed) == pid;
+        let is_its = move |row: &&Row| {
+            row.state.load(Ordering::Acquire) != FREE && row.pid.load(Ordering::Relaxed) == pid
+        };
         self.rows().iter().filter(is_its)
     }
 
     /// The processes that have a row, each once.
     pub fn processes(&self) -> Vec<u32> {
         let taken = self.rows().iter().filter(|row| row.state.load(Ordering::Acquire) != FREE);
-        let mut pids: Vec<u32> = taken.map(|row| row.pid.load(Ordering::Relaxed)).filter(|&pid| pid != 0).collect();
+        let mut pids: Vec<u32> =
+            taken.map(|row| row.pid.load(Ordering::Relaxed)).filter(|&pid| pid != 0).collect();
         pids.sort_unstable();
         pids.dedup();
         pids
@@ -126,7 +130,8 @@ impl Progress {
         };
         let lane = |(lane, it): (usize, &Lane)| {
             let thread = it.thread.load(Ordering::Relaxed);
-            let doing = Doing { lane, thread, serial: it.serial.load(Ordering::Relaxed), what: it.what.read() };
+            let doing =
+                Doing { lane, thread, serial: it.serial.load(Ordering::Relaxed), what: it.what.read() };
             (thread != 0).then_some(doing)
         };
         row.lanes.iter().enumerate().filter_map(lane).collect()
@@ -174,7 +179,8 @@ impl Progress {
 
 impl Event {
     fn what(&self) -> String {
-        let bytes: Vec<u8> = self.words.0.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
+        let bytes: Vec<u8> =
+            self.words.0.iter().flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
         let text = &bytes[size_of::<u32>()..];
         let end = text.iter().position(|&byte| byte == 0).unwrap_or(text.len());
         String::from_utf8_lossy(&text[..end]).into_owned()

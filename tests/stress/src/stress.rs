@@ -87,7 +87,10 @@ pub fn run(options: &Options) -> Result<(), String> {
     while Instant::now() < run.end {
         if let Err(why) = run.machine() {
             failures += 1;
-            println!("\n==== failure {failures}, seed {}, machine {}: {why}", options.seed, run.counts.machines);
+            println!(
+                "\n==== failure {failures}, seed {}, machine {}: {why}",
+                options.seed, run.counts.machines
+            );
             if !options.keep_going {
                 break;
             }
@@ -135,7 +138,8 @@ impl Run<'_> {
         let (plan, bytes) = self.plan();
         println!("machine {}: {plan:?}, up to {} MiB a process", self.counts.machines, bytes / MIB);
         let machine = Machine::start(plan.clone())?;
-        let progress = Progress::create(&machine.scratch().join("progress")).map_err(|error| error.to_string())?;
+        let progress =
+            Progress::create(&machine.scratch().join("progress")).map_err(|error| error.to_string())?;
         let mut busy = Busy {
             machine,
             progress,
@@ -279,7 +283,8 @@ impl Busy {
             command.env("NVSHARE_ENABLE_SINGLE_OVERSUB", "1");
         }
         if run.with("limits") && run.once_in(5) {
-            let limits = [("NVSHARE_WEIGHT", "300"), ("NVSHARE_PRIORITY", "high"), ("NVSHARE_MEMORY_LIMIT", "50%")];
+            let limits =
+                [("NVSHARE_WEIGHT", "300"), ("NVSHARE_PRIORITY", "high"), ("NVSHARE_MEMORY_LIMIT", "50%")];
             let (name, value) = limits[run.dice.below(3) as usize];
             command.env(name, value);
         }
@@ -296,7 +301,9 @@ impl Busy {
             match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return Ok(()),
                 Ok(WaitStatus::Exited(pid, code)) => self.ended(run, pid.as_raw() as u32, code, None)?,
-                Ok(WaitStatus::Signaled(pid, signal, _)) => self.ended(run, pid.as_raw() as u32, 0, Some(signal))?,
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    self.ended(run, pid.as_raw() as u32, 0, Some(signal))?
+                }
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(error) => return Err(format!("waitpid: {error}")),
             }
@@ -339,7 +346,10 @@ impl Busy {
                 continue;
             }
             if self.progress.lives_on(pid) && !self.killed.contains(&pid) {
-                return Err(format!("process {pid} ended before its end:\n{}", self.progress.history(pid, 100)));
+                return Err(format!(
+                    "process {pid} ended before its end:\n{}",
+                    self.progress.history(pid, 100)
+                ));
             }
             self.close(run, pid);
         }
@@ -369,7 +379,8 @@ impl Busy {
     }
 
     fn go_on(&mut self) {
-        let (due, later): (Vec<_>, Vec<_>) = self.stopped.drain(..).partition(|(_, time)| *time <= Instant::now());
+        let (due, later): (Vec<_>, Vec<_>) =
+            self.stopped.drain(..).partition(|(_, time)| *time <= Instant::now());
         self.stopped = later;
         for (pid, _) in due {
             let _ = kill(Pid::from_raw(pid as i32), Signal::SIGCONT);
@@ -378,7 +389,9 @@ impl Busy {
 
     /// A signal for which the client has a handler once it has a row.
     fn signal_one(&mut self, run: &mut Run) {
-        if let Some(pid) = self.any(run).filter(|&pid| self.progress.doing(pid).iter().any(|doing| doing.serial > 1)) {
+        if let Some(pid) =
+            self.any(run).filter(|&pid| self.progress.doing(pid).iter().any(|doing| doing.serial > 1))
+        {
             run.counts.signals += 1;
             let _ = kill(Pid::from_raw(pid as i32), Signal::SIGUSR1);
         }
@@ -446,7 +459,9 @@ impl Busy {
         }
         self.lanes = now;
         for (pid, (since, _)) in &self.children {
-            if self.progress.doing(*pid).is_empty() && self.clock - *since > 2 * patience + Duration::from_secs(60) {
+            if self.progress.doing(*pid).is_empty()
+                && self.clock - *since > 2 * patience + Duration::from_secs(60)
+            {
                 return Err(format!("process {pid} does nothing"));
             }
         }
@@ -468,7 +483,8 @@ impl Busy {
 
     fn logs(&self) -> Vec<PathBuf> {
         let entries = std::fs::read_dir(self.machine.scratch()).into_iter().flatten().flatten();
-        let is_log = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("log-"));
+        let is_log =
+            |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("log-"));
         entries.map(|entry| entry.path()).filter(is_log).collect()
     }
 
@@ -477,7 +493,10 @@ impl Busy {
         let mut text = format!("{why}\nwhat all do:\n");
         for pid in self.progress.processes() {
             for doing in self.progress.doing(pid) {
-                let since = self.lanes.get(&(pid, doing.lane)).map_or(Duration::ZERO, |(_, since)| self.clock - *since);
+                let since = self
+                    .lanes
+                    .get(&(pid, doing.lane))
+                    .map_or(Duration::ZERO, |(_, since)| self.clock - *since);
                 let _ = writeln!(text, "  {pid} [{}] {} (for {since:.1?})", doing.thread, doing.what);
             }
         }
@@ -496,7 +515,8 @@ impl Busy {
     }
 
     fn end_all(&mut self) {
-        let all: Vec<u32> = self.progress.processes().into_iter().chain(self.children.keys().copied()).collect();
+        let all: Vec<u32> =
+            self.progress.processes().into_iter().chain(self.children.keys().copied()).collect();
         for pid in all {
             let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
         }
