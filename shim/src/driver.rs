@@ -343,6 +343,8 @@ driver! {
             cuDeviceGetUuid => device_uuid_v1(device: CUdevice) -> CUuuid;
             /// The pool that stream-ordered memory of a GPU comes from. CUDA 11.2.
             cuDeviceGetMemPool => device_mem_pool(device: CUdevice) -> CUmemoryPool;
+            /// One more handle to the physical memory behind an address. CUDA 11.
+            cuMemRetainAllocationHandle => mem_retain(address: CUdeviceptr) -> CUmemGenericAllocationHandle;
             /// The pool that a GPU begins with. CUDA 11.2.
             cuDeviceGetDefaultMemPool => device_default_mem_pool(device: CUdevice) -> CUmemoryPool;
         }
@@ -431,6 +433,12 @@ impl Driver {
         // the driver writes.
         unsafe { call(&mut handle, fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) }.ok()?;
         Ok(handle)
+    }
+
+    /// Whether physical memory is mapped at an address, of whatever origin; if the driver can say. CUDA 11.
+    pub fn is_mapped(&self, address: CUdeviceptr) -> bool {
+        let retained = self.mem_retain(address);
+        retained.is_ok_and(|handle| self.mem_release(handle).is_ok())
     }
 
     /// Says who may use mapped memory.

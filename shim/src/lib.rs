@@ -18,6 +18,7 @@
 //! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`vmm`] | memory that the application maps itself |
+//! | [`mappings`] | ranges of addresses with such memory in them: what the driver would refuse is refused before it is done |
 //! | [`ipc`] | memory that several processes have open |
 //! | [`room`] | memory that only the driver can place |
 //! | [`arrival`] | room for a process's first context, on a GPU that others have filled |
@@ -45,6 +46,7 @@ mod hostpool;
 mod interpose;
 mod ipc;
 mod log;
+mod mappings;
 mod memory;
 mod nvml;
 mod order;

@@ -840,6 +840,9 @@ entry_points! {
                 handle: *mut CUmemGenericAllocationHandle, addr: *mut c_void
             ) @ 11_000;
             cuMemAddressFree(ptr: CUdeviceptr, size: usize) @ 10_020;
+            cuMemAddressReserve(
+                ptr: *mut CUdeviceptr, size: usize, alignment: usize, addr: CUdeviceptr, flags: u64
+            ) @ 10_020;
             cuMemGetAllocationPropertiesFromHandle(
                 prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle
             ) @ 10_020;
@@ -1219,7 +1222,6 @@ entry_points! {
         cuLogsDumpToMemory @ 12_090;
         cuLogsRegisterCallback @ 12_090;
         cuLogsUnregisterCallback @ 12_090;
-        cuMemAddressReserve @ 10_020;
         cuMemAlloc @ 2_000;
         cuMemAllocPitch @ 2_000;
         cuMemFree @ 2_000;
