@@ -5,7 +5,7 @@
 //! else wants the GPU it never wakes.
 
 use crate::abi::*;
-use crate::device::Shared;
+use crate::device::{Heir, Shared};
 use crate::drain::Mark;
 use crate::flow;
 use crate::session::{self, CaptureHold};
@@ -151,10 +151,11 @@ impl Engine {
             if self.shared.leaving.load(Ordering::Acquire) {
                 return self.leave();
             }
-            if let Some(heir) = self.shared.heir()
-                && let Err(error) = self.move_to(heir)
-            {
-                return self.break_down(&error);
+            if let Some(heir) = self.shared.heir() {
+                match self.move_to(heir) {
+                    Ok(()) => continue,
+                    Err(error) => return self.break_down(&error),
+                }
             }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
@@ -179,15 +180,36 @@ impl Engine {
         self.shared.books.slot()
     }
 
-    /// The context that the engine lives in will be destroyed, and others of the process go on: everything
-    /// that is bound to it is made anew in one of those. Nothing is being copied now.
-    fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
+    /// The context that the engine lives in may be destroyed. If others of the process go on, everything that is bound to
+    /// it is made anew in one of those. If not, it is given back, and made anew in the same one if that stays after all.
+    /// Nothing is being copied now.
+    fn move_to(&mut self, heir: Heir) -> Result<(), SwapError> {
         self.idle.mark = None;
         flow::forget();
-        self.swap.move_to(context)?;
-        self.shared.at_home(context);
-        tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
+        match heir {
+            Heir::Context(context) => {
+                self.swap.move_to(context)?;
+                self.shared.at_home(context);
+                tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
+            }
+            Heir::Nowhere => {
+                self.await_growing();
+                self.swap.leave();
+                let _ = self.shared.driver.ctx_set_current(CUcontext::NULL);
+                if let Some(context) = self.shared.out_of_context() {
+                    self.swap.move_to(context)?;
+                    tracing::debug!(gpu = %self.shared.gpu, "back in its context: the driver did not destroy it");
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Waits for the thread that makes host memory.
+    fn await_growing(&self) {
+        while self.growing.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
     }
 
     /// All memory is in place. Under the map's lock, because an allocation must not slip in between the
@@ -483,10 +505,8 @@ impl Engine {
             memory.take_all()
         };
         regions.into_iter().for_each(|region| self.shared.dispose(region));
+        self.await_growing();
         self.swap.destroy();
-        while self.growing.load(Ordering::Acquire) {
-            std::thread::yield_now();
-        }
         self.starved.end();
         self.shared.host.trim(0);
         self.client.leave();

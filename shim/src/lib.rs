@@ -12,6 +12,7 @@
 //! | [`session`] | the process: its gate, its GPUs, its captures |
 //! | [`order`] | which GPUs a process with several may ask for, and which it must give up |
 //! | [`together`] | its gate opens when it has all of them |
+//! | [`contexts`] | how contexts come and go, green ones too |
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
 //! | [`peers`] | which GPUs may use the memory of which others |
@@ -34,6 +35,7 @@
 
 mod abi;
 mod arrival;
+mod contexts;
 mod deepbind;
 mod device;
 mod drain;

@@ -113,8 +113,11 @@ impl<'a> Mapped<'a> {
             // The first is refused if any is, unless a gap cuts a mapping of the driver's own.
             act(at, bytes)?;
         }
-        let all: Vec<_> =
-            self.views.iter().flat_map(|of| self.pieces(of).into_iter().map(|piece| (piece, &of.2))).collect();
+        let all: Vec<_> = self
+            .views
+            .iter()
+            .flat_map(|of| self.pieces(of).into_iter().map(|piece| (piece, &of.2)))
+            .collect();
         for (done, (piece, _)) in all.iter().enumerate() {
             if let Err(result) = act(piece.0, piece.1) {
                 all[..done].iter().for_each(|(piece, view)| undo(*piece, view));
@@ -139,7 +142,9 @@ pub fn unmap(devices: &[Arc<Shared>], address: CUdeviceptr, size: u64) -> Option
             access => driver.mem_set_access(at, bytes, access),
         });
         if let Err(result) = again {
-            tracing::error!("memory at {at:#x} could not be mapped again after a cuMemUnmap was refused: {result}");
+            tracing::error!(
+                "memory at {at:#x} could not be mapped again after a cuMemUnmap was refused: {result}"
+            );
         }
     };
     if let Err(result) = mapped.each(|at, bytes| driver.mem_unmap(at, bytes), undo) {
@@ -175,7 +180,8 @@ pub fn set_access(
         access.location == CUmemLocation::device(devices[of].device) && is_access(access.flags)
     };
     let is_seen = |of: &(usize, CUdeviceptr, View)| !mapped.pieces(of).is_empty();
-    let certain = |of: &(usize, _, _)| access.iter().all(|access| is_plain(access, of.0)) && !access.is_empty();
+    let certain =
+        |of: &(usize, _, _)| access.iter().all(|access| is_plain(access, of.0)) && !access.is_empty();
     if !inside && !mapped.views.iter().all(|of| is_seen(of) || certain(of)) {
         return Some(Verdict::InPlace);
     }
@@ -197,11 +203,8 @@ pub fn set_access(
 
 /// `CUmemAccess_flags`.
 fn is_access(flags: u32) -> bool {
-    let known = [
-        CU_MEM_ACCESS_FLAGS_PROT_NONE,
-        CU_MEM_ACCESS_FLAGS_PROT_READ,
-        CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
-    ];
+    let known =
+        [CU_MEM_ACCESS_FLAGS_PROT_NONE, CU_MEM_ACCESS_FLAGS_PROT_READ, CU_MEM_ACCESS_FLAGS_PROT_READWRITE];
     known.contains(&flags)
 }
 

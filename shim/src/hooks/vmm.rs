@@ -125,13 +125,11 @@ pub unsafe fn cuMemAddressReserve(
 ) -> CuResult {
     // SAFETY: the caller's arguments.
     let result = unsafe { real::cuMemAddressReserve(ptr, size, alignment, addr, flags) };
-    guarded(|| {
-        if result.is_success() {
-            // SAFETY: the driver has just written through this pointer of the caller's.
-            mappings::reserved(unsafe { *ptr }, size as u64);
-        }
-        result
-    })
+    if result.is_success() {
+        // SAFETY: the driver has just written through this pointer of the caller's.
+        mappings::reserved(unsafe { *ptr }, size as u64);
+    }
+    result
 }
 
 pub unsafe fn cuMemUnmap(ptr: CUdeviceptr, size: usize) -> CuResult {
@@ -171,7 +169,11 @@ pub unsafe fn cuMemSetAccess(
     }
     // SAFETY: the caller's array of `count`, not null.
     let access = unsafe { std::slice::from_raw_parts(desc, count) };
-    judged((ptr, size), |inside| mappings::set_access(&session::all(), (ptr, size as u64), access, inside), driver)
+    judged(
+        (ptr, size),
+        |inside| mappings::set_access(&session::all(), (ptr, size as u64), access, inside),
+        driver,
+    )
 }
 
 pub unsafe fn cuMemRetainAllocationHandle(
@@ -286,10 +288,13 @@ pub unsafe fn cuMemGetHandleForAddressRange(
         };
         // SAFETY: the caller's arguments.
         let driver = || unsafe { real::cuMemGetHandleForAddressRange(out, ptr, size, kind, flags) };
-        let is_its = |device: &std::sync::Arc<crate::device::Shared>| device.memory().containing(ptr).is_some();
+        let is_its =
+            |device: &std::sync::Arc<crate::device::Shared>| device.memory().containing(ptr).is_some();
         match session::all().iter().find(|device| is_its(device)) {
             // A network card may write there from now on.
-            Some(device) => device.share_if(ptr, || driver().ok()).map_or_else(|result| result, |_| CuResult::SUCCESS),
+            Some(device) => {
+                device.share_if(ptr, || driver().ok()).map_or_else(|result| result, |_| CuResult::SUCCESS)
+            }
             None => driver(),
         }
     })

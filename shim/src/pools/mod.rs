@@ -426,6 +426,13 @@ pub fn context_ended(context: CUcontext) {
     }
 }
 
+/// A green context is gone, and its default streams. Its work goes on.
+pub fn green_ended(context: CUcontext) {
+    if USED.load(Ordering::Relaxed) {
+        with_pools(|pools| pools.lines.end_green(context));
+    }
+}
+
 /// The last context of a GPU has gone, and all memory with it.
 pub fn device_ended(device: CUdevice, context: CUcontext) {
     context_ended(context);
@@ -469,10 +476,7 @@ pub fn gpu_of(driver: &Driver, handle: CUmemoryPool) -> Option<Arc<Shared>> {
 /// Afterwards the driver may give the handle to another pool at once, so ours is taken out of the way before, and put back
 /// if the driver refuses: nobody may use a pool while it is being destroyed.
 /// What it does not use any more is [collected](collect) by the caller, of the GPU that this returns.
-pub fn destroy(
-    handle: CUmemoryPool,
-    call: impl FnOnce() -> CuResult,
-) -> (CuResult, Option<Arc<Shared>>) {
+pub fn destroy(handle: CUmemoryPool, call: impl FnOnce() -> CuResult) -> (CuResult, Option<Arc<Shared>>) {
     let hidden = with_pools(|pools| {
         pools.hidden += 1;
         let name = pools.hidden;
