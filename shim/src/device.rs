@@ -1,7 +1,7 @@
 //! One GPU of this process: its memory, its books, and what the application's threads do with them.
 
 use crate::abi::*;
-use crate::drain::Streams;
+use crate::drain::{Mark, Streams};
 use crate::driver::Driver;
 use crate::hostpool::{HostPool, PinError, Pinner};
 use crate::memory::{Allocation, Backing, CHUNK, Chunk, Freed, Kind, Left, Memory, Place, Region, SMALL};
@@ -15,7 +15,7 @@ use nvshare::map::MappedPage;
 use nvshare::shares::MemoryLimit;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GRANULE, GpuUuid, Granules, MAX_GRANULES, bytes_of, format_size, granules_for};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// What the engine and the application's threads share.
@@ -49,9 +49,22 @@ pub struct Shared {
 /// Where the engine lives, if it is about to change.
 #[derive(Default)]
 struct Home {
-    /// The context to move to.
-    heir: Option<CUcontext>,
+    /// Where to move to.
+    heir: Option<Heir>,
+    /// It has nothing in any context.
+    out: bool,
+    /// Where it goes from there.
+    back: Option<CUcontext>,
     engine_ended: bool,
+}
+
+/// Where the engine is to move to, because its context is about to be destroyed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heir {
+    /// To another context.
+    Context(CUcontext),
+    /// Out of its context, which is the last one. It waits until it is known whether that one goes.
+    Nowhere,
 }
 
 /// Registers host memory with the driver.
@@ -231,9 +244,11 @@ impl Shared {
     }
 
     fn report(&self, place: &Place, released: Result<(), CuResult>) {
-        if let Err(result) = released
-            && result != CuResult::DEINITIALIZED
-        {
+        let Err(result) = released else { return };
+        if self.leaving.load(Ordering::Acquire) {
+            // The driver may have released it with the last context.
+            tracing::debug!(gpu = %self.gpu, "{} at {:#x}: {result}", format_size(place.size), place.address);
+        } else if result != CuResult::DEINITIALIZED {
             tracing::error!(
                 gpu = %self.gpu,
                 "{} at {:#x} could not be released: {result}",
@@ -488,19 +503,26 @@ impl Shared {
     pub fn wait_for_work(&self) -> bool {
         // Nothing is held while it waits: the work may be waiting for a thread that begins a capture.
         let Some(mut mark) = session::with_no_capture(together::mark) else { return false };
-        loop {
-            mark.wait();
-            match session::with_no_capture(|| mark.look()) {
-                Some(true) => break,
-                Some(false) => {}
-                None => return false,
-            }
+        if !self.await_mark(&mut mark) {
+            return false;
         }
         // A broken context does no work any more, so its memory is not in use either.
         if let Some(result) = mark.broken() {
             tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
         }
         true
+    }
+
+    /// Waits until a mark has passed. False if an open capture forbids to look.
+    pub fn await_mark(&self, mark: &mut Mark) -> bool {
+        loop {
+            mark.wait();
+            match session::with_no_capture(|| mark.look()) {
+                Some(true) => return true,
+                Some(false) => {}
+                None => return false,
+            }
+        }
     }
 
     /// Finishes the frees that could not be finished at once.
@@ -581,8 +603,8 @@ impl Shared {
         }
     }
 
-    /// The context that the engine is about to move to, because its own will be destroyed.
-    pub fn heir(&self) -> Option<CUcontext> {
+    /// Where the engine is about to move to, because its own context will be destroyed.
+    pub fn heir(&self) -> Option<Heir> {
         self.home().heir
     }
 
@@ -590,22 +612,62 @@ impl Shared {
         self.home.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Has the engine move what it has in `context` to `heir`, and waits until it has. Nothing to do if its
+    /// Has the engine move what it has in `context` to its heir, and waits until it has. Nothing to do if its
     /// home is another one, or if it has ended.
-    pub fn leave_context(&self, context: CUcontext, heir: CUcontext) {
+    pub fn leave_context(&self, context: CUcontext, heir: Heir) {
         if *self.pinner.context() != context {
             return;
         }
         self.home().heir = Some(heir);
         self.knock();
-        drop(self.moved.wait_while(self.home(), |home| home.heir.is_some() && !home.engine_ended));
+        let waits = |home: &mut Home| home.heir.is_some() && !home.out && !home.engine_ended;
+        drop(self.moved.wait_while(self.home(), waits));
+    }
+
+    /// If the engine has left all contexts, it goes to this one: the one before is still there, or another is.
+    pub fn go_back(&self, context: CUcontext) {
+        let mut home = self.home();
+        if home.heir == Some(Heir::Nowhere) {
+            home.back = Some(context);
+            self.moved.notify_all();
+        }
+    }
+
+    /// The last context is gone: the engine ends.
+    pub fn end(&self) {
+        {
+            let _home = self.home();
+            self.leaving.store(true, Ordering::Release);
+            self.moved.notify_all();
+        }
+        self.knock();
     }
 
     /// The engine is at home in `context` now: the host memory too.
     pub fn at_home(&self, context: CUcontext) {
-        self.host.repin(|| *self.pinner.context() = context);
+        self.host.repin(|| {
+            *self.pinner.context() = context;
+            true
+        });
         self.home().heir = None;
         self.moved.notify_all();
+    }
+
+    /// The engine has nothing in any context, and neither has the host memory, until it is known what becomes of the one
+    /// that it was in. The context to go to, unless the engine is to end.
+    pub fn out_of_context(&self) -> Option<CUcontext> {
+        let mut back = None;
+        self.host.repin(|| {
+            self.home().out = true;
+            self.moved.notify_all();
+            let undecided = |home: &mut Home| home.back.is_none() && !self.leaving.load(Ordering::Acquire);
+            let decided = self.moved.wait_while(self.home(), undecided);
+            let mut home = decided.unwrap_or_else(|poisoned| poisoned.into_inner());
+            back = home.back.take();
+            (home.heir, home.out) = (None, false);
+            back.inspect(|context| *self.pinner.context() = *context).is_some()
+        });
+        back
     }
 
     /// The engine has ended: nobody waits for it any more.
@@ -614,11 +676,8 @@ impl Shared {
         self.moved.notify_all();
     }
 
-    /// A context is about to be destroyed that is not the last one: its memory goes with it.
+    /// A context is destroyed that was not the last one: its memory goes with it.
     pub fn release_context(&self, context: CUcontext) {
-        let _ = self.wait_for_work();
-        self.streams.remove_context(context);
-        crate::flow::forget();
         // Nothing of it may be on its way.
         let regions = self.memory_at_rest().remove_context(context);
         regions.into_iter().for_each(|region| self.dispose(region));

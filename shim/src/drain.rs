@@ -14,19 +14,28 @@
 //!
 //! Neither is allowed while a stream captures: a mark that is made, or looked at, meanwhile is not past.
 //!
+//! A green context has default streams of its own, and is current to one thread at a time; so it is marked as a whole
+//! (cuGreenCtxRecordEvent) from its primary context, and the streams that were made in it by themselves besides.
+//!
+//! Streams that a library makes by functions of cuGetExportTable are seen by nobody. Those that block the legacy stream, and
+//! those of green contexts, are waited for all the same.
+//!
 //! Several threads may wait at a time, an engine and those that free memory: none takes an event away from
 //! another that still needs it.
 
 use crate::abi::*;
 use crate::driver::Driver;
 use nvshare::units::Nanos;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 /// A stream that the application has made.
 #[derive(Debug, Clone, Copy)]
 pub struct Tracked {
     stream: CUstream,
+    /// Where it is marked: its context, or the primary context of its green one.
     context: CUcontext,
+    /// The green context that it is of.
+    green: CUgreenCtx,
     /// The legacy stream waits for it.
     blocking: bool,
 }
@@ -40,6 +49,7 @@ pub struct Streams {
 #[derive(Default)]
 struct Tracking {
     contexts: Vec<CUcontext>,
+    greens: Vec<Green>,
     /// Streams that the application has made.
     streams: Vec<Tracked>,
     /// The ends of streams that were destroyed with work in them.
@@ -68,10 +78,62 @@ impl Tracking {
 /// As many ends of destroyed streams as nobody needs to look through.
 const FEW_ORPHANS: usize = 16;
 
+/// A green context: a part of the GPU's multiprocessors, with streams of its own and all else of a primary context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Green {
+    /// The green context.
+    pub green: CUgreenCtx,
+    /// The context by which it is used.
+    pub context: CUcontext,
+    /// The primary context that it was made of, whose memory, events and modules it uses.
+    pub owner: CUcontext,
+}
+
+/// What is known of a context that is about to end.
+pub struct Parted {
+    greens: Vec<Green>,
+    streams: Vec<Tracked>,
+}
+
+/// Whether a context is there. Who uses its events reads this meanwhile, and who destroys it writes: an event that went
+/// with its context is never given to the driver again, whose handle it may have become another's.
+type Life = Arc<RwLock<bool>>;
+
+static LIVES: Mutex<Vec<(CUcontext, Life)>> = Mutex::new(Vec::new());
+
+fn life(context: CUcontext) -> Life {
+    let mut lives = LIVES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some((_, life)) = lives.iter().find(|(known, _)| *known == context) {
+        return life.clone();
+    }
+    let life = Arc::new(RwLock::new(true));
+    lives.push((context, life.clone()));
+    life
+}
+
+fn alive(life: &Life) -> Option<RwLockReadGuard<'_, bool>> {
+    let alive = life.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    alive.then_some(alive)
+}
+
+/// Ends a context with `call`, which says whether it has ended, while nobody uses an event of it. The same handle may be
+/// another context's afterwards.
+pub fn end_life<T>(context: CUcontext, call: impl FnOnce() -> (T, bool)) -> (T, bool) {
+    let life = life(context);
+    let mut alive = life.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let (result, ended) = call();
+    if ended {
+        *alive = false;
+        LIVES.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).retain(|(known, _)| *known != context);
+    }
+    (result, ended)
+}
+
 /// An event at the end of a stream's work so far. Given back when dropped.
 pub struct End {
     driver: &'static Driver,
     context: CUcontext,
+    life: Life,
     event: CUevent,
 }
 
@@ -86,20 +148,45 @@ impl End {
         stream: CUstream,
         timed: bool,
     ) -> Result<Self, CuResult> {
+        Self::recorded(driver, context, timed, |event| driver.event_record(event, stream))
+    }
+
+    /// Of all that was submitted in a green context, in whichever stream.
+    fn of_green(driver: &'static Driver, green: &Green) -> Result<Self, CuResult> {
+        let _current = Current::new(driver, green.owner)?;
+        Self::recorded(driver, green.owner, false, |event| driver.green_ctx_record_event(green.green, event))
+    }
+
+    fn recorded(
+        driver: &'static Driver,
+        context: CUcontext,
+        timed: bool,
+        record: impl FnOnce(CUevent) -> Result<(), CuResult>,
+    ) -> Result<Self, CuResult> {
+        let life = life(context);
+        let Some(there) = alive(&life) else { return Err(CuResult::CONTEXT_IS_DESTROYED) };
         let timing = if timed { 0 } else { CU_EVENT_DISABLE_TIMING };
         let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | timing)?;
-        let end = Self { driver, context, event };
-        driver.event_record(event, stream)?;
-        Ok(end)
+        let recorded = record(event);
+        drop(there);
+        // Given back if it was not recorded.
+        let end = Self { driver, context, life, event };
+        recorded.map(|()| end)
     }
 
     /// Whether it has come, or can never come.
     pub fn is_past(&self) -> bool {
-        self.driver.event_query(self.event) != Err(CuResult::NOT_READY)
+        alive(&self.life).is_none_or(|_there| self.driver.event_query(self.event) != Err(CuResult::NOT_READY))
+    }
+
+    /// Waits until it has come.
+    fn wait(&self) -> Result<(), CuResult> {
+        alive(&self.life).map_or(Ok(()), |_there| self.driver.event_synchronize(self.event))
     }
 
     /// The GPU's time since an earlier one of the same stream, ns, if both are timed and past. `None` if there is no telling.
     pub fn since(&self, earlier: &Self) -> Option<Nanos> {
+        let _there = alive(&self.life)?;
         let milliseconds = self.driver.event_elapsed_ms(earlier.event, self.event).ok()?;
         Some((f64::from(milliseconds) * 1e6) as Nanos)
     }
@@ -107,7 +194,9 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        let _ = self.driver.event_destroy(self.event);
+        if let Some(_there) = alive(&self.life) {
+            let _ = self.driver.event_destroy(self.event);
+        }
     }
 }
 
@@ -117,6 +206,8 @@ pub struct Mark {
     ends: Vec<Arc<End>>,
     /// Contexts whose legacy streams are to be marked when the ends have passed.
     legacy: Vec<(&'static Driver, CUcontext)>,
+    /// Green contexts that are to be marked as a whole, at the same moment.
+    greens: Vec<(&'static Driver, Green)>,
     /// What the driver said of a context that cannot be marked: it does no work any more.
     broken: Option<CuResult>,
 }
@@ -154,18 +245,53 @@ impl Streams {
         }
     }
 
-    /// A context is about to go, and its streams with it.
-    pub fn remove_context(&self, context: CUcontext) {
+    /// The same, of a green context.
+    pub fn add_green(&self, green: Green) {
         let mut tracking = self.tracking();
-        tracking.contexts.retain(|known| *known != context);
-        tracking.streams.retain(|known| known.context != context);
-        tracking.orphans.retain(|end| end.context != context);
+        if !tracking.greens.contains(&green) {
+            tracking.greens.push(green);
+        }
     }
 
-    /// A stream was made.
-    pub fn add(&self, stream: CUstream, context: CUcontext, flags: u32) {
-        let blocking = flags & CU_STREAM_NON_BLOCKING == 0;
-        self.tracking().streams.push(Tracked { stream, context, blocking });
+    /// A green context is about to be destroyed. Its work goes on, so its end is remembered. It stays known for as long as
+    /// it is there.
+    pub fn mark_green(&self, driver: &'static Driver, green: &Green) {
+        if let Ok(end) = End::of_green(driver, green) {
+            self.tracking().orphans.push(end.into());
+        }
+    }
+
+    /// A green context was destroyed: its streams are detached, and can do no more.
+    pub fn remove_green(&self, green: &Green) {
+        let mut tracking = self.tracking();
+        tracking.greens.retain(|known| known != green);
+        tracking.streams.retain(|known| known.green != green.green);
+    }
+
+    /// A context is about to go, and its green contexts and streams with it. All its work is done, or the driver will wait
+    /// for it.
+    pub fn part(&self, context: CUcontext) -> Parted {
+        let mut tracking = self.tracking();
+        tracking.contexts.retain(|known| *known != context);
+        tracking.orphans.retain(|end| end.context != context);
+        let greens = tracking.greens.extract_if(.., |known| known.owner == context).collect();
+        let streams = tracking.streams.extract_if(.., |known| known.context == context).collect();
+        Parted { greens, streams }
+    }
+
+    /// The context did not go.
+    pub fn rejoin(&self, context: CUcontext, parted: Parted) {
+        self.add_context(context);
+        let mut tracking = self.tracking();
+        tracking.greens.extend(parted.greens);
+        tracking.streams.extend(parted.streams);
+    }
+
+    /// A stream was made, in a context or in a green one of it. In a green one the legacy stream of the context waits for
+    /// no stream.
+    pub fn add(&self, stream: CUstream, context: CUcontext, green: CUgreenCtx, flags: u32) {
+        let blocking = green.is_null() && flags & CU_STREAM_NON_BLOCKING == 0;
+        self.tracking().streams.push(Tracked { stream, context, green, blocking });
     }
 
     /// A stream is about to be destroyed. Its work goes on, so its end is remembered, unless the legacy stream waits for it.
@@ -193,23 +319,47 @@ impl Streams {
 
     /// Marks the present end of everything. No capture is open.
     pub fn mark(&self, driver: &'static Driver) -> Mark {
+        self.mark_those(driver, |_| true)
+    }
+
+    /// Marks the present end of all work in a context and its green ones.
+    pub fn mark_context(&self, driver: &'static Driver, context: CUcontext) -> Mark {
+        self.mark_those(driver, |known| known == context)
+    }
+
+    fn mark_those(&self, driver: &'static Driver, which: impl Fn(CUcontext) -> bool) -> Mark {
         let mut tracking = self.tracking();
         tracking.forget_orphans();
-        let legacy = tracking.contexts.iter().map(|context| (driver, *context)).collect();
-        let mut mark = Mark { ends: tracking.orphans.clone(), legacy, broken: None };
-        for Tracked { stream, context, .. } in &tracking.streams {
+        let ends = tracking.orphans.iter().filter(|end| which(end.context)).cloned().collect();
+        let legacy = tracking.contexts.iter().filter(|context| which(**context));
+        let greens = tracking.greens.iter().filter(|green| which(green.owner));
+        let mut mark = Mark {
+            ends,
+            legacy: legacy.map(|context| (driver, *context)).collect(),
+            greens: greens.map(|green| (driver, *green)).collect(),
+            broken: None,
+        };
+        for Tracked { stream, context, .. } in
+            tracking.streams.iter().filter(|tracked| which(tracked.context))
+        {
             // To ask costs less than an event, and most streams of most programs have no work.
             if driver.stream_query(*stream) == Err(CuResult::NOT_READY) {
-                mark.add(driver, *context, *stream);
+                mark.add(end_of(driver, *context, *stream));
             }
         }
         mark
     }
 }
 
+/// The end of a stream's work so far, marked from this context.
+fn end_of(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Result<End, CuResult> {
+    let _current = Current::new(driver, context)?;
+    End::record(driver, context, stream, false)
+}
+
 impl Mark {
-    fn add(&mut self, driver: &'static Driver, context: CUcontext, stream: CUstream) {
-        match Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false)) {
+    fn add(&mut self, end: Result<End, CuResult>) {
+        match end {
             Ok(end) => self.ends.push(end.into()),
             Err(error) => self.broken = self.broken.or(Some(error)),
         }
@@ -218,8 +368,8 @@ impl Mark {
     /// Whether everything before it is done, or can never be. No capture is open.
     pub fn look(&mut self) -> bool {
         self.ends.retain(|end| !end.is_past());
-        if self.ends.is_empty() && !self.legacy.is_empty() {
-            self.mark_legacy();
+        if self.ends.is_empty() && !(self.legacy.is_empty() && self.greens.is_empty()) {
+            self.mark_defaults();
             self.ends.retain(|end| !end.is_past());
         }
         self.ends.is_empty()
@@ -233,12 +383,16 @@ impl Mark {
 
     /// How much of it is not done yet, in no unit: it gets less, and none means that all is done.
     pub fn left(&self) -> usize {
-        self.ends.len() + self.legacy.len()
+        self.ends.len() + self.legacy.len() + self.greens.len()
     }
 
-    fn mark_legacy(&mut self) {
+    /// The default streams, and whatever stream of a green context is not known.
+    fn mark_defaults(&mut self) {
         for (driver, context) in std::mem::take(&mut self.legacy) {
-            self.add(driver, context, CUstream::LEGACY);
+            self.add(end_of(driver, context, CUstream::LEGACY));
+        }
+        for (driver, green) in std::mem::take(&mut self.greens) {
+            self.add(End::of_green(driver, &green));
         }
     }
 
@@ -251,7 +405,7 @@ impl Mark {
     /// Waits for what is marked already. [`Mark::look`] says whether that was all.
     pub fn wait(&mut self) {
         for end in self.ends.drain(..) {
-            if let Err(result) = end.driver.event_synchronize(end.event) {
+            if let Err(result) = end.wait() {
                 self.broken = self.broken.or(Some(result));
             }
         }
@@ -261,6 +415,7 @@ impl Mark {
     pub fn and(mut self, other: Self) -> Self {
         self.ends.extend(other.ends);
         self.legacy.extend(other.legacy);
+        self.greens.extend(other.greens);
         self.broken = self.broken.or(other.broken);
         self
     }

@@ -329,6 +329,8 @@ driver! {
         plain {
             /// Gives back a module of the current context.
             cuModuleUnload => module_unload(module: CUmodule);
+            /// Lets an event happen when all present work of a green context is done, in whichever stream. CUDA 12.4.
+            cuGreenCtxRecordEvent => green_ctx_record_event(green: CUgreenCtx, event: CUevent);
             /// Loads a function now that would be loaded by its first launch otherwise. CUDA 12.4.
             cuFuncLoad => func_load(function: CUfunction);
             /// Sets the flags of the current context. CUDA 12.1.
@@ -343,6 +345,10 @@ driver! {
             cuDeviceGetUuid => device_uuid_v1(device: CUdevice) -> CUuuid;
             /// The pool that stream-ordered memory of a GPU comes from. CUDA 11.2.
             cuDeviceGetMemPool => device_mem_pool(device: CUdevice) -> CUmemoryPool;
+            /// The context by which a green context is used. CUDA 12.4.
+            cuCtxFromGreenCtx => ctx_from_green(green: CUgreenCtx) -> CUcontext;
+            /// One more handle to the physical memory behind an address. CUDA 11.
+            cuMemRetainAllocationHandle => mem_retain(address: CUdeviceptr) -> CUmemGenericAllocationHandle;
             /// The pool that a GPU begins with. CUDA 11.2.
             cuDeviceGetDefaultMemPool => device_default_mem_pool(device: CUdevice) -> CUmemoryPool;
         }
@@ -358,6 +364,8 @@ driver! {
             cuMemExportToShareableHandle(*mut c_void, CUmemGenericAllocationHandle, u32, u64);
             cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, u32);
             cuStreamGetCtx(CUstream, *mut CUcontext);
+            cuStreamGetCtx_v2(CUstream, *mut CUcontext, *mut CUgreenCtx);
+            cuDevicePrimaryCtxGetState(CUdevice, *mut u32, *mut i32);
             cuGetProcAddress(*const c_char, *mut *mut c_void, i32, u64);
             cuGetProcAddress_v2(*const c_char, *mut *mut c_void, i32, u64, *mut CUdriverProcAddressQueryResult);
         }
@@ -431,6 +439,12 @@ impl Driver {
         // the driver writes.
         unsafe { call(&mut handle, fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) }.ok()?;
         Ok(handle)
+    }
+
+    /// Whether physical memory is mapped at an address, of whatever origin; if the driver can say. CUDA 11.
+    pub fn is_mapped(&self, address: CUdeviceptr) -> bool {
+        let retained = self.mem_retain(address);
+        retained.is_ok_and(|handle| self.mem_release(handle).is_ok())
     }
 
     /// Says who may use mapped memory.
@@ -581,6 +595,25 @@ impl Driver {
         // SAFETY: the context has room for what the driver writes.
         unsafe { call(stream, &mut ctx) }.ok()?;
         Ok(ctx)
+    }
+
+    /// The contexts of a stream: of one of a green context its primary context and the green one, else its context and
+    /// null. CUDA 12.5.
+    pub fn stream_contexts(&self, stream: CUstream) -> Result<(CUcontext, CUgreenCtx), CuResult> {
+        let call = self.cuStreamGetCtx_v2.ok_or(CuResult::NOT_FOUND)?;
+        let (mut ctx, mut green) = (CUcontext::NULL, CUgreenCtx::NULL);
+        // SAFETY: both have room for what the driver writes.
+        unsafe { call(stream, &mut ctx, &mut green) }.ok()?;
+        Ok((ctx, green))
+    }
+
+    /// Whether a GPU has a primary context now.
+    pub fn primary_ctx_is_active(&self, device: CUdevice) -> Result<bool, CuResult> {
+        let call = self.cuDevicePrimaryCtxGetState.ok_or(CuResult::NOT_FOUND)?;
+        let (mut flags, mut active) = (0, 0);
+        // SAFETY: both have room for what the driver writes.
+        unsafe { call(device, &mut flags, &mut active) }.ok()?;
+        Ok(active != 0)
     }
 
     /// Sets what recordings forbid to the calling thread, and returns what it was.

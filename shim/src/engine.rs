@@ -8,7 +8,7 @@ mod ending;
 mod giving_way;
 
 use crate::abi::*;
-use crate::device::Shared;
+use crate::device::{Heir, Shared};
 use crate::drain::Mark;
 use crate::flow;
 use crate::ipc::Closing;
@@ -169,6 +169,7 @@ impl Engine {
             session::intact().map_err(|result| SwapError::Driver { call: "another GPU's engine", result })?;
             if let Some(heir) = self.shared.heir() {
                 self.move_to(heir)?;
+                continue;
             }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
@@ -189,9 +190,10 @@ impl Engine {
         self.shared.books.slot()
     }
 
-    /// The context that the engine lives in will be destroyed, and others of the process go on: everything
-    /// that is bound to it is made anew in one of those. Nothing is being copied now.
-    fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
+    /// The context that the engine lives in may be destroyed. If others of the process go on, everything that is bound to
+    /// it is made anew in one of those. If not, it is given back, and made anew in the same one if that stays after all.
+    /// Nothing is being copied now.
+    fn move_to(&mut self, heir: Heir) -> Result<(), SwapError> {
         self.idle.mark = None;
         self.burial = None;
         if let Some((mark, _)) = &mut self.closing {
@@ -199,10 +201,30 @@ impl Engine {
         }
         self.giving_way.iter_mut().for_each(GivingWay::forget_marks);
         flow::forget();
-        self.swap.move_to(context)?;
-        self.shared.at_home(context);
-        tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
+        match heir {
+            Heir::Context(context) => {
+                self.swap.move_to(context)?;
+                self.shared.at_home(context);
+                tracing::debug!(gpu = %self.shared.gpu, "moved to another context: the one before is destroyed");
+            }
+            Heir::Nowhere => {
+                self.await_growing();
+                self.swap.leave();
+                let _ = self.shared.driver.ctx_set_current(CUcontext::NULL);
+                if let Some(context) = self.shared.out_of_context() {
+                    self.swap.move_to(context)?;
+                    tracing::debug!(gpu = %self.shared.gpu, "back in its context: the driver did not destroy it");
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// Waits for the thread that makes host memory.
+    fn await_growing(&self) {
+        while self.growing.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
     }
 
     /// All memory is in place. Under the map's lock, because an allocation must not slip in between the
@@ -497,10 +519,8 @@ impl Engine {
             memory.take_all()
         };
         regions.into_iter().for_each(|region| self.shared.dispose(region));
+        self.await_growing();
         self.swap.destroy();
-        while self.growing.load(Ordering::Acquire) {
-            std::thread::yield_now();
-        }
         self.starved.end();
         self.shared.host.trim(0);
         self.client.leave();

@@ -396,7 +396,8 @@ impl Queue {
     /// Its present end. `None` if it has none: the stream or its context is broken, or there is no such stream.
     fn end(&self) -> Option<End> {
         let driver = Driver::get().ok()?;
-        let context = self.context()?;
+        // A green context may be current to another thread now. Its streams can be marked from its primary one.
+        let context = self.context.or_else(|| Some(session::owner_of(self.context()?)))?;
         let _current = Current::new(driver, context).ok()?;
         End::record(driver, context, self.stream, true).ok()
     }

@@ -12,12 +12,14 @@
 //! | [`session`] | the process: its gate, its GPUs, its captures |
 //! | [`order`] | which GPUs a process with several may ask for, and which it must give up |
 //! | [`together`] | its gate opens when it has all of them |
+//! | [`contexts`] | how contexts come and go, green ones too |
 //! | [`device`] | one GPU: allocating and freeing |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
 //! | [`peers`] | which GPUs may use the memory of which others |
 //! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`engine`] | the thread that walks the client through its phases |
 //! | [`vmm`] | memory that the application maps itself |
+//! | [`mappings`] | ranges of addresses with such memory in them: what the driver would refuse is refused before it is done |
 //! | [`ipc`] | memory that several processes have open |
 //! | [`room`] | memory that only the driver can place |
 //! | [`arrival`] | room for a process's first context, on a GPU that others have filled |
@@ -33,6 +35,7 @@
 
 mod abi;
 mod arrival;
+mod contexts;
 mod deepbind;
 mod device;
 mod drain;
@@ -45,6 +48,7 @@ mod hostpool;
 mod interpose;
 mod ipc;
 mod log;
+mod mappings;
 mod memory;
 mod nvml;
 mod order;

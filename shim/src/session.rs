@@ -6,7 +6,9 @@
 
 use crate::abi::*;
 use crate::arrival::Newcomer;
-use crate::device::{DriverPinner, Shared};
+use crate::contexts;
+use crate::device::{DriverPinner, Heir, Shared};
+use crate::drain::Green;
 use crate::driver::Driver;
 use crate::engine;
 use crate::flow::Queue;
@@ -213,7 +215,18 @@ fn knock() {
 struct Attached {
     shared: Arc<Shared>,
     contexts: Vec<CUcontext>,
+    /// Green contexts, each made of one of the contexts.
+    greens: Vec<Green>,
     engine: Option<JoinHandle<()>>,
+}
+
+impl Attached {
+    fn owner_of(&self, context: CUcontext) -> Option<CUcontext> {
+        if self.contexts.contains(&context) {
+            return Some(context);
+        }
+        self.greens.iter().find(|green| green.context == context).map(|green| green.owner)
+    }
 }
 
 static DEVICES: Mutex<Vec<Attached>> = Mutex::new(Vec::new());
@@ -222,15 +235,62 @@ fn devices() -> MutexGuard<'static, Vec<Attached>> {
     DEVICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The shared part of the GPU of the current context.
+/// The shared part of the GPU of the current context, and the context that memory belongs to which is allocated now: the
+/// current one, or the primary context of a green one.
 pub fn current() -> Option<(Arc<Shared>, CUcontext)> {
     let context = Driver::get().ok()?.ctx_current().ok().filter(|context| !context.is_null())?;
-    of_context(context).map(|shared| (shared, context))
+    known(context).or_else(|| contexts::adopt(context))
+}
+
+/// The shared part of the GPU of a context, and the context that memory belongs to which is allocated in it.
+pub fn known(context: CUcontext) -> Option<(Arc<Shared>, CUcontext)> {
+    devices().iter().find_map(|device| Some((device.shared.clone(), device.owner_of(context)?)))
 }
 
 /// The shared part of the GPU of a context.
 pub fn of_context(context: CUcontext) -> Option<Arc<Shared>> {
-    devices().iter().find(|device| device.contexts.contains(&context)).map(|device| device.shared.clone())
+    known(context).map(|(shared, _)| shared)
+}
+
+/// The context that memory, events and modules belong to which are made in a context: the primary context of a green one.
+pub fn owner_of(context: CUcontext) -> CUcontext {
+    known(context).map_or(context, |(_, owner)| owner)
+}
+
+/// A green context by its own handle, and the GPU.
+pub fn green(handle: CUgreenCtx) -> Option<(Arc<Shared>, Green)> {
+    let of = |device: &Attached| {
+        let green = device.greens.iter().find(|green| green.green == handle)?;
+        Some((device.shared.clone(), *green))
+    };
+    devices().iter().find_map(of)
+}
+
+/// The green context that a context stands for, or null.
+pub fn green_of(context: CUcontext) -> CUgreenCtx {
+    let devices = devices();
+    let mut greens = devices.iter().flat_map(|device| &device.greens);
+    greens.find(|green| green.context == context).map_or(CUgreenCtx::NULL, |green| green.green)
+}
+
+/// A green context was made of a context that is known.
+pub fn green_made(green: Green) {
+    for device in devices().iter_mut().filter(|device| device.contexts.contains(&green.owner)) {
+        if !device.greens.contains(&green) {
+            device.greens.push(green);
+            device.shared.streams.add_green(green);
+        }
+    }
+}
+
+/// A green context was destroyed: its streams are detached, and captures in them are over.
+pub fn green_ended(green: &Green) {
+    for device in devices().iter_mut() {
+        device.greens.retain(|known| known != green);
+        device.shared.streams.remove_green(green);
+    }
+    forget_captures(|_, context| context == green.context);
+    crate::pools::green_ended(green.context);
 }
 
 /// The shared parts of all GPUs.
@@ -401,73 +461,53 @@ pub fn context_made(
             return Err(CuResult::SYSTEM_NOT_READY);
         }
     };
-    devices().push(Attached { shared, contexts: vec![context], engine: Some(engine) });
+    devices().push(Attached { shared, contexts: vec![context], greens: Vec::new(), engine: Some(engine) });
     Ok(())
 }
 
-/// How often each GPU's primary context was retained, and which it is.
-static PRIMARIES: Mutex<Vec<Primary>> = Mutex::new(Vec::new());
-
-struct Primary {
-    device: CUdevice,
-    context: CUcontext,
-    retained: u32,
+/// The GPU of a context that is about to end, and where its engine moves to. `None` if the context is not known, or is a
+/// green one.
+pub fn ending(context: CUcontext) -> Option<(Arc<Shared>, Heir)> {
+    let devices = devices();
+    let attached = devices.iter().find(|attached| attached.contexts.contains(&context))?;
+    let other = attached.contexts.iter().copied().find(|other| *other != context);
+    Some((attached.shared.clone(), other.map_or(Heir::Nowhere, Heir::Context)))
 }
 
-fn primaries() -> MutexGuard<'static, Vec<Primary>> {
-    PRIMARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-/// The primary context of a GPU was retained once more.
-pub fn primary_retained(device: CUdevice, context: CUcontext) {
-    let mut primaries = primaries();
-    match primaries.iter_mut().find(|primary| primary.device == device) {
-        Some(primary) => primary.retained += 1,
-        None => primaries.push(Primary { device, context, retained: 1 }),
-    }
-}
-
-/// The primary context of a GPU is about to be released once. True if this is the last time.
-pub fn primary_released(device: CUdevice) -> bool {
-    let mut primaries = primaries();
-    let Some(primary) = primaries.iter_mut().find(|primary| primary.device == device) else { return false };
-    primary.retained = primary.retained.saturating_sub(1);
-    primary.retained == 0
-}
-
-/// The primary context of a GPU, which ends now.
-pub fn primary_ends(device: CUdevice) -> Option<CUcontext> {
-    let mut primaries = primaries();
-    let index = primaries.iter().position(|primary| primary.device == device)?;
-    Some(primaries.swap_remove(index).context)
-}
-
-/// A context is about to be destroyed. Its memory goes with it; the last one detaches the process.
-pub fn context_ends(context: CUcontext) {
-    forget_captures(|_, of| of == context);
+/// A context was destroyed, and nothing of nvshare's was left in it. Its memory goes with it; the last one detaches the
+/// process.
+pub fn context_ended(context: CUcontext) {
     crate::peers::context_ends(context);
     crate::synchronous::context_ends(context);
-    let attached = {
+    let (over, attached) = {
         let mut devices = devices();
         let Some(index) = devices.iter().position(|attached| attached.contexts.contains(&context)) else {
             return;
         };
         let attached = &mut devices[index];
         attached.contexts.retain(|known| *known != context);
-        if let Some(heir) = attached.contexts.first().copied() {
-            let shared = attached.shared.clone();
-            drop(devices);
-            shared.leave_context(context, heir);
+        let greens =
+            attached.greens.extract_if(.., |green| green.owner == context).map(|green| green.context);
+        let over: Vec<_> = greens.chain([context]).collect();
+        match attached.contexts.first() {
+            None => (over, Err(devices.swap_remove(index))),
+            Some(other) => (over, Ok((attached.shared.clone(), *other))),
+        }
+    };
+    forget_captures(|_, of| over.contains(&of));
+    over.iter().for_each(|context| crate::pools::context_ended(*context));
+    match attached {
+        Ok((shared, other)) => {
+            shared.go_back(other);
             shared.release_context(context);
             crate::ipc::context_ends(context);
-            crate::pools::context_ended(context);
-            return;
         }
-        devices.swap_remove(index)
-    };
-    let Attached { shared, engine, .. } = attached;
-    shared.leaving.store(true, Ordering::Release);
-    shared.knock();
+        Err(attached) => detach(attached, context),
+    }
+}
+
+fn detach(Attached { shared, engine, .. }: Attached, context: CUcontext) {
+    shared.end();
     if let Some(engine) = engine
         && engine.join().is_err()
     {

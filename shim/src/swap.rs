@@ -164,7 +164,7 @@ impl Swap {
     /// # Errors
     /// The driver's.
     pub fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
-        self.give_back();
+        self.leave();
         self.shared.driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"))?;
         (self.stream, self.events) = lines(self.shared.driver)?;
         Ok(())
@@ -172,10 +172,14 @@ impl Swap {
 
     /// Gives the stream and the events back.
     pub fn destroy(mut self) {
-        self.give_back();
+        self.leave();
     }
 
-    fn give_back(&mut self) {
+    /// Gives the stream and the events back, if it has any. The context may end then.
+    pub fn leave(&mut self) {
+        if self.stream.is_null() {
+            return;
+        }
         let _ = self.finish();
         if self.asked.is_some() {
             let _ = self.answer();
@@ -187,7 +191,7 @@ impl Swap {
             let _ = self.shared.driver.event_destroy(begin);
             let _ = self.shared.driver.event_destroy(end);
         }
-        let _ = self.shared.driver.stream_destroy(self.stream);
+        let _ = self.shared.driver.stream_destroy(std::mem::replace(&mut self.stream, CUstream::NULL));
     }
 
     fn launch(&mut self, place: Place, cargo: Cargo) -> Result<(), SwapError> {

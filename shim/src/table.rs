@@ -81,7 +81,7 @@ pub enum Class {
     Pool,
     /// Tells about memory: how much there is, where an allocation begins.
     QueryMemory,
-    /// Creates or destroys a context, or opens it to another.
+    /// Creates or destroys a context, makes it current, or opens it to another.
     Context,
     /// Creates or destroys a stream.
     Stream,
@@ -840,6 +840,9 @@ entry_points! {
                 handle: *mut CUmemGenericAllocationHandle, addr: *mut c_void
             ) @ 11_000;
             cuMemAddressFree(ptr: CUdeviceptr, size: usize) @ 10_020;
+            cuMemAddressReserve(
+                ptr: *mut CUdeviceptr, size: usize, alignment: usize, addr: CUdeviceptr, flags: u64
+            ) @ 10_020;
             cuMemGetAllocationPropertiesFromHandle(
                 prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle
             ) @ 10_020;
@@ -909,7 +912,11 @@ entry_points! {
             cuCtxCreate_v4(ctx: *mut CUcontext, params: *mut c_void, flags: u32, dev: CUdevice) @ 12_050;
             cuCtxDestroy(ctx: CUcontext) @ 2_000;
             cuCtxDestroy_v2(ctx: CUcontext) @ 4_000;
+            cuCtxAttach(ctx: *mut CUcontext, flags: u32) @ 2_000;
             cuCtxDetach(ctx: CUcontext) @ 2_000;
+            cuCtxSetCurrent(ctx: CUcontext) @ 4_000;
+            cuCtxPushCurrent(ctx: CUcontext) @ 2_000;
+            cuCtxPushCurrent_v2(ctx: CUcontext) @ 4_000;
             cuCtxEnablePeerAccess(peer: CUcontext, flags: u32) @ 4_000;
             cuCtxDisablePeerAccess(peer: CUcontext) @ 4_000;
             cuGreenCtxCreate(
@@ -980,7 +987,6 @@ entry_points! {
         cuCoredumpRegisterStartCallback @ 13_020;
         cuCoredumpSetAttribute @ 12_010;
         cuCoredumpSetAttributeGlobal @ 12_010;
-        cuCtxAttach @ 2_000;
         cuCtxFromGreenCtx @ 12_040;
         cuCtxGetApiVersion @ 3_020;
         cuCtxGetCacheConfig @ 3_020;
@@ -995,12 +1001,9 @@ entry_points! {
         cuCtxGetStreamPriorityRange @ 5_050;
         cuCtxPopCurrent @ 2_000;
         cuCtxPopCurrent_v2 @ 4_000;
-        cuCtxPushCurrent @ 2_000;
-        cuCtxPushCurrent_v2 @ 4_000;
         cuCtxRecordEvent @ 12_050;
         cuCtxResetPersistingL2Cache @ 11_000;
         cuCtxSetCacheConfig @ 3_020;
-        cuCtxSetCurrent @ 4_000;
         cuCtxSetSharedMemConfig @ 4_020;
         cuCtxSynchronize @ 2_000;
         cuCtxSynchronize_v2 @ 13_000;
@@ -1219,7 +1222,6 @@ entry_points! {
         cuLogsDumpToMemory @ 12_090;
         cuLogsRegisterCallback @ 12_090;
         cuLogsUnregisterCallback @ 12_090;
-        cuMemAddressReserve @ 10_020;
         cuMemAlloc @ 2_000;
         cuMemAllocPitch @ 2_000;
         cuMemFree @ 2_000;

@@ -7,65 +7,27 @@
 //! chunk that leaves is unmapped everywhere; one that comes is mapped everywhere again.
 //!
 //! Mapping and unmapping need no turn on the GPU: while the memory is out they are written down, and what is
-//! written down is done when it comes. Only a moment in which memory moves is waited for. The price: what is
-//! wrong with an address that was never reserved shows at the next fill and not in the call, if the memory is
-//! out at the time.
+//! written down is done when it comes. Only a moment in which memory moves is waited for. What the driver would refuse is
+//! refused at once all the same, before anything has changed ([`crate::mappings`]); where only the driver can tell, memory
+//! comes in first, and it is asked.
 //!
 //! Memory that another process may map as well cannot be taken from under it, so from the moment in which a
 //! descriptor of it leaves the process it stays on the GPU, and the books say so.
 
 use crate::abi::*;
 use crate::device::Shared;
-use crate::memory::{Allocation, Backing, Chunk, Memory, Region, View};
+use crate::mappings::{Verdict, is_free};
+use crate::memory::{Allocation, Backing, Chunk, Region, View};
 use nvshare::units::{GRANULE, format_size};
-use std::ops::Range;
 
 /// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
-fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
+pub fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
     region.chunks.iter().filter_map(|chunk| match chunk.backing {
         Backing::Device(handle) | Backing::Overflow(handle) => {
             Some((chunk.address - region.base, chunk.size, handle))
         }
         _ => None,
     })
-}
-
-/// Does something to what is mapped now of a view, piece by piece. The first failure is the one to tell.
-fn each_piece(
-    memory: &Memory,
-    object: CUdeviceptr,
-    view: &View,
-    act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
-) -> Result<(), CuResult> {
-    let pieces = memory.region(object).into_iter().flat_map(present).filter(|(at, ..)| *at < view.size);
-    let mut result = Ok(());
-    for (at, bytes, _) in pieces {
-        result = result.and(act(view.address + at, bytes as usize));
-    }
-    result
-}
-
-/// Does something to the parts of a range that no view covers: what the application has mapped there is the
-/// driver's. The first failure is the one to tell.
-fn between(
-    views: &[(CUdeviceptr, View)],
-    range: Range<CUdeviceptr>,
-    act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
-) -> Result<(), CuResult> {
-    let (mut at, mut result) = (range.start, Ok(()));
-    let covered = views.iter().map(|(_, view)| (view.address, view.address + view.size));
-    for (begin, after) in covered.chain([(range.end, range.end)]) {
-        if begin > at {
-            result = result.and(act(at, (begin - at) as usize));
-        }
-        at = at.max(after);
-    }
-    result
-}
-
-/// Whether a range takes a part of a view and leaves the rest.
-fn cuts(range: &Range<CUdeviceptr>, views: &[(CUdeviceptr, View)]) -> bool {
-    views.iter().any(|(_, view)| view.address < range.start || view.address + view.size > range.end)
 }
 
 impl Shared {
@@ -121,25 +83,26 @@ impl Shared {
         Some(CuResult::SUCCESS)
     }
 
-    /// cuMemMap. `None` if the handle is none of ours.
+    /// cuMemMap, of an object to addresses where nothing `overlaps`. `None` if the handle is none of ours. Whoever calls from
+    /// `inside` the gate has the driver see all of the memory.
     pub fn map_object(
         &self,
-        address: CUdeviceptr,
-        size: u64,
+        (address, size): (CUdeviceptr, u64),
         offset: u64,
         handle: CUmemGenericAllocationHandle,
         flags: u64,
-    ) -> Option<CuResult> {
+        overlaps: bool,
+        inside: bool,
+    ) -> Option<Verdict> {
         let mut memory = self.memory_at_rest();
-        let overlaps = !memory.views_in(address, size).is_empty();
         let region = memory.object(handle)?;
         if offset != 0 {
             // So says the driver too, of memory on a GPU (tests/gpu/facts.cu).
-            return Some(CuResult::NOT_SUPPORTED);
+            return Some(Verdict::Answer(CuResult::NOT_SUPPORTED));
         }
         let dead = region.object().is_none_or(|object| object.references == 0);
         if flags != 0 || size == 0 || size > region.size || dead || overlaps {
-            return Some(CuResult::INVALID_VALUE);
+            return Some(Verdict::Answer(CuResult::INVALID_VALUE));
         }
         if size < region.size && !region.chunks.iter().any(|chunk| chunk.address - region.base == size) {
             tracing::warn!(
@@ -148,7 +111,11 @@ impl Shared {
                 format_size(size),
                 format_size(region.size)
             );
-            return Some(CuResult::NOT_SUPPORTED);
+            return Some(Verdict::Answer(CuResult::NOT_SUPPORTED));
+        }
+        let seen: u64 = present(region).map(|(_, bytes, _)| bytes).sum();
+        if !inside && seen < size && !is_free(self, address, size) {
+            return Some(Verdict::InPlace);
         }
         let mut mapped: Vec<(u64, u64)> = Vec::new();
         for (at, bytes, physical) in present(region).filter(|(at, ..)| *at < size) {
@@ -156,41 +123,23 @@ impl Shared {
                 for (at, bytes) in mapped {
                     let _ = self.driver.mem_unmap(address + at, bytes as usize);
                 }
-                return Some(result);
+                return Some(Verdict::Answer(result));
             }
             mapped.push((at, bytes));
         }
         memory.add_view(handle, View { address, size, access: Vec::new() });
-        Some(CuResult::SUCCESS)
+        Some(Verdict::Answer(CuResult::SUCCESS))
     }
 
-    /// cuMemUnmap. `None` if nothing of ours is mapped there.
-    pub fn unmap_objects(&self, address: CUdeviceptr, size: u64) -> Option<CuResult> {
-        let mut memory = self.memory_at_rest();
-        let views = memory.views_in(address, size);
-        if views.is_empty() {
-            return None;
-        }
-        let range = address..address.saturating_add(size);
-        if cuts(&range, &views) {
-            // Mappings go whole (tests/gpu/facts.cu).
-            return Some(CuResult::INVALID_VALUE);
-        }
-        let unmap = |at, bytes| self.driver.mem_unmap(at, bytes);
-        let mut result = between(&views, range, unmap);
-        for (object, view) in views {
-            result = result.and(each_piece(&memory, object, &view, unmap));
-            if let Some(region) = memory.remove_view(view.address) {
-                self.dispose(region);
-            }
-        }
-        Some(result.err().unwrap_or(CuResult::SUCCESS))
+    /// Whether the application has mapped an object in a range.
+    pub fn is_mapped(&self, address: CUdeviceptr, size: u64) -> bool {
+        !self.memory().views_in(address, size).is_empty()
     }
 
     /// Whether something of ours is mapped in a range: then its addresses cannot be freed, as the driver would say
     /// if it knew, wherever the memory is now.
     pub fn has_mapped(&self, address: CUdeviceptr, size: u64) -> bool {
-        let mapped = !self.memory().views_in(address, size).is_empty();
+        let mapped = self.is_mapped(address, size);
         if mapped {
             tracing::warn!(
                 gpu = %self.gpu,
@@ -199,39 +148,6 @@ impl Shared {
             );
         }
         mapped
-    }
-
-    /// cuMemSetAccess. `None` if nothing of ours is mapped there.
-    pub fn set_access(
-        &self,
-        address: CUdeviceptr,
-        size: u64,
-        access: &[CUmemAccessDesc],
-    ) -> Option<CuResult> {
-        let mut memory = self.memory_at_rest();
-        let views = memory.views_in(address, size);
-        if views.is_empty() {
-            return None;
-        }
-        let range = address..address.saturating_add(size);
-        if cuts(&range, &views) {
-            tracing::warn!(
-                gpu = %self.gpu,
-                "cuMemSetAccess of {} at {address:#x} covers a mapping in part: nvshare gives access to whole ones",
-                format_size(size)
-            );
-            return Some(CuResult::INVALID_VALUE);
-        }
-        let allow = |at, bytes| self.driver.mem_set_access(at, bytes, access);
-        let mut result = between(&views, range, allow);
-        for (object, view) in views {
-            result = result.and(each_piece(&memory, object, &view, allow));
-            if let (Ok(()), Some(view)) = (result, memory.view_mut(view.address)) {
-                view.access.retain(|known| access.iter().all(|new| new.location != known.location));
-                view.access.extend_from_slice(access);
-            }
-        }
-        Some(result.err().unwrap_or(CuResult::SUCCESS))
     }
 
     /// cuMemRetainAllocationHandle. `None` if nothing of ours is mapped there.
@@ -250,24 +166,28 @@ impl Shared {
         (object.references > 0).then_some(object.prop)
     }
 
-    /// The driver's own handle to an object, which stays on the GPU from now on: for calls that hand it on, by
-    /// handles of these `types`. The caller is inside the gate. `None` if the handle is none of ours.
-    pub fn fix_object(
+    /// Makes a call that hands an object on by handles of these `types`, with the driver's own handle to it. If the driver
+    /// does, the object stays on the GPU from now on. The caller is inside the gate. `None` if the handle is none of ours.
+    pub fn hand_on(
         &self,
         handle: CUmemGenericAllocationHandle,
         types: u32,
-    ) -> Option<Result<CUmemGenericAllocationHandle, CuResult>> {
+        call: impl FnOnce(CUmemGenericAllocationHandle) -> CuResult,
+    ) -> Option<CuResult> {
         let mut memory = self.memory_at_rest();
         let region = memory.object(handle)?;
         if types & !region.object()?.prop.requested_handle_types != 0 {
-            // As the driver says; and what does not go anywhere must not stay for it.
-            return Some(Err(CuResult::INVALID_VALUE));
+            // As the driver says.
+            return Some(CuResult::INVALID_VALUE);
         }
         Some(match region.chunks.as_slice() {
             [Chunk { backing: Backing::Device(physical), .. }] => {
-                let physical = *physical;
-                self.books.fix(memory.fix(handle));
-                Ok(physical)
+                // It cannot leave meanwhile: the map is locked.
+                let result = call(*physical);
+                if result.is_success() {
+                    self.books.fix(memory.fix(handle));
+                }
+                result
             }
             // Too large for one piece, or not on the GPU.
             _ => {
@@ -277,7 +197,7 @@ impl Shared {
                     format_size(region.size),
                     format_size(crate::memory::WHOLE)
                 );
-                Err(CuResult::NOT_SUPPORTED)
+                CuResult::NOT_SUPPORTED
             }
         })
     }
@@ -289,6 +209,18 @@ impl Shared {
     /// INVALID_VALUE if no allocation of ours is there; NOT_SUPPORTED if part of it lies in host memory for
     /// want of room, or if this GPU's memory cannot be handed to other processes.
     pub fn share(&self, address: CUdeviceptr) -> Result<Allocation, CuResult> {
+        self.share_if(address, || Ok(()))
+    }
+
+    /// The same, if a call that hands the memory on is made.
+    ///
+    /// # Errors
+    /// Also what the call says; nothing is fixed then.
+    pub fn share_if(
+        &self,
+        address: CUdeviceptr,
+        call: impl FnOnce() -> Result<(), CuResult>,
+    ) -> Result<Allocation, CuResult> {
         let mut memory = self.memory_at_rest();
         let allocation = memory.containing(address).ok_or(CuResult::INVALID_VALUE)?;
         let region = memory.region(allocation.region).ok_or(CuResult::INVALID_VALUE)?;
@@ -296,6 +228,7 @@ impl Shared {
         if !self.exportable || !region.chunks.iter().all(in_place) {
             return Err(CuResult::NOT_SUPPORTED);
         }
+        call()?;
         self.books.fix(memory.fix(allocation.region));
         Ok(allocation)
     }

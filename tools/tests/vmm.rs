@@ -10,6 +10,7 @@ use nvshare_test_support::Dice;
 use nvshare_tools::node::{Node, SimulatedGpu};
 
 const OUT_OF_MEMORY: i32 = 2;
+const INVALID_DEVICE: i32 = 101;
 const ILLEGAL_ADDRESS: i32 = 700;
 const NOT_SUPPORTED: i32 = 801;
 
@@ -239,7 +240,18 @@ fn what_is_wrong_is_refused_with_the_drivers_error_and_changes_nothing() {
     one.writes(range, SIZE, 6);
     let before = books(&node, &one).0;
     let (free, stranger) = (range + 2 * SIZE, one.alloc(2 * MIB));
+    let shared = one.number(&format!("object {} 0 1", 2 * MIB));
     let wrong = [
+        (INVALID_VALUE, format!("map {} {SIZE} 0 {object}", range + 100 * SIZE)),
+        (INVALID_VALUE, format!("map {} {SIZE} 0 {object}", range + 3 * SIZE + MIB)),
+        (INVALID_VALUE, format!("map {} {SIZE} 0 {object}", range + 3 * SIZE + 2 * MIB)),
+        (INVALID_VALUE, format!("unmap {range} {}", 2 * SIZE)),
+        (INVALID_VALUE, format!("unmap {} {}", range - 2 * MIB, SIZE + 2 * MIB)),
+        (INVALID_VALUE, format!("allow {range} {} 0 1", 2 * SIZE)),
+        (INVALID_VALUE, format!("allow {range} {SIZE} 0 2")),
+        (INVALID_DEVICE, format!("allow {range} {SIZE} 7 3")),
+        (INVALID_VALUE, format!("export-object-wrongly {shared} 0")),
+        (INVALID_VALUE, format!("export-object-wrongly {shared} 1")),
         (INVALID_VALUE, "object 0 0 0".into()),
         (INVALID_VALUE, format!("object {} 0 0", MIB + 1)),
         (OUT_OF_MEMORY, format!("object {} 0 0", 64 * MIB)),
@@ -269,16 +281,60 @@ fn what_is_wrong_is_refused_with_the_drivers_error_and_changes_nothing() {
             assert_eq!(one.call(call), *code, "{call}, round {round}");
         }
         one.sees(range, SIZE, 6);
-        assert_eq!(books(&node, &one).0, before + 2 * MIB);
+        assert_eq!(one.ask(&format!("allowed {range} 0")), (SUCCESS, READ_WRITE.to_string()));
+        let (demand, _, fixed) = books(&node, &one);
+        assert_eq!((demand, fixed), (before + 4 * MIB, 0));
     }
     assert_eq!(one.call(&format!("free {range}")), INVALID_VALUE, "it was not allocated");
     one.unmap(range, SIZE);
     assert_eq!(one.call(&format!("unmap {range} {SIZE}")), INVALID_VALUE);
     one.release(object);
     assert_eq!(one.call(&format!("release-object {object}")), INVALID_VALUE);
+    one.release(shared);
     one.does(&format!("unreserve {range} {}", 4 * SIZE));
     one.does(&format!("free {stranger}"));
     over(&node, one, other);
+}
+
+/// A range may hold memory of the driver's own too, imported from another process for example. All of it goes, or nothing.
+#[test]
+fn a_range_with_a_gap_is_refused_whatever_is_mapped_around_it() {
+    const SIZE: u64 = 4 * MIB;
+    let gpu = quick_gpu();
+    let node = node(&gpu);
+    let (mut one, mut other) = (Application::ready(&node), Application::ready(&node));
+    let large = other.alloc(52 * MIB);
+    let (object, given) = (one.object(SIZE), one.number(&format!("object {SIZE} 0 1")));
+    let descriptor = one.number(&format!("export-object {given}"));
+    let imported = one.number(&format!("import-object {descriptor}"));
+    let range = one.reserve(4 * SIZE);
+    one.map(range, SIZE, object);
+    one.map(range + SIZE, SIZE, imported);
+    one.map(range + 3 * SIZE, SIZE, object);
+    one.writes(range, SIZE, 1);
+    one.writes(range + SIZE, SIZE, 2);
+    for _ in 0..2 {
+        for refused in [format!("unmap {range} {}", 4 * SIZE), format!("allow {range} {} 0 1", 4 * SIZE)] {
+            assert_eq!(one.call(&refused), INVALID_VALUE, "{refused}");
+        }
+        one.writes(range + SIZE, SIZE, 2);
+        one.sees(range + 3 * SIZE, SIZE, 1);
+        // Ours goes out; what was imported stays.
+        other.writes(large, 52 * MIB, 3);
+    }
+    one.allow(range, 2 * SIZE, READ);
+    one.sees(range, SIZE, 1);
+    one.sees(range + SIZE, SIZE, 2);
+    one.unmap(range, 2 * SIZE);
+    one.unmap(range + 3 * SIZE, SIZE);
+    for object in [object, given, imported] {
+        one.release(object);
+    }
+    one.does(&format!("unreserve {range} {}", 4 * SIZE));
+    come_to(&node, &one, (0, 0, 0));
+    one.end();
+    other.end();
+    balances(&node);
 }
 
 /// A descriptor of it may be anywhere, so it stays where it is, and the books say so.

@@ -10,6 +10,7 @@ mod stream_ordered;
 use std::ffi::c_void;
 
 use crate::abi::*;
+use crate::contexts;
 use crate::device::Shared;
 use crate::driver::Driver;
 use crate::pools;
@@ -65,52 +66,68 @@ impl Drop for Restore {
     }
 }
 
-/// Makes or retains a context with `call`, and room for it if the GPU is full. If the process cannot take part, `undo`
-/// it.
+/// Makes or retains a context on a GPU with `call`, and room for it if the GPU is full. On success the process takes `note` of
+/// it; if that fails, because the process cannot take part, the context is undone.
 fn make_context(
-    context: *const CUcontext,
     device: CUdevice,
     call: impl Fn() -> CuResult,
-    undo: impl FnOnce(CUcontext) -> CuResult,
+    note: impl FnOnce(Option<crate::arrival::Newcomer>) -> Result<(), CuResult>,
+    undo: impl FnOnce() -> CuResult,
 ) -> CuResult {
-    let result = call();
     guarded(|| {
-        let (result, newcomer) = crate::arrival::with_room(result, device, call);
+        let _one = contexts::one_at_a_time(device);
+        let (result, newcomer) = crate::arrival::with_room(call(), device, call);
         if !result.is_success() {
             return result;
         }
-        // SAFETY: the driver has just written through this pointer of the caller's.
-        let context = unsafe { *context };
-        match session::context_made(context, device, newcomer) {
-            Ok(()) => {
-                crate::synchronous::context_made(context);
-                CuResult::SUCCESS
-            }
-            Err(error) => {
-                let _ = undo(context);
+        note(newcomer).map_or_else(
+            |error| {
+                let _ = undo();
                 error
-            }
-        }
+            },
+            |()| CuResult::SUCCESS,
+        )
     })
 }
 
-fn context_ends(context: CUcontext) -> CuResult {
-    session::context_ends(context);
-    CuResult::SUCCESS
+/// The same for cuCtxCreate.
+///
+/// # Safety
+/// `call` writes a context there if it succeeds.
+unsafe fn create_context(
+    context: *const CUcontext,
+    device: CUdevice,
+    call: impl Fn() -> CuResult,
+) -> CuResult {
+    // SAFETY: the driver has just written through this pointer of the caller's.
+    let made = || unsafe { *context };
+    make_context(
+        device,
+        call,
+        |newcomer| contexts::noted(made(), device, newcomer),
+        // SAFETY: nobody else knows of it yet.
+        || unsafe { real::cuCtxDestroy_v2(made()) },
+    )
 }
 
-fn primary_ends(device: CUdevice) {
-    if let Some(context) = session::primary_ends(device) {
-        session::context_ends(context);
+/// The driver has made a context current. One that nobody saw being made is known from now on.
+fn made_current(result: CuResult) -> CuResult {
+    if result.is_success() {
+        let _ = guarded(|| {
+            let _ = session::current();
+            CuResult::SUCCESS
+        });
     }
+    result
 }
 
 fn stream_made(result: CuResult, stream: *const CUstream, flags: u32) -> CuResult {
     if result.is_success()
-        && let Some((device, context)) = session::current()
+        && let Some((device, owner)) = session::current()
+        && let Ok(current) = device.driver.ctx_current()
     {
         // SAFETY: the driver has just written through this pointer of the caller's.
-        device.streams.add(unsafe { *stream }, context, flags);
+        device.streams.add(unsafe { *stream }, owner, session::green_of(current), flags);
     }
     result
 }
@@ -118,6 +135,9 @@ fn stream_made(result: CuResult, stream: *const CUstream, flags: u32) -> CuResul
 /// Destroys a stream with `call`. What it has to do goes on, so its end is marked first, while it can be. If the driver
 /// refuses, the stream is tracked as before.
 fn destroy_stream(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
+    if session::driver_has_gone() {
+        return call();
+    }
     guarded(|| {
         let Ok(driver) = Driver::get() else { return call() };
         let all = session::all();
@@ -341,69 +361,57 @@ pub unsafe fn cuDeviceTotalMem(bytes: *mut u32, dev: CUdevice) -> CuResult {
 pub unsafe fn cuDevicePrimaryCtxRetain(ctx: *mut CUcontext, dev: CUdevice) -> CuResult {
     // SAFETY: the caller's arguments.
     let retain = || unsafe { real::cuDevicePrimaryCtxRetain(ctx, dev) };
-    // SAFETY: on success the driver has written the context, and it was retained here.
-    let result = make_context(ctx, dev, retain, |_| unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) });
-    guarded(|| {
-        if result.is_success() {
-            // SAFETY: as above.
-            session::primary_retained(dev, unsafe { *ctx });
-        }
-        result
-    })
+    let note = |newcomer| {
+        // SAFETY: on success the driver has written the context.
+        let context = unsafe { *ctx };
+        contexts::noted(context, dev, newcomer)?;
+        contexts::retained(dev, context);
+        Ok(())
+    };
+    // SAFETY: it was retained here.
+    make_context(dev, retain, note, || unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) })
 }
 
-pub unsafe fn cuDevicePrimaryCtxRelease(dev: CUdevice) -> CuResult {
-    let _ = guarded(|| {
-        if session::primary_released(dev) {
-            primary_ends(dev);
-        }
-        CuResult::SUCCESS
-    });
-    // SAFETY: the caller's arguments.
-    unsafe { real::cuDevicePrimaryCtxRelease(dev) }
+/// Entry points that end a context, or may: what each does, given how the driver is called.
+macro_rules! ends_context {
+    ($($name:ident ($arg:ident: $ty:ty) => $action:expr;)*) => {
+        $(
+            pub unsafe fn $name($arg: $ty) -> CuResult {
+                // SAFETY: the caller's arguments.
+                let call = || unsafe { real::$name($arg) };
+                if session::driver_has_gone() {
+                    return call();
+                }
+                guarded(|| ($action)($arg, call))
+            }
+        )*
+    };
 }
 
-pub unsafe fn cuDevicePrimaryCtxRelease_v2(dev: CUdevice) -> CuResult {
-    let _ = guarded(|| {
-        if session::primary_released(dev) {
-            primary_ends(dev);
-        }
-        CuResult::SUCCESS
-    });
-    // SAFETY: the caller's arguments.
-    unsafe { real::cuDevicePrimaryCtxRelease_v2(dev) }
+fn release_primary(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
+    let _one = contexts::one_at_a_time(device);
+    contexts::release(device, call)
 }
 
-pub unsafe fn cuDevicePrimaryCtxReset(dev: CUdevice) -> CuResult {
-    let _ = guarded(|| {
-        primary_ends(dev);
-        CuResult::SUCCESS
-    });
-    // SAFETY: the caller's arguments.
-    unsafe { real::cuDevicePrimaryCtxReset(dev) }
-}
-
-pub unsafe fn cuDevicePrimaryCtxReset_v2(dev: CUdevice) -> CuResult {
-    let _ = guarded(|| {
-        primary_ends(dev);
-        CuResult::SUCCESS
-    });
-    // SAFETY: the caller's arguments.
-    unsafe { real::cuDevicePrimaryCtxReset_v2(dev) }
+ends_context! {
+    cuDevicePrimaryCtxRelease (dev: CUdevice) => release_primary;
+    cuDevicePrimaryCtxRelease_v2 (dev: CUdevice) => release_primary;
+    cuDevicePrimaryCtxReset (dev: CUdevice) => contexts::reset;
+    cuDevicePrimaryCtxReset_v2 (dev: CUdevice) => contexts::reset;
+    cuCtxDestroy (ctx: CUcontext) => contexts::destroy;
+    cuCtxDestroy_v2 (ctx: CUcontext) => contexts::destroy;
+    cuCtxDetach (ctx: CUcontext) => contexts::detach;
+    cuGreenCtxDestroy (ctx: CUgreenCtx) => contexts::green_destroy;
 }
 
 pub unsafe fn cuCtxCreate(ctx: *mut CUcontext, flags: u32, dev: CUdevice) -> CuResult {
-    // SAFETY: the caller's arguments.
-    let create = || unsafe { real::cuCtxCreate(ctx, flags, dev) };
-    // SAFETY: on success the driver has written the context, and it is nobody's yet.
-    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    // SAFETY: the caller's arguments; on success the driver has written the context.
+    unsafe { create_context(ctx, dev, || real::cuCtxCreate(ctx, flags, dev)) }
 }
 
 pub unsafe fn cuCtxCreate_v2(ctx: *mut CUcontext, flags: u32, dev: CUdevice) -> CuResult {
-    // SAFETY: the caller's arguments.
-    let create = || unsafe { real::cuCtxCreate_v2(ctx, flags, dev) };
-    // SAFETY: on success the driver has written the context, and it is nobody's yet.
-    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    // SAFETY: as above.
+    unsafe { create_context(ctx, dev, || real::cuCtxCreate_v2(ctx, flags, dev)) }
 }
 
 pub unsafe fn cuCtxCreate_v3(
@@ -413,10 +421,8 @@ pub unsafe fn cuCtxCreate_v3(
     flags: u32,
     dev: CUdevice,
 ) -> CuResult {
-    // SAFETY: the caller's arguments.
-    let create = || unsafe { real::cuCtxCreate_v3(ctx, params, count, flags, dev) };
-    // SAFETY: on success the driver has written the context, and it is nobody's yet.
-    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    // SAFETY: as above.
+    unsafe { create_context(ctx, dev, || real::cuCtxCreate_v3(ctx, params, count, flags, dev)) }
 }
 
 pub unsafe fn cuCtxCreate_v4(
@@ -425,28 +431,33 @@ pub unsafe fn cuCtxCreate_v4(
     flags: u32,
     dev: CUdevice,
 ) -> CuResult {
-    // SAFETY: the caller's arguments.
-    let create = || unsafe { real::cuCtxCreate_v4(ctx, params, flags, dev) };
-    // SAFETY: on success the driver has written the context, and it is nobody's yet.
-    make_context(ctx, dev, create, |context| unsafe { real::cuCtxDestroy_v2(context) })
+    // SAFETY: as above.
+    unsafe { create_context(ctx, dev, || real::cuCtxCreate_v4(ctx, params, flags, dev)) }
 }
 
-pub unsafe fn cuCtxDestroy(ctx: CUcontext) -> CuResult {
-    let _ = guarded(|| context_ends(ctx));
+pub unsafe fn cuCtxAttach(ctx: *mut CUcontext, flags: u32) -> CuResult {
     // SAFETY: the caller's arguments.
-    unsafe { real::cuCtxDestroy(ctx) }
+    let result = unsafe { real::cuCtxAttach(ctx, flags) };
+    if result.is_success() {
+        // SAFETY: the driver has just written through this pointer of the caller's.
+        contexts::attached(unsafe { *ctx });
+    }
+    result
 }
 
-pub unsafe fn cuCtxDestroy_v2(ctx: CUcontext) -> CuResult {
-    let _ = guarded(|| context_ends(ctx));
+pub unsafe fn cuCtxSetCurrent(ctx: CUcontext) -> CuResult {
     // SAFETY: the caller's arguments.
-    unsafe { real::cuCtxDestroy_v2(ctx) }
+    made_current(unsafe { real::cuCtxSetCurrent(ctx) })
 }
 
-pub unsafe fn cuCtxDetach(ctx: CUcontext) -> CuResult {
-    let _ = guarded(|| context_ends(ctx));
+pub unsafe fn cuCtxPushCurrent(ctx: CUcontext) -> CuResult {
     // SAFETY: the caller's arguments.
-    unsafe { real::cuCtxDetach(ctx) }
+    made_current(unsafe { real::cuCtxPushCurrent(ctx) })
+}
+
+pub unsafe fn cuCtxPushCurrent_v2(ctx: CUcontext) -> CuResult {
+    // SAFETY: the caller's arguments.
+    made_current(unsafe { real::cuCtxPushCurrent_v2(ctx) })
 }
 
 pub unsafe fn cuCtxEnablePeerAccess(peer: CUcontext, flags: u32) -> CuResult {
@@ -478,12 +489,16 @@ pub unsafe fn cuGreenCtxCreate(
     flags: u32,
 ) -> CuResult {
     // SAFETY: the caller's arguments.
-    unsafe { real::cuGreenCtxCreate(ctx, desc, dev, flags) }
-}
-
-pub unsafe fn cuGreenCtxDestroy(ctx: CUgreenCtx) -> CuResult {
-    // SAFETY: the caller's arguments.
-    unsafe { real::cuGreenCtxDestroy(ctx) }
+    let create = || unsafe { real::cuGreenCtxCreate(ctx, desc, dev, flags) };
+    // SAFETY: on success the driver has written the green context.
+    let made = || unsafe { *ctx };
+    // SAFETY: nobody else knows of it yet.
+    make_context(
+        dev,
+        create,
+        |newcomer| contexts::green_made(made(), dev, newcomer),
+        || unsafe { real::cuGreenCtxDestroy(made()) },
+    )
 }
 
 // Stream
@@ -518,7 +533,17 @@ pub unsafe fn cuGreenCtxStreamCreate(
     priority: i32,
 ) -> CuResult {
     // SAFETY: the caller's arguments.
-    unsafe { real::cuGreenCtxStreamCreate(stream, green_ctx, flags, priority) }
+    let create = || unsafe { real::cuGreenCtxStreamCreate(stream, green_ctx, flags, priority) };
+    let result = crate::room::with_room(create);
+    guarded(|| {
+        if result.is_success()
+            && let Some((device, green)) = contexts::green(green_ctx)
+        {
+            // SAFETY: the driver has just written through this pointer of the caller's.
+            device.streams.add(unsafe { *stream }, green.owner, green.green, flags);
+        }
+        result
+    })
 }
 
 // Capture

@@ -193,16 +193,12 @@ pub unsafe fn cuMemPoolCreate(pool: *mut CUmemoryPool, props: *const CUmemPoolPr
 
 pub unsafe fn cuMemPoolDestroy(pool: CUmemoryPool) -> CuResult {
     guarded(|| {
-        // First: afterwards the driver may give its handle to another. A default pool cannot be destroyed.
-        let is_default =
-            |driver: &Driver, shared: &Arc<Shared>| driver.device_default_mem_pool(shared.device) == Ok(pool);
-        if let Ok(driver) = Driver::get()
-            && !session::all().iter().any(|shared| is_default(driver, shared))
-        {
-            relaxed(|| pools::ends(pool));
-        }
         // SAFETY: the caller's arguments.
-        unsafe { real::cuMemPoolDestroy(pool) }
+        let (result, device) = pools::destroy(pool, || unsafe { real::cuMemPoolDestroy(pool) });
+        if let Some(device) = device {
+            relaxed(|| pools::collect(&device));
+        }
+        result
     })
 }
 

@@ -2,6 +2,7 @@
 
 use super::{guarded, relaxed};
 use crate::abi::*;
+use crate::mappings::{self, Verdict};
 use crate::session;
 use crate::table::real;
 use std::ffi::c_void;
@@ -11,6 +12,30 @@ use std::ffi::c_void;
 fn is_allocated(address: CUdeviceptr, size: usize) -> bool {
     session::all().iter().any(|device| device.memory().overlaps(address, size as u64))
         || crate::ipc::containing(address).is_some()
+}
+
+/// Makes a call that changes the mappings of a range, and that only memory that is in place can be asked about, from inside
+/// the gate, if it must be.
+fn judged(
+    (address, size): (CUdeviceptr, usize),
+    ask: impl Fn(bool) -> Option<Verdict>,
+    driver: impl FnOnce() -> CuResult,
+) -> CuResult {
+    guarded(|| {
+        if is_allocated(address, size) {
+            return CuResult::INVALID_VALUE;
+        }
+        let inside = || match relaxed(|| ask(true)) {
+            Some(Verdict::Answer(result)) => result,
+            // It has gone meanwhile.
+            _ => CuResult::INVALID_VALUE,
+        };
+        match relaxed(|| ask(false)) {
+            None => driver(),
+            Some(Verdict::Answer(result)) => result,
+            Some(Verdict::InPlace) => session::enter_query().map_or_else(|result| result, |_pass| inside()),
+        }
+    })
 }
 
 /// Asks each GPU of the process whether it concerns it, and the driver if none says so.
@@ -77,18 +102,40 @@ pub unsafe fn cuMemMap(
     handle: CUmemGenericAllocationHandle,
     flags: u64,
 ) -> CuResult {
-    ours_in(
+    let (range, offset_in_it) = ((ptr, size as u64), offset as u64);
+    judged(
         (ptr, size),
-        |device| device.map_object(ptr, size as u64, offset as u64, handle, flags),
+        |inside| {
+            let all = session::all();
+            let overlaps = all.iter().any(|device| device.is_mapped(ptr, size as u64));
+            all.iter()
+                .find_map(|device| device.map_object(range, offset_in_it, handle, flags, overlaps, inside))
+        },
         // SAFETY: the caller's arguments.
         || unsafe { real::cuMemMap(ptr, size, offset, handle, flags) },
     )
 }
 
+pub unsafe fn cuMemAddressReserve(
+    ptr: *mut CUdeviceptr,
+    size: usize,
+    alignment: usize,
+    addr: CUdeviceptr,
+    flags: u64,
+) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { real::cuMemAddressReserve(ptr, size, alignment, addr, flags) };
+    if result.is_success() {
+        // SAFETY: the driver has just written through this pointer of the caller's.
+        mappings::reserved(unsafe { *ptr }, size as u64);
+    }
+    result
+}
+
 pub unsafe fn cuMemUnmap(ptr: CUdeviceptr, size: usize) -> CuResult {
-    ours_in(
+    judged(
         (ptr, size),
-        |device| device.unmap_objects(ptr, size as u64),
+        |_| mappings::unmap(&session::all(), ptr, size as u64).map(Verdict::Answer),
         // SAFETY: the caller's arguments.
         || unsafe { real::cuMemUnmap(ptr, size) },
     )
@@ -98,8 +145,14 @@ pub unsafe fn cuMemAddressFree(ptr: CUdeviceptr, size: usize) -> CuResult {
     ours_in(
         (ptr, size),
         |device| device.has_mapped(ptr, size as u64).then_some(CuResult::INVALID_VALUE),
-        // SAFETY: the caller's arguments.
-        || unsafe { real::cuMemAddressFree(ptr, size) },
+        || {
+            // SAFETY: the caller's arguments.
+            let result = unsafe { real::cuMemAddressFree(ptr, size) };
+            if result.is_success() {
+                mappings::freed(ptr);
+            }
+            result
+        },
     )
 }
 
@@ -116,7 +169,11 @@ pub unsafe fn cuMemSetAccess(
     }
     // SAFETY: the caller's array of `count`, not null.
     let access = unsafe { std::slice::from_raw_parts(desc, count) };
-    ours_in((ptr, size), |device| device.set_access(ptr, size as u64, access), driver)
+    judged(
+        (ptr, size),
+        |inside| mappings::set_access(&session::all(), (ptr, size as u64), access, inside),
+        driver,
+    )
 }
 
 pub unsafe fn cuMemRetainAllocationHandle(
@@ -160,17 +217,19 @@ pub unsafe fn cuMemGetAllocationPropertiesFromHandle(
 }
 
 /// Makes a call with the driver's handle behind one that the application has: its memory leaves the process, and
-/// stays where it is, unless it was not made to be handed on by `types` of handles. Others' handles are as they are.
+/// stays where it is if the driver agrees, unless it was not made to be handed on by `types` of handles. Others' handles are
+/// as they are.
 fn handing_on(
     handle: CUmemGenericAllocationHandle,
     types: u32,
-    call: impl FnOnce(CUmemGenericAllocationHandle) -> CuResult,
+    call: impl Fn(CUmemGenericAllocationHandle) -> CuResult,
 ) -> CuResult {
-    guarded(|| {
-        let fixed = session::enter_query().and_then(|_pass| {
-            session::all().iter().find_map(|device| device.fix_object(handle, types)).unwrap_or(Ok(handle))
-        });
-        fixed.map_or_else(|error| error, call)
+    guarded(|| match session::enter_query() {
+        Ok(_pass) => {
+            let ours = session::all().iter().find_map(|device| device.hand_on(handle, types, &call));
+            ours.unwrap_or_else(|| call(handle))
+        }
+        Err(result) => result,
     })
 }
 
@@ -227,15 +286,16 @@ pub unsafe fn cuMemGetHandleForAddressRange(
             Ok(pass) => pass,
             Err(result) => return result,
         };
-        // A network card may write there from now on.
-        for device in session::all() {
-            match device.share(ptr) {
-                Ok(_) => break,
-                Err(CuResult::INVALID_VALUE) => {}
-                Err(result) => return result,
-            }
-        }
         // SAFETY: the caller's arguments.
-        unsafe { real::cuMemGetHandleForAddressRange(out, ptr, size, kind, flags) }
+        let driver = || unsafe { real::cuMemGetHandleForAddressRange(out, ptr, size, kind, flags) };
+        let is_its =
+            |device: &std::sync::Arc<crate::device::Shared>| device.memory().containing(ptr).is_some();
+        match session::all().iter().find(|device| is_its(device)) {
+            // A network card may write there from now on.
+            Some(device) => {
+                device.share_if(ptr, || driver().ok()).map_or_else(|result| result, |_| CuResult::SUCCESS)
+            }
+            None => driver(),
+        }
     })
 }

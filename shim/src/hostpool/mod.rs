@@ -672,9 +672,9 @@ impl HostPool {
         gone.iter().for_each(|(begin, arena)| self.unmap(*begin, arena));
     }
 
-    /// Registers everything anew after `change`, which moves the pinner to another context. The caller sees
-    /// to it that nothing is being copied. What cannot be registered again is used all the same.
-    pub fn repin(&self, change: impl FnOnce()) {
+    /// Registers everything anew after `change`, which moves the pinner to another context, or says that there is none any
+    /// more. The caller sees to it that nothing is being copied. What cannot be registered again is used all the same.
+    pub fn repin(&self, change: impl FnOnce() -> bool) {
         if self.forked() {
             return;
         }
@@ -685,9 +685,9 @@ impl HostPool {
         for (begin, length, _) in arenas.iter().filter(|(_, _, pinned)| *pinned) {
             self.pinner.unpin(*begin as *mut u8, *length);
         }
-        change();
+        let again = change();
         for (begin, length, _) in arenas {
-            let pinned = self.pin(begin as *mut u8, length);
+            let pinned = again && self.pin(begin as *mut u8, length);
             self.state().set_pinned(begin, pinned);
         }
     }

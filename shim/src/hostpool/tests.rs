@@ -468,7 +468,10 @@ fn what_was_registered_is_registered_anew() {
     pool.ensure(4 * GRANULE).unwrap();
     let whole = pool.capacity() as usize;
     assert_eq!(count.pinned.load(Ordering::Relaxed), whole);
-    pool.repin(|| assert_eq!(count.pinned.load(Ordering::Relaxed), 0, "before the pinner moves"));
+    pool.repin(|| {
+        assert_eq!(count.pinned.load(Ordering::Relaxed), 0, "before the pinner moves");
+        true
+    });
     assert_eq!(count.pinned.load(Ordering::Relaxed), whole);
     pool.free(used);
     pool.trim(0);

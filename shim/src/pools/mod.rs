@@ -51,6 +51,8 @@ struct Pool {
     /// The driver's name for it; another may have it when this one is destroyed.
     handle: CUmemoryPool,
     destroyed: bool,
+    /// The driver is being asked to destroy it: by which number of ours it goes meanwhile.
+    destroying: Option<u64>,
     device: CUdevice,
     /// The most that it may take; `None`: no limit.
     limit: Option<u64>,
@@ -68,6 +70,7 @@ impl Pool {
         Self {
             handle,
             destroyed: false,
+            destroying: None,
             device,
             limit: (limit > 0).then_some(limit),
             threshold: 0,
@@ -75,6 +78,10 @@ impl Pool {
             internal: true,
             arena: Arena::default(),
         }
+    }
+
+    fn is_named(&self, handle: CUmemoryPool) -> bool {
+        self.handle == handle && !self.destroyed && self.destroying.is_none()
     }
 
     fn keeps(&self) -> u64 {
@@ -99,6 +106,8 @@ struct Pools {
     whole: Vec<(CUdevice, CUdeviceptr, Freed)>,
     /// Of those, what is over, and has still to be released.
     over: Vec<(CUdevice, CUdeviceptr)>,
+    /// How many pools were to be destroyed so far.
+    hidden: u64,
 }
 
 static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
@@ -113,7 +122,7 @@ fn with_pools<T>(action: impl FnOnce(&mut Pools) -> T) -> T {
 
 impl Pools {
     fn by_handle(&mut self, handle: CUmemoryPool) -> Option<&mut Pool> {
-        self.pools.iter_mut().find(|pool| pool.handle == handle && !pool.destroyed)
+        self.pools.iter_mut().find(|pool| pool.is_named(handle))
     }
 
     fn owner(&mut self, address: CUdeviceptr) -> Option<&mut Pool> {
@@ -198,7 +207,7 @@ impl Pools {
         bytes: u64,
     ) -> Result<Option<CUdeviceptr>, CuResult> {
         let Self { pools, lines, .. } = self;
-        let pool = pools.iter_mut().find(|pool| pool.handle == handle && !pool.destroyed);
+        let pool = pools.iter_mut().find(|pool| pool.is_named(handle));
         let pool = pool.ok_or(CuResult::INVALID_VALUE)?;
         if !pool.internal {
             return Ok(None);
@@ -417,6 +426,13 @@ pub fn context_ended(context: CUcontext) {
     }
 }
 
+/// A green context is gone, and its default streams. Its work goes on.
+pub fn green_ended(context: CUcontext) {
+    if USED.load(Ordering::Relaxed) {
+        with_pools(|pools| pools.lines.end_green(context));
+    }
+}
+
 /// The last context of a GPU has gone, and all memory with it.
 pub fn device_ended(device: CUdevice, context: CUcontext) {
     context_ended(context);
@@ -455,15 +471,28 @@ pub fn gpu_of(driver: &Driver, handle: CUmemoryPool) -> Option<Arc<Shared>> {
     Some(shared)
 }
 
-/// A pool is about to be destroyed. What is allocated from it lives on, and its memory goes with the last of that.
-pub fn ends(handle: CUmemoryPool) {
-    let device = with_pools(|pools| {
+/// Destroys a pool with `call`. What is allocated from it lives on, and its memory goes with the last of that.
+///
+/// Afterwards the driver may give the handle to another pool at once, so ours is taken out of the way before, and put back
+/// if the driver refuses: nobody may use a pool while it is being destroyed.
+/// What it does not use any more is [collected](collect) by the caller, of the GPU that this returns.
+pub fn destroy(handle: CUmemoryPool, call: impl FnOnce() -> CuResult) -> (CuResult, Option<Arc<Shared>>) {
+    let hidden = with_pools(|pools| {
+        pools.hidden += 1;
+        let name = pools.hidden;
         let pool = pools.by_handle(handle)?;
-        pool.destroyed = true;
-        Some(pool.device)
+        pool.destroying = Some(name);
+        Some(name)
     });
-    device.and_then(session::of_device).iter().for_each(|shared| collect(shared));
+    let result = call();
+    let device = with_pools(|pools| {
+        let pool = pools.pools.iter_mut().find(|pool| hidden.is_some() && pool.destroying == hidden)?;
+        pool.destroying = None;
+        pool.destroyed = result.is_success();
+        pool.destroyed.then_some(pool.device)
+    });
     with_pools(|pools| pools.pools.retain(|pool| !pool.destroyed || !pool.arena.is_empty()));
+    (result, device.and_then(session::of_device))
 }
 
 /// cuMemPoolTrimTo.

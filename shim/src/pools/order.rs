@@ -45,8 +45,11 @@ impl Place {
         {
             return None;
         }
-        let context =
-            if stream.is_default() { driver.ctx_current() } else { driver.stream_ctx(stream) }.ok()?;
+        let context = if stream.is_default() {
+            driver.ctx_current().ok()?
+        } else {
+            session::owner_of(driver.stream_ctx(stream).ok()?)
+        };
         let device = session::of_context(context)?.device;
         Some(Place { stream, context, device, thread: stream.thread() })
     }
@@ -260,6 +263,15 @@ impl Lines {
                 self.all_passed(index);
             }
         }
+    }
+
+    /// A green context is gone. What it had to do goes on, and is marked; its default streams can be marked no more.
+    pub fn end_green(&mut self, context: CUcontext) {
+        self.entries
+            .iter_mut()
+            .filter(|entry| entry.place.context == context)
+            .for_each(|entry| entry.gone = true);
+        self.spare.retain(|(of, _)| *of != context);
     }
 
     /// A context has come to its end, with its streams and events; all its work is done.

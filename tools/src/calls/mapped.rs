@@ -146,6 +146,13 @@ impl Caller {
                 let code = unsafe { export(&mut descriptor, *object, FILE_DESCRIPTOR, 0) };
                 (code, descriptor.to_string())
             }
+            // With no place for the descriptor, or flags that there are none of.
+            ("export-object-wrongly", [object, flags]) => {
+                let export =
+                    driver!(self, b"cuMemExportToShareableHandle", fn(*mut c_int, Object, c_uint, u64));
+                // SAFETY: as said.
+                nothing(unsafe { export(std::ptr::null_mut(), *object, FILE_DESCRIPTOR, *flags) })
+            }
             ("import-object", [descriptor]) => {
                 let import = driver!(self, b"cuMemImportFromShareableHandle", fn(*mut Object, usize, c_uint));
                 let mut object = 0;
