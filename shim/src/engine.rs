@@ -402,11 +402,13 @@ impl Engine {
     /// Finishes what was freed, and closed, when the work is done that may use it. False if that is to be looked at again
     /// soon. Nothing is waited for: the work may never end.
     fn tidy_up(&mut self) -> bool {
+        // Also when nobody asks for the forecast any more: the client may have shrunk, others may have gone, or it waits.
+        let seen = self.swap.end_forecast();
         if self.giving_way.is_some() {
             // When it has drained. Until then it alone marks the work in flight.
-            return true;
+            return seen;
         }
-        let buried = self.bury();
+        let buried = self.bury() && seen;
         if self.closing.is_none()
             && let Some(closing) = crate::ipc::closing()
         {

@@ -136,6 +136,8 @@ pub struct Swap {
     eyes: Eyes,
     /// A look at memory for a forecast that is under way, and how many bytes it looks at. Memory counts as moving meanwhile.
     asked: Option<(Scan, u64)>,
+    /// What a forecast came to whose caller was gone by then.
+    foreseen: Option<u64>,
     /// No work of the client is under way: what it has may be moved to other memory.
     pub quiet: bool,
 }
@@ -155,6 +157,7 @@ impl Swap {
             copying: 0,
             eyes: Eyes::Shut,
             asked: None,
+            foreseen: None,
             quiet: true,
         })
     }
@@ -298,6 +301,7 @@ impl Swap {
     ) -> (Result<T, SwapError>, u64, Nanos) {
         let (began, mut moved) = (now(), 0);
         self.copying = 0;
+        self.foreseen = None;
         self.shared.set_moving(true);
         let acted = act(self, &mut moved);
         let acted = self.finish().and(acted);
@@ -625,6 +629,9 @@ impl Swap {
     ///
     /// `None` if the GPU has not come to it yet: the application's work may take long, or never end. Ask again.
     pub fn forecast(&mut self) -> Option<u64> {
+        if let Some(bytes) = self.foreseen.take() {
+            return Some(bytes);
+        }
         if self.asked.is_none() {
             self.shared.set_moving(true);
             let chunks: Vec<_> = self.shared.memory().unseen();
@@ -645,6 +652,19 @@ impl Swap {
             std::thread::sleep(Duration::from_micros(50));
         }
         Some(self.answer())
+    }
+
+    /// Ends a look whose answer is there, whether or not anybody asks for the forecast again: as long as it is under way memory
+    /// counts as moving, and threads of the application wait. False if the GPU has not come to it yet.
+    pub fn end_forecast(&mut self) -> bool {
+        match &self.asked {
+            None => true,
+            Some((scan, _)) if scan.is_answered(self.shared.driver) => {
+                self.foreseen = Some(self.answer());
+                true
+            }
+            Some(_) => false,
+        }
     }
 
     /// Waits for the look that is under way.
