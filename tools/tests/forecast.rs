@@ -60,7 +60,8 @@ fn memory_can_be_mapped_after_a_look_that_nobody_needs_any_more() {
 
     // And now there is enough.
     other.kill();
-    let clients = || status::read(node.dir()).unwrap().gpus.iter().map(|gpu| gpu.clients.len()).sum::<usize>();
+    let clients =
+        || status::read(node.dir()).unwrap().gpus.iter().map(|gpu| gpu.clients.len()).sum::<usize>();
     PATIENCE.until("the other one is gone", || clients() == 1);
     looked_at.told();
     looked_at.says("done");
