@@ -360,7 +360,16 @@ pub struct Client<P> {
     decided: Nanos,
     /// The weight and the priority that its deadline was reckoned with.
     reckoned: (u32, Priority),
+    /// Its phase, for the arbiter when it asks. The page says it too, where everybody can overwrite it.
+    truth: Option<Truth>,
 }
+
+/// A client's phase in memory of its own process alone: a word of [`Phase`], or [`NOT_TOLD`]. Not a part of the protocol
+/// between clients, and so no matter for loom.
+pub type Truth = Arc<std::sync::atomic::AtomicU32>;
+
+/// The process does not say: the page has to be believed.
+pub const NOT_TOLD: u32 = u32::MAX;
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The client that owns `slot` of `page`, which registration has just opened for it.
@@ -372,7 +381,16 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             undrained: false,
             decided: 0,
             reckoned: (0, Priority::default()),
+            truth: None,
         }
+    }
+
+    /// The same, and what it does is told in this word too: of its registration, for the arbiter.
+    #[must_use]
+    pub fn telling(mut self, truth: Truth) -> Self {
+        truth.store(self.phase as u32, std::sync::atomic::Ordering::Relaxed);
+        self.truth = Some(truth);
+        self
     }
 
     /// Its books.
@@ -396,6 +414,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     fn enter(&mut self, phase: Phase) {
         self.phase = phase;
         self.decided = 0;
+        if let Some(truth) = &self.truth {
+            truth.store(phase as u32, std::sync::atomic::Ordering::Relaxed);
+        }
         self.own().phase.store(phase as u32, Ordering::Release);
     }
 

@@ -16,6 +16,7 @@
 //! When the connection ends and the arbiter has not said [`Status::Closed`], the arbiter has ended: the thread asks for
 //! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
 
+use crate::client::Truth;
 use crate::page::{LAYOUT_VERSION, SlotIndex};
 use crate::register::{self, Answer, Registration, Reply, Said, Status};
 use crate::snapshot::Owner;
@@ -94,6 +95,34 @@ impl Attach {
     }
 }
 
+/// First eight bytes of a [`Told`].
+pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
+
+/// What a client answers when the arbiter asks, over the connection that nobody else has. The page says it too, and
+/// everybody can write the page: before the arbiter closes a slot because its client leaves, or kills a process because it
+/// does not give way, it asks the process itself.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Told {
+    magic: u64,
+    layout_version: u32,
+    /// A [`crate::Phase`], or [`crate::client::NOT_TOLD`].
+    pub phase: u32,
+}
+
+impl Told {
+    /// A client in this phase.
+    pub fn new(phase: u32) -> Self {
+        Self { magic: TOLD_MAGIC, layout_version: LAYOUT_VERSION, phase }
+    }
+
+    /// Reads what came over a client's connection. `None` if it is something else.
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        let told: Self = bytemuck::try_pod_read_unaligned(bytes).ok()?;
+        ((told.magic, told.layout_version) == (TOLD_MAGIC, LAYOUT_VERSION)).then_some(told)
+    }
+}
+
 /// What a registered client keeps: descriptors, by their numbers, which are the same in whichever table they are.
 #[derive(Clone)]
 pub(crate) struct Presence {
@@ -103,12 +132,13 @@ pub(crate) struct Presence {
     connection: RawFd,
     /// The page and the life file, as the arbiter sent them.
     sent: Vec<RawFd>,
+    truth: Truth,
 }
 
 impl Presence {
     /// Of a client that has claimed its slot.
     pub(crate) fn new(path: &Path, registration: &Registration, answer: Answer) -> Self {
-        let Registration { page, slot } = registration;
+        let Registration { page, slot, truth } = registration;
         let nobody = Owner { generation: 0, pid: 0 };
         let owner = page.details(*slot).map_or(nobody, |details| details.owner);
         Self {
@@ -116,6 +146,7 @@ impl Presence {
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             attach: Attach::new(page.gpu(), *slot, owner),
             connection: answer.connection.into_raw_fd(),
+            truth: truth.clone(),
             sent: answer.sent.into_iter().map(IntoRawFd::into_raw_fd).collect(),
         }
     }
@@ -210,7 +241,7 @@ fn stay(presence: Presence, tell: &Sender<Table>) {
     let own = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
     let mut connection = own(presence.connection);
     let sent: Vec<_> = presence.sent.iter().copied().map(own).collect();
-    while let Ended::Arbiter = wait_for_end(&connection) {
+    while let Ended::Arbiter = wait_for_end(&connection, &presence.truth) {
         if table == Table::Shared {
             take_back(connection.as_raw_fd());
         }
@@ -236,18 +267,21 @@ enum Ended {
     Slot,
 }
 
-fn wait_for_end(connection: &OwnedFd) -> Ended {
+fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
     loop {
         let _ = poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
         match register::receive(connection.as_fd(), size_of::<Reply>(), MsgFlags::MSG_DONTWAIT) {
             Err(nix::errno::Errno::EAGAIN) => {}
             Ok((bytes, _)) if bytes.is_empty() => return Ended::Arbiter,
             Err(_) => return Ended::Arbiter,
-            Ok((bytes, _)) => {
-                if Reply::read(&bytes).is_ok_and(|(_, status)| status == Status::Closed) {
-                    return Ended::Slot;
+            Ok((bytes, _)) => match Reply::read(&bytes) {
+                Ok((_, Status::Closed)) => return Ended::Slot,
+                Ok((_, Status::Asked)) => {
+                    let told = Told::new(truth.load(Ordering::Relaxed));
+                    let _ = register::send(connection.as_fd(), bytemuck::bytes_of(&told), &[]);
                 }
-            }
+                _ => {}
+            },
         }
     }
 }

@@ -23,6 +23,7 @@
 //! long as the process lives and runs the same program ([`crate::presence`]): that is how the arbiter knows.
 
 use crate::change::CHANGE_MAGIC;
+use crate::client::{NOT_TOLD, Truth};
 use crate::map::{MapError, MappedPage};
 use crate::page::{LAYOUT_VERSION, NAME_BYTES, SlotIndex};
 use crate::presence::{self, ATTACH_MAGIC, Presence};
@@ -205,6 +206,8 @@ pub enum Status {
     Attached = 9,
     /// The client's slot is closed. Also said without a question, over the connection that the client keeps.
     Closed = 10,
+    /// The arbiter asks over that connection what the client does.
+    Asked = 11,
 }
 
 impl Status {
@@ -220,6 +223,7 @@ impl Status {
             Self::Changed,
             Self::Attached,
             Self::Closed,
+            Self::Asked,
         ]
         .into_iter()
         .find(|status| *status as u32 == word)
@@ -258,6 +262,11 @@ impl Reply {
     /// The client is known.
     pub fn attached(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Attached, "") }
+    }
+
+    /// What is the client doing?
+    pub fn asked() -> Self {
+        *Self::refuse(Status::Asked, "")
     }
 
     /// A client's slot is closed, and why.
@@ -378,6 +387,8 @@ pub struct Registration {
     pub page: MappedPage,
     /// The client's slot in it.
     pub slot: SlotIndex,
+    /// What the client tells the arbiter of its phase ([`crate::Client::telling`]).
+    pub truth: Truth,
 }
 
 /// How long an arbiter that has accepted a connection may take to answer.
@@ -480,7 +491,8 @@ fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<(Registratio
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    Ok((Registration { page, slot }, answer))
+    let truth = Truth::new(NOT_TOLD.into());
+    Ok((Registration { page, slot, truth }, answer))
 }
 
 /// The page of a GPU, without a slot in it. Waits as [`register`] does.
@@ -558,7 +570,7 @@ pub(crate) fn ask(
     let (reply, status) = Reply::read(&reply).map_err(nonsense)?;
     match status {
         granted if granted == wanted => Ok(Said::This(Answer { reply: reply.into(), sent, connection })),
-        Status::Welcome | Status::Shown | Status::Changed | Status::Attached => {
+        Status::Welcome | Status::Shown | Status::Changed | Status::Attached | Status::Asked => {
             Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")))
         }
         _ => Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),

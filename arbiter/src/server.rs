@@ -20,10 +20,11 @@ use nix::sys::socket::{
 };
 use nvshare::audit::Process;
 use nvshare::change::{Change, Edit, Message};
+use nvshare::client::NOT_TOLD;
 use nvshare::lock::SlotSet;
 use nvshare::log_limit::LogLimit;
 use nvshare::page::{Phase, SLOTS, SlotIndex, Stall};
-use nvshare::presence::Attach;
+use nvshare::presence::{Attach, Told};
 use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in};
@@ -52,6 +53,9 @@ const MOST_KEPT: usize = 4;
 
 /// Why the books of a client are closed whose life file is free.
 const ENDED: &str = "its process runs another program, or ended";
+
+/// A phase as a client tells it.
+const LEAVING: u32 = Phase::Leaving as u32;
 
 /// What a descriptor that epoll reports is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,9 +105,47 @@ struct Live {
     connections: HashSet<RawFd>,
     /// When its life file was first seen free.
     free_since: Option<Nanos>,
+    /// Since when it has not answered what it does.
+    asked: Option<Nanos>,
+    /// What it has answered, a phase's word, and when.
+    told: Option<(Nanos, u32)>,
 }
 
+/// What a client says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Says {
+    /// It has been asked just now.
+    NothingYet,
+    /// It does not answer: it is stopped, or there is no connection to it.
+    Nothing,
+    /// It is in this phase.
+    Phase(Phase),
+    /// Its process does not say: the page has to be believed.
+    LikeThePage,
+}
+
+/// How long a client may take to say what it does. The thread that answers waits for nothing else.
+const ANSWERED_WITHIN: Nanos = SECOND;
+
 impl Live {
+    /// What the client says of itself, which only its own process can: it is asked if it has not been.
+    fn says(&mut self, kept: &HashMap<RawFd, Kept>, time: Nanos) -> Says {
+        let recent = |(at, word): (Nanos, u32)| (time.saturating_sub(at) < ANSWERED_WITHIN).then_some(word);
+        let says = match (self.asked, self.told.take().and_then(recent)) {
+            (Some(since), _) if time.saturating_sub(since) >= ANSWERED_WITHIN => return Says::Nothing,
+            (Some(_), _) => return Says::NothingYet,
+            (None, None) => Says::NothingYet,
+            (None, Some(NOT_TOLD)) => Says::LikeThePage,
+            (None, Some(word)) => Says::Phase(Phase::parse(word)),
+        };
+        // Once more, for the next time that somebody wants to know.
+        self.asked = Some(time);
+        for kept in self.connections.iter().filter_map(|fd| kept.get(fd)) {
+            answer(&kept.fd, &Reply::asked(), &[]);
+        }
+        says
+    }
+
     /// Whether the client has ended, by what its life file says. Its pidfd says so by itself
     /// (docs/decisions/0019-who-is-dead.md).
     fn is_over(&mut self, gpu: GpuUuid, source: Option<&dyn Source>) -> bool {
@@ -403,8 +445,19 @@ impl Server {
         {
             tracing::error!("a client's process cannot be watched, its end will be seen later: {error}");
         }
-        self.clients
-            .insert(number, Live { gpu, slot, life, pidfd, connections: HashSet::new(), free_since: None });
+        self.clients.insert(
+            number,
+            Live {
+                gpu,
+                slot,
+                life,
+                pidfd,
+                connections: HashSet::new(),
+                free_since: None,
+                asked: None,
+                told: None,
+            },
+        );
         number
     }
 
@@ -415,16 +468,50 @@ impl Server {
         }
         let Some(live) = self.clients.get_mut(&client) else { return };
         live.connections.insert(fd.as_raw_fd());
+        // What was asked before went nowhere.
+        live.asked = None;
         self.kept.insert(fd.as_raw_fd(), Kept { fd, client });
     }
 
     /// Something came over a connection that a client keeps, or it has ended.
     fn hung_up(&mut self, fd: RawFd) {
+        let Some(Kept { fd: socket, client }) = self.kept.get(&fd) else { return };
+        match receive(socket.as_fd(), 2 * size_of::<Told>(), MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => return,
+            Ok((bytes, _)) if let Some(told) = Told::read(&bytes) => return self.told(*client, told),
+            _ => {}
+        }
         let Some(Kept { client, .. }) = self.kept.remove(&fd) else { return };
         if let Some(live) = self.clients.get_mut(&client) {
             live.connections.remove(&fd);
         }
         self.close_ended();
+    }
+
+    /// A client has said what it does.
+    fn told(&mut self, client: u64, told: Told) {
+        let Some(live) = self.clients.get_mut(&client) else { return };
+        (live.asked, live.told) = (None, Some((now(), told.phase)));
+        let leaves = self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving;
+        if leaves && matches!(told.phase, NOT_TOLD | LEAVING) {
+            self.close(client, "left");
+        }
+    }
+
+    /// Closes the slots of those that leave: they are asked, because everybody can write into the page that they do.
+    fn close_left(&mut self, time: Nanos) {
+        for live in self.clients.values_mut() {
+            let Served { gpu, page, .. } = &self.gpus[live.gpu];
+            if page.view(live.slot).phase != Phase::Leaving {
+                continue;
+            }
+            if let Says::Phase(phase) = live.says(&self.kept, time)
+                && phase != Phase::Leaving
+                && self.log_limits.entry(Nuisance::Overwritten).or_default().allows(time)
+            {
+                tracing::warn!(%gpu, slot = live.slot.get(), "the page says that the client leaves, and the client does not say so ({}): somebody has written into the page", phase.name());
+            }
+        }
     }
 
     /// Closes the books of those whose life files say that they have ended. Called when a connection ends and ever so
@@ -757,13 +844,7 @@ impl Server {
         self.silent.close_older(time.saturating_sub(PATIENCE));
         self.log_suppressed(time);
         self.restore(time);
-        let left: Vec<_> = self
-            .clients
-            .iter()
-            .filter(|(_, live)| self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving)
-            .map(|(number, _)| *number)
-            .collect();
-        left.into_iter().for_each(|number| self.close(number, "left"));
+        self.close_left(time);
         self.close_ended();
         for served in &self.gpus {
             served.page.beat(time);
@@ -837,14 +918,34 @@ impl Server {
                     continue;
                 }
                 let since = *self.overdue.entry(key).or_insert(time);
-                if time - since < self.options.unresponsive_after || !self.reported.insert(key) {
+                if time - since < self.options.unresponsive_after || self.reported.contains(&key) {
                     continue;
                 }
                 let Some(details) = served.page.details(slot) else { continue };
                 // The process that registered for the slot, whatever stands in the page.
-                let live = self.clients.values().find(|live| (live.gpu, live.slot) == key);
-                let process = live.and_then(|live| live.life.as_ref()).map(|life| life.record.pid);
-                let pid = process.unwrap_or(details.owner.pid);
+                let Some(live) = self.clients.values_mut().find(|live| (live.gpu, live.slot) == key) else {
+                    continue;
+                };
+                let pid = live.life.as_ref().map_or(details.owner.pid, |life| life.record.pid);
+                match live.says(&self.kept, time) {
+                    Says::NothingYet => continue,
+                    Says::Phase(phase) if phase != view.phase => {
+                        self.overdue.insert(key, time);
+                        if self.log_limits.entry(Nuisance::Overwritten).or_default().allows(time) {
+                            tracing::warn!(
+                                gpu = %served.gpu,
+                                slot = slot.get(),
+                                pid,
+                                "the page says that the client does not give way ({}), and the client says something else ({}): it is left alone. Somebody has written into the page",
+                                view.phase.name(),
+                                phase.name()
+                            );
+                        }
+                        continue;
+                    }
+                    Says::Phase(_) | Says::Nothing | Says::LikeThePage => {}
+                }
+                self.reported.insert(key);
                 // What it says itself is reported as such; for want of host memory nobody is to die.
                 let stalled = details.stall != Stall::None;
                 if !stalled {
@@ -858,7 +959,7 @@ impl Server {
                         format_nanos(time - since)
                     );
                 }
-                let pidfd = live.filter(|live| live.life.is_some()).and_then(|live| live.pidfd.as_ref());
+                let pidfd = live.pidfd.as_ref().filter(|_| live.life.is_some());
                 let kills = self.options.kill_unresponsive && details.stall != Stall::NoHostMemory;
                 if let Some(pidfd) = pidfd.filter(|_| kills) {
                     let killed = liveness::kill(pidfd);

@@ -11,7 +11,7 @@ use nvshare::page::Phase;
 use nvshare::register::{self, Hello, RegisterError, Registration, Status};
 use nvshare::sealed;
 use nvshare::units::GpuUuid;
-use nvshare::{paths, record};
+use nvshare::{Client, paths, record};
 use nvshare_test_support::Patience;
 use std::fs::{File, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -187,10 +187,11 @@ fn other_process() {
         },
         // A client until its input ends.
         "client" => {
-            let registration = ask(&hello).unwrap();
-            println!("said: slot {}", registration.slot.get());
+            let Registration { page, slot, truth } = ask(&hello).unwrap();
+            let client = Client::new(page, slot).telling(truth);
+            println!("said: slot {}", slot.get());
             let _ = std::io::stdin().read(&mut [0]);
-            assert_eq!(registration.page.gpu(), gpu(), "the page can still be read");
+            client.leave();
         }
         // As many slots as it can get, until its input ends.
         "slots" => {
@@ -411,6 +412,39 @@ fn lie_about_phase(page: &MappedPage, slot: nvshare::SlotIndex, phase: Phase) {
     };
     word.store(phase as u32, std::sync::atomic::Ordering::Release);
     assert_eq!(page.view(slot).phase, phase, "the layout has moved");
+}
+
+/// A client that lives and does nothing, and somebody who writes into its row all the time.
+fn lied_about(phase: Phase, arguments: &[&str]) {
+    let mut arbiter = Arbiter::start(phase.name(), arguments);
+    let user = nix::unistd::geteuid().as_raw();
+    let mut client = process(user, "client", &arbiter.dir.0).spawn().unwrap();
+    let slot = said(&mut client).trim_start_matches("slot ").parse().unwrap();
+    let slot = nvshare::SlotIndex::new(slot).unwrap();
+    let hostile = arbiter.register();
+    PATIENCE.until("the lie is found out", || {
+        lie_about_phase(&hostile.page, slot, phase);
+        arbiter.log().contains("somebody has written into the page")
+            || arbiter.log().contains("Somebody has written into the page")
+    });
+    assert!(client.try_wait().unwrap().is_none(), "it was killed for a lie");
+    assert_eq!(hostile.page.owner(slot).map(|owner| owner.pid), Some(client.id()));
+    // When it does leave, that is believed.
+    lie_about_phase(&hostile.page, slot, Phase::Idle);
+    drop(client.stdin.take());
+    assert!(client.wait().unwrap().success());
+    PATIENCE.until("its slot is closed", || hostile.page.owner(slot).is_none());
+    assert!(arbiter.lives());
+}
+
+#[test]
+fn a_client_does_not_lose_its_slot_because_the_page_says_that_it_leaves() {
+    lied_about(Phase::Leaving, &[]);
+}
+
+#[test]
+fn a_client_is_not_killed_because_the_page_says_that_it_does_not_give_way() {
+    lied_about(Phase::Draining, &["--kill-unresponsive", "--unresponsive-after", "200ms"]);
 }
 
 #[test]

@@ -382,7 +382,8 @@ pub fn register(gpu: GpuUuid) -> Result<Newcomer, RegisterError> {
         Err(_) => (Hello::new(gpu, ""), Duration::ZERO),
     };
     let registration = register::register(&paths::socket(&paths::runtime_dir()), &hello, timeout)?;
-    Ok(Client::new(registration.page, registration.slot))
+    let client = Client::new(registration.page, registration.slot);
+    Ok(client.telling(registration.truth))
 }
 
 /// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before [`DEVICES`],
