@@ -1,10 +1,12 @@
 //! Arbiters and clients in pid namespaces that do not see each other: nobody who lives is reaped, and nobody who has ended
 //! is kept. Needs root, to make namespaces.
 
+use nix::fcntl::{Flock, FlockArg};
 use nvshare::map::MappedPage;
 use nvshare::paths;
 use nvshare::register::{self, Hello};
 use nvshare_test_support::Patience;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
@@ -69,6 +71,13 @@ fn start_client(dir: &Path, own_namespace: bool) -> (Running, usize) {
     (Running(child), slot)
 }
 
+/// Ends an arbiter. One in a namespace of its own dies a moment after `unshare`, and the next one must not meet it.
+fn end_arbiter(arbiter: Running, dir: &Path) {
+    arbiter.end();
+    let lock = || File::open(paths::arbiter_lock(dir)).unwrap();
+    PATIENCE.until("it has ended", || Flock::lock(lock(), FlockArg::LockSharedNonblock).is_ok());
+}
+
 type Log = Lines<BufReader<ChildStderr>>;
 
 fn start_arbiter(dir: &Path, own_namespace: bool) -> (Running, Log) {
@@ -83,7 +92,12 @@ fn start_arbiter(dir: &Path, own_namespace: bool) -> (Running, Log) {
         .spawn()
         .unwrap();
     let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
-    assert!(log.any(|line| line.unwrap().contains("serving")));
+    let mut said = Vec::new();
+    let serves = log.by_ref().map(Result::unwrap).any(|line| {
+        said.push(line);
+        said.last().is_some_and(|line| line.contains("serving dir="))
+    });
+    assert!(serves, "{said:#?}");
     (Running(child), log)
 }
 
@@ -115,7 +129,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     let (one, first) = start_client(&dir, false);
     let (two, second) = start_client(&dir, true);
     assert_eq!(slots(&page), [first, second]);
-    arbiter.end();
+    end_arbiter(arbiter, &dir);
 
     // One that sees neither.
     let (arbiter, mut log) = start_arbiter(&dir, true);
@@ -125,7 +139,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     assert_eq!(slots(&page), [first, second, third], "and a new one is given a slot");
     one.end();
     PATIENCE.until("the dead one's slot is closed", || slots(&page) == [second, third]);
-    arbiter.end();
+    end_arbiter(arbiter, &dir);
 
     // One that sees all of them, after one has ended that the arbiter before saw under no pid.
     three.end();

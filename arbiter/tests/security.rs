@@ -134,6 +134,16 @@ impl Drop for Arbiter {
     }
 }
 
+/// A process that ends with the test, however that ends.
+struct Ending(Child);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A process of this test binary, as a user: what it does is in [`other_process`].
 fn process(user: u32, does: &str, dir: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
@@ -599,11 +609,10 @@ fn an_arbiter_makes_a_directory_that_is_its_users_own() {
     let parent = Dir::new("made");
     std::os::unix::fs::chown(&parent.0, Some(STRANGER), None).unwrap();
     let dir = parent.0.join("run");
-    let mut child = arbiter(&dir, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn().unwrap();
+    let child = arbiter(&dir, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
+    let _child = Ending(child.unwrap());
     PATIENCE.until("it serves", || paths::socket(&dir).exists());
     let data = dir.metadata().unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
     assert_eq!((data.mode() & 0o777, data.uid()), (0o700, STRANGER));
 }
 
@@ -614,7 +623,8 @@ fn a_client_does_not_believe_another_users_arbiter() {
     }
     let dir = Dir::new("planted");
     std::os::unix::fs::chown(&dir.0, Some(STRANGER), None).unwrap();
-    let mut planted = arbiter(&dir.0, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn().unwrap();
+    let planted = arbiter(&dir.0, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
+    let _planted = Ending(planted.unwrap());
     PATIENCE.until("it listens", || paths::socket(&dir.0).exists());
     let words = as_user(OTHER, "look", &dir.0);
     let named =
@@ -622,8 +632,6 @@ fn a_client_does_not_believe_another_users_arbiter() {
     assert!(named.iter().all(|name| words.contains(name)), "{words}");
     assert_eq!(as_user(STRANGER, "look", &dir.0), "64 MiB", "its own user believes it");
     assert!(register::dial(&paths::socket(&dir.0), Duration::ZERO).is_err(), "nor does root");
-    planted.kill().unwrap();
-    planted.wait().unwrap();
 }
 
 #[test]
