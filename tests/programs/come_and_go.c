@@ -6,6 +6,7 @@
  * latter. Each stream is destroyed with work in it. Each context goes with an array, a stream and memory in it.
  */
 #include "driver.h"
+#include <malloc.h>
 
 typedef struct { size_t width, height; int format; unsigned channels; } CUDA_ARRAY_DESCRIPTOR;
 typedef struct CUarray_st *CUarray;
@@ -77,6 +78,8 @@ static void say_growth(const char *of, void (*make)(long), long count) {
 }
 
 int main(int argc, char **argv) {
+    /* How many arenas there are, and how full, depends on which threads meet. */
+    mallopt(M_ARENA_MAX, 1);
     CHECK(cuInit(0));
     CHECK(cuCtxCreate_v2(&context, 0, 0));
     CHECK(cuMemAlloc_v2(&memory, 64));

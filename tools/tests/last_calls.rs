@@ -219,10 +219,10 @@ fn a_process_works_on_one_gpu_while_it_registers_for_another() {
 fn threads_streams_and_contexts_that_come_and_go_leave_nothing_behind() {
     let gpu = gpu();
     let node = node(&gpu);
-    let said = Running::under_nvshare(&node, "come_and_go", &["5000", "5000", "300"]).ends_well();
+    let said = Running::under_nvshare(&node, "come_and_go", &["5000", "20000", "300"]).ends_well();
     for line in said.lines() {
         let pages: i64 = line.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap();
-        // A hundred bytes for each of the last four thousand, or a kilobyte and a half for each of the last 240.
-        assert!(pages < 100, "{said}");
+        // Leaks that there were: 2,179 pages of threads, 2,500 of streams, 2,033 of contexts.
+        assert!(pages < 250, "{said}");
     }
 }
