@@ -439,6 +439,17 @@ impl Server {
         over.into_iter().for_each(|number| self.close(number, ENDED));
     }
 
+    /// Closes the books of those who have given their slots up.
+    fn close_left(&mut self) {
+        let left: Vec<_> = self
+            .clients
+            .iter()
+            .filter(|(_, live)| self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving)
+            .map(|(number, _)| *number)
+            .collect();
+        left.into_iter().for_each(|number| self.close(number, "left"));
+    }
+
     fn died(&mut self, number: u64) {
         self.close(number, "its process ended");
     }
@@ -709,6 +720,8 @@ impl Server {
         hello: &Hello,
         index: usize,
     ) -> Result<(SlotIndex, u64, OwnedFd), Box<Reply>> {
+        // A process that makes and destroys contexts one after the other would have all slots between two ticks.
+        self.close_left();
         let (process, pidfd) = identify(peer, hello.pid);
         let shares = hello.shares();
         let slot = self.slot_for(index, process, hello, peer.user)?;
@@ -757,13 +770,7 @@ impl Server {
         self.silent.close_older(time.saturating_sub(PATIENCE));
         self.log_suppressed(time);
         self.restore(time);
-        let left: Vec<_> = self
-            .clients
-            .iter()
-            .filter(|(_, live)| self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving)
-            .map(|(number, _)| *number)
-            .collect();
-        left.into_iter().for_each(|number| self.close(number, "left"));
+        self.close_left();
         self.close_ended();
         for served in &self.gpus {
             served.page.beat(time);
