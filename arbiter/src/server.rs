@@ -796,6 +796,9 @@ impl Server {
         hello: &Hello,
         index: usize,
     ) -> Result<(SlotIndex, u64, OwnedFd), Box<Reply>> {
+        // A process that makes and destroys contexts one after the other would have all slots between two ticks: whoever
+        // says that it leaves is asked now.
+        self.close_left(now());
         let (process, pidfd) = identify(peer, hello.pid);
         let shares = hello.shares();
         let slot = self.slot_for(index, process, hello, peer.user)?;

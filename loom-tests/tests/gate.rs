@@ -96,9 +96,9 @@ fn two_submitters_and_a_swap() {
             }
         });
         let engine = thread::spawn(move || swap(&gate, &memory));
-        for participant in [patient, hasty, engine] {
-            participant.join().unwrap();
-        }
+        patient.join().unwrap();
+        hasty.join().unwrap();
+        engine.join().unwrap();
     });
 }
 

@@ -83,6 +83,13 @@ fn left(shared: &Shared) -> Granules {
     shared.books.usable().saturating_sub(shared.books.demand())
 }
 
+impl Room {
+    /// Whether its context has taken it along.
+    fn has_gone(&self) -> bool {
+        self.shared.memory().region(self.base).is_none()
+    }
+}
+
 impl Drop for Room {
     fn drop(&mut self) {
         let mut memory = self.shared.memory_at_rest();
@@ -121,6 +128,15 @@ pub fn keep(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u6
 pub fn let_go(handle: u64) {
     let room = kept().as_mut().and_then(|kept| kept.remove(&handle));
     drop(room);
+}
+
+/// A context has gone, and with it what the driver had placed there.
+pub fn context_ended() {
+    let gone: Vec<Room> = match kept().as_mut() {
+        Some(kept) => kept.extract_if(|_, room| room.has_gone()).map(|(_, room)| room).collect(),
+        None => return,
+    };
+    drop(gone);
 }
 
 /// Makes a call for which the driver may need memory of its own. The caller is outside the gate.

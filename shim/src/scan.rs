@@ -17,6 +17,8 @@ use crate::memory::CHUNK;
 use crate::swap::{SwapError, driver_said};
 use nvshare::units::GRANULE;
 use std::ffi::CStr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, sync_channel};
+use std::time::Duration;
 
 /// The kernel, for the driver's compiler.
 const PTX: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("scan.ptx"), "\0").as_bytes()) {
@@ -213,6 +215,56 @@ impl Scanner {
             table.destroy(self.driver);
         }
         let _ = self.driver.module_unload(self.module);
+    }
+}
+
+// SAFETY: the pinned memory of a table is the scanner's alone, and is read and written by whoever has the scanner.
+unsafe impl Send for Scanner {}
+
+/// How long an engine waits for the kernel to be loaded: the driver's compiler takes tenths of a second for it, once in a
+/// machine's life with each driver.
+const LOADED_WITHIN: Duration = Duration::from_secs(2);
+
+/// The kernel, as it is being loaded.
+///
+/// The driver opens its compiler for that, which is a library, and so needs the dynamic loader's lock. A library that does
+/// CUDA work in a constructor holds that lock while it waits at the gate for this client's next turn. So a thread of its own
+/// loads the kernel; the engine waits for it once, and until it is there copies zeros like anything else.
+pub struct Loading {
+    loaded: Receiver<Result<Scanner, SwapError>>,
+    waited: bool,
+}
+
+impl Loading {
+    /// Begins to load the kernel into a context.
+    ///
+    /// # Errors
+    /// The system has no thread for it.
+    pub fn begin(driver: &'static Driver, context: CUcontext) -> std::io::Result<Self> {
+        let (tell, loaded) = sync_channel(1);
+        std::thread::Builder::new().name("nvshare-scan".into()).spawn(move || {
+            // The application's signals are for its own threads, and their captures none of this one's business.
+            let _ = nix::sys::signal::SigSet::all().thread_set_mask();
+            let _ = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
+            let current = driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"));
+            if let Err(SendError(Ok(unwanted))) = tell.send(current.and_then(|()| Scanner::new(driver))) {
+                unwanted.destroy();
+            }
+        })?;
+        Ok(Self { loaded, waited: false })
+    }
+
+    /// The kernel, or why there is none; `None` if it is not there yet.
+    pub fn look(&mut self) -> Option<Result<Scanner, SwapError>> {
+        let patience = if self.waited { Duration::ZERO } else { LOADED_WITHIN };
+        self.waited = true;
+        match self.loaded.recv_timeout(patience) {
+            Ok(loaded) => Some(loaded),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => {
+                Some(Err(SwapError::Panic("while loading a kernel".into())))
+            }
+        }
     }
 }
 

@@ -502,6 +502,7 @@ pub fn context_ended(context: CUcontext) {
             shared.go_back(other);
             shared.release_context(context);
             crate::ipc::context_ends(context);
+            crate::room::context_ended();
         }
         Err(attached) => detach(attached, context),
     }
@@ -515,6 +516,7 @@ fn detach(Attached { shared, engine, .. }: Attached, context: CUcontext) {
         tracing::error!(gpu = %shared.gpu, "the engine ended with a panic");
     }
     crate::pools::device_ended(shared.device, context);
+    crate::room::context_ended();
     crate::ipc::context_ends(context);
     ATTACHED.fetch_sub(1, Ordering::AcqRel);
     together::leave(shared.gpu);

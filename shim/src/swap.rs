@@ -19,7 +19,7 @@ use crate::abi::*;
 use crate::device::Shared;
 use crate::driver::Driver;
 use crate::memory::{Backing, HostCopy, InUse, Place};
-use crate::scan::{Scan, Scanner};
+use crate::scan::{Loading, Scan, Scanner};
 use nvshare::page::Direction;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
@@ -120,6 +120,7 @@ enum Cargo {
 enum Eyes {
     /// Nothing was evicted yet.
     Shut,
+    Opening(Loading),
     Open(Scanner),
     /// The driver cannot compile the kernel: everything is copied.
     Blind,
@@ -187,8 +188,10 @@ impl Swap {
         if self.asked.is_some() {
             let _ = self.answer();
         }
-        if let Eyes::Open(scanner) = std::mem::replace(&mut self.eyes, Eyes::Shut) {
-            scanner.destroy();
+        match std::mem::replace(&mut self.eyes, Eyes::Shut) {
+            Eyes::Open(scanner) => scanner.destroy(),
+            // The thread gives it back that is loading it.
+            Eyes::Opening(_) | Eyes::Shut | Eyes::Blind => {}
         }
         for Ends { begin, end } in self.events.drain(..) {
             let _ = self.shared.driver.event_destroy(begin);
@@ -610,17 +613,31 @@ impl Swap {
         if chunks.is_empty() {
             return Ok(None);
         }
-        if matches!(self.eyes, Eyes::Shut) {
-            self.eyes = match Scanner::new(self.shared.driver) {
-                Ok(scanner) => Eyes::Open(scanner),
-                Err(error) => {
-                    tracing::info!(gpu = %self.shared.gpu, "memory that is all zero will be copied like any other: {error}");
-                    Eyes::Blind
-                }
-            };
-        }
+        self.open_eyes();
         let Eyes::Open(scanner) = &mut self.eyes else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
+    }
+
+    fn open_eyes(&mut self) {
+        if matches!(self.eyes, Eyes::Shut) {
+            let driver = self.shared.driver;
+            let context = driver.ctx_current().unwrap_or(CUcontext::NULL);
+            match Loading::begin(driver, context) {
+                Ok(loading) => self.eyes = Eyes::Opening(loading),
+                Err(error) => return self.stay_blind(&error),
+            }
+        }
+        let Eyes::Opening(loading) = &mut self.eyes else { return };
+        match loading.look() {
+            Some(Ok(scanner)) => self.eyes = Eyes::Open(scanner),
+            Some(Err(error)) => self.stay_blind(&error),
+            None => {}
+        }
+    }
+
+    fn stay_blind(&mut self, why: &dyn std::fmt::Display) {
+        tracing::info!(gpu = %self.shared.gpu, "memory that is all zero will be copied like any other: {why}");
+        self.eyes = Eyes::Blind;
     }
 
     /// Bytes that an eviction of everything would copy, as things stand: for making host memory ahead of

@@ -27,4 +27,5 @@ __attribute__((constructor)) static void work(void) {
         SAY("round %d", round);
     } while (!input_ended());
     CHECK(cuMemFree_v2(memory));
+    CHECK(cuCtxDestroy_v2(context));
 }

@@ -3,7 +3,7 @@
 //! Whatever ends it, nobody waits for it any more. If it was not to end, memory that is out will not come back, so the
 //! process's calls fail from then on, and the others get the room.
 
-use super::{Engine, SwapError, THREAD};
+use super::{Engine, SwapError};
 use crate::abi::*;
 use crate::device::Shared;
 use crate::memory::{Backing, Region};
@@ -16,7 +16,7 @@ use nvshare::map::MappedPage;
 use nvshare::sync::now;
 use nvshare::units::{Granules, MILLISECOND, Nanos, SECOND};
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -27,6 +27,7 @@ const LAST_WORK: Nanos = 10 * SECOND;
 /// The engine's thread.
 pub fn run_to_the_end(shared: Arc<Shared>, client: Client<MappedPage>, context: CUcontext) {
     keep_panics();
+    ENGINE.set(true);
     let _ended = Ended(shared.clone());
     let walked = panic::catch_unwind(AssertUnwindSafe(|| walk(shared.clone(), client, context)));
     let error = match walked {
@@ -120,6 +121,8 @@ impl Drop for Ended {
 }
 
 thread_local! {
+    /// This thread is an engine. A plain value: the application's threads ask for it to their very end.
+    static ENGINE: Cell<bool> = const { Cell::new(false) };
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
@@ -128,12 +131,12 @@ fn keep_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let before = panic::take_hook();
-        panic::set_hook(Box::new(move |info| match std::thread::current().name() {
-            Some(THREAD) => {
-                let at = info.location().map_or_else(String::new, |location| format!(" at {location}"));
-                PANIC.set(format!("{}{at}", info.payload_as_str().unwrap_or("for no known reason")));
+        panic::set_hook(Box::new(move |info| {
+            if !ENGINE.get() {
+                return before(info);
             }
-            _ => before(info),
+            let at = info.location().map_or_else(String::new, |location| format!(" at {location}"));
+            PANIC.set(format!("{}{at}", info.payload_as_str().unwrap_or("for no known reason")));
         }));
     });
 }
