@@ -576,7 +576,9 @@ impl Shared {
         }
         // Where something may still be mapped, the addresses are the process's for good.
         if !matches!(region.kind, Kind::Room) && !lost {
-            if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize) {
+            if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
+                && !self.leaving.load(Ordering::Acquire)
+            {
                 tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
             }
             self.host.uncommit(region.size);
