@@ -84,6 +84,7 @@ pub fn end(
         (result, has_ended(result))
     });
     if ended {
+        parted.gone();
         session::context_ended(context);
     } else {
         shared.streams.rejoin(context, parted);
@@ -268,7 +269,11 @@ pub fn green_destroy(handle: CUgreenCtx, call: impl FnOnce() -> CuResult) -> CuR
     let Some((shared, green)) = session::green(handle) else { return call() };
     let _one = one_at_a_time(shared.device);
     let _ = session::with_no_capture(|| shared.streams.mark_green(shared.driver, &green));
-    let result = release(shared.device, call);
+    let destroy = || {
+        let result = call();
+        (result, result.is_success())
+    };
+    let result = release(shared.device, || drain::end_life(green.context, destroy).0);
     if result.is_success() {
         session::green_ended(&green);
     }

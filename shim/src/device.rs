@@ -578,6 +578,7 @@ impl Shared {
         if !matches!(region.kind, Kind::Room) && !lost {
             if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
                 && result != CuResult::DEINITIALIZED
+                && !self.leaving.load(Ordering::Acquire)
             {
                 tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
             }

@@ -95,8 +95,9 @@ pub struct Parted {
     streams: Vec<Tracked>,
 }
 
-/// Whether a context is there. Who uses its events reads this meanwhile, and who destroys it writes: an event that went
-/// with its context is never given to the driver again, whose handle it may have become another's.
+/// Whether a context is there. Who uses it or its events reads this meanwhile, and who destroys it writes: an event that
+/// went with its context is never given to the driver again, for which the handle may be another's. Of a green context the
+/// primary one's is taken first.
 type Life = Arc<RwLock<bool>>;
 
 static LIVES: Mutex<Vec<(CUcontext, Life)>> = Mutex::new(Vec::new());
@@ -148,30 +149,23 @@ impl End {
         stream: CUstream,
         timed: bool,
     ) -> Result<Self, CuResult> {
-        Self::recorded(driver, context, timed, |event| driver.event_record(event, stream))
+        let life = life(context);
+        let _there = alive(&life).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
+        let event = Self::recorded(driver, timed, |event| driver.event_record(event, stream))?;
+        Ok(Self { driver, context, life: life.clone(), event })
     }
 
-    /// Of all that was submitted in a green context, in whichever stream.
-    fn of_green(driver: &'static Driver, green: &Green) -> Result<Self, CuResult> {
-        let _current = Current::new(driver, green.owner)?;
-        Self::recorded(driver, green.owner, false, |event| driver.green_ctx_record_event(green.green, event))
-    }
-
+    /// An event, recorded or given back. The context is there, and stays so meanwhile.
     fn recorded(
         driver: &'static Driver,
-        context: CUcontext,
         timed: bool,
         record: impl FnOnce(CUevent) -> Result<(), CuResult>,
-    ) -> Result<Self, CuResult> {
-        let life = life(context);
-        let Some(there) = alive(&life) else { return Err(CuResult::CONTEXT_IS_DESTROYED) };
+    ) -> Result<CUevent, CuResult> {
         let timing = if timed { 0 } else { CU_EVENT_DISABLE_TIMING };
         let event = driver.event_create(CU_EVENT_BLOCKING_SYNC | timing)?;
-        let recorded = record(event);
-        drop(there);
-        // Given back if it was not recorded.
-        let end = Self { driver, context, life, event };
-        recorded.map(|()| end)
+        record(event).map(|()| event).inspect_err(|_| {
+            let _ = driver.event_destroy(event);
+        })
     }
 
     /// Whether it has come, or can never come.
@@ -205,11 +199,48 @@ impl Drop for End {
 pub struct Mark {
     ends: Vec<Arc<End>>,
     /// Contexts whose legacy streams are to be marked when the ends have passed.
-    legacy: Vec<(&'static Driver, CUcontext)>,
+    legacy: Vec<Later>,
     /// Green contexts that are to be marked as a whole, at the same moment.
-    greens: Vec<(&'static Driver, Green)>,
+    greens: Vec<(Later, Green, Life)>,
     /// What the driver said of a context that cannot be marked: it does no work any more.
     broken: Option<CuResult>,
+}
+
+/// A context to be marked in, which may have gone by then.
+struct Later {
+    driver: &'static Driver,
+    context: CUcontext,
+    life: Life,
+}
+
+impl Later {
+    fn new(driver: &'static Driver, context: CUcontext) -> Self {
+        Self { driver, context, life: life(context) }
+    }
+
+    fn of_green(driver: &'static Driver, green: &Green) -> (Self, Green, Life) {
+        (Self::new(driver, green.owner), *green, life(green.context))
+    }
+
+    /// Marks what has been submitted to the legacy stream, and to the streams that it waits for. `None` if the context has
+    /// gone.
+    fn legacy(&self) -> Option<Result<End, CuResult>> {
+        let _there = alive(&self.life)?;
+        Some(self.end(|event| self.driver.event_record(event, CUstream::LEGACY)))
+    }
+
+    /// Marks what has been submitted in a green context of it, in whichever stream. `None` if either has gone.
+    fn green(&self, green: &Green, life: &Life) -> Option<Result<End, CuResult>> {
+        let _both = (alive(&self.life)?, alive(life)?);
+        Some(self.end(|event| self.driver.green_ctx_record_event(green.green, event)))
+    }
+
+    fn end(&self, record: impl FnOnce(CUevent) -> Result<(), CuResult>) -> Result<End, CuResult> {
+        let Self { driver, context, ref life } = *self;
+        let _current = Current::new(driver, context)?;
+        let event = End::recorded(driver, false, record)?;
+        Ok(End { driver, context, life: life.clone(), event })
+    }
 }
 
 /// Makes `context` current for as long as this lives.
@@ -229,6 +260,13 @@ impl<'a> Current<'a> {
 impl Drop for Current<'_> {
     fn drop(&mut self) {
         let _ = self.0.ctx_pop_current();
+    }
+}
+
+impl Parted {
+    /// The context is gone, and its green ones with it.
+    pub fn gone(self) {
+        self.greens.iter().for_each(|green| _ = end_life(green.context, || ((), true)));
     }
 }
 
@@ -256,8 +294,9 @@ impl Streams {
     /// A green context is about to be destroyed. Its work goes on, so its end is remembered. It stays known for as long as
     /// it is there.
     pub fn mark_green(&self, driver: &'static Driver, green: &Green) {
-        if let Ok(end) = End::of_green(driver, green) {
-            self.tracking().orphans.push(end.into());
+        let (later, green, life) = Later::of_green(driver, green);
+        if let Some(Ok(end)) = later.green(&green, &life) {
+            self.tracking().add_orphan(end);
         }
     }
 
@@ -335,8 +374,8 @@ impl Streams {
         let greens = tracking.greens.iter().filter(|green| which(green.owner));
         let mut mark = Mark {
             ends,
-            legacy: legacy.map(|context| (driver, *context)).collect(),
-            greens: greens.map(|green| (driver, *green)).collect(),
+            legacy: legacy.map(|context| Later::new(driver, *context)).collect(),
+            greens: greens.map(|green| Later::of_green(driver, green)).collect(),
             broken: None,
         };
         for Tracked { stream, context, .. } in
@@ -388,12 +427,12 @@ impl Mark {
 
     /// The default streams, and whatever stream of a green context is not known.
     fn mark_defaults(&mut self) {
-        for (driver, context) in std::mem::take(&mut self.legacy) {
-            self.add(end_of(driver, context, CUstream::LEGACY));
-        }
-        for (driver, green) in std::mem::take(&mut self.greens) {
-            self.add(End::of_green(driver, &green));
-        }
+        let (legacy, greens) = (std::mem::take(&mut self.legacy), std::mem::take(&mut self.greens));
+        legacy.iter().filter_map(Later::legacy).for_each(|end| self.add(end));
+        greens
+            .iter()
+            .filter_map(|(later, green, life)| later.green(green, life))
+            .for_each(|end| self.add(end));
     }
 
     /// What the driver said of a context that is broken, whose work will never be done. All other is, once

@@ -308,6 +308,33 @@ fn a_pool_has_its_limit_and_outlives_its_name() {
     app.ends_having_said(&["stream-ordered allocation of 6.00 MiB is refused", "of at most 8.00 MiB"]);
 }
 
+/// The simulated driver is told to fail once, which a real one may do for reasons of its own.
+#[test]
+fn a_pool_that_the_driver_fails_to_destroy_is_as_before() {
+    let gpu = gpu();
+    let node = node(&gpu);
+    let mut app = Application::start(node.environment(), &[("NVSHARE_SIM_FAIL", "cuMemPoolDestroy:1:999")]);
+    assert_eq!((app.call("init"), app.call("create 0")), (SUCCESS, SUCCESS));
+    let (stream, pool) = (app.stream(), app.number(&format!("pool {} 0", 8 * MIB)));
+    let all = app.left();
+    let block = app.number(&format!("alloc-from {} {pool} {stream}", 4 * MIB));
+    app.does(&format!("write {block} {} 5", 4 * MIB));
+    assert_eq!(app.call(&format!("destroy-pool {pool}")), 999);
+    let other = app.number(&format!("alloc-from {} {pool} {stream}", 4 * MIB));
+    assert_eq!(
+        app.call(&format!("alloc-from {} {pool} {stream}", 4 * MIB)),
+        OUT_OF_MEMORY,
+        "it has its limit"
+    );
+    assert_eq!(app.ask(&format!("check {block} {} 5", 4 * MIB)), (SUCCESS, "right".into()));
+    app.free_in(block, stream);
+    app.free_in(other, stream);
+    app.does(&format!("destroy-pool {pool}"));
+    app.does(&format!("synchronize {stream}"));
+    assert_eq!(app.left(), all);
+    app.end();
+}
+
 #[test]
 fn a_free_is_over_after_its_stream_is_destroyed() {
     let gpu = gpu();
