@@ -289,7 +289,9 @@ pub struct Header {
     pub(crate) audits: AtomicU64,
     pub(crate) repaired: AtomicU64,
     pub(crate) reaped: AtomicU64,
-    _to_the_next_line: Padding<80>,
+    /// processes:32 | granules:32 of the GPU's memory that NVML shows for processes that are no clients.
+    foreign: AtomicU64,
+    _to_the_next_line: Padding<72>,
 
     pub(crate) free: Line,
     pub(crate) lock: Line,
@@ -556,6 +558,18 @@ impl Page {
         header.drain_target.store(settings.drain_target, Ordering::Relaxed);
     }
 
+    /// How many processes that are no clients have memory of the GPU, and how much, as NVML shows it.
+    pub fn foreign(&self) -> (u32, Granules) {
+        let word = self.header.foreign.load(Ordering::Relaxed);
+        ((word >> 32) as u32, (word as Granules).min(MAX_GRANULES))
+    }
+
+    /// The arbiter has seen what programs outside nvshare have.
+    pub fn set_foreign(&self, processes: u32, granules: Granules) {
+        let word = u64::from(processes) << 32 | u64::from(granules);
+        self.header.foreign.store(word, Ordering::Relaxed);
+    }
+
     /// The link's bandwidth, bytes a second, measured or as first guessed; never 0.
     pub fn bandwidth(&self, direction: Direction) -> u64 {
         (self.header.bandwidth[direction as usize].load(Ordering::Relaxed) % COPY).clamp(1, FASTEST)
@@ -709,6 +723,7 @@ impl Page {
                 audits: word(),
                 repaired: word(),
                 reaped: word(),
+                foreign: word(),
                 _to_the_next_line: Padding::new(),
                 free: Line(word(), Padding::new()),
                 lock: Line(word(), Padding::new()),

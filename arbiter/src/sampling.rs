@@ -261,6 +261,8 @@ pub struct Follower {
     /// How often each process was seen that is no client, while every client was seen by its pid.
     strangers: HashMap<u32, u32>,
     foreign: HashSet<u32>,
+    /// Those of them that nobody has been told of yet, and their bytes.
+    unreported: Vec<(u32, u64)>,
     /// Bytes of programs outside nvshare, at the last sample.
     foreign_bytes: u64,
     /// Bytes in use that belong to nobody while there is no client.
@@ -324,8 +326,8 @@ impl Follower {
         for pid in found.strangers.iter().filter(|_| all_seen) {
             let times = self.strangers.entry(*pid).or_default();
             *times += 1;
-            if *times >= SAMPLES {
-                self.foreign.insert(*pid);
+            if *times >= SAMPLES && self.foreign.insert(*pid) {
+                self.unreported.push((*pid, reading.processes.get(pid).copied().unwrap_or(0)));
             }
         }
         self.foreign_bytes = self.foreign.iter().filter_map(|pid| reading.processes.get(pid)).sum();
@@ -369,6 +371,16 @@ impl Follower {
     /// Bytes of programs outside nvshare.
     pub fn foreign(&self) -> u64 {
         self.foreign_bytes
+    }
+
+    /// How many programs outside nvshare there are.
+    pub fn foreign_processes(&self) -> u32 {
+        self.foreign.len() as u32
+    }
+
+    /// The programs outside nvshare that have come since this was last asked: NVML's pid, and bytes.
+    pub fn take_unreported(&mut self) -> Vec<(u32, u64)> {
+        std::mem::take(&mut self.unreported)
     }
 
     /// The most bytes that the GPU has for the pool, contexts included: all that others do not use. `None` if it is not
@@ -533,6 +545,9 @@ mod tests {
             scene.sees(reading(&[(7, 12), (9, 30), (99, 200)], 242));
         }
         assert_eq!(scene.follower.foreign(), 200 * GRANULE);
+        assert_eq!(scene.follower.take_unreported(), [(99, 200 * GRANULE)]);
+        scene.sees(reading(&[(7, 12), (9, 30), (99, 210)], 252));
+        assert_eq!((scene.follower.take_unreported(), scene.follower.foreign_processes()), (vec![], 1));
     }
 
     #[test]

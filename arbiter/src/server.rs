@@ -891,6 +891,10 @@ impl Server {
                 if let Some(view) = change.view {
                     say_how_contexts_are_counted(served.gpu, view, follower.physical().is_some());
                 }
+                for (pid, bytes) in follower.take_unreported() {
+                    say_who_is_outside(served.gpu, pid, bytes);
+                }
+                served.page.set_foreign(follower.foreign_processes(), granules_in(follower.foreign()));
                 if change.contexts | resize(&self.options, &self.totals, served, follower) {
                     served.page.decide();
                 }
@@ -990,6 +994,19 @@ fn say_how_contexts_are_counted(gpu: GpuUuid, view: View, memory_known: bool) {
             "NVML shows neither the clients' processes nor what the GPU has in use: contexts are counted as 0 bytes, and memory may be promised that is not there. Give --headroom as much as all contexts need, 0.5 to 2 GiB for each client"
         ),
     }
+}
+
+/// A process has memory of a GPU and is no client.
+fn say_who_is_outside(gpu: GpuUuid, pid: u32, bytes: u64) {
+    let who = std::fs::read_to_string(format!("/proc/{pid}/comm")).map_or_else(
+        |_| format!("a process that NVML calls {pid}, and that cannot be seen from here,"),
+        |name| format!("{} (pid {pid})", name.trim()),
+    );
+    tracing::warn!(
+        %gpu,
+        "{who} has {} of the GPU and is no client: nvshare neither moves its memory nor holds its work. It was started without `nvshare run`, or LD_PRELOAD does not reach it: it is linked statically, has other rights than who started it (setuid), or loads the driver in a namespace of its own (dlmopen)",
+        format_size(bytes)
+    );
 }
 
 /// The pool is never larger than what is left of the GPU beside programs outside nvshare and memory that belongs to nobody.

@@ -574,6 +574,7 @@ impl Shared {
         for chunk in std::mem::take(&mut region.chunks) {
             self.dispose_chunk(&region, chunk);
         }
+        crate::vmm::ended(&region);
         // Where something may still be mapped, the addresses are the process's for good.
         if !matches!(region.kind, Kind::Room) && !lost {
             if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)

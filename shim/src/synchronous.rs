@@ -8,8 +8,9 @@
 use crate::abi::*;
 use crate::driver::Driver;
 use crate::session;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Whether any allocation was made synchronous.
 static ANY: AtomicBool = AtomicBool::new(false);
@@ -18,16 +19,39 @@ static ANY: AtomicBool = AtomicBool::new(false);
 static FLAGGED: Mutex<Vec<CUcontext>> = Mutex::new(Vec::new());
 
 fn flagged() -> MutexGuard<'static, Vec<CUcontext>> {
-    FLAGGED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    FLAGGED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// From now on, all synchronous operations are so.
+/// Where the allocations begin that the application has made synchronous.
+static MEMORY: Mutex<BTreeSet<CUdeviceptr>> = Mutex::new(BTreeSet::new());
+
+fn memory() -> MutexGuard<'static, BTreeSet<CUdeviceptr>> {
+    MEMORY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has synchronous operations on an allocation be so, or no longer.
 ///
 /// # Errors
 /// The driver's: it has no such flag.
-pub fn begin() -> Result<(), CuResult> {
-    ANY.store(true, Ordering::Release);
-    session::contexts().into_iter().try_for_each(flag)
+pub fn set(base: CUdeviceptr, on: bool) -> Result<(), CuResult> {
+    if on {
+        ANY.store(true, Ordering::Release);
+        session::contexts().into_iter().try_for_each(flag)?;
+        memory().insert(base);
+    } else if ANY.load(Ordering::Acquire) {
+        memory().remove(&base);
+    }
+    Ok(())
+}
+
+/// Whether synchronous operations on an allocation are so.
+pub fn is_set(base: CUdeviceptr) -> bool {
+    ANY.load(Ordering::Acquire) && memory().contains(&base)
+}
+
+/// A new allocation begins there.
+pub fn allocated(base: CUdeviceptr) {
+    let _ = set(base, false);
 }
 
 fn flag(context: CUcontext) -> Result<(), CuResult> {

@@ -747,7 +747,6 @@ entry_points! {
             cuLogicalEndpointBindAddr(6) @ 13_030;
             cuMemAdvise(4) @ 8_000;
             cuMemAdvise_v2(4) @ 12_020;
-            cuMemGetAccess(3) @ 10_020;
             cuMemGetLocationInfo(5) @ 13_040;
             cuMemRangeGetAttribute(5) @ 8_000;
             cuMemRangeGetAttributes(6) @ 8_000;
@@ -895,6 +894,7 @@ entry_points! {
             cuPointerSetAttribute(
                 value: *const c_void, attribute: CUpointer_attribute, ptr: CUdeviceptr
             ) @ 6_000;
+            cuMemGetAccess(flags: *mut u64, location: *const CUmemLocation, ptr: CUdeviceptr) @ 10_020;
             cuCtxGetFlags(flags: *mut u32) @ 7_000;
             cuCtxSetFlags(flags: u32) @ 12_010;
         }

@@ -19,6 +19,8 @@ use crate::device::Shared;
 use crate::mappings::{Verdict, is_free};
 use crate::memory::{Allocation, Backing, Chunk, Region, View};
 use nvshare::units::{GRANULE, format_size};
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
 pub fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
@@ -28,6 +30,26 @@ pub fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericA
         }
         _ => None,
     })
+}
+
+/// Handles of objects that are gone. The driver follows whatever it is given as a handle, and would crash on an address.
+/// Addresses come again, so there are no more of these than there were objects at a time.
+static GONE: Mutex<BTreeSet<CUmemGenericAllocationHandle>> = Mutex::new(BTreeSet::new());
+
+fn gone() -> MutexGuard<'static, BTreeSet<CUmemGenericAllocationHandle>> {
+    GONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a handle was one of ours, and is no longer.
+pub fn is_stale(handle: CUmemGenericAllocationHandle) -> bool {
+    gone().contains(&handle)
+}
+
+/// A region is gone. If it was an object, so is its handle.
+pub fn ended(region: &Region) {
+    if region.object().is_some() {
+        gone().insert(region.base);
+    }
 }
 
 impl Shared {
@@ -48,6 +70,7 @@ impl Shared {
         // Before what is left is looked at, so that two at once do not both have the last of it.
         let mut memory = self.memory();
         let base = self.reserve(size)?;
+        gone().remove(&base);
         memory.add_object(base, size, prop);
         self.populate(&mut memory, base)?;
         Ok(base)
@@ -160,10 +183,7 @@ impl Shared {
 
     /// cuMemGetAllocationPropertiesFromHandle. `None` if the handle is none of ours.
     pub fn object_prop(&self, handle: CUmemGenericAllocationHandle) -> Option<CUmemAllocationProp> {
-        let mut memory = self.memory();
-        let object = memory.object(handle)?.object()?;
-        // What is only mapped any more has no handle.
-        (object.references > 0).then_some(object.prop)
+        Some(self.memory().object(handle)?.object()?.prop)
     }
 
     /// Makes a call that hands an object on by handles of these `types`, with the driver's own handle to it. If the driver

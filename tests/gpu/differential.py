@@ -146,7 +146,7 @@ class Differential:
         left = min(self.options.timeout, self.until - time.monotonic())
         if left < 5:
             return
-        pause = "0.003" if scenario == "beside" else "0"
+        pause = str(self.options.pause) if scenario == "beside" else "0"
         command = [sys.executable, FOLDER / "sequences.py", name, pause]
         named = {"NVSHARE_CLIENT_NAME": "sequence", "PYTHONDONTWRITEBYTECODE": "1"}
         ended = run(command, environment | (named if environment else {}), left)
@@ -253,6 +253,7 @@ def main():
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="run the sequences that match")
     parser.add_argument("--jobs", type=int, default=4, help="sequences at a time, where they do not compete (default 4)")
     parser.add_argument("--timeout", type=float, default=40, help="the most that a sequence may take (default 40)")
+    parser.add_argument("--pause", type=float, default=0.003, help="s before each call beside the competitor (default 0.003)")
     parser.add_argument("--budget", type=float, default=540, help="begin none after so many seconds (default 540)")
     parser.add_argument("--out", type=pathlib.Path, help="put the table into this page")
     parser.add_argument("--json", type=pathlib.Path, help="keep all answers here")

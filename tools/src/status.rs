@@ -55,6 +55,10 @@ pub struct Gpu {
     pub free_bytes: i64,
     /// Bytes of all clients' contexts.
     pub pinned_bytes: u64,
+    /// Bytes that NVML shows for processes that are no clients.
+    pub foreign_bytes: u64,
+    /// How many such processes there are.
+    pub foreign_processes: u32,
     /// Measured or assumed bandwidth into the GPU, bytes a second.
     pub bandwidth_in: u64,
     /// The same out of it.
@@ -165,11 +169,14 @@ fn gpu(page: &Page) -> Gpu {
     let (arbiter_pid, arbiter_generation, heartbeat) = page.arbiter();
     let (audits, repaired, reaped) = page.audit_counts();
     let pinned: u64 = snapshot.clients().map(|(_, view)| bytes_of(view.pinned)).sum();
+    let (foreign_processes, foreign) = page.foreign();
     Gpu {
         uuid: page.gpu().to_string(),
         capacity_bytes: bytes_of(snapshot.capacity),
         free_bytes: i64::from(snapshot.free) * GRANULE as i64,
         pinned_bytes: pinned,
+        foreign_bytes: bytes_of(foreign),
+        foreign_processes,
         bandwidth_in: page.bandwidth(Direction::In),
         bandwidth_out: page.bandwidth(Direction::Out),
         arbiter_pid,
@@ -261,6 +268,13 @@ fn print(gpu: &Gpu) {
         format_size(gpu.bandwidth_in),
         format_size(gpu.bandwidth_out)
     );
+    if gpu.foreign_processes > 0 {
+        let (count, has) = match gpu.foreign_processes {
+            1 => ("1 process".to_owned(), "has"),
+            several => (format!("{several} processes"), "have"),
+        };
+        say!("  {count} outside nvshare {has} {}", format_size(gpu.foreign_bytes));
+    }
     if gpu.clients.is_empty() {
         say!("  no clients");
         return;

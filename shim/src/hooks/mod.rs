@@ -16,6 +16,7 @@ use crate::driver::Driver;
 use crate::pools;
 use crate::room::keep;
 use crate::session;
+use crate::synchronous;
 use crate::table::real;
 use crate::truth;
 use crate::unmovable;
@@ -194,9 +195,15 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         if dptr.is_null() {
             return CuResult::INVALID_VALUE;
         }
+        // As the driver does: what is refused is at address 0.
+        // SAFETY: the caller's pointer to where the address goes, not null.
+        unsafe { dptr.write(0) };
         match relaxed(|| allocate(&device, bytesize as u64, context)) {
-            // SAFETY: the caller's pointer to where the address goes, not null.
-            Ok(address) => unsafe { dptr.write(address) },
+            Ok(address) => {
+                synchronous::allocated(address);
+                // SAFETY: the caller's pointer to where the address goes, not null.
+                unsafe { dptr.write(address) };
+            }
             Err(result) => return result,
         }
         CuResult::SUCCESS
@@ -215,22 +222,32 @@ pub unsafe fn cuMemAllocPitch_v2(
             // SAFETY: the caller's arguments.
             return unsafe { real::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) };
         };
-        if dptr.is_null()
-            || pitch.is_null()
-            || width == 0
-            || height == 0
-            || !matches!(element_size, 4 | 8 | 16)
-        {
+        for place in [dptr.cast::<u64>(), pitch.cast()] {
+            if !place.is_null() {
+                // SAFETY: the caller's pointer to eight bytes for the answer, not null.
+                unsafe { place.write(0) };
+            }
+        }
+        if dptr.is_null() || pitch.is_null() || !matches!(element_size, 4 | 8 | 16) {
             return CuResult::INVALID_VALUE;
         }
-        let row = width.checked_next_multiple_of(PITCH_ALIGNMENT);
-        let Some((row, bytes)) = row.and_then(|row| Some((row, row.checked_mul(height)?))) else {
+        let row = width.checked_next_multiple_of(PITCH_ALIGNMENT).unwrap_or(0);
+        // SAFETY: the caller's pointer to where the pitch goes, not null. The driver says it of what it then refuses too.
+        unsafe { pitch.write(if height == 0 { 0 } else { row }) };
+        let Some(bytes) = row.checked_mul(height) else {
             tracing::warn!(
                 gpu = %device.gpu,
                 "cuMemAllocPitch: {height} rows of {width} B are more than an address can count; the width is in bytes"
             );
-            return CuResult::OUT_OF_MEMORY;
+            // What wraps to nothing is nothing to the driver.
+            return match row.wrapping_mul(height) {
+                0 => CuResult::INVALID_VALUE,
+                _ => CuResult::OUT_OF_MEMORY,
+            };
         };
+        if bytes == 0 {
+            return CuResult::INVALID_VALUE;
+        }
         if unmovable::wanted() {
             return keep(
                 bytes as u64,
@@ -241,11 +258,11 @@ pub unsafe fn cuMemAllocPitch_v2(
             );
         }
         match relaxed(|| allocate(&device, bytes as u64, context)) {
-            // SAFETY: the caller's pointers to where address and pitch go, not null.
-            Ok(address) => unsafe {
-                dptr.write(address);
-                pitch.write(row);
-            },
+            Ok(address) => {
+                synchronous::allocated(address);
+                // SAFETY: the caller's pointer to where the address goes, not null.
+                unsafe { dptr.write(address) };
+            }
             Err(result) => return result,
         }
         CuResult::SUCCESS
@@ -326,8 +343,12 @@ pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
 }
 
 pub unsafe fn cuMemGetInfo(free: *mut u32, total: *mut u32) -> CuResult {
+    // Today's drivers refuse it in any context that can be made.
     // SAFETY: the caller's arguments.
-    tell_memory([free, total], in_32_bits, || unsafe { real::cuMemGetInfo(free, total) })
+    match unsafe { real::cuMemGetInfo(free, total) } {
+        CuResult::SUCCESS => tell_memory([free, total], in_32_bits, || CuResult::SUCCESS),
+        refused => refused,
+    }
 }
 
 /// The driver has answered for the card; what the client has of it may be less.

@@ -101,6 +101,11 @@ pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: 
         });
         // Its memory limit knows no such thing: what lies beyond it is refused, wherever it would be.
         if let Some(Err(refused)) = device.map(|device| device.within_limit(bytesize as u64)) {
+            if !dptr.is_null() {
+                // As the driver does.
+                // SAFETY: the caller's pointer to where the address goes, not null.
+                unsafe { dptr.write(0) };
+            }
             return refused;
         }
         // SAFETY: the caller's arguments; on success the driver has written the address.

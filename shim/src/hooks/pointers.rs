@@ -8,6 +8,7 @@
 use super::{guarded, relaxed};
 use crate::abi::*;
 use crate::device::Shared;
+use crate::driver::Driver;
 use crate::table::real;
 use crate::{pools, session, synchronous};
 use std::ffi::c_void;
@@ -28,9 +29,9 @@ enum AllocatedBy {
     /// cuMemAlloc.
     Plain(Plain),
     /// cuMemAllocAsync.
-    Pool { pool: CUmemoryPool, device: Option<CUdevice> },
-    /// cuMemMap, of an object on this GPU that can be handed on so.
-    Mapped { device: CUdevice, handle_types: u32 },
+    Pool { pool: CUmemoryPool, device: Option<CUdevice>, segment: (CUdeviceptr, u64) },
+    /// cuMemMap, of an object on this GPU that can be handed on so; whether this GPU may use it there.
+    Mapped { device: CUdevice, handle_types: u32, object: CUdeviceptr, usable: bool },
     /// cuIpcOpenMemHandle.
     Imported,
 }
@@ -42,15 +43,12 @@ struct Plain {
     mapping: (CUdeviceptr, u64),
     number: u64,
     block: u64,
-    synchronous: bool,
 }
 
-/// An answer, as wide as the attribute is.
+/// An answer, as wide as the driver's: it writes booleans as words too.
 enum Answer {
     Word(u32),
     Long(u64),
-    /// How wide a boolean is is the driver's affair: its first byte says all, once the driver has written it.
-    Flag(bool),
 }
 
 impl Allocated {
@@ -58,9 +56,11 @@ impl Allocated {
     pub(super) fn at(address: CUdeviceptr) -> Option<Self> {
         match pools::find(address) {
             Some(pools::Found::Live(base, size, pool)) => {
-                let owner = session::all().into_iter().find(|device| device.memory().covers(base));
-                let device = owner.map(|device| device.device);
-                return Some(Self { base, size, kind: AllocatedBy::Pool { pool, device } });
+                let owner = |device: &Arc<Shared>| Some((device.device, device.memory().around(base)?));
+                let owner = session::all().iter().find_map(owner);
+                let (device, segment) =
+                    owner.map_or((None, (base, size)), |(device, segment)| (Some(device), segment));
+                return Some(Self { base, size, kind: AllocatedBy::Pool { pool, device, segment } });
             }
             Some(pools::Found::Unused) => return None,
             None => {}
@@ -84,7 +84,6 @@ impl Allocated {
             mapping: (region.base, region.size),
             number: unique(device, allocation.number),
             block: unique(device, region.born),
-            synchronous: memory.is_synchronous(allocation.base),
         };
         Some(Self { base: allocation.base, size: allocation.size, kind: AllocatedBy::Plain(plain) })
     }
@@ -94,7 +93,16 @@ impl Allocated {
         let memory = device.memory();
         let (object, view) = memory.views_in(address, 1).into_iter().next()?;
         let prop = memory.region(object)?.object()?.prop;
-        let kind = AllocatedBy::Mapped { device: device.device, handle_types: prop.requested_handle_types };
+        let own = CUmemLocation::device(device.device);
+        let usable = |access: &CUmemAccessDesc| {
+            access.location == own && access.flags != CU_MEM_ACCESS_FLAGS_PROT_NONE
+        };
+        let kind = AllocatedBy::Mapped {
+            device: device.device,
+            handle_types: prop.requested_handle_types,
+            object,
+            usable: view.access.iter().any(usable),
+        };
         Some(Self { base: view.address, size: view.size, kind })
     }
 
@@ -105,6 +113,16 @@ impl Allocated {
             AllocatedBy::Mapped { device, .. } => Some(*device),
             AllocatedBy::Imported => None,
         }
+    }
+
+    /// Whether its GPU may use it: what is mapped without rights has no address for it.
+    fn is_usable(&self) -> bool {
+        !matches!(self.kind, AllocatedBy::Mapped { usable: false, .. })
+    }
+
+    /// Whether it can be made synchronous.
+    fn can_be_synchronous(&self) -> bool {
+        matches!(self.kind, AllocatedBy::Plain(_) | AllocatedBy::Pool { .. })
     }
 
     /// Whether the application has mapped the memory itself.
@@ -120,21 +138,45 @@ impl Allocated {
         };
         Some(match (attribute, &self.kind) {
             (CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _) => Answer::Word(CU_MEMORYTYPE_DEVICE),
-            (CU_POINTER_ATTRIBUTE_DEVICE_POINTER, _) => Answer::Long(address),
             (CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, _) => Answer::Word(self.device()? as u32),
-            (CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, _) => Answer::Long(self.base),
-            (CU_POINTER_ATTRIBUTE_RANGE_SIZE, _) => Answer::Long(self.size),
-            (CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, AllocatedBy::Pool { pool, .. }) => {
-                Answer::Long(pool.0 as u64)
+            // Where the current context sees it: the driver knows whether there is one.
+            (CU_POINTER_ATTRIBUTE_DEVICE_POINTER, _) if self.is_usable() && has_context() => {
+                Answer::Long(address)
+            }
+            (CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, AllocatedBy::Mapped { .. }) => Answer::Long(self.base),
+            (CU_POINTER_ATTRIBUTE_MAPPING_SIZE, AllocatedBy::Mapped { .. }) => Answer::Long(self.size),
+            (CU_POINTER_ATTRIBUTE_BUFFER_ID, AllocatedBy::Mapped { .. } | AllocatedBy::Pool { .. }) => {
+                Answer::Long(by_address(self.base))
+            }
+            (CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID, AllocatedBy::Mapped { object, .. }) => {
+                Answer::Long(by_address(*object))
+            }
+            (CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, AllocatedBy::Pool { segment, .. }) => {
+                Answer::Long(segment.0)
+            }
+            (CU_POINTER_ATTRIBUTE_MAPPING_SIZE, AllocatedBy::Pool { segment, .. }) => Answer::Long(segment.1),
+            (CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID, AllocatedBy::Pool { segment, .. }) => {
+                Answer::Long(by_address(segment.0))
             }
             (CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, AllocatedBy::Mapped { handle_types, .. }) => {
                 Answer::Long((*handle_types).into())
             }
+            // Its range is that of the addresses which the application has reserved.
+            (_, AllocatedBy::Mapped { .. }) => return None,
+            (CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, _) => Answer::Long(self.base),
+            (CU_POINTER_ATTRIBUTE_RANGE_SIZE, _) => Answer::Long(self.size),
             (CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, _) => Answer::Long(0),
+            (CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE, AllocatedBy::Pool { pool, .. }) => {
+                Answer::Long(pool.0 as u64)
+            }
+            (CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, _) if self.can_be_synchronous() => {
+                Answer::Word(synchronous::is_set(self.base).into())
+            }
             (CU_POINTER_ATTRIBUTE_CONTEXT, _) => Answer::Long(plain?.context.0 as u64),
-            (CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, _) => Answer::Flag(plain?.synchronous),
             // For the driver, no memory of cuMemCreate can be; what was allocated can.
-            (CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, _) => Answer::Flag(plain?.device.exportable),
+            (CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, _) => {
+                Answer::Word(plain?.device.exportable.into())
+            }
             (CU_POINTER_ATTRIBUTE_BUFFER_ID, _) => Answer::Long(plain?.number),
             (CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, _) => Answer::Long(plain?.mapping.0),
             (CU_POINTER_ATTRIBUTE_MAPPING_SIZE, _) => Answer::Long(plain?.mapping.1),
@@ -143,26 +185,39 @@ impl Allocated {
         })
     }
 
-    /// Whether the driver need not be asked.
-    fn answers(&self, attribute: CUpointer_attribute) -> bool {
-        matches!(self.answer(attribute, self.base), Some(Answer::Word(_) | Answer::Long(_)))
-    }
-
-    /// Writes what is to be said of an attribute, if it is not the driver's to say.
+    /// Writes what is to be said of an attribute. False if that is the driver's to say.
     ///
     /// # Safety
-    /// `data` points to where the value of this attribute goes; for a boolean, the driver has written there.
-    unsafe fn write(&self, data: *mut c_void, attribute: CUpointer_attribute, address: CUdeviceptr) {
+    /// `data` points to where the value of this attribute goes.
+    unsafe fn write(&self, data: *mut c_void, attribute: CUpointer_attribute, address: CUdeviceptr) -> bool {
         // SAFETY: the caller's promise, and the answer is as wide as the attribute is. It may not be aligned.
         unsafe {
             match self.answer(attribute, address) {
                 Some(Answer::Word(value)) => data.cast::<u32>().write_unaligned(value),
                 Some(Answer::Long(value)) => data.cast::<u64>().write_unaligned(value),
-                Some(Answer::Flag(value)) => data.cast::<u8>().write(value.into()),
-                None => {}
+                None => return false,
             }
         }
+        true
     }
+
+    /// The driver has told of an attribute. Tokens for GPUDirect RDMA make the memory synchronous.
+    fn told(&self, attribute: CUpointer_attribute) {
+        if attribute == CU_POINTER_ATTRIBUTE_P2P_TOKENS && self.can_be_synchronous() {
+            let _ = relaxed(|| synchronous::set(self.base, true));
+        }
+    }
+}
+
+/// Whether the calling thread has a context.
+fn has_context() -> bool {
+    let current = || Driver::get().ok()?.ctx_current().ok();
+    current().is_some_and(|context| !context.is_null())
+}
+
+/// A number for what is known by its address: unique while it lives, and none of the driver's own.
+fn by_address(address: CUdeviceptr) -> u64 {
+    1 << 63 | address
 }
 
 /// A number that is unique in the process, and none of the driver's own.
@@ -184,9 +239,11 @@ pub unsafe fn cuPointerGetAttribute(
 ) -> CuResult {
     guarded(|| {
         let known = Allocated::at(ptr);
-        if let Some(known) = known.as_ref().filter(|known| !data.is_null() && known.answers(attribute)) {
+        if !data.is_null()
+            && let Some(known) = &known
             // SAFETY: the caller's pointer to where this attribute goes, not null.
-            unsafe { known.write(data, attribute, ptr) };
+            && unsafe { known.write(data, attribute, ptr) }
+        {
             return CuResult::SUCCESS;
         }
         let _pass = match session::enter_query() {
@@ -198,8 +255,7 @@ pub unsafe fn cuPointerGetAttribute(
         if result.is_success()
             && let Some(known) = known
         {
-            // SAFETY: the driver has just written there.
-            unsafe { known.write(data, attribute, ptr) };
+            known.told(attribute);
         }
         result
     })
@@ -220,10 +276,21 @@ pub unsafe fn cuPointerGetAttributes(
         let asked = as_known(ptr, known.as_ref());
         // SAFETY: the caller's arguments.
         let result = unsafe { real::cuPointerGetAttributes(num_attributes, attributes, data, asked) };
-        if let Some(known) = known.filter(|_| result.is_success()) {
+        if result.is_success() {
             for index in 0..num_attributes as usize {
-                // SAFETY: the driver has just read and written these arrays of `num_attributes`.
-                unsafe { known.write(*data.add(index), *attributes.add(index), ptr) };
+                // SAFETY: the driver has just read these arrays of `num_attributes`, and written where they point to.
+                let (attribute, data) = unsafe { (*attributes.add(index), *data.add(index)) };
+                let Some(known) = &known else {
+                    if asked != ptr && attribute == CU_POINTER_ATTRIBUTE_HOST_POINTER {
+                        // What the driver does not know may be the host's.
+                        // SAFETY: as above; an address is eight bytes.
+                        unsafe { data.cast::<u64>().write_unaligned(ptr) };
+                    }
+                    continue;
+                };
+                known.told(attribute);
+                // SAFETY: as above.
+                unsafe { known.write(data, attribute, ptr) };
             }
         }
         result
@@ -236,17 +303,14 @@ pub unsafe fn cuPointerSetAttribute(
     ptr: CUdeviceptr,
 ) -> CuResult {
     guarded(|| {
-        if attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS
-            && !value.is_null()
-            && let Some(Allocated { base, kind: AllocatedBy::Plain(plain), .. }) = Allocated::at(ptr)
-        {
-            // SAFETY: the caller's pointer to the value, not null; a boolean's first byte says all.
-            let on = unsafe { value.cast::<u8>().read() } != 0;
-            if on && let Err(result) = relaxed(synchronous::begin) {
-                return result;
+        if let Some(known) = Allocated::at(ptr).filter(Allocated::can_be_synchronous) {
+            if attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS || value.is_null() {
+                return CuResult::INVALID_VALUE;
             }
-            plain.device.memory().set_synchronous(base, on);
-            return CuResult::SUCCESS;
+            // SAFETY: the caller's pointer to the value, not null: a word, as the driver reads it.
+            let on = unsafe { value.cast::<u32>().read_unaligned() } != 0;
+            return relaxed(|| synchronous::set(known.base, on))
+                .map_or_else(|result| result, |()| CuResult::SUCCESS);
         }
         let _pass = match session::enter_query() {
             Ok(pass) => pass,
@@ -264,8 +328,12 @@ pub unsafe fn cuMemGetAddressRange_v2(
 ) -> CuResult {
     guarded(|| {
         let known = Allocated::at(dptr);
-        let asked = as_known(dptr, known.as_ref());
-        let Some(known) = known else {
+        let asked = match &known {
+            // For the driver nothing is there that its GPU may not use.
+            Some(known) if !known.is_usable() => NOBODYS,
+            known => as_known(dptr, known.as_ref()),
+        };
+        let Some(known) = known.filter(|known| known.is_usable() && has_context()) else {
             // SAFETY: the caller's arguments.
             return unsafe { real::cuMemGetAddressRange_v2(base, size, asked) };
         };
@@ -279,6 +347,19 @@ pub unsafe fn cuMemGetAddressRange_v2(
             }
         }
         CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuMemGetAccess(flags: *mut u64, location: *const CUmemLocation, ptr: CUdeviceptr) -> CuResult {
+    guarded(|| {
+        let _pass = match session::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        // Only what the application has mapped itself has rights that can be asked for.
+        let mapped = Allocated::at(ptr).filter(Allocated::is_mapped);
+        // SAFETY: the caller's arguments.
+        unsafe { real::cuMemGetAccess(flags, location, as_known(ptr, mapped.as_ref())) }
     })
 }
 

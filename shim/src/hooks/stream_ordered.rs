@@ -16,6 +16,7 @@ use crate::flow::Queue;
 use crate::pools::{self, Place};
 use crate::room;
 use crate::session;
+use crate::synchronous;
 use crate::table::real;
 use nvshare::units::format_size;
 use std::ffi::c_void;
@@ -85,9 +86,15 @@ unsafe fn allocate(
             }
             Source::Driver => return made_unmovable(own(), bytes),
         };
+        // As the driver does: what is refused is at address 0.
+        // SAFETY: the caller's promise, and it is not null.
+        unsafe { dptr.write(0) };
         match relaxed(|| pools::allocate(&device, pool, &place, bytes as u64)) {
-            // SAFETY: the caller's promise, and it is not null.
-            Ok(address) => unsafe { dptr.write(address) },
+            Ok(address) => {
+                synchronous::allocated(address);
+                // SAFETY: as above.
+                unsafe { dptr.write(address) };
+            }
             Err(result) => return result,
         }
         CuResult::SUCCESS

@@ -91,8 +91,12 @@ pub unsafe fn cuMemCreate(
 }
 
 pub unsafe fn cuMemRelease(handle: CUmemGenericAllocationHandle) -> CuResult {
-    // SAFETY: the caller's arguments.
-    ours(|device| device.release_object(handle), || unsafe { real::cuMemRelease(handle) })
+    let driver = || match crate::vmm::is_stale(handle) {
+        true => CuResult::INVALID_VALUE,
+        // SAFETY: the caller's arguments.
+        false => unsafe { real::cuMemRelease(handle) },
+    };
+    ours(|device| device.release_object(handle), driver)
 }
 
 pub unsafe fn cuMemMap(
@@ -188,8 +192,8 @@ pub unsafe fn cuMemRetainAllocationHandle(
                 unsafe { handle.write(object) };
                 return CuResult::SUCCESS;
             }
-            if super::Allocated::at(address).is_some() {
-                // The driver has no handle for memory of cuMemAlloc.
+            if is_allocated(address, 1) {
+                // The driver has no handle for memory of cuMemAlloc, and the application none for what nvshare maps.
                 return CuResult::INVALID_VALUE;
             }
         }
@@ -210,6 +214,7 @@ pub unsafe fn cuMemGetAllocationPropertiesFromHandle(
                 unsafe { prop.write(known) };
                 CuResult::SUCCESS
             }
+            None if crate::vmm::is_stale(handle) => CuResult::INVALID_VALUE,
             // SAFETY: the caller's arguments.
             None => unsafe { real::cuMemGetAllocationPropertiesFromHandle(prop, handle) },
         }

@@ -71,8 +71,6 @@ pub struct Memory {
     /// Regions that the application has done with, and by now the last other process too. The engine
     /// releases them.
     returned: Vec<CUdeviceptr>,
-    /// Allocations whose memory synchronous operations wait for, by base; gone with the allocation.
-    synchronous: BTreeSet<CUdeviceptr>,
     /// Allocations made so far.
     made: u64,
     /// Rooms made so far.
@@ -124,7 +122,6 @@ impl Memory {
 
     fn remove_allocation(&mut self, base: CUdeviceptr) -> Option<Allocation> {
         self.exports.remove(&base);
-        self.synchronous.remove(&base);
         let allocation = self.allocations.remove(&base)?;
         if let Some(region) = self.regions.get_mut(&allocation.region) {
             region.allocations -= 1;
@@ -231,27 +228,19 @@ impl Memory {
 
     /// Whether an address is among those reserved for a region, in use or not.
     pub fn covers(&self, address: CUdeviceptr) -> bool {
-        self.overlaps(address, 1)
+        self.around(address).is_some()
+    }
+
+    /// The region whose reserved addresses one is among: where it begins, and bytes.
+    pub fn around(&self, address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
+        let (_, region) = self.regions.range(..=address).next_back()?;
+        (address - region.base < region.size).then_some((region.base, region.size))
     }
 
     /// Whether any of a range of addresses is among those reserved for a region.
     pub fn overlaps(&self, address: CUdeviceptr, size: u64) -> bool {
         let last = self.regions.range(..address.saturating_add(size)).next_back();
         last.is_some_and(|(_, region)| address < region.base + region.size)
-    }
-
-    /// Has synchronous operations on an allocation's memory wait, or no longer.
-    pub fn set_synchronous(&mut self, base: CUdeviceptr, on: bool) {
-        if on && self.allocations.contains_key(&base) {
-            self.synchronous.insert(base);
-        } else {
-            self.synchronous.remove(&base);
-        }
-    }
-
-    /// Whether synchronous operations on an allocation's memory wait.
-    pub fn is_synchronous(&self, base: CUdeviceptr) -> bool {
-        self.synchronous.contains(&base)
     }
 
     /// Strikes an allocation off the list of those that can be freed or looked up. Its room in a slab
@@ -428,7 +417,6 @@ impl Memory {
         self.views.clear();
         self.doomed.clear();
         self.exports.clear();
-        self.synchronous.clear();
         self.returned.clear();
         self.slabs.clear();
         self.index = Index::default();

@@ -22,7 +22,64 @@ class Explained:
         return all(re.fullmatch(pattern, text, re.DOTALL) for pattern, text in pairs)
 
 
-EXPLAINED = []
+# Attributes 15 and 21 in a list of all.
+RDMA = r"cuPointerGetAttribute\(out, 15, .*"
+DECOMPRESS = r"cuPointerGetAttribute\(out, 21, .*"
+ALL = r"cuPointerGetAttributes\(20, .*"
+
+EXPLAINED = [
+    Explained(
+        "Memory moves, and a network card cannot be told. cuMemGetHandleForAddressRange makes an allocation stay, and gives "
+        "the card a dma-buf of it",
+        RDMA,
+        r"SUCCESS \(1 in 4 bytes\)",
+        r"SUCCESS \(0 in 4 bytes\)",
+    ),
+    Explained(
+        "The GPU's decompression engine needs memory that was made for it, which what nvshare maps is not",
+        DECOMPRESS,
+        r"SUCCESS \(1 in 4 bytes\)",
+        r"SUCCESS \(0 in 4 bytes\)",
+    ),
+    Explained(
+        "As for the two attributes by themselves: IS_GPU_DIRECT_RDMA_CAPABLE and IS_HW_DECOMPRESS_CAPABLE are 0",
+        ALL,
+        r"SUCCESS \(([^,]*, ){13}1 in 4 bytes, ([^,]*, ){5}1 in 4 bytes\)",
+        r"SUCCESS \(([^,]*, ){13}0 in 4 bytes, ([^,]*, ){5}0 in 4 bytes\)",
+    ),
+    Explained(
+        "Where an allocation lies is nobody's to rely on: another one, or memory that nvshare needs for itself, may begin where "
+        "it ends",
+        r"(cuPointerGetAttribute|cuMemHostGetDevicePointer_v2|cuMemcpyDtoH_v2)\(.*a\+(6MiB|150MiB|1MiB|6291452).*",
+        r"INVALID_VALUE.*",
+        r"SUCCESS.*",
+    ),
+    Explained(
+        "Small host allocations share a block of the driver's, nvshare's own among them",
+        r"cuPointerGetAttributes?\(.*a\+100\).*",
+        r"SUCCESS.*",
+        r"SUCCESS.*",
+        r"pointer_to_host_memory.*",
+    ),
+    Explained(
+        "A stream that was destroyed: the driver looks into memory that it has freed, and what it finds there is chance",
+        r".*\bstream\b.*",
+        sequence=r"destroyed_streams.*",
+    ),
+    Explained(
+        "Natively the call crashes the process; under nvshare it is refused",
+        r".*",
+        r"signal 11",
+        r"INVALID_VALUE.*",
+    ),
+    Explained(
+        "After a call that crashes the process natively",
+        r".*",
+        r"",
+        r".*",
+        r"(rubbish_as|released_and_mapped|destroyed).*",
+    ),
+]
 
 
 def why(sequence, call, native, shared):

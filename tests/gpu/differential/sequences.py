@@ -290,10 +290,9 @@ def together(s, pointer, numbers):
 def around(s, pointer, extent):
     for at in (pointer, pointer + 4096, pointer + (extent - 1)):
         ask_all(s, at)
-    for at in (pointer + extent, pointer - 1):
-        for attribute in (2, 11, 12):
-            name, kind = POINTER_ATTRIBUTES[attribute]
-            s.cuPointerGetAttribute(s.out(kind), attribute, at, note=name)
+    for attribute in (2, 11, 12):
+        name, kind = POINTER_ATTRIBUTES[attribute]
+        s.cuPointerGetAttribute(s.out(kind), attribute, pointer + extent, note=name)
 
 
 def mapped(s, name, extent, handle_types=0, give=True):
@@ -543,9 +542,8 @@ def mapping(s):
     s.cuMemMap(a, BLOCK, 0, physical, 0)
     s.cuMemUnmap(a, GRANULE)
     s.cuMemUnmap(a + GRANULE, BLOCK - GRANULE)
-    s.cuMemUnmap(a, BLOCK + GRANULE)
     s.cuMemUnmap(a, 0)
-    s.cuMemUnmap(a + 4096, BLOCK)
+    s.cuMemUnmap(a + 4096, GRANULE)
     s.cuMemsetD8_v2(a, 1, BLOCK)
     s.cuMemAddressFree(a, BLOCK)
     s.cuMemUnmap(a, BLOCK)
@@ -562,6 +560,67 @@ def mapping(s):
     s.cuMemAddressFree(a + GRANULE, BLOCK - GRANULE)
     s.cuMemAddressFree(a, BLOCK)
     s.cuMemAddressFree(a, BLOCK)
+
+
+def with_a_hole(s):
+    """Eight granules of addresses; the first three are mapped, and the fifth."""
+    place = s.out("address", "a", extent=8 * GRANULE)
+    s.cuMemAddressReserve(place, 8 * GRANULE, 0, 0, 0)
+    a = Named(place.value, "a")
+    for name, at, granules in (("first", 0, 3), ("second", 4, 1)):
+        physical = s.handle("physical", name)
+        s.cuMemCreate(physical, granules * GRANULE, properties(), 0)
+        s.cuMemMap(a + at * GRANULE, granules * GRANULE, 0, Named(physical.value, name), 0)
+        s.cuMemSetAccess(a + at * GRANULE, granules * GRANULE, access((DEVICE, 0, READ_WRITE)), 1)
+    return a
+
+
+def what_is_mapped(s, a):
+    for at in (0, 2, 3, 4, 5):
+        s.cuMemGetAccess(s.out(), s.words(DEVICE, 0, width=4), a + at * GRANULE)
+
+
+@sequence(variants=[4, 5, 8])
+def unmapping_with_a_hole(s, granules):
+    a = with_a_hole(s)
+    s.cuMemUnmap(a, granules * GRANULE)
+    what_is_mapped(s, a)
+    s.cuMemAddressFree(a, 8 * GRANULE)
+
+
+@sequence(variants=[4, 5, 8])
+def access_with_a_hole(s, granules):
+    a = with_a_hole(s)
+    s.cuMemSetAccess(a, granules * GRANULE, access((DEVICE, 0, READ)), 1)
+    what_is_mapped(s, a)
+
+
+@sequence
+def rights_of_other_memory(s):
+    a = s.allocate("a", BLOCK)
+    managed = s.allocate("managed", BLOCK, "cuMemAllocManaged", 1)
+    ordered = s.allocate("ordered", BLOCK, "cuMemAllocAsync", None)
+    for pointer in (a, a + GRANULE, managed, ordered, GARBAGE, Named(0, "0")):
+        s.cuMemGetAccess(s.out(), s.words(DEVICE, 0, width=4), pointer)
+        s.cuMemRetainAllocationHandle(s.out("handle:physical"), pointer)
+        s.cuMemSetAccess(pointer, GRANULE, access((DEVICE, 0, READ_WRITE)), 1)
+
+
+@sequence
+def beyond_the_end(s):
+    """An allocation that is not whole granules: the driver knows its end to the byte, or does not."""
+    size = 3 * MIB + 512
+    a = s.allocate("a", size)
+    for extent in (size, size + 1, size + 511, size + 512, size + 4096, 4 * MIB):
+        s.cuMemsetD8_v2(a, 1, extent)
+    for offset in (size - 1, size, size + 1, size + 512, 4 * MIB - 1):
+        s.cuMemcpyDtoH_v2(s.out(), a + offset, 1)
+        s.cuPointerGetAttribute(s.out(), 2, a + offset, note="MEMORY_TYPE")
+        s.cuMemGetAddressRange_v2(s.out("address"), s.out(), a + offset)
+    small = s.allocate("small", 100)
+    for extent in (100, 101, 512, 513):
+        s.cuMemsetD8_v2(small, 1, extent)
+    s.cuCtxSynchronize()
 
 
 @sequence
@@ -636,7 +695,6 @@ def mapping_with_odd_arguments(s):
     s.cuMemMap(a, GRANULE, 4096, p, 0)
     s.cuMemMap(a, 2 * GRANULE, GRANULE, p, 0)
     s.cuMemMap(Named(0, "0"), 2 * GRANULE, 0, p, 0)
-    s.cuMemMap(a + 3 * GRANULE, 2 * GRANULE, 0, p, 0)
     s.cuMemMap(a - 2 * GRANULE, 2 * GRANULE, 0, p, 0)
     s.cuMemSetAccess(a, 2 * GRANULE, access((DEVICE, 0, READ_WRITE)), 1)
     s.cuMemMap(a, 2 * GRANULE, 0, p, 0)

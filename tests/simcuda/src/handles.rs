@@ -12,9 +12,9 @@ use std::thread::LocalKey;
 
 use crate::abi::{Error, Handle, Result};
 
-/// Makes a handle that no other object ever had. It looks like an address, but nothing is there.
+/// Makes a handle that no other object ever had. It looks like an address of the driver's heap, but nothing is there.
 pub fn fresh() -> Handle {
-    static NEXT: AtomicUsize = AtomicUsize::new(0x51_0000_0000);
+    static NEXT: AtomicUsize = AtomicUsize::new(0x51_0000_0010);
     NEXT.fetch_add(64, Ordering::Relaxed)
 }
 

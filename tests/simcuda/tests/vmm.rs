@@ -21,7 +21,7 @@ fn a_handle_is_mapped_several_times_and_outlives_its_release() {
             cuda, "cuMemMap",
             pointer + 4 * PAGE => u64, PAGE => u64, PAGE => u64, handle => usize, 0 => u64,
         );
-        assert_eq!(offset, 1, "the real driver takes no offset but zero");
+        assert_eq!(offset, 801, "the real driver takes no offset but zero");
         assert_eq!(cuda.release(handle), 0);
         assert_eq!(cuda.set_access(pointer, 3 * PAGE), 0, "over both mappings");
         cuda.write(pointer + 8, &[42]);
@@ -48,7 +48,7 @@ fn every_gpu_has_rights_of_its_own() {
         }
         let accesses = [Access(on_gpu(0), 3), Access(on_gpu(1), 1)];
         assert_eq!(cuda.set_accesses(pointer, 2 * PAGE, &accesses), 0);
-        assert_eq!(cuda.set_accesses(pointer, PAGE, &[Access(on_gpu(2), 3)]), 101, "there is no such GPU");
+        assert_eq!(cuda.set_accesses(pointer, PAGE, &[Access(on_gpu(2), 3)]), 1, "there is no such GPU");
         assert_eq!(
             cuda.set_accesses(pointer, PAGE, &[Access(HOST_NUMA, 3)]),
             1,

@@ -26,7 +26,7 @@ driver_api! {
             let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
             match space.find(pointer) {
                 Some((_, region)) => match &region.kind {
-                    Kind::Allocation { physical } => physical.clone(),
+                    Kind::Allocation { physical, .. } => physical.clone(),
                     _ => return Err(Error::INVALID_VALUE),
                 },
                 None => return Err(Error::INVALID_VALUE),

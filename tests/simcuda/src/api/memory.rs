@@ -1,7 +1,8 @@
 //! Allocations, host memory, managed memory, and what is known about a pointer.
 
+use std::collections::BTreeSet;
 use std::ffi::{c_int, c_uint, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use super::driver_api;
 use crate::abi::{
@@ -38,29 +39,38 @@ driver_api! {
         Ok(())
     }
 
+    /// What is refused is at address 0.
     fn cuMemAlloc_v2(pointer: Out<u64>, bytes: usize) {
-        pointer.required()?;
+        pointer.set(0)?;
         pointer.set(self::allocate(bytes as u64)?)
     }
 
+    /// Says the pitch of what it then refuses for want of memory too.
     fn cuMemAllocPitch_v2(pointer: Out<u64>, pitch: Out<usize>, width: usize, height: usize, element: c_uint) {
+        pointer.set_if_wanted(0);
+        pitch.set_if_wanted(0);
         pointer.required()?;
         pitch.required()?;
-        if !matches!(element, 4 | 8 | 16) {
+        context::healthy()?;
+        if !matches!(element, 4 | 8 | 16) || height == 0 {
             return Err(Error::INVALID_VALUE);
         }
-        let row = width.checked_next_multiple_of(512).ok_or(Error::INVALID_VALUE)?;
-        let bytes = row.checked_mul(height).ok_or(Error::INVALID_VALUE)?;
-        pointer.set(self::allocate(bytes as u64)?)?;
-        pitch.set(row)
+        let row = width.checked_next_multiple_of(512).unwrap_or(0);
+        pitch.set(row)?;
+        match row.checked_mul(height) {
+            Some(bytes) => pointer.set(self::allocate(bytes as u64)?),
+            None if row.wrapping_mul(height) == 0 => Err(Error::INVALID_VALUE),
+            None => Err(Error::OUT_OF_MEMORY),
+        }
     }
 
     /// Waits for the work of the context first, as the real one does, but not for stream-ordered memory.
     fn cuMemFree_v2(pointer: u64) {
-        let context = context::healthy()?;
+        driver()?;
         if pointer == 0 {
             return Ok(());
         }
+        let context = context::healthy()?;
         if let Ok(block) = Block::at(pointer) {
             return pool::free(block.address, None);
         }
@@ -70,21 +80,12 @@ driver_api! {
     }
 
     fn cuMemGetAddressRange_v2(base: Out<u64>, size: Out<usize>, pointer: u64) {
+        base.set_if_wanted(0);
+        size.set_if_wanted(0);
         context::healthy()?;
-        let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
-        let (start, region) = space.find(pointer).ok_or(Error::INVALID_VALUE)?;
-        let (start, len) = match region.kind {
-            // Nobody is told where an array's bytes are.
-            Kind::Array { .. } => return Err(Error::INVALID_VALUE),
-            // The real driver answers with the mapping, not with the reservation around it.
-            Kind::Reservation { .. } => {
-                let (start, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
-                (start, mapping.size)
-            }
-            _ => (start, region.size),
-        };
-        base.set_if_wanted(start);
-        size.set_if_wanted(len as usize);
+        let known = self::describe(driver()?, pointer).filter(|known| known.access != 0).ok_or(Error::NOT_FOUND)?;
+        base.set_if_wanted(known.allocation.0);
+        size.set_if_wanted(known.allocation.1 as usize);
         Ok(())
     }
 
@@ -142,7 +143,7 @@ driver_api! {
 
     fn cuMemAllocManaged(pointer: Out<u64>, bytes: usize, flags: c_uint) {
         let context = context::healthy()?;
-        pointer.required()?;
+        pointer.set(0)?;
         if bytes == 0 || !matches!(flags, 1 | 2) {
             return Err(Error::INVALID_VALUE);
         }
@@ -194,8 +195,18 @@ driver_api! {
     fn cuPointerGetAttribute(data: Out<c_void>, attribute: c_uint, pointer: u64) {
         let driver = driver()?;
         data.required()?;
-        let known = self::describe(driver, pointer).ok_or(Error::INVALID_VALUE)?;
-        known.answer(driver, data, attribute)
+        let known = self::describe(driver, pointer).filter(Pointer::is_memory).ok_or(Error::INVALID_VALUE)?;
+        let zero = |error| {
+            data.of::<u64>().set_if_wanted(0);
+            Err(error)
+        };
+        match attribute {
+            // As the current context sees it, which may not be able to.
+            3 if context::current().is_err() => zero(Error::INVALID_CONTEXT),
+            3 if known.access == 0 => zero(Error::INVALID_VALUE),
+            4 if !known.host => zero(Error::INVALID_VALUE),
+            _ => known.answer(driver, data, attribute),
+        }
     }
 
     /// Unlike the function for a single attribute, answers zeros for a pointer it doesn't know.
@@ -208,13 +219,24 @@ driver_api! {
         Ok(())
     }
 
+    /// Synchronous memory operations are the only attribute that can be set, and not of memory that is mapped by hand.
+    /// All of them are synchronous here.
     fn cuPointerSetAttribute(value: In<c_uint>, attribute: c_uint, pointer: u64) {
-        value.get()?;
-        self::describe(driver()?, pointer).ok_or(Error::INVALID_VALUE)?;
-        // Synchronous memory operations, the only attribute that can be set: all of them are.
-        if attribute == 6 { Ok(()) } else { Err(Error::INVALID_VALUE) }
+        let on = value.get()? != 0;
+        let known = self::describe(driver()?, pointer).filter(Pointer::is_memory).ok_or(Error::INVALID_VALUE)?;
+        if known.reserved {
+            return Err(Error::NOT_SUPPORTED);
+        }
+        if attribute != 6 {
+            return Err(Error::INVALID_VALUE);
+        }
+        known.set_synchronous(on);
+        Ok(())
     }
 }
+
+/// The regions that have been made synchronous, by their number.
+static SYNCHRONOUS: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
 
 fn allocate(bytes: u64) -> Result<u64> {
     let context = context::healthy()?;
@@ -230,7 +252,7 @@ fn allocate(bytes: u64) -> Result<u64> {
     let backing = &driver.memory.backing;
     let physical = Arc::new(Physical::new(backing, 0, size, location, Some(device.ledger()?))?);
     let mut space = driver.memory.space.write().unwrap_or_else(|e| e.into_inner());
-    let kind = Kind::Allocation { physical: physical.clone() };
+    let kind = Kind::Allocation { physical: physical.clone(), requested: bytes };
     space.allocate(&physical, kind, device.index, context.owner())
 }
 
@@ -326,6 +348,10 @@ struct Pointer {
     base: u64,
     size: u64,
     mapping: (u64, u64),
+    /// What cuMemGetAddressRange says: of reserved addresses, the mapping.
+    allocation: (u64, u64),
+    /// Mapped by hand.
+    reserved: bool,
     host: bool,
     managed: bool,
     mapped: bool,
@@ -348,6 +374,8 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         base,
         size: region.size,
         mapping: (base, region.size),
+        allocation: (base, region.size),
+        reserved: false,
         host: false,
         managed: false,
         mapped: true,
@@ -357,14 +385,19 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         id: region.id,
     };
     match &region.kind {
-        Kind::Allocation { .. } | Kind::Opened { .. } | Kind::Pooled { .. } | Kind::Array { .. } => {}
+        Kind::Allocation { requested, .. } => (known.size, known.allocation.1) = (*requested, *requested),
+        Kind::Pooled { .. } => known.context = 0,
+        Kind::Opened { .. } | Kind::Array { .. } => {}
         Kind::Managed => (known.managed, known.host) = (true, true),
         Kind::HostAllocation { .. } | Kind::HostRegistration { .. } => {
             (known.memory_type, known.host) = (MEMORYTYPE_HOST, true);
         }
         Kind::Reservation { .. } => match space.find_mapping(address) {
             Some((base, mapping)) => {
-                known.mapping = (base, mapping.size);
+                (known.mapping, known.allocation) = ((base, mapping.size), (base, mapping.size));
+                known.reserved = true;
+                // Each mapping has a number of its own.
+                known.id = base;
                 known.mapped = mapping.rights.most() != Access::None;
                 known.access = if known.mapped { 3 } else { 0 };
                 known.handle_types = mapping.physical.handle_types;
@@ -374,23 +407,42 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
                     known.memory_type = MEMORYTYPE_HOST;
                 }
             }
-            None => (known.mapped, known.access, known.mapping) = (false, 0, (0, 0)),
+            None => return Some(Pointer { address, base, size: region.size, ..Pointer::default() }),
         },
     }
     Some(known)
 }
 
 impl Pointer {
+    /// Whether anything is there: addresses may be reserved and no more, and all that is known of those is their range.
+    fn is_memory(&self) -> bool {
+        self.memory_type != 0
+    }
+
+    fn set_synchronous(&self, on: bool) {
+        let mut synchronous = lock(&SYNCHRONOUS);
+        if on {
+            synchronous.insert(self.id);
+        } else {
+            synchronous.remove(&self.id);
+        }
+    }
+
     /// Writes the value of a `CUpointer_attribute`.
     fn answer(&self, driver: &Driver, data: Out<c_void>, attribute: c_uint) -> Result {
-        let known = self.base != 0;
+        let known = self.is_memory();
         match attribute {
             1 => data.of::<Handle>().set(self.context),
             2 => data.of::<c_uint>().set(self.memory_type),
-            3 => data.of::<u64>().set(if known { self.address } else { 0 }),
-            4 if known && !self.host => Err(Error::INVALID_VALUE),
-            4 => data.of::<u64>().set(if known { self.address } else { 0 }),
-            6 => data.of::<c_uint>().set(1),
+            3 => data.of::<u64>().set(if known && self.access != 0 { self.address } else { 0 }),
+            // What is not known may be the host's.
+            4 => data.of::<u64>().set(if self.host || !known { self.address } else { 0 }),
+            // Tokens that mean nothing here. Who has them reads and writes beside the driver.
+            5 => {
+                self.set_synchronous(true);
+                data.of::<[u64; 2]>().set([self.id, 1])
+            }
+            6 => data.of::<c_uint>().set(lock(&SYNCHRONOUS).contains(&self.id).into()),
             7 => data.of::<u64>().set(self.id),
             8 => data.of::<c_uint>().set(c_uint::from(self.managed)),
             9 => data.of::<c_int>().set(if known { self.device } else { -2 }),
@@ -399,11 +451,14 @@ impl Pointer {
             12 => data.of::<usize>().set(self.size as usize),
             13 => data.of::<c_uint>().set(c_uint::from(known && self.mapped)),
             14 => data.of::<u64>().set(self.handle_types.into()),
-            15 => data.of::<c_uint>().set(0),
+            // GPUDirect RDMA, and decompression by hardware.
+            15 | 21 => data.of::<c_uint>().set(self.legacy_ipc.into()),
             16 => data.of::<c_uint>().set(self.access),
+            17 if !known => data.of::<Handle>().set(0),
             17 => data.of::<Handle>().set(Block::at(self.base).map_or(0, |block| block.pool())),
             18 => data.of::<usize>().set(self.mapping.1 as usize),
             19 => data.of::<u64>().set(self.mapping.0),
+            20 if !known => data.of::<u64>().set(0),
             20 => {
                 let space = driver.memory.space.read().unwrap_or_else(|e| e.into_inner());
                 let block = match space.find_mapping(self.address) {

@@ -220,7 +220,8 @@ fn device_at(location: In<MemLocation>, kind: c_uint) -> Result<&'static Device>
 }
 
 fn allocate(pointer: Out<u64>, bytes: usize, pool: &Arc<Pool>, stream: &Arc<Stream>) -> Result {
-    pointer.required()?;
+    // What is refused is at address 0.
+    pointer.set(0)?;
     stream.usable()?;
     if bytes == 0 {
         return Err(Error::INVALID_VALUE);

@@ -114,12 +114,12 @@ driver_api! {
         let memory = &driver()?.memory;
         let physical = memory.physical(handle)?;
         let size = size as u64;
-        if !pointer.is_multiple_of(GRANULARITY) || !self::granular(size) || size > physical.size() {
+        if size == 0 || flags != 0 || pointer == 0 {
             return Err(Error::INVALID_VALUE);
         }
-        // As documented: "must be zero", both of them.
-        if offset != 0 || flags != 0 {
-            return Err(Error::INVALID_VALUE);
+        let whole = pointer.is_multiple_of(GRANULARITY) && self::granular(size) && size <= physical.size();
+        if !whole || offset != 0 {
+            return Err(Error::NOT_SUPPORTED);
         }
         memory.space.write().unwrap_or_else(|e| e.into_inner()).map(pointer, size, physical)
     }
@@ -139,6 +139,7 @@ driver_api! {
     fn cuMemGetAccess(flags: Out<u64>, location: In<MemLocation>, pointer: u64) {
         let memory = &driver()?.memory;
         let who = self::who(&location.get()?)?;
+        flags.set(0)?;
         let space = memory.space.read().unwrap_or_else(|e| e.into_inner());
         let (_, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
         flags.set(self::flags(mapping.rights.of(who)))
@@ -164,7 +165,8 @@ pub(super) fn rights(descriptions: In<MemAccessDesc>, count: usize) -> Result<Ve
     let right = |description: &MemAccessDesc| {
         let all = [Access::None, Access::Read, Access::ReadWrite];
         let access = all.into_iter().find(|&access| self::flags(access) == u64::from(description.flags));
-        Ok((self::who(&description.location)?, access.ok_or(Error::INVALID_VALUE)?))
+        let who = self::who(&description.location).map_err(|_| Error::INVALID_VALUE)?;
+        Ok((who, access.ok_or(Error::INVALID_VALUE)?))
     };
     descriptions.to_vec(count)?.iter().map(right).collect()
 }

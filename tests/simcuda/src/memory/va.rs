@@ -116,8 +116,8 @@ impl Mapping {
 pub enum Kind {
     /// `cuMemAddressReserve`.
     Reservation { maps: BTreeMap<u64, Mapping> },
-    /// `cuMemAlloc`, with what it keeps alive.
-    Allocation { physical: Arc<Physical> },
+    /// `cuMemAlloc`, with what it keeps alive, and the bytes that were asked for.
+    Allocation { physical: Arc<Physical>, requested: u64 },
     /// `cuIpcOpenMemHandle` of what another process allocated: by which handle, how often, and for which GPU.
     Opened { _physical: Arc<Physical>, handle: [u64; 8], references: u32, by: usize },
     /// Stream-ordered memory.
