@@ -55,6 +55,13 @@ EXPLAINED = [
         r"SUCCESS.*",
     ),
     Explained(
+        "What is freed while memory moves is given back a moment later, and until then a use of it is not refused",
+        r"cuMem(set|cpy).*",
+        r"(INVALID_VALUE|ILLEGAL_ADDRESS).*",
+        r"SUCCESS.*",
+        r"frees",
+    ),
+    Explained(
         "Small host allocations share a block of the driver's, nvshare's own among them",
         r"cuPointerGetAttributes?\(.*a\+100\).*",
         r"SUCCESS.*",

@@ -232,10 +232,10 @@ def frees(s):
     s.cuMemFree(a)
     s.free(a)
     s.cuMemFree_v2(a)
-    s.cuMemsetD8_v2(a, 1, BLOCK)
     s.cuMemGetAddressRange_v2(s.out("address"), s.out(), a)
     s.cuMemFreeHost(a)
     s.cuIpcCloseMemHandle(a)
+    s.cuMemsetD8_v2(a, 1, BLOCK)
 
 
 @sequence
