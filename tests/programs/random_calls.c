@@ -835,7 +835,8 @@ static void ask_memory(void) {
     CUdeviceptr base = 0;
     CUresult result = cuMemGetAddressRange_v2(choose(6) ? &base : NULL, choose(6) ? &bytes : NULL, b->address + offset);
     say("range of %s %d at %zu: %lld, %zu -> %d", KIND[b->kind], number_of(b), offset, base ? (long long)(b->address - base) : 0, rounded(bytes), result);
-    static const int ATTRIBUTES[] = {2, 8, 9, 10, 13, 14, 15, 16};
+    /* Not 15, IS_GPU_DIRECT_RDMA_CAPABLE: memory that moves is not, on purpose (docs/compatibility.md). */
+    static const int ATTRIBUTES[] = {2, 8, 9, 10, 13, 14, 16};
     for (size_t i = 0; i < sizeof ATTRIBUTES / sizeof *ATTRIBUTES; i++) {
         uint64_t value = 0;
         char name[24];
