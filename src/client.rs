@@ -81,11 +81,18 @@ pub struct Books<P> {
     slot: SlotIndex,
     /// An account has one move in flight at a time, and one author.
     author: Arc<Mutex<()>>,
+    /// The client's phase, for the arbiter when it asks. The page says it too, where everybody can overwrite it.
+    truth: Option<Truth>,
 }
 
 impl<P: Clone> Clone for Books<P> {
     fn clone(&self) -> Self {
-        Self { page: self.page.clone(), slot: self.slot, author: self.author.clone() }
+        Self {
+            page: self.page.clone(),
+            slot: self.slot,
+            author: self.author.clone(),
+            truth: self.truth.clone(),
+        }
     }
 }
 
@@ -98,6 +105,13 @@ impl<P: Deref<Target = Page>> Books<P> {
     fn author(&self) -> MutexGuard<'_, ()> {
         // A panic between two stores leaves an operation announced, which the next move closes.
         self.author.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// What the arbiter is told when it asks.
+    fn tell(&self, phase: Phase) {
+        if let Some(truth) = &self.truth {
+            truth.store(phase as u32, std::sync::atomic::Ordering::Relaxed);
+        }
     }
 
     /// The page.
@@ -308,6 +322,7 @@ impl<P: Deref<Target = Page>> Books<P> {
         let own = &self.page.slot(self.slot).own;
         own.wait_since.store(0, Ordering::Relaxed);
         let phase = if lost == 0 { Phase::Leaving } else { Phase::Idle };
+        self.tell(phase);
         own.phase.store(phase as u32, Ordering::Release);
         self.page.decide();
     }
@@ -360,8 +375,6 @@ pub struct Client<P> {
     decided: Nanos,
     /// The weight and the priority that its deadline was reckoned with.
     reckoned: (u32, Priority),
-    /// Its phase, for the arbiter when it asks. The page says it too, where everybody can overwrite it.
-    truth: Option<Truth>,
 }
 
 /// A client's phase in memory of its own process alone: a word of [`Phase`], or [`NOT_TOLD`]. Not a part of the protocol
@@ -376,12 +389,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
         Self {
-            books: Books { page, slot, author: Arc::new(Mutex::new(())) },
+            books: Books { page, slot, author: Arc::new(Mutex::new(())), truth: None },
             phase: Phase::Idle,
             undrained: false,
             decided: 0,
             reckoned: (0, Priority::default()),
-            truth: None,
         }
     }
 
@@ -389,7 +401,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     #[must_use]
     pub fn telling(mut self, truth: Truth) -> Self {
         truth.store(self.phase as u32, std::sync::atomic::Ordering::Relaxed);
-        self.truth = Some(truth);
+        self.books.truth = Some(truth);
         self
     }
 
@@ -414,9 +426,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     fn enter(&mut self, phase: Phase) {
         self.phase = phase;
         self.decided = 0;
-        if let Some(truth) = &self.truth {
-            truth.store(phase as u32, std::sync::atomic::Ordering::Relaxed);
-        }
+        self.books.tell(phase);
         self.own().phase.store(phase as u32, Ordering::Release);
     }
 
