@@ -10,7 +10,6 @@ use nvshare_test_support::Dice;
 use nvshare_tools::node::{Node, SimulatedGpu};
 
 const OUT_OF_MEMORY: i32 = 2;
-const INVALID_DEVICE: i32 = 101;
 const ILLEGAL_ADDRESS: i32 = 700;
 const NOT_SUPPORTED: i32 = 801;
 
@@ -245,13 +244,13 @@ fn what_is_wrong_is_refused_with_the_drivers_error_and_changes_nothing() {
     let shared = one.number(&format!("object {} 0 1", 2 * MIB));
     let wrong = [
         (INVALID_VALUE, format!("map {} {SIZE} 0 {object}", range + 100 * SIZE)),
-        (INVALID_VALUE, format!("map {} {SIZE} 0 {object}", range + 3 * SIZE + MIB)),
+        (NOT_SUPPORTED, format!("map {} {SIZE} 0 {object}", range + 3 * SIZE + MIB)),
         (INVALID_VALUE, format!("map {} {SIZE} 0 {object}", range + 3 * SIZE + 2 * MIB)),
         (INVALID_VALUE, format!("unmap {range} {}", 2 * SIZE)),
         (INVALID_VALUE, format!("unmap {} {}", range - 2 * MIB, SIZE + 2 * MIB)),
         (INVALID_VALUE, format!("allow {range} {} 0 1", 2 * SIZE)),
         (INVALID_VALUE, format!("allow {range} {SIZE} 0 2")),
-        (INVALID_DEVICE, format!("allow {range} {SIZE} 7 3")),
+        (INVALID_VALUE, format!("allow {range} {SIZE} 7 3")),
         (INVALID_VALUE, format!("export-object-wrongly {shared} 0")),
         (INVALID_VALUE, format!("export-object-wrongly {shared} 1")),
         (INVALID_VALUE, "object 0 0 0".into()),
