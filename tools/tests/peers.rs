@@ -168,7 +168,7 @@ fn rights_that_change_while_the_memory_is_out_hold_when_it_is_back() {
         assert_eq!(one.call("disable-peer 0"), NOT_ENABLED);
         for data in &all {
             data.is_at(&mut one, data.address, 0);
-            assert_eq!(one.number(&format!("allowed {} 1", data.address)), 0, "it was taken back");
+            assert_eq!(one.number(&format!("rights {} 1", data.address)), 0, "it was taken back");
         }
         one.does("use 1");
     }
@@ -201,7 +201,7 @@ fn a_peer_reaches_what_lies_in_host_memory_for_want_of_room() {
     one.does("disable-peer 0");
     for data in &all {
         for granule in (data.address..data.address + 8 * data.words).step_by(2 << 20) {
-            assert_eq!(one.number(&format!("allowed {granule} 1")), 0, "also in host memory");
+            assert_eq!(one.number(&format!("rights {granule} 1")), 0, "also in host memory");
         }
     }
     one.does("enable-peer 0");
@@ -260,7 +260,8 @@ fn one_contexts_rights_outlive_anothers() {
     reached(&mut one, &mut other);
     one.does("use 1");
     one.does("disable-peer 0");
-    assert_eq!(one.number(&format!("allowed {} 1", data.address)), 0, "nobody asks any more");
+    data.is_at(&mut one, data.address, 0);
+    assert_eq!(one.number(&format!("rights {} 1", data.address)), 0, "nobody asks any more");
     over(&node, one, other, [data]);
 }
 
@@ -286,7 +287,7 @@ fn rights_go_with_their_context() {
             one.does("create 1");
         }
         one.does("use 0");
-        let allowed = |one: &mut Application| one.number(&format!("allowed {} 1", data.address));
+        let allowed = |one: &mut Application| one.number(&format!("rights {} 1", data.address));
         assert_eq!(allowed(&mut one), 0, "the owner goes: {owner_goes}");
         let mut other = Competitor::start(&node);
         other.takes_all(&node, &one);

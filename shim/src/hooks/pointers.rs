@@ -356,10 +356,15 @@ pub unsafe fn cuMemGetAccess(flags: *mut u64, location: *const CUmemLocation, pt
             Ok(pass) => pass,
             Err(result) => return result,
         };
-        // Only what the application has mapped itself has rights that can be asked for.
-        let mapped = Allocated::at(ptr).filter(Allocated::is_mapped);
+        let known = Allocated::at(ptr);
         // SAFETY: the caller's arguments.
-        unsafe { real::cuMemGetAccess(flags, location, as_known(ptr, mapped.as_ref())) }
+        let result = unsafe { real::cuMemGetAccess(flags, location, as_known(ptr, known.as_ref())) };
+        // Only what the application has mapped itself has rights. The driver answers 0 for an allocation of its own.
+        if result.is_success() && known.is_some_and(|known| !known.is_mapped()) {
+            // SAFETY: the driver has just written there.
+            unsafe { flags.write_unaligned(0) };
+        }
+        result
     })
 }
 

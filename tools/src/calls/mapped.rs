@@ -138,6 +138,14 @@ impl Caller {
                 let code = unsafe { get(&mut flags, &Location::device(*device), *address) };
                 (code, flags.to_string())
             }
+            // What the simulated GPU knows, whoever has mapped the memory.
+            ("rights", [address, gpu]) => {
+                let rights = driver!(self, b"nvsharesim_rights", fn(DevicePointer, c_uint, *mut u64));
+                let mut flags = 0;
+                // SAFETY: as said.
+                let code = unsafe { rights(*address, *gpu as c_uint, &mut flags) };
+                (code, flags.to_string())
+            }
             ("export-object", [object]) => {
                 let export =
                     driver!(self, b"cuMemExportToShareableHandle", fn(*mut c_int, Object, c_uint, u64));

@@ -4,6 +4,7 @@ use std::ffi::{c_int, c_uint};
 
 use simstate::{Counters, ProcessUsage, ledger};
 
+use super::vmm;
 use crate::abi::{Error, Out};
 use crate::driver::driver;
 
@@ -29,5 +30,17 @@ extern "C" fn nvsharesim_usage(gpu: c_uint, usage: Out<ProcessUsage>, count: Out
         count.set(all.len() as c_uint)?;
         usage.fill(all.into_iter(), room);
         Ok(())
+    })
+}
+
+/// Writes what a GPU of this process may do with mapped memory, as `CUmemAccess_flags`, whoever has mapped it. Needs
+/// `cuInit`. The driver has no such call: `cuMemGetAccess` answers for the caller's own mappings, and under nvshare an
+/// allocation of `cuMemAlloc` is a mapping that the application knows nothing of.
+#[unsafe(no_mangle)]
+extern "C" fn nvsharesim_rights(pointer: u64, gpu: c_uint, rights: Out<u64>) -> c_int {
+    super::enter("nvsharesim_rights", || {
+        let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
+        let (_, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
+        rights.set(vmm::flags(mapping.rights.of(gpu as usize)))
     })
 }

@@ -14,7 +14,7 @@ use crate::context;
 use crate::driver::driver;
 use crate::memory::backing::Physical;
 use crate::memory::sharing::{self, HANDLE_FD};
-use crate::memory::va::{Access, GRANULARITY, Rights};
+use crate::memory::va::{Access, GRANULARITY, Kind, Rights};
 
 driver_api! {
     fn cuMemGetAllocationGranularity(granularity: Out<usize>, prop: In<MemAllocationProp>, option: c_uint) {
@@ -141,8 +141,14 @@ driver_api! {
         let who = self::who(&location.get()?)?;
         flags.set(0)?;
         let space = memory.space.read().unwrap_or_else(|e| e.into_inner());
-        let (_, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
-        flags.set(self::flags(mapping.rights.of(who)))
+        match space.find(pointer) {
+            // Memory that was not mapped by cuMemMap has no rights that can be asked for (seen on an H100).
+            Some((_, region)) if !matches!(region.kind, Kind::Reservation { .. }) => Ok(()),
+            _ => {
+                let (_, mapping) = space.find_mapping(pointer).ok_or(Error::INVALID_VALUE)?;
+                flags.set(self::flags(mapping.rights.of(who)))
+            }
+        }
     }
 }
 
