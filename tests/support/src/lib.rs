@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 pub struct Patience(Duration);
 
 impl Patience {
-    /// So many seconds.
+    /// So many seconds where nothing else runs. Tests run beside each other, and beside whatever else a machine does, so
+    /// it is given several times that.
     pub const fn seconds(seconds: u64) -> Self {
-        Self(Duration::from_secs(seconds))
+        Self(Duration::from_secs(4 * seconds))
     }
 
     /// The same, for what waits by itself.
