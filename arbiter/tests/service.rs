@@ -298,6 +298,20 @@ fn a_gpu_that_another_arbiter_serves_elsewhere_is_refused_unless_asked_for() {
     wait_for("the second serves", || serves(&two));
 }
 
+/// An arbiter that is to be refused: what it says when it ends.
+fn refusal(dir: &Path, arguments: &[&str]) -> Output {
+    let mut child = private(dir, arguments).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for("it ends or serves", || child.try_wait().unwrap().is_some() || serves(dir));
+    // If it serves, it is not to wait for the test's end.
+    let _ = child.kill();
+    child.wait_with_output().unwrap()
+}
+
+/// What stands in the lock file: the arbiter's pid, and how its pools are sized.
+fn signed(dir: &Path) -> String {
+    std::fs::read_to_string(paths::arbiter_lock(dir)).unwrap()
+}
+
 #[test]
 fn a_private_arbiter_changes_no_pool_under_living_clients() {
     let dir = directory("stranger");
@@ -308,9 +322,10 @@ fn a_private_arbiter_changes_no_pool_under_living_clients() {
     ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
     for _ in 0..2 {
         // Nor if it tries again.
-        let refused = private(&dir, &["--capacity", "32MiB"]).output().unwrap();
+        let refused = refusal(&dir, &["--capacity", "32MiB"]);
         fails_with_two(&refused, &["1 living clients", "64.00 MiB", "--runtime-dir"]);
         assert_eq!(client.page.capacity(), 32);
+        assert!(signed(&dir).contains("private arbiter with --capacity 64.00 MiB"), "{}", signed(&dir));
     }
     // One that says the same takes over.
     arbiter.child = start(&["--capacity", "64MiB"]);
@@ -319,11 +334,30 @@ fn a_private_arbiter_changes_no_pool_under_living_clients() {
     // The operator's may change what the operator wants.
     arbiter.child =
         command(&dir, &["--gpu", GPU, "--capacity", "32MiB"]).stderr(Stdio::null()).spawn().unwrap();
-    wait_for("the operator's has changed it", || serves(&dir) && client.page.capacity() == 16);
+    wait_for("the operator's has changed it", || client.page.capacity() == 16);
+    // Written down by then, or an arbiter that is killed now leaves a pool of which nobody knows who sized it.
+    assert!(signed(&dir).contains("a service with --capacity 32.00 MiB"), "{}", signed(&dir));
     assert!(client.page.owner(client.slot).is_some());
     // And what a private one says after that is not what the operator's said.
     ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
-    fails_with_two(&private(&dir, &["--capacity", "32MiB"]).output().unwrap(), &["living clients"]);
+    fails_with_two(&refusal(&dir, &["--capacity", "32MiB"]), &["living clients"]);
+}
+
+#[test]
+fn a_private_arbiter_changes_no_pool_of_which_nobody_knows_who_sized_it() {
+    let dir = directory("unsigned");
+    let mut arbiter = Arbiter {
+        child: private(&dir, &["--capacity", "64MiB"]).stderr(Stdio::null()).spawn().unwrap(),
+        dir: dir.clone(),
+    };
+    wait_for("it serves", || serves(&dir));
+    let client = arbiter.register(&hello()).unwrap();
+    ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
+    for nothing in ["", "4711\n", "4711\n\n"] {
+        std::fs::write(paths::arbiter_lock(&dir), nothing).unwrap();
+        fails_with_two(&refusal(&dir, &["--capacity", "32MiB"]), &["1 living clients"]);
+        assert_eq!(client.page.capacity(), 32);
+    }
 }
 
 #[test]
