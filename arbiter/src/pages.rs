@@ -227,7 +227,7 @@ fn brought(record: &Record, gpu: GpuUuid, listener: &OwnedFd, alive: impl Fn() -
         let too_many = silent.len().saturating_sub(MOST_SILENT);
         silent.drain(..too_many);
     }
-    if !alive() {
+    if now() < until {
         tracing::info!(%gpu, "no client is left that could bring the page");
     }
     None
