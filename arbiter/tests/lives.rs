@@ -5,8 +5,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::MsgFlags;
 use nvshare::map::MappedPage;
 use nvshare::page::Phase;
-use nvshare::paths;
 use nvshare::register::{self, Hello};
+use nvshare::{Client, SlotIndex, paths};
 use nvshare_test_support::Patience;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines};
@@ -297,5 +297,43 @@ fn silent_connections_keep_no_client_from_bringing_its_page() {
     assert_eq!(slots(&look(&dir)), [slot]);
     attached(&mut log, 1);
     drop((silent.join().unwrap(), client, arbiter, log));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// The states that an arbiter leaves which is killed between two steps of opening or closing a slot.
+#[test]
+fn what_a_killed_arbiter_left_half_done_the_next_one_finishes() {
+    let dir = std::env::temp_dir().join(format!("nvshare-half-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (arbiter, _) = start_arbiter(&dir, false);
+    let hello = Hello::new(GPU.parse().unwrap(), "stays");
+    let client = register::register(&paths::socket(&dir), &hello, PATIENCE.duration()).unwrap();
+    let (kept, page) = (client.slot.get(), &client.page);
+    let (dead, slot) = start_client(&dir, false);
+    let dead_slot = SlotIndex::new(slot).unwrap();
+    let (holder, third) = start_client(&dir, false);
+    let third = SlotIndex::new(third).unwrap();
+    let own = page.owner(client.slot).unwrap();
+    arbiter.end();
+    dead.end();
+    holder.end();
+
+    // Closing: the page is cleared, and the dead client's life file is there.
+    page.reap(dead_slot).unwrap();
+    // Closing: nothing is done yet, and the dead client has granules.
+    let books = Client::new(&**page, third).books().clone();
+    books.grow(5);
+    books.try_take(5).unwrap();
+    assert_eq!(page.free().granules, 27);
+    // Opening: the slot is a living process's, which has not been told of it: there is no life file yet.
+    let opened = SlotIndex::new(40).unwrap();
+    page.open_slot_at(opened, own, "opened", 100);
+
+    let (arbiter, mut log) = start_arbiter(&dir, false);
+    assert_eq!(slots(page), [kept]);
+    assert_eq!((page.view(third).resident, page.free().granules), (0, 32));
+    assert!(!paths::life(&dir, page.gpu(), dead_slot).exists());
+    attached(&mut log, 1);
+    drop((arbiter, log));
     std::fs::remove_dir_all(dir).unwrap();
 }
