@@ -109,7 +109,7 @@ fn values_that_make_no_sense_are_named() {
         (&["--gpu", "card-0"][..], &["'card-0'", "nvidia-smi"][..]),
         (&["--capacity", "lots"], &["'lots'", "14.9GiB"]),
         (&["--quantum", "soon"], &["'soon'", "500ms"]),
-        (&["--quantum-factor", "-1"], &["'-1'"]),
+        (&["--quantum-factor=-1"], &["'-1'", "between 0.1 and 1000"]),
         (&["--capacity", "1GiB"], &["NVML", "--gpu"]),
     ] {
         fails_with_two(&refusal(&mut command(&dir, arguments)), words);
