@@ -147,11 +147,11 @@ fn who_closes_all_descriptors_is_a_client_still() {
         PATIENCE.until("it alone is there", || clients(&node) == [pid]);
     };
     goes_on();
-    goes_on();
     // The next arbiter has nothing but what the client has kept.
     kill_arbiter(&node);
     let next = start_arbiter(node.dir(), &["--capacity", "64MiB"].map(str::to_owned), &gpu.environment(&[]));
     let mut next = next.unwrap().expect("no other is started");
+    assert_eq!(clients(&node), [pid], "it is taken over");
     goes_on();
     drop(client);
     next.kill().unwrap();
