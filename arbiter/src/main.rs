@@ -12,9 +12,9 @@ use nvshare_arbiter::pages::Succession;
 use nvshare_arbiter::sampling::{Gpu, NvmlSource, Source};
 use nvshare_arbiter::server::Server;
 use std::fs::File;
-use std::io::{Seek, Write};
+use std::io::Write;
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -62,14 +62,15 @@ fn serve(options: Options) -> Result<(), String> {
 
 fn serve_in(dir: &Path, options: Options, mut directory: Directory) -> Result<(), String> {
     let pools = options.pools();
-    let differs = directory.before.as_ref().is_some_and(|before| *before != pools);
-    let succession = if options.exit_when_idle && differs { Succession::Stranger } else { Succession::Heir };
+    let same = directory.before.as_ref() == Some(&pools);
+    let succession = if options.exit_when_idle && !same { Succession::Stranger } else { Succession::Heir };
     let ready = options.ready_fd;
     let started = gpus(&options).and_then(|(gpus, source)| {
-        Server::start(options, dir.to_owned(), succession, gpus, source).map_err(|error| error.to_string())
+        let sign = || directory.sign(&pools);
+        Server::start(options, dir.to_owned(), succession, &sign, gpus, source)
+            .map_err(|error| error.to_string())
     });
     let server = started.inspect_err(|_| directory.give_up())?;
-    directory.sign(&pools);
     tracing::info!(dir = %dir.display(), "serving");
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     if let Some(fd) = ready {
@@ -105,9 +106,13 @@ fn check_room(dir: &Path) -> Result<(), String> {
 struct Directory {
     path: PathBuf,
     file: Flock<File>,
-    /// What the arbiter before said of its pools.
+    /// What the arbiter before said of its pools. `None`: nobody knows.
     before: Option<String>,
 }
+
+/// Bytes of the lock file. It is always written whole and in one call, so whenever an arbiter is killed, the next one
+/// reads either what was there or what was written.
+const SIGNED: usize = 256;
 
 impl Directory {
     fn lock(dir: &Path) -> Result<Self, String> {
@@ -135,10 +140,11 @@ impl Directory {
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 // Its owner may have ended and removed it meanwhile: then somebody else may have the one that is there.
                 Ok(file) if is_at(&path, &file) => {
-                    let before = said.next().map(str::to_owned);
-                    let mut directory = Self { path, file, before };
-                    let before = directory.before.clone().unwrap_or_default();
-                    directory.sign(&before);
+                    let before = said.next().map(|pools| pools.trim().to_owned());
+                    let directory = Self { path, file, before: before.filter(|pools| !pools.is_empty()) };
+                    directory.sign(directory.before.as_deref().unwrap_or_default()).map_err(|error| {
+                        format!("{} cannot be written: {error}", directory.path.display())
+                    })?;
                     return Ok(directory);
                 }
                 Ok(_) => {}
@@ -154,11 +160,9 @@ impl Directory {
     }
 
     /// Says who serves here, and how it sizes its pools.
-    fn sign(&mut self, pools: &str) {
-        let line = if pools.is_empty() { String::new() } else { format!("{pools}\n") };
-        let _ = self.file.set_len(0);
-        let _ = self.file.rewind();
-        let _ = write!(&mut *self.file, "{}\n{line}", std::process::id());
+    fn sign(&self, pools: &str) -> std::io::Result<()> {
+        let said = format!("{}\n{pools}\n", std::process::id());
+        self.file.write_all_at(format!("{said:<SIGNED$}").as_bytes(), 0)
     }
 
     /// This arbiter does not serve. What one before it said stays, for the next.
@@ -226,4 +230,43 @@ fn gpus(options: &Options) -> Result<(Vec<Gpu>, Sampler), String> {
         ));
     }
     Ok((served, Some(Box::new(source))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever reads while an arbiter signs sees what an arbiter would leave that is killed then.
+    #[test]
+    fn an_arbiter_that_is_killed_while_it_signs_leaves_what_stood_there_or_what_it_says() {
+        let dir = std::env::temp_dir().join(format!("nvshare-sign-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let directory = Directory::lock(&dir).unwrap();
+        assert_eq!(directory.before, None);
+        let pools = ["a private arbiter with --capacity 64.00 MiB", "a service with --headroom 0 B"];
+        directory.sign(pools[0]).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for pools in pools.iter().cycle() {
+                    directory.sign(pools).unwrap();
+                    if done.load(std::sync::atomic::Ordering::Relaxed) {
+                        return;
+                    }
+                }
+            });
+            let said = |_| std::fs::read_to_string(paths::arbiter_lock(&dir)).unwrap();
+            let torn = (0..20_000).map(said).find(|said| {
+                let lines: Vec<_> = said.lines().collect();
+                lines[..2.min(lines.len())] != [std::process::id().to_string().as_str(), pools[0]]
+                    && lines[..2.min(lines.len())] != [std::process::id().to_string().as_str(), pools[1]]
+            });
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(torn, None);
+        });
+        directory.sign(pools[1]).unwrap();
+        drop(directory);
+        assert_eq!(Directory::lock(&dir).unwrap().before.as_deref(), Some(pools[1]));
+        std::fs::remove_dir_all(dir).unwrap();
+    }
 }

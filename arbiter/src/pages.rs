@@ -13,6 +13,7 @@ use nvshare::register::receive;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{paths, sealed};
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -164,7 +165,9 @@ fn take_over(
 ) -> io::Result<Option<(Served, Vec<Survivor>)>> {
     let alive = || slots().filter_map(|slot| Life::find(dir, gpu, slot)).filter(Life::is_held);
     let found = match record.page() {
-        None if alive().next().is_some() => listen().and_then(|listener| brought(&record, gpu, listener)),
+        None if alive().next().is_some() => {
+            listen().and_then(|listener| brought(&record, gpu, listener, || alive().next().is_some()))
+        }
         found => found,
     };
     let Some(file) = found else {
@@ -192,34 +195,56 @@ fn take_over(
 }
 
 /// Waits until a client brings the page: of a process that this arbiter cannot see or cannot look into. Everybody is turned
-/// away meanwhile, and comes again.
-fn brought(record: &Record, gpu: GpuUuid, listener: &OwnedFd) -> Option<File> {
+/// away meanwhile, and comes again. Nobody is waited for who is not `alive` any more: a process that the arbiter before
+/// had not told of its slot lets the slot go, and brings nothing.
+fn brought(record: &Record, gpu: GpuUuid, listener: &OwnedFd, alive: impl Fn() -> bool) -> Option<File> {
     let until = now() + BROUGHT_WITHIN;
     tracing::info!(%gpu, "waiting for a client to bring its page");
-    while now() < until {
-        let left = until.saturating_sub(now()).div_ceil(MILLISECOND) as u16;
-        let _ = poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], PollTimeout::from(left));
-        let Ok(socket) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { continue };
-        // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
-        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-        let found = shown(&socket).into_iter().map(File::from).find(|file| record.is_page(file));
+    let mut silent = VecDeque::new();
+    while now() < until && alive() {
+        wait_for_any(listener, &silent, until.saturating_sub(now()).min(LOOK_AGAIN));
+        // The socket does not block.
+        while let Ok(socket) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
+            silent.push_back(unsafe { OwnedFd::from_raw_fd(socket) });
+            if silent.len() > MOST_SILENT {
+                break;
+            }
+        }
+        let mut shown = Vec::new();
+        silent.retain(|socket| match receive(socket.as_fd(), 512, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => true,
+            said => {
+                shown.extend(said.into_iter().flat_map(|(_, sent)| sent));
+                false
+            }
+        });
+        let found = shown.into_iter().map(File::from).find(|file| record.is_page(file));
         if found.is_some() {
             return found;
         }
+        // Who is honest speaks as soon as it is connected.
+        let too_many = silent.len().saturating_sub(MOST_SILENT);
+        silent.drain(..too_many);
+    }
+    if now() < until {
+        tracing::info!(%gpu, "no client is left that could bring the page");
     }
     None
 }
 
-/// How long a message may take that was sent when its connection was made.
-const SAID_WITHIN: u16 = 100;
+/// How often the arbiter looks whether those who may bring the page are alive.
+const LOOK_AGAIN: Nanos = 100 * MILLISECOND;
 
-/// The descriptors that come with the first message of a connection.
-fn shown(socket: &OwnedFd) -> Vec<OwnedFd> {
-    let _ = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(SAID_WITHIN));
-    match receive(socket.as_fd(), 512, MsgFlags::MSG_DONTWAIT) {
-        Err(Errno::EAGAIN) | Err(_) => Vec::new(),
-        Ok((_, sent)) => sent,
-    }
+/// Connections that say nothing and are kept, while the arbiter waits for a page.
+const MOST_SILENT: usize = 256;
+
+fn wait_for_any(listener: &OwnedFd, silent: &VecDeque<OwnedFd>, longest: Nanos) {
+    let mut polled: Vec<_> = std::iter::once(listener)
+        .chain(silent)
+        .map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN))
+        .collect();
+    let _ = poll(&mut polled, PollTimeout::from(longest.div_ceil(MILLISECOND) as u16));
 }
 
 fn move_aside(path: &Path) -> io::Result<()> {

@@ -150,6 +150,8 @@ impl Live {
     /// (docs/decisions/0019-who-is-dead.md).
     fn is_over(&mut self, gpu: GpuUuid, source: Option<&dyn Source>) -> bool {
         if !self.connections.is_empty() || self.life.as_ref().is_none_or(Life::is_held) {
+            // A process that was not told of its slot lets it go, and is given the same one when it asks again.
+            self.free_since = None;
             return false;
         }
         let since = *self.free_since.get_or_insert_with(now);
@@ -228,6 +230,9 @@ pub enum StartError {
     /// A page could not be served.
     #[error(transparent)]
     Page(#[from] pages::PageError),
+    /// How this arbiter sizes its pools could not be written down.
+    #[error("how the pools are sized cannot be written into the arbiter's lock file: {0}")]
+    Sign(std::io::Error),
     /// Another arbiter serves a GPU.
     #[error(
         "{0}, and each of two arbiters would deal out all of the GPU's memory. Use that one (--runtime-dir, NVSHARE_RUNTIME_DIR), end it, or serve the GPU twice all the same with --allow-second-arbiter (NVSHARE_ALLOW_SECOND_ARBITER=1)"
@@ -278,7 +283,9 @@ fn failed(what: impl Into<String>) -> impl FnOnce(Errno) -> StartError {
 }
 
 impl Server {
-    /// Serves `gpus` in `dir`; takes over what is there.
+    /// Serves `gpus` in `dir`; takes over what is there. `sign` writes down how this arbiter sizes its pools. It is called
+    /// before a pool gets another size under living clients, so that what is written down is never of an arbiter before the
+    /// one that sized the pools; and not by an arbiter that is refused.
     ///
     /// # Errors
     /// A page, the socket or the loop cannot be made.
@@ -286,6 +293,7 @@ impl Server {
         options: Options,
         dir: PathBuf,
         succession: Succession,
+        sign: &dyn Fn() -> std::io::Result<()>,
         gpus: Vec<Gpu>,
         source: Option<Box<dyn Source>>,
     ) -> Result<Self, StartError> {
@@ -296,6 +304,9 @@ impl Server {
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(failed("no signalfd"))?;
         let claims = claim(&gpus, &options)?;
+        if succession == Succession::Heir {
+            sign().map_err(StartError::Sign)?;
+        }
         // Who can connect finds pages, but for clients whose page cannot be had otherwise: those bring it.
         let door = Door { path: path.clone(), socket: OnceCell::new() };
         let mut served = Vec::new();
@@ -310,6 +321,10 @@ impl Server {
             }
             survivors.extend(alive.into_iter().map(|survivor| (served.len(), survivor)));
             served.push(page);
+        }
+        if succession == Succession::Stranger {
+            // It has not been refused: there is no client, and nobody gets a slot before the door is open.
+            sign().map_err(StartError::Sign)?;
         }
         door.open()?;
         let listener = door.socket.into_inner().expect("it was just opened");
@@ -473,6 +488,17 @@ impl Server {
         self.kept.insert(fd.as_raw_fd(), Kept { fd, client });
     }
 
+    /// Asks a client that has just attached what it does: it may have left, and the arbiter before may have been killed
+    /// while it closed the slot. Then the page does not say any more that the client leaves, and nobody else would ask.
+    fn ask_survivor(&mut self, reply: &Reply, client: u64) {
+        let Some(live) = self.clients.get(&client).filter(|_| reply.status == Status::Attached as u32) else {
+            return;
+        };
+        for kept in live.connections.iter().filter_map(|fd| self.kept.get(fd)) {
+            answer(&kept.fd, &Reply::asked(), &[]);
+        }
+    }
+
     /// Something came over a connection that a client keeps, or it has ended.
     fn hung_up(&mut self, fd: RawFd) {
         let Some(Kept { fd: socket, client }) = self.kept.get(&fd) else { return };
@@ -491,9 +517,13 @@ impl Server {
     /// A client has said what it does.
     fn told(&mut self, client: u64, told: Told) {
         let Some(live) = self.clients.get_mut(&client) else { return };
-        (live.asked, live.told) = (None, Some((now(), told.phase)));
-        let leaves = self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving;
-        if leaves && matches!(told.phase, NOT_TOLD | LEAVING) {
+        if live.asked.take().is_some() {
+            live.told = Some((now(), told.phase));
+        }
+        let leaves = || self.gpus[live.gpu].page.view(live.slot).phase == Phase::Leaving;
+        // A client that says so is believed whatever the page says: an arbiter that was killed while it closed the slot has
+        // cleared the page, and left the life file, which the client holds until it hears that its slot is closed.
+        if told.phase == LEAVING || told.phase == NOT_TOLD && leaves() {
             self.close(client, "left");
         }
     }
@@ -605,6 +635,7 @@ impl Server {
                 answer(socket, &reply, &sent);
                 if let Some(client) = client {
                     self.keep(connection.socket, client);
+                    self.ask_survivor(&reply, client);
                 }
             }
             Err((kind, refusal)) => {
@@ -1101,4 +1132,36 @@ fn bind_socket(path: &std::path::Path) -> Result<OwnedFd, StartError> {
     let _ = std::fs::set_permissions(path, everybody);
     listen(&fd, Backlog::MAXCONN).map_err(failed(what()))?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GPU: GpuUuid = GpuUuid([7; 16]);
+
+    #[test]
+    fn a_life_that_is_lent_again_ends_anew() {
+        let dir = std::env::temp_dir().join(format!("nvshare-lent-again-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let slot = SlotIndex::new(0).unwrap();
+        let record = Record { pid: 1, started: 1, namespace: 0, generation: 1, uid: 0 };
+        let life = Some(Life::begin(&dir, GPU, slot, record).unwrap());
+        let mut live = Live {
+            gpu: 0,
+            slot,
+            life,
+            pidfd: None,
+            connections: HashSet::new(),
+            free_since: None,
+            asked: None,
+            told: None,
+        };
+        assert!(!live.is_over(GPU, None) && live.free_since.is_some());
+        let lent = live.life.as_ref().unwrap().lend().unwrap();
+        assert!(!live.is_over(GPU, None));
+        assert_eq!(live.free_since, None, "what runs now has just begun");
+        drop(lent);
+        std::fs::remove_dir_all(dir).unwrap();
+    }
 }

@@ -2,14 +2,18 @@
 //! is kept. Needs root, to make namespaces.
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::MsgFlags;
 use nvshare::map::MappedPage;
-use nvshare::paths;
+use nvshare::page::Phase;
 use nvshare::register::{self, Hello};
+use nvshare::{Client, SlotIndex, paths};
 use nvshare_test_support::Patience;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 const PATIENCE: Patience = Patience::seconds(30);
@@ -81,6 +85,12 @@ fn end_arbiter(arbiter: Running, dir: &Path) {
 type Log = Lines<BufReader<ChildStderr>>;
 
 fn start_arbiter(dir: &Path, own_namespace: bool) -> (Running, Log) {
+    let (arbiter, mut log) = spawn_arbiter(dir, own_namespace);
+    until_it_serves(&mut log);
+    (arbiter, log)
+}
+
+fn spawn_arbiter(dir: &Path, own_namespace: bool) -> (Running, Log) {
     let mut child = command(Path::new(env!("CARGO_BIN_EXE_nvshare-arbiter")), own_namespace)
         .arg("--runtime-dir")
         .arg(dir)
@@ -91,14 +101,19 @@ fn start_arbiter(dir: &Path, own_namespace: bool) -> (Running, Log) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut log = BufReader::new(child.stderr.take().unwrap()).lines();
+    let log = BufReader::new(child.stderr.take().unwrap()).lines();
+    (Running(child), log)
+}
+
+/// What an arbiter says until it serves.
+fn until_it_serves(log: &mut Log) -> Vec<String> {
     let mut said = Vec::new();
     let serves = log.by_ref().map(Result::unwrap).any(|line| {
         said.push(line);
         said.last().is_some_and(|line| line.contains("serving dir="))
     });
     assert!(serves, "{said:#?}");
-    (Running(child), log)
+    said
 }
 
 fn slots(page: &MappedPage) -> Vec<usize> {
@@ -172,6 +187,153 @@ fn a_client_that_is_stopped_while_the_arbiter_restarts_is_kept() {
     attached(&mut log, 1);
     client.end();
     PATIENCE.until("its slot is closed", || slots(&page).is_empty());
+    drop((arbiter, log));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// An arbiter that is killed while it closes the slot of a client that leaves has cleared the page, and the client has not
+/// heard of it: it still holds its life file.
+#[test]
+fn a_client_that_left_while_its_arbiter_was_killed_keeps_no_slot() {
+    let dir = std::env::temp_dir().join(format!("nvshare-left-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (arbiter, _) = start_arbiter(&dir, false);
+    let hello = Hello::new(GPU.parse().unwrap(), "leaves");
+    let client = register::register(&paths::socket(&dir), &hello, PATIENCE.duration()).unwrap();
+    client.truth.store(Phase::Leaving as u32, Ordering::Relaxed);
+    arbiter.end();
+    client.page.reap(client.slot).unwrap();
+    let (arbiter, mut log) = start_arbiter(&dir, false);
+    attached(&mut log, 1);
+    PATIENCE.until("its slot is closed", || slots(&client.page).is_empty());
+    let life = paths::life(&dir, GPU.parse().unwrap(), client.slot);
+    PATIENCE.until("its life file is gone", || !life.exists());
+    drop((arbiter, log));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// A process whose slot was opened, and whose arbiter was killed before the process had read the answer.
+fn untold(dir: &Path, log: &mut Log) -> OwnedFd {
+    let connection = register::dial(&paths::socket(dir), PATIENCE.duration()).unwrap();
+    let hello = Hello::new(GPU.parse().unwrap(), "untold");
+    register::send(connection.as_fd(), bytemuck::bytes_of(&hello), &[]).unwrap();
+    assert!(log.map(Result::unwrap).any(|line| line.contains("registered:") && line.contains("untold")));
+    // The answer is on its way, or there.
+    PATIENCE.until("it is answered", || {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        nix::sys::socket::recv(connection.as_raw_fd(), &mut [0], flags).is_ok()
+    });
+    connection
+}
+
+#[test]
+fn a_process_that_was_not_told_of_its_slot_loses_it_and_a_client_beside_it_keeps_its_own() {
+    let dir = std::env::temp_dir().join(format!("nvshare-untold-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (arbiter, mut log) = start_arbiter(&dir, false);
+    let page = look(&dir);
+    let (client, kept) = start_client(&dir, false);
+    let connection = untold(&dir, &mut log);
+    assert_eq!(slots(&page).len(), 2);
+    arbiter.end();
+    // The answer may still be read: that process may live with this slot.
+    let (arbiter, _log) = start_arbiter(&dir, false);
+    assert_eq!(slots(&page).len(), 2);
+    drop(connection);
+    PATIENCE.until("the slot of which nobody knows is closed", || slots(&page) == [kept]);
+    arbiter.end();
+
+    let (arbiter, mut log) = start_arbiter(&dir, false);
+    drop(untold(&dir, &mut log));
+    arbiter.end();
+    let (_arbiter, _log) = start_arbiter(&dir, false);
+    assert_eq!(slots(&page), [kept], "at once, if nobody can read the answer any more");
+    client.end();
+    PATIENCE.until("the client's slot is closed", || slots(&page).is_empty());
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn no_arbiter_waits_for_the_page_of_a_process_that_has_let_its_slot_go() {
+    let dir = std::env::temp_dir().join(format!("nvshare-nobody-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (arbiter, mut log) = start_arbiter(&dir, false);
+    let connection = untold(&dir, &mut log);
+    arbiter.end();
+    let (_arbiter, mut log) = spawn_arbiter(&dir, false);
+    // Nobody has the page but the answer, from which no arbiter can take it.
+    assert!(
+        log.by_ref().map(Result::unwrap).any(|line| line.contains("waiting for a client to bring its page"))
+    );
+    drop(connection);
+    let said = until_it_serves(&mut log);
+    assert!(
+        said.iter().any(|line| line.contains("no client is left that could bring the page")),
+        "{said:#?}"
+    );
+    assert!(slots(&look(&dir)).is_empty());
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn silent_connections_keep_no_client_from_bringing_its_page() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not root: no namespaces can be made");
+        return;
+    }
+    let dir = std::env::temp_dir().join(format!("nvshare-silent-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (arbiter, _) = start_arbiter(&dir, false);
+    let (client, slot) = start_client(&dir, false);
+    end_arbiter(arbiter, &dir);
+    let socket = paths::socket(&dir);
+    let silent = std::thread::spawn(move || {
+        (0..200).map(|_| register::dial(&socket, PATIENCE.duration()).unwrap()).collect::<Vec<_>>()
+    });
+    // It does not see the client, and so cannot take the page from it.
+    let (arbiter, mut log) = spawn_arbiter(&dir, true);
+    let said = until_it_serves(&mut log);
+    assert!(said.iter().any(|line| line.contains("took its page over")), "{said:#?}");
+    assert_eq!(slots(&look(&dir)), [slot]);
+    attached(&mut log, 1);
+    drop((silent.join().unwrap(), client, arbiter, log));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+/// The states that an arbiter leaves which is killed between two steps of opening or closing a slot.
+#[test]
+fn what_a_killed_arbiter_left_half_done_the_next_one_finishes() {
+    let dir = std::env::temp_dir().join(format!("nvshare-half-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let (arbiter, _) = start_arbiter(&dir, false);
+    let hello = Hello::new(GPU.parse().unwrap(), "stays");
+    let client = register::register(&paths::socket(&dir), &hello, PATIENCE.duration()).unwrap();
+    let (kept, page) = (client.slot.get(), &client.page);
+    let (dead, slot) = start_client(&dir, false);
+    let dead_slot = SlotIndex::new(slot).unwrap();
+    let (holder, third) = start_client(&dir, false);
+    let third = SlotIndex::new(third).unwrap();
+    let own = page.owner(client.slot).unwrap();
+    arbiter.end();
+    dead.end();
+    holder.end();
+
+    // Closing: the page is cleared, and the dead client's life file is there.
+    page.reap(dead_slot).unwrap();
+    // Closing: nothing is done yet, and the dead client has granules.
+    let books = Client::new(&**page, third).books().clone();
+    books.grow(5);
+    books.try_take(5).unwrap();
+    assert_eq!(page.free().granules, 27);
+    // Opening: the slot is a living process's, which has not been told of it: there is no life file yet.
+    let opened = SlotIndex::new(40).unwrap();
+    page.open_slot_at(opened, own, "opened", 100);
+
+    let (arbiter, mut log) = start_arbiter(&dir, false);
+    assert_eq!(slots(page), [kept]);
+    assert_eq!((page.view(third).resident, page.free().granules), (0, 32));
+    assert!(!paths::life(&dir, page.gpu(), dead_slot).exists());
+    attached(&mut log, 1);
     drop((arbiter, log));
     std::fs::remove_dir_all(dir).unwrap();
 }

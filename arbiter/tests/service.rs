@@ -78,6 +78,17 @@ fn refused(result: Result<register::Registration, RegisterError>) -> (Status, St
     }
 }
 
+/// What an arbiter says that is to be refused. One that serves all the same would do so for ever.
+fn refusal(command: &mut Command) -> Output {
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let patience = Instant::now() + Duration::from_secs(20);
+    while child.try_wait().unwrap().is_none() && Instant::now() < patience {
+        std::thread::yield_now();
+    }
+    let _ = child.kill();
+    child.wait_with_output().unwrap()
+}
+
 fn fails_with_two(output: &Output, words: &[&str]) {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{said}");
@@ -87,7 +98,7 @@ fn fails_with_two(output: &Output, words: &[&str]) {
 #[test]
 fn a_second_arbiter_is_refused_with_the_pid_of_the_first() {
     let first = Arbiter::start(directory("second"));
-    let output = command(&first.dir, &["--gpu", GPU, "--capacity", "64MiB"]).output().unwrap();
+    let output = refusal(&mut command(&first.dir, &["--gpu", GPU, "--capacity", "64MiB"]));
     fails_with_two(&output, &[&first.child.id().to_string(), first.dir.to_str().unwrap()]);
 }
 
@@ -98,10 +109,10 @@ fn values_that_make_no_sense_are_named() {
         (&["--gpu", "card-0"][..], &["'card-0'", "nvidia-smi"][..]),
         (&["--capacity", "lots"], &["'lots'", "14.9GiB"]),
         (&["--quantum", "soon"], &["'soon'", "500ms"]),
-        (&["--quantum-factor", "-1"], &["'-1'"]),
+        (&["--quantum-factor=-1"], &["'-1'", "between 0.1 and 1000"]),
         (&["--capacity", "1GiB"], &["NVML", "--gpu"]),
     ] {
-        fails_with_two(&command(&dir, arguments).output().unwrap(), words);
+        fails_with_two(&refusal(&mut command(&dir, arguments)), words);
     }
     let _ = std::fs::remove_dir_all(dir);
 }
@@ -278,7 +289,7 @@ fn a_gpu_that_another_arbiter_serves_elsewhere_is_refused_unless_asked_for() {
     };
     let mut first = Arbiter { child: start(&one).stderr(Stdio::null()).spawn().unwrap(), dir: one.clone() };
     wait_for("the first serves", || serves(&one));
-    let refused = start(&two).output().unwrap();
+    let refused = refusal(&mut start(&two));
     let (pid, user) = (first.child.id().to_string(), format!("user {}", nix::unistd::geteuid()));
     fails_with_two(&refused, &[SHARED, &pid, &user, one.to_str().unwrap(), "--allow-second-arbiter"]);
     assert!(!paths::is_served(&two), "and leaves nothing behind");
@@ -298,6 +309,11 @@ fn a_gpu_that_another_arbiter_serves_elsewhere_is_refused_unless_asked_for() {
     wait_for("the second serves", || serves(&two));
 }
 
+/// What stands in the lock file: the arbiter's pid, and how its pools are sized.
+fn signed(dir: &Path) -> String {
+    std::fs::read_to_string(paths::arbiter_lock(dir)).unwrap()
+}
+
 #[test]
 fn a_private_arbiter_changes_no_pool_under_living_clients() {
     let dir = directory("stranger");
@@ -308,9 +324,10 @@ fn a_private_arbiter_changes_no_pool_under_living_clients() {
     ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
     for _ in 0..2 {
         // Nor if it tries again.
-        let refused = private(&dir, &["--capacity", "32MiB"]).output().unwrap();
+        let refused = refusal(&mut private(&dir, &["--capacity", "32MiB"]));
         fails_with_two(&refused, &["1 living clients", "64.00 MiB", "--runtime-dir"]);
         assert_eq!(client.page.capacity(), 32);
+        assert!(signed(&dir).contains("private arbiter with --capacity 64.00 MiB"), "{}", signed(&dir));
     }
     // One that says the same takes over.
     arbiter.child = start(&["--capacity", "64MiB"]);
@@ -319,11 +336,30 @@ fn a_private_arbiter_changes_no_pool_under_living_clients() {
     // The operator's may change what the operator wants.
     arbiter.child =
         command(&dir, &["--gpu", GPU, "--capacity", "32MiB"]).stderr(Stdio::null()).spawn().unwrap();
-    wait_for("the operator's has changed it", || serves(&dir) && client.page.capacity() == 16);
+    wait_for("the operator's has changed it", || client.page.capacity() == 16);
+    // Written down by then, or an arbiter that is killed now leaves a pool of which nobody knows who sized it.
+    assert!(signed(&dir).contains("a service with --capacity 32.00 MiB"), "{}", signed(&dir));
     assert!(client.page.owner(client.slot).is_some());
     // And what a private one says after that is not what the operator's said.
     ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
-    fails_with_two(&private(&dir, &["--capacity", "32MiB"]).output().unwrap(), &["living clients"]);
+    fails_with_two(&refusal(&mut private(&dir, &["--capacity", "32MiB"])), &["living clients"]);
+}
+
+#[test]
+fn a_private_arbiter_changes_no_pool_of_which_nobody_knows_who_sized_it() {
+    let dir = directory("unsigned");
+    let mut arbiter = Arbiter {
+        child: private(&dir, &["--capacity", "64MiB"]).stderr(Stdio::null()).spawn().unwrap(),
+        dir: dir.clone(),
+    };
+    wait_for("it serves", || serves(&dir));
+    let client = arbiter.register(&hello()).unwrap();
+    ends(&mut arbiter, nix::sys::signal::Signal::SIGKILL);
+    for nothing in ["", "4711\n", "4711\n\n"] {
+        std::fs::write(paths::arbiter_lock(&dir), nothing).unwrap();
+        fails_with_two(&refusal(&mut private(&dir, &["--capacity", "32MiB"])), &["1 living clients"]);
+        assert_eq!(client.page.capacity(), 32);
+    }
 }
 
 #[test]
@@ -339,7 +375,7 @@ fn a_private_arbiter_without_clients_leaves_nothing_behind() {
         "{:?}",
         std::fs::read_dir(&dir).map(|entries| entries.flatten().collect::<Vec<_>>())
     );
-    assert!(!private(&dir, &["--capacity", "none"]).output().unwrap().status.success());
+    assert!(!refusal(&mut private(&dir, &["--capacity", "none"])).status.success());
     assert!(!dir.exists());
     let _ = std::fs::remove_dir_all(above);
 }

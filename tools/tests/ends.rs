@@ -5,8 +5,10 @@
 mod application;
 
 use application::{gpu, node};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use nvshare_test_support::{Patience, program};
-use nvshare_tools::node::Node;
+use nvshare_tools::node::{Node, start_arbiter};
 use nvshare_tools::status;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -138,12 +140,29 @@ fn who_closes_all_descriptors_is_a_client_still() {
     let gpu = gpu();
     let node = node(&gpu);
     let (mut client, pid) = Running::that_ends(&node, "closed");
-    for _ in 0..2 {
+    let mut goes_on = || {
         client.go_on();
         client.says("right");
         another_runs(&node);
         PATIENCE.until("it alone is there", || clients(&node) == [pid]);
-    }
+    };
+    goes_on();
+    // The next arbiter has nothing but what the client has kept.
+    kill_arbiter(&node);
+    let next = start_arbiter(node.dir(), &["--capacity", "64MiB"].map(str::to_owned), &gpu.environment(&[]));
+    let mut next = next.unwrap().expect("no other is started");
+    assert_eq!(clients(&node), [pid], "it is taken over");
+    goes_on();
+    drop(client);
+    next.kill().unwrap();
+    next.wait().unwrap();
+}
+
+fn kill_arbiter(node: &Node) {
+    let pid = node.arbiter_pid();
+    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+    let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    PATIENCE.until("the arbiter has ended", || stat().contains(") Z "));
 }
 
 /// What tells the arbiter that a client lives is where no child inherits it.
