@@ -275,8 +275,9 @@ impl<P: Deref<Target = Page>> Books<P> {
         self.page.observe_copy(direction, bytes, took);
     }
 
-    /// Says that the client is to give way and cannot, and why; again and again as long as that is so, if need be. Only
-    /// the thread that walks the client through its phases calls it.
+    /// Says that the client is to give way and cannot, and why; again and again as long as that is so, if need be. The first
+    /// time it is decided anew, because others may go on beside what does not move. Only the thread that walks the client
+    /// through its phases calls it.
     pub fn stalled(&self, why: Stall) {
         let own = &self.page.slot(self.slot).own;
         if why == Stall::None {
@@ -285,6 +286,8 @@ impl<P: Deref<Target = Page>> Books<P> {
         if own.stall.load(Ordering::Relaxed) == Stall::None as u32 {
             own.stall_since.store(now(), Ordering::Relaxed);
             add(&own.stalls, 1);
+            own.stall.store(why as u32, Ordering::Release);
+            self.page.decide();
         }
         own.stall.store(why as u32, Ordering::Release);
     }
@@ -295,6 +298,7 @@ impl<P: Deref<Target = Page>> Books<P> {
         if own.stall.load(Ordering::Relaxed) != Stall::None as u32 {
             own.stall.store(Stall::None as u32, Ordering::Release);
             own.stall_since.store(0, Ordering::Relaxed);
+            self.page.decide();
         }
     }
 

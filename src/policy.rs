@@ -9,6 +9,7 @@
 //! - The first waiter may fill what room is left while others run ([`prefetch`]).
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
+//! - What a client has whose drain stands still is asked for last, and who fits beside it goes ahead of who does not.
 //!
 //! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`deadline`]): nothing for one of high priority, D,
 //! a setting, for a normal one, 2 x D for one of low priority. Who begins to wait after it has come stands behind the
@@ -45,17 +46,30 @@ pub const NOT_BEGUN: Nanos = Nanos::MAX;
 
 /// Whom to admit, now.
 pub fn admit(snapshot: &Snapshot, now: Nanos) -> SlotSet {
-    let mut left = snapshot.usable();
-    let mut chosen = SlotSet::EMPTY;
-    for (slot, demand) in queue(snapshot, now) {
-        if demand <= left {
-            left -= demand;
-        } else if chosen.is_empty() {
-            left = 0;
-        } else {
-            continue;
+    let order: Vec<_> = queue(snapshot, now).collect();
+    let stuck: u64 =
+        snapshot.clients().filter(|(_, view)| view.stuck).map(|(_, view)| u64::from(view.evictable())).sum();
+    if stuck > 0 {
+        // Those who fit beside what does not move do not wait for it with those who don't.
+        let beside = fitting(&order, u64::from(snapshot.usable()).saturating_sub(stuck) as Granules);
+        if !beside.is_empty() {
+            return beside;
         }
-        chosen = chosen.with(slot);
+    }
+    match order.first() {
+        Some((slot, demand)) if *demand > snapshot.usable() => fitting(&order[1..], 0).with(*slot),
+        _ => fitting(&order, snapshot.usable()),
+    }
+}
+
+/// Those who fit, in the order in which they come; the others are passed over.
+fn fitting(order: &[(SlotIndex, Granules)], mut left: Granules) -> SlotSet {
+    let mut chosen = SlotSet::EMPTY;
+    for (slot, demand) in order {
+        if *demand <= left {
+            left -= demand;
+            chosen = chosen.with(*slot);
+        }
     }
     chosen
 }
@@ -372,7 +386,8 @@ pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
 /// Granules that a client must evict now: its share of what the admitted ones lack.
 ///
 /// Clients that are not admitted make room in this order: the one that ran last evicts first, since
-/// its turn is furthest away. A client that still drains will evict when it has, and keeps its place.
+/// its turn is furthest away. A client that still drains will evict when it has, and keeps its place, unless its drain stands
+/// still.
 /// When nothing is lacking, the last in the queue makes room for the first.
 pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
     shares(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
@@ -392,7 +407,7 @@ fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
     };
     let mut order: Vec<(SlotIndex, &SlotView)> =
         snapshot.clients().filter(|(slot, view)| view.evictable() > 0 && makes_room(*slot, view)).collect();
-    order.sort_unstable_by_key(|(slot, view)| (Reverse(view.last_ran), *slot));
+    order.sort_unstable_by_key(|(slot, view)| (view.stuck, Reverse(view.last_ran), *slot));
     let mut left = ahead.map_or(lacking, |(_, granules)| granules);
     order.into_iter().map(move |(slot, view)| {
         let share = view.evictable().min(left);

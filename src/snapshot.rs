@@ -40,6 +40,8 @@ pub struct SlotView {
     pub weight: u32,
     /// How soon its turn comes.
     pub priority: Priority,
+    /// Its drain stands still ([`Stall`]): what it has on the GPU stays for nobody knows how long.
+    pub stuck: bool,
 }
 
 impl SlotView {
@@ -129,8 +131,10 @@ impl Page {
         let own = &row.own;
         let resident = self.account(slot).resident;
         let (weight, priority) = self.weight_and_priority(slot);
+        let phase = Phase::parse(own.phase.load(Ordering::Acquire));
+        let stalled = Stall::parse(own.stall.load(Ordering::Relaxed)) != Stall::None;
         SlotView {
-            phase: Phase::parse(own.phase.load(Ordering::Acquire)),
+            phase,
             demand: granules(own.demand.load(Ordering::Relaxed)),
             resident,
             pinned: granules(row.pinned.load(Ordering::Relaxed)),
@@ -144,6 +148,7 @@ impl Page {
             streak: own.streak.load(Ordering::Relaxed),
             weight,
             priority,
+            stuck: stalled && phase == Phase::Draining,
         }
     }
 

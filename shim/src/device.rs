@@ -674,6 +674,11 @@ impl Shared {
         back
     }
 
+    /// Whether the engine has something to do that does not wait for room on the GPU.
+    pub fn is_called_away(&self) -> bool {
+        self.leaving.load(Ordering::Acquire) || self.heir().is_some() || session::intact().is_err()
+    }
+
     /// The engine has ended: nobody waits for it any more.
     pub fn engine_ended(&self) {
         self.home().engine_ended = true;

@@ -55,7 +55,7 @@ impl SwapError {
         match self {
             Self::Driver { result, .. } => *result,
             Self::Host(_) | Self::Gpu(_) => CuResult::OUT_OF_MEMORY,
-            Self::Panic(_) => CuResult::UNKNOWN,
+            Self::Interrupted | Self::Panic(_) => CuResult::UNKNOWN,
         }
     }
 
@@ -176,6 +176,7 @@ impl Engine {
                 // Recalled while it made use of the GPU: it has more to do, as far as anybody knows yet.
                 Ok(Next::Yield) => self.give_way(true),
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
+                Err(SwapError::Interrupted) => {}
                 Err(SwapError::Host(why) | SwapError::Gpu(why)) => self.no_memory(&why),
                 Err(error) => return Err(error),
             }

@@ -51,6 +51,8 @@ pub enum SwapError {
     Host(String),
     /// The GPU has no memory although the pool has. Waiting may mend it.
     Gpu(String),
+    /// The engine is wanted elsewhere: its context goes, or the process has broken down. Nothing is wrong here.
+    Interrupted,
     /// A bug of ours, or what the kernel refuses: the panic's message.
     Panic(String),
 }
@@ -61,6 +63,7 @@ impl std::fmt::Display for SwapError {
             Self::Driver { call, result } => write!(out, "{call} said {result}"),
             Self::Host(why) => write!(out, "no host memory: {why}"),
             Self::Gpu(why) => write!(out, "no memory on the GPU: {why}"),
+            Self::Interrupted => write!(out, "interrupted"),
             Self::Panic(why) => write!(out, "nvshare's engine has panicked, {why}"),
         }
     }
@@ -126,6 +129,26 @@ enum Eyes {
     Blind,
 }
 
+/// What a forecast waits for.
+enum Asked {
+    /// Whether the GPU comes to anything beside the application's work: it looks at nothing.
+    Whether(Scan),
+    /// What it finds in memory, which counts as moving meanwhile.
+    What(Scan),
+}
+
+impl Asked {
+    fn scan(&self) -> &Scan {
+        let (Self::Whether(scan) | Self::What(scan)) = self;
+        scan
+    }
+
+    /// Whether memory is being looked at.
+    fn holds_memory(&self) -> bool {
+        matches!(self, Self::What(..))
+    }
+}
+
 /// Moves one client's memory.
 pub struct Swap {
     shared: Arc<Shared>,
@@ -135,8 +158,10 @@ pub struct Swap {
     /// How long copies have taken since memory last began to move, by the GPU's clock, ns.
     copying: Nanos,
     eyes: Eyes,
-    /// A look at memory for a forecast that is under way, and how many bytes it looks at. Memory counts as moving meanwhile.
-    asked: Option<(Scan, u64)>,
+    /// What is under way for a forecast.
+    asked: Option<Asked>,
+    /// When the GPU was last seen to have come to nothing but a look, and nobody has made use of that since.
+    came: Option<Nanos>,
     /// What a forecast came to whose caller was gone by then.
     foreseen: Option<u64>,
     /// No work of the client is under way: what it has may be moved to other memory.
@@ -158,6 +183,7 @@ impl Swap {
             copying: 0,
             eyes: Eyes::Shut,
             asked: None,
+            came: None,
             foreseen: None,
             quiet: true,
         })
@@ -185,9 +211,7 @@ impl Swap {
             return;
         }
         let _ = self.finish();
-        if self.asked.is_some() {
-            let _ = self.answer();
-        }
+        let _ = self.answer();
         match std::mem::replace(&mut self.eyes, Eyes::Shut) {
             Eyes::Open(scanner) => scanner.destroy(),
             // The thread gives it back that is loading it.
@@ -308,7 +332,7 @@ impl Swap {
         self.shared.set_moving(true);
         let acted = act(self, &mut moved);
         let acted = self.finish().and(acted);
-        self.shared.set_moving(self.asked.is_some());
+        self.shared.set_moving(self.asked.as_ref().is_some_and(Asked::holds_memory));
         (acted, moved, now() - began)
     }
 
@@ -331,6 +355,11 @@ impl Swap {
                         self.shared.memory().deny_room();
                     }
                     continue;
+                }
+                Room::Interrupted => {
+                    self.shared.memory().settle(place.address, backing);
+                    self.finish()?;
+                    return Err(SwapError::Interrupted);
                 }
                 Room::Recalled => {
                     self.shared.memory().settle(place.address, backing);
@@ -436,14 +465,18 @@ impl Swap {
             return Room::Ready;
         }
         let too_large = || self.shortage() > 0;
+        let called_away = || self.shared.is_called_away();
         loop {
             if !books.admitted() {
                 return Room::Recalled;
             }
+            if called_away() {
+                return Room::Interrupted;
+            }
             if too_large() {
                 return Room::TooLarge;
             }
-            if books.take_unless(granules, too_large) == Fill::Complete {
+            if books.take_unless(granules, || too_large() || called_away()) == Fill::Complete {
                 return Room::Ready;
             }
         }
@@ -465,7 +498,7 @@ impl Swap {
                     settle(Backing::Overflow(host));
                     return Ok(Fill::Recalled);
                 }
-                Room::TooLarge => {
+                Room::TooLarge | Room::Interrupted => {
                     settle(Backing::Overflow(host));
                     break;
                 }
@@ -602,17 +635,17 @@ impl Swap {
 
     /// A bit for each granule of each chunk that is in use; `None` if there is no telling.
     fn scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Vec<u32>>, SwapError> {
+        if chunks.is_empty() {
+            return Ok(None);
+        }
         match (self.ask(chunks)?, &mut self.eyes) {
             (Some(scan), Eyes::Open(scanner)) => scanner.finish(scan).map(Some),
             _ => Ok(None),
         }
     }
 
-    /// Has the GPU look at chunks, if it can.
+    /// Has the GPU look at chunks, if it can; at none, so that it is known when it has come to it.
     fn ask(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan>, SwapError> {
-        if chunks.is_empty() {
-            return Ok(None);
-        }
         self.open_eyes();
         let Eyes::Open(scanner) = &mut self.eyes else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
@@ -644,55 +677,94 @@ impl Swap {
     /// need. The application's work goes on meanwhile, so this is no more than a forecast; but nothing may be
     /// unmapped while the GPU looks at it, so frees wait as they do while memory moves.
     ///
-    /// `None` if the GPU has not come to it yet: the application's work may take long, or never end. Ask again.
+    /// `None` if the GPU has not come to it yet: the application's work may take long, or never end. Then nothing is held
+    /// back: memory is looked at only when the GPU has just come to something else. Ask again.
     pub fn forecast(&mut self) -> Option<u64> {
         if let Some(bytes) = self.foreseen.take() {
             return Some(bytes);
         }
-        if self.asked.is_none() {
+        let until = now() + FORECAST_WAIT;
+        if !self.asked.as_ref().is_some_and(Asked::holds_memory) {
+            if !self.gpu_comes(until)? {
+                return Some(self.unseen_bytes());
+            }
             self.shared.set_moving(true);
-            let chunks: Vec<_> = self.shared.memory().unseen();
-            let all: u64 = chunks.iter().map(|(_, size)| size).sum();
+            let chunks = self.shared.memory().unseen();
             match self.ask(&chunks) {
-                Ok(Some(scan)) => self.asked = Some((scan, all)),
+                Ok(Some(scan)) => self.asked = Some(Asked::What(scan)),
                 Ok(None) | Err(_) => {
                     self.shared.set_moving(false);
-                    return Some(all);
+                    return Some(self.unseen_bytes());
                 }
             }
         }
-        let until = now() + FORECAST_WAIT;
-        while self.asked.as_ref().is_some_and(|(scan, _)| !scan.is_answered(self.shared.driver)) {
+        self.is_answered(until).then_some(())?;
+        Some(self.answer().unwrap_or_else(|| self.unseen_bytes()))
+    }
+
+    /// Whether the GPU has just come to something beside the application's work; `None` if not, by then, ns. False if it cannot
+    /// be asked.
+    fn gpu_comes(&mut self, until: Nanos) -> Option<bool> {
+        if self.came.take().is_some_and(|came| now() - came < FORECAST_WAIT) {
+            return Some(true);
+        }
+        if self.asked.is_none() {
+            let Ok(Some(scan)) = self.ask(&[]) else { return Some(false) };
+            self.asked = Some(Asked::Whether(scan));
+        }
+        self.is_answered(until).then(|| {
+            self.answer();
+            true
+        })
+    }
+
+    fn unseen_bytes(&self) -> u64 {
+        self.shared.memory().unseen().iter().map(|(_, size)| size).sum()
+    }
+
+    /// Waits for the answer until then, ns. Whether it is there.
+    fn is_answered(&self, until: Nanos) -> bool {
+        let Some(asked) = &self.asked else { return true };
+        while !asked.scan().is_answered(self.shared.driver) {
             if now() >= until {
-                return None;
+                return false;
             }
             std::thread::sleep(Duration::from_micros(50));
         }
-        Some(self.answer())
+        true
     }
 
-    /// Ends a look whose answer is there, whether or not anybody asks for the forecast again: as long as it is under way memory
+    /// Ends a look whose answer is there, whether or not anybody asks for the forecast again: as long as memory is looked at it
     /// counts as moving, and threads of the application wait. False if the GPU has not come to it yet.
     pub fn end_forecast(&mut self) -> bool {
-        match &self.asked {
-            None => true,
-            Some((scan, _)) if scan.is_answered(self.shared.driver) => {
-                self.foreseen = Some(self.answer());
-                true
-            }
-            Some(_) => false,
+        let Some(asked) = &self.asked else { return true };
+        let holds_memory = asked.holds_memory();
+        if !asked.scan().is_answered(self.shared.driver) {
+            return !holds_memory;
         }
+        let bytes = self.answer();
+        if holds_memory {
+            self.foreseen = Some(bytes.unwrap_or_else(|| self.unseen_bytes()));
+        } else {
+            self.came = Some(now());
+        }
+        true
     }
 
-    /// Waits for the look that is under way.
-    fn answer(&mut self) -> u64 {
-        let Some((scan, all)) = self.asked.take() else { return 0 };
+    /// Waits for what is under way. Bytes that are in use, if that was asked and there is telling.
+    fn answer(&mut self) -> Option<u64> {
+        let asked = self.asked.take()?;
+        let held = asked.holds_memory();
+        let (Asked::Whether(scan) | Asked::What(scan)) = asked;
         let seen = match &mut self.eyes {
             Eyes::Open(scanner) => scanner.finish(scan).ok(),
             _ => None,
         };
-        self.shared.set_moving(false);
-        seen.map_or(all, |seen| seen.iter().map(|bits| u64::from(bits.count_ones()) * GRANULE).sum())
+        if held {
+            self.shared.set_moving(false);
+        }
+        let bits = seen.filter(|_| held)?;
+        Some(bits.iter().map(|bits| u64::from(bits.count_ones()) * GRANULE).sum())
     }
 
     fn log(&self, what: &str, bytes: u64, took: Nanos) {
@@ -716,6 +788,8 @@ enum Room {
     TooLarge,
     /// The client may load no more.
     Recalled,
+    /// The engine has something else to do, and tries again.
+    Interrupted,
 }
 
 impl Runtime for Swap {

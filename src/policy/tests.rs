@@ -124,6 +124,30 @@ fn whoever_ran_last_evicts_first() {
     );
 }
 
+/// Its work does not end. Who fits beside what it has does not wait for it, and whose memory can move makes room.
+#[test]
+fn others_go_on_beside_a_drain_that_stands_still() {
+    let clients = [
+        (Phase::Draining, 6, 6, 1),
+        (Phase::Waiting, 8, 0, 2),
+        (Phase::Waiting, 3, 0, 3),
+        (Phase::Idle, 4, 2, 0),
+    ];
+    let mut snapshot = snapshot(10, &clients, &[]);
+    assert_eq!(admit(&snapshot, 0), set(&[1]), "it ends soon");
+    snapshot.slots[0].stuck = true;
+    snapshot.slots[0].last_ran = 1;
+    assert_eq!(admit(&snapshot, 0), set(&[2]));
+    snapshot.admitted = set(&[2]);
+    assert_eq!((lacking(&snapshot), evictors(&snapshot)), (1, set(&[3])));
+    snapshot.slots[0].stuck = false;
+    assert_eq!(evictors(&snapshot), set(&[0]));
+    // Nobody fits beside it: the first waiter has what there is.
+    snapshot.slots[0].stuck = true;
+    (snapshot.slots[2].demand, snapshot.admitted) = (7, SlotSet::EMPTY);
+    assert_eq!(admit(&snapshot, 0), set(&[1]));
+}
+
 /// What is left of the last waiter goes while another runs, for who is next. What is left of others stays.
 #[test]
 fn the_last_in_the_queue_makes_room_for_the_first_while_another_runs() {

@@ -1,8 +1,8 @@
 /*
- * A kernel that does not end before the program's standard input does: `endless KERNELS.ptx [quiet]`.
+ * A kernel that does not end before the program's standard input does: `endless KERNELS.ptx [quiet|capture]`.
  *
  * Says "ready" when it runs, and then "launched" after each launch in another stream; quiet, it launches nothing more. When
- * the input has ended it lets the kernel end, and looks at its data.
+ * the input has ended it lets the kernel end, and looks at its data. With "capture" it is a capture that does not end.
  */
 #include "driver.h"
 #include <poll.h>
@@ -16,7 +16,8 @@ int main(int argc, char **argv) {
     CUstream endless, other;
     unsigned *flag, value = 1;
     if (argc < 2) return 2;
-    int quiet = argc > 2 && !strcmp(argv[2], "quiet");
+    int capture = argc > 2 && !strcmp(argv[2], "capture");
+    int quiet = capture || (argc > 2 && !strcmp(argv[2], "quiet"));
     CHECK(cuInit(0));
     CHECK(cuCtxCreate_v2(&context, 0, 0));
     CHECK(cuModuleLoad(&module, argv[1]));
@@ -30,6 +31,7 @@ int main(int argc, char **argv) {
     void *parameters[] = {&word, &value};
     CHECK(cuMemsetD32Async(memory, 1, bytes / 4, other));
     CHECK(cuStreamSynchronize(other));
+    if (capture) CHECK(cuStreamBeginCapture_v2(endless, 0));
     CHECK(cuLaunchKernel(await_u32, 1, 1, 1, 1, 1, 1, 0, endless, parameters, NULL));
     SAY("ready");
     unsigned round = 1;
@@ -40,6 +42,8 @@ int main(int argc, char **argv) {
         SAY("launched");
     }
     *(volatile unsigned *)flag = value;
+    CUgraph graph;
+    if (capture) CHECK(cuStreamEndCapture(endless, &graph));
     CHECK(cuCtxSynchronize());
     check_words(memory, bytes, round);
     return 0;

@@ -72,15 +72,21 @@ fn clients(node: &Node, program: &Program) -> Vec<Client> {
     clients.filter(|client| client.pid == program.0.id()).collect()
 }
 
-fn drain_retries(node: &Node, program: &Program) -> u64 {
-    clients(node, program).iter().map(|client| client.drain_retries).sum()
+/// Why the program cannot give way.
+fn stall(node: &Node, program: &Program) -> Option<String> {
+    clients(node, program).into_iter().find_map(|client| client.stall)
 }
 
-/// A client that does not fit beside the program, and whose data is right after each of its turns.
-fn competitor(node: &Node) -> Program {
+/// A client with so much memory on a GPU, whose data is right after each of its turns.
+fn client_of(node: &Node, mib: &str, gpu: &str) -> Program {
     let mut command = Command::new(program("compete"));
-    let process = command.args(["48", "3"]).envs(node.environment()).stdout(Stdio::null()).spawn();
+    let process = command.args([mib, "3", "0", gpu]).envs(node.environment()).stdout(Stdio::null()).spawn();
     Program(process.unwrap(), Arc::default())
+}
+
+/// One that does not fit beside the program.
+fn competitor(node: &Node) -> Program {
+    client_of(node, "48", "0")
 }
 
 fn quick_node(gpu: &SimulatedGpu) -> Node {
@@ -95,9 +101,11 @@ fn both_go_on(case: &str, gpu: &SimulatedGpu) {
     let mut command = Command::new(program("entangled"));
     let entangled = Program::ready(command.args([case, kernels()]), node.environment());
     let mut competitor = competitor(&node);
-    let mut retries = 0;
+    let (mut retries, mut stalls) = (0, 0);
     PATIENCE.until(&format!("{case}: the competitor has had its turns"), || {
-        retries = drain_retries(&node, &entangled).max(retries);
+        let clients = clients(&node, &entangled);
+        retries = clients.iter().map(|client| client.drain_retries).sum::<u64>().max(retries);
+        stalls = clients.iter().map(|client| client.stalls).sum::<u64>().max(stalls);
         if competitor.has_ended() && retries == 0 {
             // Its turns came at moments when nothing waited for a thread.
             assert!(competitor.0.wait().unwrap().success());
@@ -107,6 +115,7 @@ fn both_go_on(case: &str, gpu: &SimulatedGpu) {
     });
     assert!(competitor.0.wait().unwrap().success(), "{case}: the competitor");
     entangled.ends_well();
+    assert!(stalls > 0, "{case}: nobody was told");
     println!("{case}: {retries} drains were put off");
 }
 
@@ -169,12 +178,11 @@ fn a_kernel_that_never_ends_is_told_and_its_process_goes_on() {
     let mut command = Command::new(program("endless"));
     let mut endless = Program::ready(command.arg(kernels()), node.environment());
     let mut competitor = competitor(&node);
-    let stalled = |endless: &Program| clients(&node, endless).first().and_then(|client| client.stall.clone());
-    PATIENCE.until("it is told", || stalled(&endless).as_deref() == Some("endless-work"));
+    PATIENCE.until("it is told", || stall(&node, &endless).as_deref() == Some("endless-work"));
     // Each launch is one that went through the gate while the kernel ran.
     let launches = endless.lines();
     PATIENCE.until("it goes on", || endless.lines() > launches + 10);
-    assert_eq!(stalled(&endless).as_deref(), Some("endless-work"), "and the kernel still runs");
+    assert_eq!(stall(&node, &endless).as_deref(), Some("endless-work"), "and the kernel still runs");
     assert!(!competitor.has_ended());
     drop(endless.0.stdin.take());
     PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
@@ -190,11 +198,78 @@ fn a_kernel_that_never_ends_is_told_when_no_thread_submits() {
     let mut command = Command::new(program("endless"));
     let endless = Program::ready(command.args([kernels(), "quiet"]), node.environment());
     let mut competitor = competitor(&node);
-    PATIENCE.until("it is told", || {
-        let told = clients(&node, &endless).first().and_then(|client| client.stall.clone());
-        told.as_deref() == Some("endless-work")
-    });
+    PATIENCE.until("it is told", || stall(&node, &endless).as_deref() == Some("endless-work"));
     endless.ends_well();
+    PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
+    assert!(competitor.0.wait().unwrap().success());
+}
+
+/// Both of its GPUs are wanted: each is drained by itself, and both wait for the work on both.
+#[test]
+fn a_collective_over_two_gpus_that_are_both_wanted() {
+    let gpu = two_gpus();
+    let node = quick_node(&gpu);
+    let mut command = Command::new(program("entangled"));
+    let entangled = Program::ready(command.args(["collective", kernels()]), node.environment());
+    let mut competitors = ["0", "1"].map(|gpu| client_of(&node, "48", gpu));
+    PATIENCE.until("both competitors have had their turns", || {
+        competitors.iter_mut().all(|competitor| competitor.has_ended())
+    });
+    for mut competitor in competitors {
+        assert!(competitor.0.wait().unwrap().success());
+    }
+    entangled.ends_well();
+}
+
+/// Whoever fits beside it does not wait for it with those who don't.
+#[test]
+fn who_fits_beside_a_kernel_that_never_ends_goes_on() {
+    let gpu = gpu();
+    let node = quick_node(&gpu);
+    let mut command = Command::new(program("endless"));
+    let endless = Program::ready(command.args([kernels(), "quiet"]), node.environment());
+    let mut too_large = competitor(&node);
+    PATIENCE.until("it is told", || stall(&node, &endless).is_some());
+    let mut small = client_of(&node, "16", "0");
+    PATIENCE.until("the small one has had its turns", || small.has_ended());
+    assert!(small.0.wait().unwrap().success());
+    assert!(!too_large.has_ended() && stall(&node, &endless).is_some());
+    endless.ends_well();
+    PATIENCE.until("the large one has had its turns", || too_large.has_ended());
+    assert!(too_large.0.wait().unwrap().success());
+}
+
+/// A context can be destroyed while its process waits for memory that another one does not give back.
+#[test]
+fn who_waits_for_a_kernel_that_never_ends_can_end_its_context() {
+    let gpu = gpu();
+    let node = quick_node(&gpu);
+    let mut command = Command::new(program("endless"));
+    let endless = Program::ready(command.args([kernels(), "quiet"]), node.environment());
+    let mut command = Command::new(program("waits"));
+    let piped = command.envs(node.environment()).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut waits = Program(piped.spawn().unwrap(), Arc::default());
+    PATIENCE.until("it is let in, and finds no room", || {
+        clients(&node, &waits).iter().any(|client| client.phase == "filling")
+    });
+    // The end of its input is what it waits for, too.
+    drop(waits.0.stdin.take());
+    PATIENCE.until("it has ended", || waits.has_ended());
+    assert!(waits.0.wait().unwrap().success());
+    endless.ends_well();
+}
+
+/// A capture holds a drain off, and is told when it does so for long.
+#[test]
+fn a_capture_that_nobody_ends_is_told() {
+    let gpu = gpu();
+    let node = quick_node(&gpu);
+    let mut command = Command::new(program("endless"));
+    let captures = Program::ready(command.args([kernels(), "capture"]), node.environment());
+    let mut competitor = competitor(&node);
+    PATIENCE.until("it is told", || stall(&node, &captures).as_deref() == Some("open-capture"));
+    assert!(!competitor.has_ended());
+    captures.ends_well();
     PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
     assert!(competitor.0.wait().unwrap().success());
 }
