@@ -69,7 +69,7 @@ fn nothing_reaches_beyond_the_end_of_an_allocation() {
 
 #[test]
 fn a_capture_forbids_what_the_driver_forbids() {
-    no_unexplained_difference(&["during_a_capture[cuMemAlloc_v2]", "during_a_capture[cuMemFree_v2]"]);
+    no_unexplained_difference(&["during_a_capture[cuMemAlloc_v2,0]", "during_a_capture[cuMemFree_v2,1]"]);
 }
 
 #[test]

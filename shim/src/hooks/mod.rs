@@ -288,7 +288,9 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         if let Some(result) = relaxed(|| pools::free_now(dptr)) {
             return result;
         }
-        let begins = |device: &std::sync::Arc<Shared>| device.memory().containing(dptr).is_some_and(|of| of.base == dptr);
+        let begins = |device: &std::sync::Arc<Shared>| {
+            device.memory().containing(dptr).is_some_and(|of| of.base == dptr)
+        };
         if session::is_capturing()
             && session::all().iter().any(begins)
             && let Err(refused) = session::refuse_unsafe()

@@ -363,7 +363,8 @@ impl Space {
         if !address.is_multiple_of(GRANULARITY) || cuts(maps, address) || cuts(maps, end) {
             return Err(Error::INVALID_VALUE);
         }
-        let gone: Vec<(u64, u64)> = maps.range(address..end).map(|(&at, mapping)| (at, mapping.size)).collect();
+        let gone: Vec<(u64, u64)> =
+            maps.range(address..end).map(|(&at, mapping)| (at, mapping.size)).collect();
         for &(at, size) in &gone {
             map(at, size, libc::PROT_NONE, NOTHING | libc::MAP_FIXED, -1, 0)?;
             maps.remove(&at);
