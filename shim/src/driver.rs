@@ -447,6 +447,21 @@ impl Driver {
         retained.is_ok_and(|handle| self.mem_release(handle).is_ok())
     }
 
+    /// Where the driver's mapping around an address that the application has mapped begins, and how large it is.
+    pub fn mapping_around(&self, address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
+        if !self.is_mapped(address) {
+            return None;
+        }
+        // SAFETY: cuda.h says that the base is an address and the size a size_t.
+        let (base, size) = unsafe {
+            (
+                self.pointer_attribute(CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR, address),
+                self.pointer_attribute(CU_POINTER_ATTRIBUTE_MAPPING_SIZE, address),
+            )
+        };
+        Some((base.ok()?, size.ok()?))
+    }
+
     /// Says who may use mapped memory.
     pub fn mem_set_access(
         &self,

@@ -35,6 +35,7 @@
 
 mod abi;
 mod arrival;
+mod bounds;
 mod contexts;
 mod deepbind;
 mod device;

@@ -1,10 +1,12 @@
 //! Calls that concern a range of addresses, whatever is mapped there: cuMemUnmap and cuMemSetAccess.
 //!
-//! For the driver a range must be made up of whole mappings, without a gap, and it refuses a call before it changes
-//! anything. A range may hold views of several GPUs' objects ([`crate::vmm`]), and between them mappings of the driver's
-//! own (of imported memory, say). And memory that is out is mapped nowhere, so the driver cannot be asked. So the whole
-//! range is judged here first; then the driver acts piece by piece; and if it refuses a piece after all, what was done is
-//! undone.
+//! The driver takes mappings whole, and refuses a call before it changes anything. cuMemUnmap takes all mappings in a range
+//! of one reservation, however many holes are between them. cuMemSetAccess wants a range that begins and ends with a
+//! mapping, and then changes the rights of those before the first hole (tests/gpu/differential.py).
+//!
+//! A range may hold views of several GPUs' objects ([`crate::vmm`]), and between them mappings of the driver's own (of
+//! imported memory, say). And memory that is out is mapped nowhere, so the driver cannot be asked. So the whole range is
+//! judged here first; then the driver acts piece by piece; and if it refuses a piece after all, what was done is undone.
 
 use crate::abi::*;
 use crate::device::Shared;
@@ -96,6 +98,36 @@ impl<'a> Mapped<'a> {
         })
     }
 
+    /// The mapping around an address: a view, or one of the driver's own.
+    fn around(&self, address: CUdeviceptr) -> Option<Range<CUdeviceptr>> {
+        let ours = self.views.iter().map(|(_, _, view)| view.address..view.address + view.size);
+        let of_driver = || {
+            let (base, size) = self.driver().mapping_around(address)?;
+            Some(base..base + size)
+        };
+        ours.into_iter().find(|view| view.contains(&address)).or_else(of_driver)
+    }
+
+    /// Whether the range takes a part of a mapping, a view or one of the driver's own, and leaves the rest.
+    fn cuts_any(&self) -> bool {
+        let Range { start, end } = self.range;
+        self.cuts()
+            || self.around(start).is_some_and(|mapping| mapping.start < start)
+            || self.around(end - 1).is_some_and(|mapping| mapping.end > end)
+    }
+
+    /// Leaves of the range the mappings that it begins with, up to the first hole.
+    fn up_to_a_hole(&mut self) {
+        let mut at = self.range.start;
+        while at < self.range.end
+            && let Some(mapping) = self.around(at)
+        {
+            at = mapping.end;
+        }
+        self.range.end = at;
+        self.views.retain(|(_, _, view)| view.address < at);
+    }
+
     fn pieces(&self, (of, object, view): &(usize, CUdeviceptr, View)) -> Vec<Piece> {
         let pieces = self.maps[*of].region(*object).into_iter().flat_map(present);
         let within = pieces.filter(|(at, ..)| *at < view.size);
@@ -110,7 +142,7 @@ impl<'a> Mapped<'a> {
         undo: impl Fn(Piece, &View),
     ) -> Result<(), CuResult> {
         for (at, bytes) in self.gaps() {
-            // The first is refused if any is, unless a gap cuts a mapping of the driver's own.
+            // They are whole mappings of the driver's own, and holes: the first is refused if any is.
             act(at, bytes)?;
         }
         let all: Vec<_> = self
@@ -131,8 +163,7 @@ impl<'a> Mapped<'a> {
 /// cuMemUnmap. `None` if nothing of ours is mapped there.
 pub fn unmap(devices: &[Arc<Shared>], address: CUdeviceptr, size: u64) -> Option<CuResult> {
     let mut mapped = Mapped::find(devices, address, size)?;
-    if mapped.cuts() || !mapped.is_whole() {
-        // Mappings go whole (tests/gpu/facts.cu).
+    if mapped.cuts_any() || !(is_reserved(address, size) || mapped.is_whole()) {
         return Some(CuResult::INVALID_VALUE);
     }
     let driver = mapped.driver();
@@ -173,9 +204,12 @@ pub fn set_access(
             format_size(size)
         );
     }
-    if mapped.cuts() || !mapped.is_whole() {
+    let begins = mapped.around(address).is_some_and(|mapping| mapping.start == address);
+    let ends = mapped.around(mapped.range.end - 1).is_some_and(|mapping| mapping.end == mapped.range.end);
+    if !begins || !ends {
         return Some(Verdict::Answer(CuResult::INVALID_VALUE));
     }
+    mapped.up_to_a_hole();
     let is_plain = |access: &CUmemAccessDesc, of: usize| {
         access.location == CUmemLocation::device(devices[of].device) && is_access(access.flags)
     };
@@ -234,13 +268,17 @@ pub fn freed(address: CUdeviceptr) {
     reservations().remove(&address);
 }
 
+/// Whether a range consists of granules of one range that the application has reserved.
+fn is_reserved(address: CUdeviceptr, size: u64) -> bool {
+    let reserved = reservations().range(..=address).next_back().map(|(base, size)| base + size);
+    let within = reserved.is_some_and(|end| address.checked_add(size).is_some_and(|after| after <= end));
+    within && address.is_multiple_of(GRANULE) && size.is_multiple_of(GRANULE)
+}
+
 /// Whether the driver is certain to map memory there, as far as addresses go, although it cannot be asked now: they lie in
 /// one range that was reserved, and nothing of its own is there.
 pub fn is_free(shared: &Shared, address: CUdeviceptr, size: u64) -> bool {
-    let reserved = reservations().range(..=address).next_back().map(|(base, size)| base + size);
-    let within = reserved.is_some_and(|end| address.checked_add(size).is_some_and(|after| after <= end));
     let granules = (0..size).step_by(GRANULE as usize);
-    within
-        && address.is_multiple_of(GRANULE)
+    is_reserved(address, size)
         && !granules.into_iter().any(|offset| shared.driver.is_mapped(address + offset))
 }

@@ -562,6 +562,32 @@ fn capturing() -> MutexGuard<'static, Option<HashMap<Queue, CUcontext>>> {
     CAPTURING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// Whether a capture is open.
+pub fn is_capturing() -> bool {
+    CAPTURES.load(Ordering::SeqCst) > 0
+}
+
+/// Refuses a call that is not safe while a stream captures, as the driver does, which invalidates the capture too. What is
+/// refused depends on the mode of the capture, on the thread that began it, and on the calling thread's own mode. So the
+/// driver itself is asked, by a call that it refuses alike and that does nothing else: whether an event has happened that was
+/// never recorded. To make an event and to destroy it is safe.
+///
+/// # Errors
+/// What the driver says.
+pub fn refuse_unsafe() -> Result<(), CuResult> {
+    if !is_capturing() {
+        return Ok(());
+    }
+    let Ok(driver) = Driver::get() else { return Ok(()) };
+    let Ok(event) = driver.event_create(CU_EVENT_DISABLE_TIMING) else { return Ok(()) };
+    let answer = driver.event_query(event);
+    let _ = driver.event_destroy(event);
+    match answer {
+        Err(CuResult::STREAM_CAPTURE_UNSUPPORTED | CuResult::STREAM_CAPTURE_INVALIDATED) => answer,
+        _ => Ok(()),
+    }
+}
+
 /// Begins a capture of a stream with `call`, in a moment when nobody wants to drain.
 pub fn begin_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     let (_pass, mut set) = loop {

@@ -42,7 +42,7 @@
 //! # Cost
 //!
 //! A forwarded call adds, to the gate, one load and one branch: the driver's address is kept in a static per row once
-//! it has been looked up.
+//! it has been looked up. Those that copy or set a row of bytes look up where the allocation ends ([`crate::bounds`]).
 //!
 //! # Extra names for the same code
 //!
@@ -378,6 +378,59 @@ macro_rules! word {
     };
 }
 
+/// The answer to a call that copies or sets one row of bytes beyond the end of an allocation ([`crate::bounds`]).
+macro_rules! beyond {
+    (@set $width:literal $name:ident $to:ident $value:ident $count:ident $($stream:ident)?) => {
+        crate::bounds::refuse(stringify!($name), $to, $count.saturating_mul($width))
+    };
+    (@to $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
+        crate::bounds::refuse(stringify!($name), $to, $bytes)
+    };
+    (@from $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
+        crate::bounds::refuse(stringify!($name), $from, $bytes)
+    };
+    (@both $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
+        crate::bounds::refuse(stringify!($name), $to, $bytes)
+            .or_else(|| crate::bounds::refuse(stringify!($name), $from, $bytes))
+    };
+    (@peers $name:ident $to:ident $into:ident $from:ident $of:ident $bytes:ident $($stream:ident)?) => {
+        beyond!(@both $name $to $from $bytes)
+    };
+    (cuMemsetD8_v2 $($a:ident)*) => { beyond!(@set 1 cuMemsetD8_v2 $($a)*) };
+    (cuMemsetD8_v2_ptds $($a:ident)*) => { beyond!(@set 1 cuMemsetD8_v2_ptds $($a)*) };
+    (cuMemsetD8Async $($a:ident)*) => { beyond!(@set 1 cuMemsetD8Async $($a)*) };
+    (cuMemsetD8Async_ptsz $($a:ident)*) => { beyond!(@set 1 cuMemsetD8Async_ptsz $($a)*) };
+    (cuMemsetD16_v2 $($a:ident)*) => { beyond!(@set 2 cuMemsetD16_v2 $($a)*) };
+    (cuMemsetD16_v2_ptds $($a:ident)*) => { beyond!(@set 2 cuMemsetD16_v2_ptds $($a)*) };
+    (cuMemsetD16Async $($a:ident)*) => { beyond!(@set 2 cuMemsetD16Async $($a)*) };
+    (cuMemsetD16Async_ptsz $($a:ident)*) => { beyond!(@set 2 cuMemsetD16Async_ptsz $($a)*) };
+    (cuMemsetD32_v2 $($a:ident)*) => { beyond!(@set 4 cuMemsetD32_v2 $($a)*) };
+    (cuMemsetD32_v2_ptds $($a:ident)*) => { beyond!(@set 4 cuMemsetD32_v2_ptds $($a)*) };
+    (cuMemsetD32Async $($a:ident)*) => { beyond!(@set 4 cuMemsetD32Async $($a)*) };
+    (cuMemsetD32Async_ptsz $($a:ident)*) => { beyond!(@set 4 cuMemsetD32Async_ptsz $($a)*) };
+    (cuMemcpy $($a:ident)*) => { beyond!(@both cuMemcpy $($a)*) };
+    (cuMemcpy_ptds $($a:ident)*) => { beyond!(@both cuMemcpy_ptds $($a)*) };
+    (cuMemcpyAsync $($a:ident)*) => { beyond!(@both cuMemcpyAsync $($a)*) };
+    (cuMemcpyAsync_ptsz $($a:ident)*) => { beyond!(@both cuMemcpyAsync_ptsz $($a)*) };
+    (cuMemcpyDtoD_v2 $($a:ident)*) => { beyond!(@both cuMemcpyDtoD_v2 $($a)*) };
+    (cuMemcpyDtoD_v2_ptds $($a:ident)*) => { beyond!(@both cuMemcpyDtoD_v2_ptds $($a)*) };
+    (cuMemcpyDtoDAsync_v2 $($a:ident)*) => { beyond!(@both cuMemcpyDtoDAsync_v2 $($a)*) };
+    (cuMemcpyDtoDAsync_v2_ptsz $($a:ident)*) => { beyond!(@both cuMemcpyDtoDAsync_v2_ptsz $($a)*) };
+    (cuMemcpyHtoD_v2 $($a:ident)*) => { beyond!(@to cuMemcpyHtoD_v2 $($a)*) };
+    (cuMemcpyHtoD_v2_ptds $($a:ident)*) => { beyond!(@to cuMemcpyHtoD_v2_ptds $($a)*) };
+    (cuMemcpyHtoDAsync_v2 $($a:ident)*) => { beyond!(@to cuMemcpyHtoDAsync_v2 $($a)*) };
+    (cuMemcpyHtoDAsync_v2_ptsz $($a:ident)*) => { beyond!(@to cuMemcpyHtoDAsync_v2_ptsz $($a)*) };
+    (cuMemcpyDtoH_v2 $($a:ident)*) => { beyond!(@from cuMemcpyDtoH_v2 $($a)*) };
+    (cuMemcpyDtoH_v2_ptds $($a:ident)*) => { beyond!(@from cuMemcpyDtoH_v2_ptds $($a)*) };
+    (cuMemcpyDtoHAsync_v2 $($a:ident)*) => { beyond!(@from cuMemcpyDtoHAsync_v2 $($a)*) };
+    (cuMemcpyDtoHAsync_v2_ptsz $($a:ident)*) => { beyond!(@from cuMemcpyDtoHAsync_v2_ptsz $($a)*) };
+    (cuMemcpyPeer $($a:ident)*) => { beyond!(@peers cuMemcpyPeer $($a)*) };
+    (cuMemcpyPeer_ptds $($a:ident)*) => { beyond!(@peers cuMemcpyPeer_ptds $($a)*) };
+    (cuMemcpyPeerAsync $($a:ident)*) => { beyond!(@peers cuMemcpyPeerAsync $($a)*) };
+    (cuMemcpyPeerAsync_ptsz $($a:ident)*) => { beyond!(@peers cuMemcpyPeerAsync_ptsz $($a)*) };
+    ($name:ident $($a:ident)*) => { None };
+}
+
 /// The body of a forwarded function.
 macro_rules! forward {
     (($class:ident $at:ident $name:ident) $($a:ident)*) => {
@@ -388,6 +441,9 @@ macro_rules! forward {
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
                 unsafe { std::mem::transmute(real) };
+            if let Some(refused) = beyond!($name $($a)*) {
+                return refused;
+            }
             let call = || {
                 let _pass = match enter!($class $at $name $($a)*) {
                     Ok(pass) => pass,

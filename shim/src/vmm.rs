@@ -124,7 +124,14 @@ impl Shared {
             return Some(Verdict::Answer(CuResult::NOT_SUPPORTED));
         }
         let dead = region.object().is_none_or(|object| object.references == 0);
-        if flags != 0 || size == 0 || size > region.size || dead || overlaps {
+        if flags != 0 || size == 0 || dead {
+            return Some(Verdict::Answer(CuResult::INVALID_VALUE));
+        }
+        if size > region.size {
+            // So the driver says before it looks at the addresses.
+            return Some(Verdict::Answer(CuResult::NOT_SUPPORTED));
+        }
+        if overlaps {
             return Some(Verdict::Answer(CuResult::INVALID_VALUE));
         }
         if size < region.size && !region.chunks.iter().any(|chunk| chunk.address - region.base == size) {

@@ -78,6 +78,12 @@ struct Words {
     void write_in(CUstream stream) {
         for (int i = 0; i < 20; i++) DRIVER(cuMemsetD32Async(at, ++value, bytes / 4, stream));
     }
+    // One, if the driver takes the stream.
+    CUresult try_in(CUstream stream) {
+        CUresult said = cuMemsetD32Async(at, value + 1, bytes / 4, stream);
+        if (said == CUDA_SUCCESS) ++value;
+        return said;
+    }
     void look(int line) const {
         std::vector<unsigned> some(1024);
         for (size_t offset = 0; offset < bytes; offset += bytes / 16) {
@@ -254,10 +260,16 @@ static CUgreenCtx green() {
     return made;
 }
 
+static bool usable(Words &words, CUstream stream, const char *what) {
+    CUresult said = words.try_in(stream);
+    facts("a memset in %s: %s", what, name(said).c_str());
+    return said == CUDA_SUCCESS;
+}
+
 static void greens(double seconds) {
     CUcontext primary = retain(), context, same;
     CUgreenCtx made = green(), other;
-    CUstream stream, blocking;
+    CUstream stream, blocking = nullptr;
     Words words;
     DRIVER(cuCtxFromGreenCtx(&context, made));
     DRIVER(cuCtxFromGreenCtx(&same, made));
@@ -266,35 +278,47 @@ static void greens(double seconds) {
     DRIVER(cuStreamGetCtx_v2(stream, &same, &other));
     facts("its stream tells %s context and %s green one", same == primary ? "the primary" : "another",
           other == made ? "this" : "another");
+    // What may be submitted to a green context from outside is not said anywhere, so these are facts. What follows relies on
+    // a stream only where its own context is current (cuCtxFromGreenCtx).
     CUevent event;
     DRIVER(cuEventCreate(&event, CU_EVENT_DISABLE_TIMING));
-    FACT(cuEventRecord(event, stream)); // Of the primary context, in a stream of the green one.
-    words.write_in(stream);
+    usable(words, stream, "its stream, with the primary context current");
+    CUresult recorded = cuEventRecord(event, stream);
+    facts("an event of the primary context is recorded in its stream: %s", name(recorded).c_str());
     FACT(cuGreenCtxRecordEvent(made, event));
-    facts("right after 20 memsets its event is %s", name(cuEventQuery(event)).c_str());
-    DRIVER(cuStreamSynchronize(stream));
     FACT(cuCtxDestroy(context));
     size_t before, after, total;
     DRIVER(cuMemGetInfo(&before, &total));
     DRIVER(cuCtxSetCurrent(context));
+    DRIVER(cuStreamSynchronize(stream));
     Words inside;
     DRIVER(cuMemGetInfo(&after, &total));
     MUST(before >= after + bytes - (bytes >> 4), "memory that was allocated in a green context is not counted");
     FACT(cuStreamCreate(&blocking, CU_STREAM_DEFAULT));
+    std::vector<CUstream> streams;
+    if (usable(inside, 0, "its default stream")) streams.push_back(0);
+    if (usable(inside, CU_STREAM_PER_THREAD, "the thread's own stream")) streams.push_back(CU_STREAM_PER_THREAD);
+    if (blocking && usable(inside, blocking, "a stream that waits for the default stream")) streams.push_back(blocking);
+    MUST(usable(words, stream, "its stream"), "a green context's own stream is refused");
+    DRIVER(cuCtxSynchronize());
     for (double spent = 0; spent < seconds; spent += 0.1) {
-        inside.write_in(0);                    // The green context's default stream,
-        DRIVER(cuStreamSynchronize(0));
-        inside.write_in(CU_STREAM_PER_THREAD); // this thread's own,
-        DRIVER(cuStreamSynchronize(CU_STREAM_PER_THREAD));
-        inside.write_in(blocking);             // one that waits for the default stream,
-        words.write_in(stream);                // and one that does not.
-        DRIVER(cuStreamSynchronize(blocking));
+        words.write_in(stream); // Beside all that follows.
+        for (CUstream each : streams) {
+            inside.write_in(each);
+            DRIVER(cuStreamSynchronize(each));
+        }
         DRIVER(cuStreamSynchronize(stream));
         inside.look(__LINE__);
         words.look(__LINE__);
     }
+    // The green context goes while its stream works, if the end of that can be seen from outside.
+    CUevent done;
+    DRIVER(cuEventCreate(&done, CU_EVENT_DISABLE_TIMING));
     words.write_in(stream);
+    if (cuEventRecord(done, stream) != CUDA_SUCCESS) DRIVER(cuStreamSynchronize(stream));
+    if (blocking) DRIVER(cuStreamDestroy(blocking));
     DRIVER(cuCtxSetCurrent(primary));
+    FACT(cuEventSynchronize(done));
     DRIVER(cuGreenCtxDestroy(made));
     FACT(cuStreamQuery(stream));
     FACT(cuStreamDestroy(stream));

@@ -3,10 +3,11 @@
  *
  * In the cases of two threads, one capture is open while another of the same handle ends, and while memory is freed. In
  * the others a capture is over because its stream, its context or its thread is gone, or because it was ruined, or it is
- * still open because the driver refused to end it. Then the program says "ready", and goes on with its memory until its
+ * still open because the driver refused to end it; "unsafe" makes calls that a capture forbids, or does not. Then the program says "ready", and goes on with its memory until its
  * standard input ends: nothing is captured any more, so others get their turn.
  */
 #include "driver.h"
+#include "more_driver.h"
 
 enum { GLOBAL, THREAD_LOCAL, RELAXED };
 
@@ -211,6 +212,53 @@ static void with_a_reset(void) {
     CHECK(cuDevicePrimaryCtxRelease_v2(0));
 }
 
+/* What a thread that does not make the calls itself has another one do. */
+typedef struct {
+    int own; /* the calling thread's mode */
+    int refused;
+} Unsafe;
+
+static void *makes_unsafe_calls(void *argument) {
+    const Unsafe *unsafe = argument;
+    CUresult expected = unsafe->refused ? 900 : 0;
+    CUdeviceptr block = 1, pitched = 1;
+    size_t pitch;
+    int mode = unsafe->own;
+    CHECK(cuCtxSetCurrent(context));
+    CHECK(cuThreadExchangeStreamCaptureMode(&mode));
+    expect(cuMemAlloc_v2(&block, 0), 1, "cuMemAlloc of nothing");
+    expect(cuMemAlloc_v2(&block, 4 << 20), expected, "cuMemAlloc");
+    expect(cuMemAllocPitch_v2(&pitched, &pitch, 100, 10, 4), expected, "cuMemAllocPitch");
+    expect(!block, unsafe->refused, "an address of memory that was refused");
+    expect(!pitched, unsafe->refused, "an address of memory that was refused");
+    expect(cuMemFree_v2(unsafe->refused ? memory : block), expected, "cuMemFree");
+    if (!unsafe->refused) CHECK(cuMemFree_v2(pitched));
+    expect(cuMemFree_v2(0), 0, "cuMemFree of nothing");
+    CHECK(cuThreadExchangeStreamCaptureMode(&mode));
+    return NULL;
+}
+
+/*
+ * Whoever may not make a call that is unsafe while a stream captures is refused, and the capture is ruined: by the
+ * capture's mode, the caller's own, and whether it is the caller that captures.
+ */
+static void unsafe_calls(void) {
+    for (int mode = GLOBAL; mode <= RELAXED; mode++)
+        for (int own = GLOBAL; own <= RELAXED; own++)
+            for (int here = 0; here <= 1; here++) {
+                int local = here && mode != RELAXED;
+                Unsafe unsafe = {own, own == RELAXED ? 0 : own == THREAD_LOCAL ? local : local || mode == GLOBAL};
+                CUstream stream = capturing(mode);
+                CUgraph graph = NULL;
+                CHECK(cuMemsetD32Async(memory, 15, bytes / 4, stream));
+                if (here) makes_unsafe_calls(&unsafe);
+                else in_a_thread(makes_unsafe_calls, &unsafe, 0);
+                expect(cuStreamEndCapture(stream, &graph), unsafe.refused ? 901 : 0, "the end of the capture");
+                if (!unsafe.refused) replay(graph, 15);
+                CHECK(cuStreamDestroy_v2(stream));
+            }
+}
+
 int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     if (argc > 2) bytes = strtoul(argv[2], NULL, 10) << 20;
@@ -228,6 +276,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(name, "during-a-free")) during_a_free();
     else if (!strcmp(name, "context-destroyed")) with_its_context();
     else if (!strcmp(name, "context-reset")) with_a_reset();
+    else if (!strcmp(name, "unsafe")) unsafe_calls();
     else return 2;
     write_words(memory, bytes, 21);
     SAY("ready");

@@ -59,3 +59,10 @@ fn a_capture_is_over_when_its_context_is_destroyed() {
 fn a_capture_is_over_when_its_context_is_reset() {
     gives_way_after("context-reset");
 }
+
+/// Memory under nvshare is mapped by hand, which is safe at any time. What is refused is what the driver would refuse of its
+/// own memory.
+#[test]
+fn memory_is_neither_allocated_nor_freed_by_a_thread_that_a_capture_forbids_it() {
+    gives_way_after("unsafe");
+}

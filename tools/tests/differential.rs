@@ -53,6 +53,26 @@ fn what_is_said_of_mapped_memory_is_what_the_driver_says() {
 }
 
 #[test]
+fn ranges_with_holes_are_unmapped_and_get_rights_as_by_the_driver() {
+    no_unexplained_difference(&[
+        "unmapping_with_a_hole*",
+        "access_with_a_hole*",
+        "mapping",
+        "mapping_with_odd_arguments",
+    ]);
+}
+
+#[test]
+fn nothing_reaches_beyond_the_end_of_an_allocation() {
+    no_unexplained_difference(&["beyond_the_end", "copying_memory"]);
+}
+
+#[test]
+fn a_capture_forbids_what_the_driver_forbids() {
+    no_unexplained_difference(&["during_a_capture[cuMemAlloc_v2,0]", "during_a_capture[cuMemFree_v2,1]"]);
+}
+
+#[test]
 fn an_allocation_can_be_made_synchronous_and_is_told_apart() {
     no_unexplained_difference(&[
         "synchronous_operations",

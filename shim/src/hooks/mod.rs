@@ -198,6 +198,12 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         // As the driver does: what is refused is at address 0.
         // SAFETY: the caller's pointer to where the address goes, not null.
         unsafe { dptr.write(0) };
+        if bytesize == 0 {
+            return CuResult::INVALID_VALUE;
+        }
+        if let Err(refused) = session::refuse_unsafe() {
+            return refused;
+        }
         match relaxed(|| allocate(&device, bytesize as u64, context)) {
             Ok(address) => {
                 synchronous::allocated(address);
@@ -257,6 +263,9 @@ pub unsafe fn cuMemAllocPitch_v2(
                 || unsafe { *dptr },
             );
         }
+        if let Err(refused) = session::refuse_unsafe() {
+            return refused;
+        }
         match relaxed(|| allocate(&device, bytes as u64, context)) {
             Ok(address) => {
                 synchronous::allocated(address);
@@ -278,6 +287,15 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         }
         if let Some(result) = relaxed(|| pools::free_now(dptr)) {
             return result;
+        }
+        let begins = |device: &std::sync::Arc<Shared>| {
+            device.memory().containing(dptr).is_some_and(|of| of.base == dptr)
+        };
+        if session::is_capturing()
+            && session::all().iter().any(begins)
+            && let Err(refused) = session::refuse_unsafe()
+        {
+            return refused;
         }
         if session::all().iter().any(|device| relaxed(|| device.free(dptr))) {
             return CuResult::SUCCESS;

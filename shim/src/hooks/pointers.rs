@@ -161,6 +161,8 @@ impl Allocated {
             (CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, AllocatedBy::Mapped { handle_types, .. }) => {
                 Answer::Long((*handle_types).into())
             }
+            // Always, for the driver. Of memory that came back a moment ago it has been seen to say that it is not.
+            (CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, AllocatedBy::Mapped { .. }) => Answer::Word(1),
             // Its range is that of the addresses which the application has reserved.
             (_, AllocatedBy::Mapped { .. }) => return None,
             (CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, _) => Answer::Long(self.base),

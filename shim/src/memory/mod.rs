@@ -21,6 +21,7 @@ mod tests;
 pub use region::{Backing, CHUNK, Chunk, HostCopy, InUse, Kind, Object, Place, Region, View, WHOLE};
 
 use crate::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
+use crate::bounds;
 use gaps::Gaps;
 use index::Index;
 use nvshare::units::{GRANULE, Granules};
@@ -117,12 +118,14 @@ impl Memory {
         self.made += 1;
         if let Some(region) = self.regions.get_mut(&region) {
             region.allocations += 1;
+            bounds::add(base, size, region.base + region.size);
         }
     }
 
     fn remove_allocation(&mut self, base: CUdeviceptr) -> Option<Allocation> {
         self.exports.remove(&base);
         let allocation = self.allocations.remove(&base)?;
+        bounds::remove(base);
         if let Some(region) = self.regions.get_mut(&allocation.region) {
             region.allocations -= 1;
         }
@@ -413,7 +416,7 @@ impl Memory {
     /// Takes everything out of the map.
     pub fn take_all(&mut self) -> Vec<Region> {
         self.burials += 1;
-        self.allocations.clear();
+        std::mem::take(&mut self.allocations).into_keys().for_each(bounds::remove);
         self.views.clear();
         self.doomed.clear();
         self.exports.clear();

@@ -74,6 +74,13 @@ EXPLAINED = [
         sequence=r"destroyed_streams.*",
     ),
     Explained(
+        "A context that was destroyed: natively the call ends the process too, at once or when the process ends",
+        r".*\bsecond\b.*|the end of the process",
+        r"SUCCESS.*|signal \d+",
+        r"signal \d+|not reached",
+        r"destroyed_contexts.*",
+    ),
+    Explained(
         "Natively the call crashes the process; under nvshare it is refused",
         r".*",
         r"signal 11",

@@ -8,6 +8,8 @@ import ctypes
 import itertools
 import mmap
 import sys
+import threading
+import types
 
 from recorder import GRANULE, MIB, In, Named, Recorder
 from structures import (
@@ -1340,6 +1342,96 @@ def captures(s):
     s.cuStreamEndCapture(made, s.out("handle:graph"))
     s.cuStreamQuery(made)
     s.cuStreamDestroy_v2(made)
+
+
+# Calls that may be unsafe while a stream captures, each with what it is given: memory that is there, a mapping, a stream of
+# its own, host memory.
+MADE_MEANWHILE = {
+    "cuMemAlloc_v2": lambda s, of: of.make("cuMemAlloc_v2", BLOCK),
+    "cuMemAllocPitch_v2": lambda s, of: of.make("cuMemAllocPitch_v2", s.out(), 100, 10, 4),
+    "cuMemAllocManaged": lambda s, of: of.make("cuMemAllocManaged", BLOCK, 1),
+    "cuMemFree_v2": lambda s, of: s.cuMemFree_v2(of.memory),
+    "cuMemFree_v2 of nothing": lambda s, of: s.cuMemFree_v2(None),
+    "cuMemFree_v2 of ordered memory": lambda s, of: s.cuMemFree_v2(of.ordered),
+    "cuMemAllocAsync": lambda s, of: of.make("cuMemAllocAsync", BLOCK, of.other),
+    "cuMemFreeAsync": lambda s, of: s.cuMemFreeAsync(of.ordered, of.other),
+    "cuMemPoolTrimTo": lambda s, of: s.cuMemPoolTrimTo(of.pool, 0),
+    "cuMemGetInfo_v2": lambda s, of: s.cuMemGetInfo_v2(s.out("amount"), s.out("amount")),
+    "cuPointerGetAttribute": lambda s, of: s.cuPointerGetAttribute(s.out(), 2, of.memory, note="MEMORY_TYPE"),
+    "cuMemGetAddressRange_v2": lambda s, of: s.cuMemGetAddressRange_v2(s.out("address"), s.out(), of.memory),
+    "cuMemCreate": lambda s, of: s.cuMemCreate(s.out("handle:physical"), GRANULE, properties(), 0),
+    "cuMemAddressReserve": lambda s, of: s.cuMemAddressReserve(s.out("address", "reserved"), GRANULE, 0, 0, 0),
+    "cuMemSetAccess": lambda s, of: s.cuMemSetAccess(of.mapped, BLOCK, access((DEVICE, 0, READ)), 1),
+    "cuMemUnmap": lambda s, of: s.cuMemUnmap(of.mapped, BLOCK),
+    "cuMemRelease": lambda s, of: s.cuMemRelease(of.physical),
+    "cuIpcGetMemHandle": lambda s, of: s.cuIpcGetMemHandle(s.out("opaque"), of.memory),
+    "cuMemsetD8_v2": lambda s, of: s.cuMemsetD8_v2(of.memory, 1, BLOCK),
+    "cuMemcpyDtoH_v2": lambda s, of: s.cuMemcpyDtoH_v2(s.out(), of.memory, 1),
+    "cuMemcpyDtoD_v2": lambda s, of: s.cuMemcpyDtoD_v2(of.memory, of.memory + MIB, MIB),
+    "cuStreamCreate": lambda s, of: s.cuStreamCreate(s.out("handle:stream"), 1),
+    "cuStreamQuery": lambda s, of: s.cuStreamQuery(of.other),
+    "cuStreamSynchronize": lambda s, of: s.cuStreamSynchronize(of.other),
+    "cuEventQuery": lambda s, of: s.cuEventQuery(of.event),
+    "cuEventSynchronize": lambda s, of: s.cuEventSynchronize(of.event),
+    "cuCtxSynchronize": lambda s, of: s.cuCtxSynchronize(),
+}
+
+
+def objects(s):
+    """What the calls are made of, anew: some of them end it."""
+    of = types.SimpleNamespace(new=Named(0, "new"))
+
+    def make(function, *arguments):
+        place = s.out("address", "new", extent=BLOCK)
+        s.call(function, place, *arguments)
+        of.new = Named(place.value, "new")
+
+    of.make = make
+    of.memory = s.allocate("memory", BLOCK)
+    of.ordered = s.allocate("ordered", BLOCK, "cuMemAllocAsync", None)
+    of.mapped, of.physical = mapped(s, "mapped", BLOCK)
+    pool, other, event = s.handle("pool", "pool"), s.handle("stream", "other"), s.handle("event", "event")
+    s.cuDeviceGetDefaultMemPool(pool, 0)
+    s.cuStreamCreate(other, 1)
+    s.cuEventCreate(event, 2)
+    of.pool, of.other, of.event = Named(pool.value, "pool"), Named(other.value, "other"), Named(event.value, "event")
+    s.cuCtxSynchronize()
+    return of
+
+
+@sequence(variants=[f"{call},{mode}" for call in MADE_MEANWHILE for mode in range(3)])
+def during_a_capture(s, variant):
+    """By the capture's mode, the calling thread's own, and whether the calling thread is the one that captures."""
+    made, mode = variant.split(",")
+    for own, here in itertools.product((0, 1, 2), (True, False)):
+        of = objects(s)
+        place = s.handle("stream", "stream")
+        s.cuStreamCreate(place, 1)
+        stream = Named(place.value, "stream")
+        s.cuStreamBeginCapture_v2(stream, int(mode))
+
+        def call(of=of, own=own, here=here):
+            if not here:
+                s.cuCtxSetCurrent(s.context)
+            s.cuThreadExchangeStreamCaptureMode(s.words(own, width=4))
+            MADE_MEANWHILE[made](s, of)
+            s.cuThreadExchangeStreamCaptureMode(s.words(0, width=4))
+
+        if here:
+            call()
+        else:
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        s.cuStreamIsCapturing(stream, s.out())
+        s.cuStreamEndCapture(stream, s.out("handle:graph"))
+        s.cuStreamDestroy_v2(stream)
+        for pointer in (of.new, of.memory, of.ordered):
+            s.free(pointer)
+        s.cuMemUnmap(of.mapped, BLOCK)
+        s.cuMemRelease(of.physical)
+        s.cuMemAddressFree(of.mapped, BLOCK)
+        s.forget("mapped")
 
 
 @sequence

@@ -77,6 +77,8 @@ pub struct Copy {
     pub dst_slice: u64,
     pub src_pitch: u64,
     pub src_slice: u64,
+    /// It is a single row of bytes, and was asked for as one.
+    pub linear: bool,
     /// The GPUs that use the two ends, where a caller says so; else the one that it runs on uses both.
     pub dst_device: Option<usize>,
     pub src_device: Option<usize>,
@@ -206,6 +208,7 @@ impl Copy {
             dst_slice: len,
             src_pitch: len,
             src_slice: len,
+            linear: true,
             dst_device: None,
             src_device: None,
         }

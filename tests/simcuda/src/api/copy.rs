@@ -13,6 +13,7 @@ use crate::abi::{
 use crate::context::{self, Null};
 use crate::driver::driver;
 use crate::memory::access::Side;
+use crate::memory::va::{Kind, Region};
 use crate::op::{Copy, Op, Set};
 
 driver_api! {
@@ -127,11 +128,37 @@ driver_api! {
     }
 }
 
+/// Refuses a row of bytes that reaches beyond the end of an allocation, which the driver knows to the byte.
+fn bounded(address: u64, bytes: u64) -> Result {
+    let space = driver()?.memory.space.read().unwrap_or_else(|e| e.into_inner());
+    match space.find(address) {
+        Some((base, Region { kind: Kind::Allocation { requested, .. }, .. }))
+            if address.saturating_add(bytes) > base + requested =>
+        {
+            Err(Error::INVALID_VALUE)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn bounded_copy(copy: &Copy) -> Result {
+    if !copy.linear {
+        return Ok(());
+    }
+    self::bounded(copy.dst, copy.width)?;
+    self::bounded(copy.src, copy.width)
+}
+
+fn bounded_set(set: &Set) -> Result {
+    if set.pitch > 0 { Ok(()) } else { self::bounded(set.dst, set.width.saturating_mul(set.element)) }
+}
+
 pub(super) fn now(null: Null, copy: Copy) -> Result {
     let stream = context::stream(null, 0)?;
     if copy.width == 0 {
         return stream.usable();
     }
+    self::bounded_copy(&copy)?;
     stream.run(Op::Copy(copy))
 }
 
@@ -140,6 +167,7 @@ pub(super) fn later(null: Null, stream: Handle, copy: Copy) -> Result {
     if copy.width == 0 {
         return stream.usable();
     }
+    self::bounded_copy(&copy)?;
     if let Some(fence) = stream.enqueue(Op::Copy(copy))?
         && copy.pageable()
     {
@@ -154,6 +182,7 @@ fn set_now(null: Null, set: Set) -> Result {
     if set.width == 0 {
         return stream.usable();
     }
+    self::bounded_set(&set)?;
     stream.run(Op::Set(set))
 }
 
@@ -162,6 +191,7 @@ fn set_later(null: Null, stream: Handle, set: Set) -> Result {
     if set.width == 0 {
         return stream.usable();
     }
+    self::bounded_set(&set)?;
     stream.enqueue(Op::Set(set)).map(|_| ())
 }
 
@@ -233,6 +263,7 @@ fn boxed(dst: &Described, src: &Described, extent: [usize; 3]) -> Result<Copy> {
         dst_slice: dst.slice,
         src_pitch: src.pitch,
         src_slice: src.slice,
+        linear: false,
         ..Copy::linear(dst.begin, src.begin, width)
     })
 }

@@ -385,6 +385,8 @@ fn describe(driver: &Driver, address: u64) -> Option<Pointer> {
         id: region.id,
     };
     match &region.kind {
+        // It ends with the last byte that was asked for.
+        Kind::Allocation { requested, .. } if address - base >= *requested => return None,
         Kind::Allocation { requested, .. } => (known.size, known.allocation.1) = (*requested, *requested),
         Kind::Pooled { .. } => known.context = 0,
         Kind::Opened { .. } | Kind::Array { .. } => {}

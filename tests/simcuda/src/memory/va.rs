@@ -202,6 +202,11 @@ fn reserve(size: u64, alignment: u64, wanted: u64) -> Result<u64> {
     Ok(aligned)
 }
 
+/// Whether an address lies inside a mapping, and not at its beginning.
+fn cuts(maps: &BTreeMap<u64, Mapping>, address: u64) -> bool {
+    maps.range(..address).next_back().is_some_and(|(&at, mapping)| at + mapping.size > address)
+}
+
 fn protect(address: u64, size: u64, access: Access) -> Result {
     // The host side can't tell GPU reads from writes, and the application's own CPU has no business here either way:
     // read-only is enforced by the table.
@@ -338,36 +343,53 @@ impl Space {
         Ok(())
     }
 
-    /// The mappings that make up exactly this range; an error if there is a gap or one is cut.
-    fn whole_mappings(&mut self, address: u64, size: u64) -> Result<(&mut BTreeMap<u64, Mapping>, Vec<u64>)> {
-        let end = address.checked_add(size).ok_or(Error::INVALID_VALUE)?;
-        let region = self.regions.range_mut(..=address).next_back();
-        let Some((_, Region { kind: Kind::Reservation { maps }, .. })) = region else {
-            return Err(Error::INVALID_VALUE);
-        };
-        let mut at = address;
-        let mut keys = Vec::new();
-        while at < end {
-            let mapping = maps.get(&at).ok_or(Error::INVALID_VALUE)?;
-            keys.push(at);
-            at += mapping.size;
+    /// The mappings of the reservation that a range lies in.
+    fn mappings(&mut self, address: u64, size: u64) -> Result<&mut BTreeMap<u64, Mapping>> {
+        let end = address.checked_add(size).filter(|_| size > 0).ok_or(Error::INVALID_VALUE)?;
+        match self.regions.range_mut(..=address).next_back() {
+            Some((&base, Region { size: has, kind: Kind::Reservation { maps }, .. }))
+                if end <= base + *has && (end - address).is_multiple_of(GRANULARITY) =>
+            {
+                Ok(maps)
+            }
+            _ => Err(Error::INVALID_VALUE),
         }
-        if at == end && !keys.is_empty() { Ok((maps, keys)) } else { Err(Error::INVALID_VALUE) }
     }
 
+    /// Unmaps the mappings in a range, which may have holes, or be one; an error if it cuts a mapping.
     pub fn unmap(&mut self, address: u64, size: u64) -> Result {
-        let (maps, keys) = self.whole_mappings(address, size)?;
-        map(address, size, libc::PROT_NONE, NOTHING | libc::MAP_FIXED, -1, 0)?;
-        for key in keys {
-            maps.remove(&key);
+        let maps = self.mappings(address, size)?;
+        let end = address + size;
+        if !address.is_multiple_of(GRANULARITY) || cuts(maps, address) || cuts(maps, end) {
+            return Err(Error::INVALID_VALUE);
         }
-        self.gaps.open(address, size);
+        let gone: Vec<(u64, u64)> =
+            maps.range(address..end).map(|(&at, mapping)| (at, mapping.size)).collect();
+        for &(at, size) in &gone {
+            map(at, size, libc::PROT_NONE, NOTHING | libc::MAP_FIXED, -1, 0)?;
+            maps.remove(&at);
+        }
+        gone.iter().for_each(|&(at, size)| self.gaps.open(at, size));
         Ok(())
     }
 
-    /// Gives each of `wanted` its rights in a range of whole mappings; nobody else's change.
+    /// Gives each of `wanted` its rights in the mappings that a range begins with; nobody else's change. The driver looks
+    /// whether the range begins and ends with a mapping, and then goes from mapping to mapping, up to a hole.
     pub fn set_access(&mut self, address: u64, size: u64, wanted: &[(usize, Access)]) -> Result {
-        let (maps, keys) = self.whole_mappings(address, size)?;
+        let maps = self.mappings(address, size)?;
+        let end = address + size;
+        let ends = |(&at, mapping): (&u64, &Mapping)| at + mapping.size == end;
+        if !maps.contains_key(&address) || !maps.range(..end).next_back().is_some_and(ends) {
+            return Err(Error::INVALID_VALUE);
+        }
+        let mut at = address;
+        let mut keys = Vec::new();
+        while at < end
+            && let Some(mapping) = maps.get(&at)
+        {
+            keys.push(at);
+            at += mapping.size;
+        }
         // The host can be let into host memory only.
         let for_host = wanted.iter().any(|&(who, _)| who == Rights::HOST);
         if for_host && keys.iter().any(|key| maps.get(key).is_none_or(Mapping::on_gpu)) {
