@@ -185,6 +185,16 @@ impl<P: Deref<Target = Page>> Books<P> {
         amount <= self.ahead() && self.try_take(amount).is_ok()
     }
 
+    /// Rings the other clients that hold granules which nothing of theirs needs: they give them back.
+    pub fn ring_hoarders(&self) {
+        for slot in self.page.occupied().without(self.slot).iter() {
+            let view = self.page.view(slot);
+            if view.resident > view.demand {
+                self.page.ring(slot);
+            }
+        }
+    }
+
     /// Gives back `amount` granules, or all if it holds fewer, and wakes who waits for them.
     pub fn give(&self, amount: Granules) {
         let _author = self.author();

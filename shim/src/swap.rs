@@ -435,7 +435,11 @@ impl Swap {
         if books.admitted() && books.try_take(granules).is_ok() {
             return Room::Ready;
         }
-        let too_large = || self.shortage() > 0;
+        self.shared.drop_spares(&mut self.shared.memory());
+        let too_large = || {
+            books.ring_hoarders();
+            self.shortage() > 0
+        };
         loop {
             if !books.admitted() {
                 return Room::Recalled;
@@ -554,7 +558,8 @@ impl Swap {
     /// Evicts so many granules, as far as there is host memory for them: when there is none for a chunk, smaller ones go.
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
         self.look()?;
-        let (mut left, mut most, mut refused) = (granules, u64::MAX, None);
+        let spare = self.shared.drop_spares(&mut self.shared.memory());
+        let (mut left, mut most, mut refused) = (granules.saturating_sub(spare), u64::MAX, None);
         while left > 0 {
             let next = self.shared.memory().next_resident(most);
             let Some((place, backing, in_use)) = next else { break };
