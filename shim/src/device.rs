@@ -271,7 +271,7 @@ impl Shared {
         if bytes > SMALL {
             let size = whole_granules(bytes);
             self.within_limits(bytes)?;
-            if let Some(base) = self.reuse(&mut memory, size, bytes, context) {
+            if let Some(base) = self.reuse(&mut memory, size, Some(bytes), context) {
                 return Ok(base);
             }
             let base = self.reserve(bytes)?;
@@ -282,9 +282,12 @@ impl Shared {
         if let Some(base) = memory.take_small(bytes, context) {
             return Ok(base);
         }
-        let slab = self.reserve(GRANULE)?;
-        memory.add_slab(slab, context);
-        self.populate(&mut memory, slab)?;
+        self.within_limits(GRANULE)?;
+        if self.reuse(&mut memory, GRANULE, None, context).is_none() {
+            let slab = self.reserve(GRANULE)?;
+            memory.add_slab(slab, context);
+            self.populate(&mut memory, slab)?;
+        }
         Ok(memory.take_small(bytes, context).expect("a new slab has room for a small allocation"))
     }
 
@@ -430,17 +433,14 @@ impl Shared {
         let mut mapped = Vec::new();
         for place in places {
             let granules = place.granules();
-            let taken = self.books.try_take(granules).is_ok()
-                || (self.drop_spares(memory) > 0 && self.books.try_take(granules).is_ok());
-            if !taken {
+            if !self.take_over_spares(memory, granules) {
                 break;
             }
             if place.room {
                 memory.settle(place.address, Backing::Booked);
                 continue;
             }
-            let made = if in_one { self.map_closed(&place).ok() } else { self.map(&place, false).ok() };
-            match made {
+            match self.make(memory, &place, in_one) {
                 Some(handle) if in_one => mapped.push((place, handle)),
                 Some(handle) => memory.settle(place.address, Backing::Device(handle)),
                 None => {
@@ -450,6 +450,28 @@ impl Shared {
             }
         }
         self.open_all(memory, mapped);
+    }
+
+    /// Takes granules of the pool, and has spares go for them if need be. False if there are none.
+    fn take_over_spares(&self, memory: &mut Memory, granules: Granules) -> bool {
+        loop {
+            if self.books.try_take(granules).is_ok() {
+                return true;
+            }
+            if self.drop_oldest_spare(memory) == 0 {
+                return false;
+            }
+        }
+    }
+
+    /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.
+    fn make(&self, memory: &mut Memory, place: &Place, closed: bool) -> Option<CUmemGenericAllocationHandle> {
+        loop {
+            let made = if closed { self.map_closed(place).ok() } else { self.map(place, false).ok() };
+            if made.is_some() || self.drop_oldest_spare(memory) == 0 {
+                return made;
+            }
+        }
     }
 
     /// Makes and maps a chunk to which nobody has access yet.

@@ -1,20 +1,23 @@
 //! Memory that the application has freed is kept for a moment, for the next allocation of its size ([`crate::memory::Spares`]).
 //!
 //! It is in the books as what it is: granules that this client has on the GPU and that nothing needs. So others see it
-//! ([`nvshare::Books::ring_hoarders`]), and this client gives it back: when anybody lacks granules, when it evicts, when it
-//! needs them itself, and in any case after a second. It is kept only while the client runs and nobody waits.
+//! ([`policy::keepers`]), and this client gives it back: when anybody lacks granules, when it evicts, when it
+//! needs them itself, and in any case after a second (NVSHARE_KEEP_FREED). It is kept only while the client runs and nobody waits.
 
 use crate::abi::CUcontext;
 use crate::abi::CUdeviceptr;
 use crate::device::Shared;
 use crate::memory::{Memory, Region, Spares};
+use crate::settings::settings;
 use nvshare::policy;
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
-use nvshare::units::{Granules, Nanos, SECOND};
+use nvshare::units::{Granules, Nanos};
 
-/// So long a spare is kept.
-const LIFE: Nanos = SECOND;
+/// How long a spare is kept, ns.
+fn life() -> Nanos {
+    settings().map_or(0, |settings| settings.keep_freed.as_nanos() as Nanos)
+}
 
 impl Shared {
     /// Keeps a region that nothing uses any more, if it can be of use, or releases it.
@@ -31,23 +34,31 @@ impl Shared {
         }
     }
 
-    /// No more than half of the pool, and nothing that anybody else could use now.
-    fn may_keep(&self, memory: &Memory, granules: Granules) -> bool {
+    /// Makes the room among the spares for one of so many granules. False if it is more than half of the pool, or if
+    /// anybody could use it now.
+    fn may_keep(&self, memory: &mut Memory, granules: Granules) -> bool {
         let page = self.books.page();
         let snapshot = Snapshot::take(page, page.admitted());
-        memory.spares.granules().saturating_add(granules) <= snapshot.capacity / 2
-            && policy::first_waiter(&snapshot).is_none()
-            && policy::lacking(&snapshot) == 0
+        let bound = snapshot.capacity / 2;
+        if life() == 0 || granules > bound || policy::spares_are_wanted(&snapshot) {
+            return false;
+        }
+        while memory.spares.full(granules, bound) && self.drop_oldest_spare(memory) > 0 {}
+        true
     }
 
-    /// A spare of this size, as a new allocation of `bytes`. Its content is what was there.
+    /// A spare of this size, as a new allocation of so many bytes, or as a slab. Its content is what was there.
     pub fn reuse(
         &self,
         memory: &mut Memory,
         size: u64,
-        bytes: u64,
+        bytes: Option<u64>,
         context: CUcontext,
     ) -> Option<CUdeviceptr> {
+        // While memory moves or the gate is shut, what is allocated is the engine's to fill.
+        if !memory.open {
+            return None;
+        }
         let region = memory.spares.take(size, context)?;
         if self.host.commit(size).is_err() {
             // The allocation is about to be refused, by whoever can say why.
@@ -60,11 +71,17 @@ impl Shared {
         Some(base)
     }
 
+    /// Gives the oldest spare back. How many granules it was; 0 if there is none.
+    pub fn drop_oldest_spare(&self, memory: &mut Memory) -> Granules {
+        let Some(region) = memory.spares.take_oldest() else { return 0 };
+        let granules = region.granules();
+        self.release_spare(region);
+        granules
+    }
+
     /// Gives all spares back. How many granules they were.
     pub fn drop_spares(&self, memory: &mut Memory) -> Granules {
-        let granules = memory.spares.granules();
-        memory.spares.take_until(Nanos::MAX).into_iter().for_each(|region| self.release_spare(region));
-        granules
+        std::iter::from_fn(|| Some(self.drop_oldest_spare(memory)).filter(|granules| *granules > 0)).sum()
     }
 
     fn release_spare(&self, mut region: Region) {
@@ -74,17 +91,21 @@ impl Shared {
 
     /// Gives back what somebody lacks, or what nobody has asked for. When to look again, ns.
     pub fn tidy_spares(&self) -> Option<Nanos> {
-        let mut memory = self.memory();
-        if memory.spares.oldest().is_some() {
-            let page = self.books.page();
-            let snapshot = Snapshot::take(page, page.admitted());
-            let wanted = policy::lacking(&snapshot) > 0 || policy::first_waiter(&snapshot).is_some();
-            let until = if wanted { Nanos::MAX } else { now().saturating_sub(LIFE) };
-            let old = memory.spares.take_until(until);
-            old.into_iter().for_each(|region| self.release_spare(region));
+        loop {
+            // One at a time: the application's threads go on in between.
+            let mut memory = self.memory();
+            let due = memory.spares.oldest().map(|since| since.saturating_add(life()));
+            if due.is_none_or(|due| now() < due && !self.is_wanted()) {
+                memory.spares.watched = due.is_some();
+                return due;
+            }
+            self.drop_oldest_spare(&mut memory);
         }
-        let oldest = memory.spares.oldest();
-        memory.spares.watched = oldest.is_some();
-        oldest.map(|since| since + LIFE)
+    }
+
+    /// Whether anybody could use a spare of this client's now.
+    fn is_wanted(&self) -> bool {
+        let page = self.books.page();
+        policy::spares_are_wanted(&Snapshot::take(page, page.admitted()))
     }
 }

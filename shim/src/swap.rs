@@ -313,6 +313,8 @@ impl Swap {
     }
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
+        // Something found no room: what nobody needs must not be in its way.
+        self.shared.drop_spares(&mut self.shared.memory());
         let mut refused = None;
         self.spill()?;
         loop {
@@ -435,11 +437,7 @@ impl Swap {
         if books.admitted() && books.try_take(granules).is_ok() {
             return Room::Ready;
         }
-        self.shared.drop_spares(&mut self.shared.memory());
-        let too_large = || {
-            books.ring_hoarders();
-            self.shortage() > 0
-        };
+        let too_large = || self.shortage() > 0;
         loop {
             if !books.admitted() {
                 return Room::Recalled;

@@ -9,6 +9,7 @@ and their ratio, in microseconds. For each size:
     fresh   cuMemAlloc of sizes that were never freed before: the allocation alone, and then its cuMemFree
     held    as `again`, with an allocation of the same size held all the time
     used    as `again`, with a memset of the whole and a synchronisation in between (not counted)
+    mixed   as `again`, with an allocation and a free of each of the other sizes before each pair (not counted)
 
 With --calls, also what the driver's calls for mapped memory cost for each size of chunk, natively: create, map, access for each
 chunk and in one call over all, unmap for each chunk and in one call over all (or what the driver says to that), release; and a
@@ -73,10 +74,12 @@ class Timer:
         return statistics.median(self.times)
 
 
-def pairs(cuda, size, between=lambda address: None):
-    """A median pair, after three that do not count."""
+def pairs(cuda, size, between=lambda address: None, others=()):
+    """A median pair, after three that do not count. Before each, one of each of the other sizes is allocated and freed."""
     alloc, free = Timer(), Timer()
     for _ in range(ROUNDS + 3):
+        for other in others:
+            cuda.free(cuda.alloc(other))
         with alloc():
             address = cuda.alloc(size)
         between(address)
@@ -111,7 +114,8 @@ def measure(sizes):
         cuda("cuMemsetD8_v2", address, ctypes.c_ubyte(1), ctypes.c_size_t(size))
         cuda("cuCtxSynchronize")
 
-    cuda.free(cuda.alloc(MIB))
+    # What a client allocates that has not run is only mapped when it does.
+    use(cuda.alloc(2 * MIB), 2 * MIB)
     for size in sizes:
         alloc, free = fresh(cuda, size)
         again = pairs(cuda, size)
@@ -119,7 +123,8 @@ def measure(sizes):
         held = cuda.alloc(size)
         beside = pairs(cuda, size)
         cuda.free(held)
-        figures = {"again": again, "held": beside, "used": used, "fresh alloc": alloc, "fresh free": free}
+        several = pairs(cuda, size, others=[other for other in sizes if other != size])
+        figures = {"again": again, "held": beside, "used": used, "mixed": several, "fresh alloc": alloc, "fresh free": free}
         print(json.dumps({"size": size, "us": figures}), flush=True)
 
 
@@ -240,12 +245,13 @@ def main():
     parser.add_argument("--simulated", action="store_true", help="on a simulated GPU: says nothing about speed")
     parser.add_argument("--measure", nargs="*", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--measure-calls", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[size // MIB for size in SIZES], help="MiB")
     options = parser.parse_args()
     if options.measure is not None:
         return measure(options.measure)
     if options.measure_calls:
         return measure_calls(options.measure_calls)
-    sizes = SIZES[:3] if options.simulated else SIZES
+    sizes = SIZES[:3] if options.simulated else [size * MIB for size in options.sizes]
     with contextlib.ExitStack() as stack:
         if options.simulated:
             stack.enter_context(harness.simulated_gpu(options.bin.resolve(), MEMORY="4GiB"))

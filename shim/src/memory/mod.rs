@@ -117,11 +117,17 @@ impl Memory {
         self.add_allocation(base, requested, base);
     }
 
-    /// Makes a spare a region again, for one allocation of `requested` bytes.
-    pub fn add_spare(&mut self, region: Region, requested: u64) {
+    /// Makes a spare a region again: for one allocation of so many bytes, or a slab.
+    pub fn add_spare(&mut self, mut region: Region, requested: Option<u64>) {
         let base = region.base;
-        self.insert(Region { abandoned: false, ..region });
-        self.add_allocation(base, requested, base);
+        region.abandoned = false;
+        region.kind = if requested.is_some() { Kind::Whole } else { Kind::Slab(Gaps::new(region.size)) };
+        // What was seen in it was there before the application wrote to it.
+        region.chunks.iter_mut().for_each(|chunk| chunk.seen = None);
+        self.insert(region);
+        if let Some(bytes) = requested {
+            self.add_allocation(base, bytes, base);
+        }
     }
 
     fn add_allocation(&mut self, base: CUdeviceptr, size: u64, region: CUdeviceptr) {

@@ -9,8 +9,8 @@ use super::region::{Backing, Kind, Region};
 use crate::abi::{CUcontext, CUdeviceptr};
 use nvshare::units::{Granules, Nanos};
 
-/// Smaller ones are not kept: what they cost is not worth it.
-pub const LEAST: u64 = 32 << 20;
+/// No more than so many are kept: giving them all back takes some tens of milliseconds at most, and finding one is quick.
+const MOST: usize = 256;
 
 /// A region, and since when nobody has used it.
 #[derive(Debug)]
@@ -29,18 +29,17 @@ pub struct Spares {
 }
 
 impl Spares {
-    /// Whether a region could be one: all of it is on the GPU, and it is nobody else's.
+    /// Whether a region that nothing is in could be one: all of it is on the GPU, and nobody else has it open.
     pub fn suits(region: &Region) -> bool {
-        matches!(region.kind, Kind::Whole)
-            && region.size >= LEAST
+        matches!(region.kind, Kind::Whole | Kind::Slab(_))
             && region.lent == 0
             && !region.context.is_null()
             && region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Device(_)) && !chunk.fixed)
     }
 
-    /// Granules of all of them.
-    pub fn granules(&self) -> Granules {
-        self.granules
+    /// Whether one of so many granules can only be kept when another goes, if all of them may have `bound` granules.
+    pub fn full(&self, granules: Granules, bound: Granules) -> bool {
+        self.all.len() >= MOST || self.granules.saturating_add(granules) > bound
     }
 
     /// Since when the oldest one is there, ns.
@@ -58,17 +57,18 @@ impl Spares {
     pub fn take(&mut self, size: u64, context: CUcontext) -> Option<Region> {
         let suits = |spare: &Spare| spare.region.size == size && spare.region.context == context;
         let index = self.all.iter().rposition(suits)?;
-        let region = self.all.remove(index).region;
-        self.granules -= region.granules();
-        Some(region)
+        Some(self.remove(index))
     }
 
-    /// Takes those that are there since before a time, ns.
-    pub fn take_until(&mut self, time: Nanos) -> Vec<Region> {
-        let old = self.all.partition_point(|spare| spare.since < time);
-        let taken: Vec<_> = self.all.drain(..old).map(|spare| spare.region).collect();
-        self.granules -= taken.iter().map(Region::granules).sum::<Granules>();
-        taken
+    /// The oldest one.
+    pub fn take_oldest(&mut self) -> Option<Region> {
+        (!self.all.is_empty()).then(|| self.remove(0))
+    }
+
+    fn remove(&mut self, index: usize) -> Region {
+        let region = self.all.remove(index).region;
+        self.granules -= region.granules();
+        region
     }
 
     /// Whether any of a range of addresses is one's.
