@@ -5,7 +5,7 @@
 mod application;
 
 use application::books::{Competitor, balances, books, client, come_to};
-use application::{Application, MIB, node, quick_gpu};
+use application::{Application, MIB, SUCCESS, node, quick_gpu};
 use nvshare_tools::node::Node;
 
 /// As much of a pool of 64 MiB as is kept.
@@ -103,6 +103,25 @@ fn what_is_kept_is_told_as_free() {
     assert_eq!(books(&node, &one), (0, SPARE, 0));
     assert_eq!(one.ask("info"), before);
     one.ends_well();
+    balances(&node);
+}
+
+/// What is freed is no allocation: nothing is known of its address, and it is not freed twice.
+#[test]
+fn nothing_is_known_of_what_is_kept() {
+    let gpu = quick_gpu();
+    let node = node(&gpu);
+    let mut one = keeping(&node);
+    let freed = leaves_spare(&mut one, SPARE);
+    assert_eq!(books(&node, &one), (0, SPARE, 0));
+    assert_ne!(one.call(&format!("range {freed}")), SUCCESS);
+    assert_ne!(one.call(&format!("free {freed}")), SUCCESS);
+    assert_ne!(one.call(&format!("unmap {freed} {SPARE}")), SUCCESS);
+    assert_eq!(books(&node, &one), (0, SPARE, 0));
+    assert_eq!(one.alloc(SPARE), freed);
+    one.writes(freed, SPARE, 2);
+    one.sees(freed, SPARE, 2);
+    one.end();
     balances(&node);
 }
 

@@ -244,9 +244,9 @@ impl Memory {
         (address - allocation.base < allocation.size).then_some(*allocation)
     }
 
-    /// Whether an address is among those reserved for a region, in use or not.
+    /// Whether an address is among those reserved for a region, in use or not, or kept.
     pub fn covers(&self, address: CUdeviceptr) -> bool {
-        self.around(address).is_some()
+        self.overlaps(address, 1)
     }
 
     /// The region whose reserved addresses one is among: where it begins, and bytes.
