@@ -101,6 +101,9 @@ impl<P: Clone> Clone for Books<P> {
 /// overruled, by a death or by a context that grew, ever waits this long for nothing.
 const STARVED_LOOK: Nanos = 10 * MILLISECOND;
 
+/// So long a client that is to evict waits for others to give back what they do not need, ns.
+const SPARES_FIRST: Nanos = 10 * MILLISECOND;
+
 impl<P: Deref<Target = Page>> Books<P> {
     fn author(&self) -> MutexGuard<'_, ()> {
         // A panic between two stores leaves an operation announced, which the next move closes.
@@ -379,6 +382,8 @@ pub struct Client<P> {
     decided: Nanos,
     /// The weight and the priority that its deadline was reckoned with.
     reckoned: (u32, Priority),
+    /// Since when it leaves it to others' spare granules to make the room that it is asked for, ns.
+    left_to_spares: Option<Nanos>,
 }
 
 /// A client's phase in memory of its own process alone: a word of [`Phase`], or [`NOT_TOLD`]. Not a part of the protocol
@@ -398,6 +403,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             undrained: false,
             decided: 0,
             reckoned: (0, Priority::default()),
+            left_to_spares: None,
         }
     }
 
@@ -525,6 +531,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 Phase::Idle | Phase::Waiting => {
                     let snapshot = self.look();
                     let share = policy::evict_share(&snapshot, self.books.slot);
+                    if let Some(until) = self.leaves_it_to_spares(&snapshot, share) {
+                        return Ok(Next::Sleep { seen, until: Some(until) });
+                    }
                     if share > 0 && evicts {
                         let before = self.books.resident();
                         runtime.evict(share)?;
@@ -560,6 +569,22 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 Phase::Draining | Phase::Leaving => return Ok(Next::Sleep { seen, until: None }),
             }
         }
+    }
+
+    /// Memory that a client needs goes only when what others keep for no need has not made the room within a moment: they
+    /// were rung by the same decision, and one that is stopped must not be waited for. Until when it is, ns.
+    fn leaves_it_to_spares(
+        &mut self,
+        snapshot: &crate::snapshot::Snapshot,
+        share: Granules,
+    ) -> Option<Nanos> {
+        if share == 0 || policy::keepers(snapshot).without(self.books.slot).is_empty() {
+            self.left_to_spares = None;
+            return None;
+        }
+        let time = now();
+        let until = self.left_to_spares.get_or_insert(time).saturating_add(SPARES_FIRST);
+        (time < until).then_some(until)
     }
 
     fn look(&self) -> crate::snapshot::Snapshot {
@@ -821,6 +846,34 @@ mod tests {
         assert!(!holder.books().begin_slice(), "once");
         holder.books().renew_slice();
         assert_eq!(holder.poll(&mut moves), Ok(Next::Yield), "somebody waits, so it is not renewed");
+    }
+
+    /// Memory that was freed and is kept goes before memory that is needed; and if it does not come, that goes all the same.
+    #[test]
+    fn what_nobody_needs_goes_before_what_somebody_needs() {
+        let page = page(10);
+        let (mut keeper, mut its_moves) = client(&page, 4);
+        let (mut idle, mut moves) = client(&page, 4);
+        keeper.acquire(&mut its_moves).unwrap();
+        idle.acquire(&mut moves).unwrap();
+        idle.release(false);
+        assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
+        keeper.books().shrink(4);
+        let rung = page.doorbell(keeper.books().slot());
+        let (mut third, _) = client(&page, 6);
+        third.request();
+        assert!(third.books().admitted());
+        assert_ne!(page.doorbell(keeper.books().slot()), rung, "it is told that somebody lacks room");
+        assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { until: Some(_), .. })));
+        assert_eq!(idle.books().resident(), 4, "it waits for what nobody needs");
+        keeper.books().give(4);
+        assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { until: None, .. })));
+        assert_eq!(idle.books().resident(), 4);
+        // One that is stopped gives nothing back.
+        keeper.books().try_take(4).unwrap();
+        while idle.books().resident() > 0 {
+            assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
+        }
     }
 
     #[test]

@@ -171,7 +171,9 @@ impl Page {
 
     fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
         let changed = before.difference(snapshot.admitted);
-        let evicting = policy::evictors(snapshot);
+        let keepers =
+            if policy::spares_are_wanted(snapshot) { policy::keepers(snapshot) } else { SlotSet::EMPTY };
+        let evicting = SlotSet::from_bits(policy::evictors(snapshot).bits() | keepers.bits());
         let Some(first) = policy::first_waiter(snapshot) else {
             return SlotSet::from_bits(changed.bits() | evicting.bits());
         };

@@ -383,6 +383,17 @@ pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
     i64::from(snapshot.view(slot).missing()).min(spare).max(0) as Granules
 }
 
+/// Those who hold more granules than their allocations need: memory that was freed a moment ago, kept for the next
+/// allocation. They give it back when anybody could use it, so a decision with a waiter, or with granules lacking, rings them.
+pub fn keepers(snapshot: &Snapshot) -> SlotSet {
+    snapshot.clients().filter(|(_, view)| view.resident > view.demand).map(|(slot, _)| slot).collect()
+}
+
+/// Whether anybody could use what [`keepers`] hold.
+pub fn spares_are_wanted(snapshot: &Snapshot) -> bool {
+    first_waiter(snapshot).is_some() || lacking(snapshot) > 0
+}
+
 /// Granules that a client must evict now: its share of what the admitted ones lack.
 ///
 /// Clients that are not admitted make room in this order: the one that ran last evicts first, since

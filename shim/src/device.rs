@@ -269,17 +269,25 @@ impl Shared {
         }
         let mut memory = self.memory();
         if bytes > SMALL {
+            let size = whole_granules(bytes);
+            self.within_limits(bytes)?;
+            if let Some(base) = self.reuse(&mut memory, size, Some(bytes), context) {
+                return Ok(base);
+            }
             let base = self.reserve(bytes)?;
-            memory.add_whole(base, whole_granules(bytes), bytes, context);
+            memory.add_whole(base, size, bytes, context);
             self.populate(&mut memory, base)?;
             return Ok(base);
         }
         if let Some(base) = memory.take_small(bytes, context) {
             return Ok(base);
         }
-        let slab = self.reserve(GRANULE)?;
-        memory.add_slab(slab, context);
-        self.populate(&mut memory, slab)?;
+        self.within_limits(GRANULE)?;
+        if self.reuse(&mut memory, GRANULE, None, context).is_none() {
+            let slab = self.reserve(GRANULE)?;
+            memory.add_slab(slab, context);
+            self.populate(&mut memory, slab)?;
+        }
         Ok(memory.take_small(bytes, context).expect("a new slab has room for a small allocation"))
     }
 
@@ -348,25 +356,34 @@ impl Shared {
         CuResult::OUT_OF_MEMORY
     }
 
+    /// Whether the client may have `bytes` more: by its memory limit, and by what the GPU has.
+    ///
+    /// # Errors
+    /// OUT_OF_MEMORY, said in the log; or what a process is told whose memory is lost.
+    fn within_limits(&self, bytes: u64) -> Result<(), CuResult> {
+        session::intact()?;
+        self.within_limit(bytes)?;
+        let limit = self.limit();
+        if bytes <= bytes_of(limit.saturating_sub(self.books.demand())) {
+            return Ok(());
+        }
+        let capacity = self.books.page().capacity();
+        Err(self.refuse(
+            bytes,
+            &format!(
+                "the pool has {} of which its context takes {}. NVSHARE_ENABLE_SINGLE_OVERSUB=1 allows more, in host memory",
+                format_size(bytes_of(capacity)),
+                format_size(bytes_of(capacity.saturating_sub(limit)))
+            ),
+        ))
+    }
+
     /// Addresses for `bytes`, if the GPU and the host can ever hold them.
     ///
     /// # Errors
     /// OUT_OF_MEMORY, said in the log; or the driver's.
     pub fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
-        session::intact()?;
-        self.within_limit(bytes)?;
-        let limit = self.limit();
-        if bytes > bytes_of(limit.saturating_sub(self.books.demand())) {
-            let capacity = self.books.page().capacity();
-            return Err(self.refuse(
-                bytes,
-                &format!(
-                    "the pool has {} of which its context takes {}. NVSHARE_ENABLE_SINGLE_OVERSUB=1 allows more, in host memory",
-                    format_size(bytes_of(capacity)),
-                    format_size(bytes_of(capacity.saturating_sub(limit)))
-                ),
-            ));
-        }
+        self.within_limits(bytes)?;
         let size = whole_granules(bytes);
         self.host.commit(size).map_err(|error| self.refuse(bytes, &error.to_string()))?;
         self.driver
@@ -411,18 +428,73 @@ impl Shared {
 
     /// Takes what the pool has for a region's chunks, one after the other.
     fn back(&self, memory: &mut Memory, base: CUdeviceptr) {
-        let places = memory.region(base).map(Region::missing).unwrap_or_default();
+        let Some(region) = memory.region(base) else { return };
+        let (places, in_one) = (region.missing(), region.is_untouched_allocation());
+        let mut mapped = Vec::new();
         for place in places {
-            if self.books.try_take(place.granules()).is_err() {
-                return;
+            let granules = place.granules();
+            if !self.take_over_spares(memory, granules) {
+                break;
             }
             if place.room {
                 memory.settle(place.address, Backing::Booked);
                 continue;
             }
-            match self.map(&place, false) {
-                Ok(handle) => memory.settle(place.address, Backing::Device(handle)),
-                Err(_) => return self.books.give(place.granules()),
+            match self.make(memory, &place, in_one) {
+                Some(handle) if in_one => mapped.push((place, handle)),
+                Some(handle) => memory.settle(place.address, Backing::Device(handle)),
+                None => {
+                    self.books.give(granules);
+                    break;
+                }
+            }
+        }
+        self.open_all(memory, mapped);
+    }
+
+    /// Takes granules of the pool, and has spares go for them if need be. False if there are none.
+    fn take_over_spares(&self, memory: &mut Memory, granules: Granules) -> bool {
+        loop {
+            if self.books.try_take(granules).is_ok() {
+                return true;
+            }
+            if self.drop_oldest_spare(memory) == 0 {
+                return false;
+            }
+        }
+    }
+
+    /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.
+    fn make(&self, memory: &mut Memory, place: &Place, closed: bool) -> Option<CUmemGenericAllocationHandle> {
+        loop {
+            let made = if closed { self.map_closed(place).ok() } else { self.map(place, false).ok() };
+            if made.is_some() || self.drop_oldest_spare(memory) == 0 {
+                return made;
+            }
+        }
+    }
+
+    /// Makes and maps a chunk to which nobody has access yet.
+    fn map_closed(&self, place: &Place) -> Result<CUmemGenericAllocationHandle, CuResult> {
+        let size = place.size as usize;
+        let handle = self.driver.mem_create(size, &self.prop(place, false))?;
+        self.driver.mem_map(place.address, size, 0, handle, 0).inspect_err(|_| {
+            let _ = self.driver.mem_release(handle);
+        })?;
+        Ok(handle)
+    }
+
+    /// Gives access to chunks that lie side by side, in one call: that is the dearest part of mapping them.
+    fn open_all(&self, memory: &mut Memory, mapped: Vec<(Place, CUmemGenericAllocationHandle)>) {
+        let Some((first, _)) = mapped.first() else { return };
+        let size: u64 = mapped.iter().map(|(place, _)| place.size).sum();
+        let opened = self.driver.mem_set_access(first.address, size as usize, &self.access());
+        for (place, handle) in mapped {
+            if opened.is_ok() {
+                memory.settle(place.address, Backing::Device(handle));
+            } else {
+                self.release(&place, handle);
+                self.books.give(place.granules());
             }
         }
     }
@@ -494,7 +566,7 @@ impl Shared {
         if let Freed::Region(region) = memory.finish_free(allocation)
             && let Some(region) = memory.remove(region)
         {
-            self.dispose(region);
+            self.retire(memory, region);
         }
     }
 
@@ -571,21 +643,31 @@ impl Shared {
     pub fn dispose(&self, mut region: Region) {
         let granules = region.granules();
         let lost = region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Moving));
-        for chunk in std::mem::take(&mut region.chunks) {
-            self.dispose_chunk(&region, chunk);
-        }
+        self.release_chunks(&mut region);
         crate::vmm::ended(&region);
-        // Where something may still be mapped, the addresses are the process's for good.
         if !matches!(region.kind, Kind::Room) && !lost {
-            if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
-                && result != CuResult::DEINITIALIZED
-                && !self.leaving.load(Ordering::Acquire)
-            {
-                tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
-            }
+            // Where something may still be mapped, the addresses are the process's for good.
+            self.free_addresses(&region);
             self.host.uncommit(region.size);
         }
         self.books.shrink(granules);
+    }
+
+    /// Gives back what a region has, wherever it is.
+    pub fn release_chunks(&self, region: &mut Region) {
+        for chunk in std::mem::take(&mut region.chunks) {
+            self.dispose_chunk(region, chunk);
+        }
+    }
+
+    /// Gives a region's addresses back, at which nothing is mapped any more.
+    pub fn free_addresses(&self, region: &Region) {
+        if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
+            && result != CuResult::DEINITIALIZED
+            && !self.leaving.load(Ordering::Acquire)
+        {
+            tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
+        }
     }
 
     fn dispose_chunk(&self, region: &Region, chunk: Chunk) {
@@ -688,7 +770,11 @@ impl Shared {
     /// A context is destroyed that was not the last one: its memory goes with it.
     pub fn release_context(&self, context: CUcontext) {
         // Nothing of it may be on its way.
-        let regions = self.memory_at_rest().remove_context(context);
+        let regions = {
+            let mut memory = self.memory_at_rest();
+            self.drop_spares(&mut memory);
+            memory.remove_context(context)
+        };
         regions.into_iter().for_each(|region| self.dispose(region));
     }
 

@@ -258,6 +258,7 @@ impl Engine {
         let until = if self.tidy_up() { until } else { by(until, now() + TIDY_LOOK) };
         let gpu = self.shared.gpu;
         let starved = self.starved.look(&self.shared);
+        let spares = self.shared.tidy_spares();
         let until = match self.client.phase() {
             Phase::Idle if self.starved.asks_at().is_some() => self.starved.asks_at(),
             Phase::Idle if session::gate().waiting() > 0 && together::may_ask(gpu) => {
@@ -310,7 +311,7 @@ impl Engine {
             }
             _ => until,
         };
-        let until = starved.map_or(until, |look_again| by(until, look_again));
+        let until = [starved, spares].into_iter().flatten().fold(until, by);
         self.page().wait_doorbell(self.slot(), seen, until);
     }
 
@@ -519,6 +520,7 @@ impl Engine {
         let regions = {
             let mut memory = self.shared.memory();
             memory.open = false;
+            self.shared.drop_spares(&mut memory);
             memory.take_all()
         };
         regions.into_iter().for_each(|region| self.shared.dispose(region));

@@ -14,6 +14,7 @@
 //! | [`together`] | its gate opens when it has all of them |
 //! | [`contexts`] | how contexts come and go, green ones too |
 //! | [`device`] | one GPU: allocating and freeing |
+//! | [`spare`] | what was freed a moment ago, for the next allocation |
 //! | [`memory`] | the map of what is allocated, and where its bytes are |
 //! | [`peers`] | which GPUs may use the memory of which others |
 //! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
@@ -28,6 +29,7 @@
 //! | [`drain`] | waiting for submitted work |
 //! | [`hostpool`] | host memory for what is evicted |
 //! | [`starved`] | what happens when there is none |
+//! | [`bookkeeping`] | what the books of many regions cost |
 //! | [`probe`] | what tests and benchmarks ask the shim itself |
 //! | [`abi`], [`driver`] | the CUDA driver |
 
@@ -35,6 +37,7 @@
 
 mod abi;
 mod arrival;
+mod bookkeeping;
 mod bounds;
 mod contexts;
 mod deepbind;
@@ -61,6 +64,7 @@ mod room;
 mod scan;
 mod session;
 mod settings;
+mod spare;
 mod starved;
 mod swap;
 mod synchronous;

@@ -90,7 +90,9 @@ impl Shared {
     /// Lets another GPU use what is mapped now, or no more.
     fn let_use(&self, user: CUdevice, flags: u32) {
         let access = [CUmemAccessDesc { location: CUmemLocation::device(user), flags }];
-        let memory = self.memory_at_rest();
+        let mut memory = self.memory_at_rest();
+        // Those have the rights that they were mapped with.
+        self.drop_spares(&mut memory);
         let ours = memory.regions().filter(|region| matches!(region.kind, Kind::Whole | Kind::Slab(_)));
         for chunk in ours.flat_map(|region| &region.chunks) {
             if matches!(chunk.backing, Backing::Device(_) | Backing::Overflow(_))

@@ -6,6 +6,7 @@
 //! | `nvshare_holds()` | how often flow control has had a thread wait |
 //! | `nvshare_waiting()` | how many threads stand before the shut gate |
 //! | `nvshare_entry_points()` | the table of entry points, as text |
+//! | `nvshare_bookkeeping(regions, ns)` | what the books of so many regions cost: [`crate::bookkeeping`] |
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::OnceLock;
@@ -29,6 +30,18 @@ pub unsafe extern "C" fn nvshare_real_address(name: *const c_char) -> *mut c_voi
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn nvshare_waiting() -> u32 {
     session::gate().waiting()
+}
+
+/// See the module's head. 0 if it could be measured.
+///
+/// # Safety
+/// `ns` has place for four numbers.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub unsafe extern "C" fn nvshare_bookkeeping(regions: u32, ns: *mut u64) -> i32 {
+    let Ok(took) = crate::bookkeeping::measure(regions) else { return 1 };
+    // SAFETY: the caller's promise.
+    unsafe { ns.copy_from_nonoverlapping(took.as_ptr(), took.len()) };
+    0
 }
 
 /// See the module's head.

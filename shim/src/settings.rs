@@ -33,6 +33,8 @@ pub struct Settings {
     pub flow_control: bool,
     /// NVSHARE_UNMOVABLE: whether allocations are the driver's own, or are if a tool watches them.
     pub unmovable: Option<bool>,
+    /// NVSHARE_KEEP_FREED: how long memory that the application has freed is kept for its next allocation.
+    pub keep_freed: Duration,
     /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: what the process asks for when it registers.
     pub shares: Shares,
 }
@@ -57,6 +59,11 @@ impl Settings {
         ) -> Result<T, String> {
             value.map_or(Ok(default), |text| read(&text).ok_or_else(|| format!("{name}='{text}': {right}")))
         }
+        fn seconds(text: &str) -> Option<Duration> {
+            let seconds =
+                f64::from_str(text.trim()).ok().filter(|seconds| (0.0..=86_400.0).contains(seconds))?;
+            Some(Duration::from_secs_f64(seconds))
+        }
         Ok(Self {
             name: get("NVSHARE_CLIENT_NAME").filter(|name| !name.is_empty()).unwrap_or_else(program),
             connect_timeout: parse(
@@ -64,12 +71,7 @@ impl Settings {
                 "NVSHARE_CONNECT_TIMEOUT",
                 "write seconds between 0 and 86400, such as 10 or 0.5",
                 Duration::from_secs(10),
-                |text| {
-                    f64::from_str(text.trim())
-                        .ok()
-                        .filter(|seconds| (0.0..=86_400.0).contains(seconds))
-                        .map(Duration::from_secs_f64)
-                },
+                seconds,
             )?,
             on_missing_arbiter: parse(
                 get("NVSHARE_ON_MISSING_ARBITER"),
@@ -114,6 +116,13 @@ impl Settings {
                     "1" => Some(Some(true)),
                     _ => None,
                 },
+            )?,
+            keep_freed: parse(
+                get("NVSHARE_KEEP_FREED"),
+                "NVSHARE_KEEP_FREED",
+                "write seconds between 0 and 86400 for which freed memory is kept for the next allocation, such as 1",
+                Duration::from_secs(1),
+                seconds,
             )?,
             shares: Shares {
                 weight: parse(
@@ -187,6 +196,7 @@ mod tests {
             ("NVSHARE_ENABLE_SINGLE_OVERSUB", "maybe"),
             ("NVSHARE_FLOW_CONTROL", "on"),
             ("NVSHARE_UNMOVABLE", "yes"),
+            ("NVSHARE_KEEP_FREED", "-1"),
             ("NVSHARE_WEIGHT", "0"),
             ("NVSHARE_WEIGHT", "1001"),
             ("NVSHARE_PRIORITY", "urgent"),
@@ -204,6 +214,7 @@ mod tests {
             read("NVSHARE_CONNECT_TIMEOUT", "0.5").unwrap().connect_timeout,
             Duration::from_millis(500)
         );
+        assert_eq!(read("NVSHARE_KEEP_FREED", "0").unwrap().keep_freed, Duration::ZERO);
         assert_eq!(read("NVSHARE_HOST_MEMORY", "1GiB").unwrap().host_memory, Some(1 << 30));
         assert_eq!(read("NVSHARE_UNMOVABLE", "1").unwrap().unmovable, Some(true));
         assert_eq!(read("NVSHARE_UNMOVABLE", "auto").unwrap().unmovable, None);

@@ -96,6 +96,15 @@ impl Starved {
         }
     }
 
+    /// The client can drain, or need not any more: it is stalled no longer, unless for want of host memory.
+    pub fn drain_stall_ends(&self, shared: &Shared) {
+        if self.held > 0 || self.stands_back {
+            shared.books.stalled(Stall::NoHostMemory);
+        } else {
+            shared.books.stall_ended();
+        }
+    }
+
     /// When the client may ask for the GPU again, ns, if that is not now.
     pub fn asks_at(&self) -> Option<Nanos> {
         (self.stands_back && now() < self.fills.until).then_some(self.fills.until)

@@ -337,6 +337,8 @@ impl Swap {
     }
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
+        // Something found no room: what nobody needs must not be in its way.
+        self.shared.drop_spares(&mut self.shared.memory());
         let mut refused = None;
         self.spill()?;
         loop {
@@ -587,7 +589,8 @@ impl Swap {
     /// Evicts so many granules, as far as there is host memory for them: when there is none for a chunk, smaller ones go.
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
         self.look()?;
-        let (mut left, mut most, mut refused) = (granules, u64::MAX, None);
+        let spare = self.shared.drop_spares(&mut self.shared.memory());
+        let (mut left, mut most, mut refused) = (granules.saturating_sub(spare), u64::MAX, None);
         while left > 0 {
             let next = self.shared.memory().next_resident(most);
             let Some((place, backing, in_use)) = next else { break };

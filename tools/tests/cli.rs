@@ -306,6 +306,16 @@ fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
 }
 
 #[test]
+fn bench_bookkeeping_has_its_rows() {
+    let rows = bench(&["bookkeeping", "--regions", "400", "--rounds", "2"]);
+    for part in ["allocate", "evict", "fill", "free"] {
+        for regions in [100, 400] {
+            assert!(row(&rows, &format!("{part}_{regions}_regions")).max > 0.0, "{part}");
+        }
+    }
+}
+
+#[test]
 fn bench_handoff_has_its_rows() {
     let rows = bench(&["handoff", "--iterations", "2000"]);
     for name in ["handoff", "futex_pingpong"] {

@@ -31,7 +31,8 @@ fn what_compute_sanitizer_watches_is_the_drivers_own_and_in_the_books() {
     let gpu = quick_gpu();
     let node = node(&gpu);
     for (name, value, said) in WAYS {
-        let mut one = watched(&node, &[(name, value)]);
+        // What is freed is the driver's at once, so that a use of it is found.
+        let mut one = watched(&node, &[(name, value), ("NVSHARE_KEEP_FREED", "3600")]);
         let made = one.number("creates");
         let (plain, ordered) = (one.alloc(DATA), one.number(&format!("alloc-async {} 0", 4 * MIB)));
         let all = DATA + 4 * MIB;

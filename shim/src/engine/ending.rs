@@ -99,6 +99,7 @@ fn give_up(shared: &Arc<Shared>) {
     let regions = {
         let mut memory = shared.memory();
         memory.open = false;
+        shared.drop_spares(&mut memory);
         memory.take_all()
     };
     let moving = |region: &Region| -> Granules {

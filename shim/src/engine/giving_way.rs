@@ -135,7 +135,7 @@ impl Engine {
             }
         }
         self.giving_way = None;
-        self.shared.books.stall_ended();
+        self.starved.drain_stall_ends(&self.shared);
     }
 
     fn begin_giving_way(&mut self, more: bool, ran: Nanos, leaves: bool) {
@@ -231,7 +231,7 @@ impl Engine {
     fn look_at_captures(&mut self, hold: &CaptureHold, since: Nanos) -> Step {
         let time = now();
         if !hold.is_broken() {
-            self.shared.books.stall_ended();
+            self.starved.drain_stall_ends(&self.shared);
             return Step::Shut;
         }
         if time.saturating_sub(since) >= LONG {
@@ -346,7 +346,7 @@ impl Engine {
         }
         tracing::debug!(%gpu, "its work did not end, and nobody waits for it any more: going on");
         self.giving_way = None;
-        self.shared.books.stall_ended();
+        self.starved.drain_stall_ends(&self.shared);
         // If it was for the sake of what lies in host memory, that is tried again, and more and more seldom.
         let rest = self.comes_home.1;
         self.comes_home = (now() + rest, (2 * rest).min(super::COMES_HOME_REST));
@@ -357,7 +357,7 @@ impl Engine {
     /// It has drained: lets others run.
     pub(super) fn gave_way(&mut self) {
         let Some(GivingWay { more, began, ran, .. }) = self.giving_way.take() else { return };
-        self.shared.books.stall_ended();
+        self.starved.drain_stall_ends(&self.shared);
         let (drained, gpu) = (now(), self.shared.gpu);
         let took = drained - began;
         // The numbers are for programs: what came when, and how long it was.

@@ -305,7 +305,9 @@ pub unsafe fn cuPointerSetAttribute(
     ptr: CUdeviceptr,
 ) -> CuResult {
     guarded(|| {
-        if let Some(known) = Allocated::at(ptr).filter(Allocated::can_be_synchronous) {
+        let known = Allocated::at(ptr);
+        let asked = as_known(ptr, known.as_ref());
+        if let Some(known) = known.filter(Allocated::can_be_synchronous) {
             if attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS || value.is_null() {
                 return CuResult::INVALID_VALUE;
             }
@@ -319,7 +321,7 @@ pub unsafe fn cuPointerSetAttribute(
             Err(result) => return result,
         };
         // SAFETY: the caller's arguments.
-        unsafe { real::cuPointerSetAttribute(value, attribute, ptr) }
+        unsafe { real::cuPointerSetAttribute(value, attribute, asked) }
     })
 }
 

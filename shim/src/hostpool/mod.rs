@@ -381,6 +381,25 @@ pub struct HostPool {
     changed: Condvar,
 }
 
+/// For a pool that is no client's.
+struct Nobody;
+
+impl Pinner for Nobody {
+    fn pin(&self, _address: *mut u8, _length: usize) -> Result<(), PinError> {
+        Err(PinError::new("no GPU copies it".into()))
+    }
+
+    fn unpin(&self, _address: *mut u8, _length: usize) {}
+}
+
+impl Board for Nobody {
+    fn publish(&self, _promise: promises::Promise) {}
+
+    fn others(&self) -> Vec<promises::Promise> {
+        Vec::new()
+    }
+}
+
 /// The right to add and remove arenas, one thread at a time.
 struct Resizing<'a>(&'a HostPool);
 
@@ -397,6 +416,17 @@ impl HostPool {
         let forks = FORKS.load(Ordering::Relaxed);
         let promises = Promises::new(board);
         Self { config, pinner, promises, forks, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// A pool with one arena of `bytes` that has no memory: to measure what its books cost.
+    ///
+    /// # Errors
+    /// The kernel has no addresses for it.
+    pub fn untouched(bytes: u64) -> Result<Self, HostPoolError> {
+        let pool = Self::new(HostPoolConfig::default(), Box::new(Nobody), Box::new(Nobody));
+        let (address, length) = pool.map(bytes)?;
+        pool.state().add(address, length, false);
+        Ok(pool)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

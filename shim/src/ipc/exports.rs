@@ -25,9 +25,37 @@ impl Export {
     }
 }
 
-static EXPORTS: Mutex<Option<HashMap<u64, Export>>> = Mutex::new(None);
+/// The allocations that have handles, by number.
+struct Table<T> {
+    rows: HashMap<u64, T>,
+    /// With so many rows, those of allocations that are gone are struck off.
+    full: usize,
+}
 
-fn exports() -> MutexGuard<'static, Option<HashMap<u64, Export>>> {
+/// So many rows are not worth a look.
+const FEW: usize = 64;
+
+impl<T> Default for Table<T> {
+    fn default() -> Self {
+        Self { rows: HashMap::new(), full: FEW }
+    }
+}
+
+impl<T> Table<T> {
+    /// The row of this number, made if it is new. Strikes off what does not live any more, so rarely that it costs each new
+    /// row a look at two others, however many there are.
+    fn row(&mut self, number: u64, lives: impl Fn(u64, &T) -> bool, make: impl FnOnce() -> T) -> &mut T {
+        if self.rows.len() >= self.full && !self.rows.contains_key(&number) {
+            self.rows.retain(|number, row| lives(*number, row));
+            self.full = FEW.max(2 * self.rows.len());
+        }
+        self.rows.entry(number).or_insert_with(make)
+    }
+}
+
+static EXPORTS: Mutex<Option<Table<Export>>> = Mutex::new(None);
+
+fn exports() -> MutexGuard<'static, Option<Table<Export>>> {
     EXPORTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
@@ -88,10 +116,10 @@ pub fn get(device: &Arc<Shared>, address: CUdeviceptr) -> Option<Result<Handle, 
     };
     let mut exports = exports();
     let exports = exports.get_or_insert_default();
-    exports.retain(|number, export| export.lives(*number));
     let number = device.memory().export(base, || NUMBERS.fetch_add(1, Ordering::Relaxed));
     let Some(number) = number else { return Some(Err(CuResult::INVALID_VALUE)) };
-    let export = exports.entry(number).or_insert_with(|| {
+    let lives = |number, export: &Export| export.lives(number);
+    let export = exports.row(number, lives, || {
         tracing::debug!(
             gpu = %device.gpu,
             "{} at {base:#x} may be opened by other processes, and stays on the GPU",
@@ -132,7 +160,7 @@ impl Lender for Exports {
 
     fn lend(&self, number: u64, key: &Key) -> Result<(Loan, Extent), Refusal> {
         let exports = exports();
-        let export = exports.as_ref().and_then(|exports| exports.get(&number)).ok_or(Refusal::Gone)?;
+        let export = exports.as_ref().and_then(|exports| exports.rows.get(&number)).ok_or(Refusal::Gone)?;
         if !export.key.is(key) {
             return Err(Refusal::Denied);
         }
@@ -164,5 +192,39 @@ impl Lender for Exports {
             .collect();
         let _ = device.driver.ctx_pop_current();
         pieces
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn an_export_costs_the_same_however_many_live() {
+        let looks = |count: u64| {
+            let (mut table, looks) = (Table::default(), Cell::new(0u64));
+            for number in 0..count {
+                let lives = |_, _: &()| {
+                    looks.set(looks.get() + 1);
+                    true
+                };
+                table.row(number, lives, || ());
+                table.row(number, lives, || unreachable!("it has one"));
+            }
+            assert_eq!(table.rows.len() as u64, count);
+            looks.get() / count
+        };
+        assert!(looks(10_000) <= 2 && looks(100_000) <= 2);
+    }
+
+    #[test]
+    fn those_that_are_gone_are_struck_off() {
+        let mut table = Table::default();
+        for number in 0..100_000 {
+            // Only the last ten live.
+            table.row(number, |known, ()| known + 10 > number, || ());
+            assert!(table.rows.len() <= FEW);
+        }
     }
 }

@@ -51,66 +51,87 @@ fn need(chunk: &Chunk) -> Granules {
     }
 }
 
-fn set<T: Ord>(set: &mut BTreeSet<T>, key: T, present: bool) {
-    if present {
-        set.insert(key);
-    } else {
+/// Where the index has a chunk. A chunk that is in the map is unusable, missing, evictable, ... or none of that.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Keys {
+    missing: Option<(Reverse<bool>, Place)>,
+    evicted: Option<(Granules, Place)>,
+    overflow: Option<Place>,
+    overflowed: Granules,
+    unusable: bool,
+    by_need: Option<((Granules, CUdeviceptr), Granules)>,
+    resident: Option<CUdeviceptr>,
+    unseen: Option<CUdeviceptr>,
+    seen: Option<CUdeviceptr>,
+    room: Option<CUdeviceptr>,
+}
+
+impl Keys {
+    /// Of a chunk of the region at `base`.
+    pub fn of(base: CUdeviceptr, is_room: bool, chunk: &Chunk) -> Self {
+        let (address, granules) = (chunk.address, chunk.granules());
+        let place = (Reverse(base), address);
+        let (backing, need) = (&chunk.backing, need(chunk));
+        let is_memory = matches!(backing, Backing::Device(_));
+        let overflowed = matches!(backing, Backing::Overflow(_));
+        let evictable = chunk.evictable();
+        Self {
+            missing: chunk.is_missing().then_some((Reverse(chunk.spill), place)),
+            evicted: (matches!(backing, Backing::Evicted(_)) && !chunk.spill).then_some((granules, place)),
+            overflow: (overflowed && !chunk.fixed).then_some(place),
+            overflowed: if overflowed { granules } else { 0 },
+            unusable: !backing.usable(),
+            by_need: evictable.then_some(((need, address), granules)),
+            resident: (evictable && need > 0).then_some(address),
+            unseen: (evictable && is_memory && chunk.seen.is_none() && chunk.size <= CHUNK)
+                .then_some(address),
+            seen: chunk.seen.map(|_| address),
+            room: (is_room && matches!(backing, Backing::Absent)).then_some(address),
+        }
+    }
+}
+
+fn change<T: Ord>(set: &mut BTreeSet<T>, before: Option<T>, after: Option<T>) {
+    if before == after {
+        return;
+    }
+    if let Some(key) = before {
         set.remove(&key);
     }
+    set.extend(after);
 }
 
 impl Index {
     /// A chunk of the region at `base` is there from now on as what it is.
     pub fn insert(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk) {
-        self.mark(base, is_room, chunk, true);
+        self.change(Keys::default(), Keys::of(base, is_room, chunk));
     }
 
     /// A chunk, as it was when it was inserted, is there no more.
     pub fn remove(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk) {
-        self.mark(base, is_room, chunk, false);
+        self.change(Keys::of(base, is_room, chunk), Keys::default());
     }
 
-    fn mark(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk, present: bool) {
-        let (address, granules) = (chunk.address, chunk.granules());
-        let place = (Reverse(base), address);
-        if !chunk.backing.usable() {
-            self.unusable = if present { self.unusable + 1 } else { self.unusable - 1 };
-        }
-        if chunk.is_missing() {
-            set(&mut self.missing, (Reverse(chunk.spill), place), present);
-        }
-        match &chunk.backing {
-            Backing::Absent if is_room => set(&mut self.room, address, present),
-            Backing::Evicted(_) if !chunk.spill => set(&mut self.evicted, (granules, place), present),
-            Backing::Overflow(_) => {
-                let granules = u64::from(granules);
-                self.overflowed =
-                    if present { self.overflowed + granules } else { self.overflowed - granules };
-                if !chunk.fixed {
-                    set(&mut self.overflow, place, present);
-                }
-            }
-            _ => {}
-        }
-        if chunk.evictable() {
-            let need = need(chunk);
-            if present {
-                self.by_need.insert((need, address), granules);
-                self.evictable += u64::from(granules);
-            } else {
-                self.by_need.remove(&(need, address));
+    /// What a chunk is has changed. Only what differs is touched.
+    pub fn change(&mut self, before: Keys, after: Keys) {
+        change(&mut self.missing, before.missing, after.missing);
+        change(&mut self.evicted, before.evicted, after.evicted);
+        change(&mut self.overflow, before.overflow, after.overflow);
+        change(&mut self.resident, before.resident, after.resident);
+        change(&mut self.unseen, before.unseen, after.unseen);
+        change(&mut self.seen, before.seen, after.seen);
+        change(&mut self.room, before.room, after.room);
+        self.overflowed = self.overflowed + u64::from(after.overflowed) - u64::from(before.overflowed);
+        self.unusable = self.unusable + usize::from(after.unusable) - usize::from(before.unusable);
+        if before.by_need != after.by_need {
+            if let Some((key, granules)) = before.by_need {
+                self.by_need.remove(&key);
                 self.evictable -= u64::from(granules);
             }
-            if need > 0 {
-                set(&mut self.resident, address, present);
+            if let Some((key, granules)) = after.by_need {
+                self.by_need.insert(key, granules);
+                self.evictable += u64::from(granules);
             }
-            let is_memory = matches!(chunk.backing, Backing::Device(_));
-            if is_memory && chunk.seen.is_none() && chunk.size <= CHUNK {
-                set(&mut self.unseen, address, present);
-            }
-        }
-        if chunk.seen.is_some() {
-            set(&mut self.seen, address, present);
         }
     }
 

@@ -15,15 +15,18 @@
 mod gaps;
 mod index;
 mod region;
+mod spares;
 #[cfg(test)]
 mod tests;
 
 pub use region::{Backing, CHUNK, Chunk, HostCopy, InUse, Kind, Object, Place, Region, View, WHOLE};
 
+pub use spares::Spares;
+
 use crate::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
 use crate::bounds;
 use gaps::Gaps;
-use index::Index;
+use index::{Index, Keys};
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -84,6 +87,8 @@ pub struct Memory {
     pub moving: bool,
     /// The gate is open: what is allocated now must be usable, or shut it again.
     pub open: bool,
+    /// What the application has freed, for the next allocation. It is not in the map.
+    pub spares: Spares,
     /// Regions and chunks that were looked at so far.
     #[cfg(test)]
     visits: std::cell::Cell<u64>,
@@ -111,6 +116,19 @@ impl Memory {
     pub fn add_whole(&mut self, base: CUdeviceptr, size: u64, requested: u64, context: CUcontext) {
         self.insert(Region::new(base, size, context, Kind::Whole));
         self.add_allocation(base, requested, base);
+    }
+
+    /// Makes a spare a region again: for one allocation of so many bytes, or a slab.
+    pub fn add_spare(&mut self, mut region: Region, requested: Option<u64>) {
+        let base = region.base;
+        region.abandoned = false;
+        region.kind = if requested.is_some() { Kind::Whole } else { Kind::Slab(Gaps::new(region.size)) };
+        // What was seen in it was there before the application wrote to it.
+        region.chunks.iter_mut().for_each(|chunk| chunk.seen = None);
+        self.insert(region);
+        if let Some(bytes) = requested {
+            self.add_allocation(base, bytes, base);
+        }
     }
 
     fn add_allocation(&mut self, base: CUdeviceptr, size: u64, region: CUdeviceptr) {
@@ -167,9 +185,9 @@ impl Memory {
         let (base, region) = self.regions.range_mut(..=address).next_back()?;
         let (base, is_room, at) = (*base, region.is_room(), region.chunk_at(address)?);
         let chunk = &mut region.chunks[at];
-        self.index.remove(base, is_room, chunk);
+        let before = Keys::of(base, is_room, chunk);
         let changed = change(chunk);
-        self.index.insert(base, is_room, chunk);
+        self.index.change(before, Keys::of(base, is_room, chunk));
         Some(changed)
     }
 
@@ -229,9 +247,9 @@ impl Memory {
         (address - allocation.base < allocation.size).then_some(*allocation)
     }
 
-    /// Whether an address is among those reserved for a region, in use or not.
+    /// Whether an address is among those reserved for a region, in use or not, or kept.
     pub fn covers(&self, address: CUdeviceptr) -> bool {
-        self.around(address).is_some()
+        self.overlaps(address, 1)
     }
 
     /// The region whose reserved addresses one is among: where it begins, and bytes.
@@ -244,6 +262,7 @@ impl Memory {
     pub fn overlaps(&self, address: CUdeviceptr, size: u64) -> bool {
         let last = self.regions.range(..address.saturating_add(size)).next_back();
         last.is_some_and(|(_, region)| address < region.base + region.size)
+            || self.spares.overlap(address, size)
     }
 
     /// Strikes an allocation off the list of those that can be freed or looked up. Its room in a slab

@@ -232,6 +232,12 @@ impl Region {
         Self { base, size, context, chunks, born: 0, allocations: 0, lent: 0, abandoned: false, kind }
     }
 
+    /// Whether it is an allocation of which nothing is there yet: its chunks lie side by side, at no address but their own.
+    pub fn is_untouched_allocation(&self) -> bool {
+        matches!(self.kind, Kind::Whole)
+            && self.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Absent))
+    }
+
     /// Whether nothing is mapped there.
     pub(super) fn is_room(&self) -> bool {
         matches!(self.kind, Kind::Room)

@@ -55,7 +55,7 @@ EXPLAINED = [
         r"SUCCESS.*",
     ),
     Explained(
-        "What is freed while memory moves is given back a moment later, and until then a use of it is not refused",
+        "What is freed is kept for up to a second for the next allocation of its size, and until then a use of it is not refused",
         r"cuMem(set|cpy).*",
         r"(INVALID_VALUE|ILLEGAL_ADDRESS).*",
         r"SUCCESS.*",

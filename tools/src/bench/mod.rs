@@ -1,5 +1,6 @@
 //! `nvshare bench`: what this machine makes of nvshare.
 
+pub mod bookkeeping;
 pub mod handoff;
 pub mod launch;
 pub mod sim;
@@ -35,6 +36,8 @@ enum What {
     Handoff(handoff::Options),
     /// Two processes that don't fit together change places
     Switch(switch::Options),
+    /// The books of many small allocations that go out and come in, without a GPU
+    Bookkeeping(bookkeeping::Options),
     /// Processes that take turns on the simulated GPU, against what `nvshare sim` says of them
     Sim(sim::Options),
 }
@@ -48,6 +51,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         What::Launch(options) => launch::measure(options)?,
         What::Handoff(options) => handoff::measure(options)?,
         What::Switch(options) => switch::measure(options)?,
+        What::Bookkeeping(options) => bookkeeping::measure(options)?,
         What::Sim(options) => sim::measure(options)?,
     };
     if options.json {
