@@ -12,6 +12,7 @@
 
 use crate::abi::{CUcontext, CUdeviceptr, CuResult};
 use crate::driver::Driver;
+use crate::session;
 use nvshare::units::format_size;
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
@@ -49,6 +50,10 @@ fn overrun(address: CUdeviceptr, bytes: u64) -> Option<(CUdeviceptr, CUdeviceptr
 /// Refuses a call that copies or sets a range, as the driver does, if it reaches beyond the end of an allocation.
 #[inline]
 pub fn refuse(call: &str, address: usize, bytes: usize) -> Option<CuResult> {
+    if !session::enabled() {
+        // A forked child takes no lock: a thread of the parent may have held it.
+        return None;
+    }
     let (base, end) = overrun(address as CUdeviceptr, bytes as u64)?;
     refused(call, (address as CUdeviceptr, bytes as u64), (base, end))
 }
