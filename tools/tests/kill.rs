@@ -446,9 +446,10 @@ impl Stage {
             self.kill_arbiter();
         }
         self.arbiter = Some(arbiter(&self.gpu, self.dir.path()));
-        answers(self.dir.path());
+        // It listens while it waits for a client to bring the page, and shows a page only when it serves.
+        let (uuid, socket) = (self.page.gpu(), nvshare::paths::socket(self.dir.path()));
+        nvshare::register::look(&socket, uuid, PATIENCE.duration()).expect("an arbiter shows its page");
         // If all clients were dead, nobody had the old page any more, and there is another.
-        let uuid = self.page.gpu();
         self.page = nvshare::record::open_page(self.dir.path(), uuid).unwrap();
         let after = slots(&self.page);
         assert!(
