@@ -74,7 +74,7 @@ pub fn end(
     let Some((shared, heir)) = session::ending(context) else { return call() };
     shared.leave_context(context, heir);
     let idle = await_context(&shared, context);
-    let parted = shared.streams.part(context);
+    let parted = shared.streams.part(context, !idle);
     flow::forget();
     if idle {
         pools::context_ended(context);

@@ -17,6 +17,7 @@ use nvshare::snapshot::Snapshot;
 use nvshare::units::{GRANULE, GpuUuid, Granules, MAX_GRANULES, bytes_of, format_size, granules_for};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 /// What the engine and the application's threads share.
 pub struct Shared {
@@ -591,6 +592,8 @@ impl Shared {
             mark.wait();
             match session::with_no_capture(|| mark.look()) {
                 Some(true) => return true,
+                // A context that ends is waited for by the driver.
+                Some(false) if mark.left() == 0 => std::thread::sleep(Duration::from_micros(100)),
                 Some(false) => {}
                 None => return false,
             }

@@ -12,7 +12,9 @@
 //! stream. So it comes when no stream that is known has work. (What tells how a stream's work gets on while it goes on is an
 //! event in that stream alone, too: [`crate::flow`].)
 //!
-//! Neither is allowed while a stream captures: a mark that is made, or looked at, meanwhile is not past.
+//! While a stream captures nothing may be asked of it, and it can be marked by no event: that would be a part of its graph. The
+//! legacy stream may not be used at all while a blocking stream captures. So a mark is usually neither made nor looked at
+//! meanwhile; [`Streams::mark_beside`] makes one where it can be done ([`crate::session`]).
 //!
 //! A green context has default streams of its own, and is current to one thread at a time; so it is marked as a whole
 //! (cuGreenCtxRecordEvent) from its primary context, and the streams that were made in it by themselves besides.
@@ -26,6 +28,7 @@
 use crate::abi::*;
 use crate::driver::Driver;
 use nvshare::units::Nanos;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 /// A stream that the application has made.
@@ -93,6 +96,20 @@ pub struct Green {
 pub struct Parted {
     greens: Vec<Green>,
     streams: Vec<Tracked>,
+    /// Its work may still be under way.
+    busy: bool,
+}
+
+/// Contexts that are about to end with work that nobody can mark any more: the driver waits for it. Until then no mark has
+/// passed.
+static ENDING_BUSY: AtomicU32 = AtomicU32::new(0);
+
+impl Drop for Parted {
+    fn drop(&mut self) {
+        if self.busy {
+            ENDING_BUSY.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
 }
 
 /// Whether a context is there. Who uses it or its events reads this meanwhile, and who destroys it writes: an event that
@@ -170,7 +187,7 @@ impl End {
 
     /// Whether it has come, or can never come.
     pub fn is_past(&self) -> bool {
-        alive(&self.life).is_none_or(|_there| self.driver.event_query(self.event) != Err(CuResult::NOT_READY))
+        alive(&self.life).is_none_or(|_there| self.driver.event_is_past(self.event))
     }
 
     /// Waits until it has come.
@@ -190,6 +207,30 @@ impl Drop for End {
     fn drop(&mut self) {
         if let Some(_there) = alive(&self.life) {
             let _ = self.driver.event_destroy(self.event);
+        }
+    }
+}
+
+/// What work a stream had when it began to capture, or joined a capture.
+#[derive(Clone)]
+pub enum WorkBefore {
+    /// It was idle.
+    None,
+    /// Its end.
+    Until(Arc<End>),
+    /// That could not be told.
+    Unknown,
+}
+
+impl WorkBefore {
+    /// That of a stream that is not a default one, and that does not capture yet, marked from its context.
+    pub fn of(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Self {
+        match driver.stream_query(stream) {
+            Ok(()) => Self::None,
+            Err(CuResult::NOT_READY) => {
+                end_of(driver, context, stream).map_or(Self::Unknown, |end| Self::Until(end.into()))
+            }
+            Err(_) => Self::Unknown,
         }
     }
 }
@@ -307,23 +348,26 @@ impl Streams {
         tracking.streams.retain(|known| known.green != green.green);
     }
 
-    /// A context is about to go, and its green contexts and streams with it. All its work is done, or the driver will wait
-    /// for it.
-    pub fn part(&self, context: CUcontext) -> Parted {
+    /// A context is about to go, and its green contexts and streams with it. All its work is done, or, if it may be `busy`, the
+    /// driver will wait for it.
+    pub fn part(&self, context: CUcontext, busy: bool) -> Parted {
         let mut tracking = self.tracking();
+        if busy {
+            ENDING_BUSY.fetch_add(1, Ordering::AcqRel);
+        }
         tracking.contexts.retain(|known| *known != context);
         tracking.orphans.retain(|end| end.context != context);
         let greens = tracking.greens.extract_if(.., |known| known.owner == context).collect();
         let streams = tracking.streams.extract_if(.., |known| known.context == context).collect();
-        Parted { greens, streams }
+        Parted { greens, streams, busy }
     }
 
     /// The context did not go.
-    pub fn rejoin(&self, context: CUcontext, parted: Parted) {
+    pub fn rejoin(&self, context: CUcontext, mut parted: Parted) {
         self.add_context(context);
         let mut tracking = self.tracking();
-        tracking.greens.extend(parted.greens);
-        tracking.streams.extend(parted.streams);
+        tracking.greens.append(&mut parted.greens);
+        tracking.streams.append(&mut parted.streams);
     }
 
     /// A stream was made, in a context or in a green one of it. In a green one the legacy stream of the context waits for
@@ -358,15 +402,63 @@ impl Streams {
 
     /// Marks the present end of everything. No capture is open.
     pub fn mark(&self, driver: &'static Driver) -> Mark {
-        self.mark_those(driver, |_| true)
+        self.mark_those(driver, |_| true, |_| true)
+    }
+
+    /// Marks the present end of everything although captures are open, if that can be done without ruining one. `before` tells
+    /// of a stream that captures what work it had before. No stream begins or joins a capture meanwhile.
+    pub fn mark_beside(
+        &self,
+        driver: &'static Driver,
+        before: impl Fn(CUstream) -> WorkBefore,
+    ) -> Option<Mark> {
+        let mut captured = Vec::new();
+        {
+            let tracking = self.tracking();
+            for Tracked { stream, .. } in &tracking.streams {
+                if driver.stream_capture_status(*stream) == Ok(CU_STREAM_CAPTURE_STATUS_NONE) {
+                    continue;
+                }
+                match before(*stream) {
+                    WorkBefore::None => captured.push((*stream, None)),
+                    WorkBefore::Until(end) => captured.push((*stream, Some(end))),
+                    WorkBefore::Unknown => return None,
+                }
+            }
+        }
+        if !self.may_mark_defaults(driver) {
+            return None;
+        }
+        let mut mark =
+            self.mark_those(driver, |_| true, |stream| !captured.iter().any(|(of, _)| *of == stream));
+        mark.ends.extend(captured.into_iter().filter_map(|(_, end)| end));
+        Some(mark)
+    }
+
+    /// Whether the second step of a mark ruins no capture: none of a blocking stream is open. To mark a green context as a whole
+    /// would ruin those of its streams.
+    pub fn may_mark_defaults(&self, driver: &'static Driver) -> bool {
+        let tracking = self.tracking();
+        // The driver answers with an error if the legacy stream may not be used now, and ruins nothing.
+        let usable = |context: &CUcontext| {
+            let _current = Current::new(driver, *context)?;
+            driver.stream_capture_status(CUstream::LEGACY)
+        };
+        tracking.greens.is_empty()
+            && tracking.contexts.iter().all(|context| usable(context) == Ok(CU_STREAM_CAPTURE_STATUS_NONE))
     }
 
     /// Marks the present end of all work in a context and its green ones.
     pub fn mark_context(&self, driver: &'static Driver, context: CUcontext) -> Mark {
-        self.mark_those(driver, |known| known == context)
+        self.mark_those(driver, |known| known == context, |_| true)
     }
 
-    fn mark_those(&self, driver: &'static Driver, which: impl Fn(CUcontext) -> bool) -> Mark {
+    fn mark_those(
+        &self,
+        driver: &'static Driver,
+        which: impl Fn(CUcontext) -> bool,
+        streams: impl Fn(CUstream) -> bool,
+    ) -> Mark {
         let mut tracking = self.tracking();
         tracking.forget_orphans();
         let ends = tracking.orphans.iter().filter(|end| which(end.context)).cloned().collect();
@@ -379,7 +471,7 @@ impl Streams {
             broken: None,
         };
         for Tracked { stream, context, .. } in
-            tracking.streams.iter().filter(|tracked| which(tracked.context))
+            tracking.streams.iter().filter(|tracked| which(tracked.context) && streams(tracked.stream))
         {
             // To ask costs less than an event, and most streams of most programs have no work.
             if driver.stream_query(*stream) == Err(CuResult::NOT_READY) {
@@ -407,17 +499,22 @@ impl Mark {
     /// Whether everything before it is done, or can never be. No capture is open.
     pub fn look(&mut self) -> bool {
         self.ends.retain(|end| !end.is_past());
-        if self.ends.is_empty() && !(self.legacy.is_empty() && self.greens.is_empty()) {
+        if self.ends.is_empty() && !self.is_complete() {
             self.mark_defaults();
             self.ends.retain(|end| !end.is_past());
         }
-        self.ends.is_empty()
+        self.ends.is_empty() && ENDING_BUSY.load(Ordering::Acquire) == 0
     }
 
     /// Whether what is marked already is done. Marks nothing more.
     pub fn has_passed(&mut self) -> bool {
         self.ends.retain(|end| !end.is_past());
         self.ends.is_empty()
+    }
+
+    /// Whether it marks nothing more.
+    pub fn is_complete(&self) -> bool {
+        self.legacy.is_empty() && self.greens.is_empty()
     }
 
     /// How much of it is not done yet, in no unit: it gets less, and none means that all is done.

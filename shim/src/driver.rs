@@ -639,6 +639,22 @@ impl Driver {
         Ok(mode)
     }
 
+    /// Whether an event has come, or can never come because its context is broken or gone. The driver may refuse to tell while
+    /// somebody captures: then it has not, as far as anybody knows.
+    pub fn event_is_past(&self, event: CUevent) -> bool {
+        let captured = CuResult::STREAM_CAPTURE_UNSUPPORTED.0..=CuResult::STREAM_CAPTURE_WRONG_THREAD.0;
+        let is_ahead = |result: CuResult| result == CuResult::NOT_READY || captured.contains(&result.0);
+        !self.event_query(event).is_err_and(is_ahead)
+    }
+
+    /// Runs `action` in a capture mode that allows it what other threads' captures forbid. The thread's own mode is the
+    /// application's: it is back afterwards, also after a panic.
+    pub fn relaxed<T>(&self, action: impl FnOnce() -> T) -> T {
+        let mode = self.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
+        let _before = mode.map(|mode| CaptureMode { driver: self, mode });
+        action()
+    }
+
     /// The driver's own name of a result, for codes newer than [`CuResult::name`] knows.
     pub fn error_name(&self, result: CuResult) -> Option<&'static CStr> {
         let mut name = std::ptr::null();
@@ -695,6 +711,18 @@ impl Driver {
         }
         .ok()?;
         if address.is_null() { Err(CuResult::NOT_FOUND) } else { Ok(address as usize) }
+    }
+}
+
+/// Gives a thread its capture mode back when dropped.
+struct CaptureMode<'a> {
+    driver: &'a Driver,
+    mode: CUstreamCaptureMode,
+}
+
+impl Drop for CaptureMode<'_> {
+    fn drop(&mut self) {
+        let _ = self.driver.exchange_capture_mode(self.mode);
     }
 }
 

@@ -123,7 +123,7 @@ pub struct Scan {
 impl Scan {
     /// Whether the answer is there, or will never be.
     pub fn is_answered(&self, driver: &Driver) -> bool {
-        driver.event_query(self.table.answered) != Err(CuResult::NOT_READY)
+        driver.event_is_past(self.table.answered)
     }
 }
 

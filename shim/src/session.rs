@@ -8,7 +8,7 @@ use crate::abi::*;
 use crate::arrival::Newcomer;
 use crate::contexts;
 use crate::device::{DriverPinner, Heir, Shared};
-use crate::drain::Green;
+use crate::drain::{Green, Mark, WorkBefore};
 use crate::driver::Driver;
 use crate::engine;
 use crate::flow::Queue;
@@ -18,7 +18,8 @@ use crate::settings::{OnMissingArbiter, settings};
 use crate::thread::ThreadId;
 use crate::together;
 use nvshare::register::{self, Hello, RegisterError};
-use nvshare::units::GpuUuid;
+use nvshare::sync::now;
+use nvshare::units::{GpuUuid, Nanos};
 use nvshare::{Client, paths};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -548,9 +549,36 @@ pub fn intact() -> Result<(), CuResult> {
 
 // --- Captures -----------------------------------------------------------------------------------
 
-/// The streams that capture, each from its beginning to its end, and the context of each. A thread's own default stream
-/// is one for each thread and context, whatever handle or entry point names it.
-static CAPTURING: Mutex<Option<HashMap<Queue, CUcontext>>> = Mutex::new(None);
+/// The streams that capture. A thread's own default stream is one for each thread and context, whatever handle or entry
+/// point names it.
+#[derive(Default)]
+struct Captures {
+    /// Those that began, each from its beginning to its end.
+    open: HashMap<Queue, Capture>,
+    /// Those that joined one of them, as they came; until none is open.
+    joined: HashMap<Queue, WorkBefore>,
+}
+
+struct Capture {
+    context: CUcontext,
+    since: Nanos,
+    before: WorkBefore,
+}
+
+impl Captures {
+    fn are_open(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// What work a stream had before it captured.
+    fn work_before(&self, stream: CUstream) -> WorkBefore {
+        let queue = Queue::of(stream, false);
+        let open = self.open.get(&queue).map(|capture| &capture.before);
+        open.or_else(|| self.joined.get(&queue)).cloned().unwrap_or(WorkBefore::Unknown)
+    }
+}
+
+static CAPTURING: LazyLock<Mutex<Captures>> = LazyLock::new(Mutex::default);
 
 /// How many.
 static CAPTURES: AtomicU32 = AtomicU32::new(0);
@@ -558,7 +586,7 @@ static CAPTURES: AtomicU32 = AtomicU32::new(0);
 /// Engines that want to drain: no new capture begins. A word to sleep on.
 static HOLD_CAPTURES: AtomicU32 = AtomicU32::new(0);
 
-fn capturing() -> MutexGuard<'static, Option<HashMap<Queue, CUcontext>>> {
+fn capturing() -> MutexGuard<'static, Captures> {
     CAPTURING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
@@ -610,13 +638,52 @@ pub fn begin_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> 
             Err(result) => return result,
         }
     };
+    let before = work_before(stream.named(per_thread));
     let result = call();
     if result.is_success() {
         let queue = Queue::of(stream, per_thread);
         let context = queue.context().unwrap_or(CUcontext::NULL);
-        if set.get_or_insert_default().insert(queue, context).is_none() {
+        let capture = Capture { context, since: now(), before };
+        if set.open.insert(queue, capture).is_none() {
             CAPTURES.fetch_add(1, Ordering::SeqCst);
         }
+    }
+    result
+}
+
+/// What work a stream has, by its explicit name, that is about to capture: afterwards nobody can ask.
+fn work_before(stream: CUstream) -> WorkBefore {
+    let Ok(driver) = Driver::get() else { return WorkBefore::Unknown };
+    if stream.is_default() {
+        return WorkBefore::Unknown;
+    }
+    // It may capture already: then the call fails, or changes nothing.
+    let status = driver.stream_capture_status(stream);
+    let context = driver.stream_ctx(stream);
+    match (status, context) {
+        (Ok(CU_STREAM_CAPTURE_STATUS_NONE), Ok(context)) => {
+            driver.relaxed(|| WorkBefore::of(driver, owner_of(context), stream))
+        }
+        _ => WorkBefore::Unknown,
+    }
+}
+
+/// Lets a stream wait for an event with `call`. If that is one of a capture, the stream takes part in it from then on.
+pub fn join_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
+    if CAPTURES.load(Ordering::SeqCst) == 0 {
+        return call();
+    }
+    // Held meanwhile: a stream that somebody marks does not begin to capture.
+    let mut set = capturing();
+    let stream = stream.named(per_thread);
+    let before = work_before(stream);
+    let result = call();
+    let captures = || {
+        let status = Driver::get().map(|driver| driver.stream_capture_status(stream));
+        matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
+    };
+    if !matches!(before, WorkBefore::Unknown) && captures() {
+        set.joined.insert(Queue::of(stream, per_thread), before);
     }
     result
 }
@@ -652,10 +719,12 @@ pub fn thread_ended(thread: ThreadId) {
 fn forget_captures(is_over: impl Fn(&Queue, CUcontext) -> bool) {
     let over = {
         let mut set = capturing();
-        let Some(set) = set.as_mut() else { return };
-        let before = set.len();
-        set.retain(|queue, context| !is_over(queue, *context));
-        before - set.len()
+        let before = set.open.len();
+        set.open.retain(|queue, capture| !is_over(queue, capture.context));
+        if !set.are_open() {
+            set.joined.clear();
+        }
+        before - set.open.len()
     };
     if over > 0 {
         CAPTURES.fetch_sub(over as u32, Ordering::SeqCst);
@@ -668,7 +737,7 @@ fn forget_captures(is_over: impl Fn(&Queue, CUcontext) -> bool) {
 /// once it is closed. Whether it did.
 pub fn close_unless_capturing(gpu: GpuUuid) -> bool {
     let set = capturing();
-    let none = set.as_ref().is_none_or(HashMap::is_empty);
+    let none = !set.are_open();
     if none {
         together::growing(gpu);
     }
@@ -679,7 +748,31 @@ pub fn close_unless_capturing(gpu: GpuUuid) -> bool {
 /// begin or end a capture, allocate or free are held meanwhile.
 pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
     let set = capturing();
-    set.as_ref().is_none_or(HashMap::is_empty).then(action)
+    (!set.are_open()).then(action)
+}
+
+/// The end of all work so far, although captures are open, if that can be told without ruining one. The gate is shut, and
+/// nobody is inside.
+///
+/// Nothing of a stream that captures is on its way to the GPU but what it had before, and that was marked. All others can be
+/// asked and marked by a thread in the relaxed mode.
+pub fn mark_beside_captures() -> Option<Mark> {
+    let set = capturing();
+    together::mark_beside(|stream| set.work_before(stream))
+}
+
+/// Looks whether such a mark has passed. `None` if that cannot be told any more: a capture has come that forbids it.
+pub fn look_beside_captures(mark: &mut Mark) -> Option<bool> {
+    let set = capturing();
+    if set.are_open() && !mark.is_complete() && !together::may_mark_defaults() {
+        return None;
+    }
+    Some(mark.look())
+}
+
+/// When the latest of the captures that are open began, ns.
+pub fn latest_capture() -> Option<Nanos> {
+    capturing().open.values().map(|capture| capture.since).max()
 }
 
 /// Keeps new captures from beginning, but for those that belong to an open one.

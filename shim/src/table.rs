@@ -85,7 +85,7 @@ pub enum Class {
     Context,
     /// Creates or destroys a stream.
     Stream,
-    /// Begins or ends the recording of a graph.
+    /// Begins or ends the recording of a graph, or has a stream take part in one.
     Capture,
     /// Initialises the driver.
     Init,
@@ -1016,6 +1016,9 @@ entry_points! {
             cuStreamEndCapture_ptsz(stream: CUstream, graph: *mut CUgraph) @ 10_000;
             cuStreamEndCaptureToCig(stream: CUstream) @ 13_010;
             cuStreamEndCaptureToCig_ptsz(stream: CUstream) @ 13_010;
+            // A stream that waits for an event of a capture takes part in it from then on.
+            cuStreamWaitEvent(stream: CUstream, event: CUevent, flags: u32) @ 3_020;
+            cuStreamWaitEvent_ptsz(stream: CUstream, event: CUevent, flags: u32) @ 7_000;
         }
     }
     passed {
@@ -1362,8 +1365,6 @@ entry_points! {
         cuStreamUpdateCaptureDependencies_ptsz @ 11_030;
         cuStreamUpdateCaptureDependencies_v2 @ 12_030;
         cuStreamUpdateCaptureDependencies_v2_ptsz @ 12_030;
-        cuStreamWaitEvent @ 3_020;
-        cuStreamWaitEvent_ptsz @ 7_000;
         cuSurfObjectDestroy @ 5_000;
         cuSurfObjectGetResourceDesc @ 5_000;
         cuSurfRefGetArray @ 3_000;
@@ -1597,7 +1598,7 @@ mod tests {
         assert_eq!(class("cuMemFreeAsync"), Class::Free);
         for export in [
             "cuEventRecord",
-            "cuStreamWaitEvent_ptsz",
+            "cuStreamGetAttribute_ptsz",
             "cuCtxSynchronize",
             "cuIpcOpenEventHandle",
             "cuParamSetf",

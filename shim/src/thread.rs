@@ -65,7 +65,10 @@ fn ended() {
     let cleared = std::panic::catch_unwind(|| {
         crate::session::thread_ended(id());
         crate::flow::thread_ended(id());
-        crate::pools::thread_ended(id());
+        // Other threads' captures are not this one's business: to look at an event would ruin one, and the answer would be wrong.
+        if let Ok(driver) = crate::driver::Driver::get() {
+            driver.relaxed(|| crate::pools::thread_ended(id()));
+        }
     });
     if cleared.is_err() {
         tracing::error!("nvshare panicked at the end of a thread");

@@ -8,8 +8,9 @@
 //! is taken, and nothing is waited for while it is held. That the gate opens and shuts under it is what keeps
 //! one engine from opening it in the moment in which another GPU's memory goes.
 
+use crate::abi::CUstream;
 use crate::device::Shared;
-use crate::drain::Mark;
+use crate::drain::{Mark, WorkBefore};
 use crate::order::{Order, Stage};
 use crate::session::gate;
 use nvshare::units::GpuUuid;
@@ -185,4 +186,21 @@ pub fn mark() -> Mark {
     let members = together().members.clone();
     let marks = members.iter().map(|member| member.streams.mark(member.driver));
     marks.reduce(Mark::and).unwrap_or_default()
+}
+
+/// The same although captures are open, if that can be done: see [`Streams::mark_beside`].
+///
+/// [`Streams::mark_beside`]: crate::drain::Streams::mark_beside
+pub fn mark_beside(before: impl Fn(CUstream) -> WorkBefore) -> Option<Mark> {
+    let members = together().members.clone();
+    let marks = members.iter().map(|member| member.streams.mark_beside(member.driver, &before));
+    marks.collect::<Option<Vec<_>>>().map(|marks| marks.into_iter().reduce(Mark::and).unwrap_or_default())
+}
+
+/// Whether a mark may be finished although captures are open: see [`Streams::may_mark_defaults`].
+///
+/// [`Streams::may_mark_defaults`]: crate::drain::Streams::may_mark_defaults
+pub fn may_mark_defaults() -> bool {
+    let members = together().members.clone();
+    members.iter().all(|member| member.streams.may_mark_defaults(member.driver))
 }

@@ -5,6 +5,9 @@
  * the others a capture is over because its stream, its context or its thread is gone, or because it was ruined, or it is
  * still open because the driver refused to end it; "unsafe" makes calls that a capture forbids, or does not. Then the program says "ready", and goes on with its memory until its
  * standard input ends: nothing is captured any more, so others get their turn.
+ *
+ * In the cases that begin with "open" it says "ready" while a capture is open, of a stream that the legacy stream does not
+ * wait for, and ends the capture when its standard input ends.
  */
 #include "driver.h"
 #include "more_driver.h"
@@ -259,6 +262,85 @@ static void unsafe_calls(void) {
             }
 }
 
+static CUstream apart(void) {
+    CUstream stream;
+    CHECK(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
+    return stream;
+}
+
+static void takes_long(void *unused) {
+    (void)unused;
+    sleep(3);
+}
+
+/* Work that uses the memory in a few seconds. */
+static void works_later(CUstream stream, unsigned value) {
+    CHECK(cuLaunchHostFunc(stream, takes_long, NULL));
+    CHECK(cuMemsetD32Async(memory, value, bytes / 4, stream));
+}
+
+static void *allocates(void *unused) {
+    int mode = RELAXED;
+    CHECK(cuThreadExchangeStreamCaptureMode(&mode));
+    CHECK(cuCtxSetCurrent(context));
+    allocate_and_free();
+    return unused;
+}
+
+/*
+ * A capture that is open for as long as somebody wants. Work that streams had before they captured is still under way, or
+ * other streams work beside it.
+ */
+static void stays_open(const char *what) {
+    CUstream captures = apart(), other = apart();
+    CUevent forked, joined;
+    CUgraph graph;
+    CHECK(cuEventCreate(&forked, 0));
+    CHECK(cuEventCreate(&joined, 0));
+    if (!strcmp(what, "open-after-work")) works_later(captures, 31);
+    if (!strcmp(what, "open-joined-after-work")) works_later(other, 31);
+    if (!strcmp(what, "open-beside-legacy-work")) works_later(CU_STREAM_LEGACY, 31);
+    CHECK(cuStreamBeginCapture_v2(captures, GLOBAL));
+    if (!strcmp(what, "open-joined-after-work")) {
+        CHECK(cuEventRecord(forked, captures));
+        CHECK(cuStreamWaitEvent(other, forked, 0));
+        CHECK(cuMemsetD32Async(memory, 29, bytes / 4, other));
+        CHECK(cuEventRecord(joined, other));
+        CHECK(cuStreamWaitEvent(captures, joined, 0));
+    }
+    if (!strcmp(what, "open-beside-work")) works_later(other, 31);
+    CHECK(cuMemsetD32Async(memory, 33, bytes / 8, captures));
+    SAY("ready");
+    for (char c; read(0, &c, 1) > 0;) {}
+    in_a_thread(allocates, NULL, 0);
+    CHECK(cuMemsetD32Async(memory + bytes / 2, 33, bytes / 8, captures));
+    CHECK(cuStreamEndCapture(captures, &graph));
+    CHECK(cuCtxSynchronize());
+    check_words(memory, bytes, strcmp(what, "open") ? 31 : 1);
+    replay(graph, 33);
+}
+
+static void *frees_in_order(void *unused) {
+    CUdeviceptr block;
+    CUstream stream = CU_STREAM_PER_THREAD;
+    CHECK(cuCtxSetCurrent(context));
+    CHECK(cuMemAllocAsync(&block, 4 << 20, stream));
+    CHECK(cuMemsetD32Async(block, 3, 1 << 20, stream));
+    CHECK(cuMemFreeAsync(block, stream));
+    return unused;
+}
+
+/* What a thread leaves behind is no matter for a capture that another one has open. */
+static void beside_the_end_of_a_thread(void) {
+    CUstream stream = apart();
+    CUgraph graph;
+    CHECK(cuStreamBeginCapture_v2(stream, GLOBAL));
+    in_a_thread(frees_in_order, NULL, 0);
+    CHECK(cuMemsetD32Async(memory, 15, bytes / 4, stream));
+    CHECK(cuStreamEndCapture(stream, &graph));
+    replay(graph, 15);
+}
+
 int main(int argc, char **argv) {
     const char *name = argc > 1 ? argv[1] : "";
     if (argc > 2) bytes = strtoul(argv[2], NULL, 10) << 20;
@@ -266,6 +348,7 @@ int main(int argc, char **argv) {
     CHECK(cuCtxCreate_v2(&context, 0, 0));
     CHECK(cuMemAlloc_v2(&memory, bytes));
     write_words(memory, bytes, 1);
+    if (!strncmp(name, "open", 4)) return stays_open(name), 0;
     if (!strcmp(name, "two-threads")) two_threads(&explicit);
     else if (!strcmp(name, "two-threads-by-null")) two_threads(&implicit);
     else if (!strcmp(name, "thread-ends")) in_a_thread(begins_and_ends_itself, (void *)&explicit, 0);
@@ -274,6 +357,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(name, "destroyed")) destroyed();
     else if (!strcmp(name, "to-a-graph")) to_a_graph();
     else if (!strcmp(name, "during-a-free")) during_a_free();
+    else if (!strcmp(name, "another-thread-ends")) beside_the_end_of_a_thread();
     else if (!strcmp(name, "context-destroyed")) with_its_context();
     else if (!strcmp(name, "context-reset")) with_a_reset();
     else if (!strcmp(name, "unsafe")) unsafe_calls();

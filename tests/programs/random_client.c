@@ -101,7 +101,7 @@ typedef struct {
     CUstream stream, streams[OWN_STREAMS];
     CUmemoryPool pool;
     Buffer buffers[BUFFERS];
-    int count, open_captures;
+    int count;
     atomic_int calls;
 } Thread;
 
@@ -462,38 +462,19 @@ static void capture(Thread *t) {
     MUST(cuStreamDestroy_v2(stream));
 }
 
-/*
- * A process that captures keeps the GPU. If it then waits for another one that waits for the GPU, both wait for ever: so
- * nobody leaves a capture open while a child that uses the GPU is awaited, nor the other way round.
- */
-static pthread_mutex_t holding_up = PTHREAD_MUTEX_INITIALIZER;
-static atomic_int open_captures, awaited;
-
-static int may_hold_up(atomic_int *mine, atomic_int *other) {
-    pthread_mutex_lock(&holding_up);
-    int may = *other == 0;
-    if (may) (*mine)++;
-    pthread_mutex_unlock(&holding_up);
-    return may;
-}
-
 /* A capture that nobody ends before its context is destroyed, or ends without a use for it. */
 static void leave_capture_open(Thread *t) {
-    if (!with[OPEN_CAPTURES] || !may_hold_up(&open_captures, &awaited)) return;
+    if (!with[OPEN_CAPTURES]) return;
     CUstream stream;
     MUST(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
     doing(t, "capture on %p that may stay open", (void *)stream);
     MUST(cuStreamBeginCapture_v2(stream, 2));
     if (t->count) MUST(launch(t->mixes, stream, t->buffers[0].address, t->buffers[0].words, 1));
-    if (t->private && once_in(&t->dice, 2)) {
-        t->open_captures++;
-        return;
-    }
+    if (t->private && once_in(&t->dice, 2)) return;
     CUgraph graph;
     MUST(cuStreamEndCapture(stream, &graph));
     MUST(cuGraphDestroy(graph));
     MUST(cuStreamDestroy_v2(stream));
-    open_captures--;
 }
 
 /* ---- processes ---- */
@@ -524,7 +505,7 @@ static void child_ended(Thread *t, pid_t child, const char *what) {
 static void fork_child(Thread *t) {
     if (!with[FORK]) return;
     int what = below(&t->dice, 4);
-    if (what == 3 && (!with[EXEC] || depth > 2 || !may_hold_up(&awaited, &open_captures))) what = 0;
+    if (what == 3 && (!with[EXEC] || depth > 2)) what = 0;
     doing(t, "fork, and the child does %d", what);
     pid_t child = fork();
     if (child < 0) fail(5, "fork: %s", strerror(errno));
@@ -537,7 +518,6 @@ static void fork_child(Thread *t) {
     }
     doing(t, "%swait for the child %d that does %d", what == 3 ? "~" : "", child, what);
     child_ended(t, child, "forked");
-    if (what == 3) awaited--;
 }
 
 static void vfork_child(Thread *t) {
@@ -641,7 +621,6 @@ static void leave(Thread *t) {
     if (t->private) {
         doing(t, "destroy context");
         MUST(cuCtxDestroy_v2(t->context));
-        open_captures -= t->open_captures;
     }
 }
 

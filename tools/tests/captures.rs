@@ -1,9 +1,11 @@
-//! Captures: which are open, and which are over although nobody has ended them. While one is open its process cannot
-//! give way; when none is, it must.
+//! Captures: which are open, and which are over although nobody has ended them. When none is open its process gives way at
+//! once; while one stays open, it does so beside it.
 
 mod application;
 
-use application::case::is_right;
+use application::case::{Case, another_goes_through, is_right};
+use application::gpu;
+use nvshare_tools::node::Node;
 
 #[track_caller]
 fn gives_way_after(case: &str) {
@@ -65,4 +67,46 @@ fn a_capture_is_over_when_its_context_is_reset() {
 #[test]
 fn memory_is_neither_allocated_nor_freed_by_a_thread_that_a_capture_forbids_it() {
     gives_way_after("unsafe");
+}
+
+#[test]
+fn a_capture_of_the_global_mode_stays_valid_when_another_thread_ends_that_freed_memory() {
+    gives_way_after("another-thread-ends");
+}
+
+#[test]
+fn who_has_a_capture_open_gives_way_and_can_end_it() {
+    gives_way_after("open");
+}
+
+/// Its slice ends and it gives way while the work is still under way: what is evicted too early is lost.
+#[track_caller]
+fn waits_for_work(case: &str) {
+    let gpu = gpu();
+    let arguments = ["--capacity", "64MiB", "--quantum", "10ms"].map(str::to_owned);
+    let node = Node::start(gpu.environment(&[]), &arguments).unwrap();
+    let program = Case::ready("captures", case, node.environment(), &[]);
+    // It has the GPU for longer than the work would take.
+    another_goes_through(&node, &["48", "2", "1500"]);
+    program.ends_well();
+}
+
+#[test]
+fn work_that_a_stream_had_before_it_captured_is_waited_for() {
+    waits_for_work("open-after-work");
+}
+
+#[test]
+fn work_that_a_stream_had_before_it_joined_a_capture_is_waited_for() {
+    waits_for_work("open-joined-after-work");
+}
+
+#[test]
+fn work_of_another_stream_beside_an_open_capture_is_waited_for() {
+    waits_for_work("open-beside-work");
+}
+
+#[test]
+fn work_of_the_legacy_stream_beside_an_open_capture_is_waited_for() {
+    waits_for_work("open-beside-legacy-work");
 }

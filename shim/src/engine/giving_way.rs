@@ -2,7 +2,8 @@
 //! at the gate, the gate opens again and all that is tried later ([`crate::patience`]).
 //!
 //! ```text
-//!               no capture is open         nothing ends, and threads stand at the gate
+//!               no capture is open,
+//!               or one is for long         nothing ends, and threads stand at the gate
 //!   Capturing ─────────────────────▶ Shut ────────────────────────────────────────────▶ Paused
 //!       ▲                           │   ▲                                                 │
 //!       └────── one has begun ──────┘   └─────────── what stood still has ended ──────────┘
@@ -11,6 +12,10 @@
 //!
 //! All memory is in place until the end, so nothing is lost by opening the gate. The engine looks again and again, and sleeps
 //! on its doorbell in between: whatever else it has to do is done meanwhile, and nothing here waits without a bound.
+//!
+//! A capture that is open is waited for, since most end soon. One that stays open may wait for another process, or for a person;
+//! then the client drains beside it, if all work in flight can be told without ruining the capture
+//! ([`session::mark_beside_captures`]).
 //!
 //! A process drains each of its GPUs by itself, and for each waits for the work on all of them. So one drain that is
 //! put off puts off the others ([`together::pause_drain`]).
@@ -39,6 +44,9 @@ const LONGEST_LOOK: Nanos = 10 * MILLISECOND;
 /// Work that has not ended for so long is said to be endless, and a capture to be open for long.
 const LONG: Nanos = 2 * SECOND;
 
+/// A capture is waited for until it has been open for so long, if the client can drain beside it.
+const CAPTURE_WAIT: Nanos = SECOND;
+
 /// Threads that were let in keep no pace for so long: what the work waits for may come after many submissions.
 const FREE: Nanos = 50 * MILLISECOND;
 
@@ -66,6 +74,8 @@ enum State {
 
 /// The gate is shut.
 struct Shut {
+    /// Captures may be open.
+    beside_captures: bool,
     /// When something was last seen to end, or the gate was shut.
     progress: Nanos,
     /// Since when threads stand before it.
@@ -149,17 +159,21 @@ impl Engine {
     /// Shuts the gate, if no capture is open.
     fn shut(&mut self, leaves: bool) -> State {
         let hold = CaptureHold::begin();
-        let since = now();
         if !leaves && hold.is_broken() {
-            return State::Capturing { hold, since };
+            return State::Capturing { hold, since: now() };
         }
+        self.shut_gate(false)
+    }
+
+    fn shut_gate(&mut self, beside_captures: bool) -> State {
+        let since = now();
         {
             // Under the map's lock: an allocation may shut the gate meanwhile, and have its memory missing (I2).
             let memory = self.shared.memory();
             together::drain(self.shared.gpu, memory.is_missing());
         }
         flow::end(self.shared.gpu);
-        State::Shut(Shut { progress: since, standing: None, mark: None, left: usize::MAX })
+        State::Shut(Shut { beside_captures, progress: since, standing: None, mark: None, left: usize::MAX })
     }
 
     fn foresee(&mut self) {
@@ -208,6 +222,13 @@ impl Engine {
                     self.giving_way = Some(giving_way);
                     self.foresee();
                 }
+                Step::ShutBesideCaptures => {
+                    // Before the hold ends that kept new captures from beginning.
+                    giving_way.state = self.shut_gate(true);
+                    tracing::debug!(gpu = %self.shared.gpu, "a capture stays open: draining beside it");
+                    self.giving_way = Some(giving_way);
+                    self.foresee();
+                }
                 Step::Capture => {
                     giving_way.state = State::Capturing { hold: CaptureHold::begin(), since: now() };
                     self.giving_way = Some(giving_way);
@@ -234,11 +255,19 @@ impl Engine {
             self.starved.drain_stall_ends(&self.shared);
             return Step::Shut;
         }
+        let open_since = session::latest_capture().map_or(since, |latest| latest.min(since));
+        let beside = open_since + CAPTURE_WAIT;
+        if time < beside {
+            // The end of a capture rings.
+            return Step::Look(Look::Again(beside));
+        }
+        if session::mark_beside_captures().is_some() {
+            return Step::ShutBesideCaptures;
+        }
         if time.saturating_sub(since) >= LONG {
             self.shared.books.stalled(Stall::OpenCapture);
         }
-        // The end of a capture rings.
-        Step::Look(Look::Again(time + LONG))
+        Step::Look(Look::Again(time + CAPTURE_WAIT))
     }
 
     fn look_at_work(&mut self, shut: &mut Shut, stand: Nanos, leaves: bool) -> Step {
@@ -248,16 +277,24 @@ impl Engine {
         }
         let time = now();
         if shut.mark.is_none() && session::gate().vacated(time) {
-            shut.mark =
-                if leaves { Some(together::mark()) } else { session::with_no_capture(together::mark) };
+            shut.mark = match (leaves, shut.beside_captures) {
+                (true, _) => Some(together::mark()),
+                (false, true) => session::mark_beside_captures(),
+                (false, false) => session::with_no_capture(together::mark),
+            };
             if shut.mark.is_none() && self.open_again() {
-                // A capture has begun before the gate was shut.
+                // A capture has begun before the gate was shut, or is one beside which nothing can be marked.
                 return Step::Capture;
             }
         }
         if let Some(mark) = &mut shut.mark {
-            if mark.look() && self.is_drained(mark) {
+            let looked =
+                if shut.beside_captures { session::look_beside_captures(mark) } else { Some(mark.look()) };
+            if looked == Some(true) && self.is_drained(mark) {
                 return Step::Look(Look::Drained);
+            }
+            if looked.is_none() && self.open_again() {
+                return Step::Capture;
             }
             if mark.left() < shut.left {
                 (shut.left, shut.progress) = (mark.left(), time);
@@ -305,11 +342,11 @@ impl Engine {
         let went_on = time.saturating_sub(paused.since);
         // No more than what was marked already: an event in the legacy stream, now, would keep others out.
         let mark = paused.mark.as_mut();
-        if mark.is_some_and(|mark| session::with_no_capture(|| mark.has_passed()) == Some(true)) {
+        if mark.is_some_and(Mark::has_passed) {
             paused.ended.get_or_insert(went_on);
         }
-        if !open {
-            // An allocation found no room, or another GPU is given up.
+        if !open || (paused.mark.is_none() && went_on >= LONG) {
+            // An allocation found no room, or another GPU is given up, or a capture forbids to know any more.
             return Step::Shut;
         }
         if let Some(took) = paused.ended {
@@ -383,6 +420,8 @@ enum Step {
     Capture,
     /// Shut the gate, and try.
     Shut,
+    /// The same, although a capture is open.
+    ShutBesideCaptures,
     /// The gate is open again, behind this mark if there is one.
     Pause(Option<Mark>),
 }

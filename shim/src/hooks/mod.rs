@@ -51,19 +51,9 @@ fn guarded(action: impl FnOnce() -> CuResult) -> CuResult {
 /// Runs `action` in a capture mode that allows it to map memory while another thread captures: reserving, creating and
 /// mapping touch no stream, so they cannot end up in anybody's graph.
 fn relaxed<T>(action: impl FnOnce() -> T) -> T {
-    let Ok(driver) = Driver::get() else { return action() };
-    // Also after a panic: the thread's mode is the application's.
-    let _before =
-        driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED).map(|mode| Restore(driver, mode));
-    action()
-}
-
-/// Gives the thread its capture mode back when dropped.
-struct Restore(&'static Driver, CUstreamCaptureMode);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        let _ = self.0.exchange_capture_mode(self.1);
+    match Driver::get() {
+        Ok(driver) => driver.relaxed(action),
+        Err(_) => action(),
     }
 }
 
@@ -587,7 +577,7 @@ pub unsafe fn cuGreenCtxStreamCreate(
 
 // Capture
 
-/// Entry points that begin or end a capture of their stream, each in the form for the legacy default stream and in that
+/// Entry points that begin or end a capture of their stream, or have it join one, each in the form for the legacy default stream and in that
 /// for a thread's own.
 macro_rules! captures {
     ($($action:ident $name:ident / $per_thread:ident (stream $(, $arg:ident: $ty:ty)*);)*) => {
@@ -618,4 +608,5 @@ captures! {
     begin_capture cuStreamBeginCaptureToCig / cuStreamBeginCaptureToCig_ptsz (stream, params: *mut c_void);
     end_capture cuStreamEndCapture / cuStreamEndCapture_ptsz (stream, graph: *mut CUgraph);
     end_capture cuStreamEndCaptureToCig / cuStreamEndCaptureToCig_ptsz (stream);
+    join_capture cuStreamWaitEvent / cuStreamWaitEvent_ptsz (stream, event: CUevent, flags: u32);
 }

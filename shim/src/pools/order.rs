@@ -158,7 +158,7 @@ impl Lines {
         let entry = &mut self.entries[index];
         while let Some((ticket, event)) = entry.marks.front().copied() {
             // What went wrong in a context that is broken will never use memory again.
-            if driver.event_query(event) == Err(CuResult::NOT_READY) {
+            if !driver.event_is_past(event) {
                 break;
             }
             entry.marks.pop_front();

@@ -412,15 +412,16 @@ pub fn invalidate_all(core: &Core) {
 
 /// Refuses the use of the legacy stream while a stream that it would have to wait for is captured.
 pub fn refuse_implicit(core: &Core) -> Result {
-    let captures = lock(&core.captures).clone();
-    let mut refused = false;
-    for capture in captures {
-        if lock(&capture.streams).iter().any(|stream| stream.blocking()) {
-            capture.invalidated.store(true, SeqCst);
-            refused = true;
-        }
-    }
-    if refused { Err(Error::STREAM_CAPTURE_IMPLICIT) } else { Ok(()) }
+    let captures = implicit(core);
+    captures.iter().for_each(|capture| capture.invalidated.store(true, SeqCst));
+    if captures.is_empty() { Ok(()) } else { Err(Error::STREAM_CAPTURE_IMPLICIT) }
+}
+
+/// The captures in which a stream takes part that the legacy stream would have to wait for.
+pub fn implicit(core: &Core) -> Vec<Arc<Capture>> {
+    let mut captures = lock(&core.captures).clone();
+    captures.retain(|capture| lock(&capture.streams).iter().any(|stream| stream.blocking()));
+    captures
 }
 
 /// Refuses a call that isn't safe during a capture, if this thread may not make it.

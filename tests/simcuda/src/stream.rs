@@ -145,14 +145,17 @@ impl Stream {
         ordered && self.completed.load(SeqCst) >= self.submitted.load(SeqCst)
     }
 
+    /// Fails if the context has failed, or the stream has lost its green one.
+    pub fn exists(&self) -> Result {
+        self.core.healthy()?;
+        if self.detached.load(SeqCst) { Err(Error::STREAM_DETACHED) } else { Ok(()) }
+    }
+
     /// Fails if the stream can't be used now: the context has failed, or the legacy stream would have to wait for one
     /// that is being captured.
     #[inline]
     pub fn usable(&self) -> Result {
-        self.core.healthy()?;
-        if self.detached.load(SeqCst) {
-            return Err(Error::STREAM_DETACHED);
-        }
+        self.exists()?;
         if self.role == Role::Legacy && self.core.open_captures.load(SeqCst) > 0 {
             graph::refuse_implicit(&self.core)?;
         }

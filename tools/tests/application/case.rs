@@ -52,8 +52,14 @@ impl Drop for Case {
 /// A client that does not fit beside the program gets the GPU, and its data is right.
 #[track_caller]
 pub fn another_gets_its_turn(node: &Node) {
+    another_goes_through(node, &["48", "2"]);
+}
+
+/// The same, with other arguments of that client's.
+#[track_caller]
+pub fn another_goes_through(node: &Node, arguments: &[&str]) {
     let mut command = Command::new(program("compete"));
-    command.args(["48", "2"]).envs(node.environment()).stdout(Stdio::null());
+    command.args(arguments).envs(node.environment()).stdout(Stdio::null());
     let mut other = Case(command.spawn().unwrap());
     assert!(other.ended("the other client has had its turn").success());
 }

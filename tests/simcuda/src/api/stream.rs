@@ -194,9 +194,13 @@ driver_api! {
         graph.set(ended.handle)
     }
 
+    /// Of the legacy stream it is refused while one captures that it would have to wait for; no capture is ruined by that.
     fn cuStreamIsCapturing / cuStreamIsCapturing_ptsz |null| (stream: Handle, status: Out<c_uint>) {
         let stream = context::stream(null, stream)?;
-        stream.usable()?;
+        stream.exists()?;
+        if stream.role == crate::stream::Role::Legacy && !graph::implicit(&stream.core).is_empty() {
+            return Err(Error::STREAM_CAPTURE_IMPLICIT);
+        }
         status.set(graph::status(&stream) as c_uint)
     }
 
