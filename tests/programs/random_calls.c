@@ -253,12 +253,15 @@ static void allocate(void) {
     if (b->kind == POOLED && !here()->pool) b->kind = ORDERED;
     if (demand + rounded(b->bytes) > limit) return;
     size_t pitch = 0, height = 1 + choose(5);
+    unsigned element = 4 << choose(3);
     CUresult result = 0;
     switch (b->kind) {
     case ORDERED: result = TAKE(b->bytes, cuMemAllocAsync(&b->address, b->bytes, handle(s))); break;
     case POOLED: result = TAKE(b->bytes, cuMemAllocFromPoolAsync(&b->address, b->bytes, here()->pool, handle(s))); break;
     case PITCH:
-        result = TAKE(b->bytes, cuMemAllocPitch_v2(&b->address, &pitch, b->bytes / height + 1, height, 4 << choose(3)));
+        result = TAKE(b->bytes, cuMemAllocPitch_v2(&b->address, &pitch, b->bytes / height + 1, height, element));
+        /* What is refused for want of memory has a pitch too, but the native run may not have made the call. */
+        if (result) pitch = 0;
         b->bytes = pitch * height;
         break;
     case UNIFIED: result = TAKE(b->bytes, cuMemAllocManaged(&b->address, b->bytes, 1)); break;
