@@ -41,6 +41,7 @@ typedef struct {
 
 typedef struct {
     int alive, defined, kind, context, stream, graphs;
+    int recorded; /* a node of a graph allocates it, when the graph is launched */
     CUdeviceptr address;
     size_t bytes;
 } Buffer;
@@ -273,6 +274,7 @@ static void allocate(void) {
     b->graphs = 0;
     b->context = current[thread];
     b->stream = s;
+    b->recorded = (b->kind == ORDERED || b->kind == POOLED) && here()->streams[s].capturing;
     b->defined = !here()->streams[s].capturing && cuMemsetD8Async(b->address, i, b->bytes, handle(s)) == 0;
     demand += rounded(b->bytes);
 }
@@ -666,6 +668,18 @@ static void host_function(void) {
     if (!captures()) say("host functions were given %d", host_calls);
 }
 
+/* A capture of a stream has ended. What it was to allocate is there if its graph was launched; else the addresses are nobody's. */
+static void recorded(int context, int stream, int launched) {
+    for (int i = 0; i < BUFFERS; i++) {
+        Buffer *b = &buffers[i];
+        if (!b->alive || !b->recorded || b->context != context || b->stream != stream) continue;
+        b->recorded = 0;
+        if (launched) continue;
+        b->alive = 0;
+        demand -= rounded(b->bytes);
+    }
+}
+
 static void begin_capture(void) {
     int s = choose(4) ? 1 + choose(3) : 4 + thread, mode = strstr(without, "global-captures") ? 1 + choose(2) : choose(3);
     Stream *it = &here()->streams[s];
@@ -688,7 +702,11 @@ static void end_capture(int keep) {
         size_t nodes = 0;
         if (!result && graph) cuGraphGetNodes(graph, NULL, &nodes);
         say("end capture on %d, %zu nodes -> %d", s, nodes, result);
-        if (result || !graph) return;
+        int ran = 0;
+        if (result || !graph) {
+            recorded(current[thread], s, ran);
+            return;
+        }
         CUgraphExec executable = NULL;
         result = cuGraphInstantiateWithFlags(&executable, graph, 0);
         say("instantiate -> %d", result);
@@ -696,7 +714,9 @@ static void end_capture(int keep) {
         for (int times = keep && !result && !captures() ? choose(4) : 0; times; times--) {
             CUresult launched = cuGraphLaunch(executable, it->handle);
             say("launch -> %d, %d", launched, cuStreamSynchronize(it->handle));
+            ran |= !launched;
         }
+        recorded(current[thread], s, ran);
         if (!result) say("destroy -> %d", cuGraphExecDestroy(executable));
         say("destroy graph -> %d", cuGraphDestroy(graph));
         return;
@@ -981,11 +1001,15 @@ static void finish(void) {
             say("end capture -> %d", cuStreamEndCapture(it->handle, &graph));
             it->capturing = 0;
             if (graph) cuGraphDestroy(graph);
+            recorded(c, s, 0);
         }
     }
     /* A capture on another thread's own stream can only be ended there: it ends with its context. */
     for (int c = 0; c < CONTEXTS; c++)
-        for (int s = 4; s < STREAMS; s++) contexts[c].streams[s].capturing = 0;
+        for (int s = 4; s < STREAMS; s++) {
+            contexts[c].streams[s].capturing = 0;
+            recorded(c, s, 0);
+        }
     current[0] = 0;
     cuCtxSetCurrent(contexts[0].handle);
     for (int i = 0; i < BUFFERS; i++) {
