@@ -41,6 +41,7 @@ typedef struct {
 
 typedef struct {
     int alive, defined, kind, context, stream, graphs;
+    int recorded; /* a node of a graph allocates it, when the graph is launched */
     CUdeviceptr address;
     size_t bytes;
 } Buffer;
@@ -253,12 +254,15 @@ static void allocate(void) {
     if (b->kind == POOLED && !here()->pool) b->kind = ORDERED;
     if (demand + rounded(b->bytes) > limit) return;
     size_t pitch = 0, height = 1 + choose(5);
+    unsigned element = 4 << choose(3);
     CUresult result = 0;
     switch (b->kind) {
     case ORDERED: result = TAKE(b->bytes, cuMemAllocAsync(&b->address, b->bytes, handle(s))); break;
     case POOLED: result = TAKE(b->bytes, cuMemAllocFromPoolAsync(&b->address, b->bytes, here()->pool, handle(s))); break;
     case PITCH:
-        result = TAKE(b->bytes, cuMemAllocPitch_v2(&b->address, &pitch, b->bytes / height + 1, height, 4 << choose(3)));
+        result = TAKE(b->bytes, cuMemAllocPitch_v2(&b->address, &pitch, b->bytes / height + 1, height, element));
+        /* What is refused for want of memory has a pitch too, but the native run may not have made the call. */
+        if (result) pitch = 0;
         b->bytes = pitch * height;
         break;
     case UNIFIED: result = TAKE(b->bytes, cuMemAllocManaged(&b->address, b->bytes, 1)); break;
@@ -270,6 +274,7 @@ static void allocate(void) {
     b->graphs = 0;
     b->context = current[thread];
     b->stream = s;
+    b->recorded = (b->kind == ORDERED || b->kind == POOLED) && here()->streams[s].capturing;
     b->defined = !here()->streams[s].capturing && cuMemsetD8Async(b->address, i, b->bytes, handle(s)) == 0;
     demand += rounded(b->bytes);
 }
@@ -663,6 +668,18 @@ static void host_function(void) {
     if (!captures()) say("host functions were given %d", host_calls);
 }
 
+/* A capture of a stream has ended. What it was to allocate is there if its graph was launched; else the addresses are nobody's. */
+static void recorded(int context, int stream, int launched) {
+    for (int i = 0; i < BUFFERS; i++) {
+        Buffer *b = &buffers[i];
+        if (!b->alive || !b->recorded || b->context != context || b->stream != stream) continue;
+        b->recorded = 0;
+        if (launched) continue;
+        b->alive = 0;
+        demand -= rounded(b->bytes);
+    }
+}
+
 static void begin_capture(void) {
     int s = choose(4) ? 1 + choose(3) : 4 + thread, mode = strstr(without, "global-captures") ? 1 + choose(2) : choose(3);
     Stream *it = &here()->streams[s];
@@ -685,7 +702,11 @@ static void end_capture(int keep) {
         size_t nodes = 0;
         if (!result && graph) cuGraphGetNodes(graph, NULL, &nodes);
         say("end capture on %d, %zu nodes -> %d", s, nodes, result);
-        if (result || !graph) return;
+        int ran = 0;
+        if (result || !graph) {
+            recorded(current[thread], s, ran);
+            return;
+        }
         CUgraphExec executable = NULL;
         result = cuGraphInstantiateWithFlags(&executable, graph, 0);
         say("instantiate -> %d", result);
@@ -693,7 +714,9 @@ static void end_capture(int keep) {
         for (int times = keep && !result && !captures() ? choose(4) : 0; times; times--) {
             CUresult launched = cuGraphLaunch(executable, it->handle);
             say("launch -> %d, %d", launched, cuStreamSynchronize(it->handle));
+            ran |= !launched;
         }
+        recorded(current[thread], s, ran);
         if (!result) say("destroy -> %d", cuGraphExecDestroy(executable));
         say("destroy graph -> %d", cuGraphDestroy(graph));
         return;
@@ -978,11 +1001,15 @@ static void finish(void) {
             say("end capture -> %d", cuStreamEndCapture(it->handle, &graph));
             it->capturing = 0;
             if (graph) cuGraphDestroy(graph);
+            recorded(c, s, 0);
         }
     }
     /* A capture on another thread's own stream can only be ended there: it ends with its context. */
     for (int c = 0; c < CONTEXTS; c++)
-        for (int s = 4; s < STREAMS; s++) contexts[c].streams[s].capturing = 0;
+        for (int s = 4; s < STREAMS; s++) {
+            contexts[c].streams[s].capturing = 0;
+            recorded(c, s, 0);
+        }
     current[0] = 0;
     cuCtxSetCurrent(contexts[0].handle);
     for (int i = 0; i < BUFFERS; i++) {

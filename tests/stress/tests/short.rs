@@ -29,14 +29,5 @@ fn processes_that_come_and_go_at_random_hang_nowhere_and_leave_nothing() {
 
 #[test]
 fn random_calls_have_the_same_answers_natively_and_beside_a_competitor() {
-    runs_well(&[
-        "fuzz",
-        "--seeds",
-        "6",
-        "--steps",
-        "60",
-        "--no-shrink",
-        "--without",
-        "primary,global-captures",
-    ]);
+    runs_well(&["fuzz", "--seeds", "6", "--steps", "60", "--no-shrink"]);
 }
