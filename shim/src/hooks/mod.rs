@@ -188,10 +188,10 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         // As the driver does: what is refused is at address 0.
         // SAFETY: the caller's pointer to where the address goes, not null.
         unsafe { dptr.write(0) };
-        if bytesize == 0 {
-            return CuResult::INVALID_VALUE;
-        }
-        if let Err(refused) = session::refuse_unsafe() {
+        // Nothing is refused for being nothing.
+        if bytesize > 0
+            && let Err(refused) = session::refuse_unsafe()
+        {
             return refused;
         }
         match relaxed(|| allocate(&device, bytesize as u64, context)) {
