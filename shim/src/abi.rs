@@ -537,9 +537,6 @@ pub const CU_MEMHOSTREGISTER_IOMEMORY: u32 = 4;
 /// `cuMemHostRegister`: the GPU only reads it.
 pub const CU_MEMHOSTREGISTER_READ_ONLY: u32 = 8;
 
-/// `cuMemHostAlloc`: mapped into the GPU's address space.
-pub const CU_MEMHOSTALLOC_DEVICEMAP: u32 = 2;
-
 /// `cuGetProcAddress`: the forms whose default stream is shared by all threads.
 pub const CU_GET_PROC_ADDRESS_LEGACY_STREAM: u64 = 1 << 0;
 /// `cuGetProcAddress`: the forms whose default stream is the thread's own.

@@ -11,10 +11,12 @@
 //! application or the driver, and an application that hands a dead one to CUDA is as lost without nvshare. Calls that
 //! let the driver read or write host memory later are `unsafe`.
 
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -358,9 +360,7 @@ driver! {
             cuLaunchKernel(
                 CUfunction, u32, u32, u32, u32, u32, u32, u32, CUstream, *mut *mut c_void, *mut *mut c_void
             );
-            cuMemHostAlloc(*mut *mut c_void, usize, u32);
             cuMemHostGetDevicePointer_v2(*mut CUdeviceptr, *mut c_void, u32);
-            cuMemFreeHost(*mut c_void);
             cuMemExportToShareableHandle(*mut c_void, CUmemGenericAllocationHandle, u32, u64);
             cuMemImportFromShareableHandle(*mut CUmemGenericAllocationHandle, *mut c_void, u32);
             cuStreamGetCtx(CUstream, *mut CUcontext);
@@ -529,20 +529,42 @@ impl Driver {
         unsafe { (self.cuMemcpyDtoHAsync_v2)(to.cast(), from, size, stream) }.ok()
     }
 
-    /// Pinned host memory of the current context, as the host sees it and as the GPU does. Its content is unspecified.
-    pub fn mem_host_alloc(&self, size: usize) -> Result<(*mut u8, CUdeviceptr), CuResult> {
-        let alloc = self.cuMemHostAlloc.ok_or(CuResult::NOT_FOUND)?;
+    /// Pinned host memory of the current context, whole pages, as the host sees it and as the GPU does. It begins as zeros.
+    ///
+    /// It is no memory of cuMemHostAlloc's. That shares its blocks out by address, so an application that frees twice what
+    /// it had there would free this.
+    ///
+    /// # Errors
+    /// The driver's; CUDA_ERROR_OUT_OF_MEMORY if the host has none.
+    pub fn mem_host_alloc(&self, size: usize) -> Result<(NonNull<c_void>, CUdeviceptr), CuResult> {
         let device_pointer = self.cuMemHostGetDevicePointer_v2.ok_or(CuResult::NOT_FOUND)?;
-        let (mut host, mut device) = (std::ptr::null_mut(), 0);
-        // SAFETY: the pointer has room for what the driver writes.
-        unsafe { alloc(&mut host, size, CU_MEMHOSTALLOC_DEVICEMAP) }.ok()?;
-        // SAFETY: as above, and the memory was just made.
-        if let Err(error) = unsafe { device_pointer(&mut device, host, 0) }.ok() {
+        let length = NonZeroUsize::new(size).ok_or(CuResult::INVALID_VALUE)?;
+        let (read_write, private) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
+        // SAFETY: a new mapping, wherever there is room.
+        let host = unsafe { mmap_anonymous(None, length, read_write, private) }
+            .map_err(|_| CuResult::OUT_OF_MEMORY)?;
+        // Pinned pages must not be copied on write by a fork.
+        // SAFETY: the mapping that was just made.
+        let kept = unsafe { madvise(host, size, MmapAdvise::MADV_DONTFORK) };
+        let pinned = kept.map_err(|_| CuResult::OUT_OF_MEMORY).and_then(|()| {
+            // SAFETY: as above; it is unmapped after it was unregistered.
+            unsafe { self.mem_host_register(host.as_ptr().cast(), size, CU_MEMHOSTREGISTER_DEVICEMAP) }
+        });
+        if let Err(error) = pinned {
             // SAFETY: nobody else knows of it.
-            let _ = unsafe { self.mem_free_host(host.cast()) };
+            let _ = unsafe { munmap(host, size) };
             return Err(error);
         }
-        Ok((host.cast(), device))
+        let mut device = 0;
+        // SAFETY: the address has room for what the driver writes, and the memory was just pinned.
+        match unsafe { device_pointer(&mut device, host.as_ptr(), 0) }.ok() {
+            Ok(()) => Ok((host, device)),
+            Err(error) => {
+                // SAFETY: nobody else knows of it.
+                unsafe { self.mem_free_host(host, size) };
+                Err(error)
+            }
+        }
     }
 
     /// Frees what [`Driver::mem_host_alloc`] gave.
@@ -550,10 +572,11 @@ impl Driver {
     /// # Safety
     ///
     /// Neither the host nor work of the GPU uses it any more.
-    pub unsafe fn mem_free_host(&self, ptr: *mut u8) -> Result<(), CuResult> {
-        let free = self.cuMemFreeHost.ok_or(CuResult::NOT_FOUND)?;
+    pub unsafe fn mem_free_host(&self, host: NonNull<c_void>, size: usize) {
+        // A context that has ended has let go of it.
+        let _ = self.mem_host_unregister(host.as_ptr().cast());
         // SAFETY: what the caller promises.
-        unsafe { free(ptr.cast()) }.ok()
+        let _ = unsafe { munmap(host, size) };
     }
 
     /// Loads PTX text into the current context; the driver compiles it for the GPU.

@@ -16,8 +16,11 @@ use crate::driver::Driver;
 use crate::memory::CHUNK;
 use crate::swap::{SwapError, driver_said};
 use nvshare::units::GRANULE;
-use std::ffi::CStr;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, sync_channel};
+use std::ffi::{CStr, c_void};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 /// The kernel, for the driver's compiler.
@@ -39,6 +42,9 @@ const _: () =
 
 /// Chunks for which a table has room at least: 16 GiB of full ones.
 const LEAST: usize = 256;
+
+/// Bytes of a page of host memory.
+const PAGE: usize = 4096;
 
 /// What the kernel writes for a granule that is all zero.
 const ZERO: u8 = 1;
@@ -71,7 +77,7 @@ impl Entry {
 
 /// Pinned memory for the entries of a scan, and the event that says that they are answered.
 struct Table {
-    host: *mut Entry,
+    host: NonNull<c_void>,
     device: CUdeviceptr,
     capacity: usize,
     answered: CUevent,
@@ -83,33 +89,42 @@ impl Table {
         let answered = driver
             .event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING)
             .map_err(driver_said("cuEventCreate"))?;
-        match driver.mem_host_alloc(capacity * size_of::<Entry>()) {
-            // The driver's host memory begins at a page.
-            Ok((host, device)) => Ok(Self { host: host.cast(), device, capacity, answered }),
+        match driver.mem_host_alloc(Self::bytes(capacity)) {
+            Ok((host, device)) => Ok(Self { host, device, capacity, answered }),
             Err(result) => {
                 let _ = driver.event_destroy(answered);
-                Err(driver_said("cuMemHostAlloc")(result))
+                Err(driver_said("cuMemHostRegister")(result))
             }
         }
+    }
+
+    /// Whole pages.
+    fn bytes(capacity: usize) -> usize {
+        (capacity * size_of::<Entry>()).next_multiple_of(PAGE)
+    }
+
+    /// They begin at a page.
+    fn entries(&self) -> *mut Entry {
+        self.host.as_ptr().cast()
     }
 
     fn write(&mut self, entries: &[Entry]) {
         assert!(entries.len() <= self.capacity);
         // SAFETY: there is room; and no kernel uses the table, because it was spare (see `Scanner::spare`).
-        unsafe { self.host.copy_from_nonoverlapping(entries.as_ptr(), entries.len()) };
+        unsafe { self.entries().copy_from_nonoverlapping(entries.as_ptr(), entries.len()) };
     }
 
     /// The first entries. To be called when the kernel is done with them.
     fn read(&self, entries: usize) -> Vec<Entry> {
         assert!(entries <= self.capacity);
         // SAFETY: `write` has written these, and any bytes that the kernel wrote are good ones.
-        (0..entries).map(|index| unsafe { self.host.add(index).read_volatile() }).collect()
+        (0..entries).map(|index| unsafe { self.entries().add(index).read_volatile() }).collect()
     }
 
     fn destroy(self, driver: &Driver) {
         let _ = driver.event_destroy(self.answered);
         // SAFETY: it was spare.
-        let _ = unsafe { driver.mem_free_host(self.host.cast()) };
+        unsafe { driver.mem_free_host(self.host, Self::bytes(self.capacity)) };
     }
 }
 
@@ -225,14 +240,41 @@ unsafe impl Send for Scanner {}
 /// machine's life with each driver.
 const LOADED_WITHIN: Duration = Duration::from_secs(2);
 
+/// How long a context does not end because a kernel is being loaded into it. It is longer than any compiler takes: what takes
+/// longer waits for the dynamic loader's lock, which was free a moment ago, and whoever took it may be the one who ends the
+/// context.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(30);
+
 /// The kernel, as it is being loaded.
 ///
 /// The driver opens its compiler for that, which is a library, and so needs the dynamic loader's lock. A library that does
 /// CUDA work in a constructor holds that lock while it waits at the gate for this client's next turn. So a thread of its own
 /// loads the kernel; the engine waits for it once, and until it is there copies zeros like anything else.
+///
+/// The library may also end its context in the constructor. So the thread does not begin before the lock is free, and until
+/// then it can be told not to.
 pub struct Loading {
     loaded: Receiver<Result<Scanner, SwapError>>,
+    step: Arc<AtomicU8>,
     waited: bool,
+}
+
+/// The thread has made no call of the driver's yet.
+const WAITS: u8 = 0;
+/// The driver loads the kernel, or has loaded it.
+const LOADS: u8 = 1;
+/// The thread is to make no call of the driver's.
+const GIVEN_UP: u8 = 2;
+
+/// Goes from one step to another, if that is the one.
+fn go(step: &AtomicU8, from: u8, to: u8) -> bool {
+    step.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+}
+
+/// Waits until the dynamic loader's lock is free.
+fn await_loader() {
+    // SAFETY: without a name it is the program itself, which stays.
+    unsafe { libc::dlclose(libc::dlopen(std::ptr::null(), libc::RTLD_LAZY)) };
 }
 
 impl Loading {
@@ -242,16 +284,21 @@ impl Loading {
     /// The system has no thread for it.
     pub fn begin(driver: &'static Driver, context: CUcontext) -> std::io::Result<Self> {
         let (tell, loaded) = sync_channel(1);
+        let step = Arc::new(AtomicU8::new(WAITS));
+        let begins = step.clone();
         std::thread::Builder::new().name("nvshare-scan".into()).spawn(move || {
             // The application's signals are for its own threads, and their captures none of this one's business.
             let _ = nix::sys::signal::SigSet::all().thread_set_mask();
+            await_loader();
+            if !go(&begins, WAITS, LOADS) {
+                return;
+            }
             let _ = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
             let current = driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"));
-            if let Err(SendError(Ok(unwanted))) = tell.send(current.and_then(|()| Scanner::new(driver))) {
-                unwanted.destroy();
-            }
+            // Whoever does not wait any more has given the context up: the kernel goes with it.
+            let _ = tell.send(current.and_then(|()| Scanner::new(driver)));
         })?;
-        Ok(Self { loaded, waited: false })
+        Ok(Self { loaded, step, waited: false })
     }
 
     /// The kernel, or why there is none; `None` if it is not there yet.
@@ -264,6 +311,22 @@ impl Loading {
             Err(RecvTimeoutError::Disconnected) => {
                 Some(Err(SwapError::Panic("while loading a kernel".into())))
             }
+        }
+    }
+
+    /// Waits until nothing is loaded any more, and gives the kernel back. The context may end only then: the driver would go
+    /// on in memory that it has freed.
+    pub fn end(self) {
+        if go(&self.step, WAITS, GIVEN_UP) {
+            return;
+        }
+        match self.loaded.recv_timeout(GIVEN_UP_WITHIN) {
+            Ok(Ok(scanner)) => scanner.destroy(),
+            Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {}
+            Err(RecvTimeoutError::Timeout) => tracing::error!(
+                "a context ends although the driver has been loading a kernel into it for {} s; the driver may crash",
+                GIVEN_UP_WITHIN.as_secs()
+            ),
         }
     }
 }

@@ -214,8 +214,8 @@ impl Swap {
         let _ = self.answer();
         match std::mem::replace(&mut self.eyes, Eyes::Shut) {
             Eyes::Open(scanner) => scanner.destroy(),
-            // The thread gives it back that is loading it.
-            Eyes::Opening(_) | Eyes::Shut | Eyes::Blind => {}
+            Eyes::Opening(loading) => loading.end(),
+            Eyes::Shut | Eyes::Blind => {}
         }
         for Ends { begin, end } in self.events.drain(..) {
             let _ = self.shared.driver.event_destroy(begin);

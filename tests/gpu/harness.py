@@ -189,8 +189,17 @@ class Watch(threading.Thread):
         return rows
 
     def yields(self, name):
-        """How many times clients of this name gave way."""
-        return sum(client["yields"] for client in self.last(name).values())
+        """How many times clients of this name gave way. The counter of a process begins anew when it has no context for a while."""
+        total, before = 0, {}
+        for _, gpus in list(self.samples):
+            for gpu in gpus:
+                for client in gpu["clients"]:
+                    if client["name"] == name:
+                        key = gpu["uuid"], client["slot"], client["pid"]
+                        since = before.get(key, 0)
+                        total += client["yields"] - (since if client["yields"] >= since else 0)
+                        before[key] = client["yields"]
+        return total
 
     def most(self, name, what):
         """The most, on any GPU at any moment, that `what(client)` adds up to over the clients of this name."""

@@ -2,7 +2,9 @@
 
 mod application;
 
+use application::books::Competitor;
 use application::{Application, MIB, SUCCESS, gpu, node};
+use nvshare_tools::node::SimulatedGpu;
 
 /// Two that do not fit together take turns; the one has written to a part of what it has.
 #[test]
@@ -30,4 +32,24 @@ fn a_switch_moves_what_is_used_and_not_what_is_allocated() {
     sparse.works();
     dense.end();
     sparse.ends_well();
+}
+
+/// The driver's compiler takes longer than the engine waits for the kernel that looks at memory, and the context ends meanwhile.
+#[test]
+fn no_context_ends_while_the_kernel_is_being_loaded_into_it() {
+    let settings = [("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("COMPILE_NS", "4000000000")];
+    let gpu = SimulatedGpu::new(&settings.map(|(name, value)| (name, value.to_owned()))).unwrap();
+    let node = node(&gpu);
+    let mut one = Application::ready(&node);
+    let block = one.alloc(32 * MIB);
+    one.does(&format!("set {block} {} 7 0", 32 * MIB));
+    let mut other = Competitor::start(&node);
+    // All of it goes out, and the GPU looks at none of it first.
+    other.takes_all(&node, &one);
+    one.does("destroy 0");
+    one.does("create");
+    let block = one.alloc(MIB);
+    one.does(&format!("set {block} {MIB} 7 0"));
+    other.ends();
+    one.end();
 }

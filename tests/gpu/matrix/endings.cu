@@ -70,8 +70,10 @@ static void life(Digest &digest, bool held_by_another) {
         Ballast ballast(512);
         void *pinned;
         CALL(cudaMallocHost(&pinned, 16 << 20));
-        for (int turn = 0; turn < 3; turn++) ballast.turn();
-        digest.add(first_word(ballast.words));
+        // So long that a competitor has its turn within it.
+        auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(2500);
+        do ballast.turn();
+        while (std::chrono::steady_clock::now() < until);
         // In flight at the reset.
         mix<<<1024, 256, 0, ballast.stream>>>(ballast.words, ballast.count, 1);
         CALL(cudaDeviceReset());

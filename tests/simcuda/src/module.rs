@@ -5,8 +5,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::time::Duration;
 
 use crate::abi::{Error, Handle, Result};
+use crate::context::Context;
 use crate::driver::driver;
 use crate::handles;
 use crate::kernels::Kernel;
@@ -47,11 +49,29 @@ pub fn entries(ptx: &str) -> Vec<&str> {
     names
 }
 
+/// A module is being loaded into a context, which must not end meanwhile.
+struct Loading(Arc<Context>);
+
+impl Loading {
+    fn begin(context: Arc<Context>) -> Self {
+        context.core.loading.fetch_add(1, SeqCst);
+        Self(context)
+    }
+}
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        self.0.core.loading.fetch_sub(1, SeqCst);
+    }
+}
+
 /// Loads PTX text. The real driver's compiler is a library that it opens for that, so the dynamic loader's lock is needed.
 pub fn load(image: &[u8], context: Handle) -> Result<Arc<Module>> {
     let driver = driver()?;
+    let _loading = driver.contexts.get(context).ok().map(Loading::begin);
     // SAFETY: a C string, of a library that is loaded in any case.
     unsafe { libc::dlclose(libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY)) };
+    std::thread::sleep(Duration::from_nanos(driver.config.compile_ns));
     let text = std::str::from_utf8(image).map_err(|_| Error::INVALID_IMAGE)?;
     if !text.contains(".version") || !text.contains(".target") {
         return Err(Error::INVALID_IMAGE);

@@ -10,6 +10,7 @@
 //! | `NVSHARE_SIM_PAGEABLE_BANDWIDTH` | the same for pageable memory | a quarter of the link |
 //! | `NVSHARE_SIM_DEVICE_BANDWIDTH` | bytes/s inside the GPU | 8GiB |
 //! | `NVSHARE_SIM_KERNEL_NS` | least duration of a kernel that touches memory | 0 |
+//! | `NVSHARE_SIM_COMPILE_NS` | how long the driver's compiler takes for PTX text | 0 |
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
 //! | `NVSHARE_SIM_NVML_PIDS` | how the simulated NVML shows processes: `own`; `other`: as from a container, by pids of another namespace; `none`: not at all | own |
@@ -62,6 +63,8 @@ pub struct Config {
     pub device_bandwidth: u64,
     /// Least duration of a kernel that touches memory.
     pub kernel_ns: u64,
+    /// How long the compiler takes for PTX text.
+    pub compile_ns: u64,
     /// Bytes/s of managed pages that a kernel faults in.
     pub um_fault_bandwidth: u64,
     /// Bytes/s of managed pages that have to leave.
@@ -119,6 +122,7 @@ impl Config {
             pageable_bandwidth: bytes(var, "NVSHARE_SIM_PAGEABLE_BANDWIDTH")?.unwrap_or((link / 4).max(1)),
             device_bandwidth: bytes(var, "NVSHARE_SIM_DEVICE_BANDWIDTH")?.unwrap_or(8 * GIB),
             kernel_ns: number(var, "NVSHARE_SIM_KERNEL_NS", "a number of nanoseconds")?.unwrap_or(0),
+            compile_ns: number(var, "NVSHARE_SIM_COMPILE_NS", "a number of nanoseconds")?.unwrap_or(0),
             um_fault_bandwidth: bytes(var, "NVSHARE_SIM_UM_FAULT_BANDWIDTH")?.unwrap_or(um),
             um_evict_bandwidth: bytes(var, "NVSHARE_SIM_UM_EVICT_BANDWIDTH")?.unwrap_or(um),
             watch: number::<u8>(var, "NVSHARE_SIM_WATCH", "0 or 1")?.unwrap_or(0) != 0,
