@@ -81,6 +81,21 @@ EXPLAINED = [
         r"destroyed_contexts.*",
     ),
     Explained(
+        "The driver does not see that the number of bytes overflows: it takes the memset, which then breaks the context. Under "
+        "nvshare it is refused",
+        r"cuMemsetD(8|32)_v2\(a, 1, (18446744073709551615|4611686018427387905)\)",
+        r"SUCCESS",
+        r"INVALID_VALUE",
+        r"setting_memory",
+    ),
+    Explained(
+        "After the memset that natively breaks the context",
+        r"cuCtxSynchronize\(\)",
+        r"ILLEGAL_ADDRESS",
+        r"SUCCESS",
+        r"setting_memory",
+    ),
+    Explained(
         "Natively the call crashes the process; under nvshare it is refused",
         r".*",
         r"signal 11",
