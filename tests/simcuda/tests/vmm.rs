@@ -29,9 +29,8 @@ fn a_handle_is_mapped_several_times_and_outlives_its_release() {
         assert_eq!(cuda.free_bytes(), before - 2 * PAGE, "one allocation however often it is mapped");
 
         assert_eq!(cuda.unmap(pointer, 3 * PAGE - 4096), 1, "half a mapping");
-        assert_eq!(cuda.unmap(pointer, 4 * PAGE), 1, "with a gap");
         assert_eq!(cuda.read(pointer + 8, 1), [42], "a refused call changes nothing");
-        assert_eq!(cuda.unmap(pointer, 3 * PAGE), 0, "both mappings");
+        assert_eq!(cuda.unmap(pointer, 4 * PAGE), 0, "both mappings, and a gap: seen on an H200");
         assert_eq!(cuda.free_bytes(), before);
     });
 }
