@@ -156,6 +156,11 @@ impl CuResult {
         self.0 == 0
     }
 
+    /// Whether the driver refuses a call for the sake of a capture, or says that a capture is wrong.
+    pub const fn is_of_capture(self) -> bool {
+        Self::STREAM_CAPTURE_UNSUPPORTED.0 <= self.0 && self.0 <= Self::STREAM_CAPTURE_WRONG_THREAD.0
+    }
+
     /// The same as a `Result`, for `?`.
     pub const fn ok(self) -> Result<(), CuResult> {
         if self.is_success() { Ok(()) } else { Err(self) }

@@ -64,7 +64,8 @@ fn refused(
     (address, bytes): (CUdeviceptr, u64),
     (base, end): (CUdeviceptr, CUdeviceptr),
 ) -> Option<CuResult> {
-    // Without a context the driver refuses the call for that.
+    // A process that has broken down is told so, and without a context the driver refuses the call for that.
+    session::intact().ok()?;
     Driver::get().ok()?.ctx_current().ok().filter(|context| *context != CUcontext::NULL)?;
     tracing::warn!(
         "{call}: {} at {address:#x} reach beyond the end of the allocation of {} at {base:#x}",

@@ -12,12 +12,19 @@ use crate::truth::Figures;
 use nvshare::Books;
 use nvshare::lock::SlotSet;
 use nvshare::map::MappedPage;
+use nvshare::policy;
 use nvshare::shares::MemoryLimit;
 use nvshare::snapshot::Snapshot;
-use nvshare::units::{GRANULE, GpuUuid, Granules, MAX_GRANULES, bytes_of, format_size, granules_for};
+use nvshare::sync::now;
+use nvshare::units::{
+    GRANULE, GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, bytes_of, format_size, granules_for,
+};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
+
+/// So long an allocation that cannot wait for its engine waits for others to give back what they do not need, ns.
+const SPARES_WAIT: Nanos = 10 * MILLISECOND;
 
 /// What the engine and the application's threads share.
 pub struct Shared {
@@ -455,14 +462,26 @@ impl Shared {
 
     /// Takes granules of the pool, and has spares go for them if need be. False if there are none.
     fn take_over_spares(&self, memory: &mut Memory, granules: Granules) -> bool {
+        let mut until = None;
         loop {
-            if self.books.try_take(granules).is_ok() {
-                return true;
+            let Err(free) = self.books.try_take(granules) else { return true };
+            if self.drop_oldest_spare(memory) > 0 {
+                continue;
             }
-            if self.drop_oldest_spare(memory) == 0 {
+            // While a capture is open nobody can wait for the engine; but others give spares back at once.
+            let until = *until.get_or_insert_with(|| now() + SPARES_WAIT);
+            if !session::is_capturing() || now() >= until || !self.others_keep_spares() {
                 return false;
             }
+            self.books.wait_for_granules(free);
         }
+    }
+
+    /// Whether other clients hold more than they need, which they give back when somebody lacks it.
+    fn others_keep_spares(&self) -> bool {
+        let page = self.books.page();
+        let keepers = policy::keepers(&Snapshot::take(page, page.admitted()));
+        !keepers.without(self.books.slot()).is_empty()
     }
 
     /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.

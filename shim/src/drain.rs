@@ -96,6 +96,8 @@ pub struct Green {
 pub struct Parted {
     greens: Vec<Green>,
     streams: Vec<Tracked>,
+    /// Ends of streams that were destroyed.
+    orphans: Vec<Arc<End>>,
     /// Its work may still be under way.
     busy: bool,
 }
@@ -356,10 +358,10 @@ impl Streams {
             ENDING_BUSY.fetch_add(1, Ordering::AcqRel);
         }
         tracking.contexts.retain(|known| *known != context);
-        tracking.orphans.retain(|end| end.context != context);
+        let orphans = tracking.orphans.extract_if(.., |end| end.context == context).collect();
         let greens = tracking.greens.extract_if(.., |known| known.owner == context).collect();
         let streams = tracking.streams.extract_if(.., |known| known.context == context).collect();
-        Parted { greens, streams, busy }
+        Parted { greens, streams, orphans, busy }
     }
 
     /// The context did not go.
@@ -368,6 +370,7 @@ impl Streams {
         let mut tracking = self.tracking();
         tracking.greens.append(&mut parted.greens);
         tracking.streams.append(&mut parted.streams);
+        tracking.orphans.append(&mut parted.orphans);
     }
 
     /// A stream was made, in a context or in a green one of it. In a green one the legacy stream of the context waits for
@@ -377,18 +380,32 @@ impl Streams {
         self.tracking().streams.push(Tracked { stream, context, green, blocking });
     }
 
-    /// A stream is about to be destroyed. Its work goes on, so its end is remembered, unless the legacy stream waits for it.
-    /// What was known of it, if anything.
-    pub fn remove(&self, driver: &'static Driver, stream: CUstream) -> Option<Tracked> {
+    /// A stream is about to be destroyed. Its work goes on, so its end is remembered, unless the legacy stream waits for it. An
+    /// event in a stream that captures would become a part of the graph, and never come: such a stream has the work that it had
+    /// `before` it captured. What was known of it, if anything.
+    pub fn remove(
+        &self,
+        driver: &'static Driver,
+        stream: CUstream,
+        before: impl FnOnce() -> WorkBefore,
+    ) -> Option<Tracked> {
+        let captures = driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE);
+        // Before the lock here: whoever marks beside a capture has the set of captures first.
+        let before = if captures { before() } else { WorkBefore::Unknown };
         let mut tracking = self.tracking();
         let index = tracking.streams.iter().position(|known| known.stream == stream)?;
         let tracked @ Tracked { context, blocking, .. } = tracking.streams.swap_remove(index);
         if blocking {
             return Some(tracked);
         }
+        if captures {
+            if let WorkBefore::Until(end) = before {
+                tracking.orphans.push(end);
+            }
+            return Some(tracked);
+        }
         let end =
             Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false));
-        // A stream that cannot be marked (a capture is open in it) has no work that it has submitted.
         if let Ok(end) = end {
             tracking.add_orphan(end);
         }
@@ -416,8 +433,11 @@ impl Streams {
         {
             let tracking = self.tracking();
             for Tracked { stream, .. } in &tracking.streams {
-                if driver.stream_capture_status(*stream) == Ok(CU_STREAM_CAPTURE_STATUS_NONE) {
-                    continue;
+                match driver.stream_capture_status(*stream) {
+                    Ok(CU_STREAM_CAPTURE_STATUS_NONE) => continue,
+                    // Its context is broken: it does no work any more, captured or not.
+                    Err(result) if !result.is_of_capture() => continue,
+                    _ => {}
                 }
                 match before(*stream) {
                     WorkBefore::None => captured.push((*stream, None)),
@@ -440,12 +460,16 @@ impl Streams {
     pub fn may_mark_defaults(&self, driver: &'static Driver) -> bool {
         let tracking = self.tracking();
         // The driver answers with an error if the legacy stream may not be used now, and ruins nothing.
-        let usable = |context: &CUcontext| {
+        let status = |context: &CUcontext| {
             let _current = Current::new(driver, *context)?;
             driver.stream_capture_status(CUstream::LEGACY)
         };
-        tracking.greens.is_empty()
-            && tracking.contexts.iter().all(|context| usable(context) == Ok(CU_STREAM_CAPTURE_STATUS_NONE))
+        // A context that is broken does no work any more.
+        let usable = |context| match status(context) {
+            Ok(status) => status == CU_STREAM_CAPTURE_STATUS_NONE,
+            Err(result) => !result.is_of_capture(),
+        };
+        tracking.greens.is_empty() && tracking.contexts.iter().all(usable)
     }
 
     /// Marks the present end of all work in a context and its green ones.

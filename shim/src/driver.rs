@@ -665,9 +665,9 @@ impl Driver {
     /// Whether an event has come, or can never come because its context is broken or gone. The driver may refuse to tell while
     /// somebody captures: then it has not, as far as anybody knows.
     pub fn event_is_past(&self, event: CUevent) -> bool {
-        let captured = CuResult::STREAM_CAPTURE_UNSUPPORTED.0..=CuResult::STREAM_CAPTURE_WRONG_THREAD.0;
-        let is_ahead = |result: CuResult| result == CuResult::NOT_READY || captured.contains(&result.0);
-        !self.event_query(event).is_err_and(is_ahead)
+        // An event that is a part of a graph never comes, whoever asks.
+        let refuses = |result: CuResult| result.is_of_capture() && result != CuResult::CAPTURED_EVENT;
+        !self.event_query(event).is_err_and(|result| result == CuResult::NOT_READY || refuses(result))
     }
 
     /// Runs `action` in a capture mode that allows it what other threads' captures forbid. The thread's own mode is the

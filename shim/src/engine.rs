@@ -210,6 +210,8 @@ impl Engine {
             }
             Heir::Nowhere => {
                 self.await_growing();
+                // Nobody would hear that others want them, until the driver has decided.
+                self.shared.drop_spares(&mut self.shared.memory());
                 self.swap.leave();
                 let _ = self.shared.driver.ctx_set_current(CUcontext::NULL);
                 if let Some(context) = self.shared.out_of_context() {

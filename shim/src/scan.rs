@@ -313,10 +313,12 @@ impl Loading {
             }
         }
     }
+}
 
-    /// Waits until nothing is loaded any more, and gives the kernel back. The context may end only then: the driver would go
-    /// on in memory that it has freed.
-    pub fn end(self) {
+impl Drop for Loading {
+    /// Waits until nothing is loaded any more, and gives the kernel back if nobody has it. The context may end only then: the
+    /// driver would go on in memory that it has freed.
+    fn drop(&mut self) {
         if go(&self.step, WAITS, GIVEN_UP) {
             return;
         }

@@ -557,6 +557,8 @@ struct Captures {
     open: HashMap<Queue, Capture>,
     /// Those that joined one of them, as they came; until none is open.
     joined: HashMap<Queue, WorkBefore>,
+    /// Threads that may be having a stream join one at this moment.
+    joining: u32,
 }
 
 struct Capture {
@@ -668,24 +670,47 @@ fn work_before(stream: CUstream) -> WorkBefore {
     }
 }
 
+/// What work a stream that captures had before.
+pub fn work_before_capture(stream: CUstream) -> WorkBefore {
+    capturing().work_before(stream)
+}
+
 /// Lets a stream wait for an event with `call`. If that is one of a capture, the stream takes part in it from then on.
 pub fn join_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     if CAPTURES.load(Ordering::SeqCst) == 0 {
         return call();
     }
-    // Held meanwhile: a stream that somebody marks does not begin to capture.
-    let mut set = capturing();
+    // A stream that somebody marks does not begin to capture meanwhile. The set is not held for that: the driver may block in
+    // these calls, until a thread goes on that wants the set.
+    let _joining = Joining::begin();
     let stream = stream.named(per_thread);
-    let before = work_before(stream);
-    let result = call();
     let captures = || {
         let status = Driver::get().map(|driver| driver.stream_capture_status(stream));
         matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
     };
-    if !matches!(before, WorkBefore::Unknown) && captures() {
-        set.joined.insert(Queue::of(stream, per_thread), before);
+    let captured = captures();
+    let before = work_before(stream);
+    let result = call();
+    if !captured && captures() {
+        capturing().joined.insert(Queue::of(stream, per_thread), before);
     }
     result
+}
+
+/// A stream may join a capture, until dropped.
+struct Joining(());
+
+impl Joining {
+    fn begin() -> Self {
+        capturing().joining += 1;
+        Self(())
+    }
+}
+
+impl Drop for Joining {
+    fn drop(&mut self) {
+        capturing().joining -= 1;
+    }
 }
 
 /// Ends the capture of a stream with `call`. The driver may refuse: another thread has begun the capture, or the stream
@@ -758,7 +783,7 @@ pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
 /// asked and marked by a thread in the relaxed mode.
 pub fn mark_beside_captures() -> Option<Mark> {
     let set = capturing();
-    together::mark_beside(|stream| set.work_before(stream))
+    (set.joining == 0).then(|| together::mark_beside(|stream| set.work_before(stream)))?
 }
 
 /// Looks whether such a mark has passed. `None` if that cannot be told any more: a capture has come that forbids it.

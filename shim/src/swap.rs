@@ -214,7 +214,8 @@ impl Swap {
         let _ = self.answer();
         match std::mem::replace(&mut self.eyes, Eyes::Shut) {
             Eyes::Open(scanner) => scanner.destroy(),
-            Eyes::Opening(loading) => loading.end(),
+            // It is waited for.
+            Eyes::Opening(loading) => drop(loading),
             Eyes::Shut | Eyes::Blind => {}
         }
         for Ends { begin, end } in self.events.drain(..) {

@@ -138,9 +138,12 @@ static void ruined(void) {
 }
 
 /* The driver does not destroy a stream that captures; a capture is ruined by the attempt. */
-static void destroyed(void) {
-    CUstream stream = capturing(RELAXED);
+/* The end of a stream that captures would be an event of the graph, which never comes. */
+static void destroyed(unsigned flags) {
+    CUstream stream;
     CUgraph graph;
+    CHECK(cuStreamCreate(&stream, flags));
+    CHECK(cuStreamBeginCapture_v2(stream, RELAXED));
     expect(cuStreamDestroy_v2(stream), 900, "cuStreamDestroy");
     expect(cuStreamEndCapture(stream, &graph), 901, "the end of a ruined capture");
     CHECK(cuStreamDestroy_v2(stream));
@@ -354,7 +357,8 @@ int main(int argc, char **argv) {
     else if (!strcmp(name, "thread-ends")) in_a_thread(begins_and_ends_itself, (void *)&explicit, 0);
     else if (!strcmp(name, "refused")) refused();
     else if (!strcmp(name, "ruined")) ruined();
-    else if (!strcmp(name, "destroyed")) destroyed();
+    else if (!strcmp(name, "destroyed")) destroyed(0);
+    else if (!strcmp(name, "destroyed-apart")) destroyed(CU_STREAM_NON_BLOCKING);
     else if (!strcmp(name, "to-a-graph")) to_a_graph();
     else if (!strcmp(name, "during-a-free")) during_a_free();
     else if (!strcmp(name, "another-thread-ends")) beside_the_end_of_a_thread();

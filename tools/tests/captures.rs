@@ -43,6 +43,11 @@ fn a_capture_is_open_until_its_end_although_its_stream_was_to_be_destroyed() {
 }
 
 #[test]
+fn no_end_of_a_stream_is_awaited_that_captures_and_was_to_be_destroyed() {
+    gives_way_after("destroyed-apart");
+}
+
+#[test]
 fn a_capture_to_a_graph_is_a_capture() {
     gives_way_after("to-a-graph");
 }

@@ -134,7 +134,14 @@ fn destroy_stream(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult
         let all = session::all();
         let tracked: Vec<_> = relaxed(|| {
             pools::stream_ends(driver, stream);
-            all.iter().filter_map(|device| Some((device, device.streams.remove(driver, stream)?))).collect()
+            all.iter()
+                .filter_map(|device| {
+                    Some((
+                        device,
+                        device.streams.remove(driver, stream, || session::work_before_capture(stream))?,
+                    ))
+                })
+                .collect()
         });
         crate::flow::forget_stream(stream);
         let result = call();
