@@ -17,7 +17,7 @@ pub enum LogFormat {
 
 /// Creates the control pages of this node's GPUs, registers clients, and cleans up after the dead.
 #[derive(Debug, Parser)]
-#[command(name = "nvshare-arbiter", version)]
+#[command(name = "nvshare-arbiter", version, max_term_width = 80)]
 pub struct Options {
     /// Where pages and socket are [default: /run/nvshare for root, else $XDG_RUNTIME_DIR/nvshare]
     #[arg(long, env = "NVSHARE_RUNTIME_DIR", value_name = "DIR")]

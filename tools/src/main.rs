@@ -10,6 +10,7 @@ use std::process::ExitCode;
     name = "nvshare",
     version,
     arg_required_else_help = true,
+    max_term_width = 80,
     after_help = "Examples:
   nvshare demo                        see it work, without a GPU
   nvshare run -- python3 train.py     run a program on the shared GPUs; as many at once as you like

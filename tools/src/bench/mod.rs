@@ -8,8 +8,11 @@ pub mod stats;
 pub mod switch;
 
 use crate::Failure;
+use crate::digits::significant;
+use crate::layout::{self, figures, words};
 use crate::say;
-use stats::{Row, figure};
+use comfy_table::presets;
+use stats::Row;
 
 /// Options of `nvshare bench`.
 #[derive(Debug, clap::Args)]
@@ -62,22 +65,13 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
-fn table(rows: &[Row]) -> comfy_table::Table {
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
-    table.set_header(["name", "unit", "n", "p50", "p99", "max"]);
-    for row in rows {
-        table.add_row([
-            row.name.clone(),
-            row.unit.clone(),
-            row.n.to_string(),
-            figure(row.p50),
-            figure(row.p99),
-            figure(row.max),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(comfy_table::CellAlignment::Right);
-    }
-    table
+fn table(rows: &[Row]) -> String {
+    let columns =
+        [words("name"), words("unit"), figures("n"), figures("p50"), figures("p99"), figures("max")];
+    let cells = |row: &Row| {
+        let [p50, p99, max] = [row.p50, row.p99, row.max].map(significant);
+        vec![row.name.clone(), row.unit.clone(), row.n.to_string(), p50, p99, max]
+    };
+    let rows: Vec<Vec<String>> = rows.iter().map(cells).collect();
+    layout::table(&columns, &rows, presets::NOTHING, layout::width())
 }

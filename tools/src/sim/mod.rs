@@ -19,13 +19,13 @@ mod paging;
 pub mod picture;
 pub mod report;
 pub mod scenario;
-mod table;
+pub mod table;
 mod tally;
 mod task;
 pub mod world;
 
 use crate::Failure;
-use crate::output;
+use crate::{layout, output};
 pub use amount::Time;
 use scenario::Scenario;
 use std::path::{Path, PathBuf};
@@ -65,7 +65,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         write(path, &picture::draw(&scenario, &outcome))?;
     }
     let Some(path) = &options.json else {
-        output::write(format_args!("{}", table::of(&report)));
+        output::write(format_args!("{}", table::of(&report, layout::width())));
         return Ok(());
     };
     let json = report.json();
@@ -73,7 +73,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         output::write(format_args!("{json}"));
         return Ok(());
     }
-    output::write(format_args!("{}", table::of(&report)));
+    output::write(format_args!("{}", table::of(&report, layout::width())));
     write(path, &json)
 }
 
