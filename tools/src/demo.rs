@@ -31,25 +31,25 @@ use std::time::{Duration, Instant};
 /// Options of `nvshare demo`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  nvshare demo                     about a minute, on any machine
-  nvshare demo --jobs 3 --iterations 500
-  nvshare demo --gpu               on this machine's GPU: a pool of 14.9 GiB, jobs of 12 GiB
+  nvshare demo                              about a minute, on any machine
+  nvshare demo --jobs 3 --iterations 500    longer, and more to the point
+  nvshare demo --gpu                        on this machine's GPU
 
 Every job checks all of its data at the end, to the last bit.")]
 pub struct Options {
     /// Use the machine's GPU instead of a simulated one
     #[arg(long)]
     gpu: bool,
-    /// Jobs that share the GPU
+    /// How many jobs share the GPU; 1 to 16, of which 4 find room on the simulated one
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=16))]
     jobs: u32,
-    /// Walks of each job over all of its memory [default: 200, 2000 with --gpu]
+    /// How often each job walks over all of its memory; few walks show little but start-up [default: 200, 2000 with --gpu]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     iterations: Option<u32>,
-    /// Size of the pool [default: 14.9GiB]
+    /// Size of the pool, such as 14.9GiB; only with --gpu [default: 14.9GiB]
     #[arg(long, value_name = "SIZE", value_parser = crate::size, requires = "gpu")]
     capacity: Option<u64>,
-    /// Memory of each job [default: 12GiB]
+    /// Memory of each job, such as 12GiB; only with --gpu [default: 12GiB]
     #[arg(long, value_name = "SIZE", value_parser = crate::size, requires = "gpu")]
     size: Option<u64>,
 }

@@ -19,20 +19,22 @@ use std::path::{Path, PathBuf};
 /// Options of `nvshare status`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its
+A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its \
 context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
 
-Below the clients stand those that are to give way and cannot, with the reason, and those whose weight, priority or
+Below the clients stand those that are to give way and cannot, with the reason, and those whose weight, priority or \
 memory limit is not the usual one; `nvshare set` changes them.
+
+A screen that is too narrow for the table has further columns below. COLUMNS sets its width.
 
 Examples:
   nvshare status
   nvshare status --json | jq '.gpus[].clients[] | {name, phase}'")]
 pub struct Options {
-    /// One JSON object, for programs
+    /// Write one JSON object, for programs, instead of the tables
     #[arg(long)]
     json: bool,
-    /// Where the pages are
+    /// Directory of the control pages [default: $NVSHARE_RUNTIME_DIR, or /run/nvshare, or one of your own]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 }

@@ -18,7 +18,7 @@ use stats::Row;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   nvshare bench handoff
-  nvshare bench launch --json | jq 'select(.name == \"launch_added_1_thread\") | .p50'
+  nvshare bench launch --json | jq 'select(.unit == \"ns\") | {name, p50}'
   nvshare bench switch --gpu
 
 With --json, one object a line: name, unit, n (samples), p50, p99, max.
@@ -26,7 +26,7 @@ The simulated GPU is a test double: launch and switch say something about a GPU 
 pub struct Options {
     #[command(subcommand)]
     what: What,
-    /// One JSON object a line, for programs
+    /// Write one JSON object a line, for programs, instead of the table
     #[arg(long, global = true)]
     json: bool,
 }

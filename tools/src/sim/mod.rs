@@ -39,15 +39,15 @@ pub use tally::State;
 
 docs/simulator.md describes what is modelled, the file and the results.")]
 pub struct Options {
-    /// What to simulate, as TOML
+    /// File that says what to simulate, in TOML
     scenario: PathBuf,
     /// Write the results as JSON to this file; - is the standard output, without the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw what every client did when, as SVG
+    /// Draw what every client did when, as SVG, into this file
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// What chance begins with, in place of the scenario's
+    /// Number that chance begins with, in place of the scenario's
     #[arg(long)]
     seed: Option<u64>,
 }
