@@ -77,6 +77,9 @@ const UM_SECONDS: f64 = 15.0;
 /// A job that says nothing for so long is stuck.
 const SILENCE: Duration = Duration::from_secs(300);
 
+/// Processes, contexts and an arbiter start in about as long, s.
+const START_UP: f64 = 1.0;
+
 /// The multiple of a switch that the first slices last (`--quantum-factor` of the arbiter).
 const FIRST_SLICE: f64 = 5.0;
 
@@ -225,7 +228,7 @@ impl Stage {
         Ok(Way { name, seconds, reckoned: false, switches: Some(0), right, jobs: self.jobs, work })
     }
 
-    /// Also gives how long a switch takes, s.
+    /// Also gives how long a switch takes, s; 0 where no page says how fast the link is.
     fn shared(&self) -> Result<(Way, f64), Failure> {
         let name = "together, nvshare";
         let arguments = ["--capacity".to_owned(), self.capacity.to_string()];
@@ -240,7 +243,7 @@ impl Stage {
         let switches = Some(looks.switches());
         let work = ended.work / self.jobs as f64;
         let way = Way { name, seconds, reckoned: false, switches, right: ended.right, jobs: self.jobs, work };
-        Ok((way, self.job.size as f64 / looks.bandwidth.max(1) as f64))
+        Ok((way, if looks.bandwidth == 0 { 0.0 } else { self.job.size as f64 / looks.bandwidth as f64 }))
     }
 
     fn managed(&self) -> Result<Way, Failure> {
@@ -297,10 +300,10 @@ impl Stage {
     }
 }
 
-/// Why a run says little, if it does: a job works for `work` seconds, which are fewer than the first slice, `FIRST_SLICE`
-/// switches of `switch` seconds, or less than half of the `alone` seconds that it takes by itself.
+/// Why a run says little, if it does: a job works for `work` seconds, which are fewer than start-up takes, or than its
+/// first slice of [`FIRST_SLICE`] switches of `switch` seconds, or than half of the `alone` seconds that it takes by itself.
 fn too_short(work: f64, switch: f64, alone: f64) -> Option<String> {
-    (work < FIRST_SLICE * switch || work < alone / 2.0).then(|| {
+    (work < START_UP || work < FIRST_SLICE * switch || work < alone / 2.0).then(|| {
         format!(
             "This run is too short to tell much: a job works for {}, and a switch takes {}. The totals are mostly start-up and the first switches. More --iterations tell more.",
             time(work),
@@ -484,6 +487,7 @@ mod tests {
             "{short}"
         );
         assert!(too_short(4.0, 0.52, 9.0).is_some(), "more than half is start-up");
+        assert!(too_short(0.05, 0.001, 0.06).is_some(), "processes take longer to start");
         assert_eq!(too_short(4.0, 0.52, 4.3), None);
     }
 }

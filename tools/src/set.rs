@@ -20,7 +20,8 @@ use std::time::Duration;
     group = clap::ArgGroup::new("shares").required(true).multiple(true),
     // The generated one is a line of more than 80 columns, which is not wrapped.
     override_usage = "\
-nvshare set [OPTIONS] <CLIENT> [--weight <WEIGHT>] [--priority <PRIORITY>]
+nvshare set [OPTIONS] <CLIENT>
+                   [--weight <WEIGHT>] [--priority <PRIORITY>]
                    [--memory-limit <SIZE|PERCENT|none>]",
     after_help = "\
 At least one of --weight, --priority and --memory-limit is needed.
@@ -34,7 +35,7 @@ the client has takes nothing away: it gets no more until it has less.
 Examples:
   nvshare set 4242 --weight 300            three times the GPU time of the usual
   nvshare set train --priority low         its turn comes later than others'
-  nvshare set slot:3 --memory-limit 25%    a quarter of the GPU, context included
+  nvshare set slot:3 --memory-limit 25%    a quarter of the GPU
   nvshare set slot:3 --memory-limit none"
 )]
 pub struct Options {

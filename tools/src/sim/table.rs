@@ -57,7 +57,8 @@ pub fn of(report: &Report, width: usize) -> String {
         format_size(report.bytes_out),
     );
     let body = layout::paragraph(&body, "", width);
-    format!("{head}\n\n{table}\n\n{}{body}\n", gpus(report))
+    let head = layout::paragraph(&head, "", width);
+    format!("{head}\n\n{table}\n\n{}{body}\n", gpus(report, width))
 }
 
 fn cells(row: &Row) -> Vec<String> {
@@ -93,19 +94,20 @@ fn finish(row: &Row) -> String {
     }
 }
 
-fn gpus(report: &Report) -> String {
+fn gpus(report: &Report, width: usize) -> String {
     if report.gpus.len() > MOST_ROWS {
         return String::new();
     }
     let line = |gpu: &super::report::Gpu| {
         let fairness =
             gpu.fairness.map_or(String::new(), |index| format!(", Jain's index at least {index:.3}"));
-        format!(
-            "GPU {}: busy {:.1} %, at most {} clients{fairness}\n",
+        let line = format!(
+            "GPU {}: busy {:.1} %, at most {} clients{fairness}",
             gpu.gpu,
             100.0 * gpu.utilisation,
             gpu.most_clients
-        )
+        );
+        layout::paragraph(&line, "  ", width) + "\n"
     };
     report.gpus.iter().map(line).collect::<String>() + "\n"
 }
