@@ -70,7 +70,7 @@ pub struct Options {
     /// What is logged: error, warn, info, debug or trace
     #[arg(long, env = "NVSHARE_LOG", value_name = "LEVEL", default_value = "info", value_parser = level)]
     pub log_level: LevelFilter,
-    /// How log lines look
+    /// How log lines look: as text for people, or as JSON for programs
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
     /// End when the process --owner-pid has ended and no client is left

@@ -163,11 +163,11 @@ fn every_option_has_a_sentence() {
     for help in helps.iter().chain([&stdout(&output)]) {
         // What is said of an option stands beside it or below it, further in, up to the next one.
         let options = help.split_once("Options:\n").expect("there are options").1;
-        let options =
-            options.split("\n      --").map(|option| option.split("\n\n").next().unwrap_or_default());
-        for option in options {
-            let said = option.split_whitespace().filter(|word| !word.starts_with(['-', '<', '[']));
-            assert!(said.count() >= 5 || option.contains("Print "), "{option}");
+        let options = options.split("\n  -h, --help").next().unwrap_or_default();
+        for option in options.trim_start().split("\n      --") {
+            let said = option.split("\n\n").next().unwrap_or_default();
+            let words = said.split_whitespace().skip(1).filter(|word| !word.starts_with(['<', '[']));
+            assert!(words.count() >= 5, "--{said}");
         }
     }
 }
@@ -429,6 +429,19 @@ fn bench(arguments: &[&str]) -> Vec<Row> {
 
 fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
     rows.iter().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name} in {rows:?}"))
+}
+
+#[test]
+fn what_bench_says_fits_80_columns_and_has_three_significant_digits() {
+    let said = stdout(&nvshare(&["bench", "handoff", "--iterations", "2000"]).output().unwrap());
+    fits(&said, 80, &"bench");
+    assert!(said.lines().count() > 3, "{said}");
+    // Whole ones have all their digits.
+    let figures = said.split_whitespace().filter(|word| word.parse::<f64>().is_ok());
+    for figure in figures.filter(|figure| figure.contains('.')) {
+        let digits = figure.replace('.', "");
+        assert_eq!(digits.trim_start_matches('0').len(), 3, "{figure}: {said}");
+    }
 }
 
 #[test]
