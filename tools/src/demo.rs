@@ -305,7 +305,7 @@ impl Stage {
 fn too_short(work: f64, switch: f64, alone: f64) -> Option<String> {
     (work < START_UP || work < FIRST_SLICE * switch || work < alone / 2.0).then(|| {
         format!(
-            "This run is too short to tell much: a job works for {}, and a switch takes {}. The totals are mostly start-up and the first switches. More --iterations tell more.",
+            "This run is too short to tell much: a job works for {}, and a switch takes {}, so start-up and the first switches weigh heavily in the totals. More --iterations tell more.",
             time(work),
             time(switch)
         )

@@ -60,12 +60,12 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     if options.json {
         rows.iter().for_each(|row| say!("{}", row.json()));
     } else {
-        say!("{}", table(&rows));
+        say!("{}", table(&rows, layout::width()));
     }
     Ok(())
 }
 
-fn table(rows: &[Row]) -> String {
+fn table(rows: &[Row], width: usize) -> String {
     let columns =
         [words("name"), words("unit"), figures("n"), figures("p50"), figures("p99"), figures("max")];
     let cells = |row: &Row| {
@@ -73,5 +73,23 @@ fn table(rows: &[Row]) -> String {
         vec![row.name.clone(), row.unit.clone(), row.n.to_string(), p50, p99, max]
     };
     let rows: Vec<Vec<String>> = rows.iter().map(cells).collect();
-    layout::table(&columns, &rows, presets::NOTHING, layout::width())
+    layout::table(&columns, &rows, presets::NOTHING, width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_fits_80_columns_and_has_three_significant_digits() {
+        let rows = [
+            Row::single("launch_syscalls_per_million", "calls", 1_000_000, 0.0),
+            Row::of("evict_100000_regions", "us", vec![0.98765, 123.456, 98_765.4]),
+        ];
+        let text = table(&rows, layout::USUAL_WIDTH);
+        assert_eq!(text.lines().count(), 3, "{text}");
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+        let last: Vec<&str> = text.lines().last().unwrap_or_default().split_whitespace().collect();
+        assert_eq!(last, ["evict_100000_regions", "us", "3", "123", "98765", "98765"], "{text}");
+    }
 }
