@@ -158,8 +158,11 @@ fn help_fits_the_screen_and_breaks_no_word() {
 fn every_option_has_a_sentence() {
     let arbiter = Path::new(env!("CARGO_BIN_EXE_nvshare")).with_file_name("nvshare-arbiter");
     let output = Command::new(arbiter).arg("--help").output().unwrap();
-    let commands = ["run", "status", "set", "sim", "demo", "bench"];
-    let helps = commands.map(|command| stdout(&nvshare(&[command, "--help"]).output().unwrap()));
+    let benches =
+        ["launch", "handoff", "switch", "sim", "bookkeeping"].map(|what| vec!["bench", what, "--help"]);
+    let commands = ["run", "status", "set", "sim", "demo", "bench"].map(|command| vec![command, "--help"]);
+    let helps = commands.iter().chain(&benches);
+    let helps: Vec<String> = helps.map(|help| stdout(&nvshare(help).output().unwrap())).collect();
     for help in helps.iter().chain([&stdout(&output)]) {
         // What is said of an option stands beside it or below it, further in, up to the next one.
         let options = help.split_once("Options:\n").expect("there are options").1;
