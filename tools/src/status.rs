@@ -249,7 +249,12 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         );
     } else {
         let width = layout::width();
-        node.gpus.iter().for_each(|gpu| print(gpu, width));
+        for (index, gpu) in node.gpus.iter().enumerate() {
+            if index > 0 {
+                say!();
+            }
+            print(gpu, width);
+        }
     }
     if node.unreadable.is_empty() { Ok(()) } else { Err(Failure::usage(node.unreadable.join("\n         "))) }
 }
