@@ -17,9 +17,9 @@ pub enum LogFormat {
 
 /// Creates the control pages of this node's GPUs, registers clients, and cleans up after the dead.
 #[derive(Debug, Parser)]
-#[command(name = "nvshare-arbiter", version)]
+#[command(name = "nvshare-arbiter", version, max_term_width = 80)]
 pub struct Options {
-    /// Where pages and socket are [default: /run/nvshare for root, else $XDG_RUNTIME_DIR/nvshare]
+    /// Directory of the control pages and the socket [default: /run/nvshare for root, else $XDG_RUNTIME_DIR/nvshare]
     #[arg(long, env = "NVSHARE_RUNTIME_DIR", value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
     /// Serve only this GPU (repeatable); without NVML, name every GPU and give --capacity
@@ -28,25 +28,25 @@ pub struct Options {
     /// Size of each GPU's pool, such as 14.9GiB [default: all its memory but the headroom]
     #[arg(long, value_name = "SIZE", value_parser = pool)]
     pub capacity: Option<u64>,
-    /// What stays outside a pool that is sized by itself: the driver's own needs
+    /// Memory of each GPU that stays outside a pool without --capacity, for the driver's own needs
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]
     pub headroom: u64,
     /// How long a client runs while others wait: auto, or a time such as 500ms or 2s
     #[arg(long, value_name = "auto|TIME", default_value = "auto", value_parser = quantum)]
     pub quantum: QuantumOption,
-    /// With auto: the multiple of the switch that a slice lasts
+    /// With auto: how many times as long as a switch a slice lasts
     #[arg(long, value_name = "N", default_value_t = 5.0, value_parser = factor)]
     pub quantum_factor: f64,
-    /// With auto: the multiple that it grows to while all who want the GPU use up slice after slice
+    /// With auto: how many times as long as a switch a slice becomes while all who want the GPU use up slice after slice
     #[arg(long, value_name = "N", default_value_t = 20.0, value_parser = factor)]
     pub quantum_longest: f64,
-    /// With auto: no slice is shorter
+    /// With auto: the shortest time that a slice lasts, such as 100ms
     #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = time)]
     pub quantum_min: Nanos,
-    /// With auto: no slice is longer
+    /// With auto: the longest time that a slice lasts, such as 60s
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     pub quantum_max: Nanos,
-    /// Who has waited this long has the GPU next: whoever runs then does so for the shortest slice
+    /// A client that has waited this long, such as 60s, has the GPU next: whoever runs then does so for the shortest slice
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     pub deadline: Nanos,
     /// While a slice can end, its holder has no more work in flight than takes this long; 0s: any
@@ -64,13 +64,13 @@ pub struct Options {
     /// The most slots of a GPU that one user may have; root and the arbiter's own user may have all 48
     #[arg(long, value_name = "N", default_value_t = 36, value_parser = clap::value_parser!(u16).range(1..=SLOTS as i64))]
     pub slots_per_user: u16,
-    /// The NVML library
+    /// The NVML library to load: a path, or a name that the loader finds
     #[arg(long, value_name = "PATH", default_value = "libnvidia-ml.so.1")]
     pub nvml_library: PathBuf,
     /// What is logged: error, warn, info, debug or trace
     #[arg(long, env = "NVSHARE_LOG", value_name = "LEVEL", default_value = "info", value_parser = level)]
     pub log_level: LevelFilter,
-    /// How log lines look
+    /// How log lines look: as text for people, or as JSON for programs
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
     /// End when the process --owner-pid has ended and no client is left
@@ -79,10 +79,10 @@ pub struct Options {
     /// Serve a GPU although another arbiter of this machine serves it, in another directory: each deals out its memory
     #[arg(long, env = "NVSHARE_ALLOW_SECOND_ARBITER", value_parser = clap::builder::FalseyValueParser::new())]
     pub allow_second_arbiter: bool,
-    /// The process that started a private arbiter
+    /// Process id of whoever started this private arbiter
     #[arg(long, value_name = "PID")]
     pub owner_pid: Option<i32>,
-    /// Write "ready" to this descriptor when clients can connect
+    /// Number of the open descriptor to which "ready" is written when clients can connect
     #[arg(long, value_name = "FD")]
     pub ready_fd: Option<i32>,
 }

@@ -15,11 +15,13 @@
 //! Memory goes in granules of 2 MiB, so contexts are a little smaller than a hundredth.
 
 use crate::crew::{self, Crew, Message};
+use crate::digits::{self, significant, time};
 use crate::job::{Event, Job};
+use crate::layout::{self, figures, words};
 use crate::node::{Environment, Node, SimulatedGpu};
-use crate::say;
-use crate::{Failure, status};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use crate::{Failure, say, status};
+use comfy_table::presets;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use nvshare::units::format_size;
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -29,25 +31,25 @@ use std::time::{Duration, Instant};
 /// Options of `nvshare demo`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  nvshare demo                     about a minute, on any machine
-  nvshare demo --jobs 3 --iterations 500
-  nvshare demo --gpu               on this machine's GPU: a pool of 14.9 GiB, jobs of 12 GiB
+  nvshare demo                              about a minute, on any machine
+  nvshare demo --jobs 3 --iterations 500    longer, and more to the point
+  nvshare demo --gpu                        on this machine's GPU
 
 Every job checks all of its data at the end, to the last bit.")]
 pub struct Options {
     /// Use the machine's GPU instead of a simulated one
     #[arg(long)]
     gpu: bool,
-    /// Jobs that share the GPU
+    /// How many jobs share the GPU; 1 to 16, of which 4 find room on the simulated one
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=16))]
     jobs: u32,
-    /// Walks of each job over all of its memory [default: 200, 2000 with --gpu]
+    /// How often each job walks over all of its memory; few walks show little but start-up [default: 200, 2000 with --gpu]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     iterations: Option<u32>,
-    /// Size of the pool [default: 14.9GiB]
+    /// Size of the pool, such as 14.9GiB; only with --gpu [default: 14.9GiB]
     #[arg(long, value_name = "SIZE", value_parser = crate::size, requires = "gpu")]
     capacity: Option<u64>,
-    /// Memory of each job [default: 12GiB]
+    /// Memory of each job, such as 12GiB; only with --gpu [default: 12GiB]
     #[arg(long, value_name = "SIZE", value_parser = crate::size, requires = "gpu")]
     size: Option<u64>,
 }
@@ -75,6 +77,12 @@ const UM_SECONDS: f64 = 15.0;
 /// A job that says nothing for so long is stuck.
 const SILENCE: Duration = Duration::from_secs(300);
 
+/// Processes, contexts and an arbiter start in about as long, s.
+const START_UP: f64 = 1.0;
+
+/// The multiple of a switch that the first slices last (`--quantum-factor` of the arbiter).
+const FIRST_SLICE: f64 = 5.0;
+
 /// One of the ways to run the jobs.
 struct Way {
     name: &'static str,
@@ -86,6 +94,8 @@ struct Way {
     switches: Option<u64>,
     right: usize,
     jobs: usize,
+    /// Time in which a job iterated, on average, s.
+    work: f64,
 }
 
 struct Stage {
@@ -94,6 +104,8 @@ struct Stage {
     job: Job,
     jobs: usize,
     screen: Screen,
+    /// Columns of the screen.
+    width: usize,
 }
 
 /// Runs the demo.
@@ -105,10 +117,10 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     crew::clean_up_when_interrupted();
     stage.introduce();
     let native = stage.one_after_another()?;
-    let shared = stage.shared()?;
+    let (shared, switch) = stage.shared()?;
     let managed = if options.gpu { None } else { Some(stage.managed()?) };
     let ways: Vec<Way> = [Some(native), Some(shared), managed].into_iter().flatten().collect();
-    stage.conclude(&ways);
+    stage.conclude(&ways, switch);
     match ways.iter().find(|way| way.right < way.jobs) {
         Some(way) => Err(Failure::with_status(1, format!("{}: wrong results", way.name))),
         None => Ok(()),
@@ -158,7 +170,14 @@ impl Stage {
             seconds: None,
             controlled: false,
         };
-        Ok(Self { gpu, capacity, job, jobs: options.jobs as usize, screen: Screen::new() })
+        Ok(Self {
+            gpu,
+            capacity,
+            job,
+            jobs: options.jobs as usize,
+            screen: Screen::new(),
+            width: layout::width(),
+        })
     }
 
     fn environment(&self, other: &[(&'static str, String)]) -> Environment {
@@ -171,13 +190,23 @@ impl Stage {
         } else {
             "this machine's GPU"
         };
-        say!(
-            "{} jobs of {} each, {} iterations, on {kind} with {}: one fits at a time.\n",
+        self.tell(&format!(
+            "{} jobs of {} each, {} iterations, on {kind} with {}: one fits at a time.",
             self.jobs,
             format_size(self.job.size),
             self.job.iterations,
             format_size(self.capacity)
-        );
+        ));
+        say!();
+    }
+
+    fn view(&self, name: &str) -> View {
+        self.screen.view(name, self.jobs, self.job.iterations, self.width)
+    }
+
+    /// A paragraph.
+    fn tell(&self, text: &str) {
+        say!("{}", layout::paragraph(text, "", self.width));
     }
 
     fn job(&self, index: usize) -> Job {
@@ -186,38 +215,42 @@ impl Stage {
 
     fn one_after_another(&self) -> Result<Way, Failure> {
         let name = "one after another";
-        let view = self.screen.view(name, self.jobs, self.job.iterations);
+        let view = self.view(name);
         let began = Instant::now();
-        let mut right = 0;
+        let (mut right, mut work) = (0, 0.0);
         for index in 0..self.jobs {
             let ended = play(&[self.job(index)], &self.environment(&[]), &view, index, &mut || ())?;
             right += ended.right;
+            work += ended.work / self.jobs as f64;
         }
         let seconds = began.elapsed().as_secs_f64();
         view.close();
-        Ok(Way { name, seconds, reckoned: false, switches: Some(0), right, jobs: self.jobs })
+        Ok(Way { name, seconds, reckoned: false, switches: Some(0), right, jobs: self.jobs, work })
     }
 
-    fn shared(&self) -> Result<Way, Failure> {
+    /// Also gives how long a switch takes, s; 0 where no page says how fast the link is.
+    fn shared(&self) -> Result<(Way, f64), Failure> {
         let name = "together, nvshare";
         let arguments = ["--capacity".to_owned(), self.capacity.to_string()];
         let node = Node::start(self.environment(&[]), &arguments)?;
         let jobs: Vec<Job> = (0..self.jobs).map(|index| self.job(index)).collect();
-        let view = self.screen.view(name, self.jobs, self.job.iterations);
+        let view = self.view(name);
         let began = Instant::now();
-        let mut yields = Yields::default();
-        let ended = play(&jobs, &node.environment(), &view, 0, &mut || yields.look(node.dir()))?;
+        let mut looks = Looks::default();
+        let ended = play(&jobs, &node.environment(), &view, 0, &mut || looks.look(node.dir()))?;
         let seconds = began.elapsed().as_secs_f64();
         view.close();
-        let switches = Some(yields.total());
-        Ok(Way { name, seconds, reckoned: false, switches, right: ended.right, jobs: self.jobs })
+        let switches = Some(looks.switches());
+        let work = ended.work / self.jobs as f64;
+        let way = Way { name, seconds, reckoned: false, switches, right: ended.right, jobs: self.jobs, work };
+        Ok((way, if looks.bandwidth == 0 { 0.0 } else { self.job.size as f64 / looks.bandwidth as f64 }))
     }
 
     fn managed(&self) -> Result<Way, Failure> {
         let name = "together, Unified Memory";
         let job = |index| Job { managed: true, seconds: Some(UM_SECONDS), ..self.job(index) };
         let jobs: Vec<Job> = (0..self.jobs).map(job).collect();
-        let view = self.screen.view(name, self.jobs, self.job.iterations);
+        let view = self.view(name);
         let environment = self.environment(&[("CONTEXT_BYTES", CONTEXT_EAGER.to_string())]);
         let began = Instant::now();
         let ended = play(&jobs, &environment, &view, 0, &mut || ())?;
@@ -226,43 +259,57 @@ impl Stage {
         let wanted = (self.job.iterations * self.jobs as u64) as f64;
         let reckoned = ended.iterations < self.job.iterations * self.jobs as u64;
         let seconds = if reckoned { elapsed * wanted / ended.iterations.max(1) as f64 } else { elapsed };
-        Ok(Way { name, seconds, reckoned, switches: None, right: ended.right, jobs: self.jobs })
+        let work = ended.work / self.jobs as f64;
+        Ok(Way { name, seconds, reckoned, switches: None, right: ended.right, jobs: self.jobs, work })
     }
 
-    fn conclude(&self, ways: &[Way]) {
-        let alone = ways.first().map_or(1.0, |way| way.seconds);
-        let mut table = comfy_table::Table::new();
-        table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
-        table.set_header(["", "total", "against one after another", "switches", "results"]);
-        for way in ways {
+    fn conclude(&self, ways: &[Way], switch: f64) {
+        let (alone, work) = ways.first().map_or((1.0, 1.0), |way| (way.seconds, way.work));
+        let columns =
+            [words(""), figures("total"), figures("slowdown"), figures("switches"), figures("results")];
+        let cells = |way: &Way| {
             let about = if way.reckoned { "~ " } else { "" };
-            table.add_row([
+            vec![
                 way.name.to_owned(),
-                format!("{about}{:.1} s", way.seconds),
-                format!("{about}{:.2} x", way.seconds / alone),
+                format!("{about}{}", time(way.seconds)),
+                format!("{about}{} x", significant(way.seconds / alone)),
                 way.switches.map_or("-".into(), |switches| switches.to_string()),
                 if way.right == way.jobs {
                     "right".into()
                 } else {
                     format!("WRONG in {} of {}", way.jobs - way.right, way.jobs)
                 },
-            ]);
+            ]
+        };
+        let rows: Vec<Vec<String>> = ways.iter().map(cells).collect();
+        say!("\n{}", layout::table(&columns, &rows, presets::UTF8_HORIZONTAL_ONLY, self.width));
+        self.tell("slowdown: the total against one after another.");
+        if let Some(short) = too_short(work, switch, alone / self.jobs as f64) {
+            self.tell(&short);
         }
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(comfy_table::CellAlignment::Right);
-        }
-        say!("\n{table}");
         if ways.iter().any(|way| way.reckoned) {
-            say!(
+            self.tell(&format!(
                 "~ Unified Memory was stopped after {UM_SECONDS} s of iterations; its total is reckoned from its rate."
-            );
+            ));
         }
         if self.gpu.is_none() {
-            say!(
-                "Unified Memory is left out on a real GPU: jobs that together need more managed memory than the card has\nfree could bring down what else runs there."
+            self.tell(
+                "Unified Memory is left out on a real GPU: jobs that together need more managed memory than the card has free could bring down what else runs there.",
             );
         }
     }
+}
+
+/// Why a run says little, if it does: a job works for `work` seconds, which are fewer than start-up takes, or than its
+/// first slice of [`FIRST_SLICE`] switches of `switch` seconds, or than half of the `alone` seconds that it takes by itself.
+fn too_short(work: f64, switch: f64, alone: f64) -> Option<String> {
+    (work < START_UP || work < FIRST_SLICE * switch || work < alone / 2.0).then(|| {
+        format!(
+            "This run is too short to tell much: a job works for {}, and a switch takes {}, so start-up and the first switches weigh heavily in the totals. More --iterations tell more.",
+            time(work),
+            time(switch)
+        )
+    })
 }
 
 /// What a run of some jobs came to.
@@ -270,6 +317,8 @@ impl Stage {
 struct Ended {
     right: usize,
     iterations: u64,
+    /// From a job's memory being filled until it was done, of all of them together, s.
+    work: f64,
 }
 
 /// Runs jobs at once to their end, the first of them on line `first` of the view. `look` is called ever so often.
@@ -282,6 +331,7 @@ fn play(
 ) -> Result<Ended, Failure> {
     let mut crew = Crew::start(jobs, environment)?;
     let mut done = vec![false; jobs.len()];
+    let mut ready = vec![None; jobs.len()];
     let mut ended = Ended::default();
     let mut last = Instant::now();
     while done.contains(&false) {
@@ -298,10 +348,14 @@ fn play(
         };
         last = Instant::now();
         match message {
-            Message::Event(Event::Ready { .. }) => view.ready(first + index),
+            Message::Event(Event::Ready { .. }) => {
+                ready[index] = Some(Instant::now());
+                view.ready(first + index);
+            }
             Message::Event(Event::Progress { done }) => view.progress(first + index, done),
             Message::Event(Event::Done(outcome)) => {
                 done[index] = true;
+                ended.work += ready[index].map_or(0.0, |since| since.elapsed().as_secs_f64());
                 ended.right += usize::from(outcome.right);
                 ended.iterations += outcome.iterations;
                 view.done(first + index, outcome.iterations, outcome.right);
@@ -315,20 +369,28 @@ fn play(
     Ok(ended)
 }
 
-/// How often each client has given way. Clients leave, and their rows with them, so the page is looked at meanwhile.
+/// What the page said. Clients leave, and their rows with them, so it is looked at meanwhile.
 #[derive(Default)]
-struct Yields(HashMap<u32, u64>);
+struct Looks {
+    /// How often each client has given way.
+    yields: HashMap<u32, u64>,
+    /// Into the GPU, as measured last, bytes a second.
+    bandwidth: u64,
+}
 
-impl Yields {
+impl Looks {
     fn look(&mut self, dir: &Path) {
-        for client in status::read(dir).into_iter().flat_map(|node| node.gpus).flat_map(|gpu| gpu.clients) {
-            let yields = self.0.entry(client.pid).or_default();
-            *yields = client.yields.max(*yields);
+        for gpu in status::read(dir).into_iter().flat_map(|node| node.gpus) {
+            self.bandwidth = gpu.bandwidth_in;
+            for client in gpu.clients {
+                let yields = self.yields.entry(client.pid).or_default();
+                *yields = client.yields.max(*yields);
+            }
         }
     }
 
-    fn total(&self) -> u64 {
-        self.0.values().sum()
+    fn switches(&self) -> u64 {
+        self.yields.values().sum()
     }
 }
 
@@ -350,12 +412,18 @@ impl Screen {
         if std::io::stdout().is_terminal() { Self::Bars } else { Self::Lines }
     }
 
-    fn view(&self, name: &str, jobs: usize, iterations: u64) -> View {
+    fn view(&self, name: &str, jobs: usize, iterations: u64, width: usize) -> View {
         say!("{name}");
         // Bars of its own for each way: those of the one before stay as they are.
         let all = MultiProgress::with_draw_target(ProgressDrawTarget::stdout());
-        let style = "  {prefix} {bar:40.cyan/blue} {pos:>5}/{len} {per_sec:>9} {msg}";
-        let style = ProgressStyle::with_template(style).expect("the template is well-formed");
+        // Beside the bar are 38 columns at most: name, iterations, rate and result.
+        let bar = width.saturating_sub(40).clamp(10, 40);
+        let style = format!("  {{prefix}} {{bar:{bar}.cyan/blue}} {{pos:>5}}/{{len}} {{rate:>9}} {{msg}}");
+        let style = ProgressStyle::with_template(&style).expect("the template is well-formed");
+        let style = style.with_key("rate", |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            // What cannot be written is not shown.
+            let _ = out.write_str(&digits::rate(state.per_sec()));
+        });
         let bar = |index| {
             let bar = match self {
                 Self::Bars => all.add(ProgressBar::new(iterations)),
@@ -404,5 +472,22 @@ impl View {
         if !self.lines {
             say!();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_is_mostly_start_up_says_so() {
+        let short = too_short(0.4, 0.52, 0.7).expect("20 iterations are less than a slice");
+        assert!(
+            short.contains("400 ms") && short.contains("520 ms") && short.contains("--iterations"),
+            "{short}"
+        );
+        assert!(too_short(4.0, 0.52, 9.0).is_some(), "more than half is start-up");
+        assert!(too_short(0.05, 0.001, 0.06).is_some(), "processes take longer to start");
+        assert_eq!(too_short(4.0, 0.52, 4.3), None);
     }
 }

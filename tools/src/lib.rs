@@ -8,6 +8,7 @@
 //! | [`calls`] | a program that makes the CUDA calls that a test names, right or wrong |
 //! | [`cuda`] | the CUDA driver |
 //! | [`output`] | what the commands write, to whoever still reads it |
+//! | [`digits`], [`layout`] | figures with as many digits as help; tables and paragraphs that fit the screen |
 //! | [`internal`] | what the commands start themselves again as |
 
 pub mod bench;
@@ -15,8 +16,10 @@ pub mod calls;
 pub mod crew;
 pub mod cuda;
 pub mod demo;
+pub mod digits;
 pub mod internal;
 pub mod job;
+pub mod layout;
 pub mod node;
 pub mod output;
 pub mod run;

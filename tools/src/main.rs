@@ -10,12 +10,13 @@ use std::process::ExitCode;
     name = "nvshare",
     version,
     arg_required_else_help = true,
+    max_term_width = 80,
     after_help = "Examples:
   nvshare demo                        see it work, without a GPU
-  nvshare run -- python3 train.py     run a program on the shared GPUs; as many at once as you like
+  nvshare run -- python3 train.py     run a program, as many at once as you like
   nvshare status                      who runs, who waits, whose memory is where
-  nvshare set 4242 --priority high    change a running client's weight, priority or memory limit
-  nvshare bench handoff               what a hand-off between two processes costs here
+  nvshare set 4242 --priority high    change what a running client may have
+  nvshare bench handoff               what a hand-off between processes costs
 
 `nvshare COMMAND --help` has more."
 )]

@@ -17,34 +17,40 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   nvshare run -- python3 train.py
-  nvshare run --capacity 14.9GiB -- python3 train.py     a large GPU stands in for a small one
   nvshare run --name notebook --priority high --memory-limit 25% -- jupyter lab
-  nvshare run --weight 300 -- python3 train.py           three times the GPU time of one with 100
+
+  # A large GPU stands in for a small one
+  nvshare run --capacity 14.9GiB -- python3 train.py
+
+  # Three times the GPU time of a program with the usual weight
+  nvshare run --weight 300 -- python3 train.py
 
 Without an arbiter on this machine, a private one is started; it ends after the last program.")]
 pub struct Options {
-    /// Size of each GPU's pool, if this starts the arbiter
+    /// Size of each GPU's pool, such as 14.9GiB; it counts if this command starts the arbiter [default: all its memory but
+    /// 512MiB]
     #[arg(long, value_name = "SIZE", value_parser = crate::size)]
     capacity: Option<u64>,
-    /// How long a client runs while others wait, if this starts the arbiter: auto, or a time such as 500ms
+    /// How long a client runs while others wait: auto, or a time such as 500ms; it counts if this command starts the
+    /// arbiter [default: auto]
     #[arg(long, value_name = "auto|TIME")]
     quantum: Option<String>,
-    /// Where the arbiter's socket is
+    /// Directory of the arbiter's socket [default: $NVSHARE_RUNTIME_DIR, or /run/nvshare, or one of your own]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
     /// What the program is called in `nvshare status` [default: its own name]
     #[arg(long)]
     name: Option<String>,
-    /// Its share against others', 1 to 1000: slices are as much longer [default: 100]
+    /// Share of GPU time against other programs', 1 to 1000: slices are as much longer [default: 100]
     #[arg(long, value_parser = crate::weight)]
     weight: Option<u32>,
-    /// How soon its turn comes: low, normal or high [default: normal]
+    /// How soon the program's turn comes: low, normal or high [default: normal]
     #[arg(long, value_parser = crate::priority)]
     priority: Option<Priority>,
-    /// The most GPU memory that it may have, of each GPU: a size, such as 8GiB, or a part, such as 25% [default: none]
+    /// The most memory of each GPU that the program may have: a size, such as 8GiB, or a part, such as 25% [default: none]
     #[arg(long, value_name = "SIZE|PERCENT", value_parser = limit_as_written)]
     memory_limit: Option<String>,
-    /// The program and its arguments
+    /// The program to run, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
 }

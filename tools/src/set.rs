@@ -18,35 +18,43 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(
     group = clap::ArgGroup::new("shares").required(true).multiple(true),
+    // The generated one is a line of more than 80 columns, which is not wrapped.
+    override_usage = "\
+nvshare set [OPTIONS] <CLIENT>
+                   [--weight <WEIGHT>] [--priority <PRIORITY>]
+                   [--memory-limit <SIZE|PERCENT|none>]",
     after_help = "\
-CLIENT is a pid, a slot's number or a client's name, as `nvshare status` shows them. If it means more than one client,
+At least one of --weight, --priority and --memory-limit is needed.
+
+CLIENT is a pid, a slot's number or a client's name, as `nvshare status` shows them. If it means more than one client, \
 they are listed: write pid:4242, slot:3 or name:train, and --gpu where a process has several GPUs.
 
-Whose client it is, whom the arbiter runs as, and root may change it. It takes effect at once. A memory limit below what
+Whose client it is, whom the arbiter runs as, and root may change it. It takes effect at once. A memory limit below what \
 the client has takes nothing away: it gets no more until it has less.
 
 Examples:
-  nvshare set 4242 --weight 300                  three times the GPU time of one with 100
-  nvshare set train --priority low               its turn comes later than others'
-  nvshare set slot:3 --memory-limit 25%          a quarter of the GPU, its context included
+  nvshare set 4242 --weight 300            three times the GPU time of the usual
+  nvshare set train --priority low         its turn comes later than others'
+  nvshare set slot:3 --memory-limit 25%    a quarter of the GPU
   nvshare set slot:3 --memory-limit none"
 )]
 pub struct Options {
-    /// Which client: pid, slot or name; pid:N, slot:N, name:TEXT
+    /// Which client: its pid, slot or name, or one of them by pid:N, slot:N or name:TEXT
     client: String,
-    /// Its share against others', 1 to 1000; 100 is usual
+    /// Share of GPU time against other clients', 1 to 1000; 100 is usual
     #[arg(long, group = "shares", value_parser = crate::weight)]
     weight: Option<u32>,
-    /// How soon its turn comes: low, normal or high
+    /// How soon the client's turn comes: low, normal or high
     #[arg(long, group = "shares", value_parser = crate::priority)]
     priority: Option<Priority>,
-    /// The most GPU memory that it may have: a size, such as 8GiB, a part of the GPU, such as 25%, or none
+    /// The most GPU memory that the client may have: a size, such as 8GiB, a part of the GPU, such as 25%, or none
     #[arg(long, group = "shares", value_name = "SIZE|PERCENT|none", value_parser = crate::memory_limit)]
     memory_limit: Option<MemoryLimit>,
-    /// The client of this GPU
+    /// Look for the client on this GPU only
     #[arg(long, value_name = "UUID", value_parser = gpu)]
     gpu: Option<GpuUuid>,
-    /// Where the pages and the arbiter's socket are
+    /// Directory of the control pages and the arbiter's socket [default: $NVSHARE_RUNTIME_DIR, or /run/nvshare, or one of
+    /// your own]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 }

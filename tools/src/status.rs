@@ -3,13 +3,15 @@
 //! It reads the pages itself and asks nobody, so it works while the arbiter is down, and shows what every
 //! client sees.
 
-use crate::Failure;
-use crate::say;
+use crate::digits::{self, bandwidth};
+use crate::layout::{self, Column, figures, words};
+use crate::{Failure, say};
+use comfy_table::presets;
 use nvshare::page::{Direction, Page, SLOTS, SlotIndex, Stall};
 use nvshare::shares::{MemoryLimit, Shares};
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
-use nvshare::units::{GRANULE, Granules, SECOND, bytes_of, format_nanos, format_size};
+use nvshare::units::{GRANULE, Granules, Nanos, SECOND, bytes_of, format_size};
 use nvshare::{paths, policy, record};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -17,20 +19,22 @@ use std::path::{Path, PathBuf};
 /// Options of `nvshare status`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its
+A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its \
 context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
 
-Below the clients stand those that are to give way and cannot, with the reason, and those whose weight, priority or
+Below the clients stand those that are to give way and cannot, with the reason, and those whose weight, priority or \
 memory limit is not the usual one; `nvshare set` changes them.
+
+A screen that is too narrow for the table has further columns below. COLUMNS sets its width.
 
 Examples:
   nvshare status
   nvshare status --json | jq '.gpus[].clients[] | {name, phase}'")]
 pub struct Options {
-    /// One JSON object, for programs
+    /// Write one JSON object, for programs, instead of the tables
     #[arg(long)]
     json: bool,
-    /// Where the pages are
+    /// Directory of the control pages [default: $NVSHARE_RUNTIME_DIR, or /run/nvshare, or one of your own]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 }
@@ -244,30 +248,33 @@ pub fn run(options: &Options) -> Result<(), Failure> {
                 .map_err(|error| Failure::with_status(1, error.to_string()))?
         );
     } else {
-        node.gpus.iter().for_each(print);
+        let width = layout::width();
+        for (index, gpu) in node.gpus.iter().enumerate() {
+            if index > 0 {
+                say!();
+            }
+            print(gpu, width);
+        }
     }
     if node.unreadable.is_empty() { Ok(()) } else { Err(Failure::usage(node.unreadable.join("\n         "))) }
 }
 
-fn print(gpu: &Gpu) {
+fn print(gpu: &Gpu, width: usize) {
     let arbiter = if gpu.arbiter_alive { "alive" } else { "NOT ALIVE: no new clients until it is back" };
     let free = if gpu.free_bytes < 0 {
         format!("{} owed", format_size(gpu.free_bytes.unsigned_abs()))
     } else {
         format!("{} free", format_size(gpu.free_bytes as u64))
     };
-    say!(
-        "{}  {} pool, {free}, {} in contexts",
-        gpu.uuid,
-        format_size(gpu.capacity_bytes),
-        format_size(gpu.pinned_bytes)
-    );
-    say!(
-        "  arbiter {} {arbiter}; link {}/s in, {}/s out",
+    say!("{}", gpu.uuid);
+    say!("  {} pool, {free}, {} in contexts", format_size(gpu.capacity_bytes), format_size(gpu.pinned_bytes));
+    let indented = |text: &str| say!("{}", layout::paragraph(text, "    ", width));
+    indented(&format!(
+        "  arbiter {} {arbiter}; link {} in, {} out",
         gpu.arbiter_pid,
-        format_size(gpu.bandwidth_in),
-        format_size(gpu.bandwidth_out)
-    );
+        bandwidth(gpu.bandwidth_in),
+        bandwidth(gpu.bandwidth_out)
+    ));
     if gpu.foreign_processes > 0 {
         let (count, has) = match gpu.foreign_processes {
             1 => ("1 process".to_owned(), "has"),
@@ -279,35 +286,52 @@ fn print(gpu: &Gpu) {
         say!("  no clients");
         return;
     }
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
-    table.set_header([
-        "slot", "pid", "name", "phase", "needs", "on GPU", "fixed", "context", "since", "slices", "in", "out",
-    ]);
-    for client in &gpu.clients {
-        let since = match (client.waiting_ns, client.slice_left_ns) {
-            (Some(ns), _) => format!("waits {}", format_nanos(ns)),
-            (None, Some(ns)) => format!("{} left", format_nanos(ns)),
-            (None, None) => "-".into(),
-        };
-        table.add_row([
-            client.slot.to_string(),
-            client.pid.to_string(),
-            client.name.clone(),
-            client.phase.clone(),
-            format_size(client.demand_bytes),
-            format_size(client.resident_bytes),
-            format_size(client.unmovable_bytes),
-            format_size(client.pinned_bytes),
-            since,
-            client.slices.to_string(),
-            format_size(client.bytes_in),
-            format_size(client.bytes_out),
-        ]);
-    }
-    say!("{table}");
-    gpu.clients.iter().filter_map(stall).for_each(|line| say!("{line}"));
-    gpu.clients.iter().filter_map(shares).for_each(|line| say!("{line}"));
+    let rows: Vec<Vec<String>> = gpu.clients.iter().map(cells).collect();
+    say!("{}", layout::table(&COLUMNS, &rows, presets::NOTHING, width));
+    gpu.clients.iter().filter_map(stall).for_each(|line| indented(&line));
+    gpu.clients.iter().filter_map(shares).for_each(|line| indented(&line));
+}
+
+/// Of the table of clients. Those that are asked for most come first: a narrow screen has the others below.
+const COLUMNS: [Column; 12] = [
+    figures("slot"),
+    figures("pid"),
+    words("name"),
+    words("phase"),
+    words("since"),
+    figures("needs"),
+    figures("on GPU"),
+    figures("fixed"),
+    figures("context"),
+    figures("slices"),
+    figures("in"),
+    figures("out"),
+];
+
+fn cells(client: &Client) -> Vec<String> {
+    let since = match (client.waiting_ns, client.slice_left_ns) {
+        (Some(ns), _) => format!("waits {}", span(ns)),
+        (None, Some(ns)) => format!("{} left", span(ns)),
+        (None, None) => "-".into(),
+    };
+    vec![
+        client.slot.to_string(),
+        client.pid.to_string(),
+        client.name.clone(),
+        client.phase.clone(),
+        since,
+        format_size(client.demand_bytes),
+        format_size(client.resident_bytes),
+        format_size(client.unmovable_bytes),
+        format_size(client.pinned_bytes),
+        client.slices.to_string(),
+        format_size(client.bytes_in),
+        format_size(client.bytes_out),
+    ]
+}
+
+fn span(ns: Nanos) -> String {
+    digits::time(ns as f64 / 1e9)
 }
 
 /// What keeps a client from giving way, for how long, and what to do about it.
@@ -317,7 +341,7 @@ fn stall(client: &Client) -> Option<String> {
         "  slot {} (pid {}) cannot give way, for {}: {}; {}",
         client.slot,
         client.pid,
-        format_nanos(client.stalled_ns?),
+        span(client.stalled_ns?),
         stall.reason(),
         stall.remedy()
     ))

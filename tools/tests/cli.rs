@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 fn nvshare(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare"));
-    command.args(arguments).env_remove(paths::RUNTIME_DIR).stdin(Stdio::null());
+    command.args(arguments).env_remove(paths::RUNTIME_DIR).env_remove("COLUMNS").stdin(Stdio::null());
     command
 }
 
@@ -107,6 +107,135 @@ fn help_has_examples() {
     }
     let version = nvshare(&["--version"]).output().unwrap();
     assert!(stdout(&version).contains(env!("CARGO_PKG_VERSION")));
+}
+
+/// No line is longer than a screen of `width` columns.
+fn fits(text: &str, width: usize, what: &dyn std::fmt::Debug) {
+    for line in text.lines() {
+        assert!(line.chars().count() <= width, "{what:?} at {width} columns: {line}\n{text}");
+    }
+}
+
+#[test]
+fn help_fits_the_screen_and_breaks_no_word() {
+    let program = Path::new(env!("CARGO_BIN_EXE_nvshare"));
+    let arbiter = program.with_file_name("nvshare-arbiter");
+    let commands = [
+        "",
+        "run",
+        "status",
+        "set",
+        "sim",
+        "demo",
+        "bench",
+        "bench launch",
+        "bench handoff",
+        "bench switch",
+        "bench sim",
+        "bench bookkeeping",
+    ];
+    let helps = commands.iter().map(|command| (program, *command)).chain([(arbiter.as_path(), "")]);
+    for (program, command) in helps {
+        let help = |columns: Option<&str>| {
+            let mut help = Command::new(program);
+            help.args(command.split_whitespace()).arg("--help").env_remove("COLUMNS");
+            help.envs(columns.map(|columns| ("COLUMNS", columns)));
+            let output = help.output().unwrap();
+            assert!(output.status.success(), "{program:?} {command}: {}", stderr(&output));
+            stdout(&output)
+        };
+        let usual = help(None);
+        fits(&usual, 80, &(program, command));
+        // A wide screen is no reason for long lines, and a narrow one is none to break a word.
+        assert_eq!(help(Some("200")), usual, "{program:?} {command}");
+        let narrow = help(Some("64"));
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(words(&narrow), words(&usual), "{program:?} {command}");
+    }
+}
+
+#[test]
+fn every_option_has_a_sentence() {
+    let arbiter = Path::new(env!("CARGO_BIN_EXE_nvshare")).with_file_name("nvshare-arbiter");
+    let output = Command::new(arbiter).arg("--help").output().unwrap();
+    let benches =
+        ["launch", "handoff", "switch", "sim", "bookkeeping"].map(|what| vec!["bench", what, "--help"]);
+    let commands = ["run", "status", "set", "sim", "demo", "bench"].map(|command| vec![command, "--help"]);
+    let helps = commands.iter().chain(&benches);
+    let helps: Vec<String> = helps.map(|help| stdout(&nvshare(help).output().unwrap())).collect();
+    for help in helps.iter().chain([&stdout(&output)]) {
+        // What is said of an option stands beside it or below it, further in, up to the next one.
+        let options = help.split_once("Options:\n").expect("there are options").1;
+        let options = options.split("\n  -h, --help").next().unwrap_or_default();
+        for option in options.trim_start().split("\n      --") {
+            let said = option.split("\n\n").next().unwrap_or_default();
+            let words = said.split_whitespace().skip(1).filter(|word| !word.starts_with(['<', '[']));
+            assert!(words.count() >= 5, "--{said}");
+        }
+    }
+}
+
+/// A scenario of the repository.
+fn scenario(name: &str) -> String {
+    format!("{}/../scenarios/{name}.toml", env!("CARGO_MANIFEST_DIR"))
+}
+
+#[test]
+fn what_sim_says_fits_80_columns_and_uses_more_where_there_are_more() {
+    for name in ["four-jobs", "field-report-demand-paging", "interactive-beside-batch"] {
+        let scenario = scenario(name);
+        let sim = |columns: Option<&str>| {
+            let mut sim = nvshare(&["sim", &scenario]);
+            stdout(&sim.envs(columns.map(|columns| ("COLUMNS", columns))).output().unwrap())
+        };
+        let usual = sim(None);
+        fits(&usual, 80, &name);
+        assert!(usual.contains("slowdown") && usual.contains("answer"), "{usual}");
+        fits(&sim(Some("60")), 60, &name);
+        let wide = sim(Some("200"));
+        let titles = |line: &&str| line.contains("slowdown") && line.contains("answer");
+        assert_eq!(wide.lines().filter(titles).count(), 1, "{wide}");
+    }
+}
+
+/// More clients than there are rows for.
+#[test]
+fn what_sim_says_of_classes_fits_80_columns() {
+    let said = stdout(&nvshare(&["sim", &scenario("vgpus")]).output().unwrap());
+    fits(&said, 80, &"vgpus");
+    // Nobody of a class that goes on for ever is done.
+    assert!(said.contains("class") && said.contains(" 0 of 32"), "{said}");
+}
+
+#[test]
+fn sim_says_what_is_not_finished() {
+    let scenario = scenario("interactive-beside-batch");
+    let output = stdout(&nvshare(&["sim", &scenario]).env("COLUMNS", "200").output().unwrap());
+    let batch: Vec<&str> =
+        output.lines().find(|line| line.starts_with(" batch")).unwrap().split_whitespace().collect();
+    // No answer, so no time of one and no slowdown by it.
+    assert!(batch.ends_with(&["-", "unfinished"]) && !batch.contains(&"0.00"), "{output}");
+    // Programs get the figures as ever.
+    let json = nvshare(&["sim", &scenario, "--json", "-"]).output().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let batch = &report["clients"][0];
+    assert_eq!((&batch["slowdown"], &batch["finish_seconds"]), (&0.0.into(), &serde_json::Value::Null));
+}
+
+#[test]
+fn the_demo_fits_80_columns_and_says_when_it_is_too_short() {
+    let machine = Machine::new();
+    let arguments =
+        ["demo", "--gpu", "--capacity", "40MiB", "--size", "24MiB", "--jobs", "2", "--iterations", "3"];
+    let output = machine.command(&arguments).output().unwrap();
+    let said = stdout(&output);
+    assert!(output.status.success(), "{said}{}", stderr(&output));
+    fits(&said, 80, &"demo");
+    let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        words.contains("too short to tell much") && words.contains("More --iterations tell more."),
+        "{said}"
+    );
 }
 
 /// A page as an arbiter makes it and records it: this test's process has it.

@@ -25,8 +25,14 @@ fn clients(node: &Node) -> Vec<Client> {
 }
 
 fn nvshare(node: &Node, arguments: &[&str]) -> Output {
+    on_screen(node, arguments, None)
+}
+
+/// On a screen of so many columns, or without one.
+fn on_screen(node: &Node, arguments: &[&str], columns: Option<&str>) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nvshare"));
-    command.args(arguments).envs(node.environment()).stdin(Stdio::null()).output().unwrap()
+    command.args(arguments).envs(node.environment()).env_remove("COLUMNS").stdin(Stdio::null());
+    command.envs(columns.map(|columns| ("COLUMNS", columns))).output().unwrap()
 }
 
 fn said(output: &Output) -> String {
@@ -102,9 +108,9 @@ fn the_page_has_what_the_environment_asks_for() {
     usual.end();
 }
 
-/// The longest that a line on a client's shares can be fits a terminal.
+/// Also the longest that a line on a client's shares can be.
 #[test]
-fn what_is_said_of_shares_fits_80_columns() {
+fn what_status_says_fits_80_columns_and_uses_more_where_there_are_more() {
     let gpu = SimulatedGpu::new(&[("MEMORY", "16GiB".into())]).unwrap();
     let node = Node::start(gpu.environment(&[]), &["--capacity", "9GiB"].map(str::to_owned)).unwrap();
     let variables =
@@ -113,6 +119,19 @@ fn what_is_said_of_shares_fits_80_columns() {
     let shown = said(&nvshare(&node, &["status"]));
     let line = shown.lines().find(|line| line.contains("weight 1000")).expect("its shares");
     assert!(line.contains("(12.3456%)") && line.len() <= 80, "{line}");
+    for (columns, parts) in [("80", 2), ("200", 1)] {
+        let shown = said(&on_screen(&node, &["status"], Some(columns)));
+        let width: usize = columns.parse().unwrap();
+        assert!(shown.lines().all(|line| line.chars().count() <= width), "{shown}");
+        assert_eq!(
+            shown.lines().filter(|line| line.trim_start().starts_with("slot  ")).count(),
+            parts,
+            "{shown}"
+        );
+        for title in ["pid", "phase", "on GPU", "context", "slices", "out"] {
+            assert!(shown.contains(title), "{title}: {shown}");
+        }
+    }
     application.end();
 }
 

@@ -83,7 +83,7 @@ fn the_picture_is_of_every_client_and_every_state() {
     for number in 1..=4 {
         assert!(svg.contains(&format!(">job {number}</text>")), "job {number} has no lane");
     }
-    for state in ["waiting", "filling", "running", "evicting"] {
+    for state in ["idle", "waiting", "filling", "running", "draining", "evicting"] {
         assert!(svg.contains(&format!(">{state}</text>")), "{state} is not in the legend");
     }
     // The legend has one each; the lanes have many.
@@ -91,6 +91,28 @@ fn the_picture_is_of_every_client_and_every_state() {
         assert!(svg.matches(color).count() > 4, "{color} is nowhere drawn");
     }
     assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());
+}
+
+/// Alone on the GPU it keeps the right to run between its requests, and does not run then.
+#[test]
+fn who_has_nothing_to_do_is_not_drawn_as_running() {
+    let work = "work = { kind = \"interactive\", burst = \"50ms\", every = \"1s\", requests = 5 }";
+    let client = format!("[[clients]]\nname = \"person\"\nmemory = \"8MiB\"\n{work}\n");
+    let paging = "[gpus.paging]\nfault = \"1GiB\"\nevict = \"1GiB\"\nidle_release = \"5s\"\n";
+    for (policy, paging) in [("", ""), ("[policy]\nmode = \"demand-paging\"\nquantum = \"30s\"", paging)] {
+        let scenario = Scenario::parse(&small(policy, &format!("{paging}{client}"))).unwrap();
+        let outcome = world::simulate(&scenario, 1, true);
+        let person = &outcome.clients[0];
+        let drawn = |state| {
+            let segments = person.segments.iter().flatten().filter(|segment| segment.state == state);
+            segments.map(|segment| segment.to - segment.from).sum::<Nanos>()
+        };
+        // Of Unified Memory, an iteration that brings something in is drawn as filling.
+        let (running, filling) = (drawn(State::Running), drawn(State::Filling));
+        assert_eq!(person.gpu, 250_000_000);
+        assert!(running <= person.gpu && running + filling >= person.gpu, "{running}, {filling} ns");
+        assert!(running + filling < 300_000_000, "{running}, {filling} ns");
+    }
 }
 
 /// Whoever changes the policy draws it anew.

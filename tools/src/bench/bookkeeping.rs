@@ -11,10 +11,10 @@ use libloading::Library;
 /// Options of `nvshare bench bookkeeping`.
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// Allocations of one granule (2 MiB)
+    /// How many allocations of one granule (2 MiB) there are; 4 to 1000000
     #[arg(long, default_value_t = 40_000, value_parser = clap::value_parser!(u32).range(4..=1_000_000))]
     regions: u32,
-    /// How often it is measured
+    /// How often everything is measured; 1 to 1000
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     rounds: u32,
 }

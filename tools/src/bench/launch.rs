@@ -31,7 +31,7 @@ pub struct Options {
     /// Use the machine's GPU instead of a simulated one
     #[arg(long)]
     gpu: bool,
-    /// Pairs of batches per thread
+    /// Pairs of batches of launches, one natively and one under nvshare, for each thread; 100 to 1000000
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     pairs: u32,
 }

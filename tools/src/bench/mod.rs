@@ -8,14 +8,17 @@ pub mod stats;
 pub mod switch;
 
 use crate::Failure;
+use crate::digits::significant;
+use crate::layout::{self, figures, words};
 use crate::say;
-use stats::{Row, figure};
+use comfy_table::presets;
+use stats::Row;
 
 /// Options of `nvshare bench`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   nvshare bench handoff
-  nvshare bench launch --json | jq 'select(.name == \"launch_added_1_thread\") | .p50'
+  nvshare bench launch --json | jq 'select(.unit == \"ns\") | {name, p50}'
   nvshare bench switch --gpu
 
 With --json, one object a line: name, unit, n (samples), p50, p99, max.
@@ -23,7 +26,7 @@ The simulated GPU is a test double: launch and switch say something about a GPU 
 pub struct Options {
     #[command(subcommand)]
     what: What,
-    /// One JSON object a line, for programs
+    /// Write one JSON object a line, for programs, instead of the table
     #[arg(long, global = true)]
     json: bool,
 }
@@ -57,27 +60,36 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     if options.json {
         rows.iter().for_each(|row| say!("{}", row.json()));
     } else {
-        say!("{}", table(&rows));
+        say!("{}", table(&rows, layout::width()));
     }
     Ok(())
 }
 
-fn table(rows: &[Row]) -> comfy_table::Table {
-    let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::NOTHING);
-    table.set_header(["name", "unit", "n", "p50", "p99", "max"]);
-    for row in rows {
-        table.add_row([
-            row.name.clone(),
-            row.unit.clone(),
-            row.n.to_string(),
-            figure(row.p50),
-            figure(row.p99),
-            figure(row.max),
-        ]);
+fn table(rows: &[Row], width: usize) -> String {
+    let columns =
+        [words("name"), words("unit"), figures("n"), figures("p50"), figures("p99"), figures("max")];
+    let cells = |row: &Row| {
+        let [p50, p99, max] = [row.p50, row.p99, row.max].map(significant);
+        vec![row.name.clone(), row.unit.clone(), row.n.to_string(), p50, p99, max]
+    };
+    let rows: Vec<Vec<String>> = rows.iter().map(cells).collect();
+    layout::table(&columns, &rows, presets::NOTHING, width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_fits_80_columns_and_has_three_significant_digits() {
+        let rows = [
+            Row::single("launch_syscalls_per_million", "calls", 1_000_000, 0.0),
+            Row::of("evict_100000_regions", "us", vec![0.98765, 123.456, 98_765.4]),
+        ];
+        let text = table(&rows, layout::USUAL_WIDTH);
+        assert_eq!(text.lines().count(), 3, "{text}");
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+        let last: Vec<&str> = text.lines().last().unwrap_or_default().split_whitespace().collect();
+        assert_eq!(last, ["evict_100000_regions", "us", "3", "123", "98765", "98765"], "{text}");
     }
-    for column in table.column_iter_mut().skip(2) {
-        column.set_cell_alignment(comfy_table::CellAlignment::Right);
-    }
-    table
 }

@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 /// Options of `nvshare bench sim`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Jobs, of which one fits at a time
+    /// How many jobs there are, of which one fits at a time; 2 to 8
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=8))]
     pub jobs: u32,
-    /// How long each runs while others wait, ms
+    /// How long each job runs while others wait, in ms; 50 to 10000
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(50..=10_000))]
     pub quantum: u32,
-    /// Walks of each job over its memory
+    /// How often each job walks over all of its memory; 10 to 100000
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(10..=100_000))]
     pub iterations: u32,
 }

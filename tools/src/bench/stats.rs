@@ -56,15 +56,6 @@ pub fn percentile(sorted: &[f64], percent: u64) -> f64 {
     sorted.get(rank - 1).copied().unwrap_or(0.0)
 }
 
-/// A figure for people: enough digits to compare, and no more.
-pub fn figure(value: f64) -> String {
-    match value.abs() {
-        size if size >= 1_000.0 => format!("{value:.0}"),
-        size if size >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,10 +81,5 @@ mod tests {
     fn json_has_these_keys_and_no_others() {
         let line = Row::of("handoff", "ns", vec![1.23456]).json();
         assert_eq!(line, r#"{"name":"handoff","unit":"ns","n":1,"p50":1.235,"p99":1.235,"max":1.235}"#);
-    }
-
-    #[test]
-    fn figures_have_as_many_digits_as_help() {
-        assert_eq!([0.123, 12.34, 5432.1].map(figure), ["0.12", "12.3", "5432"]);
     }
 }

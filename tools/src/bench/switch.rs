@@ -25,13 +25,13 @@ pub struct Options {
     /// Use the machine's GPU instead of a simulated one
     #[arg(long)]
     gpu: bool,
-    /// Size of the pool [default: 148MiB, 14.9GiB with --gpu]
+    /// Size of the pool, such as 14.9GiB [default: 148MiB, 14.9GiB with --gpu]
     #[arg(long, value_name = "SIZE", value_parser = crate::size)]
     capacity: Option<u64>,
-    /// Memory of each of the two processes [default: 120MiB, 12GiB with --gpu]
+    /// Memory of each of the two processes, such as 12GiB [default: 120MiB, 12GiB with --gpu]
     #[arg(long, value_name = "SIZE", value_parser = crate::size)]
     size: Option<u64>,
-    /// Switches to measure
+    /// How many switches are measured; 1 to 100000
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     iterations: u32,
 }

@@ -266,7 +266,12 @@ impl Gpu {
 
     /// As [`nvshare::client::Client::poll`], one arrow at a time. True if it went along one.
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) -> bool {
-        self.client_mut(slot).task.collect(now);
+        let phase = self.snapshot.view(slot).phase;
+        let client = self.client_mut(slot);
+        client.task.collect(now);
+        if phase == Phase::Running {
+            client.show(phase, now);
+        }
         let admitted = self.snapshot.admitted.contains(slot);
         let client = self.client(slot);
         match self.snapshot.view(slot).phase {
@@ -577,9 +582,10 @@ impl Client {
         let state = match phase {
             Phase::Waiting => State::Waiting,
             Phase::Filling => State::Filling,
-            Phase::Running => State::Running,
+            Phase::Running if self.task.has_work() => State::Running,
             Phase::Draining => State::Draining,
-            Phase::Idle | Phase::Leaving => State::Idle,
+            // It may run, and has nothing to do.
+            Phase::Running | Phase::Idle | Phase::Leaving => State::Idle,
         };
         self.task.tally.becomes(state, now);
     }

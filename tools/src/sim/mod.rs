@@ -19,13 +19,13 @@ mod paging;
 pub mod picture;
 pub mod report;
 pub mod scenario;
-mod table;
+pub mod table;
 mod tally;
 mod task;
 pub mod world;
 
 use crate::Failure;
-use crate::output;
+use crate::{layout, output};
 pub use amount::Time;
 use scenario::Scenario;
 use std::path::{Path, PathBuf};
@@ -39,15 +39,15 @@ pub use tally::State;
 
 docs/simulator.md describes what is modelled, the file and the results.")]
 pub struct Options {
-    /// What to simulate, as TOML
+    /// File that says what to simulate, in TOML
     scenario: PathBuf,
     /// Write the results as JSON to this file; - is the standard output, without the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw what every client did when, as SVG
+    /// Draw what every client did when, as SVG, into this file
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// What chance begins with, in place of the scenario's
+    /// Number that chance begins with, in place of the scenario's
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -65,7 +65,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         write(path, &picture::draw(&scenario, &outcome))?;
     }
     let Some(path) = &options.json else {
-        output::write(format_args!("{}", table::of(&report)));
+        output::write(format_args!("{}", table::of(&report, layout::width())));
         return Ok(());
     };
     let json = report.json();
@@ -73,7 +73,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
         output::write(format_args!("{json}"));
         return Ok(());
     }
-    output::write(format_args!("{}", table::of(&report)));
+    output::write(format_args!("{}", table::of(&report, layout::width())));
     write(path, &json)
 }
 

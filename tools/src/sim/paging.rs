@@ -260,7 +260,7 @@ impl Gpu {
             return true;
         }
         if idle {
-            self.clients[at].task.tally.becomes(State::Running, now);
+            self.clients[at].task.tally.becomes(State::Idle, now);
             return false;
         }
         self.begin_iteration(at, now);

@@ -17,7 +17,8 @@ const GAP: f64 = 26.0;
 /// What is narrower is drawn with its neighbour.
 const HAIR: f64 = 0.2;
 
-const LEGEND: [(State, &str, &str); 5] = [
+const LEGEND: [(State, &str, &str); 6] = [
+    (State::Idle, "idle", "#fff"),
     (State::Waiting, "waiting", "#d9d9d9"),
     (State::Filling, "filling", "#4e9bd6"),
     (State::Running, "running", "#3a9d5d"),
@@ -94,7 +95,7 @@ fn legend(out: &mut String) {
         let x = LEFT + 90.0 * index as f64;
         let _ = writeln!(
             out,
-            r#"<rect x="{x:.0}" y="34" width="12" height="12" fill="{color}"/><text x="{:.0}" y="44">{name}</text>"#,
+            r##"<rect x="{x:.0}" y="34" width="12" height="12" fill="{color}" stroke="#999" stroke-width="0.5"/><text x="{:.0}" y="44">{name}</text>"##,
             x + 17.0
         );
     }

@@ -1,39 +1,44 @@
 //! A report for the terminal.
 
-use super::report::{Report, Row};
-use comfy_table::{CellAlignment, Table, presets};
+use super::report::{Report, Row, Spread};
+use crate::digits::{significant, time};
+use crate::layout::{self, Column, figures, words};
+use comfy_table::presets;
 use nvshare::units::format_size;
 
 /// More rows than that are one for each class.
 const MOST_ROWS: usize = 24;
 
-/// The report as text.
-pub fn of(report: &Report) -> String {
+/// Of the table by client. Two lines each, so that columns are narrow.
+const COLUMNS: [Column; 15] = [
+    words("client"),
+    figures("gpu"),
+    figures("GPU\ntime"),
+    figures("wait\nmean"),
+    figures("wait\np50"),
+    figures("wait\np99"),
+    figures("wait\nmax"),
+    figures("answer\np50"),
+    figures("answer\np99"),
+    figures("time per\niteration"),
+    figures("switches"),
+    figures("in"),
+    figures("out"),
+    figures("slowdown"),
+    figures("finish"),
+];
+
+/// The report as text, for a screen of so many columns.
+pub fn of(report: &Report, width: usize) -> String {
     let by_client = !report.clients.is_empty() && report.clients.len() <= MOST_ROWS;
     let rows = if by_client { &report.clients } else { &report.classes };
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header([
-        if by_client { "client" } else { "class" },
-        if by_client { "gpu" } else { "clients" },
-        "GPU time",
-        "wait mean",
-        "p50",
-        "p99",
-        "max",
-        "answer p50",
-        "p99",
-        "s/iteration",
-        "switches",
-        "in",
-        "out",
-        "slowdown",
-        "finish",
-    ]);
-    rows.iter().for_each(|row| {
-        table.add_row(cells(row));
-    });
-    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    let mut columns = COLUMNS;
+    if !by_client {
+        columns[0] = words("class");
+        columns[1] = figures("clients");
+    }
+    let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
+    let table = layout::table(&columns, &cells, presets::NOTHING, width);
     let fairness = report.fairness.least.map_or("nobody took turns".into(), |least| {
         format!("Jain's index {least:.3} in the least fair of {} windows", report.fairness.windows)
     });
@@ -51,58 +56,58 @@ pub fn of(report: &Report) -> String {
         format_size(report.bytes_in),
         format_size(report.bytes_out),
     );
-    format!("{head}\n\n{table}\n\n{}{body}\n", gpus(report))
+    let body = layout::paragraph(&body, "", width);
+    let head = layout::paragraph(&head, "", width);
+    format!("{head}\n\n{table}\n\n{}{body}\n", gpus(report, width))
 }
 
 fn cells(row: &Row) -> Vec<String> {
     let place = row.gpu.map_or(row.clients.to_string(), |gpu| gpu.to_string());
-    let times = [
-        row.gpu_seconds,
-        row.wait.mean,
-        row.wait.p50,
-        row.wait.p99,
-        row.wait.max,
-        row.answer.p50,
-        row.answer.p99,
-    ];
-    let mut cells = vec![row.name.clone(), place];
-    cells.extend(times.map(time));
-    cells.extend([
-        format!("{:.4}", row.iteration_seconds),
+    // What there is none of has no length: 0 s would be the best of all.
+    let some = |spread: &Spread, of: f64| if spread.count == 0 { "-".into() } else { time(of) };
+    let (wait, answer) = (&row.wait, &row.answer);
+    vec![
+        row.name.clone(),
+        place,
+        time(row.gpu_seconds),
+        some(wait, wait.mean),
+        some(wait, wait.p50),
+        some(wait, wait.p99),
+        some(wait, wait.max),
+        some(answer, answer.p50),
+        some(answer, answer.p99),
+        if row.iteration_seconds == 0.0 { "-".into() } else { time(row.iteration_seconds) },
         row.switches.to_string(),
         format_size(row.bytes_in),
         format_size(row.bytes_out),
-        format!("{:.2} x", row.slowdown),
-        row.finish_seconds.map_or("-".into(), time),
-    ]);
-    cells
+        if answer.count == 0 { "-".into() } else { format!("{} x", significant(row.slowdown)) },
+        finish(row),
+    ]
 }
 
-fn gpus(report: &Report) -> String {
+/// When all of a row were done, or how many are.
+fn finish(row: &Row) -> String {
+    match row.finish_seconds {
+        Some(finish) if row.finished == row.clients => time(finish),
+        _ if row.clients == 1 => "unfinished".into(),
+        _ => format!("{} of {}", row.finished, row.clients),
+    }
+}
+
+fn gpus(report: &Report, width: usize) -> String {
     if report.gpus.len() > MOST_ROWS {
         return String::new();
     }
     let line = |gpu: &super::report::Gpu| {
         let fairness =
             gpu.fairness.map_or(String::new(), |index| format!(", Jain's index at least {index:.3}"));
-        format!(
-            "GPU {}: busy {:.1} %, at most {} clients{fairness}\n",
+        let line = format!(
+            "GPU {}: busy {:.1} %, at most {} clients{fairness}",
             gpu.gpu,
             100.0 * gpu.utilisation,
             gpu.most_clients
-        )
+        );
+        layout::paragraph(&line, "  ", width) + "\n"
     };
     report.gpus.iter().map(line).collect::<String>() + "\n"
-}
-
-/// A time for people.
-fn time(seconds: f64) -> String {
-    match seconds {
-        0.0 => "0 s".into(),
-        s if s < 0.001 => format!("{:.0} us", s * 1e6),
-        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
-        s if s < 1_000.0 => format!("{s:.1} s"),
-        s if s < 100_000.0 => format!("{s:.0} s"),
-        s => format!("{:.0} h", s / 3_600.0),
-    }
 }

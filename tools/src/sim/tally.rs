@@ -8,13 +8,13 @@ use std::ops::Range;
 /// What a client is doing, as the picture shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
-    /// It wants nothing.
+    /// It has nothing to do, whether it has the GPU or not.
     Idle,
     /// It wants the GPU.
     Waiting,
     /// Its memory comes in; of Unified Memory: it runs, and pages fault.
     Filling,
-    /// It has the GPU.
+    /// It has the GPU and works.
     Running,
     /// It gives way, and its work in flight goes on.
     Draining,
