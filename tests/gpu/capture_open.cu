@@ -9,36 +9,10 @@
 // The arguments are GiB (default 1) and for how many seconds the last capture stays open (default 1). In the third run the other
 // client must get its turns in these seconds, and `nvshare status` must show no stall. Lines that begin with "fact" say what the
 // driver does; they must be the same in all three. The last line is OK, or FAIL and why.
-#include <cuda.h>
-#include <cuda_runtime.h>
+#include "said.cuh"
 
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <string>
 #include <thread>
-
-[[noreturn]] static void fail(int line, const std::string &why) {
-    printf("FAIL line %d: %s\n", line, why.c_str());
-    fflush(stdout);
-    _Exit(1);
-}
-
-static std::string name(CUresult result) {
-    const char *text = nullptr;
-    return cuGetErrorName(result, &text) == CUDA_SUCCESS ? text : std::to_string(int(result));
-}
-
-#define MUST(right, why)                                                                                               \
-    do {                                                                                                               \
-        if (!(right)) fail(__LINE__, why);                                                                             \
-    } while (0)
-#define DRIVER(call)                                                                                                   \
-    do {                                                                                                               \
-        CUresult said_ = (call);                                                                                       \
-        MUST(said_ == CUDA_SUCCESS, std::string(#call) + " said " + name(said_));                                      \
-    } while (0)
-#define FACT(call) (printf("fact: %s: %s\n", #call, name(call).c_str()), fflush(stdout))
 
 __global__ void add(unsigned *words, size_t count, unsigned value) {
     for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)

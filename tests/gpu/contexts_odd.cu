@@ -8,44 +8,13 @@
 //
 // The argument is GiB (default 1). Lines that begin with "fact" say what the driver does; they must be the same in all three.
 // The last line is OK, FAIL and why, or SKIP and why.
-#include <cuda.h>
-#include <cuda_runtime.h>
+#include "said.cuh"
 
 #include <cstdarg>
-#include <cstdio>
-#include <cstdlib>
-#include <string>
 #include <thread>
 #include <vector>
 
 static size_t bytes = size_t(1) << 30;
-
-[[noreturn]] static void fail(int line, const std::string &why) {
-    printf("FAIL line %d: %s\n", line, why.c_str());
-    fflush(stdout);
-    _Exit(1);
-}
-
-static std::string name(CUresult result) {
-    const char *text = nullptr;
-    return cuGetErrorName(result, &text) == CUDA_SUCCESS ? text : std::to_string(int(result));
-}
-
-#define MUST(right, why)                                                                                               \
-    do {                                                                                                               \
-        if (!(right)) fail(__LINE__, why);                                                                             \
-    } while (0)
-#define DRIVER(call)                                                                                                   \
-    do {                                                                                                               \
-        CUresult said_ = (call);                                                                                       \
-        MUST(said_ == CUDA_SUCCESS, std::string(#call) + " said " + name(said_));                                      \
-    } while (0)
-#define RUNTIME(call)                                                                                                  \
-    do {                                                                                                               \
-        cudaError_t said_ = (call);                                                                                    \
-        MUST(said_ == cudaSuccess, std::string(#call) + " said " + cudaGetErrorName(said_));                           \
-    } while (0)
-#define FACT(call) (printf("fact: %s: %s\n", #call, name(call).c_str()), fflush(stdout))
 
 static void facts(const char *format, ...) {
     va_list arguments;
