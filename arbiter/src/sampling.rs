@@ -268,6 +268,9 @@ pub struct Follower {
     /// Bytes in use that belong to nobody while there is no client.
     idle: u64,
     view: View,
+    /// What the operator was told of that, and how many samples in a row have shown another view since.
+    said: View,
+    others: u32,
     /// Bytes that nobody known uses: the least of the samples since it was last below the noise, and how many those are.
     unattributed: (u32, u64),
     memory: Option<DeviceMemory>,
@@ -278,7 +281,8 @@ pub struct Follower {
 pub struct Change {
     /// A client's context is another size: decide anew.
     pub contexts: bool,
-    /// NVML shows the clients in another way than before.
+    /// NVML shows the clients in another way than the operator was told, and has done so for some samples: between a client's
+    /// registration and its context, or in the life of a process whose contexts come and go, one sample says nothing.
     pub view: Option<View>,
 }
 
@@ -310,11 +314,23 @@ impl Follower {
                 changed |= self.follow(page, *slot, *context);
             }
         }
-        let view = (!clients.is_empty() && found.view != self.view).then_some(found.view);
-        if let Some(view) = view {
-            self.view = view;
+        if !clients.is_empty() {
+            self.view = found.view;
         }
-        Ok(Change { contexts: changed, view })
+        Ok(Change { contexts: changed, view: self.news(!clients.is_empty()) })
+    }
+
+    /// What is to be said of how NVML shows the clients, if there are any.
+    fn news(&mut self, clients: bool) -> Option<View> {
+        if !clients || self.view == self.said {
+            self.others = 0;
+            return None;
+        }
+        self.others += 1;
+        (self.others >= SAMPLES).then(|| {
+            (self.said, self.others) = (self.view, 0);
+            self.view
+        })
     }
 
     /// Who is foreign, and what belongs to nobody.
@@ -513,8 +529,8 @@ mod tests {
         scene.sees(reading(&[], 40));
         scene.slots =
             [7, 8].map(|pid| scene.page.open_slot(Process { pid, started: 1 }, "job", 1).unwrap()).into();
-        let change = scene.sees(reading(&[], 140));
-        assert_eq!(change.view, Some(View::Hidden));
+        let said: Vec<_> = (0..SAMPLES).filter_map(|_| scene.sees(reading(&[], 140)).view).collect();
+        assert_eq!(said, [View::Hidden]);
         assert_eq!(scene.contexts(), [50, 50], "the 40 were there before");
         let books = nvshare::Client::new(&*scene.page, scene.slots[0]).books().clone();
         books.grow(200);
@@ -522,6 +538,15 @@ mod tests {
         scene.sees(reading(&[], 340));
         assert_eq!(scene.contexts(), [50, 50], "data is no context");
         assert_eq!(scene.sees(reading(&[], 340)).view, None, "said once");
+    }
+
+    #[test]
+    fn nothing_is_said_of_a_process_whose_contexts_come_and_go() {
+        let mut scene = Scene::new(&[(7, 100), (8, 0)]);
+        for _ in 0..5 {
+            assert_eq!(scene.sees(reading(&[], 200)).view, None, "its context is not there for a moment");
+            assert_eq!(scene.sees(reading(&[(7, 120), (8, 20)], 140)).view, None);
+        }
     }
 
     #[test]
