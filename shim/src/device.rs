@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// So long an allocation that cannot wait for its engine waits for others to give back what they do not need, ns.
+/// How long an allocation that cannot wait for its engine waits for other clients to give back memory that they have freed, ns.
 const SPARES_WAIT: Nanos = 10 * MILLISECOND;
 
 /// What the engine and the application's threads share.
@@ -479,9 +479,13 @@ impl Shared {
 
     /// Whether other clients hold more than they need, which they give back when somebody lacks it.
     fn others_keep_spares(&self) -> bool {
+        !policy::keepers(&self.snapshot()).without(self.books.slot()).is_empty()
+    }
+
+    /// What the page of the GPU says now.
+    pub fn snapshot(&self) -> Snapshot {
         let page = self.books.page();
-        let keepers = policy::keepers(&Snapshot::take(page, page.admitted()));
-        !keepers.without(self.books.slot()).is_empty()
+        Snapshot::take(page, page.admitted())
     }
 
     /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.

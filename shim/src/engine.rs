@@ -323,7 +323,7 @@ impl Engine {
         if target == 0 || !self.flow_control {
             return;
         }
-        let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
+        let snapshot = self.shared.snapshot();
         flow::limit(self.shared.gpu, policy::earliest_end(&snapshot, self.slot(), now()), target);
     }
 
@@ -458,7 +458,7 @@ impl Engine {
     /// process that fits beside all others never pins any.
     /// False if that is to be looked at again soon.
     fn grow_host_pool(&mut self) -> bool {
-        let snapshot = nvshare::snapshot::Snapshot::take(self.page(), self.page().admitted());
+        let snapshot = self.shared.snapshot();
         let wanted: u64 = snapshot.clients().map(|(_, view)| u64::from(view.demand)).sum();
         let demand = self.shared.books.demand();
         if wanted <= u64::from(snapshot.usable()) || self.grown_for == demand {

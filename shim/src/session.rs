@@ -670,6 +670,12 @@ fn work_before(stream: CUstream) -> WorkBefore {
     }
 }
 
+/// Whether the driver says that a stream, by its explicit name, captures.
+fn captures(stream: CUstream) -> bool {
+    let status = Driver::get().map(|driver| driver.stream_capture_status(stream));
+    matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
 /// What work a stream that captures had before.
 pub fn work_before_capture(stream: CUstream) -> WorkBefore {
     capturing().work_before(stream)
@@ -684,14 +690,10 @@ pub fn join_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> C
     // these calls, until a thread goes on that wants the set.
     let _joining = Joining::begin();
     let stream = stream.named(per_thread);
-    let captures = || {
-        let status = Driver::get().map(|driver| driver.stream_capture_status(stream));
-        matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
-    };
-    let captured = captures();
+    let captured = captures(stream);
     let before = work_before(stream);
     let result = call();
-    if !captured && captures() {
+    if !captured && captures(stream) {
         capturing().joined.insert(Queue::of(stream, per_thread), before);
     }
     result
@@ -718,11 +720,7 @@ impl Drop for Joining {
 /// as for a capture that was invalidated.
 pub fn end_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     let result = call();
-    let goes_on = || {
-        let status = Driver::get().map(|driver| driver.stream_capture_status(stream.named(per_thread)));
-        matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
-    };
-    if result.is_success() || !goes_on() {
+    if result.is_success() || !captures(stream.named(per_thread)) {
         let ended = Queue::of(stream, per_thread);
         forget_captures(|queue, _| *queue == ended);
     }

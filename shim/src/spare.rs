@@ -10,7 +10,6 @@ use crate::device::Shared;
 use crate::memory::{Memory, Region, Spares};
 use crate::settings::settings;
 use nvshare::policy;
-use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{Granules, Nanos};
 
@@ -37,8 +36,7 @@ impl Shared {
     /// Makes the room among the spares for one of so many granules. False if it is more than half of the pool, or if
     /// anybody could use it now.
     fn may_keep(&self, memory: &mut Memory, granules: Granules) -> bool {
-        let page = self.books.page();
-        let snapshot = Snapshot::take(page, page.admitted());
+        let snapshot = self.snapshot();
         let bound = snapshot.capacity / 2;
         if life() == 0 || granules > bound || policy::spares_are_wanted(&snapshot) {
             return false;
@@ -105,7 +103,6 @@ impl Shared {
 
     /// Whether anybody could use a spare of this client's now.
     fn is_wanted(&self) -> bool {
-        let page = self.books.page();
-        policy::spares_are_wanted(&Snapshot::take(page, page.admitted()))
+        policy::spares_are_wanted(&self.snapshot())
     }
 }
