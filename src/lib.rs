@@ -9,6 +9,9 @@
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
 //! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
+//! | [`gate`], [`drain_backoff`] | threads pass a gate to submit work; how long it stays shut for a drain that stands still |
+//! | [`gang_order`] | which of its GPUs a process may ask for, and which it must give up |
+//! | [`memory_info`] | how much memory a process is told that there is |
 //! | [`placement`] | which GPU a new client gets |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
@@ -32,9 +35,13 @@
 pub mod account;
 pub mod audit;
 pub mod client;
+pub mod drain_backoff;
 pub mod fair;
+pub mod gang_order;
+pub mod gate;
 pub mod lock;
 pub mod log_limit;
+pub mod memory_info;
 pub mod page;
 pub mod placement;
 pub mod policy;

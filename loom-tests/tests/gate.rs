@@ -1,15 +1,11 @@
 //! The gate: nobody is inside while memory moves (I2), and nobody is left standing before it.
 #![cfg(loom)]
 
-#[path = "../../shim/src/gate.rs"]
-#[allow(dead_code)]
-mod gate;
-
-use gate::Gate;
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::thread;
 use loom_tests::check;
+use nvshare::gate::Gate;
 use nvshare::units::Nanos;
 use std::cell::Cell;
 

@@ -1,76 +1,51 @@
-//! libnvshare.so: preloaded into a process, it lets the process share its GPUs (see `docs/`).
+//! libnvshare.so: preloaded into a process, it lets the process share its GPUs (see `docs/architecture.md`).
 //!
-//! | module | what it holds |
+//! The rooms, from the uppermost down. A room may use those below it and nothing above; a test holds that
+//! (`tools/tests/structure.rs`).
+//!
+//! | room | what it holds |
 //! |---|---|
-//! | [`table`] | what is known about each entry point of the driver, and the functions that stand in for them |
-//! | [`nvml`] | the same for NVML, as far as it tells how much memory there is |
-//! | [`truth`] | how much that is, for whoever asks by whatever name |
-//! | [`interpose`] | `dlsym` and `cuGetProcAddress`, which hand those functions out |
-//! | [`hooks`] | the entry points that need more than the gate |
-//! | [`gate`] | threads that submit work pass it, and memory moves only while it is shut |
-//! | [`thread`] | a number for each thread, and what goes when one ends |
-//! | [`session`] | the process: its gate, its GPUs, its captures |
-//! | [`order`] | which GPUs a process with several may ask for, and which it must give up |
-//! | [`together`] | its gate opens when it has all of them |
-//! | [`contexts`] | how contexts come and go, green ones too |
-//! | [`device`] | one GPU: allocating and freeing |
-//! | [`spare`] | what was freed a moment ago, for the next allocation |
-//! | [`memory`] | the map of what is allocated, and where its bytes are |
-//! | [`peers`] | which GPUs may use the memory of which others |
-//! | [`pools`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
-//! | [`engine`] | the thread that walks the client through its phases |
-//! | [`vmm`] | memory that the application maps itself |
-//! | [`mappings`] | ranges of addresses with such memory in them: what the driver would refuse is refused before it is done |
+//! | [`interpose`] | the entry points of the driver and of NVML, and what stands in for them |
+//! | [`process`] | the process as a client: attaching, contexts, the engine that walks it through its phases |
 //! | [`ipc`] | memory that several processes have open |
-//! | [`room`] | memory that only the driver can place |
-//! | [`arrival`] | room for a process's first context, on a GPU that others have filled |
-//! | [`swap`] | moving memory in a pipeline |
-//! | [`scan`] | finding the granules that hold nothing but zeros |
-//! | [`drain`] | waiting for submitted work |
-//! | [`hostpool`] | host memory for what is evicted |
-//! | [`starved`] | what happens when there is none |
-//! | [`bookkeeping`] | what the books of many regions cost |
-//! | [`probe`] | what tests and benchmarks ask the shim itself |
-//! | [`abi`], [`driver`] | the CUDA driver |
+//! | [`async_pool`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
+//! | [`memory`] | what is allocated, where its bytes are, and how they move |
+//! | [`submit`] | the gate that threads pass, flow control, and waiting for submitted work |
+//! | [`state`] | whether nvshare does anything in this process, and whether its memory is intact |
+//! | [`cuda`] | the driver |
+//! | [`thread`], [`settings`], [`log`] | a number for each thread, the environment's settings, the log |
+//!
+//! Pure parts are in the core crate: the gate, the order of several GPUs, figures of memory, the policy.
+//!
+//! # Locks
+//!
+//! Process-wide, from the outermost to the innermost: who holds one may take those that stand below it.
+//!
+//! | lock | what it keeps | where |
+//! |---|---|---|
+//! | coming and going | contexts of one GPU come or go one at a time | `process/contexts.rs` |
+//! | `MAKING` | the first context on a full GPU | `process/first_context.rs` |
+//! | `ATTACHING` | the first context of a GPU, while the arbiter answers | `process/attach.rs` |
+//! | `KEPT` | reservations of what the driver has placed; nothing is waited for with it | `process/reservation.rs` |
+//! | pools | all pools of stream-ordered memory | `async_pool/mod.rs` |
+//! | map of a GPU's memory | `Device::memory` | `memory/device.rs` |
+//! | flow | the pace of each stream | `submit/flow.rs` |
+//! | captures | the recordings that are open | `submit/captures.rs` |
+//! | `DEVICES` | the GPUs and contexts of the process; nothing is waited for with it | `memory/devices.rs` |
+//! | streams of a GPU | the streams that are tracked | `submit/drain.rs` |
+//! | `GANG` | what the process has of each GPU; the gate opens and shuts under it | `submit/gang.rs` |
+//! | leaves | `GREENS`, `ENDS`, `PAIRS`, `PRIMARIES`, `FLAGGED`, `GONE`: taken for a look or a note | in their files |
 
 #![cfg_attr(test, allow(dead_code))]
 
-mod abi;
-mod arrival;
-mod bookkeeping;
-mod bounds;
-mod contexts;
-mod deepbind;
-mod device;
-mod drain;
-mod driver;
-mod engine;
-mod flow;
-mod gate;
-mod hooks;
-mod hostpool;
+mod async_pool;
+mod cuda;
 mod interpose;
 mod ipc;
 mod log;
-mod mappings;
 mod memory;
-mod nvml;
-mod order;
-mod patience;
-mod peers;
-mod pools;
-mod probe;
-mod room;
-mod scan;
-mod session;
+mod process;
 mod settings;
-mod spare;
-mod starved;
-mod swap;
-mod synchronous;
-mod table;
+mod state;
+mod submit;
 mod thread;
-mod together;
-mod truth;
-mod unmovable;
-mod vmm;

@@ -10,6 +10,7 @@
 //! the engine.
 
 use std::cell::Cell;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A thread's number. No other thread of the process ever has it.
@@ -41,6 +42,15 @@ pub fn id() -> ThreadId {
     ThreadId(NUMBER.get())
 }
 
+/// What is to be done when a thread ends: set once, by [`at_end`].
+static AT_END: OnceLock<&'static [fn(ThreadId)]> = OnceLock::new();
+
+/// Sets what is called, in this order and in the ending thread, when a thread ends that something was kept by. Who keeps
+/// something lies in rooms above this file, so they are named by whoever knows them all ([`crate::process::attach`]).
+pub fn at_end(handlers: &'static [fn(ThreadId)]) {
+    let _ = AT_END.set(handlers);
+}
+
 /// The calling thread's number, to keep something by it until the thread ends ([`ended`]).
 pub fn id_to_keep() -> ThreadId {
     if END.try_with(|_| ()).is_err() {
@@ -58,16 +68,13 @@ pub fn call_ends() {
     }
 }
 
-/// The calling thread ends, and its own default streams with it.
+/// The calling thread ends: what was kept by its number goes.
 #[cold]
 fn ended() {
     // A panic must not unwind into the C library, which runs destructors.
     let cleared = std::panic::catch_unwind(|| {
-        crate::session::thread_ended(id());
-        crate::flow::thread_ended(id());
-        // Other threads' captures are not this one's business: to look at an event would ruin one, and the answer would be wrong.
-        if let Ok(driver) = crate::driver::Driver::get() {
-            driver.relaxed(|| crate::pools::thread_ended(id()));
+        for handler in AT_END.get().into_iter().copied().flatten() {
+            handler(id());
         }
     });
     if cleared.is_err() {

@@ -10,8 +10,8 @@
 //! The connection stays while the opener has anything open: its end, however it comes, is how the exporter learns
 //! that nobody has.
 
-use super::handle::{Key, MAGIC, VERSION};
-use crate::abi::CuResult;
+use crate::cuda::abi::CuResult;
+use crate::ipc::handle::{Key, MAGIC, VERSION};
 use bytemuck::{Pod, Zeroable};
 use nix::cmsg_space;
 use nix::errno::Errno;

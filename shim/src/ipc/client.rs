@@ -1,8 +1,8 @@
 //! The opener's end of the channel.
 
-use super::channel::{Answer, Ask, Extent, Refusal, Wish, peer, receive, send};
-use super::handle::{Exporter, Handle};
-use crate::abi::CuResult;
+use crate::cuda::abi::CuResult;
+use crate::ipc::channel::{Answer, Ask, Extent, Refusal, Wish, peer, receive, send};
+use crate::ipc::handle::{Exporter, Handle};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,

@@ -1,11 +1,11 @@
 //! Our memory that other processes may open.
 
-use super::channel::{Extent, Pieces, Refusal};
-use super::handle::{Exporter, Handle, Key};
-use super::server::{self, Lender};
-use crate::abi::{CUdeviceptr, CuResult};
-use crate::device::Shared;
-use crate::memory::{Backing, Region};
+use crate::cuda::abi::{CUdeviceptr, CuResult};
+use crate::ipc::channel::{Extent, Pieces, Refusal};
+use crate::ipc::handle::{Exporter, Handle, Key};
+use crate::ipc::server::{self, Lender};
+use crate::memory::device::Device;
+use crate::memory::region::{Backing, Region};
 use nvshare::units::format_size;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 /// An allocation that has a handle.
 struct Export {
-    device: Weak<Shared>,
+    device: Weak<Device>,
     base: CUdeviceptr,
     key: Key,
 }
@@ -91,7 +91,7 @@ pub fn serve() -> std::io::Result<Exporter> {
 
 /// cuIpcGetMemHandle: the allocation that `address` lies in stays on the GPU from now on, and others may open it.
 /// `None` if it is none of this GPU's. The caller is inside the gate.
-pub fn get(device: &Arc<Shared>, address: CUdeviceptr) -> Option<Result<Handle, CuResult>> {
+pub fn get(device: &Arc<Device>, address: CUdeviceptr) -> Option<Result<Handle, CuResult>> {
     static NUMBERS: AtomicU64 = AtomicU64::new(1);
     let shared = match device.share(address) {
         Ok(shared) => shared,
@@ -134,7 +134,7 @@ struct Exports;
 
 /// A region that another process has open.
 struct Loan {
-    device: Weak<Shared>,
+    device: Weak<Device>,
     base: CUdeviceptr,
     number: u64,
     region: CUdeviceptr,

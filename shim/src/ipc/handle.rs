@@ -4,7 +4,7 @@
 //! channel ([`super::channel`]) and what to ask there, and hold nothing that is used as an address, an index or a
 //! size.
 
-use crate::abi::CUipcMemHandle;
+use crate::cuda::abi::CUipcMemHandle;
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 

@@ -1,11 +1,11 @@
 //! Memory of other processes that this one has open.
 
-use super::channel::Extent;
-use super::client::{Connection, OpenError};
-use super::handle::{Exporter, Handle};
-use crate::abi::{CUcontext, CUdeviceptr, CUmemAccessDesc, CuResult};
-use crate::device::Shared;
-use crate::session;
+use crate::cuda::abi::{CUcontext, CUdeviceptr, CUmemAccessDesc, CuResult};
+use crate::ipc::channel::Extent;
+use crate::ipc::client::{Connection, OpenError};
+use crate::ipc::handle::{Exporter, Handle};
+use crate::memory::device::Device;
+use crate::memory::devices;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, format_nanos, format_size};
 use std::collections::HashMap;
@@ -46,14 +46,14 @@ fn with<T>(action: impl FnOnce(&mut Imports) -> T) -> T {
 
 /// Reserved addresses, and what is mapped there so far. Unmapped when dropped.
 struct Mapping {
-    device: Arc<Shared>,
+    device: Arc<Device>,
     base: CUdeviceptr,
     size: u64,
     pieces: Vec<(CUdeviceptr, u64)>,
 }
 
 impl Mapping {
-    fn new(device: &Arc<Shared>, size: u64) -> Result<Self, OpenError> {
+    fn new(device: &Arc<Device>, size: u64) -> Result<Self, OpenError> {
         let base = device
             .driver
             .mem_address_reserve(size as usize, GRANULE as usize, 0, 0)
@@ -75,9 +75,9 @@ impl Mapping {
 
     /// Gives access to the GPU of the current context, and to the process's others where they can have it.
     fn allow(&self) -> Result<(), OpenError> {
-        let (driver, own) = (self.device.driver, self.device.device);
+        let (driver, own) = (self.device.driver, self.device.ordinal);
         let all: Vec<_> =
-            session::all().iter().map(|device| CUmemAccessDesc::read_write(device.device)).collect();
+            devices::all().iter().map(|device| CUmemAccessDesc::read_write(device.ordinal)).collect();
         if all.len() > 1 && driver.mem_set_access(self.base, self.size as usize, &all).is_ok() {
             return Ok(());
         }
@@ -107,7 +107,7 @@ impl Imports {
     /// Asks the exporter for an allocation, and maps it.
     fn fetch(
         &mut self,
-        device: &Arc<Shared>,
+        device: &Arc<Device>,
         handle: &Handle,
     ) -> Result<(Arc<Connection>, Extent, Mapping), OpenError> {
         self.exporters.retain(|_, connection| connection.strong_count() > 0);
@@ -149,7 +149,7 @@ impl Imports {
 ///
 /// # Errors
 /// Why not; [`OpenError::cuda`] is what the application is told.
-pub fn open(device: &Arc<Shared>, context: CUcontext, handle: &Handle) -> Result<CUdeviceptr, OpenError> {
+pub fn open(device: &Arc<Device>, context: CUcontext, handle: &Handle) -> Result<CUdeviceptr, OpenError> {
     sweep();
     with(|imports| {
         let same = |import: &&mut Import| {
@@ -246,7 +246,7 @@ impl Closing {
 fn sweep() {
     let Some(closing) = closing() else { return };
     // Work of any GPU may use it.
-    if session::all().iter().all(|device| device.wait_for_work()) {
+    if devices::all().iter().all(|device| device.wait_for_work()) {
         closing.end();
     } else {
         with(|imports| imports.closing.extend(closing.0));

@@ -38,20 +38,20 @@ mod tests;
 
 pub use imports::{Closing, close, closing, containing, context_ends};
 
-use crate::abi::*;
-use crate::device::Shared;
+use crate::cuda::abi::*;
+use crate::memory::device::Device;
 use handle::{Handle, Read};
 use std::sync::Arc;
 
 /// cuIpcGetMemHandle. `None` if the address is none of ours. The caller is inside the gate.
-pub fn get(devices: &[Arc<Shared>], address: CUdeviceptr) -> Option<Result<CUipcMemHandle, CuResult>> {
+pub fn get(devices: &[Arc<Device>], address: CUdeviceptr) -> Option<Result<CUipcMemHandle, CuResult>> {
     let handle = devices.iter().find_map(|device| exports::get(device, address))?;
     Some(handle.map(|handle| handle.encode()))
 }
 
 /// cuIpcOpenMemHandle, in a context. `None` if the handle is none of ours.
 pub fn open(
-    device: &Arc<Shared>,
+    device: &Arc<Device>,
     context: CUcontext,
     handle: &CUipcMemHandle,
     flags: u32,

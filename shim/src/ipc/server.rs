@@ -5,9 +5,9 @@
 //! are. Only processes of the same user, or of root, get a connection at all. But anybody can connect: what that costs is
 //! bounded too, in log lines and in time. After so many that were turned away, nobody is let in for a moment.
 
-use super::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, Wish, peer, receive, send};
-use super::handle::{Exporter, Key};
-use crate::abi::CuResult;
+use crate::cuda::abi::CuResult;
+use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, Wish, peer, receive, send};
+use crate::ipc::handle::{Exporter, Key};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{

@@ -2,11 +2,11 @@
 //!
 //! An exporter is this test program once more, told by its environment to be one.
 
-use super::channel::{Answer, Ask, Extent, Pieces, Refusal, Wish};
-use super::client::{Connection, OpenError};
-use super::handle::{Exporter, Handle, Key, Read};
-use super::{exports, server};
-use crate::abi::{CUipcMemHandle, CuResult};
+use crate::cuda::abi::{CUipcMemHandle, CuResult};
+use crate::ipc::channel::{Answer, Ask, Extent, Pieces, Refusal, Wish};
+use crate::ipc::client::{Connection, OpenError};
+use crate::ipc::handle::{Exporter, Handle, Key, Read};
+use crate::ipc::{exports, server};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};

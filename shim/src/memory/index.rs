@@ -4,8 +4,9 @@
 //! in as what it has become. Finding the next chunk, and asking how many there are of a kind, costs the same however many
 //! there are.
 
-use super::region::{Backing, CHUNK, Chunk, InUse};
-use crate::abi::CUdeviceptr;
+use crate::cuda::abi::CUdeviceptr;
+use crate::memory::CHUNK;
+use crate::memory::region::{Backing, Chunk, InUse};
 use nvshare::units::Granules;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,14 +1,12 @@
 //! Regions, the chunks that they consist of, and where a chunk's bytes are.
 
-use super::gaps::Gaps;
-use crate::abi::{
+use crate::cuda::abi::{
     CUcontext, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle,
 };
-use crate::hostpool::HostMemory;
+use crate::memory::CHUNK;
+use crate::memory::gaps::Gaps;
+use crate::memory::host::HostMemory;
 use nvshare::units::{GRANULE, Granules};
-
-/// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (DESIGN section 2).
-pub const CHUNK: u64 = 64 << 20;
 
 /// Objects of up to this many bytes that may be handed to another process are one chunk, since one handle is
 /// what is handed on. Larger ones move in chunks like any other memory, and are not handed on: XLA asks for most
@@ -369,4 +367,14 @@ impl Region {
         chunk.size = offset;
         self.chunks.insert(index + 1, rest);
     }
+}
+
+/// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
+pub fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
+    region.chunks.iter().filter_map(|chunk| match chunk.backing {
+        Backing::Device(handle) | Backing::Overflow(handle) => {
+            Some((chunk.address - region.base, chunk.size, handle))
+        }
+        _ => None,
+    })
 }

@@ -3,10 +3,10 @@
 //! Making 4 GiB by cuMemCreate, mapping and releasing them again takes 8 ms; the driver's own cudaMalloc and cudaFree take
 //! 1.4. A program that allocates and frees again and again finds here what it had. Nothing else is known of a spare: it is
 //! no allocation, and it is in nobody's demand. Its granules are still taken from the pool, and are given back as soon as
-//! anybody lacks any ([`crate::spare`]).
+//! anybody lacks any ([`crate::memory::keep_freed`]).
 
-use super::region::{Backing, Kind, Region};
-use crate::abi::{CUcontext, CUdeviceptr};
+use crate::cuda::abi::{CUcontext, CUdeviceptr};
+use crate::memory::region::{Backing, Kind, Region};
 use nvshare::units::{Granules, Nanos};
 
 /// No more than so many are kept: giving them all back takes some tens of milliseconds at most, and finding one is quick.

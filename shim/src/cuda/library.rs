@@ -1,0 +1,110 @@
+//! Libraries by their names, and the C library's own `dlsym`.
+//!
+//! Nothing of an application may change because the shim has looked. The driver's library is opened when the first CUDA call
+//! needs it and not before, lazily bound and not into the global scope: where the application has opened it already,
+//! this adds a reference and nothing else. It is never closed, because addresses from it are kept. Symbols are looked
+//! up with the C library's own dlsym, since the one that the dynamic linker would give us is the shim's.
+
+use std::ffi::{CStr, c_char, c_void};
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The driver's library, by what the dynamic linker knows it by.
+pub static LIBCUDA: Soname = Soname::new(c"libcuda.so.1");
+
+/// A library by its name, opened when it is first needed.
+pub struct Soname {
+    name: &'static CStr,
+    /// The handle, once there is one. Not a `OnceLock`: opening the library runs its constructors, and whatever they
+    /// look up by dlsym asks for the handle again, in the same thread.
+    handle: AtomicUsize,
+}
+
+/// An opened library.
+#[derive(Clone, Copy, Debug)]
+pub struct Library(pub(super) NonZeroUsize);
+
+impl Library {
+    /// The address of one of its symbols.
+    pub fn symbol(self, name: &CStr) -> Option<usize> {
+        let handle = self.0.get() as *mut c_void;
+        // SAFETY: a handle that dlopen gave and that is never closed, and a C string.
+        let address = unsafe { real_dlsym()(handle, name.as_ptr()) };
+        (!address.is_null()).then_some(address as usize)
+    }
+}
+
+impl Soname {
+    /// A library of this name. Looks for nothing yet.
+    pub const fn new(name: &'static CStr) -> Self {
+        Self { name, handle: AtomicUsize::new(0) }
+    }
+
+    /// The library; opens it if need be.
+    pub fn library(&self) -> Option<Library> {
+        self.open(libc::RTLD_LAZY | libc::RTLD_LOCAL)
+    }
+
+    /// The library, if somebody has opened it.
+    pub fn library_if_loaded(&self) -> Option<Library> {
+        self.open(libc::RTLD_LAZY | libc::RTLD_LOCAL | libc::RTLD_NOLOAD)
+    }
+
+    fn open(&self, flags: i32) -> Option<Library> {
+        if let Some(handle) = NonZeroUsize::new(self.handle.load(Ordering::Acquire)) {
+            return Some(Library(handle));
+        }
+        // SAFETY: a C string. What the library's constructors do is what they would do for the application.
+        let handle = unsafe { libc::dlopen(self.name.as_ptr(), flags) } as usize;
+        let handle = NonZeroUsize::new(handle)?;
+        // Whoever opens the same library gets the same handle, so a race changes nothing.
+        self.handle.store(handle.get(), Ordering::Release);
+        Some(Library(handle))
+    }
+}
+
+/// The driver's library; opens it if need be.
+pub fn library() -> Option<Library> {
+    LIBCUDA.library()
+}
+
+/// `dlsym`.
+pub type Dlsym = unsafe extern "C" fn(*mut c_void, *const c_char) -> *mut c_void;
+
+/// The versions under which the C library exports `dlsym` and `dlopen`: that of the first release for the machine, and that of the
+/// release that moved it from libdl to libc.
+#[cfg(target_arch = "x86_64")]
+const VERSIONS: [&CStr; 2] = [c"GLIBC_2.2.5", c"GLIBC_2.34"];
+#[cfg(target_arch = "riscv64")]
+const VERSIONS: [&CStr; 2] = [c"GLIBC_2.27", c"GLIBC_2.34"];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "riscv64")))]
+const VERSIONS: [&CStr; 2] = [c"GLIBC_2.17", c"GLIBC_2.34"];
+
+/// The C library's dlsym, or that of another preloaded library that comes after the shim.
+///
+/// Found on first use, whoever comes first; no initialisation can be relied on to have run before.
+pub fn real_dlsym() -> Dlsym {
+    static REAL: AtomicUsize = AtomicUsize::new(0);
+    let mut address = REAL.load(Ordering::Acquire);
+    if address == 0 {
+        address = real_symbol(c"dlsym").unwrap_or(no_dlsym as *const c_void as usize);
+        // Two threads may get here together; they find the same.
+        REAL.store(address, Ordering::Release);
+    }
+    // SAFETY: an address that was found under the name dlsym.
+    unsafe { std::mem::transmute::<usize, Dlsym>(address) }
+}
+
+/// A symbol of the C library's dynamic linker, or of another preloaded library that comes after the shim.
+pub fn real_symbol(name: &CStr) -> Option<usize> {
+    VERSIONS
+        .iter()
+        // SAFETY: C strings. dlvsym isn't interposed, and looks at no more than the loaded libraries.
+        .map(|version| unsafe { libc::dlvsym(libc::RTLD_NEXT, name.as_ptr(), version.as_ptr()) } as usize)
+        .find(|address| *address != 0)
+}
+
+/// Stands in for a C library without dlsym, which doesn't exist: nothing is found.
+unsafe extern "C" fn no_dlsym(_handle: *mut c_void, _name: *const c_char) -> *mut c_void {
+    std::ptr::null_mut()
+}

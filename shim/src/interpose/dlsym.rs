@@ -1,0 +1,280 @@
+//! `dlsym`, by which programs find the entry points of the driver and of NVML without the dynamic linker binding them. It gives
+//! out hooks where [`crate::interpose::entry_points`] and [`crate::interpose::nvml`] have them.
+//!
+//! The shim's exported `dlsym` sees every lookup of the process, CUDA's or not, so:
+//!
+//! - It must be invisible. The C library tells by the return address who asks, and for RTLD_NEXT and RTLD_DEFAULT
+//!   answers accordingly. Therefore the function is a few instructions of assembly: a filter looks at the name, and
+//!   unless the filter has an answer of its own, control *jumps* to the C library's dlsym with registers and stack as
+//!   they came. (Other machines than x86-64 call instead, and get RTLD_NEXT relative to the shim.)
+//! - It must work before anything is initialised, in constructors of other libraries or under a malloc that looks its
+//!   next one up. The filter doesn't allocate, and takes no lock, for names that aren't CUDA's or NVML's.
+//! - It may only substitute these libraries' own symbols. Other libraries export `cu...` names too: wrappers, stubs, or
+//!   something that begins with the same letters. So the C library is asked first, and a hook is given only in place
+//!   of the very address that `libcuda.so.1` (or `libnvidia-ml.so.1`) has for that name.
+//!
+//! RTLD_DEFAULT needs no filter: the shim is preloaded, so what that finds is the shim's export. RTLD_NEXT is asked
+//! on behalf of the shim: if what comes after the shim is the driver's symbol, a caller before the shim should have
+//! found the shim's, and one after it would run work past the gate.
+//!
+//! Lookups leave `dlerror` as the C library's own would: the last call that the filter makes before it answers is the
+//! successful one, and everything else ends in the jump.
+
+use crate::cuda::library::{Dlsym, real_dlsym};
+use crate::interpose::hook::Hooked;
+use crate::interpose::{entry_points, nvml};
+use crate::state;
+use std::ffi::{CStr, c_char, c_void};
+
+/// What the filter tells the assembly: an answer, or where to jump for one. Returned in rax and rdx.
+#[repr(C)]
+struct Verdict {
+    answer: *const c_void,
+    otherwise: Dlsym,
+}
+
+/// The exported `dlsym`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg(target_arch = "x86_64")]
+#[cfg_attr(not(test), unsafe(no_mangle))]
+#[unsafe(naked)]
+#[allow(dead_code)]
+pub unsafe extern "C" fn dlsym(_handle: *mut c_void, _name: *const c_char) -> *mut c_void {
+    // On entry the stack is 8 bytes off the 16 that a call needs; 24 bytes mend that and hold both arguments. They
+    // are given back before the jump, so that the C library finds the caller's return address where it looks for it.
+    core::arch::naked_asm!(
+        ".cfi_startproc",
+        "endbr64",
+        "sub rsp, 24",
+        ".cfi_adjust_cfa_offset 24",
+        "mov [rsp], rdi",
+        "mov [rsp + 8], rsi",
+        "call {filter}",
+        "mov rdi, [rsp]",
+        "mov rsi, [rsp + 8]",
+        "add rsp, 24",
+        ".cfi_adjust_cfa_offset -24",
+        "test rax, rax",
+        "jz 2f",
+        "ret",
+        "2:",
+        "jmp rdx",
+        ".cfi_endproc",
+        filter = sym filter,
+    )
+}
+
+/// The exported `dlsym`.
+///
+/// # Safety
+///
+/// As for the C library's.
+#[cfg(not(target_arch = "x86_64"))]
+#[cfg_attr(not(test), unsafe(no_mangle))]
+#[allow(dead_code)]
+pub unsafe extern "C" fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut c_void {
+    let verdict = filter(handle, name);
+    if !verdict.answer.is_null() {
+        return verdict.answer.cast_mut();
+    }
+    // SAFETY: the caller's arguments.
+    unsafe { (verdict.otherwise)(handle, name) }
+}
+
+/// Decides about one lookup. Nearly all of them end at the first comparison.
+extern "C" fn filter(handle: *mut c_void, name: *const c_char) -> Verdict {
+    let otherwise = real_dlsym();
+    // SAFETY: the C library would read the name too. The second byte is there if the first isn't the terminator.
+    let ours = !name.is_null()
+        && unsafe {
+            match *name as u8 {
+                b'c' => *name.add(1) == b'u' as c_char,
+                b'n' => *name.add(1) == b'v' as c_char,
+                _ => false,
+            }
+        };
+    if !ours {
+        return Verdict { answer: std::ptr::null(), otherwise };
+    }
+    // SAFETY: a C string, as the C library expects it.
+    let name = unsafe { CStr::from_ptr(name) };
+    let answer = substitute(handle as usize, name, &Process).map_or(std::ptr::null(), |a| a as *const c_void);
+    Verdict { answer, otherwise }
+}
+
+/// What the decision about a lookup depends on.
+trait World {
+    /// Whether nvshare is on in this process.
+    fn enabled(&self) -> bool;
+    /// The library's own address of a hooked row, if the library is loaded.
+    fn real_address(&self, hooked: &Hooked) -> Option<usize>;
+    /// The C library's answer.
+    fn ask(&self, handle: usize, name: &CStr) -> Option<usize>;
+}
+
+/// The process that we are in.
+struct Process;
+
+impl World for Process {
+    fn enabled(&self) -> bool {
+        state::enabled()
+    }
+
+    fn real_address(&self, hooked: &Hooked) -> Option<usize> {
+        hooked.real.get_if_loaded()
+    }
+
+    fn ask(&self, handle: usize, name: &CStr) -> Option<usize> {
+        // SAFETY: the caller's handle and a C string.
+        let address = unsafe { real_dlsym()(handle as *mut c_void, name.as_ptr()) };
+        (!address.is_null()).then_some(address as usize)
+    }
+}
+
+/// The hook to answer a lookup with, or `None` if the C library should answer it.
+fn substitute(handle: usize, name: &CStr, world: &impl World) -> Option<usize> {
+    let name_of_nvml = name.to_bytes().starts_with(b"nv");
+    let hooked = if name_of_nvml {
+        nvml::by_export(name.to_bytes())?
+    } else {
+        entry_points::by_export(name.to_bytes())?.hooked?
+    };
+    if handle == libc::RTLD_DEFAULT as usize || !world.enabled() {
+        return None;
+    }
+    let real = world.real_address(&hooked)?;
+    (world.ask(handle, name)? == real).then(|| hooked.hook.address())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interpose::entry_points::{ENTRIES, Entry, by_export};
+    use std::cell::RefCell;
+
+    const LIBCUDA: usize = 0x1000;
+    const OTHER: usize = 0x2000;
+
+    /// A made-up address of a driver's function: the number of its row.
+    fn made_up(entry: &Entry) -> usize {
+        0x7000_0000 + ENTRIES.iter().position(|e| e.export == entry.export).unwrap() * 16
+    }
+
+    fn made_up_of(hooked: &Hooked) -> usize {
+        let is_it = |e: &&Entry| e.hooked.is_some_and(|h| std::ptr::eq(h.real, hooked.real));
+        made_up(ENTRIES.iter().find(is_it).unwrap())
+    }
+
+    fn row(export: &str) -> &'static Entry {
+        by_export(export.as_bytes()).unwrap()
+    }
+
+    /// A process with a driver and with another library that exports the same names.
+    struct FakeProcess {
+        enabled: bool,
+        loaded: bool,
+        asked: RefCell<u32>,
+    }
+
+    impl World for FakeProcess {
+        fn enabled(&self) -> bool {
+            self.enabled
+        }
+
+        fn real_address(&self, hooked: &Hooked) -> Option<usize> {
+            self.loaded.then(|| made_up_of(hooked))
+        }
+
+        fn ask(&self, handle: usize, name: &CStr) -> Option<usize> {
+            *self.asked.borrow_mut() += 1;
+            let real = made_up(row(name.to_str().unwrap()));
+            match handle {
+                LIBCUDA => Some(real),
+                OTHER => Some(real + 4),
+                h if h == libc::RTLD_NEXT as usize => Some(real),
+                _ => None,
+            }
+        }
+    }
+
+    fn process() -> FakeProcess {
+        FakeProcess { enabled: true, loaded: true, asked: RefCell::new(0) }
+    }
+
+    #[test]
+    fn only_hooked_symbols_of_the_driver_are_substituted() {
+        let hook = |name: &str| row(name).hooked.unwrap().hook.address();
+        let p = process();
+        assert_eq!(substitute(LIBCUDA, c"cuLaunchKernel", &p), Some(hook("cuLaunchKernel")));
+        assert_eq!(substitute(LIBCUDA, c"cuGetProcAddress_v2", &p), Some(hook("cuGetProcAddress_v2")));
+        assert_eq!(substitute(LIBCUDA, c"cuEventRecord", &p), None);
+        assert_eq!(substitute(LIBCUDA, c"curl_easy_init", &p), None);
+        assert_eq!(substitute(LIBCUDA, c"cu", &p), None);
+        assert_eq!(substitute(OTHER, c"cuLaunchKernel", &p), None);
+        assert_eq!(substitute(0x3000, c"cuLaunchKernel", &p), None);
+    }
+
+    #[test]
+    fn next_is_what_comes_after_the_shim_and_default_needs_no_help() {
+        let p = process();
+        assert!(substitute(libc::RTLD_NEXT as usize, c"cuMemAlloc_v2", &p).is_some());
+        assert_eq!(*p.asked.borrow(), 1);
+        assert_eq!(substitute(libc::RTLD_DEFAULT as usize, c"cuMemAlloc_v2", &p), None);
+        assert_eq!(*p.asked.borrow(), 1);
+    }
+
+    /// A process that has opened NVML.
+    struct WithNvml;
+
+    impl World for WithNvml {
+        fn enabled(&self) -> bool {
+            true
+        }
+
+        fn real_address(&self, _hooked: &Hooked) -> Option<usize> {
+            Some(0x5000)
+        }
+
+        fn ask(&self, handle: usize, _name: &CStr) -> Option<usize> {
+            Some(if handle == OTHER { 0x6000 } else { 0x5000 })
+        }
+    }
+
+    #[test]
+    fn figures_of_nvml_are_substituted_and_nothing_else_of_it() {
+        let hook = nvml::by_export(b"nvmlDeviceGetMemoryInfo").unwrap().hook.address();
+        assert_eq!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo", &WithNvml), Some(hook));
+        assert_ne!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo_v2", &WithNvml), Some(hook));
+        assert!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo_v2", &WithNvml).is_some());
+        assert_eq!(substitute(OTHER, c"nvmlDeviceGetMemoryInfo", &WithNvml), None, "another library's");
+        for name in [c"nvmlDeviceGetUUID", c"nvmlDeviceGetComputeRunningProcesses_v3", c"nvidia", c"nv"] {
+            assert_eq!(substitute(LIBCUDA, name, &WithNvml), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_substituted_when_off_or_without_a_driver() {
+        assert_eq!(substitute(LIBCUDA, c"cuInit", &FakeProcess { enabled: false, ..process() }), None);
+        let p = FakeProcess { loaded: false, ..process() };
+        assert_eq!(substitute(LIBCUDA, c"cuInit", &p), None);
+        assert_eq!(*p.asked.borrow(), 0);
+    }
+
+    #[test]
+    fn lookups_of_this_process_go_to_the_c_library() {
+        let found = filter(libc::RTLD_DEFAULT, c"malloc".as_ptr());
+        assert!(found.answer.is_null());
+        // SAFETY: a C string.
+        let malloc = unsafe { (found.otherwise)(libc::RTLD_DEFAULT, c"malloc".as_ptr()) };
+        // SAFETY: a C string.
+        assert_eq!(malloc, unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"malloc".as_ptr()) });
+        // SAFETY: as above, through the function under test.
+        assert_eq!(malloc, unsafe { dlsym(libc::RTLD_DEFAULT, c"malloc".as_ptr()) });
+        for odd in [c"", c"c", c"cu", c"cuLaunchKernel", c"cuda", c"n", c"nv", c"nvmlDeviceGetMemoryInfo"] {
+            assert!(filter(libc::RTLD_DEFAULT, odd.as_ptr()).answer.is_null());
+        }
+    }
+}

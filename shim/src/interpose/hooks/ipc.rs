@@ -1,0 +1,81 @@
+//! Memory of other processes ([`crate::ipc`]).
+
+#![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
+
+use super::guard::{guarded, relaxed};
+use crate::cuda::abi::*;
+use crate::interpose::driver_calls;
+use crate::memory::devices;
+use crate::process::contexts;
+use crate::submit::pass;
+use crate::{async_pool, ipc};
+
+pub unsafe fn cuIpcGetMemHandle(handle: *mut CUipcMemHandle, dptr: CUdeviceptr) -> CuResult {
+    guarded(|| {
+        let _pass = match pass::enter_query() {
+            Ok(pass) => pass,
+            Err(result) => return result,
+        };
+        // The driver gives no handle for stream-ordered memory, but for pools that are made for it, and those are
+        // its own.
+        let ours = match async_pool::find(dptr) {
+            Some(_) => Some(Err(CuResult::INVALID_VALUE)),
+            None if handle.is_null() => None,
+            None => relaxed(|| ipc::get(&devices::all(), dptr)),
+        };
+        match ours {
+            Some(Ok(made)) => {
+                // SAFETY: the caller's pointer to where the handle goes, not null.
+                unsafe { handle.write(made) };
+                CuResult::SUCCESS
+            }
+            Some(Err(result)) => result,
+            // SAFETY: the caller's arguments.
+            None => unsafe { driver_calls::cuIpcGetMemHandle(handle, dptr) },
+        }
+    })
+}
+
+/// # Safety
+/// `pdptr` is null, or points to where an address goes.
+unsafe fn open(
+    pdptr: *mut CUdeviceptr,
+    handle: &CUipcMemHandle,
+    flags: u32,
+    driver: impl FnOnce() -> CuResult,
+) -> CuResult {
+    guarded(|| {
+        let current = contexts::current().filter(|_| !pdptr.is_null());
+        let ours =
+            current.and_then(|(device, context)| relaxed(|| ipc::open(&device, context, handle, flags)));
+        match ours {
+            Some(Ok(address)) => {
+                // SAFETY: the caller's promise, and it is not null.
+                unsafe { pdptr.write(address) };
+                CuResult::SUCCESS
+            }
+            Some(Err(result)) => result,
+            None => driver(),
+        }
+    })
+}
+
+pub unsafe fn cuIpcOpenMemHandle(pdptr: *mut CUdeviceptr, handle: CUipcMemHandle, flags: u32) -> CuResult {
+    // SAFETY: the caller's arguments, for both.
+    unsafe { open(pdptr, &handle, flags, || driver_calls::cuIpcOpenMemHandle(pdptr, handle, flags)) }
+}
+
+pub unsafe fn cuIpcOpenMemHandle_v2(pdptr: *mut CUdeviceptr, handle: CUipcMemHandle, flags: u32) -> CuResult {
+    // SAFETY: the caller's arguments, for both.
+    unsafe { open(pdptr, &handle, flags, || driver_calls::cuIpcOpenMemHandle_v2(pdptr, handle, flags)) }
+}
+
+pub unsafe fn cuIpcCloseMemHandle(dptr: CUdeviceptr) -> CuResult {
+    guarded(|| {
+        if relaxed(|| ipc::close(dptr)) {
+            return CuResult::SUCCESS;
+        }
+        // SAFETY: the caller's arguments.
+        unsafe { driver_calls::cuIpcCloseMemHandle(dptr) }
+    })
+}

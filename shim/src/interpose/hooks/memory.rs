@@ -1,0 +1,250 @@
+//! cuInit, cuMemAlloc, cuMemFree, and how much memory there is.
+
+#![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
+
+use super::guard::{guarded, relaxed};
+use crate::cuda::abi::*;
+use crate::interpose::driver_calls;
+use crate::memory::device::Device;
+use crate::memory::{devices, sync_memops, unmovable};
+use crate::process::reservation::{self, keep};
+use crate::process::{attach, contexts, memory_info};
+use crate::submit::captures;
+use crate::{async_pool, state};
+
+pub unsafe fn cuInit(flags: u32) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { driver_calls::cuInit(flags) };
+    guarded(|| match result {
+        CuResult::SUCCESS => attach::initialise().map_or_else(|error| error, |()| result),
+        failed => failed,
+    })
+}
+
+/// Every row of a pitched allocation begins at a multiple of this, as the driver's own do on all recent GPUs.
+const PITCH_ALIGNMENT: usize = 512;
+
+/// What the pools do not use makes room.
+fn allocate(device: &Device, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
+    device.once_freed(|| match device.allocate(bytes, context) {
+        Err(CuResult::OUT_OF_MEMORY) if async_pool::reclaim(device) => device.allocate(bytes, context),
+        result => result,
+    })
+}
+
+pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult {
+    guarded(|| {
+        let Some((device, context)) = contexts::current() else {
+            // SAFETY: the caller's arguments.
+            return unsafe { driver_calls::cuMemAlloc_v2(dptr, bytesize) };
+        };
+        if unmovable::wanted() {
+            // SAFETY: the caller's arguments; on success the driver has written the address.
+            return keep(
+                bytesize as u64,
+                || unsafe { driver_calls::cuMemAlloc_v2(dptr, bytesize) },
+                || unsafe { *dptr },
+            );
+        }
+        if dptr.is_null() {
+            return CuResult::INVALID_VALUE;
+        }
+        // As the driver does: what is refused is at address 0.
+        // SAFETY: the caller's pointer to where the address goes, not null.
+        unsafe { dptr.write(0) };
+        // Nothing is refused for being nothing.
+        if bytesize > 0
+            && let Err(refused) = captures::refuse_unsafe()
+        {
+            return refused;
+        }
+        match relaxed(|| allocate(&device, bytesize as u64, context)) {
+            Ok(address) => {
+                sync_memops::allocated(address);
+                // SAFETY: the caller's pointer to where the address goes, not null.
+                unsafe { dptr.write(address) };
+            }
+            Err(result) => return result,
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuMemAllocPitch_v2(
+    dptr: *mut CUdeviceptr,
+    pitch: *mut usize,
+    width: usize,
+    height: usize,
+    element_size: u32,
+) -> CuResult {
+    guarded(|| {
+        let Some((device, context)) = contexts::current() else {
+            // SAFETY: the caller's arguments.
+            return unsafe { driver_calls::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) };
+        };
+        for place in [dptr.cast::<u64>(), pitch.cast()] {
+            if !place.is_null() {
+                // SAFETY: the caller's pointer to eight bytes for the answer, not null.
+                unsafe { place.write(0) };
+            }
+        }
+        if dptr.is_null() || pitch.is_null() || !matches!(element_size, 4 | 8 | 16) {
+            return CuResult::INVALID_VALUE;
+        }
+        let row = width.checked_next_multiple_of(PITCH_ALIGNMENT).unwrap_or(0);
+        // SAFETY: the caller's pointer to where the pitch goes, not null. The driver says it of what it then refuses too.
+        unsafe { pitch.write(if height == 0 { 0 } else { row }) };
+        let Some(bytes) = row.checked_mul(height) else {
+            tracing::warn!(
+                gpu = %device.gpu,
+                "cuMemAllocPitch: {height} rows of {width} B are more than an address can count; the width is in bytes"
+            );
+            // What wraps to nothing is nothing to the driver.
+            return match row.wrapping_mul(height) {
+                0 => CuResult::INVALID_VALUE,
+                _ => CuResult::OUT_OF_MEMORY,
+            };
+        };
+        if bytes == 0 {
+            return CuResult::INVALID_VALUE;
+        }
+        if unmovable::wanted() {
+            return keep(
+                bytes as u64,
+                // SAFETY: the caller's arguments; on success the driver has written the address.
+                || unsafe { driver_calls::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) },
+                // SAFETY: as above.
+                || unsafe { *dptr },
+            );
+        }
+        if let Err(refused) = captures::refuse_unsafe() {
+            return refused;
+        }
+        match relaxed(|| allocate(&device, bytes as u64, context)) {
+            Ok(address) => {
+                sync_memops::allocated(address);
+                // SAFETY: the caller's pointer to where the address goes, not null.
+                unsafe { dptr.write(address) };
+            }
+            Err(result) => return result,
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
+    guarded(|| {
+        if let Err(broken) = state::intact() {
+            return broken;
+        }
+        if let Some(result) = relaxed(|| async_pool::free_now(dptr)) {
+            return result;
+        }
+        let begins = |device: &std::sync::Arc<Device>| {
+            device.memory().containing(dptr).is_some_and(|of| of.base == dptr)
+        };
+        if captures::is_capturing()
+            && devices::all().iter().any(begins)
+            && let Err(refused) = captures::refuse_unsafe()
+        {
+            return refused;
+        }
+        if devices::all().iter().any(|device| relaxed(|| device.free(dptr))) {
+            return CuResult::SUCCESS;
+        }
+        // SAFETY: the caller's arguments.
+        let result = unsafe { driver_calls::cuMemFree_v2(dptr) };
+        if result.is_success() {
+            reservation::let_go(dptr);
+        }
+        if result == CuResult::INVALID_VALUE {
+            match super::pointers::Allocated::at(dptr) {
+                Some(_) if crate::ipc::containing(dptr).is_some() => tracing::warn!(
+                    "cuMemFree({dptr:#x}): it is another process's memory; close it by cuIpcCloseMemHandle"
+                ),
+                Some(known) if known.is_mapped() => tracing::warn!(
+                    "cuMemFree({dptr:#x}): the process has mapped memory there; unmap it by cuMemUnmap"
+                ),
+                Some(allocation) => tracing::warn!(
+                    "cuMemFree({dptr:#x}): it lies inside the allocation of {} at {:#x}; free that address",
+                    nvshare::units::format_size(allocation.size),
+                    allocation.base
+                ),
+                None => tracing::warn!(
+                    "cuMemFree({dptr:#x}): no allocation begins there; it was never made, or is freed already"
+                ),
+            }
+        }
+        result
+    })
+}
+
+/// A figure in a form of 32 bits: as much as it can tell.
+fn in_32_bits(bytes: u64) -> u32 {
+    bytes.try_into().unwrap_or(u32::MAX)
+}
+
+/// Answers with what the current context's GPU has, or has the driver answer. The driver writes what it is given a place
+/// for.
+fn tell_memory<T>(
+    [free, total]: [*mut T; 2],
+    figure: impl Fn(u64) -> T,
+    ask: impl FnOnce() -> CuResult,
+) -> CuResult {
+    guarded(|| {
+        let Some((device, _)) = contexts::current() else { return ask() };
+        relaxed(|| async_pool::collect(&device));
+        let figures = device.figures();
+        for (place, bytes) in [(free, figures.free), (total, figures.total)] {
+            if !place.is_null() {
+                // SAFETY: the caller's pointer to where the figure goes, not null.
+                unsafe { place.write(figure(bytes)) };
+            }
+        }
+        CuResult::SUCCESS
+    })
+}
+
+pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
+    // SAFETY: the caller's arguments.
+    tell_memory(
+        [free, total],
+        |bytes| bytes as usize,
+        || unsafe { driver_calls::cuMemGetInfo_v2(free, total) },
+    )
+}
+
+pub unsafe fn cuMemGetInfo(free: *mut u32, total: *mut u32) -> CuResult {
+    // Today's drivers refuse it in any context that can be made.
+    // SAFETY: the caller's arguments.
+    match unsafe { driver_calls::cuMemGetInfo(free, total) } {
+        CuResult::SUCCESS => tell_memory([free, total], in_32_bits, || CuResult::SUCCESS),
+        refused => refused,
+    }
+}
+
+/// The driver has answered for the card; what the client has of it may be less.
+fn told_total(result: CuResult, dev: CUdevice, correct: impl FnOnce(u64)) -> CuResult {
+    guarded(|| {
+        if result.is_success()
+            && let Some(figures) = memory_info::of_device(dev)
+        {
+            correct(figures.total);
+        }
+        result
+    })
+}
+
+pub unsafe fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { driver_calls::cuDeviceTotalMem_v2(bytes, dev) };
+    // SAFETY: the driver has just written through this pointer of the caller's.
+    told_total(result, dev, |total| unsafe { bytes.write(total as usize) })
+}
+
+pub unsafe fn cuDeviceTotalMem(bytes: *mut u32, dev: CUdevice) -> CuResult {
+    // SAFETY: the caller's arguments.
+    let result = unsafe { driver_calls::cuDeviceTotalMem(bytes, dev) };
+    // SAFETY: the driver has just written through this pointer of the caller's.
+    told_total(result, dev, |total| unsafe { bytes.write(in_32_bits(total)) })
+}

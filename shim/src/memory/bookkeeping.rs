@@ -1,0 +1,81 @@
+//! What the books of many regions cost: everything that a switch does but the driver's part and the copies, on a page, a map
+//! and a pool of its own. `nvshare bench bookkeeping` prints it.
+
+use crate::cuda::abi::CUcontext;
+use crate::memory::host::{HostPool, HostPoolError};
+use crate::memory::map::{Freed, Memory};
+use crate::memory::region::{Backing, HostCopy, InUse};
+use nix::time::{ClockId, clock_gettime};
+use nvshare::audit::Process;
+use nvshare::units::{GRANULE, GpuUuid, Granules, Nanos, SECOND};
+use nvshare::{Client, Page};
+use std::sync::Arc;
+
+/// The thread's processor time, ns: other programs are not measured.
+fn now() -> Nanos {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("Linux has this clock");
+    time.tv_sec() as Nanos * SECOND + time.tv_nsec() as Nanos
+}
+
+const CONTEXT: CUcontext = CUcontext(1);
+const BEGIN: u64 = 1 << 40;
+
+/// What it took to allocate so many regions of one granule, to evict them, to fill them and to free them, ns.
+///
+/// # Errors
+/// There are no addresses for so much host memory. None of it is used.
+pub fn measure(regions: Granules) -> Result<[Nanos; 4], HostPoolError> {
+    let page: Arc<Page> = Page::on_heap(GpuUuid([0; 16]), regions).into();
+    let slot = page.open_slot(Process { pid: 1, started: 1 }, "bookkeeping", 1);
+    let client = Client::new(page.clone(), slot.expect("a new page has slots"));
+    let books = client.books();
+    let host = HostPool::untouched(u64::from(regions) * GRANULE)?;
+    let mut memory = Memory::default();
+    let bases = || (0..u64::from(regions)).map(|index| BEGIN + 2 * index * GRANULE);
+
+    let began = now();
+    for base in bases() {
+        memory.add_whole(base, GRANULE, GRANULE, CONTEXT);
+        books.grow(1);
+        books.try_take(1).expect("the pool is as large");
+        memory.settle(base, Backing::Device(1));
+    }
+    let allocated = now();
+    for (address, _) in memory.unseen() {
+        memory.saw(address, InUse::All);
+    }
+    while let Some((place, _, in_use)) = memory.next_resident(u64::MAX) {
+        let copy = HostCopy { memory: host.alloc(place.size)?, in_use };
+        memory.settle(place.address, Backing::Evicted(copy));
+        books.give(1);
+    }
+    let evicted = now();
+    while let Some((place, backing, _)) = memory.next_missing() {
+        books.try_take(1).expect("the pool is as large");
+        memory.settle(place.address, Backing::Device(1));
+        if let Backing::Evicted(copy) = backing {
+            host.free(copy.memory);
+        }
+    }
+    memory.unsee();
+    let filled = now();
+    for base in bases() {
+        let allocation = memory.begin_free(base).expect("it was allocated");
+        if let Freed::Region(region) = memory.finish_free(allocation) {
+            memory.remove(region);
+            books.give(1);
+            books.shrink(1);
+        }
+    }
+    Ok([allocated - began, evicted - allocated, filled - evicted, now() - filled])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_of_it_is_walked_through() {
+        assert!(measure(500).unwrap().iter().all(|took| *took > 0));
+    }
+}

@@ -1,0 +1,178 @@
+//! cuMemFree, and what else gives memory back: when the work that may use it is done.
+
+use crate::cuda::abi::*;
+use crate::memory::device::Device;
+use crate::memory::map::{Allocation, Freed, Left, Memory};
+use crate::memory::region::{Backing, Chunk, Kind, Region};
+use crate::memory::stale_objects;
+use crate::submit::drain::Mark;
+use crate::submit::{captures, gang, pass};
+use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+impl Device {
+    /// cuMemFree. False if the address is none that this process got here.
+    ///
+    /// As the driver's own, it returns when the work that may use the memory is done. While a capture is
+    /// open there is no asking for that, and while memory moves the region is the engine's: the engine
+    /// finishes the free then.
+    pub fn free(&self, base: CUdeviceptr) -> bool {
+        let (allocation, busy) = {
+            let mut memory = self.memory();
+            let Some(allocation) = memory.begin_free(base) else { return false };
+            (allocation, memory.region(allocation.region).is_some_and(Region::in_use_by_gpu))
+        };
+        let unused = !busy || self.wait_for_work();
+        self.end_free(self.memory(), allocation, unused);
+        true
+    }
+
+    /// Frees what the caller knows to be unused, so that there is nothing to wait for. False as for
+    /// [`Device::free`].
+    pub fn free_idle(&self, base: CUdeviceptr) -> bool {
+        let mut memory = self.memory();
+        let Some(allocation) = memory.begin_free(base) else { return false };
+        self.end_free(memory, allocation, true);
+        true
+    }
+
+    /// Finishes a free, or leaves it to the engine if the memory may be in use or moves.
+    fn end_free(&self, mut memory: MutexGuard<'_, Memory>, allocation: Allocation, unused: bool) {
+        if unused && !memory.moving {
+            self.finish_free(&mut memory, allocation);
+        } else {
+            memory.doom(allocation);
+            drop(memory);
+            self.knock();
+        }
+    }
+
+    fn finish_free(&self, memory: &mut Memory, allocation: Allocation) {
+        if let Freed::Region(region) = memory.finish_free(allocation)
+            && let Some(region) = memory.remove(region)
+        {
+            self.retire(memory, region);
+        }
+    }
+
+    /// Waits for all work submitted so far, on whichever GPU: it may use this one's memory. False if an open
+    /// capture forbids to ask.
+    pub fn wait_for_work(&self) -> bool {
+        // Nothing is held while it waits: the work may be waiting for a thread that begins a capture.
+        let Some(mut mark) = captures::with_no_capture(gang::mark) else { return false };
+        if !self.await_mark(&mut mark) {
+            return false;
+        }
+        // A broken context does no work any more, so its memory is not in use either.
+        if let Some(result) = mark.broken() {
+            tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
+        }
+        true
+    }
+
+    /// Waits until a mark has passed. False if an open capture forbids to look.
+    pub fn await_mark(&self, mark: &mut Mark) -> bool {
+        loop {
+            mark.wait();
+            match captures::with_no_capture(|| mark.look()) {
+                Some(true) => return true,
+                // A context that ends is waited for by the driver.
+                Some(false) if mark.left() == 0 => std::thread::sleep(Duration::from_micros(100)),
+                Some(false) => {}
+                None => return false,
+            }
+        }
+    }
+
+    /// Finishes the frees that could not be finished at once.
+    fn bury(&self) {
+        let left = self.memory().left();
+        if self.wait_for_work() {
+            self.finish_left(left);
+        }
+    }
+
+    /// Finishes the frees that were left when `left` was said. The work that may use their memory is done.
+    pub fn finish_left(&self, left: Left) {
+        let mut memory = self.memory();
+        if memory.moving {
+            return;
+        }
+        let Some((doomed, returned)) = memory.take_left(left) else { return };
+        doomed.into_iter().for_each(|allocation| self.finish_free(&mut memory, allocation));
+        returned.into_iter().for_each(|region| self.dispose(region));
+    }
+
+    /// Waits until the frees have ended that were put off. False if there is none, or if they cannot end now.
+    pub fn await_frees(&self) -> bool {
+        // Whoever is inside the gate would be waited for.
+        if pass::is_inside() || self.memory().put_off() == 0 {
+            return false;
+        }
+        drop(self.memory_at_rest());
+        self.bury();
+        self.memory().put_off() == 0
+    }
+
+    /// Releases a region that nothing uses any more.
+    pub fn dispose(&self, mut region: Region) {
+        let granules = region.granules();
+        let lost = region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Moving));
+        self.release_chunks(&mut region);
+        stale_objects::ended(&region);
+        if !matches!(region.kind, Kind::Room) && !lost {
+            // Where something may still be mapped, the addresses are the process's for good.
+            self.free_addresses(&region);
+            self.host.uncommit(region.size);
+        }
+        self.books.shrink(granules);
+    }
+
+    /// Gives back what a region has, wherever it is.
+    pub fn release_chunks(&self, region: &mut Region) {
+        for chunk in std::mem::take(&mut region.chunks) {
+            self.dispose_chunk(region, chunk);
+        }
+    }
+
+    /// Gives a region's addresses back, at which nothing is mapped any more.
+    pub fn free_addresses(&self, region: &Region) {
+        if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
+            && result != CuResult::DEINITIALIZED
+            && !self.leaving.load(Ordering::Acquire)
+        {
+            tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
+        }
+    }
+
+    fn dispose_chunk(&self, region: &Region, chunk: Chunk) {
+        let (place, granules) = (region.place(&chunk), chunk.granules());
+        if chunk.fixed {
+            self.books.unfix(granules);
+        }
+        match chunk.backing {
+            Backing::Device(handle) => {
+                self.release(&place, handle);
+                self.books.give(granules);
+            }
+            Backing::Overflow(handle) => self.release(&place, handle),
+            Backing::Evicted(copy) => self.host.free(copy.memory),
+            Backing::Booked => self.books.give(granules),
+            Backing::Absent | Backing::Denied => {}
+            // Nothing is disposed of while memory moves, unless the engine has panicked: then nobody knows where it is.
+            Backing::Moving => {}
+        }
+    }
+
+    /// A context is destroyed that was not the last one: its memory goes with it.
+    pub fn release_context(&self, context: CUcontext) {
+        // Nothing of it may be on its way.
+        let regions = {
+            let mut memory = self.memory_at_rest();
+            self.drop_spares(&mut memory);
+            memory.remove_context(context)
+        };
+        regions.into_iter().for_each(|region| self.dispose(region));
+    }
+}

@@ -1,0 +1,399 @@
+use super::*;
+use crate::memory::CHUNK;
+use crate::memory::region::WHOLE;
+
+const CONTEXT: CUcontext = CUcontext(1);
+
+/// Takes all that is left to the engine.
+fn left(memory: &mut Memory) -> (Vec<Allocation>, Vec<Region>) {
+    memory.take_left(memory.left()).expect("nobody has taken it")
+}
+
+/// A free that comes after the mark is not covered by it, and a mark covers nothing that somebody else has taken since.
+#[test]
+fn what_is_left_to_the_engine_is_taken_as_far_as_it_was_marked() {
+    let mut memory = Memory::default();
+    let allocations: Vec<_> = [1 << 30, 2 << 30]
+        .map(|base| {
+            memory.add_whole(base, 2 << 20, 2 << 20, CUcontext::NULL);
+            memory.begin_free(base).unwrap()
+        })
+        .to_vec();
+    memory.doom(allocations[0]);
+    let marked = memory.left();
+    memory.doom(allocations[1]);
+    assert_eq!(memory.take_left(marked).unwrap().0, allocations[..1]);
+    assert!(memory.take_left(marked).is_none() && memory.has_doomed());
+    assert_eq!(left(&mut memory).0, allocations[1..]);
+}
+
+#[test]
+fn a_region_is_cut_into_chunks() {
+    let mut memory = Memory::default();
+    memory.add_whole(1 << 40, 2 * CHUNK + GRANULE, 2 * CHUNK + 5, CONTEXT);
+    let region = memory.region(1 << 40).unwrap();
+    assert_eq!(region.chunks.iter().map(|chunk| chunk.size).collect::<Vec<_>>(), [CHUNK, CHUNK, GRANULE]);
+    assert_eq!(region.chunks[2].address, (1 << 40) + 2 * CHUNK);
+    assert!(memory.is_missing());
+}
+
+#[test]
+fn addresses_find_their_allocation() {
+    let mut memory = Memory::default();
+    memory.add_whole(0x1000_0000, GRANULE, 100, CONTEXT);
+    assert_eq!(memory.containing(0x1000_0000 + 99).map(|found| found.base), Some(0x1000_0000));
+    assert_eq!(memory.containing(0x1000_0000 + 100), None);
+    assert_eq!(memory.containing(0xfff_ffff), None);
+    assert!(memory.begin_free(0x1000_0000).is_some());
+    assert_eq!(memory.begin_free(0x1000_0000), None, "freed twice");
+}
+
+#[test]
+fn small_ones_share_a_slab_and_the_last_one_takes_it_down() {
+    let mut memory = Memory::default();
+    assert_eq!(memory.take_small(1, CONTEXT), None);
+    memory.add_slab(0x4000_0000, CONTEXT);
+    let first = memory.take_small(1, CONTEXT).unwrap();
+    let second = memory.take_small(SMALL, CONTEXT).unwrap();
+    assert_eq!((first, second), (0x4000_0000, 0x4000_0000 + ALIGNMENT));
+    assert_eq!(memory.take_small(SMALL, CONTEXT), None, "full");
+    assert_eq!(memory.take_small(1, CUcontext(2)), None, "another context's");
+    for (base, left) in [(first, Freed::Nothing), (second, Freed::Region(0x4000_0000))] {
+        let allocation = memory.begin_free(base).unwrap();
+        assert_eq!(memory.finish_free(allocation), left);
+    }
+}
+
+#[test]
+fn gaps_grow_together() {
+    let mut gaps = Gaps::new(4096);
+    let offsets: Vec<_> = (0..8).map(|_| gaps.take(512).unwrap()).collect();
+    assert_eq!(gaps.take(1), None);
+    for offset in
+        [offsets[2], offsets[0], offsets[1], offsets[7], offsets[5], offsets[6], offsets[4], offsets[3]]
+    {
+        gaps.give(offset, 512);
+    }
+    assert!(gaps.empty());
+}
+
+#[test]
+fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
+    let mut memory = Memory::default();
+    memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
+    let allocation = memory.begin_free(1 << 30).unwrap();
+    memory.doom(allocation);
+    assert_eq!(memory.containing(1 << 30), None);
+    assert!(memory.region(1 << 30).is_some() && memory.has_doomed());
+    assert_eq!(left(&mut memory).0, [allocation]);
+    assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
+}
+
+#[test]
+fn what_is_put_off_is_what_the_frees_will_give_back() {
+    let mut memory = Memory::default();
+    memory.add_whole(1 << 30, 3 * GRANULE, 3 * GRANULE, CONTEXT);
+    memory.add_slab(1 << 31, CONTEXT);
+    let small = [(); 3].map(|()| memory.take_small(1000, CONTEXT).unwrap());
+    let mut doom = |base| {
+        let allocation = memory.begin_free(base).unwrap();
+        memory.doom(allocation);
+        memory.put_off()
+    };
+    assert_eq!(doom(small[0]), 0, "its slab has others");
+    assert_eq!(doom(1 << 30), 3);
+    assert_eq!((doom(small[1]), doom(small[2])), (3, 4), "the slab goes with its last one, once");
+    memory.lend(1 << 30);
+    assert_eq!(memory.put_off(), 1, "another process keeps it");
+    for allocation in left(&mut memory).0 {
+        if let Freed::Region(base) = memory.finish_free(allocation) {
+            memory.remove(base);
+        }
+    }
+    assert_eq!(memory.put_off(), 0);
+    assert!(memory.take_back(1 << 30));
+    assert_eq!(memory.put_off(), 3, "and has done with it");
+    assert_eq!((left(&mut memory).1.len(), memory.put_off()), (1, 0));
+}
+
+#[test]
+fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
+    let mut memory = Memory::default();
+    memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
+    assert_eq!(memory.export(1 << 30, || 7), Some(7));
+    assert_eq!(memory.export(1 << 30, || 8), Some(7), "asked for twice");
+    assert_eq!(memory.export((1 << 30) + 512, || 9), None);
+    memory.lend(1 << 30);
+    memory.lend(1 << 30);
+    let allocation = memory.begin_free(1 << 30).unwrap();
+    assert!(memory.exported(1 << 30, 7).is_none());
+    assert_eq!(memory.finish_free(allocation), Freed::Nothing);
+    assert!(!memory.take_back(1 << 30) && memory.take_back(1 << 30));
+    assert!(memory.has_doomed());
+    assert_eq!(left(&mut memory).1.len(), 1);
+    assert!(memory.region(1 << 30).is_none() && !memory.has_doomed());
+    // An allocation at the same address is another one.
+    memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
+    assert!(memory.exported(1 << 30, 7).is_none());
+    memory.lend(1 << 30);
+    assert!(!memory.take_back(1 << 30), "the application still has it");
+}
+
+#[test]
+fn a_slab_that_others_have_open_can_be_used_again() {
+    let mut memory = Memory::default();
+    memory.add_slab(1 << 30, CONTEXT);
+    let free = |memory: &mut Memory| {
+        let allocation = memory.begin_free(1 << 30).unwrap();
+        assert_eq!(memory.finish_free(allocation), Freed::Nothing);
+    };
+    assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30));
+    memory.lend(1 << 30);
+    free(&mut memory);
+    assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30));
+    assert!(!memory.take_back(1 << 30));
+    memory.lend(1 << 30);
+    free(&mut memory);
+    assert!(memory.take_back(1 << 30));
+    assert_eq!(memory.take_small(1, CONTEXT), Some(1 << 30), "before the engine came");
+    assert!(left(&mut memory).1.is_empty());
+    let allocation = memory.begin_free(1 << 30).unwrap();
+    assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
+}
+
+#[test]
+fn what_others_have_open_outlives_its_context() {
+    let mut memory = Memory::default();
+    memory.add_slab(1 << 30, CONTEXT);
+    memory.take_small(1, CONTEXT).unwrap();
+    memory.add_whole(1 << 31, GRANULE, GRANULE, CONTEXT);
+    memory.lend(1 << 30);
+    let gone: Vec<_> = memory.remove_context(CONTEXT).iter().map(|region| region.base).collect();
+    assert_eq!(gone, [1 << 31]);
+    assert_eq!((memory.containing(1 << 30), memory.take_small(1, CUcontext::NULL)), (None, None));
+    assert!(memory.take_back(1 << 30));
+    assert_eq!(left(&mut memory).1.len(), 1);
+}
+
+/// The addresses of the chunks that are to lie in host memory.
+fn spilled(memory: &Memory) -> Vec<CUdeviceptr> {
+    let chunks = memory.regions().flat_map(|region| &region.chunks);
+    chunks.filter(|chunk| chunk.spill).map(|chunk| chunk.address).collect()
+}
+
+#[test]
+fn only_what_is_in_use_is_copied_and_neighbours_go_together() {
+    assert_eq!(InUse::All.runs(CHUNK), [(0, 0, CHUNK)]);
+    let in_use = InUse::Granules(0b1011_0110);
+    let runs = in_use.runs(8 * GRANULE);
+    assert_eq!(
+        runs,
+        [
+            (GRANULE, 0, 2 * GRANULE),
+            (4 * GRANULE, 2 * GRANULE, 2 * GRANULE),
+            (7 * GRANULE, 4 * GRANULE, GRANULE)
+        ]
+    );
+    assert_eq!(runs.iter().map(|(.., length)| length).sum::<u64>(), in_use.bytes(8 * GRANULE));
+    assert!(InUse::Granules(0).runs(CHUNK).is_empty());
+}
+
+#[test]
+fn what_spills_is_spread_over_what_is_missing_granule_by_granule() {
+    let mut memory = Memory::default();
+    let (first, second) = (1 << 40, 1 << 41);
+    memory.add_whole(first, CHUNK, CHUNK, CONTEXT);
+    memory.add_whole(second, CHUNK, CHUNK, CONTEXT);
+    assert_eq!(memory.spill(4), 4);
+    // Of 64 missing granules the middles of each sixteen.
+    let at = |base, granule| base + granule * GRANULE;
+    assert_eq!(spilled(&memory), [at(first, 8), at(first, 24), at(second, 8), at(second, 24)]);
+    for base in [first, second] {
+        let chunks = &memory.region(base).unwrap().chunks;
+        assert_eq!(chunks.iter().map(|chunk| chunk.size).sum::<u64>(), CHUNK);
+        assert!(chunks.windows(2).all(|pair| pair[0].address + pair[0].size == pair[1].address));
+        assert!(chunks.iter().all(|chunk| !chunk.spill || chunk.size == GRANULE));
+    }
+    // They come first, or the rest would wait for room that cannot be.
+    for address in [at(second, 8), at(second, 24), at(first, 8), at(first, 24)] {
+        let (place, _, spill) = memory.next_missing().unwrap();
+        assert_eq!((place.address, place.size, spill), (address, GRANULE, true));
+    }
+    assert!(!memory.next_missing().unwrap().2);
+    // Whoever is asked for more than is missing gives what there is, and chooses anew.
+    assert!(memory.spill(1000) < 64);
+}
+
+#[test]
+fn the_youngest_memory_spills_wherever_it_lies() {
+    let mut memory = Memory::default();
+    let (parameters, results) = (1 << 41, 1 << 40);
+    memory.add_whole(parameters, 8 * CHUNK, 8 * CHUNK, CONTEXT);
+    memory.add_whole(results, 8 * CHUNK, 8 * CHUNK, CONTEXT);
+    assert_eq!(memory.spill(2), 2);
+    // One in 64 of what was made last, though it lies before the other.
+    assert_eq!(spilled(&memory), [results + 32 * GRANULE, results + 96 * GRANULE]);
+    // More than a 64th of it takes older memory too.
+    assert_eq!(memory.spill(8), 8);
+    assert_eq!(spilled(&memory).iter().filter(|address| **address >= parameters).count(), 4);
+}
+
+#[test]
+fn room_never_spills_and_what_is_handed_on_whole_only_if_nothing_else_can() {
+    let mut memory = Memory::default();
+    memory.add_room(4 * GRANULE, CONTEXT);
+    let mut prop = CUmemAllocationProp::pinned(crate::cuda::abi::CUmemLocation::device(0));
+    prop.requested_handle_types = crate::cuda::abi::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+    memory.add_object(1 << 40, 3 * CHUNK, prop);
+    assert_eq!(memory.region(1 << 40).unwrap().chunks.len(), 1, "one handle is handed on");
+    assert_eq!(memory.spill(8), 96, "whole: a fill that waits for room that cannot be never ends");
+    assert_eq!(spilled(&memory), [1 << 40]);
+    assert_eq!((memory.spill(0), spilled(&memory)), (0, Vec::new()));
+    memory.add_object(1 << 41, 2 * WHOLE, prop);
+    assert_eq!(memory.region(1 << 41).unwrap().chunks.len() as u64, 2 * WHOLE / CHUNK, "too large for that");
+    assert_eq!(memory.spill(8), 8);
+    assert!(!spilled(&memory).contains(&(1 << 40)));
+}
+
+#[test]
+fn an_object_lives_while_it_is_held_or_mapped() {
+    let mut memory = Memory::default();
+    let (object, view) = (1 << 40, 1 << 50);
+    memory.add_object(
+        object,
+        2 * CHUNK,
+        CUmemAllocationProp::pinned(crate::cuda::abi::CUmemLocation::device(0)),
+    );
+    memory.add_view(object, View { address: view, size: 2 * CHUNK, access: Vec::new() });
+    let seen = |memory: &Memory, address, size| {
+        memory.views_in(address, size).into_iter().map(|(of, view)| (of, view.address)).collect::<Vec<_>>()
+    };
+    assert_eq!(seen(&memory, view + CHUNK, 1), [(object, view)]);
+    assert_eq!(seen(&memory, view + 2 * CHUNK, 1), []);
+    assert_eq!(seen(&memory, view - GRANULE, GRANULE), []);
+    let places = memory.region(object).unwrap().missing();
+    assert_eq!(places[1].views, [(view + CHUNK, Vec::new())]);
+    memory.object(object).unwrap().object_mut().unwrap().references = 0;
+    assert_eq!(memory.remove_view(view).map(|region| region.base), Some(object));
+    assert!(memory.object(object).is_none());
+}
+
+/// Walks `count` regions of one granule out and in as the engine does, with a look at all that it asks in between. How
+/// many regions and chunks were looked at, for each of them.
+fn visits_of_a_switch(count: u64) -> u64 {
+    let mut memory = Memory::default();
+    for index in 0..count {
+        let base = (1 << 40) + 2 * index * GRANULE;
+        memory.add_whole(base, GRANULE, GRANULE, CONTEXT);
+        memory.settle(base, Backing::Device(1));
+    }
+    memory.visits.set(0);
+    for (address, _) in memory.unseen() {
+        memory.saw(address, InUse::Granules(0));
+    }
+    while let Some((place, ..)) = memory.next_resident(u64::MAX) {
+        assert!(memory.is_missing() && memory.overflow() == 0 && memory.put_off() == 0);
+        memory.settle(place.address, Backing::Absent);
+    }
+    memory.spill(0);
+    while let Some((place, _, spill)) = memory.next_missing() {
+        assert!(!spill && memory.next_evicted(1).is_none() && memory.next_overflow().is_none());
+        assert_eq!(memory.take_small(100, CONTEXT), None);
+        memory.settle(place.address, Backing::Device(1));
+    }
+    memory.unsee();
+    assert!(!memory.is_missing());
+    memory.visits.get() / count
+}
+
+#[test]
+fn a_switch_looks_at_each_region_so_many_times_however_many_there_are() {
+    let few = visits_of_a_switch(100);
+    assert!(few < 20, "{few}");
+    assert_eq!(visits_of_a_switch(10_000), few);
+}
+
+/// Whatever has happened to the chunks, the index says of them what they are.
+#[test]
+fn the_index_is_what_the_chunks_are() {
+    let fresh = |memory: &Memory| {
+        let mut index = Index::default();
+        for region in memory.regions.values() {
+            region.chunks.iter().for_each(|chunk| index.insert(region.base, region.is_room(), chunk));
+        }
+        index
+    };
+    for seed in 1..=40u64 {
+        let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let mut below = |bound: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % bound
+        };
+        let (mut memory, mut bases, mut next) = (Memory::default(), Vec::new(), 1u64 << 40);
+        for _ in 0..200 {
+            match below(12) {
+                0..=2 => {
+                    let size = (1 + below(70)) * GRANULE;
+                    match below(3) {
+                        0 => bases.push(memory.add_room(size, CONTEXT)),
+                        1 => {
+                            memory.add_object(
+                                next,
+                                size,
+                                CUmemAllocationProp::pinned(crate::cuda::abi::CUmemLocation::device(0)),
+                            );
+                            bases.push(next);
+                        }
+                        _ => {
+                            memory.add_whole(next, size, size, CONTEXT);
+                            bases.push(next);
+                        }
+                    }
+                    next += 1 << 32;
+                }
+                3 | 4 => {
+                    if let Some((place, _, spill)) = memory.next_missing() {
+                        let backing = match (place.room, spill) {
+                            (true, _) => Backing::Booked,
+                            (_, true) => Backing::Overflow(2),
+                            _ => Backing::Device(1),
+                        };
+                        memory.settle(place.address, backing);
+                    }
+                }
+                5 => {
+                    if let Some((place, ..)) = memory.next_resident(below(40) * GRANULE) {
+                        memory.settle(place.address, Backing::Absent);
+                    }
+                }
+                6 => {
+                    memory.spill(below(20) as Granules);
+                }
+                7 => {
+                    let unseen = memory.unseen();
+                    unseen
+                        .iter()
+                        .for_each(|(address, _)| memory.saw(*address, InUse::Granules(below(3) as u32)));
+                }
+                8 => memory.unsee(),
+                9 => {
+                    if let Some((place, _)) = memory.next_overflow() {
+                        memory.settle(place.address, Backing::Device(3));
+                    }
+                }
+                10 if !bases.is_empty() => {
+                    memory.fix(bases[below(bases.len() as u64) as usize]);
+                }
+                11 if !bases.is_empty() => {
+                    memory.forget(bases.swap_remove(below(bases.len() as u64) as usize));
+                }
+                _ => memory.deny_room(),
+            }
+            assert_eq!(memory.index, fresh(&memory), "seed {seed}");
+        }
+        memory.take_all();
+        assert_eq!(memory.index, Index::default());
+    }
+}

@@ -1,0 +1,137 @@
+//! Physical memory of a chunk: made, mapped at its addresses, unmapped and released. This calls the driver and nothing else.
+
+use crate::cuda::abi::*;
+use crate::memory::device::Device;
+use crate::memory::error::SwapError;
+use crate::memory::map::Memory;
+use crate::memory::region::{Backing, Place};
+use nvshare::units::format_size;
+use std::sync::atomic::Ordering;
+
+impl Device {
+    /// What a chunk is made as.
+    fn prop(&self, place: &Place, overflow: bool) -> CUmemAllocationProp {
+        if overflow {
+            let node =
+                self.driver.device_attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, self.ordinal).unwrap_or(0);
+            return CUmemAllocationProp::pinned(CUmemLocation::host_numa(node.max(0)));
+        }
+        place.prop.unwrap_or_else(|| {
+            let mut prop = CUmemAllocationProp::pinned(CUmemLocation::device(self.ordinal));
+            if self.exportable {
+                // Costs nothing (docs/decisions/0008), and cuIpcGetMemHandle may come at any time.
+                prop.requested_handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+            }
+            prop
+        })
+    }
+
+    /// Makes a chunk of GPU memory, or of host memory that the GPU can use, and maps it at its places.
+    ///
+    /// # Errors
+    /// The driver's; nothing is left behind.
+    pub fn map(&self, place: &Place, overflow: bool) -> Result<CUmemGenericAllocationHandle, SwapError> {
+        let created = self.driver.mem_create(place.size as usize, &self.prop(place, overflow));
+        let handle = created.map_err(|result| SwapError::Driver { call: "cuMemCreate", result })?;
+        if let Err(error) = self.map_at(place, handle) {
+            let _ = self.driver.mem_release(handle);
+            return Err(error);
+        }
+        Ok(handle)
+    }
+
+    /// Maps physical memory at a chunk's places.
+    ///
+    /// # Errors
+    /// The driver's; nothing is mapped then.
+    pub fn map_at(&self, place: &Place, handle: CUmemGenericAllocationHandle) -> Result<(), SwapError> {
+        let home = (place.address, self.access());
+        let mut mapped: Vec<CUdeviceptr> = Vec::new();
+        for (address, access) in std::iter::once(&home).chain(&place.views) {
+            let done = self.map_one(*address, place.size, handle, access);
+            if let Err(error) = done {
+                for address in mapped {
+                    let _ = self.driver.mem_unmap(address, place.size as usize);
+                }
+                return Err(error);
+            }
+            mapped.push(*address);
+        }
+        Ok(())
+    }
+
+    /// Maps physical memory at one address.
+    ///
+    /// # Errors
+    /// The driver's; nothing is mapped then.
+    fn map_one(
+        &self,
+        address: CUdeviceptr,
+        size: u64,
+        handle: CUmemGenericAllocationHandle,
+        access: &[CUmemAccessDesc],
+    ) -> Result<(), SwapError> {
+        let (size, said) = (size as usize, |call| move |result| SwapError::Driver { call, result });
+        self.driver.mem_map(address, size, 0, handle, 0).map_err(said("cuMemMap"))?;
+        if access.is_empty() {
+            return Ok(());
+        }
+        self.driver.mem_set_access(address, size, access).map_err(|result| {
+            let _ = self.driver.mem_unmap(address, size);
+            SwapError::Driver { call: "cuMemSetAccess", result }
+        })
+    }
+
+    /// Unmaps a chunk at all its places.
+    pub fn unmap(&self, place: &Place) {
+        for address in std::iter::once(place.address).chain(place.views.iter().map(|(address, _)| *address)) {
+            self.report(place, self.driver.mem_unmap(address, place.size as usize));
+        }
+    }
+
+    /// Unmaps and releases a chunk's memory.
+    pub fn release(&self, place: &Place, handle: CUmemGenericAllocationHandle) {
+        self.unmap(place);
+        self.report(place, self.driver.mem_release(handle));
+    }
+
+    fn report(&self, place: &Place, released: Result<(), CuResult>) {
+        let Err(result) = released else { return };
+        if self.leaving.load(Ordering::Acquire) {
+            // The driver may have released it with the last context.
+            tracing::debug!(gpu = %self.gpu, "{} at {:#x}: {result}", format_size(place.size), place.address);
+        } else if result != CuResult::DEINITIALIZED {
+            tracing::error!(
+                gpu = %self.gpu,
+                "{} at {:#x} could not be released: {result}",
+                format_size(place.size),
+                place.address
+            );
+        }
+    }
+
+    /// Makes and maps a chunk to which nobody has access yet.
+    pub(super) fn map_closed(&self, place: &Place) -> Result<CUmemGenericAllocationHandle, CuResult> {
+        let size = place.size as usize;
+        let handle = self.driver.mem_create(size, &self.prop(place, false))?;
+        self.driver.mem_map(place.address, size, 0, handle, 0).inspect_err(|_| {
+            let _ = self.driver.mem_release(handle);
+        })?;
+        Ok(handle)
+    }
+
+    /// Gives access to chunks that lie side by side, in one call: that is the dearest part of mapping them.
+    pub(super) fn open_all(&self, memory: &mut Memory, mapped: Vec<(Place, CUmemGenericAllocationHandle)>) {
+        let Some((first, _)) = mapped.first() else { return };
+        let size: u64 = mapped.iter().map(|(place, _)| place.size).sum();
+        let opened = self.driver.mem_set_access(first.address, size as usize, &self.access());
+        for (place, handle) in mapped {
+            if opened.is_ok() {
+                memory.settle(place.address, Backing::Device(handle));
+            } else {
+                self.release(&place, handle);
+                self.books.give(place.granules());
+            }
+        }
+    }
+}

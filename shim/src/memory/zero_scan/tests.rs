@@ -1,0 +1,232 @@
+//! The table as the kernel has it, and the kernel of the simulated GPU through the driver's own interface. A test on
+//! the simulated GPU runs in a process of its own, because a process has one driver and one machine.
+
+use super::*;
+use nvshare_test_support::Dice;
+use std::path::PathBuf;
+use std::process::Command;
+
+#[test]
+fn an_entry_is_what_the_kernel_reads() {
+    assert_eq!(size_of::<Entry>(), 48);
+    assert_eq!(std::mem::offset_of!(Entry, granules), 8);
+    assert_eq!(std::mem::offset_of!(Entry, zero), 16);
+    let kernel = include_str!("../zero_scan.ptx");
+    assert!(kernel.contains(&format!(".entry {}(", KERNEL.to_str().unwrap())));
+    assert!(kernel.contains(&format!(".reqntid {THREADS}, 1, 1")));
+    assert!(kernel.contains(&format!("add.u64         %end, %at, {GRANULE};")));
+}
+
+#[test]
+fn a_question_is_about_whole_granules_of_one_chunk() {
+    let at = 7 * CHUNK;
+    for size in [GRANULE, 3 * GRANULE, CHUNK] {
+        assert_eq!(Entry::ask(at, size).unwrap().granules, size / GRANULE);
+    }
+    for (address, size) in [
+        (at, 0),
+        (at, GRANULE - 1),
+        (at, GRANULE + 512),
+        (at, CHUNK + GRANULE),
+        (at, u64::MAX),
+        (at + 512, GRANULE),
+    ] {
+        assert!(Entry::ask(address, size).is_none(), "{address:x} {size}");
+    }
+}
+
+#[test]
+fn what_nobody_called_zero_is_in_use() {
+    let mut entry = Entry::ask(CHUNK, CHUNK).unwrap();
+    assert_eq!(entry.in_use(), u32::MAX, "no answer");
+    entry.zero = [ZERO; SLOTS];
+    assert_eq!(entry.in_use(), 0);
+    entry.zero[31] = 0;
+    entry.zero[4] = 0xff;
+    assert_eq!(entry.in_use(), 1 << 31 | 1 << 4);
+    let mut entry = Entry::ask(CHUNK, 3 * GRANULE).unwrap();
+    assert_eq!(entry.in_use(), 0b111);
+    entry.zero[1] = ZERO;
+    assert_eq!(entry.in_use(), 0b101, "and nothing of what lies behind the chunk");
+}
+
+/// The driver that cargo has built beside the tests.
+fn simulated_driver() -> PathBuf {
+    let deps = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let candidates = [deps.join("libsimcuda.so"), deps.parent().unwrap().join("libsimcuda.so")];
+    candidates.into_iter().find(|path| path.exists()).expect("libsimcuda.so is built with the tests")
+}
+
+/// Runs `body` in a process that has a simulated GPU of 512 MiB to itself, and a context and a stream on it.
+fn on_a_gpu(test: &str, variables: &[(&str, &str)], body: impl FnOnce(&'static Driver, CUstream)) {
+    const ROLE: &str = "NVSHARE_TEST_ROLE";
+    if std::env::var_os(ROLE).is_none() {
+        let machine = format!("nvshare-scan-{}-{test}", std::process::id());
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([&format!("scan::tests::{test}"), "--exact", "--nocapture"])
+            .envs([(ROLE, "application"), ("NVSHARE_SIM_NAME", &machine), ("NVSHARE_SIM_MEMORY", "512MiB")])
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap();
+        let _ = std::fs::remove_file(format!("/dev/shm/{machine}"));
+        let told = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && told.contains("1 passed"), "{told}");
+        return;
+    }
+    let path = std::ffi::CString::new(simulated_driver().into_os_string().into_encoded_bytes()).unwrap();
+    // SAFETY: a C string; the library is a driver. It has the driver's name, by which it is found from now on.
+    let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) };
+    assert!(!library.is_null());
+    let driver = Driver::get().unwrap();
+    driver.init(0).unwrap();
+    driver.ctx_set_current(driver.primary_ctx_retain(0).unwrap()).unwrap();
+    body(driver, driver.stream_create(CU_STREAM_NON_BLOCKING).unwrap());
+}
+
+/// A chunk of the GPU's memory, all zero.
+fn chunk(driver: &Driver, stream: CUstream, granules: u64) -> (CUdeviceptr, u64) {
+    let size = granules * GRANULE;
+    let address = driver.mem_alloc(size as usize).unwrap();
+    driver.memset_d8_async(address, 0, size as usize, stream).unwrap();
+    (address, size)
+}
+
+/// Asks, and waits for the answer.
+fn answer(
+    scanner: &mut Scanner,
+    chunks: &[(CUdeviceptr, u64)],
+    stream: CUstream,
+) -> Result<Vec<u32>, SwapError> {
+    let scan = scanner.scan(chunks, stream)?;
+    scanner.finish(scan)
+}
+
+#[test]
+fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
+    on_a_gpu("zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart", &[], |driver, stream| {
+        let mut scanner = Scanner::new(driver).unwrap();
+        let mut dice = Dice::from_environment(1);
+        let (mut chunks, mut expected) = (Vec::new(), Vec::new());
+        for granules in [1, 2, 5, 31, 32] {
+            let (zero, sparse, dense) = (
+                chunk(driver, stream, granules),
+                chunk(driver, stream, granules),
+                chunk(driver, stream, granules),
+            );
+            driver.memset_d8_async(dense.0, 0x5a, dense.1 as usize, stream).unwrap();
+            // One byte in each second granule or so: the first, the last, one amid, one at an odd place.
+            let mut bits = 0u32;
+            for granule in (0..granules).filter(|granule| granules == 1 || granule % 2 == 1) {
+                let somewhere = dice.below(GRANULE);
+                let offset = [0, GRANULE - 1, GRANULE / 2, somewhere | 1, somewhere][dice.below(5) as usize];
+                let value = 1 << dice.below(8);
+                driver.memset_d8_async(sparse.0 + granule * GRANULE + offset, value, 1, stream).unwrap();
+                bits |= 1 << granule;
+            }
+            chunks.extend([zero, sparse, dense]);
+            expected.extend([0, bits, (u64::from(u32::MAX) >> (32 - granules)) as u32]);
+        }
+        assert_eq!(answer(&mut scanner, &chunks, stream).unwrap(), expected);
+        // The other way round, in a table that has answers from before.
+        chunks.reverse();
+        expected.reverse();
+        assert_eq!(answer(&mut scanner, &chunks, stream).unwrap(), expected);
+        assert!(answer(&mut scanner, &[], stream).unwrap().is_empty());
+        scanner.destroy();
+    });
+}
+
+#[test]
+fn an_answer_is_of_the_moment_in_its_stream() {
+    on_a_gpu("an_answer_is_of_the_moment_in_its_stream", &[], |driver, stream| {
+        let mut scanner = Scanner::new(driver).unwrap();
+        let chunk = chunk(driver, stream, 4);
+        let before = scanner.scan(&[chunk], stream).unwrap();
+        driver.memset_d8_async(chunk.0 + 2 * GRANULE, 1, 1, stream).unwrap();
+        let after = scanner.scan(&[chunk], stream).unwrap();
+        assert_eq!(scanner.finish(after).unwrap(), [0b0100]);
+        assert_eq!(scanner.finish(before).unwrap(), [0b0000], "its table was not used for the other");
+    });
+}
+
+#[test]
+fn more_chunks_than_a_table_holds_are_one_question() {
+    on_a_gpu("more_chunks_than_a_table_holds_are_one_question", &[], |driver, stream| {
+        let mut scanner = Scanner::new(driver).unwrap();
+        let (base, _) = chunk(driver, stream, 32);
+        driver.memset_d8_async(base + 5 * GRANULE, 1, 1, stream).unwrap();
+        let chunks: Vec<_> =
+            (0..3 * LEAST as u64).map(|index| (base + index % 32 * GRANULE, GRANULE)).collect();
+        let found = answer(&mut scanner, &chunks, stream).unwrap();
+        assert!(found.iter().enumerate().all(|(index, bits)| *bits == u32::from(index % 32 == 5)));
+    });
+}
+
+#[test]
+fn it_takes_no_room_on_the_gpu() {
+    on_a_gpu("it_takes_no_room_on_the_gpu", &[], |driver, stream| {
+        let chunk = chunk(driver, stream, 1);
+        while driver.mem_alloc(GRANULE as usize).is_ok() {}
+        let (free, _) = driver.mem_info().unwrap();
+        let mut scanner = Scanner::new(driver).unwrap();
+        assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
+        assert_eq!(driver.mem_info().unwrap().0, free);
+    });
+}
+
+#[test]
+fn it_moves_to_another_context() {
+    on_a_gpu("it_moves_to_another_context", &[], |driver, stream| {
+        let first = Scanner::new(driver).unwrap();
+        first.destroy();
+        let _ = driver.stream_destroy(stream);
+        driver.primary_ctx_release(0).unwrap();
+        driver.ctx_set_current(driver.primary_ctx_retain(0).unwrap()).unwrap();
+        let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).unwrap();
+        let mut scanner = Scanner::new(driver).unwrap();
+        let chunk = chunk(driver, stream, 2);
+        assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
+    });
+}
+
+#[test]
+fn a_driver_that_cannot_compile_is_an_error_and_no_harm() {
+    let no_compiler = [("NVSHARE_SIM_FAIL", "cuModuleLoadData:1:221,cuModuleGetFunction:1:500")];
+    on_a_gpu("a_driver_that_cannot_compile_is_an_error_and_no_harm", &no_compiler, |driver, stream| {
+        let refused = |call, result| Some(SwapError::Driver { call, result });
+        let said = Scanner::new(driver).err();
+        assert_eq!(said, refused("cuModuleLoadData", CuResult::JIT_COMPILER_NOT_FOUND));
+        assert_eq!(Scanner::new(driver).err(), refused("cuModuleGetFunction", CuResult::NOT_FOUND));
+        let mut scanner = Scanner::new(driver).unwrap();
+        let chunk = chunk(driver, stream, 1);
+        assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
+    });
+}
+
+#[test]
+fn a_failed_launch_answers_nothing_and_leaves_the_table() {
+    let refused = [("NVSHARE_SIM_FAIL", "cuLaunchKernel:1:701")];
+    on_a_gpu("a_failed_launch_answers_nothing_and_leaves_the_table", &refused, |driver, stream| {
+        let mut scanner = Scanner::new(driver).unwrap();
+        let chunk = chunk(driver, stream, 1);
+        let failed = answer(&mut scanner, &[chunk], stream);
+        let result = CuResult::LAUNCH_OUT_OF_RESOURCES;
+        assert_eq!(failed, Err(SwapError::Driver { call: "cuLaunchKernel", result }));
+        assert_eq!(scanner.spare.len(), 1);
+        assert!(answer(&mut scanner, &[(chunk.0, CHUNK + GRANULE)], stream).is_err(), "no chunk");
+        assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
+    });
+}
+
+#[test]
+fn what_is_not_there_has_no_answer() {
+    on_a_gpu("what_is_not_there_has_no_answer", &[], |driver, stream| {
+        let mut scanner = Scanner::new(driver).unwrap();
+        let there = chunk(driver, stream, 1);
+        let gone = driver.mem_address_reserve(GRANULE as usize, 0, 0, 0).unwrap();
+        let failed = answer(&mut scanner, &[there, (gone, GRANULE)], stream);
+        let result = CuResult::ILLEGAL_ADDRESS;
+        assert_eq!(failed, Err(SwapError::Driver { call: "cuEventSynchronize", result }));
+        assert!(scanner.spare.is_empty(), "nobody knows whether the kernel is done with the table");
+    });
+}

@@ -1,0 +1,207 @@
+//! How this process joins those that share a GPU, and leaves them: cuInit, the first context, the last one, a fork.
+//!
+//! Nothing of nvshare exists before the first context: no thread, no connection, and a gate that stands open because there is
+//! nothing to guard.
+
+use crate::cuda::abi::*;
+use crate::cuda::driver::Driver;
+use crate::memory::device::Device;
+use crate::memory::devices::{self, Attached, Left};
+use crate::memory::engine_context::DriverPinner;
+use crate::memory::host::{self, HostPool, HostPoolConfig};
+use crate::memory::{peer_access, sync_memops, unmovable};
+use crate::process::{engine, reservation};
+use crate::settings::{OnMissingArbiter, settings};
+use crate::submit::gate::gate;
+use crate::submit::green::{self, Green};
+use crate::submit::{captures, flow, gang};
+use crate::thread::{self, ThreadId};
+use crate::{async_pool, ipc, state};
+use nvshare::map::MappedPage;
+use nvshare::register::{self, Hello, RegisterError};
+use nvshare::units::GpuUuid;
+use nvshare::{Client, paths};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+/// A client without an engine: it has registered, and holds nothing.
+pub type UnattachedClient = Client<MappedPage>;
+
+/// How many GPUs this process has attached to; for a forked child, which can take no lock.
+static ATTACHED: AtomicU32 = AtomicU32::new(0);
+
+/// cuInit was called: is there an arbiter?
+///
+/// # Errors
+/// SYSTEM_NOT_READY without one, INVALID_VALUE for settings that make no sense. The log says why.
+pub fn initialise() -> Result<(), CuResult> {
+    crate::log::initialise();
+    thread::at_end(&[captures::thread_ended, flow::thread_ended, pools_thread_ended]);
+    let settings = settings().map_err(|error| {
+        tracing::error!("cuInit fails with CUDA_ERROR_INVALID_VALUE: {error}");
+        CuResult::INVALID_VALUE
+    })?;
+    unmovable::decide();
+    static ATFORK: OnceLock<()> = OnceLock::new();
+    ATFORK.get_or_init(|| {
+        // SAFETY: the handler stores into atomics, closes descriptors, and wakes nobody's futex but its own, all of which is
+        // allowed after a fork.
+        unsafe { libc::pthread_atfork(None, None, Some(after_fork)) };
+        // The driver's own exit handler is from cuInit: this one comes just before it.
+        // SAFETY: the handler stores into an atomic.
+        unsafe { libc::atexit(state::set_exiting) };
+    });
+    let path = paths::socket(&paths::runtime_dir());
+    match register::dial(&path, settings.connect_timeout) {
+        Ok(_connection) => Ok(()),
+        Err(error) => missing_arbiter(&error, settings.on_missing_arbiter),
+    }
+}
+
+/// A thread has ended: its own default streams went with it, and with them the order of what was freed there. Other threads'
+/// captures are not this one's business: to look at an event would ruin one, and the answer would be wrong.
+fn pools_thread_ended(thread: ThreadId) {
+    if let Ok(driver) = Driver::get() {
+        driver.relaxed(|| async_pool::thread_ended(thread));
+    }
+}
+
+fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<(), CuResult> {
+    if policy == OnMissingArbiter::Passthrough && matches!(error, RegisterError::NoArbiter { .. }) {
+        tracing::warn!("{error}; going on without nvshare, as NVSHARE_ON_MISSING_ARBITER=passthrough says");
+        state::set_passthrough();
+        return Ok(());
+    }
+    tracing::error!("this process cannot use the GPU (CUDA_ERROR_SYSTEM_NOT_READY): {error}");
+    Err(CuResult::SYSTEM_NOT_READY)
+}
+
+extern "C" fn after_fork() {
+    ipc::forget();
+    if ATTACHED.load(Ordering::Relaxed) > 0 {
+        state::set_forked();
+        host::forget();
+        // The child has the parent's gate and none of its engines.
+        gate().open();
+    }
+}
+
+/// Makes this process a client of a GPU, which holds nothing yet.
+///
+/// # Errors
+/// The arbiter gives no slot.
+pub fn register(gpu: GpuUuid) -> Result<UnattachedClient, RegisterError> {
+    // cuInit fails if the settings make no sense.
+    let (hello, timeout) = match settings() {
+        Ok(settings) => (Hello::new(gpu, &settings.name).with(settings.shares), settings.connect_timeout),
+        Err(_) => (Hello::new(gpu, ""), Duration::ZERO),
+    };
+    let registration = register::register(&paths::socket(&paths::runtime_dir()), &hello, timeout)?;
+    let client = Client::new(registration.page, registration.slot);
+    Ok(client.telling(registration.truth))
+}
+
+/// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before [`DEVICES`],
+/// which nobody holds meanwhile: the process's other GPUs, and the threads at the gate, do not wait for that answer.
+static ATTACHING: Mutex<()> = Mutex::new(());
+
+/// A context was made on a GPU. The first one attaches the process to it, as the client that it has registered for it
+/// if it has.
+///
+/// # Errors
+/// SYSTEM_NOT_READY if the arbiter gives no slot; the log says why. The caller destroys the context.
+pub fn context_made(
+    context: CUcontext,
+    device: CUdevice,
+    client: Option<UnattachedClient>,
+) -> Result<(), CuResult> {
+    if devices::add_context(context, device) {
+        client.into_iter().for_each(Client::leave);
+        return Ok(());
+    }
+    let _one = ATTACHING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if devices::add_context(context, device) {
+        // Another thread was faster.
+        client.into_iter().for_each(Client::leave);
+        return Ok(());
+    }
+    let driver = Driver::get().map_err(|error| {
+        tracing::error!("{error}");
+        CuResult::SYSTEM_NOT_READY
+    })?;
+    let uuid = driver.device_uuid(device).inspect_err(|result| {
+        tracing::error!("device {device}: the driver does not tell its UUID: {result}");
+    })?;
+    let gpu = GpuUuid(uuid.bytes);
+    let settings = settings().map_err(|_| CuResult::INVALID_VALUE)?;
+    let client = match client.map_or_else(|| register(gpu), Ok) {
+        Ok(client) => client,
+        Err(error) => return missing_arbiter(&error, settings.on_missing_arbiter),
+    };
+    let slot = client.books().slot();
+    let config = HostPoolConfig { limit: settings.host_memory, ..HostPoolConfig::default() };
+    let pinner = Arc::new(DriverPinner::new(driver, context));
+    let host = HostPool::new(config, Box::new(pinner.clone()), Box::new(client.books().clone()));
+    let books = client.books().clone();
+    let oversubscribe = settings.oversubscribe;
+    let device = Arc::new(Device::new(driver, device, gpu, books, host, pinner, oversubscribe));
+    device.streams.add_context(context);
+    tracing::info!(%gpu, slot = slot.get(), "attached");
+    ATTACHED.fetch_add(1, Ordering::AcqRel);
+    gang::join(device.gang_member());
+    let engine = match engine::start(device.clone(), client, context) {
+        Ok(engine) => engine,
+        Err(error) => {
+            tracing::error!(%gpu, "no thread for the engine: {error}");
+            ATTACHED.fetch_sub(1, Ordering::AcqRel);
+            gang::leave(gpu);
+            return Err(CuResult::SYSTEM_NOT_READY);
+        }
+    };
+    devices::add(Attached { device, contexts: vec![context], engine: Some(engine) });
+    Ok(())
+}
+
+/// A context was destroyed, and nothing of nvshare's was left in it. Its memory goes with it; the last one detaches the
+/// process.
+pub fn context_ended(context: CUcontext) {
+    peer_access::context_ends(context);
+    sync_memops::context_ends(context);
+    let Some(left) = devices::remove_context(context) else { return };
+    let greens = green::remove_of(context).into_iter().map(|green| green.context);
+    let over: Vec<_> = greens.chain([context]).collect();
+    captures::captures_ended(|_, of| over.contains(&of));
+    over.iter().for_each(|context| async_pool::context_ended(*context));
+    match left {
+        Left::Context(device, other) => {
+            device.go_back(other);
+            device.release_context(context);
+            ipc::context_ends(context);
+            reservation::context_ended();
+        }
+        Left::Nothing(attached) => detach(attached, context),
+    }
+}
+
+/// A green context was destroyed: its streams are detached, and captures in them are over.
+pub fn green_ended(green: &Green) {
+    devices::green_ended(green);
+    captures::captures_ended(|_, context| context == green.context);
+    async_pool::green_ended(green.context);
+}
+
+fn detach(Attached { device, engine, .. }: Attached, context: CUcontext) {
+    device.end();
+    if let Some(engine) = engine
+        && engine.join().is_err()
+    {
+        tracing::error!(gpu = %device.gpu, "the engine ended with a panic");
+    }
+    async_pool::device_ended(device.ordinal, context);
+    reservation::context_ended();
+    ipc::context_ends(context);
+    ATTACHED.fetch_sub(1, Ordering::AcqRel);
+    gang::leave(device.gpu);
+    tracing::info!(gpu = %device.gpu, "detached");
+}

@@ -1,0 +1,263 @@
+//! How contexts come and go.
+//!
+//! **A context ends** when the driver says so, and not before: it may refuse, as for a primary context, or end one later
+//! than the call, as for one that is retained or attached to more often. But what nvshare has in a context must be out of it
+//! before the driver destroys it, because a handle that went with its context may crash the driver. So it is taken out
+//! first, in a way that can be undone:
+//!
+//! ```text
+//!   take out                         the driver         ended                        not ended
+//!   engine: to another context, or   destroys,          memory of the context is     engine: back
+//!     out of all of them             or refuses         released, captures are over  streams tracked again
+//!   streams and events: forgotten,                      after the last: detach
+//!     what they had to do is done
+//! ```
+//!
+//! **A primary context** is retained and released, by the application, by libraries, by green contexts. nvshare counts that to
+//! know the last release, and then looks whether the context is still there, since others may count where nobody sees it. A
+//! reset ends the context and leaves the count: who has retained it releases it later, and if somebody retains it before,
+//! there is a new one.
+//!
+//! **A context that was made where nobody saw it** (by a function of cuGetExportTable, or with a driver newer than the table)
+//! is known from its first use on: when it becomes current, or when something is made in it.
+//!
+//! On one GPU only one context comes or goes at a time.
+
+use crate::cuda::abi::*;
+use crate::cuda::driver::Driver;
+use crate::memory::device::Device;
+use crate::memory::devices;
+use crate::memory::engine_context::Successor;
+use crate::process::{attach, primary};
+use crate::submit::green::Green;
+use crate::submit::{captures, drain, flow};
+use crate::{async_pool, state};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A lock for each GPU, made once.
+static COMING_AND_GOING: Mutex<Vec<(CUdevice, &'static Mutex<()>)>> = Mutex::new(Vec::new());
+
+/// Keeps other threads from making or ending a context on a GPU.
+pub fn one_at_a_time(device: CUdevice) -> MutexGuard<'static, ()> {
+    let lock = {
+        let mut all = COMING_AND_GOING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match all.iter().find(|(of, _)| *of == device) {
+            Some((_, lock)) => *lock,
+            None => {
+                let lock: &'static Mutex<()> = Box::leak(Box::default());
+                all.push((device, lock));
+                lock
+            }
+        }
+    };
+    lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// A context was made on a GPU, by the client that the process has registered for it if it has.
+///
+/// # Errors
+/// The process cannot take part; the log says why.
+pub fn noted(
+    context: CUcontext,
+    device: CUdevice,
+    client: Option<crate::process::attach::UnattachedClient>,
+) -> Result<(), CuResult> {
+    attach::context_made(context, device, client)?;
+    crate::memory::sync_memops::context_made(context);
+    Ok(())
+}
+
+/// Ends a context with `call`, if the driver does: `has_ended` says whether it did, by what the call returned.
+pub fn end(
+    context: CUcontext,
+    call: impl FnOnce() -> CuResult,
+    has_ended: impl FnOnce(CuResult) -> bool,
+) -> CuResult {
+    let Some((device, heir)) = devices::ending(context) else { return call() };
+    device.leave_context(context, heir);
+    let idle = await_context(&device, context);
+    let parted = device.streams.part(context, !idle);
+    flow::forget();
+    if idle {
+        async_pool::context_ended(context);
+    }
+    let (result, ended) = drain::end_life(context, || {
+        let result = call();
+        (result, has_ended(result))
+    });
+    if ended {
+        parted.gone();
+        attach::context_ended(context);
+    } else {
+        device.streams.rejoin(context, parted);
+        if heir == Successor::None {
+            device.go_back(context);
+        }
+    }
+    result
+}
+
+/// Waits for the work of a context. False if an open capture forbids to ask; the driver ends that with the context.
+fn await_context(device: &Device, context: CUcontext) -> bool {
+    let mark = || device.streams.mark_context(device.driver, context);
+    let Some(mut mark) = captures::with_no_capture(mark) else { return false };
+    if !device.await_mark(&mut mark) {
+        return false;
+    }
+    // A broken context does no work any more.
+    if let Some(result) = mark.broken() {
+        tracing::debug!(gpu = %device.gpu, "waiting for the work of a context that ends: {result}");
+    }
+    true
+}
+
+// --- Contexts that the application makes --------------------------------------------------------
+
+/// How often contexts were attached to beyond the first time (cuCtxAttach).
+static ATTACHMENTS: Mutex<Option<HashMap<CUcontext, u32>>> = Mutex::new(None);
+
+fn attachments<T>(action: impl FnOnce(&mut HashMap<CUcontext, u32>) -> T) -> T {
+    let mut attachments = ATTACHMENTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    action(attachments.get_or_insert_default())
+}
+
+/// cuCtxAttach was made.
+pub fn attached(context: CUcontext) {
+    attachments(|all| *all.entry(context).or_default() += 1);
+}
+
+/// cuCtxDestroy.
+pub fn destroy(context: CUcontext, call: impl FnOnce() -> CuResult) -> CuResult {
+    let Some((device, owner)) = devices::known(context) else { return call() };
+    let _one = one_at_a_time(device.ordinal);
+    // The driver destroys neither a green context by this handle nor a primary one.
+    if owner != context || primary::is_primary(context) {
+        return call();
+    }
+    let result = end(context, call, CuResult::is_success);
+    if result.is_success() {
+        attachments(|all| all.remove(&context));
+    }
+    result
+}
+
+/// cuCtxDetach.
+pub fn detach(context: CUcontext, call: impl FnOnce() -> CuResult) -> CuResult {
+    if attachments(|all| all.get(&context).copied()).unwrap_or(0) == 0 {
+        return destroy(context, call);
+    }
+    let result = call();
+    if result.is_success() {
+        attachments(|all| {
+            if let Some(count) = all.get_mut(&context) {
+                *count = count.saturating_sub(1);
+            }
+        });
+    }
+    result
+}
+
+// --- Primary contexts ---------------------------------------------------------------------------
+
+/// Makes a call that releases the primary context of a GPU once. The caller keeps others from making and ending contexts.
+pub fn release(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
+    let result = match primary::last_release(device) {
+        Some(context) => end(context, call, |result| result.is_success() && !primary::is_active(device)),
+        None => call(),
+    };
+    if result.is_success() {
+        primary::released(device);
+    }
+    result
+}
+
+/// Makes a call that resets the primary context of a GPU: it ends, and is retained as often as before.
+pub fn reset(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
+    let _one = one_at_a_time(device);
+    match primary::of_device(device) {
+        Some(context) => end(context, call, CuResult::is_success),
+        None => call(),
+    }
+}
+
+// --- Contexts that nobody saw being made --------------------------------------------------------
+
+/// The GPU of the current context, and the context that memory belongs to which is allocated now: the current one, or the
+/// primary context of a green one.
+pub fn current() -> Option<(Arc<Device>, CUcontext)> {
+    let context = Driver::get().ok()?.ctx_current().ok().filter(|context| !context.is_null())?;
+    devices::known(context).or_else(|| adopt(context))
+}
+
+/// Takes note of the current context, which is not known. `None` if the driver says that it is none, or if the process
+/// cannot take part: the log says why.
+#[cold]
+pub fn adopt(context: CUcontext) -> Option<(Arc<Device>, CUcontext)> {
+    if !state::enabled() {
+        return None;
+    }
+    let driver = Driver::get().ok()?;
+    let device = driver.ctx_device().ok()?;
+    // A primary context that was reset can be current, and is none.
+    driver.event_create(CU_EVENT_DISABLE_TIMING).and_then(|event| driver.event_destroy(event)).ok()?;
+    match driver.stream_contexts(CUstream::LEGACY) {
+        Ok((owner, green)) if !green.is_null() => {
+            noted(owner, device, None).ok()?;
+            devices::green_made(Green { green, context, owner });
+        }
+        _ => noted(context, device, None).ok()?,
+    }
+    let known = devices::known(context)?;
+    tracing::debug!(gpu = %known.0.gpu, "a context that nobody saw being made is in use");
+    Some(known)
+}
+
+// --- Green contexts -----------------------------------------------------------------------------
+
+/// A green context was made, and retains the primary context of its GPU.
+///
+/// # Errors
+/// The process cannot take part. The caller destroys it.
+pub fn green_made(
+    green: CUgreenCtx,
+    device: CUdevice,
+    client: Option<crate::process::attach::UnattachedClient>,
+) -> Result<(), CuResult> {
+    let driver = Driver::get().map_err(|_| CuResult::NOT_INITIALIZED)?;
+    let context = driver.ctx_from_green(green)?;
+    // Which it is: nobody else says so, and it cannot end meanwhile.
+    let owner = driver.primary_ctx_retain(device)?;
+    let _ = driver.primary_ctx_release(device);
+    noted(owner, device, client)?;
+    devices::green_made(Green { green, context, owner });
+    primary::retained(device, owner);
+    Ok(())
+}
+
+/// cuGreenCtxDestroy.
+pub fn green_destroy(handle: CUgreenCtx, call: impl FnOnce() -> CuResult) -> CuResult {
+    let Some((device, green)) = devices::green(handle) else { return call() };
+    let _one = one_at_a_time(device.ordinal);
+    let _ = captures::with_no_capture(|| device.streams.mark_green(device.driver, &green));
+    let destroy = || {
+        let result = call();
+        (result, result.is_success())
+    };
+    let result = release(device.ordinal, || drain::end_life(green.context, destroy).0);
+    if result.is_success() {
+        attach::green_ended(&green);
+    }
+    result
+}
+
+/// The GPU of a green context, and the green context. It is noted if it is not known.
+pub fn green(handle: CUgreenCtx) -> Option<(Arc<Device>, Green)> {
+    devices::green(handle).or_else(|| {
+        let driver = Driver::get().ok()?;
+        let context = driver.ctx_from_green(handle).ok()?;
+        let _current = drain::Current::new(driver, context).ok()?;
+        adopt(context)?;
+        devices::green(handle)
+    })
+}

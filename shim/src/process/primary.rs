@@ -1,0 +1,59 @@
+//! How often the primary context of each GPU is retained: by the application, by libraries, by green contexts.
+//!
+//! Counted to know the last release. Others may count where nobody sees it, so the driver is asked then whether the context is
+//! still there ([`is_active`]).
+
+use crate::cuda::abi::{CUcontext, CUdevice};
+use crate::cuda::driver::Driver;
+use std::sync::{Mutex, MutexGuard};
+
+struct Primary {
+    device: CUdevice,
+    context: CUcontext,
+    retained: u32,
+}
+
+static PRIMARIES: Mutex<Vec<Primary>> = Mutex::new(Vec::new());
+
+fn primaries() -> MutexGuard<'static, Vec<Primary>> {
+    PRIMARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Whether a context is the primary one of its GPU.
+pub fn is_primary(context: CUcontext) -> bool {
+    primaries().iter().any(|primary| primary.context == context)
+}
+
+/// The primary context of a GPU was retained once more.
+pub fn retained(device: CUdevice, context: CUcontext) {
+    let mut primaries = primaries();
+    match primaries.iter_mut().find(|primary| primary.device == device) {
+        // After a reset it may be another.
+        Some(primary) => (primary.context, primary.retained) = (context, primary.retained + 1),
+        None => primaries.push(Primary { device, context, retained: 1 }),
+    }
+}
+
+/// Whether the GPU has a primary context now, as far as the driver says.
+pub fn is_active(device: CUdevice) -> bool {
+    Driver::get().is_ok_and(|driver| driver.primary_ctx_is_active(device) == Ok(true))
+}
+
+/// The primary context of a GPU, if it was ever retained.
+pub fn of_device(device: CUdevice) -> Option<CUcontext> {
+    primaries().iter().find(|primary| primary.device == device).map(|primary| primary.context)
+}
+
+/// The primary context of a GPU, if the next release is the last one.
+pub fn last_release(device: CUdevice) -> Option<CUcontext> {
+    let primaries = primaries();
+    let primary = primaries.iter().find(|primary| primary.device == device)?;
+    (primary.retained <= 1).then_some(primary.context)
+}
+
+/// The primary context of a GPU was released once.
+pub fn released(device: CUdevice) {
+    if let Some(primary) = primaries().iter_mut().find(|primary| primary.device == device) {
+        primary.retained = primary.retained.saturating_sub(1);
+    }
+}

@@ -1,0 +1,201 @@
+use super::*;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+
+fn gpu(number: usize) -> GpuUuid {
+    GpuUuid([number as u8; 16])
+}
+
+/// Of GPUs 0, 1 and 2, used in another order.
+fn three() -> GangOrder {
+    let mut order = GangOrder::new();
+    [2, 0, 1].into_iter().for_each(|number| order.join(gpu(number)));
+    order
+}
+
+#[test]
+fn they_are_asked_for_one_after_the_other() {
+    let mut order = three();
+    let may_ask = |order: &GangOrder| [0, 1, 2].map(|number| order.may_ask(gpu(number)));
+    assert_eq!(may_ask(&order), [true, false, false]);
+    for stage in [GpuState::Waiting, GpuState::Growing] {
+        order.set(gpu(0), stage);
+        assert_eq!(may_ask(&order), [true, false, false], "{stage:?} is not all in place");
+    }
+    order.set(gpu(0), GpuState::Ready);
+    assert_eq!(may_ask(&order), [true, true, false]);
+    order.set(gpu(1), GpuState::Ready);
+    assert!(order.may_ask(gpu(2)) && !order.complete());
+    assert!(order.set(gpu(2), GpuState::Ready) && !order.set(gpu(2), GpuState::Ready));
+    assert!(order.complete());
+}
+
+#[test]
+fn who_waits_for_one_gives_up_those_after_it() {
+    let mut order = three();
+    [0, 1, 2].into_iter().for_each(|number| _ = order.set(gpu(number), GpuState::Ready));
+    let must = |order: &GangOrder| [0, 1, 2].map(|number| order.must_give_up(gpu(number)));
+    for stage in [GpuState::Out, GpuState::Growing, GpuState::Ready] {
+        order.set(gpu(1), stage);
+        assert_eq!(must(&order), [false; 3], "{stage:?} waits for nobody");
+    }
+    order.set(gpu(1), GpuState::Waiting);
+    assert_eq!(must(&order), [false, false, true]);
+    assert_eq!([0, 1, 2].map(|number| order.waits_beyond(gpu(number))), [true, false, false]);
+    order.leave(gpu(1));
+    assert_eq!(must(&order), [false; 3]);
+    assert!(order.complete());
+}
+
+#[test]
+fn no_gpu_is_all_there_is_to_have() {
+    let mut order = GangOrder::new();
+    assert!(order.complete());
+    assert!(!order.set(gpu(0), GpuState::Ready), "it has not joined");
+    order.join(gpu(0));
+    assert!(!order.complete());
+}
+
+/// A machine whose GPUs hold one process each, and processes that want all of theirs again and again. What an
+/// engine can do next is a step here, and each can come next.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Machine {
+    /// For each GPU who has it, if anybody.
+    holders: Vec<Option<usize>>,
+    /// Who waits for it, the first one first.
+    queues: Vec<VecDeque<usize>>,
+    processes: Vec<Process>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+struct Process {
+    order: GangOrder,
+    /// The GPUs on which its slice has begun.
+    begun: BTreeSet<usize>,
+    /// The GPUs that it has come to use.
+    joined: Vec<usize>,
+    /// Those that it will come to use, the next one first.
+    to_join: VecDeque<usize>,
+}
+
+impl Process {
+    /// It uses all that it will, and has them.
+    fn runs(&self) -> bool {
+        self.to_join.is_empty() && self.order.complete()
+    }
+}
+
+impl Machine {
+    /// Processes that come to use these GPUs, in this order.
+    fn new(gpus: usize, processes: &[&[usize]]) -> Self {
+        let process = |uses: &&[usize]| Process {
+            order: GangOrder::new(),
+            begun: BTreeSet::new(),
+            joined: Vec::new(),
+            to_join: uses.iter().copied().collect(),
+        };
+        Self {
+            holders: vec![None; gpus],
+            queues: vec![VecDeque::new(); gpus],
+            processes: processes.iter().map(process).collect(),
+        }
+    }
+
+    /// The states that one step leads to.
+    fn next(&self) -> Vec<Machine> {
+        let mut steps = Vec::new();
+        for (index, process) in self.processes.iter().enumerate() {
+            // It makes a context on its next GPU while it runs, or before it has run.
+            if process.order.complete() && !process.to_join.is_empty() {
+                let mut step = self.clone();
+                let process = &mut step.processes[index];
+                let number = process.to_join.pop_front().expect("there is a next one");
+                process.order.join(gpu(number));
+                process.joined.push(number);
+                steps.push(step);
+            }
+            steps.extend(process.joined.iter().filter_map(|number| self.engine(index, *number)));
+        }
+        steps
+    }
+
+    /// What the engine of a process on a GPU does next, if it does anything.
+    fn engine(&self, index: usize, number: usize) -> Option<Machine> {
+        let Process { order, begun, .. } = &self.processes[index];
+        let (must_give_up, awaited) = (order.must_give_up(gpu(number)), !self.queues[number].is_empty());
+        let mut step = self.clone();
+        let process = &mut step.processes[index];
+        match order.stage(gpu(number)) {
+            GpuState::Out if order.may_ask(gpu(number)) => {
+                process.order.set(gpu(number), GpuState::Waiting);
+                step.queues[number].push_back(index);
+            }
+            GpuState::Waiting if must_give_up => {
+                process.order.set(gpu(number), GpuState::Out);
+                step.queues[number].retain(|waiter| *waiter != index);
+            }
+            GpuState::Waiting if self.holders[number].is_none() && self.queues[number][0] == index => {
+                process.order.set(gpu(number), GpuState::Ready);
+                if process.order.complete() {
+                    process.begun = process.joined.iter().copied().collect();
+                }
+                step.holders[number] = Some(index);
+                step.queues[number].pop_front();
+            }
+            GpuState::Ready if must_give_up || awaited && begun.contains(&number) => {
+                process.order.set(gpu(number), GpuState::Out);
+                process.begun.remove(&number);
+                step.holders[number] = None;
+            }
+            _ => return None,
+        }
+        Some(step)
+    }
+}
+
+/// Whatever state the machine comes to, every process can still come to run.
+fn nobody_is_blocked(machine: Machine) {
+    let mut known = HashMap::from([(machine.clone(), 0)]);
+    let (mut states, mut comes_from) = (vec![machine], vec![Vec::new()]);
+    let mut at = 0;
+    while at < states.len() {
+        for state in states[at].next() {
+            let number = *known.entry(state).or_insert_with_key(|state| {
+                states.push(state.clone());
+                comes_from.push(Vec::new());
+                states.len() - 1
+            });
+            comes_from[number].push(at);
+        }
+        at += 1;
+    }
+    println!("{} states", states.len());
+    for index in 0..states[0].processes.len() {
+        // Backwards from where it runs.
+        let runs = |state: &usize| states[*state].processes[index].runs();
+        let mut queue: VecDeque<_> = (0..states.len()).filter(runs).collect();
+        let mut reaches: HashSet<_> = queue.iter().copied().collect();
+        assert!(!reaches.is_empty(), "process {index} never runs at all");
+        while let Some(state) = queue.pop_front() {
+            let new = comes_from[state].iter().copied().filter(|from| reaches.insert(*from));
+            queue.extend(new);
+        }
+        if let Some(stuck) = (0..states.len()).find(|state| !reaches.contains(state)) {
+            panic!("process {index} can never run again: {:#?}", states[stuck]);
+        }
+    }
+}
+
+#[test]
+fn two_that_came_to_both_gpus_in_opposite_order() {
+    nobody_is_blocked(Machine::new(2, &[&[0, 1], &[1, 0]]));
+}
+
+#[test]
+fn three_in_a_ring() {
+    nobody_is_blocked(Machine::new(3, &[&[0, 1], &[1, 2], &[2, 0]]));
+}
+
+#[test]
+fn one_that_needs_all_beside_those_that_need_one() {
+    nobody_is_blocked(Machine::new(3, &[&[2, 1, 0], &[0], &[2], &[1]]));
+}
