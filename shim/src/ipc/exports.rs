@@ -146,7 +146,7 @@ impl Drop for Loan {
             && device.memory().take_back(self.region)
         {
             // The application has freed it: the engine releases it, in a context.
-            device.knock();
+            device.wake_engine();
         }
     }
 }

@@ -174,7 +174,7 @@ impl Device {
             return Ok(());
         }
         if captures::close_unless_capturing(self.gpu) {
-            self.knock();
+            self.wake_engine();
             return Ok(());
         }
         let Err(error) = self.back_by_host(memory, base) else { return Ok(()) };
@@ -268,7 +268,7 @@ impl Device {
             memory.settle(place.address, Backing::Overflow(handle));
         }
         // The engine brings it home when the capture is over.
-        self.knock();
+        self.wake_engine();
         Ok(())
     }
 

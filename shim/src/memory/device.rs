@@ -2,7 +2,7 @@
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
-use crate::memory::engine_context::{DriverPinner, Home};
+use crate::memory::engine_context::{DriverPinner, EngineContext, Successor};
 use crate::memory::host::HostPool;
 use crate::memory::map::Memory;
 use crate::submit::drain::Streams;
@@ -13,7 +13,6 @@ use nvshare::map::MappedPage;
 use nvshare::memory_info::MemoryInfo;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::GpuUuid;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// What the engine and the application's threads share.
@@ -37,11 +36,8 @@ pub struct Device {
     pub exportable: bool,
     /// More memory than there is may be allocated, and lies in host memory then.
     pub(super) oversubscribe: bool,
-    pub(super) pinner: Arc<DriverPinner>,
-    pub(super) home: Mutex<Home>,
-    pub(super) moved: Condvar,
-    /// The engine is to give everything back and end.
-    pub leaving: AtomicBool,
+    /// The context that the engine works in.
+    pub engine_context: EngineContext,
 }
 
 impl Device {
@@ -65,12 +61,9 @@ impl Device {
             gpu,
             books,
             host,
-            pinner,
-            home: Mutex::default(),
-            moved: Condvar::new(),
+            engine_context: EngineContext::new(pinner),
             streams: Arc::default(),
             memory: Mutex::default(),
-            leaving: AtomicBool::new(false),
         }
     }
 
@@ -94,7 +87,7 @@ impl Device {
     }
 
     /// Wakes the engine: something that it looks at has changed.
-    pub fn knock(&self) {
+    pub fn wake_engine(&self) {
         self.books.page().ring(self.books.slot());
     }
 
@@ -102,6 +95,17 @@ impl Device {
     pub fn snapshot(&self) -> Snapshot {
         let page = self.books.page();
         Snapshot::take(page, page.admitted())
+    }
+
+    /// Has the engine move what it has in `context` to a successor, and waits until it has.
+    pub fn leave_context(&self, context: CUcontext, successor: Successor) {
+        self.engine_context.leave(context, successor, || self.wake_engine());
+    }
+
+    /// The last context is gone: the engine ends.
+    pub fn end_engine(&self) {
+        self.engine_context.end();
+        self.wake_engine();
     }
 
     /// What the gang needs of this GPU.
@@ -119,6 +123,6 @@ impl Device {
         // Held, so that no free ends between the two looks.
         let memory = self.memory();
         let snapshot = Snapshot::take(self.books.page(), SlotSet::EMPTY);
-        MemoryInfo::of(&snapshot, Some(self.books.slot()), self.memory_limit(), memory.put_off())
+        MemoryInfo::of(&snapshot, Some(self.books.slot()), self.memory_limit(), memory.deferred())
     }
 }

@@ -5,23 +5,10 @@
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
-use crate::memory::device::Device;
-use crate::memory::host::{PinError, Pinner};
+use crate::memory::host::{HostPool, PinError, Pinner};
 use crate::state;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard};
-
-/// Where the engine lives, if it is about to change.
-#[derive(Default)]
-pub struct Home {
-    /// Where to move to.
-    heir: Option<Successor>,
-    /// It has nothing in any context.
-    out: bool,
-    /// Where it goes from there.
-    back: Option<CUcontext>,
-    engine_ended: bool,
-}
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// Where the engine is to move to, because its context is about to be destroyed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,82 +55,111 @@ impl Pinner for Arc<DriverPinner> {
     }
 }
 
-impl Device {
+/// The context that an engine works in, and whoever waits for it to leave.
+pub struct EngineContext {
+    pinner: Arc<DriverPinner>,
+    moving: Mutex<Moving>,
+    changed: Condvar,
+    /// The engine is to give everything back and end.
+    leaving: AtomicBool,
+}
+
+/// How far the engine has got on its way out of its context.
+#[derive(Default)]
+struct Moving {
+    /// Where to move to.
+    successor: Option<Successor>,
+    /// It has nothing in any context.
+    is_out: bool,
+    /// Where it goes from there.
+    back: Option<CUcontext>,
+    engine_ended: bool,
+}
+
+impl EngineContext {
+    /// Of an engine that works in the context of `pinner`.
+    pub fn new(pinner: Arc<DriverPinner>) -> Self {
+        Self { pinner, moving: Mutex::default(), changed: Condvar::new(), leaving: AtomicBool::new(false) }
+    }
+
+    fn moving(&self) -> MutexGuard<'_, Moving> {
+        self.moving.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
     /// Where the engine is about to move to, because its own context will be destroyed.
-    pub fn heir(&self) -> Option<Successor> {
-        self.home().heir
+    pub fn successor(&self) -> Option<Successor> {
+        self.moving().successor
     }
 
-    fn home(&self) -> MutexGuard<'_, Home> {
-        self.home.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Whether the engine is to give everything back and end.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
     }
 
-    /// Has the engine move what it has in `context` to its heir, and waits until it has. Nothing to do if its
-    /// home is another one, or if it has ended.
-    pub fn leave_context(&self, context: CUcontext, heir: Successor) {
+    /// Whether the engine has something to do that does not wait for memory on the GPU.
+    pub fn is_called_away(&self) -> bool {
+        self.is_leaving() || self.successor().is_some() || state::intact().is_err()
+    }
+
+    /// Has the engine move what it has in `context` to a successor, and waits until it has. `wake` wakes the engine. Nothing to
+    /// do if it works in another context, or if it has ended.
+    pub fn leave(&self, context: CUcontext, successor: Successor, wake: impl FnOnce()) {
         if *self.pinner.context() != context {
             return;
         }
-        self.home().heir = Some(heir);
-        self.knock();
-        let waits = |home: &mut Home| home.heir.is_some() && !home.out && !home.engine_ended;
-        drop(self.moved.wait_while(self.home(), waits));
+        self.moving().successor = Some(successor);
+        wake();
+        let waits =
+            |moving: &mut Moving| moving.successor.is_some() && !moving.is_out && !moving.engine_ended;
+        drop(self.changed.wait_while(self.moving(), waits));
     }
 
     /// If the engine has left all contexts, it goes to this one: the one before is still there, or another is.
     pub fn go_back(&self, context: CUcontext) {
-        let mut home = self.home();
-        if home.heir == Some(Successor::None) {
-            home.back = Some(context);
-            self.moved.notify_all();
+        let mut moving = self.moving();
+        if moving.successor == Some(Successor::None) {
+            moving.back = Some(context);
+            self.changed.notify_all();
         }
     }
 
-    /// The last context is gone: the engine ends.
+    /// The last context is gone: the engine is to end. The caller wakes it.
     pub fn end(&self) {
-        {
-            let _home = self.home();
-            self.leaving.store(true, Ordering::Release);
-            self.moved.notify_all();
-        }
-        self.knock();
+        let _moving = self.moving();
+        self.leaving.store(true, Ordering::Release);
+        self.changed.notify_all();
     }
 
-    /// The engine is at home in `context` now: the host memory too.
-    pub fn at_home(&self, context: CUcontext) {
-        self.host.repin(|| {
+    /// The engine works in `context` now. The host memory is registered through it too.
+    pub fn moved_to(&self, context: CUcontext, host: &HostPool) {
+        host.repin(|| {
             *self.pinner.context() = context;
             true
         });
-        self.home().heir = None;
-        self.moved.notify_all();
+        self.moving().successor = None;
+        self.changed.notify_all();
     }
 
     /// The engine has nothing in any context, and neither has the host memory, until it is known what becomes of the one
     /// that it was in. The context to go to, unless the engine is to end.
-    pub fn out_of_context(&self) -> Option<CUcontext> {
+    pub fn out_of_context(&self, host: &HostPool) -> Option<CUcontext> {
         let mut back = None;
-        self.host.repin(|| {
-            self.home().out = true;
-            self.moved.notify_all();
-            let undecided = |home: &mut Home| home.back.is_none() && !self.leaving.load(Ordering::Acquire);
-            let decided = self.moved.wait_while(self.home(), undecided);
-            let mut home = decided.unwrap_or_else(|poisoned| poisoned.into_inner());
-            back = home.back.take();
-            (home.heir, home.out) = (None, false);
+        host.repin(|| {
+            self.moving().is_out = true;
+            self.changed.notify_all();
+            let undecided = |moving: &mut Moving| moving.back.is_none() && !self.is_leaving();
+            let decided = self.changed.wait_while(self.moving(), undecided);
+            let mut moving = decided.unwrap_or_else(|poisoned| poisoned.into_inner());
+            back = moving.back.take();
+            (moving.successor, moving.is_out) = (None, false);
             back.inspect(|context| *self.pinner.context() = *context).is_some()
         });
         back
     }
 
-    /// Whether the engine has something to do that does not wait for room on the GPU.
-    pub fn is_called_away(&self) -> bool {
-        self.leaving.load(Ordering::Acquire) || self.heir().is_some() || state::intact().is_err()
-    }
-
     /// The engine has ended: nobody waits for it any more.
     pub fn engine_ended(&self) {
-        self.home().engine_ended = true;
-        self.moved.notify_all();
+        self.moving().engine_ended = true;
+        self.changed.notify_all();
     }
 }

@@ -8,7 +8,6 @@ use crate::memory::stale_objects;
 use crate::submit::drain::Mark;
 use crate::submit::{captures, gang, pass};
 use std::sync::MutexGuard;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 impl Device {
@@ -42,9 +41,9 @@ impl Device {
         if unused && !memory.moving {
             self.finish_free(&mut memory, allocation);
         } else {
-            memory.doom(allocation);
+            memory.defer_free(allocation);
             drop(memory);
-            self.knock();
+            self.wake_engine();
         }
     }
 
@@ -86,7 +85,7 @@ impl Device {
     }
 
     /// Finishes the frees that could not be finished at once.
-    fn bury(&self) {
+    fn finish_deferred(&self) {
         let left = self.memory().left();
         if self.wait_for_work() {
             self.finish_left(left);
@@ -99,20 +98,20 @@ impl Device {
         if memory.moving {
             return;
         }
-        let Some((doomed, returned)) = memory.take_left(left) else { return };
-        doomed.into_iter().for_each(|allocation| self.finish_free(&mut memory, allocation));
+        let Some((deferred_frees, returned)) = memory.take_left(left) else { return };
+        deferred_frees.into_iter().for_each(|allocation| self.finish_free(&mut memory, allocation));
         returned.into_iter().for_each(|region| self.dispose(region));
     }
 
     /// Waits until the frees have ended that were put off. False if there is none, or if they cannot end now.
     pub fn await_frees(&self) -> bool {
         // Whoever is inside the gate would be waited for.
-        if pass::is_inside() || self.memory().put_off() == 0 {
+        if pass::is_inside() || self.memory().deferred() == 0 {
             return false;
         }
         drop(self.memory_at_rest());
-        self.bury();
-        self.memory().put_off() == 0
+        self.finish_deferred();
+        self.memory().deferred() == 0
     }
 
     /// Releases a region that nothing uses any more.
@@ -140,7 +139,7 @@ impl Device {
     pub fn free_addresses(&self, region: &Region) {
         if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
             && result != CuResult::DEINITIALIZED
-            && !self.leaving.load(Ordering::Acquire)
+            && !self.engine_context.is_leaving()
         {
             tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
         }

@@ -30,7 +30,7 @@ impl Device {
         memory.spares.keep(region, now());
         self.books.shrink(granules);
         if !std::mem::replace(&mut memory.spares.watched, true) {
-            self.knock();
+            self.wake_engine();
         }
     }
 

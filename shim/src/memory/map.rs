@@ -63,7 +63,7 @@ pub struct Memory {
     views: BTreeMap<CUdeviceptr, CUdeviceptr>,
     /// Allocations that the application has freed and the engine must release, because memory was
     /// moving or because an open capture forbade to wait for their last use. Their regions live on.
-    doomed: Vec<Allocation>,
+    deferred_frees: Vec<Allocation>,
     /// By what number other processes know an allocation, by its base; gone with the allocation.
     exports: BTreeMap<CUdeviceptr, u64>,
     /// Regions that the application has done with, and by now the last other process too. The engine
@@ -76,7 +76,7 @@ pub struct Memory {
     /// Regions made so far.
     born: u64,
     /// Times that frees which were left to the engine were taken out of their lists.
-    burials: u64,
+    deferrals_taken: u64,
     /// The engine moves chunks, and nobody else may touch their backing.
     pub moving: bool,
     /// The gate is open: what is allocated now must be usable, or shut it again.
@@ -91,8 +91,8 @@ pub struct Memory {
 /// What was left to the engine at a moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Left {
-    burials: u64,
-    doomed: usize,
+    deferrals_taken: u64,
+    deferred_frees: usize,
     returned: usize,
 }
 
@@ -312,42 +312,47 @@ impl Memory {
     }
 
     /// Leaves the end of a free to the engine.
-    pub fn doom(&mut self, allocation: Allocation) {
-        self.doomed.push(allocation);
+    pub fn defer_free(&mut self, allocation: Allocation) {
+        self.deferred_frees.push(allocation);
     }
 
     /// What is left to the engine as yet.
     pub fn left(&self) -> Left {
-        Left { burials: self.burials, doomed: self.doomed.len(), returned: self.returned.len() }
+        Left {
+            deferrals_taken: self.deferrals_taken,
+            deferred_frees: self.deferred_frees.len(),
+            returned: self.returned.len(),
+        }
     }
 
     /// Of what was left when [`Memory::left`] said so: the frees to finish, which are the caller's then, and the regions that
     /// nobody has open any more, neither here nor elsewhere. `None` if some of it was taken since.
     pub fn take_left(&mut self, left: Left) -> Option<(Vec<Allocation>, Vec<Region>)> {
-        if left.burials != self.burials {
+        if left.deferrals_taken != self.deferrals_taken {
             return None;
         }
-        self.burials += 1;
-        let doomed = self.doomed.drain(..left.doomed).collect();
+        self.deferrals_taken += 1;
+        let deferred_frees = self.deferred_frees.drain(..left.deferred_frees).collect();
         let bases: Vec<_> = self.returned.drain(..left.returned).collect();
         // A slab may have been taken into use again.
         let over = |region: &Region| region.lent == 0 && region.is_orphan();
         let mut release =
             |base: &_| self.regions.get(base).is_some_and(over).then(|| self.take_region(*base));
-        Some((doomed, bases.iter().filter_map(|base| release(base).flatten()).collect()))
+        Some((deferred_frees, bases.iter().filter_map(|base| release(base).flatten()).collect()))
     }
 
     /// Whether a free is left to the engine.
     pub fn has_doomed(&self) -> bool {
-        !self.doomed.is_empty() || !self.returned.is_empty()
+        !self.deferred_frees.is_empty() || !self.returned.is_empty()
     }
 
     /// Granules that the frees left to the engine will give back: the application has them no more.
-    pub fn put_off(&self) -> Granules {
+    pub fn deferred(&self) -> Granules {
         let in_use = |base| self.regions.get(&base).is_some_and(|region| region.allocations > 0);
-        let doomed = self.doomed.iter().map(|allocation| allocation.region).filter(|base| !in_use(*base));
+        let deferred_frees =
+            self.deferred_frees.iter().map(|allocation| allocation.region).filter(|base| !in_use(*base));
         // Several allocations may have been a slab's last.
-        let going: BTreeSet<_> = doomed.chain(self.returned.iter().copied()).collect();
+        let going: BTreeSet<_> = deferred_frees.chain(self.returned.iter().copied()).collect();
         let going = going.iter().filter_map(|base| self.regions.get(base));
         going.filter(|region| region.lent == 0).map(Region::granules).sum()
     }
@@ -428,10 +433,10 @@ impl Memory {
 
     /// Takes everything out of the map.
     pub fn take_all(&mut self) -> Vec<Region> {
-        self.burials += 1;
+        self.deferrals_taken += 1;
         std::mem::take(&mut self.allocations).into_keys().for_each(bounds::remove);
         self.views.clear();
-        self.doomed.clear();
+        self.deferred_frees.clear();
         self.exports.clear();
         self.returned.clear();
         self.slabs.clear();
@@ -450,8 +455,8 @@ impl Memory {
         for base in gone {
             self.remove_allocation(base);
         }
-        self.burials += 1;
-        self.doomed.retain(|allocation| !bases.contains(&allocation.region));
+        self.deferrals_taken += 1;
+        self.deferred_frees.retain(|allocation| !bases.contains(&allocation.region));
         let is_lent = |base: &_| self.regions.get(base).is_some_and(|region| region.lent > 0);
         let (stay, go): (Vec<_>, Vec<_>) = bases.into_iter().partition(is_lent);
         for base in stay {
@@ -466,7 +471,7 @@ impl Memory {
     }
 
     /// Puts a chunk where it now is. The chunk's region cannot have gone: while chunks move, regions
-    /// are only doomed.
+    /// are only deferred_frees.
     pub fn settle(&mut self, address: CUdeviceptr, backing: Backing) {
         self.change(address, |chunk| {
             chunk.backing = backing;

@@ -6,7 +6,6 @@ use crate::memory::error::SwapError;
 use crate::memory::map::Memory;
 use crate::memory::region::{Backing, Place};
 use nvshare::units::format_size;
-use std::sync::atomic::Ordering;
 
 impl Device {
     /// What a chunk is made as.
@@ -97,7 +96,7 @@ impl Device {
 
     fn report(&self, place: &Place, released: Result<(), CuResult>) {
         let Err(result) = released else { return };
-        if self.leaving.load(Ordering::Acquire) {
+        if self.engine_context.is_leaving() {
             // The driver may have released it with the last context.
             tracing::debug!(gpu = %self.gpu, "{} at {:#x}: {result}", format_size(place.size), place.address);
         } else if result != CuResult::DEINITIALIZED {

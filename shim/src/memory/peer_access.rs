@@ -8,7 +8,6 @@ use crate::cuda::abi::*;
 use crate::memory::device::Device;
 use crate::memory::devices;
 use crate::memory::region::{Backing, Kind};
-use crate::process::contexts;
 use std::sync::{Mutex, MutexGuard};
 
 /// A context whose memory another one may use. Rights to mappings are a GPU's, so a GPU has them for as long as any
@@ -40,25 +39,25 @@ fn users_of(owner: CUdevice) -> Vec<CUdevice> {
     users
 }
 
-/// The pair of the current context and `peer`, if both are on GPUs that nvshare shares, and these are two.
-fn with_current(peer: CUcontext) -> Option<Pair> {
-    let ((user, context), owner) = (contexts::current()?, devices::of_context(peer)?);
+/// The pair of a context that uses memory and of `peer`, if both are on GPUs that nvshare shares, and these are two.
+fn pair_of(user: CUcontext, peer: CUcontext) -> Option<Pair> {
+    let ((user, context), owner) = (devices::known(user)?, devices::of_context(peer)?);
     let pair = Pair { owner: (owner.ordinal, peer), user: (user.ordinal, context) };
     (pair.owner.0 != pair.user.0).then_some(pair)
 }
 
-/// The driver has let the current context use the memory of `peer`.
-pub fn enabled(peer: CUcontext) {
-    let Some(pair) = with_current(peer) else { return };
+/// The driver has let a context use the memory of `peer`.
+pub fn enabled(user: CUcontext, peer: CUcontext) {
+    let Some(pair) = pair_of(user, peer) else { return };
     pairs().push(pair);
     if let Some(owner) = devices::of_context(peer) {
         owner.let_use(pair.user.0, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
     }
 }
 
-/// The driver lets the current context use the memory of `peer` no more.
-pub fn disabled(peer: CUcontext) {
-    if let Some(pair) = with_current(peer) {
+/// The driver lets a context use the memory of `peer` no more.
+pub fn disabled(user: CUcontext, peer: CUcontext) {
+    if let Some(pair) = pair_of(user, peer) {
         forget(|known| *known == pair);
     }
 }

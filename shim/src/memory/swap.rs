@@ -426,7 +426,7 @@ impl Swap {
             return Room::Ready;
         }
         let too_large = || self.shortage() > 0;
-        let called_away = || self.device.is_called_away();
+        let called_away = || self.device.engine_context.is_called_away();
         loop {
             if !books.admitted() {
                 return Room::Recalled;

@@ -5,7 +5,7 @@
 //! attached, cuMemAlloc, cuMemAllocPitch and cuMemAllocAsync are the driver's ([`crate::process::reservation`] counts them): what they give
 //! cannot move, and others wait while there is no room beside it. NVSHARE_UNMOVABLE decides it without a tool.
 
-use crate::interpose::entry_points;
+use crate::cuda::library::library;
 use crate::settings::settings;
 use std::ffi::{CStr, OsString, c_int, c_void};
 use std::sync::OnceLock;
@@ -77,7 +77,7 @@ fn loaded(fits: fn(&str) -> bool) -> bool {
 
 /// Whether cuda-gdb has told the driver that it is there.
 fn is_debugged() -> bool {
-    entry_points::real_address(c"cudbgIpcFlag").is_some_and(|flag| {
+    library().and_then(|library| library.symbol(c"cudbgIpcFlag")).is_some_and(|flag| {
         // SAFETY: the driver's variable of that name, a word (cudadebugger.h).
         unsafe { (flag as *const u32).read_volatile() != 0 }
     })

@@ -175,7 +175,7 @@ pub fn context_ended(context: CUcontext) {
     over.iter().for_each(|context| async_pool::context_ended(*context));
     match left {
         Left::Context(device, other) => {
-            device.go_back(other);
+            device.engine_context.go_back(other);
             device.release_context(context);
             ipc::context_ends(context);
             reservation::context_ended();
@@ -192,7 +192,7 @@ pub fn green_ended(green: &Green) {
 }
 
 fn detach(Attached { device, engine, .. }: Attached, context: CUcontext) {
-    device.end();
+    device.end_engine();
     if let Some(engine) = engine
         && engine.join().is_err()
     {

@@ -74,8 +74,8 @@ pub fn end(
     call: impl FnOnce() -> CuResult,
     has_ended: impl FnOnce(CuResult) -> bool,
 ) -> CuResult {
-    let Some((device, heir)) = devices::ending(context) else { return call() };
-    device.leave_context(context, heir);
+    let Some((device, successor)) = devices::ending(context) else { return call() };
+    device.leave_context(context, successor);
     let idle = await_context(&device, context);
     let parted = device.streams.part(context, !idle);
     flow::forget();
@@ -91,8 +91,8 @@ pub fn end(
         attach::context_ended(context);
     } else {
         device.streams.rejoin(context, parted);
-        if heir == Successor::None {
-            device.go_back(context);
+        if successor == Successor::None {
+            device.engine_context.go_back(context);
         }
     }
     result

@@ -148,12 +148,12 @@ impl Engine {
     /// Why it cannot any more: memory could not be moved, or the process breaks down for the sake of another GPU.
     fn run(&mut self) -> Result<(), SwapError> {
         loop {
-            if self.device.leaving.load(Ordering::Acquire) {
+            if self.device.engine_context.is_leaving() {
                 return Ok(());
             }
             state::intact().map_err(|result| SwapError::Driver { call: "another GPU's engine", result })?;
-            if let Some(heir) = self.device.heir() {
-                self.move_to(heir)?;
+            if let Some(successor) = self.device.engine_context.successor() {
+                self.move_to(successor)?;
                 continue;
             }
             match self.client.poll(&mut self.swap) {
@@ -179,7 +179,7 @@ impl Engine {
     /// The context that the engine lives in may be destroyed. If others of the process go on, everything that is bound to
     /// it is made anew in one of those. If not, it is given back, and made anew in the same one if that stays after all.
     /// Nothing is being copied now.
-    fn move_to(&mut self, heir: Successor) -> Result<(), SwapError> {
+    fn move_to(&mut self, successor: Successor) -> Result<(), SwapError> {
         self.idle.mark = None;
         self.burial = None;
         if let Some((mark, _)) = &mut self.closing {
@@ -187,10 +187,10 @@ impl Engine {
         }
         self.giving_way.iter_mut().for_each(GivingWay::forget_marks);
         flow::forget();
-        match heir {
+        match successor {
             Successor::Context(context) => {
                 self.swap.move_to(context)?;
-                self.device.at_home(context);
+                self.device.engine_context.moved_to(context, &self.device.host);
                 tracing::debug!(gpu = %self.device.gpu, "moved to another context: the one before is destroyed");
             }
             Successor::None => {
@@ -199,7 +199,7 @@ impl Engine {
                 self.device.drop_spares(&mut self.device.memory());
                 self.swap.leave();
                 let _ = self.device.driver.ctx_set_current(CUcontext::NULL);
-                if let Some(context) = self.device.out_of_context() {
+                if let Some(context) = self.device.engine_context.out_of_context(&self.device.host) {
                     self.swap.move_to(context)?;
                     tracing::debug!(gpu = %self.device.gpu, "back in its context: the driver did not destroy it");
                 }
@@ -239,7 +239,7 @@ impl Engine {
     fn rest(&mut self, seen: u32, until: Option<Nanos>) {
         // Everything that a ring announces is looked at here, after `seen` was read: a ring that came
         // before that is not waited for, so what it announced must not be missed.
-        if self.device.leaving.load(Ordering::Acquire) || self.device.heir().is_some() {
+        if self.device.engine_context.is_leaving() || self.device.engine_context.successor().is_some() {
             return;
         }
         let until = if self.tidy_up() { until } else { by(until, now() + TIDY_LOOK) };
@@ -397,7 +397,7 @@ impl Engine {
             // When it has drained. Until then it alone marks the work in flight.
             return seen;
         }
-        let buried = self.bury() && seen;
+        let buried = self.finish_deferred() && seen;
         if self.closing.is_none()
             && let Some(closing) = crate::ipc::closing()
         {
@@ -417,7 +417,7 @@ impl Engine {
     }
 
     /// The same, for what was freed.
-    fn bury(&mut self) -> bool {
+    fn finish_deferred(&mut self) -> bool {
         if self.burial.is_none() {
             let memory = self.device.memory();
             if !memory.has_doomed() || memory.moving {

@@ -172,8 +172,10 @@ pub unsafe fn cuCtxEnablePeerAccess(peer: CUcontext, flags: u32) -> CuResult {
     // SAFETY: the caller's arguments.
     let result = reservation::with_room(|| unsafe { driver_calls::cuCtxEnablePeerAccess(peer, flags) });
     guarded(|| {
-        if result.is_success() {
-            relaxed(|| peer_access::enabled(peer));
+        if result.is_success()
+            && let Some((_, user)) = contexts::current()
+        {
+            relaxed(|| peer_access::enabled(user, peer));
         }
         result
     })
@@ -183,8 +185,10 @@ pub unsafe fn cuCtxDisablePeerAccess(peer: CUcontext) -> CuResult {
     // SAFETY: the caller's arguments.
     let result = unsafe { driver_calls::cuCtxDisablePeerAccess(peer) };
     guarded(|| {
-        if result.is_success() {
-            relaxed(|| peer_access::disabled(peer));
+        if result.is_success()
+            && let Some((_, user)) = contexts::current()
+        {
+            relaxed(|| peer_access::disabled(user, peer));
         }
         result
     })

@@ -19,9 +19,9 @@ fn what_is_left_to_the_engine_is_taken_as_far_as_it_was_marked() {
             memory.begin_free(base).unwrap()
         })
         .to_vec();
-    memory.doom(allocations[0]);
+    memory.defer_free(allocations[0]);
     let marked = memory.left();
-    memory.doom(allocations[1]);
+    memory.defer_free(allocations[1]);
     assert_eq!(memory.take_left(marked).unwrap().0, allocations[..1]);
     assert!(memory.take_left(marked).is_none() && memory.has_doomed());
     assert_eq!(left(&mut memory).0, allocations[1..]);
@@ -82,7 +82,7 @@ fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
     let mut memory = Memory::default();
     memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
     let allocation = memory.begin_free(1 << 30).unwrap();
-    memory.doom(allocation);
+    memory.defer_free(allocation);
     assert_eq!(memory.containing(1 << 30), None);
     assert!(memory.region(1 << 30).is_some() && memory.has_doomed());
     assert_eq!(left(&mut memory).0, [allocation]);
@@ -95,25 +95,25 @@ fn what_is_put_off_is_what_the_frees_will_give_back() {
     memory.add_whole(1 << 30, 3 * GRANULE, 3 * GRANULE, CONTEXT);
     memory.add_slab(1 << 31, CONTEXT);
     let small = [(); 3].map(|()| memory.take_small(1000, CONTEXT).unwrap());
-    let mut doom = |base| {
+    let mut defer_free = |base| {
         let allocation = memory.begin_free(base).unwrap();
-        memory.doom(allocation);
-        memory.put_off()
+        memory.defer_free(allocation);
+        memory.deferred()
     };
-    assert_eq!(doom(small[0]), 0, "its slab has others");
-    assert_eq!(doom(1 << 30), 3);
-    assert_eq!((doom(small[1]), doom(small[2])), (3, 4), "the slab goes with its last one, once");
+    assert_eq!(defer_free(small[0]), 0, "its slab has others");
+    assert_eq!(defer_free(1 << 30), 3);
+    assert_eq!((defer_free(small[1]), defer_free(small[2])), (3, 4), "the slab goes with its last one, once");
     memory.lend(1 << 30);
-    assert_eq!(memory.put_off(), 1, "another process keeps it");
+    assert_eq!(memory.deferred(), 1, "another process keeps it");
     for allocation in left(&mut memory).0 {
         if let Freed::Region(base) = memory.finish_free(allocation) {
             memory.remove(base);
         }
     }
-    assert_eq!(memory.put_off(), 0);
+    assert_eq!(memory.deferred(), 0);
     assert!(memory.take_back(1 << 30));
-    assert_eq!(memory.put_off(), 3, "and has done with it");
-    assert_eq!((left(&mut memory).1.len(), memory.put_off()), (1, 0));
+    assert_eq!(memory.deferred(), 3, "and has done with it");
+    assert_eq!((left(&mut memory).1.len(), memory.deferred()), (1, 0));
 }
 
 #[test]
@@ -292,7 +292,7 @@ fn visits_of_a_switch(count: u64) -> u64 {
         memory.saw(address, InUse::Granules(0));
     }
     while let Some((place, ..)) = memory.next_resident(u64::MAX) {
-        assert!(memory.is_missing() && memory.overflow() == 0 && memory.put_off() == 0);
+        assert!(memory.is_missing() && memory.overflow() == 0 && memory.deferred() == 0);
         memory.settle(place.address, Backing::Absent);
     }
     memory.spill(0);

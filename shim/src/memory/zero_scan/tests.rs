@@ -63,7 +63,7 @@ fn on_a_gpu(test: &str, variables: &[(&str, &str)], body: impl FnOnce(&'static D
     if std::env::var_os(ROLE).is_none() {
         let machine = format!("nvshare-scan-{}-{test}", std::process::id());
         let output = Command::new(std::env::current_exe().unwrap())
-            .args([&format!("scan::tests::{test}"), "--exact", "--nocapture"])
+            .args([&format!("memory::zero_scan::tests::{test}"), "--exact", "--nocapture"])
             .envs([(ROLE, "application"), ("NVSHARE_SIM_NAME", &machine), ("NVSHARE_SIM_MEMORY", "512MiB")])
             .envs(variables.iter().copied())
             .output()

@@ -118,7 +118,7 @@ struct Ended(Arc<Device>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.set_moving(false);
-        self.0.engine_ended();
+        self.0.engine_context.engine_ended();
     }
 }
 

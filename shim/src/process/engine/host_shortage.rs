@@ -180,7 +180,7 @@ impl Starved {
             }
             made.store(true, Ordering::Release);
             making.store(false, Ordering::Release);
-            device.knock();
+            device.wake_engine();
         };
         self.making.store(true, Ordering::Release);
         let thread = std::thread::Builder::new().name("nvshare-host".into());
