@@ -14,7 +14,7 @@ pub const ALIGNMENT: u64 = 512;
 
 /// A stream that memory was freed in. Never given to another, unlike the driver's handle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Line(pub u64);
+pub struct StreamId(pub u64);
 
 /// A place in the order of a stream: the number of a free in it.
 pub type Ticket = u64;
@@ -23,7 +23,7 @@ pub type Ticket = u64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Freed {
     /// The stream that it was freed in.
-    pub line: Line,
+    pub stream_id: StreamId,
     /// Which of the frees in that stream it was.
     pub ticket: Ticket,
 }
@@ -77,7 +77,7 @@ impl Level {
 }
 
 /// The index of free blocks: by whose they are, then by size, then by address.
-type FreeKey = (Option<Line>, u64, u64);
+type FreeKey = (Option<StreamId>, u64, u64);
 
 /// The memory of one pool.
 #[derive(Debug, Default)]
@@ -108,11 +108,12 @@ impl Arena {
 
     /// The smallest block with room for `requested` bytes that a stream may have at once: one that was freed in
     /// it, or anybody's.
-    pub fn take(&mut self, line: Line, requested: u64) -> Option<u64> {
+    pub fn take(&mut self, stream_id: StreamId, requested: u64) -> Option<u64> {
         let size = rounded(requested)?;
         let best = |owner| self.free.range((owner, size, 0)..=(owner, u64::MAX, u64::MAX)).next().copied();
         // Of two equals, its own: the other serves more.
-        let key = [best(Some(line)), best(None)].into_iter().flatten().min_by_key(|(_, size, _)| *size)?;
+        let key =
+            [best(Some(stream_id)), best(None)].into_iter().flatten().min_by_key(|(_, size, _)| *size)?;
         Some(self.occupy(key, requested, size))
     }
 
@@ -134,7 +135,7 @@ impl Arena {
         let size = rounded(requested)?;
         let block = self.blocks.get(&address).filter(|block| block.size >= size)?;
         let State::Free(freed) = block.state else { return None };
-        let key = (freed.map(|freed| freed.line), block.size, address);
+        let key = (freed.map(|freed| freed.stream_id), block.size, address);
         Some(self.occupy(key, requested, size))
     }
 
@@ -166,9 +167,9 @@ impl Arena {
     /// Writes a free block down, as one with its neighbours of the same order.
     fn put_free(&mut self, mut address: u64, mut size: u64, mut freed: Option<Freed>) {
         self.blocks.remove(&address);
-        let line = freed.map(|freed| freed.line);
+        let stream_id = freed.map(|freed| freed.stream_id);
         let same = |block: &Block| match block.state {
-            State::Free(other) if other.map(|other| other.line) == line => {
+            State::Free(other) if other.map(|other| other.stream_id) == stream_id => {
                 Some(other.map(|other| other.ticket))
             }
             _ => None,
@@ -182,7 +183,7 @@ impl Arena {
             && let Some(ticket) = same(&block)
         {
             freed = later(freed, ticket);
-            self.free.remove(&(line, block.size, before));
+            self.free.remove(&(stream_id, block.size, before));
             (address, size) = (before, size + block.size);
         }
         let end = address + size;
@@ -191,24 +192,24 @@ impl Arena {
             && let Some(ticket) = same(&block)
         {
             freed = later(freed, ticket);
-            self.free.remove(&(line, block.size, end));
+            self.free.remove(&(stream_id, block.size, end));
             size += block.size;
             self.blocks.remove(&end);
         }
         self.blocks.insert(address, Block { size, state: State::Free(freed) });
-        self.free.insert((line, size, address));
+        self.free.insert((stream_id, size, address));
     }
 
     /// A stream has got past its free number `done`: what was freed in it until then is everybody's.
-    pub fn settle(&mut self, line: Line, done: Ticket) {
-        let of_line = (Some(line), 0, 0)..=(Some(line), u64::MAX, u64::MAX);
+    pub fn settle(&mut self, stream_id: StreamId, done: Ticket) {
+        let of_line = (Some(stream_id), 0, 0)..=(Some(stream_id), u64::MAX, u64::MAX);
         let past = |(_, size, address): &FreeKey| match self.blocks.get(address)?.state {
             State::Free(Some(freed)) if freed.ticket <= done => Some((*address, *size)),
             _ => None,
         };
         let settled: Vec<_> = self.free.range(of_line).filter_map(past).collect();
         for (address, size) in settled {
-            self.free.remove(&(Some(line), size, address));
+            self.free.remove(&(Some(stream_id), size, address));
             self.put_free(address, size, None);
         }
     }
@@ -264,7 +265,7 @@ impl Arena {
     }
 
     /// Everything is gone: the GPU's last context has ended.
-    pub fn forget(&mut self) {
+    pub fn clear(&mut self) {
         *self = Arena::default();
     }
 }
@@ -287,8 +288,8 @@ impl Arena {
                         None
                     }
                     State::Free(freed) => {
-                        free.insert((freed.map(|freed| freed.line), block.size, at));
-                        Some(freed.map(|freed| freed.line))
+                        free.insert((freed.map(|freed| freed.stream_id), block.size, at));
+                        Some(freed.map(|freed| freed.stream_id))
                     }
                 };
                 assert!(owner.is_none() || owner != before, "two neighbours at {at:#x} should be one");

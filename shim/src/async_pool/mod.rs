@@ -29,16 +29,16 @@ mod progress;
 #[cfg(test)]
 mod tests;
 
-pub use progress::Place;
+pub use progress::StreamRef;
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::device::Device;
 use crate::memory::devices;
 use crate::thread::ThreadId;
-use arena::{Arena, Freed, Line};
+use arena::{Arena, Freed, StreamId};
 use nvshare::units::{GRANULE, format_size};
-use progress::Lines;
+use progress::StreamProgress;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -101,7 +101,7 @@ impl Pool {
 #[derive(Default)]
 struct Pools {
     pools: Vec<Pool>,
-    lines: Lines,
+    progress: StreamProgress,
     /// What cuMemAlloc gave and cuMemFreeAsync freed: where it is, and when that is over.
     whole: Vec<(CUdevice, CUdeviceptr, Freed)>,
     /// Of those, what is over, and has still to be released.
@@ -131,17 +131,17 @@ impl Pools {
 
     /// Looks how far the streams have got.
     fn advance(&mut self, driver: &Driver) {
-        self.lines.advance(driver);
+        self.progress.advance(driver);
         self.settle();
     }
 
     /// What the streams are past is everybody's.
     fn settle(&mut self) {
-        for (line, done) in self.lines.progress() {
-            self.pools.iter_mut().for_each(|pool| pool.arena.settle(line, done));
+        for (stream_id, done) in self.progress.progress() {
+            self.pools.iter_mut().for_each(|pool| pool.arena.settle(stream_id, done));
             let Self { whole, over, .. } = self;
             whole.retain(|(device, base, freed)| {
-                let past = freed.line == line && freed.ticket <= done;
+                let past = freed.stream_id == stream_id && freed.ticket <= done;
                 if past {
                     over.push((*device, *base));
                 }
@@ -166,17 +166,17 @@ impl Pools {
         &mut self,
         driver: &Driver,
         handle: CUmemoryPool,
-        line: Line,
+        stream_id: StreamId,
         bytes: u64,
     ) -> Result<Option<CUdeviceptr>, CuResult> {
         let pool = self.by_handle(handle).ok_or(CuResult::INVALID_VALUE)?;
-        let found = pool.arena.take(line, bytes);
+        let found = pool.arena.take(stream_id, bytes);
         if found.is_some() || !pool.opportunistic || !pool.arena.is_pending() {
             return Ok(found);
         }
         self.advance(driver);
         let pool = self.by_handle(handle).ok_or(CuResult::INVALID_VALUE)?;
-        Ok(pool.arena.take(line, bytes))
+        Ok(pool.arena.take(stream_id, bytes))
     }
 
     /// The same, from a new segment if there is room for one.
@@ -184,7 +184,7 @@ impl Pools {
         &mut self,
         device: &Device,
         handle: CUmemoryPool,
-        line: Line,
+        stream_id: StreamId,
         bytes: u64,
     ) -> Result<Option<CUdeviceptr>, CuResult> {
         let pool = self.by_handle(handle).ok_or(CuResult::INVALID_VALUE)?;
@@ -195,7 +195,7 @@ impl Pools {
             Err(CuResult::OUT_OF_MEMORY) => return Ok(None),
             Err(result) => return Err(result),
         }
-        Ok(pool.arena.take(line, bytes))
+        Ok(pool.arena.take(stream_id, bytes))
     }
 
     /// What another stream has still to get past: this one waits for it.
@@ -203,17 +203,17 @@ impl Pools {
         &mut self,
         driver: &Driver,
         handle: CUmemoryPool,
-        place: &Place,
+        place: &StreamRef,
         bytes: u64,
     ) -> Result<Option<CUdeviceptr>, CuResult> {
-        let Self { pools, lines, .. } = self;
+        let Self { pools, progress, .. } = self;
         let pool = pools.iter_mut().find(|pool| pool.is_named(handle));
         let pool = pool.ok_or(CuResult::INVALID_VALUE)?;
         if !pool.internal {
             return Ok(None);
         }
         let found =
-            pool.arena.pending(bytes).into_iter().find(|(_, freed)| lines.follow(driver, *freed, place));
+            pool.arena.pending(bytes).into_iter().find(|(_, freed)| progress.follow(driver, *freed, place));
         Ok(found.and_then(|(address, _)| pool.arena.take_at(address, bytes)))
     }
 }
@@ -232,28 +232,28 @@ fn release(device: &Device, unused: Vec<CUdeviceptr>) -> bool {
 pub fn allocate(
     device: &Device,
     handle: CUmemoryPool,
-    place: &Place,
+    place: &StreamRef,
     bytes: u64,
 ) -> Result<CUdeviceptr, CuResult> {
     USED.store(true, Ordering::Relaxed);
     let driver = device.driver;
-    let line = with_pools(|pools| pools.lines.of(place));
-    let take_or_grow = |pools: &mut Pools| match pools.take(driver, handle, line, bytes)? {
-        None => pools.grow(device, handle, line, bytes),
+    let stream_id = with_pools(|pools| pools.progress.of(place));
+    let take_or_grow = |pools: &mut Pools| match pools.take(driver, handle, stream_id, bytes)? {
+        None => pools.grow(device, handle, stream_id, bytes),
         found => Ok(found),
     };
     if let Some(address) = with_pools(take_or_grow)? {
         return Ok(address);
     }
     if reclaim(device)
-        && let Some(address) = with_pools(|pools| pools.grow(device, handle, line, bytes))?
+        && let Some(address) = with_pools(|pools| pools.grow(device, handle, stream_id, bytes))?
     {
         return Ok(address);
     }
     if let Some(address) = with_pools(|pools| pools.take_behind(driver, handle, place, bytes))? {
         return Ok(address);
     }
-    for event in with_pools(|pools| pools.lines.last_marks(driver)) {
+    for event in with_pools(|pools| pools.progress.last_marks(driver)) {
         // If its context is broken, there is nothing to wait for.
         let _ = driver.event_synchronize(event);
     }
@@ -262,7 +262,7 @@ pub fn allocate(
     }
     reclaim(device);
     device.await_frees();
-    with_pools(|pools| match pools.grow(device, handle, line, bytes)? {
+    with_pools(|pools| match pools.grow(device, handle, stream_id, bytes)? {
         None => Err(refusal(device, pools.by_handle(handle), bytes)),
         Some(address) => Ok(address),
     })
@@ -286,7 +286,7 @@ fn refusal(device: &Device, pool: Option<&mut Pool>, bytes: u64) -> CuResult {
 }
 
 /// cuMemFreeAsync. `None` for an address that is none of ours.
-pub fn free_in_order(driver: &Driver, place: &Place, address: CUdeviceptr) -> Option<CuResult> {
+pub fn free_in_order(driver: &Driver, place: &StreamRef, address: CUdeviceptr) -> Option<CuResult> {
     let freed = with_pools(|pools| {
         if pools.whole.iter().any(|(_, base, _)| *base == address) {
             return Some((CuResult::INVALID_VALUE, None));
@@ -296,7 +296,7 @@ pub fn free_in_order(driver: &Driver, place: &Place, address: CUdeviceptr) -> Op
             return Some((CuResult::INVALID_VALUE, None));
         }
         let ended = pool.destroyed.then_some(pool.device);
-        let freed = pools.lines.free(driver, place);
+        let freed = pools.progress.free(driver, place);
         pools.owner(address)?.arena.give(address, Some(freed));
         Some((CuResult::SUCCESS, ended))
     });
@@ -311,7 +311,7 @@ pub fn free_in_order(driver: &Driver, place: &Place, address: CUdeviceptr) -> Op
     let device = devices::all().into_iter().find(begins)?;
     USED.store(true, Ordering::Relaxed);
     with_pools(|pools| {
-        let freed = pools.lines.free(driver, place);
+        let freed = pools.progress.free(driver, place);
         pools.whole.push((device.ordinal, address, freed));
         // Those before it may be over.
         pools.advance(driver);
@@ -387,7 +387,7 @@ pub fn reclaim(device: &Device) -> bool {
 pub fn drained(device: &Device) {
     if USED.load(Ordering::Relaxed) {
         let unused = with_pools(|pools| {
-            pools.lines.drained(device.ordinal);
+            pools.progress.drained(device.ordinal);
             pools.settle();
             pools.unused(device.ordinal, Pool::keeps)
         });
@@ -398,7 +398,7 @@ pub fn drained(device: &Device) {
 /// A stream is about to be destroyed. Its work goes on.
 pub fn stream_ends(driver: &Driver, stream: CUstream) {
     if USED.load(Ordering::Relaxed) {
-        with_pools(|pools| pools.lines.end_stream(driver, stream));
+        with_pools(|pools| pools.progress.end_stream(driver, stream));
     }
 }
 
@@ -408,7 +408,7 @@ pub fn thread_ended(thread: ThreadId) {
         && let Ok(driver) = Driver::get()
     {
         with_pools(|pools| {
-            if pools.lines.end_thread(driver, thread) {
+            if pools.progress.end_thread(driver, thread) {
                 // Those of threads before it may be through.
                 pools.advance(driver);
             }
@@ -420,7 +420,7 @@ pub fn thread_ended(thread: ThreadId) {
 pub fn context_ended(context: CUcontext) {
     if USED.load(Ordering::Relaxed) {
         with_pools(|pools| {
-            pools.lines.end_context(context);
+            pools.progress.end_context(context);
             pools.settle();
         });
     }
@@ -429,7 +429,7 @@ pub fn context_ended(context: CUcontext) {
 /// A green context is gone, and its default streams. Its work goes on.
 pub fn green_ended(context: CUcontext) {
     if USED.load(Ordering::Relaxed) {
-        with_pools(|pools| pools.lines.end_green(context));
+        with_pools(|pools| pools.progress.end_green(context));
     }
 }
 
@@ -439,7 +439,7 @@ pub fn device_ended(device: CUdevice, context: CUcontext) {
     with_pools(|pools| {
         pools.whole.retain(|(of, ..)| *of != device);
         pools.over.retain(|(of, _)| *of != device);
-        pools.pools.iter_mut().filter(|pool| pool.device == device).for_each(|pool| pool.arena.forget());
+        pools.pools.iter_mut().filter(|pool| pool.device == device).for_each(|pool| pool.arena.clear());
         pools.pools.retain(|pool| !pool.destroyed || !pool.arena.is_empty());
     });
 }

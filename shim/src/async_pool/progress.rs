@@ -2,7 +2,7 @@
 //!
 //! A free takes a ticket of its stream and, in most streams, costs nothing else: most memory is used again in the
 //! stream that it was freed in. Only when another stream looks for memory is a stream asked whether it is through
-//! ([`Lines::advance`]): if it has nothing left to do, all of its frees are over; if it has, an event marks how far
+//! ([`StreamProgress::advance`]): if it has nothing left to do, all of its frees are over; if it has, an event marks how far
 //! it must get, and the next one who looks asks the event.
 //!
 //! In default streams each free is marked at once. A thread's own can be marked by that thread alone. The legacy
@@ -15,7 +15,7 @@
 //!
 //! None of this passes the gate: events touch no memory, and a free must not wait for others' turns.
 
-use crate::async_pool::arena::{Freed, Line, Ticket};
+use crate::async_pool::arena::{Freed, StreamId, Ticket};
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::devices;
@@ -26,7 +26,7 @@ use std::collections::VecDeque;
 
 /// A stream, as its order goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct StreamRef {
     /// By an explicit name, not null.
     pub stream: CUstream,
     /// Its context.
@@ -37,9 +37,9 @@ pub struct Place {
     thread: Option<ThreadId>,
 }
 
-impl Place {
+impl StreamRef {
     /// The stream that a call names. `None` if it captures, or if the driver doesn't say what it is.
-    pub fn find(driver: &Driver, stream: CUstream, per_thread: bool) -> Option<Place> {
+    pub fn find(driver: &Driver, stream: CUstream, per_thread: bool) -> Option<StreamRef> {
         let stream = stream.named(per_thread);
         if captures::with_no_capture(|| ()).is_none()
             && driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE)
@@ -52,14 +52,14 @@ impl Place {
             green::owner_of(driver.stream_ctx(stream).ok()?)
         };
         let device = devices::of_context(context)?.ordinal;
-        Some(Place { stream, context, device, thread: stream.thread() })
+        Some(StreamRef { stream, context, device, thread: stream.thread() })
     }
 }
 
 #[derive(Debug)]
 struct Entry {
-    line: Line,
-    place: Place,
+    stream_id: StreamId,
+    place: StreamRef,
     /// The last ticket given.
     freed: Ticket,
     /// The last ticket that the stream is known to be past.
@@ -82,39 +82,39 @@ impl Entry {
 
 /// All streams in which memory was freed.
 #[derive(Debug, Default)]
-pub struct Lines {
+pub struct StreamProgress {
     entries: Vec<Entry>,
     named: u64,
     /// Events to use again.
     spare: Vec<(CUcontext, CUevent)>,
 }
 
-impl Lines {
-    /// The line of a stream.
-    pub fn of(&mut self, place: &Place) -> Line {
+impl StreamProgress {
+    /// The identity of a stream.
+    pub fn of(&mut self, place: &StreamRef) -> StreamId {
         if let Some(entry) = self.entries.iter().find(|entry| !entry.gone && entry.place == *place) {
-            return entry.line;
+            return entry.stream_id;
         }
         self.named += 1;
-        let line = Line(self.named);
+        let stream_id = StreamId(self.named);
         self.entries.push(Entry {
-            line,
+            stream_id,
             place: *place,
             freed: 0,
             done: 0,
             marks: VecDeque::new(),
             gone: false,
         });
-        line
+        stream_id
     }
 
     /// Something is freed in that stream now.
-    pub fn free(&mut self, driver: &Driver, place: &Place) -> Freed {
-        let line = self.of(place);
-        let index = self.index(line);
+    pub fn free(&mut self, driver: &Driver, place: &StreamRef) -> Freed {
+        let stream_id = self.of(place);
+        let index = self.index(stream_id);
         let entry = &mut self.entries[index];
         entry.freed += 1;
-        let freed = Freed { line, ticket: entry.freed };
+        let freed = Freed { stream_id, ticket: entry.freed };
         if place.stream.is_default() {
             self.pass_marks(driver, index);
             self.mark(driver, index);
@@ -122,10 +122,10 @@ impl Lines {
         freed
     }
 
-    fn index(&self, line: Line) -> usize {
+    fn index(&self, stream_id: StreamId) -> usize {
         self.entries
             .iter()
-            .position(|entry| entry.line == line)
+            .position(|entry| entry.stream_id == stream_id)
             .expect("a line lives while a free of it is pending")
     }
 
@@ -149,8 +149,8 @@ impl Lines {
     }
 
     /// How far every stream is known to have got. One that is gone and through is not named again.
-    pub fn progress(&mut self) -> Vec<(Line, Ticket)> {
-        let done = self.entries.iter().map(|entry| (entry.line, entry.done)).collect();
+    pub fn progress(&mut self) -> Vec<(StreamId, Ticket)> {
+        let done = self.entries.iter().map(|entry| (entry.stream_id, entry.done)).collect();
         self.entries.retain(|entry| !entry.gone || entry.done < entry.freed);
         done
     }
@@ -178,7 +178,7 @@ impl Lines {
     /// Marks the present end of a stream, if that can be done.
     fn mark(&mut self, driver: &Driver, index: usize) {
         let entry = &mut self.entries[index];
-        let Place { stream, context, .. } = entry.place;
+        let StreamRef { stream, context, .. } = entry.place;
         if !entry.is_reachable() {
             return;
         }
@@ -207,8 +207,8 @@ impl Lines {
     }
 
     /// Lets a stream wait until another is past a free. False if that one cannot be marked now.
-    pub fn follow(&mut self, driver: &Driver, freed: Freed, waiter: &Place) -> bool {
-        let index = self.index(freed.line);
+    pub fn follow(&mut self, driver: &Driver, freed: Freed, waiter: &StreamRef) -> bool {
+        let index = self.index(freed.stream_id);
         let covers = |entry: &Entry| {
             entry.marks.iter().find(|(ticket, _)| *ticket >= freed.ticket).map(|(_, event)| *event)
         };
@@ -242,7 +242,7 @@ impl Lines {
     }
 
     /// Streams end. What they have to do goes on, so their ends are marked. Whether there was one.
-    fn end(&mut self, driver: &Driver, ends: impl Fn(&Place) -> bool) -> bool {
+    fn end(&mut self, driver: &Driver, ends: impl Fn(&StreamRef) -> bool) -> bool {
         let mut any = false;
         for index in 0..self.entries.len() {
             let entry = &self.entries[index];

@@ -1,6 +1,6 @@
 //! The allocator against a model that remembers every byte's last free, and by hand.
 
-use crate::async_pool::arena::{ALIGNMENT, Arena, Freed, Line, Live, Ticket};
+use crate::async_pool::arena::{ALIGNMENT, Arena, Freed, Live, StreamId, Ticket};
 use proptest::prelude::*;
 use std::ops::Range;
 
@@ -23,10 +23,10 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        5 => (0..LINES, 1..SEGMENT).prop_map(|(line, size)| Step::Take(line, size)),
-        2 => (0..LINES, 1..4000u64).prop_map(|(line, size)| Step::Take(line, size)),
-        5 => (any::<usize>(), proptest::option::weighted(0.9, 0..LINES)).prop_map(|(n, line)| Step::Give(n, line)),
-        2 => (0..LINES, 0..4u64).prop_map(|(line, left)| Step::Pass(line, left)),
+        5 => (0..LINES, 1..SEGMENT).prop_map(|(stream_id, size)| Step::Take(stream_id, size)),
+        2 => (0..LINES, 1..4000u64).prop_map(|(stream_id, size)| Step::Take(stream_id, size)),
+        5 => (any::<usize>(), proptest::option::weighted(0.9, 0..LINES)).prop_map(|(n, stream_id)| Step::Give(n, stream_id)),
+        2 => (0..LINES, 0..4u64).prop_map(|(stream_id, left)| Step::Pass(stream_id, left)),
         1 => (0..4 * SEGMENT).prop_map(Step::Trim),
         1 => (1..SEGMENT).prop_map(Step::TakePending),
     ]
@@ -52,9 +52,9 @@ impl Model {
             prop_assert!(live.base + live.size <= base || range.end <= live.base, "it overlaps {:?}", live);
         }
         for (_, freed) in self.freed.iter().filter(|(other, _)| other.start < range.end && base < other.end) {
-            let past = freed.ticket <= self.done[freed.line.0 as usize];
+            let past = freed.ticket <= self.done[freed.stream_id.0 as usize];
             prop_assert!(
-                by.is_none() || by == Some(freed.line.0 as usize) || past,
+                by.is_none() || by == Some(freed.stream_id.0 as usize) || past,
                 "{:?} is not over",
                 freed
             );
@@ -82,36 +82,36 @@ proptest! {
         let (mut arena, mut model) = (Arena::default(), Model::default());
         for step in steps {
             match step {
-                Step::Take(line, size) => {
-                    let found = arena.take(Line(line as u64), size).or_else(|| {
+                Step::Take(stream_id, size) => {
+                    let found = arena.take(StreamId(stream_id as u64), size).or_else(|| {
                         // Right behind another one, so that they would be merged if they could.
                         let base = model.segments.iter().max().map_or(1 << 30, |last| last + SEGMENT);
                         model.segments.push(base);
                         arena.add(base, SEGMENT);
-                        arena.take(Line(line as u64), size)
+                        arena.take(StreamId(stream_id as u64), size)
                     });
                     prop_assert!(found.is_some(), "a new segment has room");
-                    model.taken(found.unwrap(), size, Some(line))?;
+                    model.taken(found.unwrap(), size, Some(stream_id))?;
                 }
                 Step::TakePending(size) => {
                     let Some(&(address, freed)) = arena.pending(size).first() else { continue };
-                    prop_assert!(freed.ticket > model.done[freed.line.0 as usize]);
+                    prop_assert!(freed.ticket > model.done[freed.stream_id.0 as usize]);
                     let found = arena.take_at(address, size);
                     prop_assert_eq!(found, Some(address));
                     // The stream waits for that free: the order is right, whoever it is.
                     for (range, old) in &model.freed {
                         if range.start < address + size && address < range.end {
-                            let past = old.ticket <= model.done[old.line.0 as usize];
-                            prop_assert!(past || (old.line == freed.line && old.ticket <= freed.ticket));
+                            let past = old.ticket <= model.done[old.stream_id.0 as usize];
+                            prop_assert!(past || (old.stream_id == freed.stream_id && old.ticket <= freed.ticket));
                         }
                     }
                     model.taken(address, size, None)?;
                 }
-                Step::Give(number, line) if !model.live.is_empty() => {
+                Step::Give(number, stream_id) if !model.live.is_empty() => {
                     let block = model.live.swap_remove(number % model.live.len());
-                    let freed = line.map(|line| {
-                        model.tickets[line] += 1;
-                        Freed { line: Line(line as u64), ticket: model.tickets[line] }
+                    let freed = stream_id.map(|stream_id| {
+                        model.tickets[stream_id] += 1;
+                        Freed { stream_id: StreamId(stream_id as u64), ticket: model.tickets[stream_id] }
                     });
                     prop_assert!(arena.give(block.base, freed));
                     prop_assert!(!arena.give(block.base, freed), "freed twice");
@@ -119,10 +119,10 @@ proptest! {
                     model.freed.extend(freed.map(|freed| (block.base..end, freed)));
                 }
                 Step::Give(..) => {}
-                Step::Pass(line, left) => {
-                    let done = model.tickets[line].saturating_sub(left).max(model.done[line]);
-                    model.done[line] = done;
-                    arena.settle(Line(line as u64), done);
+                Step::Pass(stream_id, left) => {
+                    let done = model.tickets[stream_id].saturating_sub(left).max(model.done[stream_id]);
+                    model.done[stream_id] = done;
+                    arena.settle(StreamId(stream_id as u64), done);
                 }
                 Step::Trim(keep) => {
                     let before = arena.reserved.now;
@@ -133,7 +133,7 @@ proptest! {
                         let range = base..base + SEGMENT;
                         prop_assert!(model.live.iter().all(|live| !range.contains(&live.base)));
                         for (old, freed) in &model.freed {
-                            let past = freed.ticket <= model.done[freed.line.0 as usize];
+                            let past = freed.ticket <= model.done[freed.stream_id.0 as usize];
                             prop_assert!(past || !range.contains(&old.start), "{:?} is not over", freed);
                         }
                         model.segments.retain(|segment| *segment != base);
@@ -152,8 +152,8 @@ proptest! {
         for block in std::mem::take(&mut model.live) {
             prop_assert!(arena.give(block.base, None));
         }
-        for line in 0..LINES {
-            arena.settle(Line(line as u64), model.tickets[line]);
+        for stream_id in 0..LINES {
+            arena.settle(StreamId(stream_id as u64), model.tickets[stream_id]);
         }
         prop_assert_eq!(arena.trim(0).len(), model.segments.len());
         arena.check();
@@ -161,8 +161,8 @@ proptest! {
     }
 }
 
-const MINE: Line = Line(0);
-const OTHER: Line = Line(1);
+const MINE: StreamId = StreamId(0);
+const OTHER: StreamId = StreamId(1);
 
 fn arena() -> Arena {
     let mut arena = Arena::default();
@@ -174,10 +174,10 @@ fn arena() -> Arena {
 fn a_stream_has_its_own_free_back_at_once_and_another_waits() {
     let mut arena = arena();
     let block = arena.take(MINE, SEGMENT).unwrap();
-    assert!(arena.give(block, Some(Freed { line: MINE, ticket: 1 })));
+    assert!(arena.give(block, Some(Freed { stream_id: MINE, ticket: 1 })));
     assert_eq!(arena.take(OTHER, 1), None);
     assert_eq!(arena.take(MINE, SEGMENT), Some(block));
-    assert!(arena.give(block, Some(Freed { line: MINE, ticket: 2 })));
+    assert!(arena.give(block, Some(Freed { stream_id: MINE, ticket: 2 })));
     arena.settle(MINE, 1);
     assert_eq!(arena.take(OTHER, 1), None, "the first free is over, and not the second");
     arena.settle(MINE, 2);
@@ -189,9 +189,9 @@ fn neighbours_of_one_order_are_one_and_wait_for_the_last() {
     let mut arena = arena();
     let half = SEGMENT / 2;
     let (low, high) = (arena.take(MINE, half).unwrap(), arena.take(MINE, half).unwrap());
-    arena.give(high, Some(Freed { line: MINE, ticket: 1 }));
-    arena.give(low, Some(Freed { line: MINE, ticket: 2 }));
-    assert_eq!(arena.pending(SEGMENT), [(low, Freed { line: MINE, ticket: 2 })]);
+    arena.give(high, Some(Freed { stream_id: MINE, ticket: 1 }));
+    arena.give(low, Some(Freed { stream_id: MINE, ticket: 2 }));
+    assert_eq!(arena.pending(SEGMENT), [(low, Freed { stream_id: MINE, ticket: 2 })]);
     arena.settle(MINE, 1);
     assert!(arena.is_pending());
     assert_eq!(arena.trim(0), [] as [u64; 0], "the GPU may still use it");
@@ -204,7 +204,7 @@ fn the_best_fit_wins_and_of_equals_the_streams_own() {
     let mut arena = arena();
     let blocks: Vec<_> = (0..4).map(|_| arena.take(MINE, 4096).unwrap()).collect();
     arena.give(blocks[0], None);
-    arena.give(blocks[2], Some(Freed { line: MINE, ticket: 1 }));
+    arena.give(blocks[2], Some(Freed { stream_id: MINE, ticket: 1 }));
     assert_eq!(arena.take(MINE, 4096), Some(blocks[2]));
     assert_eq!(arena.take(MINE, 4000), Some(blocks[0]), "smaller than the rest of the segment");
 }

@@ -63,7 +63,7 @@ const MEMORY_V2: u32 = size_of::<MemoryV2>() as u32 | 2 << 24;
 
 /// How long the first question may wait for an arbiter that is starting: NVML may be asked by a program that never
 /// uses a GPU.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A function of NVML, and what stands in for it, if anything.
 pub struct Entry {
@@ -210,7 +210,7 @@ fn correct(result: Return, device: Device, write: impl FnOnce(MemoryInfo)) -> Re
 /// Long for the first question, and then none: whoever looks every second must not wait every second.
 fn patience() -> Duration {
     static WAITED: AtomicBool = AtomicBool::new(false);
-    if WAITED.swap(true, Ordering::Relaxed) { Duration::ZERO } else { PATIENCE }
+    if WAITED.swap(true, Ordering::Relaxed) { Duration::ZERO } else { TIMEOUT }
 }
 
 /// Which GPU a handle means.

@@ -46,7 +46,7 @@ pub struct Ask {
 
 /// What an opener wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wish {
+pub enum RequestKind {
     /// To open memory: a piece, and those after it.
     Open,
     /// To close it again. It is not answered.
@@ -55,20 +55,20 @@ pub enum Wish {
 
 impl Ask {
     /// A request.
-    pub fn new(wish: Wish, number: u64, key: Key, from: u32) -> Self {
+    pub fn new(wish: RequestKind, number: u64, key: Key, from: u32) -> Self {
         let what = match wish {
-            Wish::Open => 1,
-            Wish::Close => 2,
+            RequestKind::Open => 1,
+            RequestKind::Close => 2,
         };
         Self { magic: MAGIC, version: VERSION, what, number, key, from, zero: 0 }
     }
 
     /// Reads what came over a socket. `None` if it is no request.
-    pub fn read(bytes: &[u8]) -> Option<(Wish, Self)> {
+    pub fn read(bytes: &[u8]) -> Option<(RequestKind, Self)> {
         let ask: Self = bytemuck::try_pod_read_unaligned(bytes).ok()?;
         let wish = match ask.what {
-            1 => Wish::Open,
-            2 => Wish::Close,
+            1 => RequestKind::Open,
+            2 => RequestKind::Close,
             _ => return None,
         };
         ((ask.magic, ask.version, ask.zero) == (MAGIC, VERSION, 0)).then_some((wish, ask))

@@ -1,7 +1,7 @@
 //! The opener's end of the channel.
 
 use crate::cuda::abi::CuResult;
-use crate::ipc::channel::{Answer, Ask, Extent, Refusal, Wish, peer, receive, send};
+use crate::ipc::channel::{Answer, Ask, Extent, Refusal, RequestKind, peer, receive, send};
 use crate::ipc::handle::{Exporter, Handle};
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -171,7 +171,7 @@ impl Connection {
     }
 
     fn ask(&self, handle: &Handle, from: u32) -> Result<(Extent, super::channel::Pieces), OpenError> {
-        let ask = Ask::new(Wish::Open, handle.number, handle.key, from);
+        let ask = Ask::new(RequestKind::Open, handle.number, handle.key, from);
         let failed = |error| match error {
             Errno::EAGAIN => OpenError::Silence,
             error => OpenError::HungUp(error),
@@ -188,7 +188,7 @@ impl Connection {
 
     /// Says that an allocation is closed. The exporter may be dead: then nobody need be told.
     pub fn close(&self, handle: &Handle) {
-        let ask = Ask::new(Wish::Close, handle.number, handle.key, 0);
+        let ask = Ask::new(RequestKind::Close, handle.number, handle.key, 0);
         let _ = send(self.0.as_fd(), bytemuck::bytes_of(&ask), &Vec::new(), MsgFlags::MSG_DONTWAIT);
     }
 }

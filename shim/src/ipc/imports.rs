@@ -273,7 +273,7 @@ pub fn context_ends(context: CUcontext) {
 }
 
 /// In a forked child: the exporters must learn when the parent has closed, or died.
-pub fn forget() {
+pub fn after_fork() {
     // Held by a thread that the child does not have: then they learn it when the child ends.
     let Ok(imports) = IMPORTS.try_lock() else { return };
     for import in imports.iter().flat_map(|imports| imports.open.iter().chain(&imports.closing)) {

@@ -84,7 +84,7 @@ pub fn open(
 }
 
 /// In a forked child: the GPU is the parent's.
-pub fn forget() {
-    server::forget();
-    imports::forget();
+pub fn after_fork() {
+    server::after_fork();
+    imports::after_fork();
 }

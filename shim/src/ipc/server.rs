@@ -6,7 +6,7 @@
 //! bounded too, in log lines and in time. After so many that were turned away, nobody is let in for a moment.
 
 use crate::cuda::abi::CuResult;
-use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, Wish, peer, receive, send};
+use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, RequestKind, peer, receive, send};
 use crate::ipc::handle::{Exporter, Key};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -23,10 +23,10 @@ use std::sync::atomic::{AtomicI32, Ordering};
 const MOST_PEERS: usize = 128;
 
 /// How long one that has opened nothing may stay.
-const PATIENCE: Nanos = 5_000 * MILLISECOND;
+const TIMEOUT: Nanos = 5_000 * MILLISECOND;
 
 /// Until descriptors are tried again when the process had none left.
-const BREATH: Nanos = 100 * MILLISECOND;
+const RETRY_DELAY: Nanos = 100 * MILLISECOND;
 
 /// So many may be turned away one after the other, and then nobody is let in for so long.
 const TURNED_AWAY_AT_ONCE: u32 = 32;
@@ -81,7 +81,7 @@ impl Drop for Socket {
 
 /// In a forked child: the thread that answers is not there, so nobody may think that somebody listens, or that this
 /// process still lives when it has ended.
-pub fn forget() {
+pub fn after_fork() {
     for entry in &SOCKETS {
         let fd = entry.swap(NONE, Ordering::AcqRel);
         if fd >= 0 {
@@ -143,7 +143,7 @@ pub fn open(exporter: &Exporter) -> nix::Result<Socket> {
 
 /// Serves for ever.
 pub fn serve<L: Lender>(listener: Socket, lender: &L) {
-    let mut server = Server { listener, peers: Vec::new(), breath: None, nuisances: Nuisances::default() };
+    let mut server = Server { listener, peers: Vec::new(), retry_at: None, nuisances: Nuisances::default() };
     loop {
         server.round(lender);
     }
@@ -153,7 +153,7 @@ struct Server<L> {
     listener: Socket,
     peers: Vec<Peer<L>>,
     /// No descriptors were left for a new connection, or too many were turned away: until when none is taken.
-    breath: Option<Nanos>,
+    retry_at: Option<Nanos>,
     nuisances: Nuisances,
 }
 
@@ -165,17 +165,17 @@ impl<L> Server<L> {
         self.nuisances.sum_up(time);
         if self.nuisances.turned_away >= TURNED_AWAY_AT_ONCE {
             self.nuisances.turned_away = 0;
-            self.breath = Some(time + REST);
+            self.retry_at = Some(time + REST);
         }
-        self.breath = self.breath.filter(|end| *end > time);
-        let ends = self.peers.iter().filter(|peer| peer.loans.is_empty()).map(|peer| peer.since + PATIENCE);
-        let until = ends.chain(self.breath).chain(self.nuisances.due()).min();
+        self.retry_at = self.retry_at.filter(|end| *end > time);
+        let ends = self.peers.iter().filter(|peer| peer.loans.is_empty()).map(|peer| peer.since + TIMEOUT);
+        let until = ends.chain(self.retry_at).chain(self.nuisances.due()).min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
             // Rounded up, or the last millisecond is spent spinning.
             let left = until.saturating_sub(time).div_ceil(MILLISECOND);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        let listens = self.breath.is_none() && self.peers.len() < MOST_PEERS;
+        let listens = self.retry_at.is_none() && self.peers.len() < MOST_PEERS;
         let interest = if listens { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds = vec![PollFd::new(self.listener.fd.as_fd(), interest)];
         fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.fd.as_fd(), PollFlags::POLLIN)));
@@ -197,7 +197,7 @@ impl<L> Server<L> {
     /// Closes what has opened nothing for too long, or is in the way of others.
     fn make_room(&mut self) {
         let time = now();
-        self.peers.retain(|peer| !peer.loans.is_empty() || peer.since + PATIENCE > time);
+        self.peers.retain(|peer| !peer.loans.is_empty() || peer.since + TIMEOUT > time);
         if self.peers.len() >= MOST_PEERS {
             let idle = self.peers.iter().position(|peer| peer.loans.is_empty());
             match idle {
@@ -213,7 +213,7 @@ impl<L> Server<L> {
             // SAFETY: it was just made, and nobody else knows it.
             Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
             Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
-                self.breath = Some(now() + BREATH);
+                self.retry_at = Some(now() + RETRY_DELAY);
                 return;
             }
             // It has gone away again.
@@ -262,8 +262,8 @@ fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut N
         return false;
     };
     match wish {
-        Wish::Open => answer(peer, lender, &ask, nuisances),
-        Wish::Close => {
+        RequestKind::Open => answer(peer, lender, &ask, nuisances),
+        RequestKind::Close => {
             if let Some(index) = peer.loans.iter().rposition(|(number, ..)| *number == ask.number) {
                 peer.loans.remove(index);
                 peer.since = now();

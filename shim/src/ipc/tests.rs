@@ -3,7 +3,7 @@
 //! An exporter is this test program once more, told by its environment to be one.
 
 use crate::cuda::abi::{CUipcMemHandle, CuResult};
-use crate::ipc::channel::{Answer, Ask, Extent, Pieces, Refusal, Wish};
+use crate::ipc::channel::{Answer, Ask, Extent, Pieces, Refusal, RequestKind};
 use crate::ipc::client::{Connection, OpenError};
 use crate::ipc::handle::{Exporter, Handle, Key, Read};
 use crate::ipc::{exports, server};
@@ -96,7 +96,7 @@ fn be_an_exporter() {
             // SAFETY: the child only closes a descriptor and waits.
             match unsafe { nix::unistd::fork() }.unwrap() {
                 nix::unistd::ForkResult::Child => {
-                    server::forget();
+                    server::after_fork();
                     let handle = hex(&Handle::new(exporter, 1, Key::draw().unwrap()));
                     nix::unistd::write(std::io::stdout(), format!("\n{handle}\n").as_bytes()).unwrap();
                     // Until the test has ended, however it does.
@@ -333,8 +333,8 @@ fn an_exporter_that_is_stopped_is_not_waited_for_for_ever() {
 #[test]
 fn nonsense_is_hung_up_on() {
     let mut other = Other::start("files");
-    let ask = Ask::new(Wish::Open, 3, other.handle.key, 0);
-    let beyond = Ask::new(Wish::Open, 3, other.handle.key, u32::MAX);
+    let ask = Ask::new(RequestKind::Open, 3, other.handle.key, 0);
+    let beyond = Ask::new(RequestKind::Open, 3, other.handle.key, u32::MAX);
     let good = bytemuck::bytes_of(&ask);
     let mut wrong = good.to_vec();
     wrong[12] = 9;
@@ -359,7 +359,7 @@ fn nonsense_is_hung_up_on() {
 fn whoever_does_not_listen_is_hung_up_on() {
     let mut other = Other::start("files");
     let hostile = other.hostile();
-    let ask = Ask::new(Wish::Open, 64, other.handle.key, 0);
+    let ask = Ask::new(RequestKind::Open, 64, other.handle.key, 0);
     loop {
         match send(
             hostile.as_raw_fd(),

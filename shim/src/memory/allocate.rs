@@ -5,7 +5,7 @@ use crate::memory::CHUNK;
 use crate::memory::device::Device;
 use crate::memory::error::SwapError;
 use crate::memory::map::{Memory, SMALL};
-use crate::memory::region::{Backing, Place, Region};
+use crate::memory::region::{Backing, ChunkMapping, Region};
 use crate::state;
 use crate::submit::captures;
 use nvshare::policy;
@@ -178,7 +178,7 @@ impl Device {
             return Ok(());
         }
         let Err(error) = self.back_by_host(memory, base) else { return Ok(()) };
-        if let Some(region) = memory.forget(base) {
+        if let Some(region) = memory.remove_unpublished(base) {
             self.dispose(region);
         }
         Err(self.refuse(
@@ -236,7 +236,12 @@ impl Device {
     }
 
     /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.
-    fn make(&self, memory: &mut Memory, place: &Place, closed: bool) -> Option<CUmemGenericAllocationHandle> {
+    fn make(
+        &self,
+        memory: &mut Memory,
+        place: &ChunkMapping,
+        closed: bool,
+    ) -> Option<CUmemGenericAllocationHandle> {
         loop {
             let made = if closed { self.map_closed(place).ok() } else { self.map(place, false).ok() };
             if made.is_some() || self.drop_oldest_spare(memory) == 0 {

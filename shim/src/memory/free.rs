@@ -5,7 +5,7 @@ use crate::memory::device::Device;
 use crate::memory::map::{Allocation, Freed, Left, Memory};
 use crate::memory::region::{Backing, Chunk, Kind, Region};
 use crate::memory::stale_objects;
-use crate::submit::drain::Mark;
+use crate::submit::drain::CompletionMarker;
 use crate::submit::{captures, gang, pass};
 use std::sync::MutexGuard;
 use std::time::Duration;
@@ -71,7 +71,7 @@ impl Device {
     }
 
     /// Waits until a mark has passed. False if an open capture forbids to look.
-    pub fn await_mark(&self, mark: &mut Mark) -> bool {
+    pub fn await_mark(&self, mark: &mut CompletionMarker) -> bool {
         loop {
             mark.wait();
             match captures::with_no_capture(|| mark.look()) {

@@ -13,18 +13,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// A chunk in the order in which chunks come in: room first, which is only ever in the GPU's memory and whose addresses
 /// are the highest; a region from its beginning.
-type Place = (Reverse<CUdeviceptr>, CUdeviceptr);
+type ChunkMapping = (Reverse<CUdeviceptr>, CUdeviceptr);
 
 /// What the index knows.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Index {
     /// Those that the GPU cannot use and that can be brought in. First those that are to be mapped to host memory: only
     /// then does the rest fit.
-    missing: BTreeSet<(Reverse<bool>, Place)>,
+    missing: BTreeSet<(Reverse<bool>, ChunkMapping)>,
     /// Of those, the ones with a copy in host memory that come home to the GPU, by size.
-    evicted: BTreeSet<(Granules, Place)>,
+    evicted: BTreeSet<(Granules, ChunkMapping)>,
     /// Those that are mapped to host memory and may come home.
-    overflow: BTreeSet<Place>,
+    overflow: BTreeSet<ChunkMapping>,
     /// Granules that are mapped to host memory.
     overflowed: u64,
     /// Those that the GPU cannot use, on their way or not.
@@ -55,9 +55,9 @@ fn need(chunk: &Chunk) -> Granules {
 /// Where the index has a chunk. A chunk that is in the map is unusable, missing, evictable, ... or none of that.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Keys {
-    missing: Option<(Reverse<bool>, Place)>,
-    evicted: Option<(Granules, Place)>,
-    overflow: Option<Place>,
+    missing: Option<(Reverse<bool>, ChunkMapping)>,
+    evicted: Option<(Granules, ChunkMapping)>,
+    overflow: Option<ChunkMapping>,
     overflowed: Granules,
     unusable: bool,
     by_need: Option<((Granules, CUdeviceptr), Granules)>,

@@ -19,7 +19,7 @@ use crate::cuda::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGeneric
 use crate::memory::bounds;
 use crate::memory::gaps::Gaps;
 use crate::memory::index::{Index, Keys};
-use crate::memory::region::{Backing, Chunk, HostCopy, InUse, Kind, Object, Place, Region, View};
+use crate::memory::region::{Backing, Chunk, ChunkMapping, HostCopy, InUse, Kind, Object, Region, View};
 use crate::memory::spares::Spares;
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
@@ -358,7 +358,7 @@ impl Memory {
     }
 
     /// Takes a region out of the map that the application never got to know.
-    pub fn forget(&mut self, region: CUdeviceptr) -> Option<Region> {
+    pub fn remove_unpublished(&mut self, region: CUdeviceptr) -> Option<Region> {
         self.remove_allocation(region);
         self.take_region(region)
     }
@@ -482,7 +482,7 @@ impl Memory {
 
     /// Takes a chunk away, marking it as moving. Also says what is known of its use, and whether it is to be mapped to
     /// host memory.
-    fn take(&mut self, address: Option<CUdeviceptr>) -> Option<(Place, Backing, InUse, bool)> {
+    fn take(&mut self, address: Option<CUdeviceptr>) -> Option<(ChunkMapping, Backing, InUse, bool)> {
         let address = address?;
         let (region, at) = self.chunk(address)?;
         let place = region.place(&region.chunks[at]);
@@ -494,14 +494,14 @@ impl Memory {
 
     /// Takes the next chunk that the GPU cannot use, marking it as moving. Also says whether it is to be
     /// mapped to host memory: such chunks come first, because only then does the rest fit.
-    pub fn next_missing(&mut self) -> Option<(Place, Backing, bool)> {
+    pub fn next_missing(&mut self) -> Option<(ChunkMapping, Backing, bool)> {
         let (place, backing, _, spill) = self.take(self.index.next_missing())?;
         Some((place, backing, spill))
     }
 
     /// Takes a chunk that was evicted, is to come home to the GPU and has no more than `room` granules, marking it as
     /// moving.
-    pub fn next_evicted(&mut self, room: Granules) -> Option<(Place, HostCopy)> {
+    pub fn next_evicted(&mut self, room: Granules) -> Option<(ChunkMapping, HostCopy)> {
         match self.take(self.index.next_evicted(room))? {
             (place, Backing::Evicted(copy), ..) => Some((place, copy)),
             _ => unreachable!("the index says that it is evicted"),
@@ -509,7 +509,7 @@ impl Memory {
     }
 
     /// Takes the next chunk that is in host memory for want of room, marking it as moving.
-    pub fn next_overflow(&mut self) -> Option<(Place, CUmemGenericAllocationHandle)> {
+    pub fn next_overflow(&mut self) -> Option<(ChunkMapping, CUmemGenericAllocationHandle)> {
         match self.take(self.index.next_overflow())? {
             (place, Backing::Overflow(handle), ..) => Some((place, handle)),
             _ => unreachable!("the index says that it is in host memory"),
@@ -537,7 +537,7 @@ impl Memory {
 
     /// Takes the next chunk to be evicted that needs at most `most` bytes of host memory, marking it as moving, and says
     /// what of it is in use. Those that need no copy come first.
-    pub fn next_resident(&mut self, most: u64) -> Option<(Place, Backing, InUse)> {
+    pub fn next_resident(&mut self, most: u64) -> Option<(ChunkMapping, Backing, InUse)> {
         let most = Granules::try_from(most / GRANULE).unwrap_or(Granules::MAX);
         let (place, backing, in_use, _) = self.take(self.index.next_resident(most))?;
         Some((place, backing, in_use))

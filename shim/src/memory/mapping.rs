@@ -4,12 +4,12 @@ use crate::cuda::abi::*;
 use crate::memory::device::Device;
 use crate::memory::error::SwapError;
 use crate::memory::map::Memory;
-use crate::memory::region::{Backing, Place};
+use crate::memory::region::{Backing, ChunkMapping};
 use nvshare::units::format_size;
 
 impl Device {
     /// What a chunk is made as.
-    fn prop(&self, place: &Place, overflow: bool) -> CUmemAllocationProp {
+    fn prop(&self, place: &ChunkMapping, overflow: bool) -> CUmemAllocationProp {
         if overflow {
             let node =
                 self.driver.device_attribute(CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, self.ordinal).unwrap_or(0);
@@ -29,7 +29,11 @@ impl Device {
     ///
     /// # Errors
     /// The driver's; nothing is left behind.
-    pub fn map(&self, place: &Place, overflow: bool) -> Result<CUmemGenericAllocationHandle, SwapError> {
+    pub fn map(
+        &self,
+        place: &ChunkMapping,
+        overflow: bool,
+    ) -> Result<CUmemGenericAllocationHandle, SwapError> {
         let created = self.driver.mem_create(place.size as usize, &self.prop(place, overflow));
         let handle = created.map_err(|result| SwapError::Driver { call: "cuMemCreate", result })?;
         if let Err(error) = self.map_at(place, handle) {
@@ -43,7 +47,11 @@ impl Device {
     ///
     /// # Errors
     /// The driver's; nothing is mapped then.
-    pub fn map_at(&self, place: &Place, handle: CUmemGenericAllocationHandle) -> Result<(), SwapError> {
+    pub fn map_at(
+        &self,
+        place: &ChunkMapping,
+        handle: CUmemGenericAllocationHandle,
+    ) -> Result<(), SwapError> {
         let home = (place.address, self.access());
         let mut mapped: Vec<CUdeviceptr> = Vec::new();
         for (address, access) in std::iter::once(&home).chain(&place.views) {
@@ -82,19 +90,19 @@ impl Device {
     }
 
     /// Unmaps a chunk at all its places.
-    pub fn unmap(&self, place: &Place) {
+    pub fn unmap(&self, place: &ChunkMapping) {
         for address in std::iter::once(place.address).chain(place.views.iter().map(|(address, _)| *address)) {
             self.report(place, self.driver.mem_unmap(address, place.size as usize));
         }
     }
 
     /// Unmaps and releases a chunk's memory.
-    pub fn release(&self, place: &Place, handle: CUmemGenericAllocationHandle) {
+    pub fn release(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle) {
         self.unmap(place);
         self.report(place, self.driver.mem_release(handle));
     }
 
-    fn report(&self, place: &Place, released: Result<(), CuResult>) {
+    fn report(&self, place: &ChunkMapping, released: Result<(), CuResult>) {
         let Err(result) = released else { return };
         if self.engine_context.is_leaving() {
             // The driver may have released it with the last context.
@@ -110,7 +118,7 @@ impl Device {
     }
 
     /// Makes and maps a chunk to which nobody has access yet.
-    pub(super) fn map_closed(&self, place: &Place) -> Result<CUmemGenericAllocationHandle, CuResult> {
+    pub(super) fn map_closed(&self, place: &ChunkMapping) -> Result<CUmemGenericAllocationHandle, CuResult> {
         let size = place.size as usize;
         let handle = self.driver.mem_create(size, &self.prop(place, false))?;
         self.driver.mem_map(place.address, size, 0, handle, 0).inspect_err(|_| {
@@ -120,7 +128,11 @@ impl Device {
     }
 
     /// Gives access to chunks that lie side by side, in one call: that is the dearest part of mapping them.
-    pub(super) fn open_all(&self, memory: &mut Memory, mapped: Vec<(Place, CUmemGenericAllocationHandle)>) {
+    pub(super) fn open_all(
+        &self,
+        memory: &mut Memory,
+        mapped: Vec<(ChunkMapping, CUmemGenericAllocationHandle)>,
+    ) {
         let Some((first, _)) = mapped.first() else { return };
         let size: u64 = mapped.iter().map(|(place, _)| place.size).sum();
         let opened = self.driver.mem_set_access(first.address, size as usize, &self.access());

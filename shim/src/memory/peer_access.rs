@@ -58,17 +58,17 @@ pub fn enabled(user: CUcontext, peer: CUcontext) {
 /// The driver lets a context use the memory of `peer` no more.
 pub fn disabled(user: CUcontext, peer: CUcontext) {
     if let Some(pair) = pair_of(user, peer) {
-        forget(|known| *known == pair);
+        take_back(|known| *known == pair);
     }
 }
 
 /// A context is about to be destroyed: nobody uses its memory, and it uses nobody's.
 pub fn context_ends(context: CUcontext) {
-    forget(|pair| pair.owner.1 == context || pair.user.1 == context);
+    take_back(|pair| pair.owner.1 == context || pair.user.1 == context);
 }
 
 /// Takes rights back that no context has any more.
-fn forget(is_over: impl Fn(&Pair) -> bool) {
+fn take_back(is_over: impl Fn(&Pair) -> bool) {
     let (over, left): (Vec<_>, Vec<_>) = {
         let mut pairs = pairs();
         let over = pairs.extract_if(.., |pair| is_over(pair)).map(|pair| pair.devices()).collect();

@@ -201,7 +201,7 @@ pub struct Region {
 
 /// Where a chunk is mapped, and as what.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct ChunkMapping {
     /// At home.
     pub address: CUdeviceptr,
     /// Bytes.
@@ -214,7 +214,7 @@ pub struct Place {
     pub room: bool,
 }
 
-impl Place {
+impl ChunkMapping {
     /// Its size in granules.
     pub fn granules(&self) -> Granules {
         (self.size / GRANULE) as Granules
@@ -260,7 +260,7 @@ impl Region {
     }
 
     /// Where the chunks are that the GPU cannot use.
-    pub fn missing(&self) -> Vec<Place> {
+    pub fn missing(&self) -> Vec<ChunkMapping> {
         self.chunks.iter().filter(|chunk| !chunk.backing.usable()).map(|chunk| self.place(chunk)).collect()
     }
 
@@ -278,7 +278,7 @@ impl Region {
     }
 
     /// Where one of its chunks is mapped.
-    pub fn place(&self, chunk: &Chunk) -> Place {
+    pub fn place(&self, chunk: &Chunk) -> ChunkMapping {
         let (address, size) = (chunk.address, chunk.size);
         let offset = address - self.base;
         let (views, prop) = match &self.kind {
@@ -289,7 +289,7 @@ impl Region {
             }
             _ => (Vec::new(), None),
         };
-        Place { address, size, views, prop, room: matches!(self.kind, Kind::Room) }
+        ChunkMapping { address, size, views, prop, room: matches!(self.kind, Kind::Room) }
     }
 
     /// The object that it is.

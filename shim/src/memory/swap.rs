@@ -19,7 +19,7 @@ use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::device::Device;
 use crate::memory::error::{SwapError, driver_said};
-use crate::memory::region::{Backing, HostCopy, InUse, Place};
+use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse};
 use crate::memory::zero_scan::{Loading, Scan, Scanner};
 use nvshare::page::Direction;
 use nvshare::sync::now;
@@ -36,7 +36,7 @@ const DEPTH: usize = 8;
 const FORECAST_WAIT: Nanos = 5 * MILLISECOND;
 
 /// How long a fill tries again when the driver has no memory although the pool had room, before it lets others go first.
-const CREATE_PATIENCE: Nanos = 5 * SECOND;
+const CREATE_TIMEOUT: Nanos = 5 * SECOND;
 
 /// The events before a copy and behind it.
 #[derive(Clone, Copy)]
@@ -65,12 +65,12 @@ fn for_want_of_host_memory(error: SwapError) -> SwapError {
 
 /// A copy in flight, and what becomes of its chunk.
 struct InFlight {
-    place: Place,
+    place: ChunkMapping,
     ends: Ends,
-    cargo: Cargo,
+    transfer: Transfer,
 }
 
-enum Cargo {
+enum Transfer {
     /// Comes in; the host copy is free when it is there.
     In { handle: CUmemGenericAllocationHandle, overflow: bool, source: Option<HostCopy> },
     /// Goes out; the GPU memory is free when it is gone.
@@ -78,13 +78,13 @@ enum Cargo {
 }
 
 /// Looks for granules that are all zero.
-enum Eyes {
+enum ZeroScan {
     /// Nothing was evicted yet.
-    Shut,
-    Opening(Loading),
-    Open(Scanner),
+    NotTried,
+    Loading(Loading),
+    Ready(Scanner),
     /// The driver cannot compile the kernel: everything is copied.
-    Blind,
+    Unavailable,
 }
 
 /// What a forecast waits for.
@@ -115,7 +115,7 @@ pub struct Swap {
     in_flight: VecDeque<InFlight>,
     /// How long copies have taken since memory last began to move, by the GPU's clock, ns.
     copying: Nanos,
-    eyes: Eyes,
+    zero_scan: ZeroScan,
     /// What is under way for a forecast.
     asked: Option<Asked>,
     /// When the GPU was last seen to have come to nothing but a look, and nobody has made use of that since.
@@ -139,7 +139,7 @@ impl Swap {
             events,
             in_flight: VecDeque::new(),
             copying: 0,
-            eyes: Eyes::Shut,
+            zero_scan: ZeroScan::NotTried,
             asked: None,
             came: None,
             foreseen: None,
@@ -170,11 +170,11 @@ impl Swap {
         }
         let _ = self.finish();
         let _ = self.answer();
-        match std::mem::replace(&mut self.eyes, Eyes::Shut) {
-            Eyes::Open(scanner) => scanner.destroy(),
+        match std::mem::replace(&mut self.zero_scan, ZeroScan::NotTried) {
+            ZeroScan::Ready(scanner) => scanner.destroy(),
             // It is waited for.
-            Eyes::Opening(loading) => drop(loading),
-            Eyes::Shut | Eyes::Blind => {}
+            ZeroScan::Loading(loading) => drop(loading),
+            ZeroScan::NotTried | ZeroScan::Unavailable => {}
         }
         for Ends { begin, end } in self.events.drain(..) {
             let _ = self.device.driver.event_destroy(begin);
@@ -183,19 +183,19 @@ impl Swap {
         let _ = self.device.driver.stream_destroy(std::mem::replace(&mut self.stream, CUstream::NULL));
     }
 
-    fn launch(&mut self, place: Place, cargo: Cargo) -> Result<(), SwapError> {
+    fn launch(&mut self, place: ChunkMapping, transfer: Transfer) -> Result<(), SwapError> {
         let driver = self.device.driver;
         let ends = self.events.pop().expect("events for one copy more than are in flight");
         let begun = driver.event_record(ends.begin, self.stream);
-        let copied = begun.and_then(|()| match &cargo {
-            Cargo::In { source: Some(copy), .. } => copy.pieces(place.size).try_for_each(
+        let copied = begun.and_then(|()| match &transfer {
+            Transfer::In { source: Some(copy), .. } => copy.pieces(place.size).try_for_each(
                 // SAFETY: a piece of the copy's own memory, which stays until the event has passed.
                 |(at, source, length)| unsafe {
                     driver.memcpy_htod_async(place.address + at, source, length as usize, self.stream)
                 },
             ),
-            Cargo::In { source: None, .. } => Ok(()),
-            Cargo::Out { target, .. } => target.pieces(place.size).try_for_each(
+            Transfer::In { source: None, .. } => Ok(()),
+            Transfer::Out { target, .. } => target.pieces(place.size).try_for_each(
                 // SAFETY: as above, and nobody else writes to it.
                 |(at, target, length)| unsafe {
                     driver.memcpy_dtoh_async(target, place.address + at, length as usize, self.stream)
@@ -203,7 +203,7 @@ impl Swap {
             ),
         });
         let recorded = copied.and_then(|()| driver.event_record(ends.end, self.stream));
-        self.in_flight.push_back(InFlight { place, ends, cargo });
+        self.in_flight.push_back(InFlight { place, ends, transfer });
         if let Err(result) = recorded {
             // The chunk goes back to where it was: its bytes are still there.
             let failed = self.in_flight.pop_back().expect("just pushed");
@@ -219,15 +219,15 @@ impl Swap {
 
     /// A copy that did not happen: the bytes are where they were.
     fn undo(&self, failed: InFlight) {
-        let backing = match failed.cargo {
-            Cargo::In { handle, overflow, source } => {
+        let backing = match failed.transfer {
+            Transfer::In { handle, overflow, source } => {
                 self.device.release(&failed.place, handle);
                 if !overflow {
                     self.device.books.give(failed.place.granules());
                 }
                 source.map_or(Backing::Absent, Backing::Evicted)
             }
-            Cargo::Out { handle, target } => {
+            Transfer::Out { handle, target } => {
                 self.device.host.free(target.memory);
                 Backing::Device(handle)
             }
@@ -248,22 +248,22 @@ impl Swap {
         }
         let milliseconds = driver.event_elapsed_ms(begin, end).unwrap_or(0.0);
         self.copying += (f64::from(milliseconds) * MILLISECOND as f64) as Nanos;
-        let InFlight { place, cargo, .. } = oldest;
-        match cargo {
-            Cargo::In { handle, overflow, source } => {
+        let InFlight { place, transfer, .. } = oldest;
+        match transfer {
+            Transfer::In { handle, overflow, source } => {
                 let backing = if overflow { Backing::Overflow(handle) } else { Backing::Device(handle) };
                 self.device.memory().settle(place.address, backing);
                 if let Some(source) = source {
                     self.device.host.free(source.memory);
                 }
             }
-            Cargo::Out { handle, target } => self.gone(&place, handle, Backing::Evicted(target)),
+            Transfer::Out { handle, target } => self.gone(&place, handle, Backing::Evicted(target)),
         }
         Ok(())
     }
 
     /// A chunk's bytes are elsewhere, or nowhere: its GPU memory goes back to the pool.
-    fn gone(&self, place: &Place, handle: CUmemGenericAllocationHandle, backing: Backing) {
+    fn gone(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle, backing: Backing) {
         // Released first and counted after: the GPU never holds more than the books say.
         self.device.release(place, handle);
         self.device.memory().settle(place.address, backing);
@@ -353,7 +353,7 @@ impl Swap {
                 _ => None,
             };
             *moved += source.as_ref().map_or(0, |copy| copy.in_use.bytes(place.size));
-            self.launch(place, Cargo::In { handle, overflow: spill, source })?;
+            self.launch(place, Transfer::In { handle, overflow: spill, source })?;
         }
     }
 
@@ -371,7 +371,7 @@ impl Swap {
             match self.device.map(&place, false) {
                 Ok(handle) => {
                     *moved += copy.in_use.bytes(place.size);
-                    self.launch(place, Cargo::In { handle, overflow: false, source: Some(copy) })?;
+                    self.launch(place, Transfer::In { handle, overflow: false, source: Some(copy) })?;
                 }
                 Err(error) => {
                     // Nothing is lost: its turn will come.
@@ -389,8 +389,8 @@ impl Swap {
         let books = &self.device.books;
         let overflowed = self.device.memory().overflow();
         // What is on its way there is as good as there: or as much again would follow it.
-        let under_way = self.in_flight.iter().map(|flight| match flight.cargo {
-            Cargo::In { overflow: true, .. } => flight.place.granules(),
+        let under_way = self.in_flight.iter().map(|flight| match flight.transfer {
+            Transfer::In { overflow: true, .. } => flight.place.granules(),
             _ => 0,
         });
         let spilled = overflowed + under_way.sum::<Granules>();
@@ -471,12 +471,12 @@ impl Swap {
                 .mem_address_reserve(size, GRANULE as usize, 0, 0)
                 .map_err(driver_said("cuMemAddressReserve"))
                 .and_then(|address| {
-                    let berth = Place { address, views: Vec::new(), ..place.clone() };
-                    let copied = self.device.map(&berth, false).and_then(|handle| {
+                    let staging = ChunkMapping { address, views: Vec::new(), ..place.clone() };
+                    let copied = self.device.map(&staging, false).and_then(|handle| {
                         let copied = driver
                             .memcpy_dtod_async(address, place.address, size, self.stream)
                             .and_then(|()| driver.stream_synchronize(self.stream));
-                        self.device.unmap(&berth);
+                        self.device.unmap(&staging);
                         copied.map(|()| handle).map_err(|result| {
                             let _ = driver.mem_release(handle);
                             SwapError::Driver { call: "cuMemcpyDtoDAsync", result }
@@ -534,10 +534,10 @@ impl Swap {
             )
         };
         let since = *refused.get_or_insert_with(|| {
-            tracing::warn!(gpu = %self.device.gpu, "{}; trying again for {}", why(), format_nanos(CREATE_PATIENCE));
+            tracing::warn!(gpu = %self.device.gpu, "{}; trying again for {}", why(), format_nanos(CREATE_TIMEOUT));
             now()
         });
-        if now() - since >= CREATE_PATIENCE {
+        if now() - since >= CREATE_TIMEOUT {
             return Err(SwapError::Gpu(why()));
         }
         // Nothing announces that memory outside the books was freed.
@@ -577,7 +577,7 @@ impl Swap {
             };
             *moved += bytes;
             left = left.saturating_sub(place.granules());
-            self.launch(place, Cargo::Out { handle, target })?;
+            self.launch(place, Transfer::Out { handle, target })?;
         }
         refused.filter(|_| left > 0).map_or(Ok(()), Err)
     }
@@ -600,8 +600,8 @@ impl Swap {
         if chunks.is_empty() {
             return Ok(None);
         }
-        match (self.ask(chunks)?, &mut self.eyes) {
-            (Some(scan), Eyes::Open(scanner)) => scanner.finish(scan).map(Some),
+        match (self.ask(chunks)?, &mut self.zero_scan) {
+            (Some(scan), ZeroScan::Ready(scanner)) => scanner.finish(scan).map(Some),
             _ => Ok(None),
         }
     }
@@ -609,22 +609,22 @@ impl Swap {
     /// Has the GPU look at chunks, if it can; at none, so that it is known when it has come to it.
     fn ask(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan>, SwapError> {
         self.open_eyes();
-        let Eyes::Open(scanner) = &mut self.eyes else { return Ok(None) };
+        let ZeroScan::Ready(scanner) = &mut self.zero_scan else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
     }
 
     fn open_eyes(&mut self) {
-        if matches!(self.eyes, Eyes::Shut) {
+        if matches!(self.zero_scan, ZeroScan::NotTried) {
             let driver = self.device.driver;
             let context = driver.ctx_current().unwrap_or(CUcontext::NULL);
             match Loading::begin(driver, context) {
-                Ok(loading) => self.eyes = Eyes::Opening(loading),
+                Ok(loading) => self.zero_scan = ZeroScan::Loading(loading),
                 Err(error) => return self.stay_blind(&error),
             }
         }
-        let Eyes::Opening(loading) = &mut self.eyes else { return };
+        let ZeroScan::Loading(loading) = &mut self.zero_scan else { return };
         match loading.look() {
-            Some(Ok(scanner)) => self.eyes = Eyes::Open(scanner),
+            Some(Ok(scanner)) => self.zero_scan = ZeroScan::Ready(scanner),
             Some(Err(error)) => self.stay_blind(&error),
             None => {}
         }
@@ -632,7 +632,7 @@ impl Swap {
 
     fn stay_blind(&mut self, why: &dyn std::fmt::Display) {
         tracing::info!(gpu = %self.device.gpu, "memory that is all zero will be copied like any other: {why}");
-        self.eyes = Eyes::Blind;
+        self.zero_scan = ZeroScan::Unavailable;
     }
 
     /// Bytes that an eviction of everything would copy, as things stand: for making host memory ahead of
@@ -718,8 +718,8 @@ impl Swap {
         let asked = self.asked.take()?;
         let held = asked.holds_memory();
         let (Asked::Whether(scan) | Asked::What(scan)) = asked;
-        let seen = match &mut self.eyes {
-            Eyes::Open(scanner) => scanner.finish(scan).ok(),
+        let seen = match &mut self.zero_scan {
+            ZeroScan::Ready(scanner) => scanner.finish(scan).ok(),
             _ => None,
         };
         if held {

@@ -78,10 +78,10 @@ fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<()
 }
 
 extern "C" fn after_fork() {
-    ipc::forget();
+    ipc::after_fork();
     if ATTACHED.load(Ordering::Relaxed) > 0 {
         state::set_forked();
-        host::forget();
+        host::after_fork();
         // The child has the parent's gate and none of its engines.
         gate().open();
     }

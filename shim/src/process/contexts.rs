@@ -78,7 +78,7 @@ pub fn end(
     device.leave_context(context, successor);
     let idle = await_context(&device, context);
     let parted = device.streams.part(context, !idle);
-    flow::forget();
+    flow::drop_markers();
     if idle {
         async_pool::context_ended(context);
     }

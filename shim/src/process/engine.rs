@@ -15,9 +15,9 @@ use crate::memory::engine_context::Successor;
 use crate::memory::error::SwapError;
 use crate::memory::map::Left;
 use crate::memory::swap::Swap;
-use crate::process::engine::host_shortage::Starved;
+use crate::process::engine::host_shortage::HostShortage;
 use crate::state;
-use crate::submit::drain::Mark;
+use crate::submit::drain::CompletionMarker;
 use crate::submit::gate::gate;
 use crate::submit::{captures, flow, gang};
 use giving_way::{GivingWay, Look};
@@ -96,7 +96,7 @@ struct Idle {
     passes: u32,
     since: Nanos,
     /// The end of all work at the last pass.
-    mark: Option<Mark>,
+    mark: Option<CompletionMarker>,
 }
 
 struct Engine {
@@ -111,13 +111,13 @@ struct Engine {
     /// The demand that host memory was last made for, granules.
     grown_for: Granules,
     /// There is no host memory for what it should evict.
-    starved: Starved,
+    host_shortage: HostShortage,
     /// It gives way, or tries to.
     giving_way: Option<GivingWay>,
     /// The end of the work that may use what was freed, and what that is.
-    burial: Option<(Option<Mark>, Left)>,
+    burial: Option<(Option<CompletionMarker>, Left)>,
     /// The same, for memory of other processes that was closed.
-    closing: Option<(Option<Mark>, Closing)>,
+    closing: Option<(Option<CompletionMarker>, Closing)>,
     /// What lies in host memory is not tried to bring home before, ns, and how long after that again.
     comes_home: (Nanos, Nanos),
 }
@@ -138,7 +138,7 @@ impl Engine {
             burial: None,
             closing: None,
             comes_home: (0, OVERFLOW_LOOK),
-            starved: Starved::default(),
+            host_shortage: HostShortage::default(),
         }
     }
 
@@ -185,8 +185,8 @@ impl Engine {
         if let Some((mark, _)) = &mut self.closing {
             *mark = None;
         }
-        self.giving_way.iter_mut().for_each(GivingWay::forget_marks);
-        flow::forget();
+        self.giving_way.iter_mut().for_each(GivingWay::drop_markers);
+        flow::drop_markers();
         match successor {
             Successor::Context(context) => {
                 self.swap.move_to(context)?;
@@ -230,7 +230,7 @@ impl Engine {
         self.swap.quiet = false;
         gang::ready(self.device.gpu);
         drop(memory);
-        self.starved.filled(&self.device);
+        self.host_shortage.filled(&self.device);
         self.idle.since = now();
         tracing::trace!(gpu = %self.device.gpu, "running");
     }
@@ -244,10 +244,10 @@ impl Engine {
         }
         let until = if self.tidy_up() { until } else { by(until, now() + TIDY_LOOK) };
         let gpu = self.device.gpu;
-        let starved = self.starved.look(&self.device);
+        let host_shortage = self.host_shortage.look(&self.device);
         let spares = self.device.tidy_spares();
         let until = match self.client.phase() {
-            Phase::Idle if self.starved.asks_at().is_some() => self.starved.asks_at(),
+            Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
             Phase::Idle if gate().waiting() > 0 && gang::may_ask(gpu) => {
                 return self.client.request();
             }
@@ -298,7 +298,7 @@ impl Engine {
             }
             _ => until,
         };
-        let until = [starved, spares].into_iter().flatten().fold(until, by);
+        let until = [host_shortage, spares].into_iter().flatten().fold(until, by);
         self.page().wait_doorbell(self.slot(), seen, until);
     }
 
@@ -488,9 +488,9 @@ impl Engine {
     /// should come in. Everything is where it was, so nothing is lost: others go on, and this client too if it can.
     fn no_memory(&mut self, why: &str) {
         if self.client.phase() != Phase::Filling {
-            return self.starved.cannot_evict(&self.device, why);
+            return self.host_shortage.cannot_evict(&self.device, why);
         }
-        self.starved.cannot_fill(&self.device, why);
+        self.host_shortage.cannot_fill(&self.device, why);
         if self.client.has_work() {
             // It drains first.
             return self.give_way(false);
@@ -513,7 +513,7 @@ impl Engine {
         regions.into_iter().for_each(|region| self.device.dispose(region));
         self.await_growing();
         self.swap.destroy();
-        self.starved.end();
+        self.host_shortage.end();
         self.device.host.trim(0);
         self.client.leave();
     }
@@ -523,13 +523,13 @@ impl Engine {
 enum Done {
     Yes,
     /// It will be when this has passed.
-    No(Mark),
+    No(CompletionMarker),
     /// A capture is open, which forbids to ask. Its end rings.
     Capturing,
 }
 
 /// Looks whether all work is done that was submitted when the mark was made; now, if there is none.
-fn done(mark: Option<Mark>) -> Done {
+fn done(mark: Option<CompletionMarker>) -> Done {
     let Some(mut mark) = mark.or_else(|| captures::with_no_capture(gang::mark)) else {
         return Done::Capturing;
     };

@@ -13,7 +13,7 @@
 //! **From room to context.** While the room is held it hides the context: the arbiter counts as a context what the
 //! process has on the GPU beyond its granules. So the granules are given back, and for a moment the pool shows as free
 //! what is not. The client keeps its right to as many until the arbiter has seen the context
-//! ([`Arrival::hand_over`]), and as a right counts as something lacking, those who are not admitted go on making room
+//! ([`FirstContext::hand_over`]), and as a right counts as something lacking, those who are not admitted go on making room
 //! for it: who is admitted beside it may find the driver short once or twice, and not until the arbiter looks. The
 //! client's slice never begins, so none ends meanwhile.
 //!
@@ -26,7 +26,7 @@
 //! - What the process has of its other GPUs does not depend on what is waited for here. This GPU is none of those that
 //!   it must have to run, its engines know nothing of it, and so each of its slices ends as if nobody waited here. For
 //!   that the waiting thread keeps from nothing that a drain waits for: it is outside the gate, it has no lock but
-//!   [`ARRIVING`], which no engine takes, and no capture is open or can begin, since one that waits for
+//!   [`MAKING`], which no engine takes, and no capture is open or can begin, since one that waits for
 //!   this thread would never end.
 //!
 //! So an edge of "waits for" ends here or begins here, and no chain goes through.
@@ -61,10 +61,10 @@ const CHUNK: Granules = 32;
 const SEEN_WITHIN: Nanos = 2 * SECOND;
 
 /// Between two looks whether the arbiter has looked.
-const LOOK: Nanos = 10 * MILLISECOND;
+const POLL_INTERVAL: Nanos = 10 * MILLISECOND;
 
 /// One at a time: the next one finds the process attached, or more room.
-static ARRIVING: Mutex<()> = Mutex::new(());
+static MAKING: Mutex<()> = Mutex::new(());
 
 /// What became of a context on `device`, given that the driver said `result` to the first `call` for it. Makes room and
 /// the call again if the driver had no memory. With the first context of the process comes the client that attaches by
@@ -78,11 +78,11 @@ pub fn with_room(
     if result != CuResult::OUT_OF_MEMORY || !state::enabled() || pass::is_inside() {
         return (result, None);
     }
-    arrive(device, call)
+    make_first(device, call)
 }
 
 #[cold]
-fn arrive(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Option<UnattachedClient>) {
+fn make_first(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Option<UnattachedClient>) {
     let nothing = (CuResult::OUT_OF_MEMORY, None);
     let beside =
         |(device, context): (Arc<Device>, CUcontext)| (reservation::make_room(&device, context, &call), None);
@@ -100,7 +100,7 @@ fn arrive(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Option<Un
         );
         return nothing;
     };
-    let one = ARRIVING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let one = MAKING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if let Some(attached) = devices::attached(device) {
         drop((one, hold));
         return beside(attached);
@@ -112,11 +112,11 @@ fn arrive(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Option<Un
             return nothing;
         }
     };
-    let (mut arrival, began) = (Arrival::new(client), now());
-    let result = arrival.make(&call);
-    let held = format_size(bytes_of(arrival.books.resident()));
+    let (mut first, began) = (FirstContext::new(client), now());
+    let result = first.make(&call);
+    let held = format_size(bytes_of(first.books.resident()));
     if result.is_success() {
-        let (ready, client) = (now(), arrival.hand_over());
+        let (ready, client) = (now(), first.hand_over());
         tracing::info!(
             %gpu,
             slot = client.books().slot().get(),
@@ -127,8 +127,8 @@ fn arrive(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Option<Un
         return (result, Some(client));
     }
     if result == CuResult::OUT_OF_MEMORY {
-        let page = arrival.books.page();
-        let (pool, movable) = (page.capacity(), arrival.books.usable().min(page.capacity()));
+        let page = first.books.page();
+        let (pool, movable) = (page.capacity(), first.books.usable().min(page.capacity()));
         refuse(
             gpu,
             &format!(
@@ -138,7 +138,7 @@ fn arrive(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Option<Un
             ),
         );
     }
-    arrival.client.leave();
+    first.client.leave();
     (result, None)
 }
 
@@ -151,15 +151,15 @@ fn refuse(gpu: GpuUuid, why: &str) {
 
 /// Takes granules, and moves nothing. Whoever needs room can do with less than it asked for: what the GPU cannot have,
 /// because a context was made or grew meanwhile, is not waited for.
-struct Vacancy(Books<MappedPage>);
+struct ReservationRuntime(Books<MappedPage>);
 
-impl Vacancy {
+impl ReservationRuntime {
     fn excess(&self) -> Granules {
         self.0.demand().saturating_sub(self.0.usable())
     }
 }
 
-impl Runtime for Vacancy {
+impl Runtime for ReservationRuntime {
     type Error = Infallible;
 
     fn fill(&mut self) -> Result<Fill, Infallible> {
@@ -186,16 +186,16 @@ impl Runtime for Vacancy {
 }
 
 /// A client that has registered to make its context.
-struct Arrival {
+struct FirstContext {
     client: UnattachedClient,
     books: Books<MappedPage>,
-    vacancy: Vacancy,
+    runtime: ReservationRuntime,
 }
 
-impl Arrival {
+impl FirstContext {
     fn new(client: UnattachedClient) -> Self {
         let books = client.books().clone();
-        Self { vacancy: Vacancy(books.clone()), client, books }
+        Self { runtime: ReservationRuntime(books.clone()), client, books }
     }
 
     /// Makes the call with more and more room, up to all that takes turns.
@@ -225,7 +225,7 @@ impl Arrival {
         self.client.request();
         self.client.refill();
         while self.client.phase() != Phase::Running {
-            let Ok(next) = self.client.poll(&mut self.vacancy);
+            let Ok(next) = self.client.poll(&mut self.runtime);
             match next {
                 Next::Sleep { seen, until } => {
                     self.books.page().wait_doorbell(self.books.slot(), seen, until);
@@ -257,7 +257,7 @@ impl Arrival {
                 );
                 break;
             }
-            page.wait_doorbell(slot, seen, Some(time + LOOK));
+            page.wait_doorbell(slot, seen, Some(time + POLL_INTERVAL));
         }
         self.client.release(false);
         self.books.shrink(self.books.demand());

@@ -4,7 +4,7 @@
 //! needs memory of its own. *Room* is granules that the client takes from the pool like any others, waiting
 //! for its turn if it must, and behind which nothing is mapped.
 //!
-//! - Memory that the application asks the driver for, and that the shim cannot make movable ([`keep`]): its
+//! - Memory that the application asks the driver for, and that the shim cannot make movable ([`reserve`]): its
 //!   room is taken before the call and kept until the memory is freed. It counts as memory that cannot move.
 //! - What the driver takes for itself in passing ([`with_room`]): nobody can say how much that will be, so
 //!   the call is made first; if it fails for want of memory, room is made, and the call is made again. The
@@ -27,12 +27,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
 
 /// Granules of the client's behind which nothing is mapped. Given back when dropped.
-pub struct Room {
+pub struct Reservation {
     device: Arc<Device>,
     base: CUdeviceptr,
 }
 
-impl Room {
+impl Reservation {
     /// Takes `bytes` of room, rounded up to granules, waiting for the client's turn. It goes with `context`
     /// at the latest. What is `asked` for by the application counts against the client's memory limit; what the driver
     /// needs in passing does not.
@@ -85,14 +85,14 @@ fn left(device: &Device) -> Granules {
     device.books.usable().saturating_sub(device.books.demand())
 }
 
-impl Room {
+impl Reservation {
     /// Whether its context has taken it along.
     fn has_gone(&self) -> bool {
         self.device.memory().region(self.base).is_none()
     }
 }
 
-impl Drop for Room {
+impl Drop for Reservation {
     fn drop(&mut self) {
         let mut memory = self.device.memory_at_rest();
         if let Some(region) = memory.remove(self.base) {
@@ -102,20 +102,22 @@ impl Drop for Room {
 }
 
 /// The room of what the driver has placed, by the driver's handle or address.
-static KEPT: Mutex<Option<HashMap<u64, Room>>> = Mutex::new(None);
+static KEPT: Mutex<Option<HashMap<u64, Reservation>>> = Mutex::new(None);
 
-fn kept() -> MutexGuard<'static, Option<HashMap<u64, Room>>> {
+fn kept() -> MutexGuard<'static, Option<HashMap<u64, Reservation>>> {
     KEPT.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// Makes a call that allocates `bytes` of memory that cannot move, with room for it. On success `handle`
 /// says by what the memory goes. Less than a granule is left to the context's account.
-pub fn keep(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
+pub fn reserve(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
     let room = match contexts::current() {
-        Some((device, context)) if bytes >= GRANULE => match Room::take(device, bytes, context, true) {
-            Ok(room) => Some(room),
-            Err(error) => return error,
-        },
+        Some((device, context)) if bytes >= GRANULE => {
+            match Reservation::take(device, bytes, context, true) {
+                Ok(room) => Some(room),
+                Err(error) => return error,
+            }
+        }
         _ => None,
     };
     let result = with_room(call);
@@ -127,14 +129,14 @@ pub fn keep(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u6
 }
 
 /// What went by this handle is freed.
-pub fn let_go(handle: u64) {
+pub fn release(handle: u64) {
     let room = kept().as_mut().and_then(|kept| kept.remove(&handle));
     drop(room);
 }
 
 /// A context has gone, and with it what the driver had placed there.
 pub fn context_ended() {
-    let gone: Vec<Room> = match kept().as_mut() {
+    let gone: Vec<Reservation> = match kept().as_mut() {
         Some(kept) => kept.extract_if(|_, room| room.has_gone()).map(|(_, room)| room).collect(),
         None => return,
     };
@@ -160,7 +162,7 @@ pub fn make_room(device: &Arc<Device>, context: CUcontext, call: impl Fn() -> Cu
         if bytes == 0 {
             break;
         }
-        let Ok(_room) = Room::take(device.clone(), bytes, context, false) else { break };
+        let Ok(_room) = Reservation::take(device.clone(), bytes, context, false) else { break };
         tracing::debug!(gpu = %device.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));
         let result = call();
         if result != CuResult::OUT_OF_MEMORY || bytes < attempt {

@@ -8,7 +8,7 @@
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
-use crate::submit::drain::{Mark, WorkBefore};
+use crate::submit::drain::{CompletionMarker, WorkBefore};
 use crate::submit::queue::Queue;
 use crate::submit::{gang, green};
 use crate::thread::ThreadId;
@@ -251,13 +251,13 @@ pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
 ///
 /// Nothing of a stream that captures is on its way to the GPU but what it had before, and that was marked. All others can be
 /// asked and marked by a thread in the relaxed mode.
-pub fn mark_beside_captures() -> Option<Mark> {
+pub fn mark_beside_captures() -> Option<CompletionMarker> {
     let set = capturing();
     (set.joining == 0).then(|| gang::mark_beside(|stream| set.work_before(stream)))?
 }
 
 /// Looks whether such a mark has passed. `None` if that cannot be told any more: a capture has come that forbids it.
-pub fn look_beside_captures(mark: &mut Mark) -> Option<bool> {
+pub fn look_beside_captures(mark: &mut CompletionMarker) -> Option<bool> {
     let set = capturing();
     if set.are_open() && !mark.is_complete() && !gang::may_mark_defaults() {
         return None;

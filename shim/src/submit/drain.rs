@@ -57,23 +57,23 @@ struct Tracking {
     /// Streams that the application has made.
     streams: Vec<Tracked>,
     /// The ends of streams that were destroyed with work in them.
-    orphans: Vec<Arc<End>>,
+    orphans: Vec<Arc<StreamMarker>>,
     /// So many of them had not come when that was last looked at.
     orphans_ahead: usize,
 }
 
 impl Tracking {
     /// Lets those ends go that have come.
-    fn forget_orphans(&mut self) {
+    fn drop_past_orphans(&mut self) {
         self.orphans.retain(|end| !end.is_past());
         self.orphans_ahead = self.orphans.len();
     }
 
     /// Remembers the end of a stream. Most processes make and destroy streams and never drain, so those that have come go
     /// whenever there are twice as many as had not: each is looked at twice, on average.
-    fn add_orphan(&mut self, end: End) {
+    fn add_orphan(&mut self, end: StreamMarker) {
         if self.orphans.len() >= 2 * self.orphans_ahead + FEW_ORPHANS {
-            self.forget_orphans();
+            self.drop_past_orphans();
         }
         self.orphans.push(end.into());
     }
@@ -87,7 +87,7 @@ pub struct Parted {
     greens: Vec<Green>,
     streams: Vec<Tracked>,
     /// Ends of streams that were destroyed.
-    orphans: Vec<Arc<End>>,
+    orphans: Vec<Arc<StreamMarker>>,
     /// Its work may still be under way.
     busy: bool,
 }
@@ -140,14 +140,14 @@ pub fn end_life<T>(context: CUcontext, call: impl FnOnce() -> (T, bool)) -> (T, 
 }
 
 /// An event at the end of a stream's work so far. Given back when dropped.
-pub struct End {
+pub struct StreamMarker {
     driver: &'static Driver,
     context: CUcontext,
     life: Life,
     event: CUevent,
 }
 
-impl End {
+impl StreamMarker {
     /// Of a stream of the context that is current; timed or not.
     ///
     /// # Errors
@@ -195,7 +195,7 @@ impl End {
     }
 }
 
-impl Drop for End {
+impl Drop for StreamMarker {
     fn drop(&mut self) {
         if let Some(_there) = alive(&self.life) {
             let _ = self.driver.event_destroy(self.event);
@@ -209,7 +209,7 @@ pub enum WorkBefore {
     /// It was idle.
     None,
     /// Its end.
-    Until(Arc<End>),
+    Until(Arc<StreamMarker>),
     /// That could not be told.
     Unknown,
 }
@@ -229,8 +229,8 @@ impl WorkBefore {
 
 /// A moment in everything that was submitted, or somewhat later.
 #[derive(Default)]
-pub struct Mark {
-    ends: Vec<Arc<End>>,
+pub struct CompletionMarker {
+    ends: Vec<Arc<StreamMarker>>,
     /// Contexts whose legacy streams are to be marked when the ends have passed.
     legacy: Vec<Later>,
     /// Green contexts that are to be marked as a whole, at the same moment.
@@ -257,22 +257,22 @@ impl Later {
 
     /// Marks what has been submitted to the legacy stream, and to the streams that it waits for. `None` if the context has
     /// gone.
-    fn legacy(&self) -> Option<Result<End, CuResult>> {
+    fn legacy(&self) -> Option<Result<StreamMarker, CuResult>> {
         let _there = alive(&self.life)?;
         Some(self.end(|event| self.driver.event_record(event, CUstream::LEGACY)))
     }
 
     /// Marks what has been submitted in a green context of it, in whichever stream. `None` if either has gone.
-    fn green(&self, green: &Green, life: &Life) -> Option<Result<End, CuResult>> {
+    fn green(&self, green: &Green, life: &Life) -> Option<Result<StreamMarker, CuResult>> {
         let _both = (alive(&self.life)?, alive(life)?);
         Some(self.end(|event| self.driver.green_ctx_record_event(green.green, event)))
     }
 
-    fn end(&self, record: impl FnOnce(CUevent) -> Result<(), CuResult>) -> Result<End, CuResult> {
+    fn end(&self, record: impl FnOnce(CUevent) -> Result<(), CuResult>) -> Result<StreamMarker, CuResult> {
         let Self { driver, context, ref life } = *self;
         let _current = Current::new(driver, context)?;
-        let event = End::recorded(driver, false, record)?;
-        Ok(End { driver, context, life: life.clone(), event })
+        let event = StreamMarker::recorded(driver, false, record)?;
+        Ok(StreamMarker { driver, context, life: life.clone(), event })
     }
 }
 
@@ -394,8 +394,8 @@ impl Streams {
             }
             return Some(tracked);
         }
-        let end =
-            Current::new(driver, context).and_then(|_current| End::record(driver, context, stream, false));
+        let end = Current::new(driver, context)
+            .and_then(|_current| StreamMarker::record(driver, context, stream, false));
         if let Ok(end) = end {
             tracking.add_orphan(end);
         }
@@ -408,7 +408,7 @@ impl Streams {
     }
 
     /// Marks the present end of everything. No capture is open.
-    pub fn mark(&self, driver: &'static Driver) -> Mark {
+    pub fn mark(&self, driver: &'static Driver) -> CompletionMarker {
         self.mark_those(driver, |_| true, |_| true)
     }
 
@@ -418,7 +418,7 @@ impl Streams {
         &self,
         driver: &'static Driver,
         before: impl Fn(CUstream) -> WorkBefore,
-    ) -> Option<Mark> {
+    ) -> Option<CompletionMarker> {
         let mut captured = Vec::new();
         {
             let tracking = self.tracking();
@@ -463,7 +463,7 @@ impl Streams {
     }
 
     /// Marks the present end of all work in a context and its green ones.
-    pub fn mark_context(&self, driver: &'static Driver, context: CUcontext) -> Mark {
+    pub fn mark_context(&self, driver: &'static Driver, context: CUcontext) -> CompletionMarker {
         self.mark_those(driver, |known| known == context, |_| true)
     }
 
@@ -472,13 +472,13 @@ impl Streams {
         driver: &'static Driver,
         which: impl Fn(CUcontext) -> bool,
         streams: impl Fn(CUstream) -> bool,
-    ) -> Mark {
+    ) -> CompletionMarker {
         let mut tracking = self.tracking();
-        tracking.forget_orphans();
+        tracking.drop_past_orphans();
         let ends = tracking.orphans.iter().filter(|end| which(end.context)).cloned().collect();
         let legacy = tracking.contexts.iter().filter(|context| which(**context));
         let greens = tracking.greens.iter().filter(|green| which(green.owner));
-        let mut mark = Mark {
+        let mut mark = CompletionMarker {
             ends,
             legacy: legacy.map(|context| Later::new(driver, *context)).collect(),
             greens: greens.map(|green| Later::of_green(driver, green)).collect(),
@@ -497,13 +497,13 @@ impl Streams {
 }
 
 /// The end of a stream's work so far, marked from this context.
-fn end_of(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Result<End, CuResult> {
+fn end_of(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Result<StreamMarker, CuResult> {
     let _current = Current::new(driver, context)?;
-    End::record(driver, context, stream, false)
+    StreamMarker::record(driver, context, stream, false)
 }
 
-impl Mark {
-    fn add(&mut self, end: Result<End, CuResult>) {
+impl CompletionMarker {
+    fn add(&mut self, end: Result<StreamMarker, CuResult>) {
         match end {
             Ok(end) => self.ends.push(end.into()),
             Err(error) => self.broken = self.broken.or(Some(error)),

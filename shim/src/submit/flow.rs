@@ -28,12 +28,12 @@
 //! bound ends at most its own length after it, so a drain takes at most the target and one kernel.
 //!
 //! Work may wait for work that is yet to be submitted (a collective on several GPUs, a stream that waits for a value), and
-//! then nothing passes while everybody is held. So whoever has seen no progress for a second goes nevertheless, and each second
+//! then nothing passes while everybody is held. So whoever has seen no progress for a second goes all the same, and each second
 //! after that twice as many.
 
 use crate::cuda::abi::*;
 use crate::submit::captures;
-use crate::submit::drain::End;
+use crate::submit::drain::StreamMarker;
 use crate::submit::gate::gate;
 use crate::submit::queue::Queue;
 use crate::thread::ThreadId;
@@ -65,18 +65,18 @@ const UNKNOWN: u64 = 2;
 /// Submissions that may be in flight for each that is done in this slice, before what was known of them is believed.
 const CONFIRMED: u64 = 2;
 
-/// So many targets without progress, beyond twice what was foreseen, and some submissions go nevertheless. Longer than most
+/// So many targets without progress, beyond twice what was foreseen, and some submissions go all the same. Longer than most
 /// kernels take, of which nobody knows yet that they are long.
-const PATIENCE: u64 = 20;
+const STALL_TIMEOUT: u64 = 20;
 
-/// At most so many at a time go nevertheless, as a power of two: as many as the driver takes.
-const MOST_NEVERTHELESS: u32 = 10;
+/// At most so many at a time go all the same, as a power of two: as many as the driver takes.
+const MOST_STALL_BYPASS: u32 = 10;
 
 /// How often somebody who waits looks at least, ns, of a backlog that nobody knows.
-const LOOK: Nanos = MILLISECOND / 2;
+const POLL_INTERVAL: Nanos = MILLISECOND / 2;
 
 /// A moment in the submitted work that the GPU comes to.
-pub trait Moment {
+pub trait Marker {
     /// Whether it has.
     fn is_past(&self) -> bool;
 
@@ -84,7 +84,7 @@ pub trait Moment {
     fn since(&self, earlier: &Self) -> Option<Nanos>;
 }
 
-impl Moment for End {
+impl Marker for StreamMarker {
     fn is_past(&self) -> bool {
         self.is_past()
     }
@@ -96,24 +96,24 @@ impl Moment for End {
 
 /// What somebody who wants to submit does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
+pub enum Admission {
     /// Submits.
     Go,
     /// Marks the work so far, says so with [`Pace::marked`], and asks again.
-    Mark,
+    CompletionMarker,
     /// Waits, at most until this time, ns, and asks again.
     Wait(Nanos),
 }
 
 /// What a submission took in the last few stretches of work, ns.
 #[derive(Debug, Clone, Copy)]
-struct Each {
+struct CostEstimate {
     last: [Nanos; 4],
     next: usize,
     known: bool,
 }
 
-impl Each {
+impl CostEstimate {
     const UNKNOWN: Self = Self { last: [0; 4], next: 0, known: false };
 
     /// The longest of them.
@@ -162,7 +162,7 @@ pub struct Pace<M> {
     last: Option<M>,
     /// The beginning is marked: the end of what was in flight before.
     begun: bool,
-    each: Each,
+    each: CostEstimate,
     /// Submissions that may go without another look.
     credit: u64,
     /// The backlog was too long, and is not yet short enough.
@@ -170,13 +170,13 @@ pub struct Pace<M> {
     /// Since when somebody waits and nothing has passed, ns.
     stuck: Option<Nanos>,
     /// How often some went nevertheless since the last progress.
-    nevertheless: u32,
+    stall_bypass: u32,
 }
 
-impl<M: Moment> Pace<M> {
+impl<M: Marker> Pace<M> {
     /// Of a queue that may have work in flight already, nobody knows how much. What a submission takes is known from
     /// before, if it is.
-    fn new(target: Nanos, until: Nanos, each: Each, time: Nanos) -> Self {
+    fn new(target: Nanos, until: Nanos, each: CostEstimate, time: Nanos) -> Self {
         Self {
             target,
             until,
@@ -192,7 +192,7 @@ impl<M: Moment> Pace<M> {
             credit: 0,
             held: false,
             stuck: None,
-            nevertheless: 0,
+            stall_bypass: 0,
         }
     }
 
@@ -206,7 +206,7 @@ impl<M: Moment> Pace<M> {
 
     /// All that it submitted is done. What is known of a submission now, which is most for long ones: perhaps they were
     /// all in the queue together.
-    fn drained(mut self, time: Nanos) -> Each {
+    fn drained(mut self, time: Nanos) -> CostEstimate {
         self.look(time);
         self.each
     }
@@ -240,7 +240,7 @@ impl<M: Moment> Pace<M> {
                 self.each.observe(count - self.done, took, busy);
             }
             (self.done, self.done_at, self.last) = (count, time, Some(mark));
-            (self.stuck, self.nevertheless) = (None, 0);
+            (self.stuck, self.stall_bypass) = (None, 0);
         }
     }
 
@@ -253,10 +253,10 @@ impl<M: Moment> Pace<M> {
         under_way.saturating_add((self.submitted - first).saturating_mul(each))
     }
 
-    /// What a submission does now. [`Turn::Go`] counts it.
-    pub fn next(&mut self, time: Nanos) -> Turn {
+    /// What a submission does now. [`Admission::Go`] counts it.
+    pub fn next(&mut self, time: Nanos) -> Admission {
         if self.has_credit() {
-            return Turn::Go;
+            return Admission::Go;
         }
         if !self.at_ease(time) {
             self.look(time);
@@ -269,7 +269,7 @@ impl<M: Moment> Pace<M> {
         let Some(each) = self.each.get() else {
             return match () {
                 () if unmarked > 0 && self.marks.len() < MOST_MARKS => self.mark(time),
-                () if self.submitted - self.done >= UNKNOWN => self.wait(time, time + LOOK, 0),
+                () if self.submitted - self.done >= UNKNOWN => self.wait(time, time + POLL_INTERVAL, 0),
                 () => self.go(),
             };
         };
@@ -288,7 +288,7 @@ impl<M: Moment> Pace<M> {
         if self.held || left == 0 {
             let longest = (bound / PARTS).max(each / 64);
             let too_long = if self.held { backlog - bound / 2 } else { backlog / 2 };
-            let until = time + too_long.clamp(LOOK / 8, longest.max(LOOK / 8));
+            let until = time + too_long.clamp(POLL_INTERVAL / 8, longest.max(POLL_INTERVAL / 8));
             let foreseen =
                 self.marks.front().map_or(0, |stretch| (stretch.count - self.done).saturating_mul(each));
             return self.wait(time, until, foreseen);
@@ -311,9 +311,9 @@ impl<M: Moment> Pace<M> {
         self.window().saturating_sub(self.submitted - self.done)
     }
 
-    fn mark(&mut self, time: Nanos) -> Turn {
+    fn mark(&mut self, time: Nanos) -> Admission {
         self.marked_at = time;
-        Turn::Mark
+        Admission::CompletionMarker
     }
 
     /// Whether a submission may go without a look at anything. Counts it.
@@ -326,23 +326,23 @@ impl<M: Moment> Pace<M> {
         has
     }
 
-    /// Waits, or goes nevertheless, and others with it, twice as many each time: what the GPU waits for may come after a
+    /// Waits, or goes all the same, and others with it, twice as many each time: what the GPU waits for may come after a
     /// thousand more. What is under way was foreseen to take so long, ns.
-    fn wait(&mut self, time: Nanos, until: Nanos, foreseen: Nanos) -> Turn {
+    fn wait(&mut self, time: Nanos, until: Nanos, foreseen: Nanos) -> Admission {
         let since = *self.stuck.get_or_insert(time);
-        let patience = (PATIENCE * self.target).saturating_add(2 * foreseen);
+        let patience = (STALL_TIMEOUT * self.target).saturating_add(2 * foreseen);
         if time.saturating_sub(since) < patience {
-            return Turn::Wait(until);
+            return Admission::Wait(until);
         }
-        self.credit = (1 << self.nevertheless.min(MOST_NEVERTHELESS)) - 1;
-        self.nevertheless += 1;
+        self.credit = (1 << self.stall_bypass.min(MOST_STALL_BYPASS)) - 1;
+        self.stall_bypass += 1;
         self.stuck = Some(time);
         self.go()
     }
 
-    fn go(&mut self) -> Turn {
+    fn go(&mut self) -> Admission {
         self.submitted += 1;
-        Turn::Go
+        Admission::Go
     }
 
     /// So many were submitted when they were asked for the mark; `mark` is behind them.
@@ -373,11 +373,11 @@ impl<M: Moment> Pace<M> {
 struct Flow {
     /// While one of them can: how long a drain may take, and when it can, ns.
     limit: Option<(Nanos, Nanos)>,
-    paces: FxHashMap<Queue, Pace<End>>,
+    paces: FxHashMap<Queue, Pace<StreamMarker>>,
     /// Of the slice that is over, until it is drained.
-    over: FxHashMap<Queue, Pace<End>>,
+    over: FxHashMap<Queue, Pace<StreamMarker>>,
     /// Of the queues that were used in the slice before: as it was when that was drained.
-    each: FxHashMap<Queue, Each>,
+    each: FxHashMap<Queue, CostEstimate>,
     ends: Vec<(GpuUuid, Nanos)>,
 }
 
@@ -395,9 +395,9 @@ fn flow() -> MutexGuard<'static, Flow> {
 
 impl Flow {
     /// The pace of a queue, if its work is limited.
-    fn pace(&mut self, queue: Queue) -> Option<&mut Pace<End>> {
+    fn pace(&mut self, queue: Queue) -> Option<&mut Pace<StreamMarker>> {
         let (target, until) = self.limit?;
-        let known = || self.each.get(&queue).copied().unwrap_or(Each::UNKNOWN);
+        let known = || self.each.get(&queue).copied().unwrap_or(CostEstimate::UNKNOWN);
         Some(self.paces.entry(queue).or_insert_with(|| Pace::new(target, until, known(), now())))
     }
 
@@ -438,7 +438,7 @@ pub fn end(gpu: GpuUuid) {
 /// How long the work of the slice that is over takes from this time on, ns, by what is known of it; 0 if nothing is.
 pub fn foreseen(time: Nanos) -> Nanos {
     let mut flow = flow();
-    let backlog = |pace: &mut Pace<End>| {
+    let backlog = |pace: &mut Pace<StreamMarker>| {
         // What a capture forbids to look at is thought to be as it was.
         let _ = captures::with_no_capture(|| pace.look(time));
         pace.each.get().map_or(0, |each| pace.backlog(each, time))
@@ -454,14 +454,14 @@ pub fn drained() {
 }
 
 /// A context is about to be destroyed, and its events with it: the marks mean nothing any more.
-pub fn forget() {
+pub fn drop_markers() {
     let mut flow = flow();
     flow.paces.clear();
     flow.over.clear();
 }
 
 /// A stream is about to be destroyed: its handle may come back as another's.
-pub fn forget_stream(stream: CUstream) {
+pub fn drop_stream(stream: CUstream) {
     let mut flow = flow();
     let is_other = |queue: &Queue| !queue.is_stream(stream);
     flow.paces.retain(|queue, _| is_other(queue));
@@ -490,8 +490,8 @@ pub fn pace(queue: Queue) {
         // passed would ruin it.
         let Some(turn) = captures::with_no_capture(|| pace.next(now())) else { return };
         match turn {
-            Turn::Go => return,
-            Turn::Mark => {
+            Admission::Go => return,
+            Admission::CompletionMarker => {
                 let count = pace.submitted();
                 drop(flow);
                 let Some(mark) = captures::with_no_capture(|| queue.end()).flatten() else { return };
@@ -503,7 +503,7 @@ pub fn pace(queue: Queue) {
                     }
                 });
             }
-            Turn::Wait(until) => {
+            Admission::Wait(until) => {
                 if !gate().is_limited() {
                     return;
                 }

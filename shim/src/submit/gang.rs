@@ -10,7 +10,7 @@
 
 use crate::cuda::abi::CUstream;
 use crate::cuda::driver::Driver;
-use crate::submit::drain::{Mark, Streams, WorkBefore};
+use crate::submit::drain::{CompletionMarker, Streams, WorkBefore};
 use crate::submit::gate::gate;
 use nvshare::Books;
 use nvshare::gang_order::{GangOrder, GpuState};
@@ -204,19 +204,21 @@ pub fn waits_beyond(gpu: GpuUuid) -> bool {
 
 /// Marks the present end of all work of the process, on every GPU: a kernel or a copy on one may use memory of
 /// another. No capture is open.
-pub fn mark() -> Mark {
+pub fn mark() -> CompletionMarker {
     let members = gang().members.clone();
     let marks = members.iter().map(|member| member.streams.mark(member.driver));
-    marks.reduce(Mark::and).unwrap_or_default()
+    marks.reduce(CompletionMarker::and).unwrap_or_default()
 }
 
 /// The same although captures are open, if that can be done: see [`Streams::mark_beside`].
 ///
 /// [`Streams::mark_beside`]: crate::submit::drain::Streams::mark_beside
-pub fn mark_beside(before: impl Fn(CUstream) -> WorkBefore) -> Option<Mark> {
+pub fn mark_beside(before: impl Fn(CUstream) -> WorkBefore) -> Option<CompletionMarker> {
     let members = gang().members.clone();
     let marks = members.iter().map(|member| member.streams.mark_beside(member.driver, &before));
-    marks.collect::<Option<Vec<_>>>().map(|marks| marks.into_iter().reduce(Mark::and).unwrap_or_default())
+    marks
+        .collect::<Option<Vec<_>>>()
+        .map(|marks| marks.into_iter().reduce(CompletionMarker::and).unwrap_or_default())
 }
 
 /// Whether a mark may be finished although captures are open: see [`Streams::may_mark_defaults`].

@@ -2,7 +2,7 @@
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
-use crate::submit::drain::{Current, End};
+use crate::submit::drain::{Current, StreamMarker};
 use crate::submit::green;
 use crate::thread::ThreadId;
 
@@ -38,11 +38,11 @@ impl Queue {
     }
 
     /// Its present end. `None` if it has none: the stream or its context is broken, or there is no such stream.
-    pub fn end(&self) -> Option<End> {
+    pub fn end(&self) -> Option<StreamMarker> {
         let driver = Driver::get().ok()?;
         // A green context may be current to another thread now. Its streams can be marked from its primary one.
         let context = self.context.or_else(|| Some(green::owner_of(self.context()?)))?;
         let _current = Current::new(driver, context).ok()?;
-        End::record(driver, context, self.stream, true).ok()
+        StreamMarker::record(driver, context, self.stream, true).ok()
     }
 }

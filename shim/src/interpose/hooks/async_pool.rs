@@ -11,7 +11,7 @@
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
 use super::guard::{guarded, relaxed};
-use crate::async_pool::{self, Place};
+use crate::async_pool::{self, StreamRef};
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::interpose::driver_calls;
@@ -46,7 +46,7 @@ fn made_unmovable(result: CuResult, bytes: usize) -> CuResult {
 /// Where an allocation is to come from.
 enum Source {
     /// Our pool.
-    Ours(Arc<Device>, CUmemoryPool, Place),
+    Ours(Arc<Device>, CUmemoryPool, StreamRef),
     /// A pool that the driver serves: other processes may open its memory, or a tool watches this process.
     DriversPool,
     /// A node of a graph, or a call that makes no sense.
@@ -55,7 +55,7 @@ enum Source {
 
 fn source(stream: CUstream, per_thread: bool, pool: Option<CUmemoryPool>) -> Source {
     let place =
-        Driver::get().ok().and_then(|driver| Some((driver, Place::find(driver, stream, per_thread)?)));
+        Driver::get().ok().and_then(|driver| Some((driver, StreamRef::find(driver, stream, per_thread)?)));
     let Some((driver, place)) = place else { return Source::Driver };
     let Some(pool) = pool.or_else(|| driver.device_mem_pool(place.device).ok()) else {
         return Source::Driver;
@@ -84,7 +84,7 @@ unsafe fn allocate(
             // Counted before it is there: others must not be promised the same memory.
             Source::DriversPool => {
                 // SAFETY: the caller's promise; the driver has written through it by then.
-                return made_unmovable(reservation::keep(bytes as u64, own, || unsafe { *dptr }), bytes);
+                return made_unmovable(reservation::reserve(bytes as u64, own, || unsafe { *dptr }), bytes);
             }
             Source::Driver => return made_unmovable(own(), bytes),
         };
@@ -106,12 +106,12 @@ unsafe fn allocate(
 fn free(dptr: CUdeviceptr, stream: CUstream, per_thread: bool, own: impl FnOnce() -> CuResult) -> CuResult {
     guarded(|| {
         let Ok(driver) = Driver::get() else { return own() };
-        let found = Place::find(driver, stream, per_thread)
+        let found = StreamRef::find(driver, stream, per_thread)
             .and_then(|place| relaxed(|| async_pool::free_in_order(driver, &place, dptr)));
         let result = found.unwrap_or_else(|| {
             let result = by_the_driver((stream, per_thread), own);
             if result.is_success() {
-                reservation::let_go(dptr);
+                reservation::release(dptr);
             }
             result
         });

@@ -7,7 +7,7 @@ use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
 use crate::memory::device::Device;
 use crate::memory::{devices, sync_memops, unmovable};
-use crate::process::reservation::{self, keep};
+use crate::process::reservation::{self, reserve};
 use crate::process::{attach, contexts, memory_info};
 use crate::submit::captures;
 use crate::{async_pool, state};
@@ -40,7 +40,7 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         };
         if unmovable::wanted() {
             // SAFETY: the caller's arguments; on success the driver has written the address.
-            return keep(
+            return reserve(
                 bytesize as u64,
                 || unsafe { driver_calls::cuMemAlloc_v2(dptr, bytesize) },
                 || unsafe { *dptr },
@@ -109,7 +109,7 @@ pub unsafe fn cuMemAllocPitch_v2(
             return CuResult::INVALID_VALUE;
         }
         if unmovable::wanted() {
-            return keep(
+            return reserve(
                 bytes as u64,
                 // SAFETY: the caller's arguments; on success the driver has written the address.
                 || unsafe { driver_calls::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) },
@@ -155,7 +155,7 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         // SAFETY: the caller's arguments.
         let result = unsafe { driver_calls::cuMemFree_v2(dptr) };
         if result.is_success() {
-            reservation::let_go(dptr);
+            reservation::release(dptr);
         }
         if result == CuResult::INVALID_VALUE {
             match super::pointers::Allocated::at(dptr) {

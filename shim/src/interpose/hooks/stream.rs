@@ -42,7 +42,7 @@ fn destroy_stream(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult
                 })
                 .collect()
         });
-        flow::forget_stream(stream);
+        flow::drop_stream(stream);
         let result = call();
         if result.is_success() {
             captures::stream_ended(stream);

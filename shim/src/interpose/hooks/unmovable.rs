@@ -5,7 +5,7 @@
 use super::guard::guarded;
 use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
-use crate::process::reservation::{keep, let_go};
+use crate::process::reservation::{release, reserve};
 
 /// Bytes of one element of an array's channel, by `CUarray_format`. Formats of whole blocks count as what
 /// their block takes per element; what is not listed as 4.
@@ -44,7 +44,7 @@ unsafe fn array_3d_bytes(desc: *const CUDA_ARRAY3D_DESCRIPTOR) -> u64 {
 /// `call` writes a handle to `array` if it succeeds.
 unsafe fn make(bytes: u64, array: *mut CUarray, call: impl Fn() -> CuResult) -> CuResult {
     // SAFETY: the caller's promise.
-    guarded(|| keep(bytes, call, || unsafe { *array }.0 as u64))
+    guarded(|| reserve(bytes, call, || unsafe { *array }.0 as u64))
 }
 
 pub unsafe fn cuArrayCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY_DESCRIPTOR) -> CuResult {
@@ -77,7 +77,7 @@ pub unsafe fn cuMipmappedArrayCreate(
 fn freed(result: CuResult, handle: u64) -> CuResult {
     guarded(|| {
         if result.is_success() {
-            let_go(handle);
+            release(handle);
         }
         result
     })
@@ -111,7 +111,7 @@ pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: 
             return refused;
         }
         // SAFETY: the caller's arguments; on success the driver has written the address.
-        keep(
+        reserve(
             (bytesize as u64).min(left),
             || unsafe { driver_calls::cuMemAllocManaged(dptr, bytesize, flags) },
             || unsafe { *dptr },

@@ -9,7 +9,7 @@
 //!
 //! MADV_DONTFORK, because data loaders fork, and pinned pages must not be copied on write.
 //! MADV_DONTDUMP, because a core file need not hold everybody's tensors. A child that forked calls
-//! [`forget`]: its copy of the books describes memory that it does not have.
+//! [`after_fork`]: its copy of the books describes memory that it does not have.
 //!
 //! What the application may need one day is *committed* when it allocates: if host memory could not hold
 //! it, the allocation is refused then, and nobody is killed for it later. A commitment holds however the pool's
@@ -53,9 +53,9 @@ static FORKS: AtomicU32 = AtomicU32::new(0);
 /// For the child of a fork, before it does anything else: the pools that exist are its parent's. They
 /// refuse everything from now on, and leave memory and driver alone when they are dropped. Two atomic
 /// writes and no lock, so a fork handler may call it.
-pub fn forget() {
+pub fn after_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
-    promises::forget();
+    promises::after_fork();
 }
 
 /// Registers host memory with the driver, so that the GPU copies it at full speed.

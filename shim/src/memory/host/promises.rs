@@ -89,7 +89,7 @@ impl Board for Books<MappedPage> {
 static OF_THIS_PROCESS: AtomicU64 = AtomicU64::new(0);
 
 /// For the child of a fork.
-pub fn forget() {
+pub fn after_fork() {
     OF_THIS_PROCESS.store(0, Ordering::Relaxed);
 }
 

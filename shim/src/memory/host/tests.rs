@@ -504,7 +504,7 @@ fn a_child_has_neither_the_memory_nor_the_pool() {
     // SAFETY: the child only loads and stores atomics and asks the kernel, then exits at once.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        forget();
+        after_fork();
         // The lock is held, as it may be at any fork: whoever touches it hangs, and the alarm ends it.
         // SAFETY: as above.
         unsafe { libc::alarm(10) };

@@ -387,7 +387,7 @@ fn the_index_is_what_the_chunks_are() {
                     memory.fix(bases[below(bases.len() as u64) as usize]);
                 }
                 11 if !bases.is_empty() => {
-                    memory.forget(bases.swap_remove(below(bases.len() as u64) as usize));
+                    memory.take_back(bases.swap_remove(below(bases.len() as u64) as usize));
                 }
                 _ => memory.deny_room(),
             }

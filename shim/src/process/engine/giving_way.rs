@@ -23,7 +23,7 @@
 use crate::process::engine::Engine;
 use crate::settings::settings;
 use crate::submit::captures::{self, CaptureHold};
-use crate::submit::drain::Mark;
+use crate::submit::drain::CompletionMarker;
 use crate::submit::gate::gate;
 use crate::submit::{flow, gang};
 use nvshare::drain_backoff::DrainBackoff;
@@ -81,7 +81,7 @@ struct Shut {
     /// Since when threads stand before it.
     standing: Option<Nanos>,
     /// The end of all work, once nobody is inside.
-    mark: Option<Mark>,
+    mark: Option<CompletionMarker>,
     left: usize,
 }
 
@@ -91,7 +91,7 @@ struct Paused {
     /// It is not shut again before.
     until: Nanos,
     /// What stood still. `None` if a capture forbade to mark it as yet.
-    mark: Option<Mark>,
+    mark: Option<CompletionMarker>,
     /// It has ended, so long after threads went on, ns.
     ended: Option<Nanos>,
 }
@@ -111,7 +111,7 @@ fn again(since: Nanos, time: Nanos) -> Look {
 
 impl GivingWay {
     /// The context in which the marks were made goes: make them anew.
-    pub(super) fn forget_marks(&mut self) {
+    pub(super) fn drop_markers(&mut self) {
         match &mut self.state {
             State::Capturing { .. } => {}
             State::Shut(shut) => (shut.mark, shut.left) = (None, usize::MAX),
@@ -145,7 +145,7 @@ impl Engine {
             }
         }
         self.giving_way = None;
-        self.starved.drain_stall_ends(&self.device);
+        self.host_shortage.drain_stall_ends(&self.device);
     }
 
     fn begin_giving_way(&mut self, more: bool, ran: Nanos, leaves: bool) {
@@ -252,7 +252,7 @@ impl Engine {
     fn look_at_captures(&mut self, hold: &CaptureHold, since: Nanos) -> Step {
         let time = now();
         if !hold.is_broken() {
-            self.starved.drain_stall_ends(&self.device);
+            self.host_shortage.drain_stall_ends(&self.device);
             return Step::Shut;
         }
         let open_since = captures::latest_capture().map_or(since, |latest| latest.min(since));
@@ -318,7 +318,7 @@ impl Engine {
     }
 
     /// All that was marked is done. Whether the client has drained: threads may have been let in by another engine.
-    fn is_drained(&mut self, mark: &Mark) -> bool {
+    fn is_drained(&mut self, mark: &CompletionMarker) -> bool {
         if let Some(result) = mark.broken() {
             // The application's own calls will tell it: its context is broken. There is no work left to
             // wait for, and its memory can go.
@@ -342,7 +342,7 @@ impl Engine {
         let went_on = time.saturating_sub(paused.since);
         // No more than what was marked already: an event in the legacy stream, now, would keep others out.
         let mark = paused.mark.as_mut();
-        if mark.is_some_and(Mark::has_passed) {
+        if mark.is_some_and(CompletionMarker::has_passed) {
             paused.ended.get_or_insert(went_on);
         }
         if !open || (paused.mark.is_none() && went_on >= LONG) {
@@ -383,7 +383,7 @@ impl Engine {
         }
         tracing::debug!(%gpu, "its work did not end, and nobody waits for it any more: going on");
         self.giving_way = None;
-        self.starved.drain_stall_ends(&self.device);
+        self.host_shortage.drain_stall_ends(&self.device);
         // If it was for the sake of what lies in host memory, that is tried again, and more and more seldom.
         let rest = self.comes_home.1;
         self.comes_home = (now() + rest, (2 * rest).min(super::COMES_HOME_REST));
@@ -394,7 +394,7 @@ impl Engine {
     /// It has drained: lets others run.
     pub(super) fn gave_way(&mut self) {
         let Some(GivingWay { more, began, ran, .. }) = self.giving_way.take() else { return };
-        self.starved.drain_stall_ends(&self.device);
+        self.host_shortage.drain_stall_ends(&self.device);
         let (drained, gpu) = (now(), self.device.gpu);
         let took = drained - began;
         // The numbers are for programs: what came when, and how long it was.
@@ -408,7 +408,7 @@ impl Engine {
         self.swap.quiet = true;
         crate::async_pool::drained(&self.device);
         let more = more || gate().waiting() > 0;
-        let may_ask = gang::may_ask(gpu) && self.starved.asks_at().is_none();
+        let may_ask = gang::may_ask(gpu) && self.host_shortage.asks_at().is_none();
         self.client.drained(more && may_ask);
     }
 }
@@ -423,5 +423,5 @@ enum Step {
     /// The same, although a capture is open.
     ShutBesideCaptures,
     /// The gate is open again, behind this mark if there is one.
-    Pause(Option<Mark>),
+    Pause(Option<CompletionMarker>),
 }

@@ -39,7 +39,7 @@ impl Pause {
 
 /// What the want of host memory has come to.
 #[derive(Default)]
-pub struct Starved {
+pub struct HostShortage {
     /// Granules that count as memory that cannot move.
     held: Granules,
     /// When that began, ns.
@@ -54,7 +54,7 @@ pub struct Starved {
     fills: Pause,
 }
 
-impl Starved {
+impl HostShortage {
     /// An eviction found no host memory: what the client still has on the GPU stays there.
     pub fn cannot_evict(&mut self, device: &Arc<Device>, why: &str) {
         let books = &device.books;

@@ -29,7 +29,7 @@ struct Gpu {
 /// Behind so many kernels.
 struct Behind(Rc<Gpu>, usize);
 
-impl Moment for Behind {
+impl Marker for Behind {
     fn is_past(&self) -> bool {
         self.0.asked.set(self.0.asked.get() + 1);
         self.end() <= self.0.time.get()
@@ -88,7 +88,7 @@ struct Process {
 }
 
 impl Process {
-    fn new(until: Nanos, each: Each) -> Self {
+    fn new(until: Nanos, each: CostEstimate) -> Self {
         let gpu = Rc::<Gpu>::default();
         let pace = Pace::new(TARGET, until, each, 0);
         Self { gpu, pace, longest_drain: 0, waits: 0 }
@@ -99,17 +99,17 @@ impl Process {
         while self.gpu.time.get() < end {
             let time = self.gpu.time.get();
             match self.pace.next(time) {
-                Turn::Go => {
+                Admission::Go => {
                     self.gpu.launch(length());
                     if self.gpu.time.get() >= self.pace.until {
                         self.longest_drain = self.longest_drain.max(self.gpu.drain());
                     }
                 }
-                Turn::Mark => {
+                Admission::CompletionMarker => {
                     let count = self.pace.submitted();
                     self.pace.marked(count, self.gpu.mark());
                 }
-                Turn::Wait(until) => {
+                Admission::Wait(until) => {
                     assert!(until > time, "it gets on");
                     self.waits += 1;
                     self.gpu.time.set(until);
@@ -132,7 +132,7 @@ fn settles(process: &mut Process, length: Nanos) {
 }
 
 fn runs(length: Nanos, until: Nanos, end: Nanos) -> Process {
-    let mut process = Process::new(until, Each::UNKNOWN);
+    let mut process = Process::new(until, CostEstimate::UNKNOWN);
     settles(&mut process, length);
     process.runs(end, || length);
     process
@@ -213,7 +213,7 @@ fn what_is_seen_late_was_not_quick() {
 /// A process that waits for the GPU after each kernel, or does something else for a long time, is never held.
 #[test]
 fn who_waits_for_the_gpu_itself_is_not_held() {
-    let mut process = Process::new(0, Each::UNKNOWN);
+    let mut process = Process::new(0, CostEstimate::UNKNOWN);
     let gpu = process.gpu.clone();
     for round in 0..1_000 {
         process.runs(gpu.time.get() + 1, || 3 * MILLISECOND);
@@ -228,7 +228,7 @@ fn work_that_was_in_flight_before_is_waited_for() {
     let gpu = Rc::<Gpu>::default();
     (0..300).for_each(|_| gpu.launch(10 * MILLISECOND));
     let (before, time) = (gpu.last_end(), gpu.time.get());
-    let pace = Pace::new(TARGET, 0, Each::UNKNOWN, time);
+    let pace = Pace::new(TARGET, 0, CostEstimate::UNKNOWN, time);
     let mut process = Process { gpu, pace, longest_drain: 0, waits: 0 };
     process.runs(before - SECOND, || 10 * MILLISECOND);
     // And some for want of progress: one after a second, two more a second later.
@@ -249,7 +249,7 @@ fn work_that_waits_for_work_to_come_is_not_held_for_ever() {
 }
 
 fn waits_for_work_to_come(chain: usize) {
-    let mut process = Process::new(0, Each::UNKNOWN);
+    let mut process = Process::new(0, CostEstimate::UNKNOWN);
     process.gpu.chain.set(chain);
     process.runs(12 * SECOND, || MILLISECOND);
     assert!(process.gpu.ends.borrow().len() > chain, "all are there");
@@ -266,9 +266,9 @@ fn waits_for_work_to_come(chain: usize) {
 #[test]
 fn a_mark_of_an_earlier_slice_counts_for_no_more_than_was_submitted() {
     let gpu = Rc::<Gpu>::default();
-    let mut pace = Pace::new(TARGET, 0, Each::UNKNOWN, 0);
+    let mut pace = Pace::new(TARGET, 0, CostEstimate::UNKNOWN, 0);
     pace.marked(1_000, gpu.mark());
-    assert_eq!(pace.next(1), Turn::Go);
+    assert_eq!(pace.next(1), Admission::Go);
     gpu.launch(MILLISECOND);
     assert_eq!((pace.submitted(), pace.done), (1, 0));
 }
@@ -278,7 +278,7 @@ fn a_mark_of_an_earlier_slice_counts_for_no_more_than_was_submitted() {
 fn it_learns_from_slices_of_one_kernel() {
     const LENGTH: Nanos = 500 * MILLISECOND;
     const SLICE: Nanos = 300 * MILLISECOND;
-    let mut each = Each::UNKNOWN;
+    let mut each = CostEstimate::UNKNOWN;
     for slice in 0..5 {
         let mut process = Process::new(SLICE, each);
         process.runs(SLICE, || LENGTH);
@@ -298,7 +298,7 @@ proptest! {
     #[test]
     fn the_bound_holds(length in 3 * MICROSECOND..SECOND, jitter in 0..50u64, seed: u64) {
         let mut random = seed | 1;
-        let mut process = Process::new(0, Each::UNKNOWN);
+        let mut process = Process::new(0, CostEstimate::UNKNOWN);
         settles(&mut process, length + length * jitter / 100);
         process.runs(10 * SECOND, || {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -314,7 +314,7 @@ proptest! {
     /// pace as soon as the window that was in flight is done.
     #[test]
     fn it_recovers_within_a_window(length in 5 * MICROSECOND..2 * MILLISECOND) {
-        let mut process = Process::new(0, Each::UNKNOWN);
+        let mut process = Process::new(0, CostEstimate::UNKNOWN);
         process.runs(SECOND, || length);
         process.runs(3 * SECOND, || 100 * length);
         let (time, disturbed) = (process.gpu.time.get(), process.gpu.last_end());
