@@ -11,6 +11,8 @@
 //! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
 //! | [`gate`], [`drain_backoff`] | threads pass a gate to submit work; how long it stays shut for a drain that stands still |
 //! | [`gang_order`] | which of its GPUs a process may ask for, and which it must give up |
+//! | [`pace`] | how much work a stream may have in flight |
+//! | [`stream_arena`] | blocks of memory that become free in the order of streams |
 //! | [`memory_info`] | how much memory a process is told that there is |
 //! | [`placement`] | which GPU a new client gets |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
@@ -42,12 +44,14 @@ pub mod gate;
 pub mod lock;
 pub mod log_limit;
 pub mod memory_info;
+pub mod pace;
 pub mod page;
 pub mod placement;
 pub mod policy;
 pub mod pool;
 pub mod shares;
 pub mod snapshot;
+pub mod stream_arena;
 pub mod sync;
 pub mod units;
 

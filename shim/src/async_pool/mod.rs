@@ -6,7 +6,7 @@
 //!
 //! | part | what it holds |
 //! |---|---|
-//! | [`arena`] | the blocks of one pool, and whom each may go to |
+//! | [`nvshare::stream_arena`] | the blocks of one pool, and whom each may go to |
 //! | [`progress`] | how far the streams have got that memory was freed in |
 //! | here | the pools of this process, and where their memory comes from and goes |
 //!
@@ -24,10 +24,7 @@
 //! **Locks.** One for all pools, because a block may be freed in a stream of any GPU. Nobody passes the gate or waits
 //! for the GPU with it.
 
-mod arena;
 mod progress;
-#[cfg(test)]
-mod tests;
 
 pub use progress::StreamRef;
 
@@ -36,7 +33,7 @@ use crate::cuda::driver::Driver;
 use crate::memory::device::Device;
 use crate::memory::devices;
 use crate::thread::ThreadId;
-use arena::{Arena, Freed, StreamId};
+use nvshare::stream_arena::{self, Arena, Freed, StreamId};
 use nvshare::units::{GRANULE, format_size};
 use progress::StreamProgress;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,7 +89,7 @@ impl Pool {
     fn segment_for(&self, bytes: u64, free: u64) -> Option<u64> {
         let allowed = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.arena.reserved.now));
         let room = free.min(allowed);
-        let least = arena::rounded(bytes)?.checked_next_multiple_of(GRANULE)?;
+        let least = stream_arena::rounded(bytes)?.checked_next_multiple_of(GRANULE)?;
         [least.max(SEGMENT), least].into_iter().find(|size| *size <= room)
     }
 }

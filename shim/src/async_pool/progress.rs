@@ -15,13 +15,13 @@
 //!
 //! None of this passes the gate: events touch no memory, and a free must not wait for others' turns.
 
-use crate::async_pool::arena::{Freed, StreamId, Ticket};
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::devices;
 use crate::submit::drain::Current;
 use crate::submit::{captures, green};
 use crate::thread::{self, ThreadId};
+use nvshare::stream_arena::{Freed, StreamId, Ticket};
 use std::collections::VecDeque;
 
 /// A stream, as its order goes.

@@ -1,6 +1,6 @@
 //! The allocator against a model that remembers every byte's last free, and by hand.
 
-use crate::async_pool::arena::{ALIGNMENT, Arena, Freed, Live, StreamId, Ticket};
+use super::{ALIGNMENT, Arena, Freed, Live, StreamId, Ticket};
 use proptest::prelude::*;
 use std::ops::Range;
 

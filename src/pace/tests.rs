@@ -1,7 +1,7 @@
 //! The pace on a GPU that does one kernel after the other.
 
 use super::*;
-use nvshare::units::SECOND;
+use crate::units::SECOND;
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -105,7 +105,7 @@ impl Process {
                         self.longest_drain = self.longest_drain.max(self.gpu.drain());
                     }
                 }
-                Admission::CompletionMarker => {
+                Admission::Mark => {
                     let count = self.pace.submitted();
                     self.pace.marked(count, self.gpu.mark());
                 }

@@ -1,11 +1,11 @@
-//! One pool's memory: segments cut into blocks, each of them live or free.
+//! Memory of one pool of stream-ordered allocations (cuMemAllocAsync): segments cut into blocks, each of them live or free.
 //!
 //! A free block knows the moment in which it becomes free for everybody: a [`Freed`], a place in the order of the
 //! stream that it was freed in. Before that moment only this stream may have it again, because whatever uses it
 //! next in that stream comes after the free. When the stream has got that far ([`Arena::settle`]) the block is
 //! anybody's. Neighbours that are free in the same order become one block.
 //!
-//! This calls no driver and knows no time: who has got how far is for [`super::order`] to find out.
+//! This calls no driver and knows no time: who has got how far is for its user to find out.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -305,3 +305,6 @@ impl Arena {
         assert!(self.reserved.high >= self.reserved.now && self.used.high >= self.used.now);
     }
 }
+
+#[cfg(test)]
+mod tests;
