@@ -379,6 +379,11 @@ impl Streams {
         stream: CUstream,
         before: impl FnOnce() -> WorkBefore,
     ) -> Option<Tracked> {
+        // A stream that is not known may have gone with its context. The driver destroys it by its handle all the same, and may
+        // crash on it in any other call.
+        if !self.tracking().streams.iter().any(|known| known.stream == stream) {
+            return None;
+        }
         let captures = driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE);
         // Before the lock here: whoever marks beside a capture has the set of captures first.
         let before = if captures { before() } else { WorkBefore::Unknown };
