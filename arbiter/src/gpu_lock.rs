@@ -9,16 +9,17 @@
 //! Abstract names belong to a network namespace: arbiters in containers with their own do not see each other's locks
 //! (docs/decisions/0020-one-arbiter-a-gpu.md).
 
+use crate::accept::accept;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
-    listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
+    setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nvshare::register;
 use nvshare::units::GpuUuid;
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 /// What a serving arbiter holds, until it is dropped.
@@ -91,11 +92,7 @@ impl GpuLock {
 
     /// Tells all processes that have connected that this arbiter serves in `dir`. Does not wait.
     pub fn answer(&self, dir: &Path) {
-        while let Ok(fd) =
-            accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
-        {
-            // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        while let Ok(fd) = accept(&self.listener) {
             let _ = register::send(fd.as_fd(), dir.as_os_str().as_encoded_bytes(), &[]);
         }
     }

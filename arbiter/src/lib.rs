@@ -7,9 +7,10 @@
 //! - [`client_lock`], [`gpu_lock`]: locks that the kernel releases with their process: which clients live, and which GPUs
 //!   another arbiter serves.
 //! - [`directory`], [`gpu_selection`]: the lock of the runtime directory, and which GPUs are served.
-//! - [`process`], [`permission`], [`stall_log`], [`options`]: pidfds, who may change shares, the log of stalls, the command
-//!   line.
+//! - [`accept`], [`process`], [`permission`], [`stall_log`], [`options`]: connections, pidfds, who may change shares, the log
+//!   of stalls, the command line.
 
+pub mod accept;
 pub mod client_lock;
 pub mod directory;
 pub mod gpu_lock;

@@ -4,16 +4,17 @@
 //! Clients try to attach at least once a second, and send the page with that. Everybody is turned away meanwhile, and comes
 //! again.
 
+use crate::accept::accept;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, SockFlag, accept4};
+use nix::sys::socket::MsgFlags;
 use nvshare::record::Record;
 use nvshare::register::receive;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Gives the socket that clients connect to, and on which nobody is served yet. `None` if it cannot be bound.
 pub type Listen<'a> = &'a dyn Fn() -> Option<&'a OwnedFd>;
@@ -67,9 +68,8 @@ fn wait_for_input(listener: &OwnedFd, silent: &VecDeque<OwnedFd>, timeout: Nanos
 /// Accepts the connections that wait, until there are too many.
 fn accept_all(listener: &OwnedFd, silent: &mut VecDeque<OwnedFd>) {
     // The listener does not block.
-    while let Ok(socket) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
-        // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
-        silent.push_back(unsafe { OwnedFd::from_raw_fd(socket) });
+    while let Ok(socket) = accept(listener) {
+        silent.push_back(socket);
         if silent.len() > MAX_SILENT {
             return;
         }

@@ -2,13 +2,14 @@
 
 use super::error::{StartError, failed};
 use super::pending_connections::{Connection, Peer};
+use crate::accept;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
 };
 use nvshare::register::{Reply, send};
 use nvshare::sync::now;
 use std::cell::OnceCell;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// The listening socket, bound when it is first needed.
@@ -55,10 +56,7 @@ fn bind_socket(path: &Path) -> Result<OwnedFd, StartError> {
 /// Accepts one connection, with its peer's pid and user. The outer `None`: no connection waits. The inner one: its peer
 /// cannot be found out, and the connection is closed.
 pub(super) fn accept(listener: &OwnedFd) -> Option<Option<Connection>> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = accept4(listener.as_raw_fd(), flags).ok()?;
-    // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let socket = accept::accept(listener).ok()?;
     let peer = peer(&socket).ok();
     Some(peer.map(|peer| Connection { socket, peer, since: now() }))
 }
