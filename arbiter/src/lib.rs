@@ -1,13 +1,24 @@
-//! The arbiter: creates the control pages, registers clients, cleans up after the dead, and watches. It is
-//! not on the path of a launch or of a hand-off, and everything goes on while it is down.
+//! The arbiter: creates the control pages, registers clients, closes the books of those that end, and watches. It takes no
+//! part in a launch or a hand-off, and clients go on while it is down.
+//!
+//! - [`server`]: the arbiter at work: connections, requests, ends of clients.
+//! - [`pages`]: the control pages: made, taken over, kept right.
+//! - [`sampling`]: what NVML shows of a GPU's memory, and whose it is.
+//! - [`client_lock`], [`gpu_lock`]: locks that the kernel releases with their process: which clients live, and which GPUs
+//!   another arbiter serves.
+//! - [`directory`], [`gpu_selection`]: the lock of the runtime directory, and which GPUs are served.
+//! - [`accept`], [`process`], [`permission`], [`stall_log`], [`options`]: connections, pidfds, who may change shares, the log
+//!   of stalls, the command line.
 
-pub mod changes;
-pub mod claim;
-pub mod connections;
-pub mod liveness;
-pub mod lives;
+pub mod accept;
+pub mod client_lock;
+pub mod directory;
+pub mod gpu_lock;
+pub mod gpu_selection;
 pub mod options;
 pub mod pages;
+pub mod permission;
+pub mod process;
 pub mod sampling;
 pub mod server;
-pub mod stalls;
+pub mod stall_log;

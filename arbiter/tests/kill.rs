@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-const PATIENCE: Patience = Patience::seconds(30);
+const TIMEOUT: Patience = Patience::seconds(30);
 
 const GPU: &str = "GPU-00000000-0000-0000-0000-0000000000aa";
 /// The pool, in granules. Each client needs 60, so they take turns.
@@ -97,14 +97,14 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
     let dir = std::env::temp_dir().join(format!("nvshare-kill-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
     let mut node = Node { arbiter: arbiter(&dir), clients: Vec::new(), dir };
-    PATIENCE.until("the socket is there", || paths::socket(&node.dir).exists());
+    TIMEOUT.until("the socket is there", || paths::socket(&node.dir).exists());
     node.clients = (0..3).map(|_| victim(&node.dir)).collect();
     let page = node.page();
     let slices =
         || -> u64 { page.occupied().iter().filter_map(|slot| page.details(slot)).map(|d| d.slices).sum() };
     let mut phases = std::collections::HashSet::new();
     for round in 0..ROUNDS {
-        PATIENCE.until("three clients take turns", || page.occupied().len() == 3 && slices() > 0);
+        TIMEOUT.until("three clients take turns", || page.occupied().len() == 3 && slices() > 0);
         dice.spin(3_000);
         let (with_client, with_arbiter) = match dice.below(8) {
             0 => (false, true),
@@ -130,13 +130,13 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
             // Hand-offs go on without an arbiter, if two live clients are there to hand over.
             if !with_client {
                 let before = slices();
-                PATIENCE.until("turns are taken without an arbiter", || slices() > before);
+                TIMEOUT.until("turns are taken without an arbiter", || slices() > before);
             }
             node.arbiter = arbiter(&node.dir);
         }
         if with_client {
             if let Some(slot) = slot {
-                PATIENCE.until("the dead one is reaped", || {
+                TIMEOUT.until("the dead one is reaped", || {
                     page.owner(slot).is_none_or(|owner| owner.pid != pid)
                 });
             }
@@ -152,9 +152,9 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    PATIENCE.until("all are reaped", || page.occupied().is_empty());
+    TIMEOUT.until("all are reaped", || page.occupied().is_empty());
     assert_eq!(page.free().granules, CAPACITY as i32, "a granule was lost");
-    PATIENCE.until("the books can be looked at", || page.audit() != Audit::Busy);
+    TIMEOUT.until("the books can be looked at", || page.audit() != Audit::Busy);
     assert_eq!(page.audit(), Audit::Balanced);
     assert_eq!(page.audit_counts().1, 0, "an audit had to repair the books");
     assert!((0..48).filter_map(nvshare::SlotIndex::new).all(|slot| page.view(slot).phase != Phase::Running));

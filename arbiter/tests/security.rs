@@ -28,7 +28,7 @@ const GPU: &str = "GPU-00000000-0000-0000-0000-0000000000dd";
 const STRANGER: u32 = 64_321;
 const OTHER: u32 = 64_322;
 
-const PATIENCE: Patience = Patience::seconds(20);
+const TIMEOUT: Patience = Patience::seconds(20);
 
 fn gpu() -> GpuUuid {
     GPU.parse().unwrap()
@@ -95,7 +95,7 @@ impl Arbiter {
     fn spawn(dir: &Dir, log: &Path, arguments: &[&str]) -> Child {
         let log = File::options().append(true).create(true).open(log).unwrap();
         let child = arbiter(&dir.0, arguments).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        PATIENCE
+        TIMEOUT
             .until("the arbiter answers", || register::dial(&paths::socket(&dir.0), Duration::ZERO).is_ok());
         child
     }
@@ -115,7 +115,7 @@ impl Arbiter {
     }
 
     fn register(&self) -> Registration {
-        register::register(&self.socket(), &Hello::new(gpu(), "test"), PATIENCE.duration()).unwrap()
+        register::register(&self.socket(), &Hello::new(gpu(), "test"), TIMEOUT.duration()).unwrap()
     }
 
     fn log(&self) -> String {
@@ -256,7 +256,7 @@ fn no_client_can_change_the_size_of_the_page() {
 fn received(socket: &Path, hello: &Hello) -> File {
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
     use std::os::fd::{AsRawFd, FromRawFd};
-    let connection = register::dial(socket, PATIENCE.duration()).unwrap();
+    let connection = register::dial(socket, TIMEOUT.duration()).unwrap();
     let words = [
         &hello.magic.to_le_bytes()[..],
         &hello.layout_version.to_le_bytes(),
@@ -323,7 +323,7 @@ fn the_next_arbiter_takes_the_page_over_from_any_of_its_clients() {
         let mut client = clients.pop().unwrap();
         client.kill().unwrap();
         client.wait().unwrap();
-        PATIENCE.until("its slot is closed", || page.occupied().len() == left);
+        TIMEOUT.until("its slot is closed", || page.occupied().len() == left);
     }
     // Nobody has it now: the next one makes another.
     arbiter.restart(&[]);
@@ -402,7 +402,7 @@ fn what_is_killed_is_the_client_and_not_whom_the_page_names() {
     let slot = nvshare::SlotIndex::new(number).unwrap();
     lie_about_phase(&hostile.page, slot, Phase::Draining);
     nix::sys::signal::kill(Pid::from_raw(client.id() as i32), Signal::SIGSTOP).unwrap();
-    PATIENCE.until("the client is killed", || client.try_wait().unwrap().is_some());
+    TIMEOUT.until("the client is killed", || client.try_wait().unwrap().is_some());
     forger.join().unwrap();
     assert!(victim.try_wait().unwrap().is_none(), "another process was killed");
     victim.kill().unwrap();
@@ -432,7 +432,7 @@ fn lied_about(phase: Phase, arguments: &[&str]) {
     let slot = said(&mut client).trim_start_matches("slot ").parse().unwrap();
     let slot = nvshare::SlotIndex::new(slot).unwrap();
     let hostile = arbiter.register();
-    PATIENCE.until("the lie is found out", || {
+    TIMEOUT.until("the lie is found out", || {
         lie_about_phase(&hostile.page, slot, phase);
         arbiter.log().contains("somebody has written into the page")
             || arbiter.log().contains("Somebody has written into the page")
@@ -443,7 +443,7 @@ fn lied_about(phase: Phase, arguments: &[&str]) {
     lie_about_phase(&hostile.page, slot, Phase::Idle);
     drop(client.stdin.take());
     assert!(client.wait().unwrap().success());
-    PATIENCE.until("its slot is closed", || hostile.page.owner(slot).is_none());
+    TIMEOUT.until("its slot is closed", || hostile.page.owner(slot).is_none());
     assert!(arbiter.lives());
 }
 
@@ -469,14 +469,14 @@ fn a_slot_stays_its_owners_whatever_stands_in_the_page() {
     let edit = Edit { weight: Some(7), ..Edit::default() };
     let forged = nvshare::snapshot::Owner { pid: 1, ..owner };
     let ask = |owner| {
-        change::change(&arbiter.socket(), &Change::new(gpu(), client.slot, owner, edit), PATIENCE.duration())
+        change::change(&arbiter.socket(), &Change::new(gpu(), client.slot, owner, edit), TIMEOUT.duration())
     };
     assert!(matches!(ask(forged), Err(RegisterError::Refused { status: Status::Refused, .. })));
     assert!(ask(owner).is_ok());
-    PATIENCE.until("the page is put right", || {
+    TIMEOUT.until("the page is put right", || {
         page.owner(client.slot).is_some_and(|owner| owner.pid == std::process::id())
     });
-    PATIENCE.until("that is logged", || arbiter.log().contains("overwritten"));
+    TIMEOUT.until("that is logged", || arbiter.log().contains("overwritten"));
 }
 
 // --- Floods ---------------------------------------------------------------------------------------
@@ -487,17 +487,17 @@ fn garbage_is_logged_a_few_times_and_counted() {
     let user = nix::unistd::geteuid().as_raw();
     assert_eq!(as_user(user, "garbage 2000", &arbiter.dir.0), "done");
     let refused = |log: &str| log.lines().filter(|line| line.contains("refused")).count();
-    PATIENCE.until("some are logged", || refused(&arbiter.log()) >= 5);
+    TIMEOUT.until("some are logged", || refused(&arbiter.log()) >= 5);
     arbiter.register();
     let log = arbiter.log();
     assert!(refused(&log) <= 10 && log.len() < 10_000, "{} bytes: {log}", log.len());
-    PATIENCE.until("the rest is counted", || arbiter.log().contains("count=1"));
+    TIMEOUT.until("the rest is counted", || arbiter.log().contains("count=1"));
     assert!(arbiter.lives());
 }
 
 /// One process keeps so many connections that say nothing.
 fn silent(socket: &Path, count: usize) -> Vec<std::os::fd::OwnedFd> {
-    (0..count).map(|_| register::dial(socket, PATIENCE.duration()).unwrap()).collect()
+    (0..count).map(|_| register::dial(socket, TIMEOUT.duration()).unwrap()).collect()
 }
 
 #[test]
@@ -505,7 +505,7 @@ fn a_client_that_speaks_is_served_among_any_number_of_silent_ones() {
     let mut arbiter = Arbiter::start("silent", &[]);
     let pid = arbiter.child.id();
     // The honest one was here first: it is not the one that has to go.
-    let honest = register::dial(&arbiter.socket(), PATIENCE.duration()).unwrap();
+    let honest = register::dial(&arbiter.socket(), TIMEOUT.duration()).unwrap();
     let _silent = silent(&arbiter.socket(), 900);
     let _more = as_user(nix::unistd::geteuid().as_raw(), "garbage 50", &arbiter.dir.0);
     drop(honest);
@@ -611,7 +611,7 @@ fn an_arbiter_makes_a_directory_that_is_its_users_own() {
     let dir = parent.0.join("run");
     let child = arbiter(&dir, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
     let _child = Ending(child.unwrap());
-    PATIENCE.until("it serves", || paths::socket(&dir).exists());
+    TIMEOUT.until("it serves", || paths::socket(&dir).exists());
     let data = dir.metadata().unwrap();
     assert_eq!((data.mode() & 0o777, data.uid()), (0o700, STRANGER));
 }
@@ -625,7 +625,7 @@ fn a_client_does_not_believe_another_users_arbiter() {
     std::os::unix::fs::chown(&dir.0, Some(STRANGER), None).unwrap();
     let planted = arbiter(&dir.0, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
     let _planted = Ending(planted.unwrap());
-    PATIENCE.until("it listens", || paths::socket(&dir.0).exists());
+    TIMEOUT.until("it listens", || paths::socket(&dir.0).exists());
     let words = as_user(OTHER, "look", &dir.0);
     let named =
         [format!("runs as user {STRANGER}"), format!("of user {OTHER}"), "NVSHARE_RUNTIME_DIR".into()];

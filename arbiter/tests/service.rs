@@ -46,9 +46,9 @@ impl Arbiter {
         let child =
             command(&dir, &["--gpu", GPU, "--capacity", "64MiB"]).stderr(Stdio::null()).spawn().unwrap();
         let arbiter = Self { dir, child };
-        let patience = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(20);
         while register::dial(&paths::socket(&arbiter.dir), Duration::ZERO).is_err() {
-            assert!(Instant::now() < patience, "no arbiter answers");
+            assert!(Instant::now() < until, "no arbiter answers");
         }
         arbiter
     }
@@ -81,8 +81,8 @@ fn refused(result: Result<register::Registration, RegisterError>) -> (Status, St
 /// What an arbiter says that is to be refused. One that serves all the same would do so for ever.
 fn refusal(command: &mut Command) -> Output {
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    let patience = Instant::now() + Duration::from_secs(20);
-    while child.try_wait().unwrap().is_none() && Instant::now() < patience {
+    let until = Instant::now() + Duration::from_secs(20);
+    while child.try_wait().unwrap().is_none() && Instant::now() < until {
         std::thread::yield_now();
     }
     let _ = child.kill();
@@ -215,9 +215,9 @@ fn sigterm_leaves_the_page_and_the_next_one_takes_it_over() {
     assert!(!paths::socket(&first.dir).exists());
     first.child =
         command(&first.dir, &["--gpu", GPU, "--capacity", "32MiB"]).stderr(Stdio::null()).spawn().unwrap();
-    let patience = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(20);
     while client.page.arbiter().1 < 2 || client.page.capacity() != 16 {
-        assert!(Instant::now() < patience, "nobody took the page over");
+        assert!(Instant::now() < until, "nobody took the page over");
     }
     assert_eq!(client.page.owner(client.slot).unwrap().pid, std::process::id(), "the client is still there");
 }
@@ -265,9 +265,9 @@ fn serves(dir: &Path) -> bool {
 }
 
 fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let patience = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(20);
     while !done() {
-        assert!(Instant::now() < patience, "still not: {what}");
+        assert!(Instant::now() < until, "still not: {what}");
         std::thread::yield_now();
     }
 }

@@ -1,11 +1,15 @@
-//! Who a client is, and whether it lives: pidfds, and start times against pids that are used again.
+//! Processes: pidfds, and start times, which tell a process from a later one with the same pid.
 
 use nix::errno::Errno;
 use nvshare::audit::Process;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// When a process started, in clock ticks since boot: field 22 of /proc/PID/stat.
+/// A bit in the start time of a client whose process the arbiter cannot see. Instead of its start time the word then has the
+/// time of its registration in ns, which is unique.
+pub const UNSEEN: u64 = 1 << 63;
+
+/// When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. `None` if there is no such process.
 pub fn started(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in parentheses, and may hold anything.
@@ -13,14 +17,14 @@ pub fn started(pid: u32) -> Option<u64> {
     rest.split_whitespace().nth(19)?.parse().ok()
 }
 
-/// Whether a process is on its way out: its pidfd tells when it is through, and its memory is free then. Other than a
-/// process that runs another program now.
+/// Whether a process has been killed or is exiting, so that its pidfd will report and its memory be free then. Not so a
+/// process that has executed another program.
 pub fn is_ending(pid: u32) -> bool {
-    /// The kernel's flag of a thread that ends (`PF_EXITING`), in field 9 of /proc/PID/stat.
+    /// The kernel's `PF_EXITING`, in field 9 of /proc/PID/stat.
     const EXITING: u64 = 4;
     const KILL: u64 = 1 << (nix::libc::SIGKILL - 1);
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
-    // In this order: whoever has taken its SIGKILL is on its way out.
+    // `status` before `stat`: a process whose SIGKILL is no longer pending in the first is exiting in the second.
     let killed = read("status").and_then(|status| {
         let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"))?;
         u64::from_str_radix(pending.trim(), 16).ok()
@@ -37,7 +41,7 @@ pub fn is_ending(pid: u32) -> bool {
 /// A descriptor that becomes readable when the process ends.
 ///
 /// # Errors
-/// ESRCH if there is no such process.
+/// ESRCH if there is no such process; EMFILE and the like.
 pub fn pidfd(pid: u32) -> nix::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers; what it returns is a new descriptor of ours, or an error.
     unsafe {
@@ -46,10 +50,10 @@ pub fn pidfd(pid: u32) -> nix::Result<OwnedFd> {
     }
 }
 
-/// Ends the process of a descriptor, and no other that may have its pid by now.
+/// Sends SIGKILL to the process of a pidfd, and to no other that may have its pid by now.
 ///
 /// # Errors
-/// It has ended, or this user may not.
+/// ESRCH if it has ended, EPERM if this user may not.
 pub fn kill(pidfd: &OwnedFd) -> nix::Result<()> {
     // SAFETY: pidfd_send_signal takes two integers, no information about the signal, and no flags.
     let result = unsafe {
@@ -64,11 +68,10 @@ pub fn kill(pidfd: &OwnedFd) -> nix::Result<()> {
     Errno::result(result).map(drop)
 }
 
-/// A descriptor for a process that is known from the record: `None` if that one is gone, whoever may have
-/// its pid now.
+/// A pidfd of a process that is known by pid and start time: `None` if it has ended, even if another has its pid now.
 pub fn reopen(process: Process) -> Option<OwnedFd> {
     let fd = pidfd(process.pid).ok()?;
-    // In this order: as long as the descriptor's process lives, its pid is not used again.
+    // The descriptor first: as long as the descriptor's process lives, its pid is not used again.
     (started(process.pid)? == process.started).then_some(fd)
 }
 

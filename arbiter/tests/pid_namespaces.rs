@@ -16,7 +16,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-const PATIENCE: Patience = Patience::seconds(30);
+const TIMEOUT: Patience = Patience::seconds(30);
 
 const GPU: &str = "GPU-00000000-0000-0000-0000-0000000019aa";
 
@@ -79,7 +79,7 @@ fn start_client(dir: &Path, own_namespace: bool) -> (Running, usize) {
 fn end_arbiter(arbiter: Running, dir: &Path) {
     arbiter.end();
     let lock = || File::open(paths::arbiter_lock(dir)).unwrap();
-    PATIENCE.until("it has ended", || Flock::lock(lock(), FlockArg::LockSharedNonblock).is_ok());
+    TIMEOUT.until("it has ended", || Flock::lock(lock(), FlockArg::LockSharedNonblock).is_ok());
 }
 
 type Log = Lines<BufReader<ChildStderr>>;
@@ -136,7 +136,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
         eprintln!("not root: no namespaces can be made");
         return;
     }
-    let dir = std::env::temp_dir().join(format!("nvshare-lives-{}", std::process::id()));
+    let dir = std::env::temp_dir().join(format!("nvshare-pid-namespaces-{}", std::process::id()));
     std::fs::create_dir_all(&dir).unwrap();
 
     let (arbiter, _) = start_arbiter(&dir, false);
@@ -153,7 +153,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     let (three, third) = start_client(&dir, false);
     assert_eq!(slots(&page), [first, second, third], "and a new one is given a slot");
     one.end();
-    PATIENCE.until("the dead one's slot is closed", || slots(&page) == [second, third]);
+    TIMEOUT.until("the dead one's slot is closed", || slots(&page) == [second, third]);
     end_arbiter(arbiter, &dir);
 
     // One that sees all of them, after one has ended that the arbiter before saw under no pid.
@@ -162,7 +162,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     assert_eq!(slots(&page), [second]);
     attached(&mut log, 1);
     two.end();
-    PATIENCE.until("the last one's slot is closed", || slots(&page).is_empty());
+    TIMEOUT.until("the last one's slot is closed", || slots(&page).is_empty());
     drop((arbiter, log));
     std::fs::remove_dir_all(dir).unwrap();
 }
@@ -181,12 +181,12 @@ fn a_client_that_is_stopped_while_the_arbiter_restarts_is_kept() {
     let (arbiter, mut log) = start_arbiter(&dir, false);
     // As often as it looks.
     let seen = page.audit_counts().0;
-    PATIENCE.until("it has looked a few times", || page.audit_counts().0 > seen + 8);
+    TIMEOUT.until("it has looked a few times", || page.audit_counts().0 > seen + 8);
     assert_eq!(slots(&page), [slot]);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).unwrap();
     attached(&mut log, 1);
     client.end();
-    PATIENCE.until("its slot is closed", || slots(&page).is_empty());
+    TIMEOUT.until("its slot is closed", || slots(&page).is_empty());
     drop((arbiter, log));
     std::fs::remove_dir_all(dir).unwrap();
 }
@@ -199,27 +199,27 @@ fn a_client_that_left_while_its_arbiter_was_killed_keeps_no_slot() {
     std::fs::create_dir_all(&dir).unwrap();
     let (arbiter, _) = start_arbiter(&dir, false);
     let hello = Hello::new(GPU.parse().unwrap(), "leaves");
-    let client = register::register(&paths::socket(&dir), &hello, PATIENCE.duration()).unwrap();
+    let client = register::register(&paths::socket(&dir), &hello, TIMEOUT.duration()).unwrap();
     client.truth.store(Phase::Leaving as u32, Ordering::Relaxed);
     arbiter.end();
     client.page.reap(client.slot).unwrap();
     let (arbiter, mut log) = start_arbiter(&dir, false);
     attached(&mut log, 1);
-    PATIENCE.until("its slot is closed", || slots(&client.page).is_empty());
+    TIMEOUT.until("its slot is closed", || slots(&client.page).is_empty());
     let life = paths::life(&dir, GPU.parse().unwrap(), client.slot);
-    PATIENCE.until("its life file is gone", || !life.exists());
+    TIMEOUT.until("its life file is gone", || !life.exists());
     drop((arbiter, log));
     std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// A process whose slot was opened, and whose arbiter was killed before the process had read the answer.
 fn untold(dir: &Path, log: &mut Log) -> OwnedFd {
-    let connection = register::dial(&paths::socket(dir), PATIENCE.duration()).unwrap();
+    let connection = register::dial(&paths::socket(dir), TIMEOUT.duration()).unwrap();
     let hello = Hello::new(GPU.parse().unwrap(), "untold");
     register::send(connection.as_fd(), bytemuck::bytes_of(&hello), &[]).unwrap();
     assert!(log.map(Result::unwrap).any(|line| line.contains("registered:") && line.contains("untold")));
     // The answer is on its way, or there.
-    PATIENCE.until("it is answered", || {
+    TIMEOUT.until("it is answered", || {
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         nix::sys::socket::recv(connection.as_raw_fd(), &mut [0], flags).is_ok()
     });
@@ -240,7 +240,7 @@ fn a_process_that_was_not_told_of_its_slot_loses_it_and_a_client_beside_it_keeps
     let (arbiter, _log) = start_arbiter(&dir, false);
     assert_eq!(slots(&page).len(), 2);
     drop(connection);
-    PATIENCE.until("the slot of which nobody knows is closed", || slots(&page) == [kept]);
+    TIMEOUT.until("the slot of which nobody knows is closed", || slots(&page) == [kept]);
     arbiter.end();
 
     let (arbiter, mut log) = start_arbiter(&dir, false);
@@ -249,7 +249,7 @@ fn a_process_that_was_not_told_of_its_slot_loses_it_and_a_client_beside_it_keeps
     let (_arbiter, _log) = start_arbiter(&dir, false);
     assert_eq!(slots(&page), [kept], "at once, if nobody can read the answer any more");
     client.end();
-    PATIENCE.until("the client's slot is closed", || slots(&page).is_empty());
+    TIMEOUT.until("the client's slot is closed", || slots(&page).is_empty());
     std::fs::remove_dir_all(dir).unwrap();
 }
 
@@ -288,7 +288,7 @@ fn silent_connections_keep_no_client_from_bringing_its_page() {
     end_arbiter(arbiter, &dir);
     let socket = paths::socket(&dir);
     let silent = std::thread::spawn(move || {
-        (0..200).map(|_| register::dial(&socket, PATIENCE.duration()).unwrap()).collect::<Vec<_>>()
+        (0..200).map(|_| register::dial(&socket, TIMEOUT.duration()).unwrap()).collect::<Vec<_>>()
     });
     // It does not see the client, and so cannot take the page from it.
     let (arbiter, mut log) = spawn_arbiter(&dir, true);
@@ -307,7 +307,7 @@ fn what_a_killed_arbiter_left_half_done_the_next_one_finishes() {
     std::fs::create_dir_all(&dir).unwrap();
     let (arbiter, _) = start_arbiter(&dir, false);
     let hello = Hello::new(GPU.parse().unwrap(), "stays");
-    let client = register::register(&paths::socket(&dir), &hello, PATIENCE.duration()).unwrap();
+    let client = register::register(&paths::socket(&dir), &hello, TIMEOUT.duration()).unwrap();
     let (kept, page) = (client.slot.get(), &client.page);
     let (dead, slot) = start_client(&dir, false);
     let dead_slot = SlotIndex::new(slot).unwrap();

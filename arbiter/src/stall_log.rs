@@ -1,7 +1,7 @@
-//! Who is to give way and cannot: said in the log once for each time that it lasts long, and again when it ends.
+//! Stalls: clients that must give way and cannot. Each one that lasts long is logged once, and once more when it ends.
 //!
-//! The clients say so themselves ([`nvshare::Books::stalled`]), and go on trying. Nothing follows from it here: a client
-//! that claims it falsely gets a line in the log.
+//! The clients report them themselves ([`nvshare::Books::stalled`]), and go on trying. The arbiter only logs them: a false
+//! report costs a line in the log.
 
 use nvshare::page::{Page, SlotIndex, Stall};
 use nvshare::snapshot::{Details, Owner};
@@ -10,11 +10,11 @@ use std::collections::HashMap;
 
 /// The stalls that were reported and have not ended.
 #[derive(Debug, Default)]
-pub struct Stalls {
+pub struct StallLog {
     reported: HashMap<(usize, SlotIndex), Reported>,
 }
 
-/// A stall that the log tells of.
+/// A stall that was logged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Reported {
     owner: Owner,
@@ -22,9 +22,10 @@ struct Reported {
     since: Nanos,
 }
 
-impl Stalls {
-    /// Looks at one GPU's clients, by its index, and logs what has lasted for longer than `bound`, and what has ended.
-    pub fn look(&mut self, index: usize, gpu: GpuUuid, page: &Page, bound: Nanos, time: Nanos) {
+impl StallLog {
+    /// Logs, for one GPU by its index, the stalls that have lasted for at least `bound` at `time` (both ns), and those that
+    /// have ended.
+    pub fn update(&mut self, index: usize, gpu: GpuUuid, page: &Page, bound: Nanos, time: Nanos) {
         for slot in (0..nvshare::page::SLOTS).filter_map(SlotIndex::new) {
             let details = page.details(slot);
             if let Some(over) = self.ended(index, slot, details.as_ref()) {
@@ -55,7 +56,7 @@ impl Stalls {
         }
     }
 
-    /// The stall that was reported of a slot, if it is over.
+    /// The stall that was reported for a slot, if it is over.
     fn ended(&mut self, index: usize, slot: SlotIndex, details: Option<&Details>) -> Option<Reported> {
         let reported = self.reported.get(&(index, slot))?;
         let lasts = |details: &&Details| details.stall != Stall::None && details.owner == reported.owner;
@@ -98,7 +99,7 @@ mod tests {
         let page: Arc<Page> = Page::on_heap(GpuUuid([7; 16]), 4).into();
         let slot = page.open_slot(Process { pid: 7, started: 7 }, "job", 1).unwrap();
         let client = Client::new(page.clone(), slot);
-        let mut stalls = Stalls::default();
+        let mut stalls = StallLog::default();
         let later = sync::now() + 10 * SECOND;
         let mut begun = |time| {
             let details = page.details(slot).unwrap();
@@ -124,7 +125,7 @@ mod tests {
         let open = |pid| page.open_slot(Process { pid, started: 7 }, "job", 1).unwrap();
         let slot = open(7);
         Client::new(page.clone(), slot).books().stalled(Stall::EndlessWork);
-        let mut stalls = Stalls::default();
+        let mut stalls = StallLog::default();
         let details = || page.details(slot);
         assert!(stalls.begun(0, details().unwrap(), 0, sync::now()).is_some());
         page.reap(slot);

@@ -1,39 +1,42 @@
-//! One arbiter for a GPU: whoever serves it holds a claim that every other arbiter of the machine finds.
+//! One arbiter for a GPU: the one that serves it holds a lock that every other arbiter of the machine finds. (The documents
+//! and the log say that the GPU is claimed.)
 //!
 //! A runtime directory has one arbiter, and two users have two directories: each of their arbiters would deal out all of
 //! the GPU's memory. So an arbiter binds a Unix socket whose abstract name is made of the GPU's UUID. The kernel gives a
-//! name to one process, takes it back when that ends, however it does, and tells who it is; there is no file that somebody
-//! could leave behind or plant. Whoever connects is told the runtime directory.
+//! name to one process, takes it back when that process ends, and tells who it is; there is no file that could be left behind
+//! or planted. A process that connects is told the runtime directory.
 //!
-//! Names are a network namespace's: arbiters in containers with their own cannot see each other's claims
+//! Abstract names belong to a network namespace: arbiters in containers with their own do not see each other's locks
 //! (docs/decisions/0020-one-arbiter-a-gpu.md).
 
+use crate::accept::accept;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, connect, getsockopt,
-    listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
+    setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nvshare::register;
 use nvshare::units::GpuUuid;
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-/// What a serving arbiter holds.
+/// What a serving arbiter holds, until it is dropped.
 #[derive(Debug)]
-pub struct Claim {
+pub struct GpuLock {
     listener: OwnedFd,
 }
 
-/// Who holds a claim that somebody else wants.
+/// The arbiter that holds a lock that this one wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
     /// The GPU.
     pub gpu: GpuUuid,
-    /// Its pid and user, as the kernel tells; 0 is a process that cannot be seen from here.
+    /// Its pid and user, as the kernel recorded them; pid 0 is a process that cannot be seen from here. `None`: it did not
+    /// answer.
     pub process: Option<(i32, u32)>,
-    /// Its runtime directory, as it says itself.
+    /// Its runtime directory, as it says itself; empty if it did not.
     pub dir: String,
 }
 
@@ -51,12 +54,12 @@ impl fmt::Display for Holder {
     }
 }
 
-/// Why there is no claim.
+/// Why a GPU could not be locked.
 #[derive(Debug)]
-pub enum ClaimError {
-    /// Somebody else has it.
+pub enum GpuLockError {
+    /// Another process holds it.
     Held(Holder),
-    /// The kernel's.
+    /// The kernel's error.
     System(Errno),
 }
 
@@ -68,15 +71,15 @@ fn endpoint(flags: SockFlag) -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::SeqPacket, flags | SockFlag::SOCK_CLOEXEC, None)
 }
 
-impl Claim {
-    /// Claims a GPU for this process.
+impl GpuLock {
+    /// Locks a GPU for this process.
     ///
     /// # Errors
-    /// Somebody else has claimed it, or the kernel has no socket.
-    pub fn new(gpu: GpuUuid) -> Result<Self, ClaimError> {
+    /// Another process holds the lock (the answer takes up to 2 s), or the kernel has no socket.
+    pub fn acquire(gpu: GpuUuid) -> Result<Self, GpuLockError> {
         match Self::bind(gpu) {
-            Err(Errno::EADDRINUSE) => Err(ClaimError::Held(holder(gpu))),
-            claim => claim.map_err(ClaimError::System),
+            Err(Errno::EADDRINUSE) => Err(GpuLockError::Held(holder(gpu))),
+            lock => lock.map_err(GpuLockError::System),
         }
     }
 
@@ -87,30 +90,26 @@ impl Claim {
         Ok(Self { listener })
     }
 
-    /// Tells whoever asks where this arbiter serves.
-    pub fn tell(&self, dir: &Path) {
-        while let Ok(fd) =
-            accept4(self.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)
-        {
-            // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    /// Tells all processes that have connected that this arbiter serves in `dir`. Does not wait.
+    pub fn answer(&self, dir: &Path) {
+        while let Ok(fd) = accept(&self.listener) {
             let _ = register::send(fd.as_fd(), dir.as_os_str().as_encoded_bytes(), &[]);
         }
     }
 }
 
-impl AsFd for Claim {
+impl AsFd for GpuLock {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.listener.as_fd()
     }
 }
 
-/// Who has claimed a GPU, as far as can be found out in a second.
+/// The process that holds a GPU's lock, as far as can be found out within 2 s.
 fn holder(gpu: GpuUuid) -> Holder {
     let mut holder = Holder { gpu, process: None, dir: String::new() };
     let ask = || -> nix::Result<OwnedFd> {
         let fd = endpoint(SockFlag::empty())?;
-        // One that is stopped, or means no good, neither takes connections nor answers.
+        // A process that is stopped, or hostile, neither accepts connections nor answers.
         setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(1))?;
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(1))?;
         connect(fd.as_raw_fd(), &address(gpu)?)?;
@@ -131,19 +130,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_at_a_time_and_the_other_is_told_who() {
+    fn one_process_at_a_time_has_a_lock_and_another_is_told_which() {
         let gpu = GpuUuid(*b"claim of a test ");
-        let first = Claim::new(gpu).unwrap();
+        let first = GpuLock::acquire(gpu).unwrap();
         let teller = std::thread::spawn(move || {
             let mut ready = [nix::poll::PollFd::new(first.as_fd(), nix::poll::PollFlags::POLLIN)];
             nix::poll::poll(&mut ready, nix::poll::PollTimeout::NONE).unwrap();
-            first.tell(Path::new("/run/some\u{1b}where"));
+            first.answer(Path::new("/run/some\u{1b}where"));
         });
-        let Err(ClaimError::Held(holder)) = Claim::new(gpu) else { panic!("claimed twice") };
+        let Err(GpuLockError::Held(holder)) = GpuLock::acquire(gpu) else { panic!("locked twice") };
         let (pid, user) = (std::process::id(), nix::unistd::geteuid());
         let said = format!("{gpu} is served already by process {pid} of user {user} in /run/some?where");
         assert_eq!(holder.to_string(), said);
         teller.join().unwrap();
-        assert!(Claim::new(gpu).is_ok(), "it ends with who has it");
+        assert!(GpuLock::acquire(gpu).is_ok(), "it is released by whoever had it");
     }
 }
