@@ -19,7 +19,7 @@ use std::time::Duration;
 
 /// Finds a file of ours: beside the running program, beside its test binaries' parent, or where packages
 /// put libraries.
-pub(crate) fn beside(name: &str) -> Option<PathBuf> {
+pub fn beside(name: &str) -> Option<PathBuf> {
     let own = std::env::current_exe().ok()?;
     let dir = own.parent()?;
     [

@@ -201,3 +201,25 @@ fn headings_have_the_anchors_of_github() {
     let expected = ["a-b-c_d---e", "twice", "twice-1", "10-linked"].map(str::to_owned);
     assert_eq!(anchors(text), HashSet::from(expected));
 }
+
+/// Whoever looks for the test of a thing looks in that map.
+#[test]
+fn the_map_of_tests_names_every_file_of_them() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let testing = fs::read_to_string(root.join("docs/testing.md")).unwrap();
+    let (_, map) = testing.split_once("## Where the test of a thing is\n").expect("there is a map");
+    let map = map.split("\n## ").next().unwrap();
+    for folder in
+        ["tests/e2e/tests", "tools/tests", "arbiter/tests", "shim/tests", "loom-tests/tests", "tests"]
+    {
+        let files = fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+        for file in files.filter(|file| file.extension().is_some_and(|extension| extension == "rs")) {
+            let name = file.file_stem().unwrap().to_str().unwrap();
+            let named = [format!("`{name}`"), format!("{folder}/{name}.rs`")];
+            assert!(
+                named.iter().any(|name| map.contains(name)),
+                "docs/testing.md does not name {folder}/{name}.rs"
+            );
+        }
+    }
+}
