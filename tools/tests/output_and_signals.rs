@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 
 const PATIENCE: Patience = Patience::seconds(60);
 
-const SCENARIO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../scenarios/four-jobs.toml");
+const SCENARIO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/scenarios/four-jobs.toml");
 
 /// A command in a session of its own, as a terminal's.
 fn nvshare(arguments: &[&str]) -> Command {

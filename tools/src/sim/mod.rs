@@ -34,8 +34,8 @@ pub use tally::State;
 /// Options of `nvshare sim`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  nvshare sim scenarios/field-report-nvshare.toml --svg timeline.svg
-  nvshare sim scenarios/vgpus.toml --seed 7 --json - | jq .fairness
+  nvshare sim examples/scenarios/field-report-nvshare.toml --svg timeline.svg
+  nvshare sim examples/scenarios/vgpus.toml --seed 7 --json - | jq .fairness
 
 docs/simulator.md describes what is modelled, the file and the results.")]
 pub struct Options {
