@@ -282,7 +282,7 @@ fn a_pool_has_its_limit_and_outlives_its_name() {
     app.ends_having_said(&["stream-ordered allocation of 6.00 MiB is refused", "of at most 8.00 MiB"]);
 }
 
-/// The simulated driver is told to fail once, which a real one may do for reasons of its own.
+/// The simulated GPU's driver is told to fail once, which a real one may do for reasons of its own.
 #[test]
 fn a_pool_that_the_driver_fails_to_destroy_is_as_before() {
     let gpu = gpu();
