@@ -2,7 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`run`], [`status`], [`set`], [`bench`], [`demo`], [`sim`] | the commands |
+//! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`cuda`] | the CUDA driver |

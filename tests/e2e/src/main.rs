@@ -1,4 +1,4 @@
-//! `nvshare-test-calls`: makes the CUDA calls that a test names. See [`calls`].
+//! `nvshare-test-calls`: makes the CUDA calls that a test names. See `calls`.
 
 mod calls;
 
