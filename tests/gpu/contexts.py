@@ -3,7 +3,8 @@ goes on moving out and in.
 
     python3 tests/gpu/contexts.py [--bin target/release]
 
-The processes are `nvshare internal calls`, which makes the CUDA calls that it reads.
+The processes are `nvshare-test-calls` (tests/e2e), which makes the CUDA calls that it reads: `cargo build --release --workspace`
+puts it beside nvshare.
 """
 
 import argparse
@@ -16,8 +17,7 @@ INVALID_VALUE = "1"
 
 class Application:
     def __init__(self, binaries):
-        nvshare = str(binaries / "nvshare")
-        command = [nvshare, "run", "--capacity", "14.9GiB", "--", nvshare, "internal", "calls"]
+        command = [binaries / "nvshare", "run", "--capacity", "14.9GiB", "--", binaries / "nvshare-test-calls"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, *words):

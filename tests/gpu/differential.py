@@ -36,7 +36,7 @@ SCENARIOS = ("native", "native again", "alone", "beside")
 SHARED = ("alone", "beside")
 # Sequences at a time beside the competitor.
 RIVALS = 2
-# What the simulated driver says of what it does not have.
+# What the simulated GPU's driver says of what it does not have.
 LACKING = ("missing", "NOT_SUPPORTED")
 
 

@@ -79,7 +79,7 @@ static void released_too_often(void) {
     CHECK(cuCtxSetCurrent(context));
 }
 
-/* The simulated driver is told to fail once, which a real one may do for reasons of its own. */
+/* The simulated GPU's driver is told to fail once, which a real one may do for reasons of its own. */
 static void failed(int other) {
     CUcontext second = other ? create() : NULL, context = create();
     allocate();

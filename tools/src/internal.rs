@@ -1,8 +1,8 @@
 //! What the commands start this program again as. Nobody types these.
 
+use crate::Failure;
 use crate::bench::{handoff, launch, switch};
 use crate::job::{self, Job};
-use crate::{Failure, calls};
 
 /// Options of `nvshare internal`.
 #[derive(Debug, clap::Args)]
@@ -15,8 +15,6 @@ pub struct Options {
 enum What {
     /// A job; says its events on the standard output
     Job(Job),
-    /// The CUDA calls that the standard input names; says what each returned
-    Calls,
     /// The second process of `bench handoff`
     HandoffPeer(handoff::Peer),
     /// The measured process of `bench launch`
@@ -41,7 +39,6 @@ pub fn run(options: Options) -> Result<(), Failure> {
                 Err(Failure::with_status(1, format!("wrong data in buffers {:?}", outcome.wrong_buffers)))
             }
         }
-        What::Calls => calls::run(),
         What::HandoffPeer(options) => handoff::peer(&options),
         What::Launches(options) => launch::measured(&options),
         What::TracedLaunches => launch::traced(),

@@ -6,7 +6,7 @@
 //!
 //! On several GPUs it has a part of its buffers on each, and each iteration walks over all of them.
 //!
-//! The pattern repeats every [`TILE`] words, so the CPU mixes one tile and not gigabytes. The tile's length is no
+//! The pattern repeats every `TILE` words, so the CPU mixes one tile and not gigabytes. The tile's length is no
 //! divisor of a granule, so no two granules of a buffer are alike, and no two buffers either.
 
 use crate::cuda::{DevicePointer, Gpu, Handle, Kernels, Result};

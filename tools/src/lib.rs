@@ -2,17 +2,15 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`run`], [`status`], [`set`], [`bench`], [`demo`], [`sim`] | the commands |
+//! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
-//! | [`calls`] | a program that makes the CUDA calls that a test names, right or wrong |
 //! | [`cuda`] | the CUDA driver |
 //! | [`output`] | what the commands write, to whoever still reads it |
 //! | [`digits`], [`layout`] | figures with as many digits as help; tables and paragraphs that fit the screen |
 //! | [`internal`] | what the commands start themselves again as |
 
 pub mod bench;
-pub mod calls;
 pub mod crew;
 pub mod cuda;
 pub mod demo;

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 /// Finds a file of ours: beside the running program, beside its test binaries' parent, or where packages
 /// put libraries.
-pub(crate) fn beside(name: &str) -> Option<PathBuf> {
+pub fn beside(name: &str) -> Option<PathBuf> {
     let own = std::env::current_exe().ok()?;
     let dir = own.parent()?;
     [
@@ -215,10 +215,10 @@ pub struct SimulatedGpu {
 }
 
 impl SimulatedGpu {
-    /// Makes one. The settings are variables of the simulator without `NVSHARE_SIM_`, such as `MEMORY`.
+    /// Makes one. The settings are variables of the simulated GPU without `NVSHARE_SIM_`, such as `MEMORY`.
     ///
     /// # Errors
-    /// The simulator is not built.
+    /// The simulated GPU is not built.
     pub fn new(settings: &[(&'static str, String)]) -> Result<Self, Failure> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let (cuda, nvml) = simulated_gpu()?;

@@ -177,7 +177,7 @@ fn every_option_has_a_sentence() {
 
 /// A scenario of the repository.
 fn scenario(name: &str) -> String {
-    format!("{}/../scenarios/{name}.toml", env!("CARGO_MANIFEST_DIR"))
+    format!("{}/../examples/scenarios/{name}.toml", env!("CARGO_MANIFEST_DIR"))
 }
 
 #[test]

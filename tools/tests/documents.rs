@@ -4,6 +4,7 @@
 //! Headings have the anchors that GitHub gives them. Links to other sites are not followed.
 
 use nvshare_tools::node::TempDir;
+use pulldown_cmark::{Event, Parser, Tag, TagEnd};
 use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,85 +30,26 @@ fn documents_in(folder: &Path, and_below: bool) -> Vec<PathBuf> {
     found
 }
 
-/// The lines of a document that are not in a fenced block.
-fn outside_fences(text: &str) -> String {
-    let mut fence: Option<&str> = None;
-    let mut kept = String::new();
-    for line in text.lines() {
-        let trimmed = line.trim_start();
-        let length = trimmed.len() - trimmed.trim_start_matches(['`', '~']).len();
-        let marker = &trimmed[..length];
-        match fence {
-            Some(open) if marker.starts_with(open) && trimmed.trim_end() == marker => fence = None,
-            Some(_) => {}
-            None if length >= 3 => fence = Some(marker),
-            None => {
-                kept.push_str(line);
-                kept.push('\n');
-            }
-        }
-    }
-    kept
-}
-
-/// The text without what stands between backticks. A span ends in its paragraph.
-fn without_code_spans(text: &str) -> String {
-    let mut kept = String::new();
-    let mut rest = text;
-    while let Some(begin) = rest.find('`') {
-        let (before, span) = rest.split_at(begin);
-        kept.push_str(before);
-        let ticks = span.len() - span.trim_start_matches('`').len();
-        let (mark, after) = span.split_at(ticks);
-        let paragraph = after.find("\n\n").unwrap_or(after.len());
-        // The closing mark has as many backticks as the opening one.
-        let end = after[..paragraph].match_indices(mark).map(|(at, _)| at).find(|at| {
-            let alone = |neighbour: Option<char>| neighbour != Some('`');
-            alone(after[..*at].chars().next_back()) && alone(after[at + ticks..].chars().next())
-        });
-        rest = end.map_or(after, |end| &after[end + ticks..]);
-    }
-    kept + rest
-}
-
-/// What stands before the parenthesis that closes the one before `text`.
-fn until_closed(text: &str) -> Option<&str> {
-    let mut depth = 0;
-    for (at, character) in text.char_indices() {
-        match character {
-            '(' => depth += 1,
-            ')' if depth == 0 => return Some(&text[..at]),
-            ')' => depth -= 1,
-            _ => {}
-        }
-    }
-    None
-}
-
-/// The targets of a document's links and images.
+/// The targets of a document's links and images. A reference that nothing defines is no link; a definition that
+/// nothing refers to counts all the same.
 fn links(text: &str) -> Vec<String> {
-    let prose = without_code_spans(&outside_fences(text));
-    let inline = prose.split("](").skip(1).filter_map(until_closed);
-    let definitions = prose
-        .lines()
-        .filter_map(|line| line.trim_start().strip_prefix('[')?.split_once("]: "))
-        .map(|(_, target)| target);
-    // A title may follow the target.
-    let target =
-        |link: &str| link.split_whitespace().next().map(|word| word.trim_matches(['<', '>']).to_owned());
-    inline.chain(definitions).filter_map(target).collect()
+    let parser = Parser::new(text);
+    let defined: Vec<_> =
+        parser.reference_definitions().iter().map(|(_, link)| link.dest.to_string()).collect();
+    let used = parser.filter_map(|event| match event {
+        Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
+            Some(dest_url.into_string())
+        }
+        _ => None,
+    });
+    used.chain(defined).collect()
 }
 
 /// The anchor that GitHub gives a heading.
 fn anchor(heading: &str) -> String {
-    let mut text = heading.trim().to_owned();
-    // Of a link, its text counts.
-    while let Some(begin) = text.find("](") {
-        let Some(target) = until_closed(&text[begin + 2..]) else { break };
-        let end = begin + 2 + target.len() + 1;
-        text.replace_range(begin..end, "");
-    }
-    text.chars()
+    heading
+        .trim()
+        .chars()
         .filter(|character| character.is_alphanumeric() || matches!(character, ' ' | '-' | '_'))
         .flat_map(char::to_lowercase)
         .map(|character| if character == ' ' { '-' } else { character })
@@ -118,15 +60,24 @@ fn anchor(heading: &str) -> String {
 fn anchors(text: &str) -> HashSet<String> {
     let mut seen: HashMap<String, usize> = HashMap::new();
     let mut all = HashSet::new();
-    for line in outside_fences(text).lines() {
-        let heading = line.trim_start_matches('#');
-        if !(1..=6).contains(&(line.len() - heading.len())) || !heading.starts_with(' ') {
-            continue;
+    let mut heading: Option<String> = None;
+    for event in Parser::new(text) {
+        match event {
+            Event::Start(Tag::Heading { .. }) => heading = Some(String::new()),
+            // Of a link, its text counts.
+            Event::Text(part) | Event::Code(part) => {
+                if let Some(heading) = &mut heading {
+                    heading.push_str(&part);
+                }
+            }
+            Event::End(TagEnd::Heading(_)) => {
+                let plain = anchor(&heading.take().unwrap_or_default());
+                let before = seen.entry(plain.clone()).or_default();
+                all.insert(if *before == 0 { plain } else { format!("{plain}-{before}") });
+                *before += 1;
+            }
+            _ => {}
         }
-        let plain = anchor(heading);
-        let before = seen.entry(plain.clone()).or_default();
-        all.insert(if *before == 0 { plain } else { format!("{plain}-{before}") });
-        *before += 1;
     }
     all
 }
@@ -200,4 +151,26 @@ fn headings_have_the_anchors_of_github() {
         "# A, b: `c_d` - e!\n## Twice\n## Twice\n### [1.0](x.md) Linked\n```text\n# no heading\n```\n#tag\n";
     let expected = ["a-b-c_d---e", "twice", "twice-1", "10-linked"].map(str::to_owned);
     assert_eq!(anchors(text), HashSet::from(expected));
+}
+
+/// Whoever looks for the test of a thing looks in that map.
+#[test]
+fn the_map_of_tests_names_every_file_of_them() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let testing = fs::read_to_string(root.join("docs/testing.md")).unwrap();
+    let (_, map) = testing.split_once("## Where the test of a thing is\n").expect("there is a map");
+    let map = map.split("\n## ").next().unwrap();
+    for folder in
+        ["tests/e2e/tests", "tools/tests", "arbiter/tests", "shim/tests", "loom-tests/tests", "tests"]
+    {
+        let files = fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+        for file in files.filter(|file| file.extension().is_some_and(|extension| extension == "rs")) {
+            let name = file.file_stem().unwrap().to_str().unwrap();
+            let named = [format!("`{name}`"), format!("{folder}/{name}.rs`")];
+            assert!(
+                named.iter().any(|name| map.contains(name)),
+                "docs/testing.md does not name {folder}/{name}.rs"
+            );
+        }
+    }
 }

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use std::path::Path;
 
 fn read(name: &str) -> Scenario {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scenarios");
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/scenarios");
     Scenario::read(&folder.join(name)).unwrap_or_else(|failure| panic!("{}", failure.message))
 }
 
@@ -121,7 +121,7 @@ fn the_picture_in_the_documentation_is_of_this_policy() {
     let scenario = read("four-jobs.toml");
     let drawn = picture::draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
     let stands = include_str!("../../docs/four-jobs.svg");
-    assert!(drawn == stands, "nvshare sim scenarios/four-jobs.toml --svg docs/four-jobs.svg");
+    assert!(drawn == stands, "nvshare sim examples/scenarios/four-jobs.toml --svg docs/four-jobs.svg");
 }
 
 fn small(extra: &str, clients: &str) -> String {

@@ -143,7 +143,7 @@ fn clients(dir: &Path) -> Vec<Client> {
     status::read(dir).unwrap().gpus.remove(0).clients
 }
 
-/// Without nvshare: what the simulated driver lacks shows here.
+/// Without nvshare: what the simulated GPU's driver lacks shows here.
 fn runs_on_the_simulated_gpu(kind: Kind) {
     let gpu = gpu();
     let mut program = Running::start(kind, &kind.command(1), gpu.environment(&[]));
@@ -161,7 +161,7 @@ fn cuda_bindings_runs_on_the_simulated_gpu() {
     runs_on_the_simulated_gpu(Kind::CudaBindings);
 }
 
-/// cuda-bindings gets its entry points from cuGetProcAddress. Were the simulated driver's own functions found by their
+/// cuda-bindings gets its entry points from cuGetProcAddress. Were the simulated GPU's own functions found by their
 /// names, it would find the preloaded shim's and give those out, and the shim's part in this would not be tested.
 #[test]
 fn the_simulated_driver_gives_out_its_own_functions() {

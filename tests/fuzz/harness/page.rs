@@ -2,7 +2,7 @@
 //!
 //! A step is ten bytes, `what`, `whom` and a 64-bit value, and nothing a fuzzer changes in one step moves
 //! another: cutting, repeating and exchanging steps are the mutations that find something here. That is
-//! why the bytes are cut up by hand and not by a crate; and so `tests/replay.rs` can run the same
+//! why the bytes are cut up by hand and not by a crate; and so `tests/fuzz_inputs.rs` can run the same
 //! sequences under a stable compiler without one.
 //!
 //! As long as no step has lied, the books must balance after every step, to the granule. After a lie the

@@ -129,7 +129,7 @@ pub fn this_thread() -> usize {
     NUMBER.with(|&number| number)
 }
 
-/// Locks, also after a thread panicked while it held the lock: the data is only a simulation's.
+/// Locks, also after a thread panicked while it held the lock: the data is only the simulated GPU's.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

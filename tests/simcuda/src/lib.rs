@@ -1,4 +1,4 @@
-//! A simulated CUDA driver, to be loaded as `libcuda.so.1` on machines without a GPU.
+//! The simulated GPU's CUDA driver, to be loaded as `libcuda.so.1` on machines without a GPU.
 //!
 //! It is a test double: what it says about time follows from configured rates, not from any GPU. What it is strict
 //! about is memory. Bytes are real, so lost or mixed-up data is seen; capacity is shared by all processes of the

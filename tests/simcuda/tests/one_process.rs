@@ -1,4 +1,4 @@
-//! What one process sees of the simulated driver. Every test runs in a process of its own on a machine of its own.
+//! What one process sees of the simulated GPU's driver. Every test runs in a process of its own on a machine of its own.
 
 mod common;
 

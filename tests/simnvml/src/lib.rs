@@ -1,6 +1,6 @@
-//! A simulated NVML, to be loaded as `libnvidia-ml.so.1` on machines without a GPU.
+//! The simulated GPU's NVML, to be loaded as `libnvidia-ml.so.1` on machines without a GPU.
 //!
-//! It reads the segment that the simulated driver's processes share (see [`simstate`]) and shows memory, processes and
+//! It reads the segment that the simulated GPU's processes share (see [`simstate`]) and shows memory, processes and
 //! load as they are there. It belongs to no GPU's processes itself: looking costs nothing. What isn't simulated (power,
 //! temperature, clocks) has plausible constants where monitors insist on a number, and is otherwise absent.
 //!

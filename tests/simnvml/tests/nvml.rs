@@ -1,4 +1,4 @@
-//! What the simulated NVML shows of memory that a process uses, through the library as programs load it.
+//! What the simulated GPU's NVML shows of memory that a process uses, through the library as programs load it.
 
 use std::ffi::CStr;
 use std::path::PathBuf;

@@ -13,7 +13,7 @@
 //! | `NVSHARE_SIM_COMPILE_NS` | how long the driver's compiler takes for PTX text | 0 |
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
-//! | `NVSHARE_SIM_NVML_PIDS` | how the simulated NVML shows processes: `own`; `other`: as from a container, by pids of another namespace; `none`: not at all | own |
+//! | `NVSHARE_SIM_NVML_PIDS` | how the simulated GPU's NVML shows processes: `own`; `other`: as from a container, by pids of another namespace; `none`: not at all | own |
 //! | `NVSHARE_SIM_WATCH` | 1: a call that submits work while memory is out is an illegal access | 0 |
 //! | `NVSHARE_SIM_FAIL` | `name:count[:error],...`: the next calls of a driver function fail | none |
 //!

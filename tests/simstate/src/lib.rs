@@ -1,6 +1,6 @@
 //! What the processes on a simulated GPU share.
 //!
-//! The simulated driver (`simcuda`) and the simulated NVML (`simnvml`) run inside many processes that have nothing in
+//! The simulated GPU's driver (`simcuda`) and NVML (`simnvml`) run inside many processes that have nothing in
 //! common but a segment of POSIX shared memory, `/dev/shm/$NVSHARE_SIM_NAME`. In it are, for every GPU, a row per
 //! process with the memory that it uses ([`ledger`]), the allocations that several hold ([`shared`]), the timelines of the compute engine and the two copy engines
 //! ([`time`]) and the event counters that tests read ([`counters`]).

@@ -41,8 +41,8 @@ pub enum AttachError {
         /// The segment's name.
         name: String,
     },
-    /// Another build of the simulator made it.
-    #[error("/dev/shm/{name} is of another build of the simulator (layout {has}, not {wanted}); remove it", wanted = LAYOUT_VERSION)]
+    /// Another build of the simulated GPU made it.
+    #[error("/dev/shm/{name} is of another build of the simulated GPU (layout {has}, not {wanted}); remove it", wanted = LAYOUT_VERSION)]
     Layout {
         /// The segment's layout.
         has: u64,

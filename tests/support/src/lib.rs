@@ -77,11 +77,11 @@ impl Dice {
     }
 }
 
-/// A program of `tests/programs/NAME.c`, built with the C compiler against the simulated driver; where it is. Built anew
+/// A program of `tests/programs/NAME.c`, built with the C compiler against the simulated GPU's driver; where it is. Built anew
 /// when its source or the header is newer.
 ///
 /// # Panics
-/// It cannot be built; the message is the compiler's. The simulated driver must have been built before:
+/// It cannot be built; the message is the compiler's. The simulated GPU's driver must have been built before:
 /// `cargo build --workspace`, with the profile of the test.
 pub fn program(name: &str) -> PathBuf {
     built(name, name, &[])

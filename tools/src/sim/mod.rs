@@ -5,12 +5,12 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`scenario`], [`amount`] | the file |
-//! | [`chance`], [`task`] | what clients do, and when they come |
-//! | [`gpu`] | a GPU under nvshare: the snapshot, the phases, the link |
-//! | [`paging`] | a GPU under the C nvshare: turns, and pages that the driver moves |
+//! | [`scenario`], `amount` | the file |
+//! | `chance`, `task` | what clients do, and when they come |
+//! | `gpu` | a GPU under nvshare: the snapshot, the phases, the link |
+//! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
-//! | [`tally`], [`report`], [`picture`] | what is counted, and how it is told |
+//! | `tally`, [`report`], [`picture`] | what is counted, and how it is told |
 
 mod amount;
 mod chance;
@@ -34,8 +34,8 @@ pub use tally::State;
 /// Options of `nvshare sim`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  nvshare sim scenarios/field-report-nvshare.toml --svg timeline.svg
-  nvshare sim scenarios/vgpus.toml --seed 7 --json - | jq .fairness
+  nvshare sim examples/scenarios/field-report-nvshare.toml --svg timeline.svg
+  nvshare sim examples/scenarios/vgpus.toml --seed 7 --json - | jq .fairness
 
 docs/simulator.md describes what is modelled, the file and the results.")]
 pub struct Options {

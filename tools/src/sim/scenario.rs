@@ -351,7 +351,7 @@ fn chunk() -> Size {
 }
 
 fn idle_release() -> Time {
-    // Measured of the C nvshare at 1a8f211 (DESIGN section 2).
+    // Measured of the C nvshare at 1a8f211 (docs/driver-facts.md).
     Time(5 * nvshare::units::SECOND)
 }
 

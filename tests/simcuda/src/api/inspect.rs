@@ -1,4 +1,4 @@
-//! What tests ask the simulator itself.
+//! What tests ask the simulated GPU itself.
 
 use std::ffi::{c_int, c_uint};
 

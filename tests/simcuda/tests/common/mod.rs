@@ -1,4 +1,4 @@
-//! A small program against the simulated driver, loaded as programs load it, and the means to run scenarios in
+//! A small program against the simulated GPU's driver, loaded as programs load it, and the means to run scenarios in
 //! processes of their own: a scenario starts this very test again with a machine of its own in the environment.
 
 // Every test file uses its own part of it.
