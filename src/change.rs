@@ -5,11 +5,11 @@
 //! one in its slot.
 
 use crate::fair::MAX_WEIGHT;
-use crate::page::{LAYOUT_VERSION, SlotIndex};
+use crate::page::LAYOUT_VERSION;
 use crate::presence::{ATTACH_MAGIC, Attach};
 use crate::register::{self, Hello, RegisterError, Reply, Status, TALK_MAGICS};
 use crate::shares::{MemoryLimit, Priority, Shares};
-use crate::snapshot::Owner;
+use crate::slot::{Owner, SlotIndex};
 use crate::units::GpuUuid;
 use bytemuck::{Pod, Zeroable};
 use std::path::Path;

@@ -26,10 +26,10 @@
 
 use crate::account::Free;
 use crate::fair;
-use crate::lock::SlotSet;
-use crate::page::{Direction, Page, Phase, SlotIndex, Stall};
+use crate::page::{Direction, Page, Phase, Stall};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
+use crate::slot::{SlotIndex, SlotSet};
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
@@ -806,9 +806,9 @@ impl<P: Deref<Target = Page>> Runtime for Bookkeeper<P> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use crate::audit::Process;
     use crate::page::{Quantum, Settings};
     use crate::shares::Shares;
+    use crate::slot::Process;
 
     type Shared = std::sync::Arc<Page>;
 

@@ -5,6 +5,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`page`] | the control page: one per GPU, mapped by everyone |
+//! | [`slot`] | the slots of a page, sets of them, and who owns one |
 //! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
@@ -40,6 +41,7 @@ pub mod placement;
 pub mod policy;
 pub mod pool;
 pub mod shares;
+pub mod slot;
 pub mod snapshot;
 pub mod sync;
 pub mod units;
@@ -64,5 +66,6 @@ pub mod sealed;
 pub mod standard_error;
 
 pub use client::{Books, Client, Fill, Runtime};
-pub use page::{Page, Phase, SlotIndex};
+pub use page::{Page, Phase};
+pub use slot::SlotIndex;
 pub use units::{GRANULE, GpuUuid, Granules, Nanos};

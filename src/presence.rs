@@ -17,9 +17,9 @@
 //! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
 
 use crate::client::Truth;
-use crate::page::{LAYOUT_VERSION, SlotIndex};
+use crate::page::LAYOUT_VERSION;
 use crate::register::{self, Answer, Registration, Reply, Said, Status};
-use crate::snapshot::Owner;
+use crate::slot::{Owner, SlotIndex};
 use crate::units::GpuUuid;
 use bytemuck::{Pod, Zeroable};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

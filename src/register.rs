@@ -25,9 +25,10 @@
 use crate::change::CHANGE_MAGIC;
 use crate::client::{NOT_TOLD, Truth};
 use crate::map::{MapError, MappedPage};
-use crate::page::{LAYOUT_VERSION, NAME_BYTES, SlotIndex};
+use crate::page::{LAYOUT_VERSION, NAME_BYTES};
 use crate::presence::{self, ATTACH_MAGIC, Presence};
 use crate::shares::{Priority, Shares};
+use crate::slot::SlotIndex;
 use crate::sync::now;
 use crate::units::{GpuUuid, Nanos, format_nanos};
 use crate::{runtime_dir, sealed};

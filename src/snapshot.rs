@@ -5,9 +5,9 @@
 //! on the way in, so the policy may add what it finds without overflow.
 
 use crate::account::Operation;
-use crate::lock::SlotSet;
-use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex, Stall};
+use crate::page::{Direction, Page, Phase, Settings, Stall};
 use crate::shares::{Priority, Shares};
+use crate::slot::{Owner, SLOTS, SlotIndex, SlotSet};
 use crate::sync::Ordering;
 use crate::units::{Granules, MAX_GRANULES, Nanos};
 
@@ -193,27 +193,6 @@ impl Page {
             .collect();
         // A name comes from a stranger and ends up on somebody's terminal.
         String::from_utf8_lossy(&bytes).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
-    }
-}
-
-/// Whose slot it is. One word in the page, so that a slot changes hands at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Owner {
-    /// How many owners the slot has had.
-    pub generation: u32,
-    /// The process, as the arbiter sees it; 0 for nobody.
-    pub pid: u32,
-}
-
-impl From<u64> for Owner {
-    fn from(word: u64) -> Self {
-        Self { generation: (word >> 32) as u32, pid: word as u32 }
-    }
-}
-
-impl From<Owner> for u64 {
-    fn from(owner: Owner) -> Self {
-        u64::from(owner.generation) << 32 | u64::from(owner.pid)
     }
 }
 

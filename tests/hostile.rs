@@ -2,14 +2,13 @@
 
 use nvshare::client::{Bookkeeper, Next, NoMemory};
 use nvshare::map::{MapError, MappedPage, scribble};
-use nvshare::page::{
-    LAYOUT_VERSION, PAGE_BYTES, PageError, Phase, Quantum, SLOTS, Settings, Slot, SlotIndex,
-};
+use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES, PageError, Phase, Quantum, Settings, Slot};
 use nvshare::register::{self, Hello, RegisterError, Reply, Status};
+use nvshare::slot::{SLOTS, SlotIndex};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, MILLISECOND};
 use nvshare::{Client, Page};
-use nvshare::{audit::Process, policy};
+use nvshare::{policy, slot::Process};
 use proptest::prelude::*;
 use std::fs::File;
 use std::mem::offset_of;

@@ -1,7 +1,7 @@
 //! Who a client is, and whether it lives: pidfds, and start times against pids that are used again.
 
 use nix::errno::Errno;
-use nvshare::audit::Process;
+use nvshare::slot::Process;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 

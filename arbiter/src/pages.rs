@@ -7,9 +7,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, SockFlag, accept4};
 use nvshare::audit::Audit;
 use nvshare::map::{self, MapError, MappedPage};
-use nvshare::page::{Page, Settings, SlotIndex};
+use nvshare::page::{Page, Settings};
 use nvshare::record::{Record, RecordError};
 use nvshare::register::receive;
+use nvshare::slot::SlotIndex;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{paths, sealed};
@@ -254,7 +255,7 @@ fn move_aside(path: &Path) -> io::Result<()> {
 }
 
 fn slots() -> impl Iterator<Item = SlotIndex> {
-    (0..nvshare::page::SLOTS).filter_map(SlotIndex::new)
+    (0..nvshare::slot::SLOTS).filter_map(SlotIndex::new)
 }
 
 /// Takes over a page with its clients: reaps those that died meanwhile, and audits.

@@ -11,7 +11,8 @@
 use crate::server::UNSEEN;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enums::device::UsedGpuMemory;
-use nvshare::page::{Page, Phase, SlotIndex};
+use nvshare::page::{Page, Phase};
+use nvshare::slot::SlotIndex;
 use nvshare::units::{GRANULE, GpuUuid, Granules, granules_for};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -418,7 +419,7 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nvshare::audit::Process;
+    use nvshare::slot::Process;
     use proptest::prelude::*;
     use std::cell::RefCell;
 

@@ -18,14 +18,13 @@ use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen,
     socket, sockopt,
 };
-use nvshare::audit::Process;
 use nvshare::change::{Change, Edit, Message};
 use nvshare::client::NOT_TOLD;
-use nvshare::lock::SlotSet;
 use nvshare::log_limit::LogLimit;
-use nvshare::page::{Phase, SLOTS, SlotIndex, Stall};
+use nvshare::page::{Phase, Stall};
 use nvshare::presence::{Attach, Told};
 use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
+use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in};
 use nvshare::{paths, policy, snapshot::Snapshot};

@@ -3,8 +3,9 @@
 //! The clients say so themselves ([`nvshare::Books::stalled`]), and go on trying. Nothing follows from it here: a client
 //! that claims it falsely gets a line in the log.
 
-use nvshare::page::{Page, SlotIndex, Stall};
-use nvshare::snapshot::{Details, Owner};
+use nvshare::page::{Page, Stall};
+use nvshare::slot::{Owner, SlotIndex};
+use nvshare::snapshot::Details;
 use nvshare::units::{GpuUuid, Nanos, format_nanos};
 use std::collections::HashMap;
 
@@ -25,7 +26,7 @@ struct Reported {
 impl Stalls {
     /// Looks at one GPU's clients, by its index, and logs what has lasted for longer than `bound`, and what has ended.
     pub fn look(&mut self, index: usize, gpu: GpuUuid, page: &Page, bound: Nanos, time: Nanos) {
-        for slot in (0..nvshare::page::SLOTS).filter_map(SlotIndex::new) {
+        for slot in (0..nvshare::slot::SLOTS).filter_map(SlotIndex::new) {
             let details = page.details(slot);
             if let Some(over) = self.ended(index, slot, details.as_ref()) {
                 tracing::info!(
@@ -88,7 +89,7 @@ impl Stalls {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nvshare::audit::Process;
+    use nvshare::slot::Process;
     use nvshare::units::SECOND;
     use nvshare::{Client, sync};
     use std::sync::Arc;

@@ -467,7 +467,7 @@ fn a_slot_stays_its_owners_whatever_stands_in_the_page() {
     assert_eq!(page.owner(client.slot).unwrap().pid, 1);
     // A change of shares is for whom the arbiter has registered, and nobody who has its pid in the page.
     let edit = Edit { weight: Some(7), ..Edit::default() };
-    let forged = nvshare::snapshot::Owner { pid: 1, ..owner };
+    let forged = nvshare::slot::Owner { pid: 1, ..owner };
     let ask = |owner| {
         change::change(&arbiter.socket(), &Change::new(gpu(), client.slot, owner, edit), PATIENCE.duration())
     };
@@ -532,7 +532,7 @@ fn one_user_cannot_take_all_slots_and_is_told_so() {
     // Others are not bound by what that user has, and root by nothing.
     let mut other = process(OTHER, "slots", &arbiter.dir.0).spawn().unwrap();
     assert!(said(&mut other).starts_with("3 "));
-    let own: Vec<_> = (0..nvshare::page::SLOTS - 6).map(|_| arbiter.register()).collect();
+    let own: Vec<_> = (0..nvshare::slot::SLOTS - 6).map(|_| arbiter.register()).collect();
     for mut child in [greedy, other] {
         drop(child.stdin.take());
         assert!(child.wait().unwrap().success());

@@ -1,11 +1,11 @@
 //! The arbiter as a process: what good and bad input gets.
 
 use nvshare::change::{Change, Edit};
-use nvshare::page::{LAYOUT_VERSION, SLOTS};
+use nvshare::page::LAYOUT_VERSION;
 use nvshare::paths;
 use nvshare::register::{self, Hello, RegisterError, Status};
 use nvshare::shares::{MemoryLimit, Priority, Shares};
-use nvshare::snapshot::Owner;
+use nvshare::slot::{Owner, SLOTS};
 use nvshare::units::GpuUuid;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;

@@ -5,8 +5,8 @@
 use crate::Failure;
 use crate::{complain, say};
 use nvshare::change::{self, Change, Edit};
-use nvshare::page::{SLOTS, SlotIndex};
 use nvshare::shares::{MemoryLimit, Priority};
+use nvshare::slot::{SLOTS, SlotIndex};
 use nvshare::snapshot::Details;
 use nvshare::units::GpuUuid;
 use nvshare::{paths, record};

@@ -4,7 +4,7 @@
 mod application;
 
 use application::{Application, MIB, SUCCESS, gpu, node};
-use nvshare::page::SlotIndex;
+use nvshare::slot::SlotIndex;
 use nvshare::snapshot::Snapshot;
 use nvshare::{policy, record};
 use nvshare_test_support::Patience;

@@ -3,9 +3,10 @@
 
 use nvshare::change::{CHANGE_MAGIC, Change, Edit, Message};
 use nvshare::fair::MAX_WEIGHT;
-use nvshare::page::{LAYOUT_VERSION, SlotIndex};
+use nvshare::page::LAYOUT_VERSION;
 use nvshare::presence::{ATTACH_MAGIC, Attach};
 use nvshare::register::{Hello, LOOK_MAGIC, Reply, Status, WIRE_MAGIC, Wish};
+use nvshare::slot::SlotIndex;
 use nvshare::units::GpuUuid;
 
 /// Reads the bytes as either side does. The first one says whether they are read as they are, or with the

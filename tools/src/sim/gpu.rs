@@ -10,10 +10,10 @@ use super::scenario::Scenario;
 use super::tally::{GpuTally, State, Tally};
 use super::task::{Job, Task};
 use nvshare::fair;
-use nvshare::lock::SlotSet;
-use nvshare::page::{Phase, SLOTS, Settings, SlotIndex};
+use nvshare::page::{Phase, Settings};
 use nvshare::placement::Load;
 use nvshare::policy;
+use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
 use nvshare::units::{Granules, Nanos, bytes_of, granules_for, granules_in};
 
