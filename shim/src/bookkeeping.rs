@@ -5,7 +5,7 @@ use crate::abi::CUcontext;
 use crate::hostpool::{HostPool, HostPoolError};
 use crate::memory::{Backing, Freed, HostCopy, InUse, Memory};
 use nix::time::{ClockId, clock_gettime};
-use nvshare::audit::Process;
+use nvshare::slot::Process;
 use nvshare::units::{GRANULE, GpuUuid, Granules, Nanos, SECOND};
 use nvshare::{Client, Page};
 use std::sync::Arc;

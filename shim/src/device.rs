@@ -10,10 +10,10 @@ use crate::swap::SwapError;
 use crate::together;
 use crate::truth::Figures;
 use nvshare::Books;
-use nvshare::lock::SlotSet;
 use nvshare::map::MappedPage;
 use nvshare::policy;
 use nvshare::shares::MemoryLimit;
+use nvshare::slot::SlotSet;
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{

@@ -15,12 +15,12 @@ use crate::abi::CUdevice;
 use crate::driver::Driver;
 use crate::session;
 use crate::settings::settings;
-use nvshare::lock::SlotSet;
 use nvshare::map::MappedPage;
-use nvshare::page::SlotIndex;
 use nvshare::paths;
 use nvshare::register::{self, RegisterError};
 use nvshare::shares::MemoryLimit;
+use nvshare::slot::SlotIndex;
+use nvshare::slot::SlotSet;
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, Granules, Nanos, SECOND, bytes_of};
@@ -147,7 +147,7 @@ fn forget_those_of_others(seen: &mut Vec<Seen>, pid: u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nvshare::audit::Process;
+    use nvshare::slot::Process;
     use nvshare::units::GRANULE;
     use nvshare::{Client, Page};
 
