@@ -13,6 +13,8 @@
 //! | [`placement`] | which GPU a new client gets |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
+//! | [`wire`], [`scm_rights`] | the messages to and from the arbiter, and descriptors that travel with one |
+//! | [`text`] | text of strangers, made fit to be shown |
 //! | [`register`] | how a process gets its slot and the page's descriptor |
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`sealed`], [`record`] | the memory that a page is in, and what one arbiter writes down for the next |
@@ -44,10 +46,13 @@ pub mod shares;
 pub mod slot;
 pub mod snapshot;
 pub mod sync;
+pub mod text;
 pub mod units;
 
 #[cfg(not(loom))]
 pub mod change;
+#[cfg(not(loom))]
+mod connection;
 #[cfg(not(loom))]
 pub mod map;
 #[cfg(not(loom))]
@@ -61,9 +66,13 @@ pub mod register;
 #[cfg(not(loom))]
 pub mod runtime_dir;
 #[cfg(not(loom))]
+pub mod scm_rights;
+#[cfg(not(loom))]
 pub mod sealed;
 #[cfg(not(loom))]
 pub mod standard_error;
+#[cfg(not(loom))]
+pub mod wire;
 
 pub use client::{Books, Client, Fill, Runtime};
 pub use page::{Page, Phase};

@@ -14,7 +14,7 @@ use nix::sys::socket::{
     listen, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nvshare::register;
+use nvshare::scm_rights;
 use nvshare::units::GpuUuid;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -94,7 +94,7 @@ impl Claim {
         {
             // SAFETY: accept4 has just made this descriptor, and nobody else knows it.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            let _ = register::send(fd.as_fd(), dir.as_os_str().as_encoded_bytes(), &[]);
+            let _ = scm_rights::send(fd.as_fd(), dir.as_os_str().as_encoded_bytes(), &[]);
         }
     }
 }
@@ -119,9 +119,8 @@ fn holder(gpu: GpuUuid) -> Holder {
     let Ok(fd) = ask() else { return holder };
     holder.process =
         getsockopt(&fd, sockopt::PeerCredentials).ok().map(|holder| (holder.pid(), holder.uid()));
-    if let Ok((bytes, _)) = register::receive(fd.as_fd(), 4096, MsgFlags::empty()) {
-        let text = String::from_utf8_lossy(&bytes);
-        holder.dir = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    if let Ok((bytes, _)) = scm_rights::receive(fd.as_fd(), 4096, MsgFlags::empty()) {
+        holder.dir = nvshare::text::printable(&bytes);
     }
     holder
 }

@@ -9,7 +9,7 @@ use nvshare::audit::Audit;
 use nvshare::map::{self, MapError, MappedPage};
 use nvshare::page::{Page, Settings};
 use nvshare::record::{Record, RecordError};
-use nvshare::register::receive;
+use nvshare::scm_rights::receive;
 use nvshare::slot::SlotIndex;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};

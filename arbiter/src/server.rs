@@ -18,15 +18,14 @@ use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen,
     socket, sockopt,
 };
-use nvshare::change::{Change, Edit, Message};
 use nvshare::client::NOT_TOLD;
 use nvshare::log_limit::LogLimit;
 use nvshare::page::{Phase, Stall};
-use nvshare::presence::{Attach, Told};
-use nvshare::register::{Hello, Reply, Status, Wish, receive, send};
+use nvshare::scm_rights::{receive, send};
 use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size, granules_in};
+use nvshare::wire::{Attach, Change, Hello, Message, Reply, RequestKind, SharesUpdate, Status, Told};
 use nvshare::{paths, policy, snapshot::Snapshot};
 use std::cell::OnceCell;
 use std::collections::{HashMap, HashSet};
@@ -713,16 +712,16 @@ impl Server {
         let index = self.index_of(wanted)?;
         let Served { file, read_only, .. } = &self.gpus[index];
         // Whoever has no slot has nothing to write.
-        let page = if hello.wish() == Wish::Slot { file } else { read_only };
+        let page = if hello.request_kind() == RequestKind::Slot { file } else { read_only };
         let page = page.as_fd().try_clone_to_owned().map_err(|error| {
             Reply::refuse(Status::Refused, &format!("the arbiter has no descriptor left: {error}"))
         })?;
-        match hello.wish() {
-            Wish::Slot => {
+        match hello.request_kind() {
+            RequestKind::Slot => {
                 let (slot, client, life) = self.register(peer, hello, index)?;
                 Ok(Answer { reply: Reply::welcome(slot), sent: vec![page, life], client: Some(client) })
             }
-            Wish::Look => {
+            RequestKind::Look => {
                 tracing::debug!(gpu = %wanted, "somebody looks at its page");
                 Ok(Answer { reply: Reply::shown(), sent: vec![page], client: None })
             }
@@ -791,7 +790,13 @@ impl Server {
     }
 
     /// Changes a client's shares, for whoever may.
-    fn change(&self, peer: Peer, change: &Change, slot: SlotIndex, edit: Edit) -> Result<Reply, Box<Reply>> {
+    fn change(
+        &self,
+        peer: Peer,
+        change: &Change,
+        slot: SlotIndex,
+        edit: SharesUpdate,
+    ) -> Result<Reply, Box<Reply>> {
         let index = self.index_of(GpuUuid(change.gpu))?;
         let Served { page, gpu, .. } = &self.gpus[index];
         let asker = peer.user;

@@ -5,7 +5,7 @@
 
 use nvshare::page::{Page, Stall};
 use nvshare::slot::{Owner, SlotIndex};
-use nvshare::snapshot::Details;
+use nvshare::snapshot::ClientInfo;
 use nvshare::units::{GpuUuid, Nanos, format_nanos};
 use std::collections::HashMap;
 
@@ -57,9 +57,9 @@ impl Stalls {
     }
 
     /// The stall that was reported of a slot, if it is over.
-    fn ended(&mut self, index: usize, slot: SlotIndex, details: Option<&Details>) -> Option<Reported> {
+    fn ended(&mut self, index: usize, slot: SlotIndex, details: Option<&ClientInfo>) -> Option<Reported> {
         let reported = self.reported.get(&(index, slot))?;
-        let lasts = |details: &&Details| details.stall != Stall::None && details.owner == reported.owner;
+        let lasts = |details: &&ClientInfo| details.stall != Stall::None && details.owner == reported.owner;
         if details.filter(lasts).is_some() {
             return None;
         }
@@ -70,10 +70,10 @@ impl Stalls {
     fn begun(
         &mut self,
         index: usize,
-        details: Details,
+        details: ClientInfo,
         bound: Nanos,
         time: Nanos,
-    ) -> Option<(Details, Nanos)> {
+    ) -> Option<(ClientInfo, Nanos)> {
         let lasted = details.stalled_for(time).filter(|lasted| *lasted >= bound)?;
         let key = (index, details.slot);
         if self.reported.contains_key(&key) {
