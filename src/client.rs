@@ -30,6 +30,7 @@ use crate::page::{Direction, Page, Phase, Stall};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
 use crate::slot::{SlotIndex, SlotSet};
+use crate::step::{Action, Facts, step};
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, futex_wait_low, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
@@ -380,8 +381,8 @@ pub struct Client<P> {
     undrained: bool,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
-    /// The weight and the priority that its deadline was reckoned with.
-    reckoned: (u32, Priority),
+    /// The weight and the priority that its deadline was computed from.
+    deadline_shares: (u32, Priority),
     /// Since when it leaves it to others' spare granules to make the room that it is asked for, ns.
     left_to_spares: Option<Nanos>,
 }
@@ -402,7 +403,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             phase: Phase::Idle,
             undrained: false,
             decided: 0,
-            reckoned: (0, Priority::default()),
+            deadline_shares: (0, Priority::default()),
             left_to_spares: None,
         }
     }
@@ -452,13 +453,19 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
         own.ticket.store(ticket, Ordering::Relaxed);
         own.wait_since.store(time, Ordering::Relaxed);
-        self.reckon();
+        self.compute_deadline();
+    }
+
+    /// Whether it waits, and its shares are not those that its deadline was computed from any more.
+    fn shares_changed(&self) -> bool {
+        self.phase == Phase::Waiting
+            && self.page().weight_and_priority(self.books.slot) != self.deadline_shares
     }
 
     /// Says when it should have its slice, by its present shares, from when it began to wait. So nobody gains by having
     /// them changed again and again.
-    fn reckon(&mut self) {
-        self.reckoned = self.page().weight_and_priority(self.books.slot);
+    fn compute_deadline(&mut self) {
+        self.deadline_shares = self.page().weight_and_priority(self.books.slot);
         let own = self.own();
         let since = own.wait_since.load(Ordering::Relaxed);
         let deadline = policy::deadline(&self.look(), self.books.slot, since);
@@ -495,40 +502,31 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let (mut evicts, mut prefetches) = (true, true);
         loop {
             let seen = self.page().doorbell(self.books.slot);
-            let admitted = self.books.admitted();
-            match self.phase {
-                Phase::Waiting if admitted => {
-                    self.enter(Phase::Filling);
-                }
-                // It runs; or it grew, and what it has must not go out before the work that uses it is done.
-                Phase::Running | Phase::Filling if !admitted && self.has_work() => {
-                    return Ok(Next::Yield);
-                }
-                Phase::Filling if !admitted => {
-                    self.enter(Phase::Waiting);
-                }
-                Phase::Filling => {
+            let facts = Facts { admitted: self.books.admitted(), in_flight: self.undrained };
+            match step(self.phase, facts) {
+                Action::StartFilling => self.enter(Phase::Filling),
+                Action::Yield => return Ok(Next::Yield),
+                Action::Queue => self.enter(Phase::Waiting),
+                Action::Fill => {
                     if runtime.fill()? == Fill::Complete && self.books.admitted() {
                         self.begin_running();
                         return Ok(Next::Open);
                     }
                     // Recalled: the loop sees it. Or more was asked for meanwhile: fill again.
                 }
-                Phase::Running => match self.look_ahead() {
+                Action::Run => match self.look_ahead() {
                     Some(due) if due <= now() => self.end_of_slice(),
                     until => return Ok(Next::Sleep { seen, until }),
                 },
-                Phase::Idle if admitted => {
-                    // A decision that had not seen the release, or a page that lies about the phase. Say
-                    // it again and decide: the bit goes.
+                Action::GiveUpBit => {
                     self.enter(Phase::Idle);
                     self.page().decide();
                 }
-                Phase::Waiting if self.page().weight_and_priority(self.books.slot) != self.reckoned => {
-                    self.reckon();
+                Action::Serve if self.shares_changed() => {
+                    self.compute_deadline();
                     self.page().decide();
                 }
-                Phase::Idle | Phase::Waiting => {
+                Action::Serve => {
                     let snapshot = self.look();
                     let share = policy::evict_share(&snapshot, self.books.slot);
                     if let Some(until) = self.leaves_it_to_spares(&snapshot, share) {
@@ -566,7 +564,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         }
                     }
                 }
-                Phase::Draining | Phase::Leaving => return Ok(Next::Sleep { seen, until: None }),
+                Action::AwaitDrain | Action::AwaitEnd => return Ok(Next::Sleep { seen, until: None }),
             }
         }
     }

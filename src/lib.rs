@@ -11,6 +11,7 @@
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
 //! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
 //! | [`placement`] | which GPU a new client gets |
+//! | [`step`] | what a client in a phase does next: a pure function, and the table of phases |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
 //! | [`wire`], [`scm_rights`] | the messages to and from the arbiter, and descriptors that travel with one |
@@ -45,6 +46,7 @@ pub mod pool;
 pub mod shares;
 pub mod slot;
 pub mod snapshot;
+pub mod step;
 pub mod sync;
 pub mod text;
 pub mod units;

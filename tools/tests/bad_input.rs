@@ -10,7 +10,6 @@ use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, Uni
 use nix::sys::socket::{accept4, bind, listen, recv, socket};
 use nvshare::map::{self, MappedPage, scribble};
 use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES};
-use nvshare::register;
 use nvshare::scm_rights;
 use nvshare::sealed;
 use nvshare::slot::{SLOTS, SlotIndex};
