@@ -12,6 +12,7 @@
 //! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
 //! | [`placement`] | which GPU a new client gets |
 //! | [`step`] | what a client in a phase does next: a pure function, and the table of phases |
+//! | [`books`] | what a client has and asks for, usable from every thread of its process |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
 //! | [`wire`], [`scm_rights`] | the messages to and from the arbiter, and descriptors that travel with one |
@@ -35,6 +36,7 @@
 
 pub mod account;
 pub mod audit;
+pub mod books;
 pub mod client;
 pub mod fair;
 pub mod lock;
@@ -76,7 +78,8 @@ pub mod standard_error;
 #[cfg(not(loom))]
 pub mod wire;
 
-pub use client::{Books, Client, Fill, Runtime};
+pub use books::{Books, Fill};
+pub use client::{Client, Runtime};
 pub use page::{Page, Phase};
 pub use slot::SlotIndex;
 pub use units::{GRANULE, GpuUuid, Granules, Nanos};

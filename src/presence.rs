@@ -16,7 +16,7 @@
 //! When the connection ends and the arbiter has not said [`Status::Closed`], the arbiter has ended: the thread asks for
 //! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
 
-use crate::client::Truth;
+use crate::books::Truth;
 use crate::connection::{self, Answer, RegisterError, Response};
 use crate::map::MappedPage;
 use crate::scm_rights;

@@ -22,7 +22,7 @@
 //! With the slot comes a second descriptor, the slot's life file. Whoever registers keeps it and the connection for as
 //! long as the process lives and runs the same program ([`crate::presence`]): that is how the arbiter knows.
 
-use crate::client::{NOT_TOLD, Truth};
+use crate::books::{NOT_TOLD, Truth};
 use crate::connection::{Answer, DIAL_AGAIN, has_ended, talk};
 use crate::map::MappedPage;
 use crate::presence::{self, Presence};

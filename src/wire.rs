@@ -525,7 +525,7 @@ impl Attach {
 pub struct Told {
     magic: u64,
     layout_version: u32,
-    /// A [`crate::Phase`], or `u32::MAX` if the process does not say (`crate::client::NOT_TOLD`).
+    /// A [`crate::Phase`], or `u32::MAX` if the process does not say (`crate::books::NOT_TOLD`).
     pub phase: u32,
 }
 

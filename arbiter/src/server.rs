@@ -18,7 +18,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, getsockopt, listen,
     socket, sockopt,
 };
-use nvshare::client::NOT_TOLD;
+use nvshare::books::NOT_TOLD;
 use nvshare::log_limit::LogLimit;
 use nvshare::page::{Phase, Stall};
 use nvshare::scm_rights::{receive, send};

@@ -4,7 +4,7 @@
 use loom::thread;
 use loom_tests::{Shared, check};
 use nvshare::audit::Audit;
-use nvshare::client::Books;
+use nvshare::books::Books;
 use nvshare::slot::Process;
 use nvshare::{Client, SlotIndex};
 
