@@ -16,7 +16,7 @@
 //! compare-and-swap would have to sleep through exactly two million moves of that one slot, and wake
 //! inside one of them, to mark the wrong move.
 
-use crate::page::{SLOTS, SlotIndex};
+use crate::slot::{SLOTS, SlotIndex};
 use crate::units::{Granules, MAX_GRANULES};
 
 const COUNT_BITS: u32 = 20;

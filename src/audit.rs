@@ -4,21 +4,11 @@
 //! One arbiter serves a page at a time (it holds a file lock), so these functions have one caller. All
 //! of them may be interrupted anywhere: what a killed arbiter left half done, the next one finishes.
 
-use crate::lock::SlotSet;
-use crate::page::{NAME_BYTES, Page, Phase, SLOTS, SlotIndex, Stall};
+use crate::page::{NAME_BYTES, Page, Phase, Stall};
 use crate::shares::Shares;
-use crate::snapshot::Owner;
+use crate::slot::{Owner, Process, SLOTS, SlotIndex, SlotSet};
 use crate::sync::Ordering;
 use crate::units::{Granules, MAX_GRANULES, Nanos};
-
-/// A process for ever: pids are used again, start times are not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Process {
-    /// The pid, as the arbiter sees it.
-    pub pid: u32,
-    /// When it started, in clock ticks since boot (field 22 of /proc/PID/stat).
-    pub started: u64,
-}
 
 /// What an audit found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`page`] | the control page: one per GPU, mapped by everyone |
+//! | [`slot`] | the slots of a page, sets of them, and who owns one |
 //! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
@@ -15,8 +16,12 @@
 //! | [`stream_arena`] | blocks of memory that become free in the order of streams |
 //! | [`memory_info`] | how much memory a process is told that there is |
 //! | [`placement`] | which GPU a new client gets |
+//! | [`step`] | what a client in a phase does next: a pure function, and the table of phases |
+//! | [`books`] | what a client has and asks for, usable from every thread of its process |
 //! | [`client`] | one process's part in the protocol: wait, fill, run, yield, evict |
 //! | [`audit`] | the arbiter's part: open and close a slot's books, check the sums |
+//! | [`wire`], [`scm_rights`] | the messages to and from the arbiter, and descriptors that travel with one |
+//! | [`text`] | text of strangers, made fit to be shown |
 //! | [`register`] | how a process gets its slot and the page's descriptor |
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`sealed`], [`record`] | the memory that a page is in, and what one arbiter writes down for the next |
@@ -36,6 +41,7 @@
 
 pub mod account;
 pub mod audit;
+pub mod books;
 pub mod client;
 pub mod drain_backoff;
 pub mod fair;
@@ -50,13 +56,18 @@ pub mod placement;
 pub mod policy;
 pub mod pool;
 pub mod shares;
+pub mod slot;
 pub mod snapshot;
+pub mod step;
 pub mod stream_arena;
 pub mod sync;
+pub mod text;
 pub mod units;
 
 #[cfg(not(loom))]
 pub mod change;
+#[cfg(not(loom))]
+mod connection;
 #[cfg(not(loom))]
 pub mod map;
 #[cfg(not(loom))]
@@ -70,10 +81,16 @@ pub mod register;
 #[cfg(not(loom))]
 pub mod runtime_dir;
 #[cfg(not(loom))]
+pub mod scm_rights;
+#[cfg(not(loom))]
 pub mod sealed;
 #[cfg(not(loom))]
 pub mod standard_error;
+#[cfg(not(loom))]
+pub mod wire;
 
-pub use client::{Books, Client, Fill, Runtime};
-pub use page::{Page, Phase, SlotIndex};
+pub use books::{Books, Fill};
+pub use client::{Client, Runtime};
+pub use page::{Page, Phase};
+pub use slot::SlotIndex;
 pub use units::{GRANULE, GpuUuid, Granules, Nanos};

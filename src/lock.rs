@@ -16,94 +16,20 @@
 //! The version wraps after 65,536 decisions: a decider would have to sleep through exactly that many
 //! to publish a stale look, and what it publishes is corrected by whoever it wrongs (DESIGN section 5).
 
-use crate::page::{Page, SLOTS, SlotIndex};
+use crate::page::Page;
 use crate::policy;
+use crate::slot::{SLOTS, SlotSet};
 use crate::snapshot::Snapshot;
 use crate::sync::{Ordering, now};
-use std::fmt;
 
 /// Swaps that a decision loses before it stops being polite. Honest deciders come nowhere near: each loss is
 /// a whole decision of somebody else's. Only who writes garbage into the word all the time does, and it
 /// must not keep everybody else in a loop.
 const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 1_000 };
 
+/// The bits of the word that hold the mask.
 const MASK: u64 = (1 << 48) - 1;
-const IN_USE: u64 = if SLOTS == 64 { u64::MAX } else { (1 << SLOTS) - 1 };
-const _: () = assert!(IN_USE <= MASK);
-
-/// A set of slots.
-#[derive(Clone, Copy, PartialEq, Eq, Default, Hash)]
-pub struct SlotSet(u64);
-
-impl SlotSet {
-    /// No slot.
-    pub const EMPTY: Self = Self(0);
-
-    /// The slots whose bits are set; bits of no slot are dropped.
-    pub fn from_bits(bits: u64) -> Self {
-        Self(bits & IN_USE)
-    }
-
-    /// A bit per slot.
-    pub fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// Whether the slot is in it.
-    pub fn contains(self, slot: SlotIndex) -> bool {
-        self.0 >> slot.get() & 1 == 1
-    }
-
-    /// The set with the slot in it.
-    #[must_use]
-    pub fn with(self, slot: SlotIndex) -> Self {
-        Self(self.0 | 1 << slot.get())
-    }
-
-    /// The set without the slot.
-    #[must_use]
-    pub fn without(self, slot: SlotIndex) -> Self {
-        Self(self.0 & !(1 << slot.get()))
-    }
-
-    /// The slots that are in one of the two and not in both.
-    #[must_use]
-    pub fn difference(self, other: Self) -> Self {
-        Self(self.0 ^ other.0)
-    }
-
-    /// Whether it holds no slot.
-    pub fn is_empty(self) -> bool {
-        self.0 == 0
-    }
-
-    /// How many slots it holds.
-    pub fn len(self) -> usize {
-        self.0.count_ones() as usize
-    }
-
-    /// The slots, by index.
-    pub fn iter(self) -> impl Iterator<Item = SlotIndex> {
-        let mut bits = self.0;
-        std::iter::from_fn(move || {
-            let slot = SlotIndex::new(bits.trailing_zeros() as usize)?;
-            bits &= bits - 1;
-            Some(slot)
-        })
-    }
-}
-
-impl FromIterator<SlotIndex> for SlotSet {
-    fn from_iter<I: IntoIterator<Item = SlotIndex>>(slots: I) -> Self {
-        slots.into_iter().fold(Self::EMPTY, Self::with)
-    }
-}
-
-impl fmt::Debug for SlotSet {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.debug_set().entries(self.iter().map(SlotIndex::get)).finish()
-    }
-}
+const _: () = assert!(SLOTS <= 48);
 
 /// The lock word, taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,15 +120,6 @@ mod tests {
             assert_eq!(LockWord::from(u64::from(lock)), lock);
             assert!(lock.admitted.iter().all(|slot| slot.get() < SLOTS));
         }
-    }
-
-    #[test]
-    fn a_set_lists_what_was_put_in() {
-        let slots: Vec<_> = [0, 5, 47].into_iter().map(|index| SlotIndex::new(index).unwrap()).collect();
-        let set: SlotSet = slots.iter().copied().collect();
-        assert_eq!(set.iter().collect::<Vec<_>>(), slots);
-        assert_eq!(set.len(), 3);
-        assert!(!set.without(slots[1]).contains(slots[1]));
     }
 
     /// Somebody writes nothing but lock words, as fast as it can.

@@ -7,8 +7,8 @@
 //! move out of its way. A client with a memory limit is told of a GPU of that size ([`crate::shares`]): its context
 //! counts, as it does on a GPU of that size.
 
-use crate::page::SlotIndex;
 use crate::shares::MemoryLimit;
+use crate::slot::SlotIndex;
 use crate::snapshot::Snapshot;
 use crate::units::{Granules, bytes_of};
 
@@ -48,8 +48,8 @@ impl MemoryInfo {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::audit::Process;
-    use crate::lock::SlotSet;
+    use crate::slot::Process;
+    use crate::slot::SlotSet;
     use crate::units::GRANULE;
     use crate::units::GpuUuid;
     use crate::{Client, Page};

@@ -9,6 +9,7 @@
 //! what others write: a doorbell that rings does not slow the owner's own words.
 
 use crate::account::{Account, Free};
+use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, SECOND};
 use std::cell::UnsafeCell;
@@ -28,27 +29,8 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
 pub const LAYOUT_VERSION: u32 = 6;
 
-/// Clients that one GPU can have at a time. The lock word has a bit for each.
-pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
-
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
-
-/// A client's place in the page: an index below [`SLOTS`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SlotIndex(u8);
-
-impl SlotIndex {
-    /// The slot with this index, if there is one.
-    pub fn new(index: usize) -> Option<Self> {
-        (index < SLOTS).then_some(Self(index as u8))
-    }
-
-    /// The index.
-    pub fn get(self) -> usize {
-        usize::from(self.0)
-    }
-}
 
 /// What a client is doing. Only the client itself writes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -510,8 +492,8 @@ impl Page {
     }
 
     /// The slots that somebody owns.
-    pub fn occupied(&self) -> crate::lock::SlotSet {
-        crate::lock::SlotSet::from_bits(self.header.occupied.load(Ordering::Acquire))
+    pub fn occupied(&self) -> SlotSet {
+        SlotSet::from_bits(self.header.occupied.load(Ordering::Acquire))
     }
 
     /// The operator's settings; what makes no sense is read as the default.

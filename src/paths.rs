@@ -1,6 +1,6 @@
 //! Where a node's pages and the arbiter's socket are.
 
-use crate::page::SlotIndex;
+use crate::slot::SlotIndex;
 use crate::units::GpuUuid;
 use std::path::{Path, PathBuf};
 

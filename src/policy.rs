@@ -32,9 +32,9 @@
 //! there is no cycle in it, so it is finite.
 
 use crate::fair::{self, DEFAULT_WEIGHT};
-use crate::lock::SlotSet;
-use crate::page::{Phase, Quantum, SlotIndex};
+use crate::page::{Phase, Quantum};
 use crate::shares::Priority;
+use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
 use std::cmp::Reverse;

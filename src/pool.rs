@@ -1,7 +1,8 @@
 //! The pool: how granules move between it and the clients, by the protocol of [`crate::account`].
 
 use crate::account::{Account, Free, Kind, Operation, Progress, Tag};
-use crate::page::{Page, SlotIndex};
+use crate::page::Page;
+use crate::slot::SlotIndex;
 use crate::sync::Ordering;
 use crate::units::Granules;
 

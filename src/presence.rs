@@ -16,12 +16,13 @@
 //! When the connection ends and the arbiter has not said [`Status::Closed`], the arbiter has ended: the thread asks for
 //! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
 
-use crate::client::Truth;
-use crate::page::{LAYOUT_VERSION, SlotIndex};
-use crate::register::{self, Answer, Registration, Reply, Said, Status};
-use crate::snapshot::Owner;
-use crate::units::GpuUuid;
-use bytemuck::{Pod, Zeroable};
+use crate::books::Truth;
+use crate::connection::{self, Answer, RegisterError, Response};
+use crate::map::MappedPage;
+use crate::scm_rights;
+use crate::sealed::KEEPER;
+use crate::slot::{Owner, SlotIndex};
+use crate::wire::{Attach, Reply, Status, Told};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow};
@@ -32,96 +33,6 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
-
-/// First eight bytes of an [`Attach`].
-pub const ATTACH_MAGIC: u64 = u64::from_le_bytes(*b"nvattach");
-
-/// What a client says to an arbiter that began after it. Its life file and its page come with it, in this order.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub struct Attach {
-    /// [`ATTACH_MAGIC`].
-    pub magic: u64,
-    /// [`LAYOUT_VERSION`] of the client.
-    pub layout_version: u32,
-    /// Its slot.
-    pub slot: u32,
-    /// Its GPU.
-    pub gpu: [u8; 16],
-    /// How many owners its slot has had, when it got it.
-    pub generation: u32,
-    /// Its pid, as the arbiter before called it.
-    pub pid: u32,
-}
-
-impl Attach {
-    /// The words of the client that has this slot.
-    pub fn new(gpu: GpuUuid, slot: SlotIndex, owner: Owner) -> Self {
-        Self {
-            magic: ATTACH_MAGIC,
-            layout_version: LAYOUT_VERSION,
-            slot: slot.get() as u32,
-            gpu: gpu.0,
-            generation: owner.generation,
-            pid: owner.pid,
-        }
-    }
-
-    /// Reads what came over a socket: the message, and the slot that it names.
-    ///
-    /// # Errors
-    /// The reply to send instead: it says what is wrong.
-    pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex), Box<Reply>> {
-        let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
-        register::check_release(bytes)?;
-        let attach: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
-            malformed(&format!(
-                "an attach has {} bytes and this message has {}",
-                size_of::<Self>(),
-                bytes.len()
-            ))
-        })?;
-        if attach.magic != ATTACH_MAGIC {
-            return Err(malformed("this is not an attach (wrong magic)"));
-        }
-        let slot = SlotIndex::new(attach.slot as usize)
-            .ok_or_else(|| malformed(&format!("there is no slot {}", attach.slot)))?;
-        Ok((attach, slot))
-    }
-
-    /// Whose slot it is.
-    pub fn owner(&self) -> Owner {
-        Owner { generation: self.generation, pid: self.pid }
-    }
-}
-
-/// First eight bytes of a [`Told`].
-pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
-
-/// What a client answers when the arbiter asks, over the connection that nobody else has. The page says it too, and
-/// everybody can write the page: before the arbiter closes a slot because its client leaves, or kills a process because it
-/// does not give way, it asks the process itself.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub struct Told {
-    magic: u64,
-    layout_version: u32,
-    /// A [`crate::Phase`], or [`crate::client::NOT_TOLD`].
-    pub phase: u32,
-}
-
-impl Told {
-    /// A client in this phase.
-    pub fn new(phase: u32) -> Self {
-        Self { magic: TOLD_MAGIC, layout_version: LAYOUT_VERSION, phase }
-    }
-
-    /// Reads what came over a client's connection. `None` if it is something else.
-    pub fn read(bytes: &[u8]) -> Option<Self> {
-        let told: Self = bytemuck::try_pod_read_unaligned(bytes).ok()?;
-        ((told.magic, told.layout_version) == (TOLD_MAGIC, LAYOUT_VERSION)).then_some(told)
-    }
-}
 
 /// What a registered client keeps: descriptors, by their numbers, which are the same in whichever table they are.
 #[derive(Clone)]
@@ -137,14 +48,19 @@ pub(crate) struct Presence {
 
 impl Presence {
     /// Of a client that has claimed its slot.
-    pub(crate) fn new(path: &Path, registration: &Registration, answer: Answer) -> Self {
-        let Registration { page, slot, truth } = registration;
+    pub(crate) fn new(
+        path: &Path,
+        page: &MappedPage,
+        slot: SlotIndex,
+        truth: &Truth,
+        answer: Answer,
+    ) -> Self {
         let nobody = Owner { generation: 0, pid: 0 };
-        let owner = page.details(*slot).map_or(nobody, |details| details.owner);
+        let owner = page.details(slot).map_or(nobody, |details| details.owner);
         Self {
             // The application may change its directory.
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
-            attach: Attach::new(page.gpu(), *slot, owner),
+            attach: Attach::new(page.gpu(), slot, owner),
             connection: answer.connection.into_raw_fd(),
             truth: truth.clone(),
             sent: answer.sent.into_iter().map(IntoRawFd::into_raw_fd).collect(),
@@ -173,9 +89,6 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()>
     let _ = before.and_then(|before| before.thread_set_mask());
     spawned.map(drop)
 }
-
-/// The name of the thread that keeps the descriptors.
-pub(crate) const KEEPER: &str = "nvshare-alive";
 
 /// Of the two threads here, which call little.
 const STACK: usize = 128 << 10;
@@ -270,7 +183,7 @@ enum Ended {
 fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
     loop {
         let _ = poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-        match register::receive(connection.as_fd(), size_of::<Reply>(), MsgFlags::MSG_DONTWAIT) {
+        match scm_rights::receive(connection.as_fd(), size_of::<Reply>(), MsgFlags::MSG_DONTWAIT) {
             Err(nix::errno::Errno::EAGAIN) => {}
             Ok((bytes, _)) if bytes.is_empty() => return Ended::Arbiter,
             Err(_) => return Ended::Arbiter,
@@ -278,7 +191,7 @@ fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
                 Ok((_, Status::Closed)) => return Ended::Slot,
                 Ok((_, Status::Asked)) => {
                     let told = Told::new(truth.load(Ordering::Relaxed));
-                    let _ = register::send(connection.as_fd(), bytemuck::bytes_of(&told), &[]);
+                    let _ = scm_rights::send(connection.as_fd(), bytemuck::bytes_of(&told), &[]);
                 }
                 _ => {}
             },
@@ -298,14 +211,14 @@ fn attach(presence: &Presence, sent: &[OwnedFd]) -> Option<OwnedFd> {
     let mut pause = FIRST_PAUSE;
     loop {
         let path = &presence.path;
-        let asked = register::dial(path, Duration::ZERO).and_then(|connection| {
-            register::ask(connection, path, bytemuck::bytes_of(&presence.attach), &fds, Status::Attached)
+        let asked = connection::dial(path, Duration::ZERO).and_then(|connection| {
+            connection::ask(connection, path, bytemuck::bytes_of(&presence.attach), &fds, Status::Attached)
         });
         let wait = match asked {
-            Ok(Said::This(answer)) => return Some(answer.connection),
-            Err(register::RegisterError::Refused { status: Status::Closed, .. }) => return None,
-            Err(register::RegisterError::Refused { .. }) => REFUSED_PAUSE,
-            Ok(Said::Hangup(_)) | Err(_) => {
+            Ok(Response::Answered(answer)) => return Some(answer.connection),
+            Err(RegisterError::Refused { status: Status::Closed, .. }) => return None,
+            Err(RegisterError::Refused { .. }) => REFUSED_PAUSE,
+            Ok(Response::Hangup(_)) | Err(_) => {
                 pause = (2 * pause).min(LONGEST_PAUSE);
                 pause
             }

@@ -8,10 +8,11 @@
 //! everybody which GPUs are served. Its space is allocated when it is made, so it can always be written.
 
 use crate::map::MappedPage;
-use crate::page::{LAYOUT_VERSION, SLOTS, SlotIndex};
+use crate::page::LAYOUT_VERSION;
 use crate::paths;
 use crate::register::RegisterError;
 use crate::sealed::{self, Identity};
+use crate::slot::{SLOTS, SlotIndex};
 use crate::units::GpuUuid;
 use bytemuck::{Pod, Zeroable};
 use nix::fcntl::posix_fallocate;

@@ -8,7 +8,6 @@
 //! client later. Its mode is 0600: whoever holds a descriptor that only reads cannot open it again for writing through
 //! /proc, unless it is the arbiter's own user.
 
-use crate::presence::KEEPER;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, posix_fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -20,6 +19,9 @@ use std::path::PathBuf;
 
 /// What can never happen to the memory: to become shorter or longer, or to lose these seals.
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
+/// The name of the thread in which a client keeps its descriptor of the memory (`crate::presence`).
+pub(crate) const KEEPER: &str = "nvshare-alive";
 
 /// `MFD_NOEXEC_SEAL` of Linux 6.3: the memory is never a program. Some systems refuse memory that could be one.
 const NO_PROGRAM: MFdFlags = MFdFlags::from_bits_retain(8);

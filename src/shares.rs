@@ -9,7 +9,8 @@
 //! read within their bounds: a lie gains at most what asking for it would have.
 
 use crate::fair::{DEFAULT_WEIGHT, MAX_WEIGHT};
-use crate::page::{Page, SlotIndex};
+use crate::page::Page;
+use crate::slot::SlotIndex;
 use crate::sync::Ordering;
 use crate::units::{GRANULE, Granules, MAX_GRANULES, bytes_of, format_size, granules_in, parse_size};
 use std::fmt;
@@ -311,7 +312,7 @@ mod tests {
 
     #[test]
     fn shares_of_garbage_are_within_their_bounds() {
-        use crate::audit::Process;
+        use crate::slot::Process;
         let page = Page::for_tests(10);
         let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 0).unwrap();
         let row = page.slot(slot);

@@ -5,9 +5,9 @@
 //! on the way in, so the policy may add what it finds without overflow.
 
 use crate::account::Operation;
-use crate::lock::SlotSet;
-use crate::page::{Direction, Page, Phase, SLOTS, Settings, SlotIndex, Stall};
+use crate::page::{Direction, Page, Phase, Settings, Stall};
 use crate::shares::{Priority, Shares};
+use crate::slot::{Owner, SLOTS, SlotIndex, SlotSet};
 use crate::sync::Ordering;
 use crate::units::{Granules, MAX_GRANULES, Nanos};
 
@@ -153,7 +153,7 @@ impl Page {
     }
 
     /// Everything that is known of a client, for people.
-    pub fn details(&self, slot: SlotIndex) -> Option<Details> {
+    pub fn details(&self, slot: SlotIndex) -> Option<ClientInfo> {
         let row = self.slot(slot);
         let own = &row.own;
         let owner = Owner::from(row.owner.load(Ordering::Acquire));
@@ -161,7 +161,7 @@ impl Page {
             return None;
         }
         let read = |word: &crate::sync::AtomicU64| word.load(Ordering::Relaxed);
-        Some(Details {
+        Some(ClientInfo {
             slot,
             owner,
             name: self.name(slot),
@@ -184,42 +184,15 @@ impl Page {
     }
 
     fn name(&self, slot: SlotIndex) -> String {
-        let bytes: Vec<u8> = self
-            .slot(slot)
-            .name
-            .iter()
-            .flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes())
-            .take_while(|byte| *byte != 0)
-            .collect();
-        // A name comes from a stranger and ends up on somebody's terminal.
-        String::from_utf8_lossy(&bytes).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
-    }
-}
-
-/// Whose slot it is. One word in the page, so that a slot changes hands at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Owner {
-    /// How many owners the slot has had.
-    pub generation: u32,
-    /// The process, as the arbiter sees it; 0 for nobody.
-    pub pid: u32,
-}
-
-impl From<u64> for Owner {
-    fn from(word: u64) -> Self {
-        Self { generation: (word >> 32) as u32, pid: word as u32 }
-    }
-}
-
-impl From<Owner> for u64 {
-    fn from(owner: Owner) -> Self {
-        u64::from(owner.generation) << 32 | u64::from(owner.pid)
+        let bytes: Vec<u8> =
+            self.slot(slot).name.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+        crate::text::printable(&bytes)
     }
 }
 
 /// Everything that is known of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Details {
+pub struct ClientInfo {
     /// Its slot.
     pub slot: SlotIndex,
     /// Its process.
@@ -258,7 +231,7 @@ pub struct Details {
     pub drain_retries: u64,
 }
 
-impl Details {
+impl ClientInfo {
     /// How long it has been unable to give way at this time, ns; `None` if it can. Its owner writes the two words one
     /// after the other, so the reason may be there without the time: then it has just begun.
     pub fn stalled_for(&self, now: Nanos) -> Option<Nanos> {

@@ -19,6 +19,12 @@ pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 #[cfg(loom)]
 pub use loom::sync::{Arc, Mutex, MutexGuard};
 
+/// Locks a mutex, also after a thread has panicked while it held it. For data that is whole between any two statements
+/// of whoever holds the lock, so that a panic leaves nothing half done.
+pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
 #[cfg(not(loom))]
 mod real {
     use super::{AtomicU32, AtomicU64, Ordering, fence};

@@ -2,14 +2,15 @@
 
 use nvshare::client::{Bookkeeper, Next, NoMemory};
 use nvshare::map::{MapError, MappedPage, scribble};
-use nvshare::page::{
-    LAYOUT_VERSION, PAGE_BYTES, PageError, Phase, Quantum, SLOTS, Settings, Slot, SlotIndex,
-};
-use nvshare::register::{self, Hello, RegisterError, Reply, Status};
+use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES, PageError, Phase, Quantum, Settings, Slot};
+use nvshare::register::{self, RegisterError};
+use nvshare::scm_rights;
+use nvshare::slot::{SLOTS, SlotIndex};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, MILLISECOND};
+use nvshare::wire::{Hello, Reply, Status};
 use nvshare::{Client, Page};
-use nvshare::{audit::Process, policy};
+use nvshare::{policy, slot::Process};
 use proptest::prelude::*;
 use std::fs::File;
 use std::mem::offset_of;
@@ -246,7 +247,7 @@ fn liar(name: &str, answers: Vec<Vec<u8>>, fd: Option<File>) -> PathBuf {
             let _ = recv(peer.as_raw_fd(), &mut hello, MsgFlags::empty());
             if !answer.is_empty() {
                 let fds: Vec<BorrowedFd> = fd.iter().map(|file| file.as_fd()).collect();
-                let _ = register::send(peer.as_fd(), &answer, &fds);
+                let _ = scm_rights::send(peer.as_fd(), &answer, &fds);
                 // As an arbiter does: it has not ended.
                 answered.push(peer);
             }

@@ -12,8 +12,8 @@
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nvshare::SlotIndex;
-use nvshare::audit::Process;
 use nvshare::paths;
+use nvshare::slot::Process;
 use nvshare::units::GpuUuid;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};

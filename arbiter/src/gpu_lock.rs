@@ -16,7 +16,7 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use nvshare::register;
+use nvshare::scm_rights;
 use nvshare::units::GpuUuid;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -93,7 +93,7 @@ impl GpuLock {
     /// Tells all processes that have connected that this arbiter serves in `dir`. Does not wait.
     pub fn answer(&self, dir: &Path) {
         while let Ok(fd) = accept(&self.listener) {
-            let _ = register::send(fd.as_fd(), dir.as_os_str().as_encoded_bytes(), &[]);
+            let _ = scm_rights::send(fd.as_fd(), dir.as_os_str().as_encoded_bytes(), &[]);
         }
     }
 }
@@ -118,9 +118,8 @@ fn holder(gpu: GpuUuid) -> Holder {
     let Ok(fd) = ask() else { return holder };
     holder.process =
         getsockopt(&fd, sockopt::PeerCredentials).ok().map(|holder| (holder.pid(), holder.uid()));
-    if let Ok((bytes, _)) = register::receive(fd.as_fd(), 4096, MsgFlags::empty()) {
-        let text = String::from_utf8_lossy(&bytes);
-        holder.dir = text.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+    if let Ok((bytes, _)) = scm_rights::receive(fd.as_fd(), 4096, MsgFlags::empty()) {
+        holder.dir = nvshare::text::printable(&bytes);
     }
     holder
 }

@@ -1,7 +1,8 @@
 //! The arbiter's command line.
 
 use clap::{Parser, ValueEnum};
-use nvshare::page::{Quantum, SLOTS, Settings};
+use nvshare::page::{Quantum, Settings};
+use nvshare::slot::SLOTS;
 use nvshare::units::{GRANULE, GpuUuid, Nanos, SECOND, format_size, parse_size, parse_time};
 use std::path::PathBuf;
 use tracing_subscriber::filter::LevelFilter;

@@ -1,7 +1,7 @@
 //! Processes: pidfds, and start times, which tell a process from a later one with the same pid.
 
 use nix::errno::Errno;
-use nvshare::audit::Process;
+use nvshare::slot::Process;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 

@@ -3,8 +3,9 @@
 //! The clients report them themselves ([`nvshare::Books::stalled`]), and go on trying. The arbiter only logs them: a false
 //! report costs a line in the log.
 
-use nvshare::page::{Page, SlotIndex, Stall};
-use nvshare::snapshot::{Details, Owner};
+use nvshare::page::{Page, Stall};
+use nvshare::slot::{Owner, SlotIndex};
+use nvshare::snapshot::ClientInfo;
 use nvshare::units::{GpuUuid, Nanos, format_nanos};
 use std::collections::HashMap;
 
@@ -26,7 +27,7 @@ impl StallLog {
     /// Logs, for one GPU by its index, the stalls that have lasted for at least `bound` at `time` (both ns), and those that
     /// have ended.
     pub fn update(&mut self, index: usize, gpu: GpuUuid, page: &Page, bound: Nanos, time: Nanos) {
-        for slot in (0..nvshare::page::SLOTS).filter_map(SlotIndex::new) {
+        for slot in (0..nvshare::slot::SLOTS).filter_map(SlotIndex::new) {
             let details = page.details(slot);
             if let Some(over) = self.ended(index, slot, details.as_ref()) {
                 tracing::info!(
@@ -57,9 +58,9 @@ impl StallLog {
     }
 
     /// The stall that was reported for a slot, if it is over.
-    fn ended(&mut self, index: usize, slot: SlotIndex, details: Option<&Details>) -> Option<Reported> {
+    fn ended(&mut self, index: usize, slot: SlotIndex, details: Option<&ClientInfo>) -> Option<Reported> {
         let reported = self.reported.get(&(index, slot))?;
-        let lasts = |details: &&Details| details.stall != Stall::None && details.owner == reported.owner;
+        let lasts = |details: &&ClientInfo| details.stall != Stall::None && details.owner == reported.owner;
         if details.filter(lasts).is_some() {
             return None;
         }
@@ -70,10 +71,10 @@ impl StallLog {
     fn begun(
         &mut self,
         index: usize,
-        details: Details,
+        details: ClientInfo,
         bound: Nanos,
         time: Nanos,
-    ) -> Option<(Details, Nanos)> {
+    ) -> Option<(ClientInfo, Nanos)> {
         let lasted = details.stalled_for(time).filter(|lasted| *lasted >= bound)?;
         let key = (index, details.slot);
         if self.reported.contains_key(&key) {
@@ -89,7 +90,7 @@ impl StallLog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nvshare::audit::Process;
+    use nvshare::slot::Process;
     use nvshare::units::SECOND;
     use nvshare::{Client, sync};
     use std::sync::Arc;

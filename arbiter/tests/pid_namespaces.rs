@@ -5,7 +5,9 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::MsgFlags;
 use nvshare::map::MappedPage;
 use nvshare::page::Phase;
-use nvshare::register::{self, Hello};
+use nvshare::register;
+use nvshare::scm_rights;
+use nvshare::wire::Hello;
 use nvshare::{Client, SlotIndex, paths};
 use nvshare_test_support::Patience;
 use std::fs::File;
@@ -216,7 +218,7 @@ fn a_client_that_left_while_its_arbiter_was_killed_keeps_no_slot() {
 fn untold(dir: &Path, log: &mut Log) -> OwnedFd {
     let connection = register::dial(&paths::socket(dir), TIMEOUT.duration()).unwrap();
     let hello = Hello::new(GPU.parse().unwrap(), "untold");
-    register::send(connection.as_fd(), bytemuck::bytes_of(&hello), &[]).unwrap();
+    scm_rights::send(connection.as_fd(), bytemuck::bytes_of(&hello), &[]).unwrap();
     assert!(log.map(Result::unwrap).any(|line| line.contains("registered:") && line.contains("untold")));
     // The answer is on its way, or there.
     TIMEOUT.until("it is answered", || {

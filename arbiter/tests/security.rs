@@ -5,12 +5,14 @@
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use nvshare::change::{self, Change, Edit};
+use nvshare::change;
 use nvshare::map::{MappedPage, scribble};
 use nvshare::page::Phase;
-use nvshare::register::{self, Hello, RegisterError, Registration, Status};
+use nvshare::register::{self, RegisterError, Registration};
+use nvshare::scm_rights;
 use nvshare::sealed;
 use nvshare::units::GpuUuid;
+use nvshare::wire::{Change, Hello, SharesUpdate, Status};
 use nvshare::{Client, paths, record};
 use nvshare_test_support::Patience;
 use std::fs::{File, Permissions};
@@ -218,7 +220,7 @@ fn other_process() {
         "garbage" => {
             for _ in 0..argument.parse().unwrap() {
                 let fd = register::dial(&socket, Duration::from_secs(5)).unwrap();
-                let _ = register::send(fd.as_fd(), &[7; 300], &[]);
+                let _ = scm_rights::send(fd.as_fd(), &[7; 300], &[]);
             }
             println!("said: done");
         }
@@ -267,7 +269,7 @@ fn received(socket: &Path, hello: &Hello) -> File {
         &hello.priority.to_le_bytes(),
         &hello.pid.to_le_bytes(),
     ];
-    register::send(connection.as_fd(), &words.concat(), &[]).unwrap();
+    scm_rights::send(connection.as_fd(), &words.concat(), &[]).unwrap();
     let mut bytes = [0; 1024];
     let mut slices = [std::io::IoSliceMut::new(&mut bytes)];
     let mut control = nix::cmsg_space!([i32; 4]);
@@ -466,8 +468,8 @@ fn a_slot_stays_its_owners_whatever_stands_in_the_page() {
     forge_owner(page, std::process::id(), 1);
     assert_eq!(page.owner(client.slot).unwrap().pid, 1);
     // A change of shares is for whom the arbiter has registered, and nobody who has its pid in the page.
-    let edit = Edit { weight: Some(7), ..Edit::default() };
-    let forged = nvshare::snapshot::Owner { pid: 1, ..owner };
+    let edit = SharesUpdate { weight: Some(7), ..SharesUpdate::default() };
+    let forged = nvshare::slot::Owner { pid: 1, ..owner };
     let ask = |owner| {
         change::change(&arbiter.socket(), &Change::new(gpu(), client.slot, owner, edit), TIMEOUT.duration())
     };
@@ -532,7 +534,7 @@ fn one_user_cannot_take_all_slots_and_is_told_so() {
     // Others are not bound by what that user has, and root by nothing.
     let mut other = process(OTHER, "slots", &arbiter.dir.0).spawn().unwrap();
     assert!(said(&mut other).starts_with("3 "));
-    let own: Vec<_> = (0..nvshare::page::SLOTS - 6).map(|_| arbiter.register()).collect();
+    let own: Vec<_> = (0..nvshare::slot::SLOTS - 6).map(|_| arbiter.register()).collect();
     for mut child in [greedy, other] {
         drop(child.stdin.take());
         assert!(child.wait().unwrap().success());

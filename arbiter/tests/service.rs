@@ -1,12 +1,13 @@
 //! The arbiter as a process: what good and bad input gets.
 
-use nvshare::change::{Change, Edit};
-use nvshare::page::{LAYOUT_VERSION, SLOTS};
+use nvshare::page::LAYOUT_VERSION;
 use nvshare::paths;
-use nvshare::register::{self, Hello, RegisterError, Status};
+use nvshare::register::{self, RegisterError};
+use nvshare::scm_rights;
 use nvshare::shares::{MemoryLimit, Priority, Shares};
-use nvshare::snapshot::Owner;
+use nvshare::slot::{Owner, SLOTS};
 use nvshare::units::GpuUuid;
+use nvshare::wire::{Change, Hello, SharesUpdate, Status};
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
@@ -179,7 +180,7 @@ fn nonsense_on_the_socket_harms_nobody() {
             })
             .collect();
         let fd = register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap();
-        let _ = register::send(std::os::fd::AsFd::as_fd(&fd), &bytes, &[]);
+        let _ = scm_rights::send(std::os::fd::AsFd::as_fd(&fd), &bytes, &[]);
     }
     // Connections that say nothing, more than are kept waiting.
     let silent: Vec<_> = (0..100)
@@ -412,7 +413,11 @@ fn shares_are_what_was_asked_for_and_what_they_are_changed_to() {
     assert_eq!(one.page.shares(one.slot), ASKED);
     assert_eq!(one.page.shares(usual.slot), Shares::default());
 
-    let edit = Edit { weight: Some(50), memory_limit: Some(MemoryLimit::Size(7)), ..Edit::default() };
+    let edit = SharesUpdate {
+        weight: Some(50),
+        memory_limit: Some(MemoryLimit::Size(7)),
+        ..SharesUpdate::default()
+    };
     let changed = Shares { priority: Priority::High, ..edit.of(Shares::default()) };
     let seen = one.page.doorbell(one.slot);
     let said = change(&arbiter, &Change::new(gpu, one.slot, owner, edit)).unwrap();
@@ -437,7 +442,7 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
     let arbiter = Arbiter::start(directory("garbage"));
     let gpu: GpuUuid = GPU.parse().unwrap();
     let (one, owner) = client(&arbiter, ASKED);
-    let good = Change::new(gpu, one.slot, owner, Edit { weight: Some(5), ..Edit::default() });
+    let good = Change::new(gpu, one.slot, owner, SharesUpdate { weight: Some(5), ..SharesUpdate::default() });
     for bad in [
         Change { weight: 0, ..good },
         Change { weight: u32::MAX, ..good },
@@ -459,7 +464,7 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
     for length in 1..words.len() {
         if length != size_of::<Change>() {
             let fd = register::dial(&paths::socket(&arbiter.dir), Duration::from_secs(5)).unwrap();
-            register::send(fd.as_fd(), &words[..length], &[]).unwrap();
+            scm_rights::send(fd.as_fd(), &words[..length], &[]).unwrap();
         }
     }
     let wild = Hello { weight: u32::MAX, priority: 99, memory_limit: u64::MAX, ..hello() };
@@ -484,7 +489,7 @@ fn another_user_is_refused() {
         assert!(dir.metadata().unwrap().permissions().mode() & 0o001 != 0, "{}", dir.display());
     }
     let (one, owner) = client(&arbiter, ASKED);
-    let edit = Edit { weight: Some(1000), ..Edit::default() };
+    let edit = SharesUpdate { weight: Some(1000), ..SharesUpdate::default() };
     let wanted = Change::new(GPU.parse().unwrap(), one.slot, owner, edit);
     let as_stranger = || {
         const STRANGER: nix::libc::uid_t = 4321;

@@ -5,9 +5,10 @@
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::thread;
 use loom_tests::{Shared, check_some};
-use nvshare::audit::{Audit, Process};
+use nvshare::audit::Audit;
 use nvshare::client::Bookkeeper;
 use nvshare::page::{Quantum, Settings};
+use nvshare::slot::Process;
 use nvshare::{Client, Phase};
 use std::sync::Arc;
 

@@ -3,8 +3,9 @@
 
 use loom::thread;
 use loom_tests::{Shared, check};
-use nvshare::audit::{Audit, Process};
-use nvshare::client::Books;
+use nvshare::audit::Audit;
+use nvshare::books::Books;
+use nvshare::slot::Process;
 use nvshare::{Client, SlotIndex};
 
 const PROCESS: Process = Process { pid: 7, started: 7 };

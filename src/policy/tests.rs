@@ -1,5 +1,6 @@
 use super::*;
-use crate::page::{Page, SLOTS, Settings};
+use crate::page::{Page, Settings};
+use crate::slot::SLOTS;
 use crate::units::{MILLISECOND, SECOND};
 use proptest::prelude::*;
 

@@ -7,6 +7,7 @@
 use super::*;
 use crate::fair::MAX_WEIGHT;
 use crate::page::{Page, Settings};
+use crate::step::{Action, Facts, step};
 use crate::units::MILLISECOND;
 use proptest::prelude::*;
 
@@ -94,8 +95,10 @@ impl World {
         }
         let waited = self.now - self.since[index];
         self.waits[index] = self.waits[index].max(waited);
+        assert_eq!(self.next(index, true), Action::StartFilling);
         self.snapshot.admitted = chosen;
         if let Some(before) = before {
+            assert_eq!(self.next(before, false), Action::Yield);
             self.give_way(before, drain);
         }
         let slot = SlotIndex::new(index).unwrap();
@@ -103,6 +106,12 @@ impl World {
         let view = &mut self.snapshot.slots[index];
         (view.phase, view.resident, view.slice_start) = (Phase::Running, view.demand, self.now);
         self.snapshot.free -= view.demand as i32;
+    }
+
+    /// What a client does about a decision.
+    fn next(&self, index: usize, admitted: bool) -> Action {
+        let phase = self.snapshot.slots[index].phase;
+        step(phase, Facts { admitted, in_flight: phase == Phase::Running })
     }
 
     fn give_way(&mut self, index: usize, drain: Nanos) {

@@ -4,11 +4,12 @@
 
 use crate::Failure;
 use crate::{complain, say};
-use nvshare::change::{self, Change, Edit};
-use nvshare::page::{SLOTS, SlotIndex};
+use nvshare::change;
 use nvshare::shares::{MemoryLimit, Priority};
-use nvshare::snapshot::Details;
+use nvshare::slot::{SLOTS, SlotIndex};
+use nvshare::snapshot::ClientInfo;
 use nvshare::units::GpuUuid;
+use nvshare::wire::{Change, SharesUpdate};
 use nvshare::{paths, record};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -96,7 +97,7 @@ impl Whom {
         Ok(Self { pid: text.parse().ok(), slot: text.parse().ok(), name: Some(text.into()) })
     }
 
-    fn means(&self, client: &Details) -> bool {
+    fn means(&self, client: &ClientInfo) -> bool {
         self.pid == Some(client.owner.pid)
             || self.slot == Some(client.slot.get())
             || self.name.as_ref() == Some(&client.name)
@@ -106,12 +107,12 @@ impl Whom {
 /// A client, and the GPU that it is one of.
 struct Found {
     gpu: GpuUuid,
-    client: Details,
+    client: ClientInfo,
 }
 
 impl fmt::Display for Found {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Details { slot, owner, name, .. } = &self.client;
+        let ClientInfo { slot, owner, name, .. } = &self.client;
         write!(out, "slot:{} on {}, pid:{}, name:{name}", slot.get(), self.gpu, owner.pid)
     }
 }
@@ -170,7 +171,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
     let found = only(&options.client, options.gpu, clients(&dir)?)?;
     let Options { weight, priority, memory_limit, .. } = *options;
-    let edit = Edit { weight, priority, memory_limit };
+    let edit = SharesUpdate { weight, priority, memory_limit };
     let wanted = Change::new(found.gpu, found.client.slot, found.client.owner, edit);
     let shares = change::change(&paths::socket(&dir), &wanted, PATIENCE)
         .map_err(|error| Failure::usage(format!("{found}: {error}")))?;

@@ -3,9 +3,10 @@
 use crate::client_lock::ClientLock;
 use nvshare::audit::Audit;
 use nvshare::map::{self, MapError, MappedPage};
-use nvshare::page::{Settings, SlotIndex};
+use nvshare::page::Settings;
 use nvshare::record::Record;
 use nvshare::sealed;
+use nvshare::slot::SlotIndex;
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, Granules, bytes_of, format_size};
 use std::fs::File;

@@ -5,8 +5,8 @@ use super::page_from_client::{Listen, PAGE_TIMEOUT, wait_for_page};
 use super::served::ServedPage;
 use crate::client_lock::ClientLock;
 use crate::process;
-use nvshare::page::SlotIndex;
 use nvshare::record::Record;
+use nvshare::slot::SlotIndex;
 use nvshare::units::{GpuUuid, format_nanos};
 use std::fs::File;
 use std::io;
@@ -25,7 +25,7 @@ pub struct Survivor {
 
 /// The numbers of all slots.
 fn slots() -> impl Iterator<Item = SlotIndex> {
-    (0..nvshare::page::SLOTS).filter_map(SlotIndex::new)
+    (0..nvshare::slot::SLOTS).filter_map(SlotIndex::new)
 }
 
 /// The lock files of a GPU's clients in `dir`.

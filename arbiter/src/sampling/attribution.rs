@@ -2,7 +2,7 @@
 //! (docs/decisions/0024-whose-memory-is-it.md).
 
 use super::nvml::Reading;
-use nvshare::page::SlotIndex;
+use nvshare::slot::SlotIndex;
 use nvshare::units::{GRANULE, Granules, granules_for};
 use std::collections::HashSet;
 

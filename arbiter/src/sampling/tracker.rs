@@ -4,7 +4,8 @@ use super::attribution::{Attribution, Known, NOISE, Sampled, View, attribute};
 use super::nvml::{DeviceMemory, Reading, Source};
 use crate::process::UNSEEN;
 use nvshare::account::Account;
-use nvshare::page::{Page, Phase, SlotIndex};
+use nvshare::page::{Page, Phase};
+use nvshare::slot::SlotIndex;
 use nvshare::units::Granules;
 use std::collections::{HashMap, HashSet};
 
@@ -210,7 +211,7 @@ fn sampled(page: &Page, slot: SlotIndex, account: Account) -> Option<Sampled> {
 mod tests {
     use super::*;
     use crate::sampling::Gpu;
-    use nvshare::audit::Process;
+    use nvshare::slot::Process;
     use nvshare::units::{GRANULE, GpuUuid};
     use std::cell::RefCell;
 

@@ -8,12 +8,12 @@ use super::socket::send_reply;
 use crate::client_lock::ClientLock;
 use crate::process;
 use crate::sampling::Source;
-use nvshare::client::NOT_TOLD;
-use nvshare::lock::SlotSet;
-use nvshare::page::{Phase, SlotIndex};
-use nvshare::register::Reply;
+use nvshare::books::NOT_TOLD;
+use nvshare::page::Phase;
+use nvshare::slot::{SlotIndex, SlotSet};
 use nvshare::sync::now;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, SECOND};
+use nvshare::wire::Reply;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 

@@ -8,11 +8,11 @@ use super::socket::send_reply;
 use super::state::State;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
-use nvshare::client::NOT_TOLD;
+use nvshare::books::NOT_TOLD;
 use nvshare::page::Phase;
-use nvshare::presence::Told;
-use nvshare::register::{Reply, receive};
+use nvshare::scm_rights::receive;
 use nvshare::units::Nanos;
+use nvshare::wire::{Reply, Told};
 use std::os::fd::{AsFd, RawFd};
 
 /// The reason for closing a client whose lock is free.

@@ -9,8 +9,9 @@ use super::socket::{accept, send_reply};
 use super::state::State;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
-use nvshare::register::{Hello, Reply, Status, receive};
+use nvshare::scm_rights::receive;
 use nvshare::units::{Nanos, SECOND};
+use nvshare::wire::{Hello, Reply, Status};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 /// How long a connection may stay without a message.

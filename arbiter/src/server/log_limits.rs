@@ -2,9 +2,9 @@
 
 use super::pending_connections::Peer;
 use nvshare::log_limit::LogLimit;
-use nvshare::register::Reply;
 use nvshare::sync::now;
 use nvshare::units::Nanos;
+use nvshare::wire::Reply;
 use std::collections::HashMap;
 
 /// What strangers can do that is logged.

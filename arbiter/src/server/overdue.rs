@@ -1,7 +1,8 @@
 //! Since when clients have held a GPU though they should have given way.
 
-use nvshare::page::{Phase, SlotIndex};
+use nvshare::page::Phase;
 use nvshare::policy;
+use nvshare::slot::SlotIndex;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::Nanos;
 use std::collections::{HashMap, HashSet};

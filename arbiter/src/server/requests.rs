@@ -9,11 +9,9 @@ use super::registration::{self, Registration};
 use super::state::State;
 use crate::client_lock::ClientRecord;
 use crate::permission;
-use nvshare::change::{Change, Edit, Message};
-use nvshare::page::SlotIndex;
-use nvshare::presence::Attach;
-use nvshare::register::{Hello, Reply, Status, Wish};
+use nvshare::slot::SlotIndex;
 use nvshare::units::GpuUuid;
+use nvshare::wire::{Attach, Change, Hello, Message, Reply, RequestKind, SharesUpdate, Status};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// Connections that one client may keep. It needs one.
@@ -57,16 +55,16 @@ fn greet(state: &mut State, peer: Peer, hello: &Hello) -> Result<Answer, Box<Rep
     let gpu = state.index_of(GpuUuid(hello.gpu))?;
     let served = &state.gpus[gpu].served;
     // A process without a slot has nothing to write.
-    let page = if hello.wish() == Wish::Slot { &served.file } else { &served.read_only };
+    let page = if hello.request_kind() == RequestKind::Slot { &served.file } else { &served.read_only };
     let page = page.as_fd().try_clone_to_owned().map_err(|error| {
         Reply::refuse(Status::Refused, &format!("the arbiter has no descriptor left: {error}"))
     })?;
-    match hello.wish() {
-        Wish::Slot => {
+    match hello.request_kind() {
+        RequestKind::Slot => {
             let Registration { slot, client, lock } = registration::register(state, peer, hello, gpu)?;
             Ok(Answer { reply: Reply::welcome(slot), sent: vec![page, lock], client: Some(client) })
         }
-        Wish::Look => {
+        RequestKind::Look => {
             tracing::debug!(gpu = %served.gpu, "somebody looks at its page");
             Ok(Answer::without_client(Reply::shown(), vec![page]))
         }
@@ -99,7 +97,7 @@ fn change_shares(
     peer: Peer,
     request: &Change,
     slot: SlotIndex,
-    edit: Edit,
+    edit: SharesUpdate,
 ) -> Result<Reply, Box<Reply>> {
     let index = state.index_of(GpuUuid(request.gpu))?;
     let served = &state.gpus[index].served;

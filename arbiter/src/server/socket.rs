@@ -6,8 +6,9 @@ use crate::accept;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
 };
-use nvshare::register::{Reply, send};
+use nvshare::scm_rights::send;
 use nvshare::sync::now;
+use nvshare::wire::Reply;
 use std::cell::OnceCell;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};

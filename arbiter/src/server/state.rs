@@ -9,9 +9,9 @@ use super::sampler::Sampler;
 use super::served_gpu::ServedGpu;
 use crate::client_lock::ClientLock;
 use crate::options::Options;
-use nvshare::page::SlotIndex;
-use nvshare::register::{Reply, Status};
+use nvshare::slot::SlotIndex;
 use nvshare::units::{GpuUuid, Nanos};
+use nvshare::wire::{Reply, Status};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 

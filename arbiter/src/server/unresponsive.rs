@@ -9,7 +9,7 @@ use super::state::State;
 use crate::options::Options;
 use crate::process;
 use nvshare::page::{Phase, Stall};
-use nvshare::snapshot::{Details, Snapshot};
+use nvshare::snapshot::{ClientInfo, Snapshot};
 use nvshare::units::{GpuUuid, Nanos, format_nanos};
 
 /// Looks at all clients at `time` (ns).
@@ -62,12 +62,12 @@ fn log_denial(state: &mut State, index: usize, overdue: Overdue, pid: u32, answe
 }
 
 /// The pid that the arbiter recorded, or that the page shows if nothing is recorded.
-fn pid(client: &RegisteredClient, details: &Details) -> u32 {
+fn pid(client: &RegisteredClient, details: &ClientInfo) -> u32 {
     client.lock.as_ref().map_or(details.owner.pid, |lock| lock.record.pid)
 }
 
 /// Logs that a client is unresponsive. Not if the client itself says why it cannot give way: [`crate::stall_log`] logs that.
-fn report(gpu: GpuUuid, client: &RegisteredClient, details: &Details, phase: Phase, overdue_for: Nanos) {
+fn report(gpu: GpuUuid, client: &RegisteredClient, details: &ClientInfo, phase: Phase, overdue_for: Nanos) {
     if details.stall != Stall::None {
         return;
     }
@@ -84,7 +84,7 @@ fn report(gpu: GpuUuid, client: &RegisteredClient, details: &Details, phase: Pha
 
 /// Kills an unresponsive client, if the operator says so. Not for want of host memory, and not a process of which nothing
 /// is recorded.
-fn kill(gpu: GpuUuid, client: &RegisteredClient, details: &Details, options: &Options) {
+fn kill(gpu: GpuUuid, client: &RegisteredClient, details: &ClientInfo, options: &Options) {
     if !options.kill_unresponsive || details.stall == Stall::NoHostMemory || client.lock.is_none() {
         return;
     }

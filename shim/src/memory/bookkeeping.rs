@@ -6,7 +6,7 @@ use crate::memory::host::{HostPool, HostPoolError};
 use crate::memory::map::{Freed, Memory};
 use crate::memory::region::{Backing, HostCopy, InUse};
 use nix::time::{ClockId, clock_gettime};
-use nvshare::audit::Process;
+use nvshare::slot::Process;
 use nvshare::units::{GRANULE, GpuUuid, Granules, Nanos, SECOND};
 use nvshare::{Client, Page};
 use std::sync::Arc;

@@ -6,9 +6,11 @@
 use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr};
 use nix::sys::socket::{accept4, bind, listen, recv, socket};
 use nvshare::map::{self, MappedPage, scribble};
-use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES, SLOTS, SlotIndex};
-use nvshare::register::{self, Hello, Reply};
+use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES};
+use nvshare::scm_rights;
 use nvshare::sealed;
+use nvshare::slot::{SLOTS, SlotIndex};
+use nvshare::wire::{Hello, Reply};
 use nvshare::{GpuUuid, paths};
 use nvshare_e2e::application::{Application, INVALID_VALUE, MIB, SUCCESS, gpu, node};
 use nvshare_tools::node::{Environment, Node, SimulatedGpu, TempDir};
@@ -278,7 +280,7 @@ fn fake_arbiter(dir: &Path, answer: impl Fn(&Hello) -> (Vec<u8>, Option<File>) +
                 let (reply, page) = answer(&hello);
                 if !reply.is_empty() {
                     let page: Vec<_> = page.iter().map(File::as_fd).collect();
-                    let _ = register::send(client.as_fd(), &reply, &page);
+                    let _ = scm_rights::send(client.as_fd(), &reply, &page);
                 }
             }
         }
@@ -378,7 +380,7 @@ fn an_arbiter_of_another_layout_version_is_refused() {
     let refuse = |_: &Hello| {
         let why =
             "the client has page layout 1 and the arbiter 9; run the same nvshare release on both sides";
-        (bytes(&Reply::refuse(register::Status::LayoutVersion, why)), None)
+        (bytes(&Reply::refuse(nvshare::wire::Status::LayoutVersion, why)), None)
     };
     answered(refuse, &["page layout 1 and the arbiter 9", "same nvshare release"], &[]);
 }

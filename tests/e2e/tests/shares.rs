@@ -1,7 +1,7 @@
 //! Weight, priority and memory limit of real processes: asked for in the environment or with `nvshare run`, changed
 //! with `nvshare set` while they run, and told alike by everybody who is asked.
 
-use nvshare::page::SlotIndex;
+use nvshare::slot::SlotIndex;
 use nvshare::snapshot::Snapshot;
 use nvshare::{policy, record};
 use nvshare_e2e::application::{Application, MIB, SUCCESS, gpu, node};

@@ -8,12 +8,12 @@
 //! As long as no step has lied, the books must balance after every step, to the granule. After a lie the
 //! numbers may be wrong, and everything must still end, stay within bounds and agree with itself.
 
-use nvshare::audit::{Audit, Process};
+use nvshare::audit::Audit;
 use nvshare::client::{Next, NoMemory};
 use nvshare::fair::MAX_WEIGHT;
-use nvshare::lock::SlotSet;
-use nvshare::page::{Direction, NAME_BYTES, Page, Phase, Quantum, SLOTS, Settings, SlotIndex};
+use nvshare::page::{Direction, NAME_BYTES, Page, Phase, Quantum, Settings};
 use nvshare::shares::{MemoryLimit, Priority, Shares};
+use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND};
 use nvshare::{Books, Client, Fill, Runtime, policy};

@@ -1,12 +1,14 @@
 //! What comes over the arbiter's socket: any bytes are a message or are refused with a sentence, and what
 //! is a message is the same bytes again.
 
-use nvshare::change::{CHANGE_MAGIC, Change, Edit, Message};
 use nvshare::fair::MAX_WEIGHT;
-use nvshare::page::{LAYOUT_VERSION, SlotIndex};
-use nvshare::presence::{ATTACH_MAGIC, Attach};
-use nvshare::register::{Hello, LOOK_MAGIC, Reply, Status, WIRE_MAGIC, Wish};
+use nvshare::page::LAYOUT_VERSION;
+use nvshare::slot::SlotIndex;
 use nvshare::units::GpuUuid;
+use nvshare::wire::{
+    ATTACH_MAGIC, Attach, CHANGE_MAGIC, Change, Hello, LOOK_MAGIC, Message, Reply, RequestKind, SharesUpdate,
+    Status, WIRE_MAGIC,
+};
 
 /// Reads the bytes as either side does. The first one says whether they are read as they are, or with the
 /// identity put right: a fuzzer should not have to guess twelve bytes before it comes to the rest.
@@ -39,7 +41,7 @@ fn message(bytes: &[u8]) {
     match Message::read(bytes) {
         Ok(Message::Change(change, slot, edit)) => {
             assert_eq!(bytemuck::bytes_of(&change), bytes);
-            assert_ne!(edit, Edit::default(), "it changes nothing");
+            assert_ne!(edit, SharesUpdate::default(), "it changes nothing");
             assert!(edit.weight.is_none_or(|weight| (1..=MAX_WEIGHT).contains(&weight)));
             // Whoever asks for the same again says the same.
             assert_eq!(Change::new(GpuUuid(change.gpu), slot, change.owner(), edit), change);
@@ -73,9 +75,9 @@ fn hello(bytes: &[u8]) {
             let again = Hello::new(GpuUuid(hello.gpu), &name);
             assert!(name.starts_with(&again.name()));
             // Nobody gets a slot who has not asked for one.
-            let asks = match hello.wish() {
-                Wish::Slot => WIRE_MAGIC,
-                Wish::Look => LOOK_MAGIC,
+            let asks = match hello.request_kind() {
+                RequestKind::Slot => WIRE_MAGIC,
+                RequestKind::Look => LOOK_MAGIC,
             };
             assert_eq!(hello.magic, asks);
             // Whatever it asks for is within bounds, and can be asked for again.

@@ -10,11 +10,12 @@ use super::scenario::Scenario;
 use super::tally::{GpuTally, State, Tally};
 use super::task::{Job, Task};
 use nvshare::fair;
-use nvshare::lock::SlotSet;
-use nvshare::page::{Phase, SLOTS, Settings, SlotIndex};
+use nvshare::page::{Phase, Settings};
 use nvshare::placement::Load;
 use nvshare::policy;
+use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
+use nvshare::step::{Action, Facts, step};
 use nvshare::units::{Granules, Nanos, bytes_of, granules_for, granules_in};
 
 /// What is the same for all GPUs.
@@ -264,7 +265,7 @@ impl Gpu {
         }
     }
 
-    /// As [`nvshare::client::Client::poll`], one arrow at a time. True if it went along one.
+    /// As [`nvshare::client::Client::poll`], one [`step`] at a time. True if it went along one.
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) -> bool {
         let phase = self.snapshot.view(slot).phase;
         let client = self.client_mut(slot);
@@ -274,19 +275,26 @@ impl Gpu {
         }
         let admitted = self.snapshot.admitted.contains(slot);
         let client = self.client(slot);
-        match self.snapshot.view(slot).phase {
-            // Its thread is busy with that.
-            Phase::Idle | Phase::Waiting if self.moves(slot) => false,
-            Phase::Waiting if admitted => {
+        let busy = match phase {
+            Phase::Idle | Phase::Waiting => self.moves(slot),
+            Phase::Filling => self.brings_in(slot),
+            _ => false,
+        };
+        if busy {
+            return false;
+        }
+        // Nothing grows here, so a client that fills has no work in flight.
+        let in_flight = matches!(phase, Phase::Running | Phase::Draining);
+        match step(phase, Facts { admitted, in_flight }) {
+            Action::StartFilling => {
                 self.enter(slot, Phase::Filling, now);
                 true
             }
-            Phase::Filling if self.brings_in(slot) => false,
-            Phase::Filling if !admitted => {
+            Action::Queue => {
                 self.enter(slot, Phase::Waiting, now);
                 true
             }
-            Phase::Filling if self.missing(slot) == 0 => match client.ready_at {
+            Action::Fill if self.missing(slot) == 0 => match client.ready_at {
                 None => {
                     self.client_mut(slot).ready_at = Some(now + self.machine.switch);
                     true
@@ -297,13 +305,13 @@ impl Gpu {
                 }
                 Some(_) => false,
             },
-            Phase::Running if !admitted => {
+            Action::Yield => {
                 self.drain(slot, now);
                 true
             }
-            Phase::Running if !client.task.has_work() => self.without_work(slot, now, gone),
-            Phase::Running => self.end_of_slice(slot, now),
-            Phase::Draining if client.submitted == 0 => match client.drained_at {
+            Action::Run if !client.task.has_work() => self.without_work(slot, now, gone),
+            Action::Run => self.end_of_slice(slot, now),
+            Action::AwaitDrain if client.submitted == 0 => match client.drained_at {
                 None => {
                     self.client_mut(slot).drained_at = Some(now + self.machine.drain);
                     true
@@ -314,16 +322,16 @@ impl Gpu {
                 }
                 Some(_) => false,
             },
-            Phase::Idle if admitted => self.decide(now),
-            Phase::Idle if client.task.is_over() => {
+            Action::GiveUpBit => self.decide(now),
+            Action::Serve if phase == Phase::Idle && client.task.is_over() => {
                 self.leave(slot, now, gone);
                 true
             }
-            Phase::Idle if client.task.has_work() => {
+            Action::Serve if phase == Phase::Idle && client.task.has_work() => {
                 self.queue(slot, now);
                 true
             }
-            Phase::Idle | Phase::Waiting => {
+            Action::Serve => {
                 let share = policy::evict_share(&self.snapshot, slot);
                 if share > 0 {
                     // Whole chunks, so it may be a little more.
@@ -333,9 +341,9 @@ impl Gpu {
                     self.client_mut(slot).task.tally.becomes(State::Evicting, now);
                     return true;
                 }
-                self.snapshot.view(slot).phase == Phase::Waiting && self.end_of_slice(slot, now)
+                phase == Phase::Waiting && self.end_of_slice(slot, now)
             }
-            Phase::Filling | Phase::Draining | Phase::Leaving => false,
+            Action::Fill | Action::AwaitDrain | Action::AwaitEnd => false,
         }
     }
 

@@ -1,0 +1,615 @@
+//! The messages between clients and the arbiter, byte by byte.
+//!
+//! | message | who sends it | what it is for |
+//! |---|---|---|
+//! | [`Hello`] | a process | asks for a slot, or only for the page |
+//! | [`Change`] | anybody | changes a running client's shares |
+//! | [`Attach`] | a client | makes itself known to an arbiter that began later |
+//! | [`Told`] | a client | answers [`Status::Asked`] with its phase |
+//! | [`Reply`] | the arbiter | answers each of them |
+//!
+//! Messages are structs of fixed size, little-endian, one to a datagram of a SOCK_SEQPACKET socket. Each begins with a
+//! magic that tells its kind and with the sender's [`LAYOUT_VERSION`], so a difference between releases is noticed before
+//! the length is looked at. Whatever does not fit is refused with a sentence that says why. This module only reads and
+//! writes bytes; [`crate::register`] has the sockets.
+
+use crate::fair::MAX_WEIGHT;
+use crate::page::{LAYOUT_VERSION, NAME_BYTES};
+use crate::shares::{MemoryLimit, Priority, Shares};
+use crate::slot::{Owner, SlotIndex};
+use crate::text::printable;
+use crate::units::GpuUuid;
+use bytemuck::{Pod, Zeroable};
+
+/// First eight bytes of every message but one.
+pub const WIRE_MAGIC: u64 = u64::from_le_bytes(*b"nvshare?");
+
+/// First eight bytes of a hello that asks for the page and for no slot.
+pub const LOOK_MAGIC: u64 = u64::from_le_bytes(*b"nvlook??");
+
+/// First eight bytes of a change.
+pub const CHANGE_MAGIC: u64 = u64::from_le_bytes(*b"nvset???");
+
+/// First eight bytes of an [`Attach`].
+pub const ATTACH_MAGIC: u64 = u64::from_le_bytes(*b"nvattach");
+
+/// First eight bytes of a [`Told`].
+pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
+
+/// What a message to the arbiter may begin with.
+const TALK_MAGICS: [u64; 4] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC];
+
+/// Bytes of the sentence in a reply.
+const TEXT_BYTES: usize = 256;
+
+/// What a client says.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Hello {
+    /// [`WIRE_MAGIC`] or [`LOOK_MAGIC`]: what it wants.
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of the client.
+    pub layout_version: u32,
+    /// Its weight, 1 to [`crate::fair::MAX_WEIGHT`].
+    pub weight: u32,
+    /// The GPU that it wants.
+    pub gpu: [u8; 16],
+    /// What it calls itself, zero-padded UTF-8.
+    pub name: [u8; NAME_BYTES],
+    /// Its memory limit's word.
+    pub memory_limit: u64,
+    /// Its priority's word.
+    pub priority: u32,
+    /// Its pid as it sees it itself: what an arbiter that cannot see it calls it.
+    pub pid: u32,
+}
+
+impl Hello {
+    /// A client's request for a slot on a GPU, with the usual shares.
+    pub fn new(gpu: GpuUuid, name: &str) -> Self {
+        Self {
+            magic: WIRE_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            weight: 0,
+            gpu: gpu.0,
+            name: padded(name),
+            memory_limit: 0,
+            priority: 0,
+            pid: std::process::id(),
+        }
+        .with(Shares::default())
+    }
+
+    /// The same, asking for these shares.
+    pub fn with(self, shares: Shares) -> Self {
+        Self {
+            weight: shares.weight,
+            priority: shares.priority as u32,
+            memory_limit: shares.memory_limit.into(),
+            ..self
+        }
+    }
+
+    /// The shares that it asks for, within their bounds.
+    pub fn shares(&self) -> Shares {
+        Shares {
+            weight: crate::fair::weight(self.weight),
+            priority: Priority::read(self.priority).unwrap_or_default(),
+            memory_limit: self.memory_limit.into(),
+        }
+    }
+
+    /// A request to see a GPU's page, of somebody who is no client of it yet.
+    pub fn look(gpu: GpuUuid) -> Self {
+        Self { magic: LOOK_MAGIC, ..Self::new(gpu, "") }
+    }
+
+    /// What the sender wants.
+    pub fn request_kind(&self) -> RequestKind {
+        if self.magic == LOOK_MAGIC { RequestKind::Look } else { RequestKind::Slot }
+    }
+
+    /// Its name, as far as it is text.
+    pub fn name(&self) -> String {
+        printable(&self.name)
+    }
+
+    /// Reads what came over a socket.
+    ///
+    /// # Errors
+    /// The reply to send instead: it says what is wrong.
+    pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
+        check_release(bytes)?;
+        let hello: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
+            Reply::refuse(
+                Status::Malformed,
+                &format!("a hello has {} bytes and this message has {}", size_of::<Self>(), bytes.len()),
+            )
+        })?;
+        if ![WIRE_MAGIC, LOOK_MAGIC].contains(&hello.magic) {
+            return Err(Reply::refuse(Status::Malformed, "this is not an nvshare hello (wrong magic)"));
+        }
+        Ok(hello)
+    }
+}
+
+/// Checks that a message is of this release, as far as its beginning tells: before its length, which other releases may
+/// have changed.
+fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
+    let Some((magic, rest)) = bytes.split_first_chunk() else { return Ok(()) };
+    let Some(version) = rest.first_chunk().map(|version| u32::from_le_bytes(*version)) else { return Ok(()) };
+    if !TALK_MAGICS.contains(&u64::from_le_bytes(*magic)) || version == LAYOUT_VERSION {
+        return Ok(());
+    }
+    Err(Reply::refuse(
+        Status::LayoutVersion,
+        &format!(
+            "the client has page layout {version} and the arbiter {LAYOUT_VERSION}; run the same nvshare release on both sides",
+        ),
+    ))
+}
+
+/// What a hello asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestKind {
+    /// A slot, and the page that it is in.
+    Slot,
+    /// The page alone.
+    Look,
+}
+
+impl RequestKind {
+    /// The answer that grants it.
+    pub(crate) fn granted(self) -> Status {
+        match self {
+            Self::Slot => Status::Welcome,
+            Self::Look => Status::Shown,
+        }
+    }
+}
+
+/// How a registration ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Status {
+    /// A slot and the page's descriptor come with it.
+    Welcome = 1,
+    /// The two sides have different page layouts.
+    LayoutVersion = 2,
+    /// No such GPU here.
+    UnknownGpu = 3,
+    /// All slots of this GPU are taken.
+    Full = 4,
+    /// The hello made no sense.
+    Malformed = 5,
+    /// Anything else; the text says what.
+    Refused = 6,
+    /// The page's descriptor comes with it, and no slot: that is all that was asked for.
+    Shown = 7,
+    /// The client's shares are what the text says.
+    Changed = 8,
+    /// The arbiter knows the client that was there before it.
+    Attached = 9,
+    /// The client's slot is closed. Also said without a question, over the connection that the client keeps.
+    Closed = 10,
+    /// The arbiter asks over that connection what the client does.
+    Asked = 11,
+}
+
+impl Status {
+    fn parse(word: u32) -> Option<Self> {
+        [
+            Self::Welcome,
+            Self::LayoutVersion,
+            Self::UnknownGpu,
+            Self::Full,
+            Self::Malformed,
+            Self::Refused,
+            Self::Shown,
+            Self::Changed,
+            Self::Attached,
+            Self::Closed,
+            Self::Asked,
+        ]
+        .into_iter()
+        .find(|status| *status as u32 == word)
+    }
+}
+
+/// What the arbiter answers.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Reply {
+    /// [`WIRE_MAGIC`].
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of the arbiter.
+    pub layout_version: u32,
+    /// A [`Status`].
+    pub status: u32,
+    /// The slot's index.
+    pub slot: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// A sentence for a person, zero-padded UTF-8.
+    pub text: [u8; TEXT_BYTES],
+}
+
+impl Reply {
+    /// A slot for the client.
+    pub fn welcome(slot: SlotIndex) -> Self {
+        Self { slot: slot.get() as u32, ..*Self::refuse(Status::Welcome, "") }
+    }
+
+    /// The page, for somebody who only looks.
+    pub fn shown() -> Self {
+        *Self::refuse(Status::Shown, "")
+    }
+
+    /// The client is known.
+    pub fn attached(slot: SlotIndex) -> Self {
+        Self { slot: slot.get() as u32, ..*Self::refuse(Status::Attached, "") }
+    }
+
+    /// What is the client doing?
+    pub fn asked() -> Self {
+        *Self::refuse(Status::Asked, "")
+    }
+
+    /// A client's slot is closed, and why.
+    pub fn closed(why: &str) -> Box<Self> {
+        Self::refuse(Status::Closed, why)
+    }
+
+    /// A client's shares are these now.
+    pub fn changed(shares: Shares) -> Self {
+        *Self::refuse(Status::Changed, &shares.to_string())
+    }
+
+    /// Nothing, and why.
+    pub fn refuse(status: Status, why: &str) -> Box<Self> {
+        Box::new(Self {
+            magic: WIRE_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            status: status as u32,
+            slot: 0,
+            reserved: 0,
+            text: padded(why),
+        })
+    }
+
+    /// The sentence, as far as it is text.
+    pub fn text(&self) -> String {
+        printable(&self.text)
+    }
+
+    /// Reads what came over a socket, and how the registration ended.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words that follow the name of who sent it.
+    pub fn read(bytes: &[u8]) -> Result<(Self, Status), String> {
+        let reply: Self = bytemuck::try_pod_read_unaligned(bytes)
+            .map_err(|_| format!("its answer has {} bytes instead of {}", bytes.len(), size_of::<Self>()))?;
+        if reply.magic != WIRE_MAGIC {
+            return Err("its answer begins with the wrong magic".into());
+        }
+        let status = Status::parse(reply.status)
+            .ok_or_else(|| format!("its answer has the unknown status {}", reply.status))?;
+        Ok((reply, status))
+    }
+}
+
+fn padded<const N: usize>(text: &str) -> [u8; N] {
+    let mut bytes = [0; N];
+    let fits = text.floor_char_boundary(N);
+    bytes[..fits].copy_from_slice(&text.as_bytes()[..fits]);
+    bytes
+}
+
+/// In [`Change::which`]: what is to change.
+const WEIGHT: u32 = 1;
+const PRIORITY: u32 = 2;
+const MEMORY_LIMIT: u32 = 4;
+
+/// What somebody wants changed.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Change {
+    /// [`CHANGE_MAGIC`].
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of who asks.
+    pub layout_version: u32,
+    /// A bit for each of the last three that counts.
+    pub which: u32,
+    /// The client's GPU.
+    pub gpu: [u8; 16],
+    /// Its slot.
+    pub slot: u32,
+    /// Its pid, as the page has it.
+    pub pid: u32,
+    /// How many owners its slot has had, as the page has it.
+    pub generation: u32,
+    /// The weight, or 0.
+    pub weight: u32,
+    /// The priority's word, or 0.
+    pub priority: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The memory limit's word, or 0.
+    pub memory_limit: u64,
+}
+
+/// Which of a client's shares become what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SharesUpdate {
+    /// The weight.
+    pub weight: Option<u32>,
+    /// The priority.
+    pub priority: Option<Priority>,
+    /// The memory limit.
+    pub memory_limit: Option<MemoryLimit>,
+}
+
+impl SharesUpdate {
+    /// What becomes of these shares.
+    pub fn of(self, shares: Shares) -> Shares {
+        Shares {
+            weight: self.weight.unwrap_or(shares.weight),
+            priority: self.priority.unwrap_or(shares.priority),
+            memory_limit: self.memory_limit.unwrap_or(shares.memory_limit),
+        }
+    }
+}
+
+impl Change {
+    /// A request to change the shares of the client that owns this slot.
+    pub fn new(gpu: GpuUuid, slot: SlotIndex, owner: Owner, edit: SharesUpdate) -> Self {
+        let bit = |given: bool, bit| if given { bit } else { 0 };
+        Self {
+            magic: CHANGE_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            which: bit(edit.weight.is_some(), WEIGHT)
+                | bit(edit.priority.is_some(), PRIORITY)
+                | bit(edit.memory_limit.is_some(), MEMORY_LIMIT),
+            gpu: gpu.0,
+            slot: slot.get() as u32,
+            pid: owner.pid,
+            generation: owner.generation,
+            weight: edit.weight.unwrap_or_default(),
+            priority: edit.priority.unwrap_or_default() as u32,
+            reserved: 0,
+            memory_limit: edit.memory_limit.unwrap_or_default().into(),
+        }
+    }
+
+    /// Reads what came over a socket: the message, the slot, and what is to become of it.
+    ///
+    /// # Errors
+    /// The reply to send instead: it says what is wrong.
+    pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex, SharesUpdate), Box<Reply>> {
+        let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
+        check_release(bytes)?;
+        let change: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
+            malformed(&format!(
+                "a change has {} bytes and this message has {}",
+                size_of::<Self>(),
+                bytes.len()
+            ))
+        })?;
+        if change.magic != CHANGE_MAGIC {
+            return Err(malformed("this is not a change (wrong magic)"));
+        }
+        let slot = SlotIndex::new(change.slot as usize)
+            .ok_or_else(|| malformed(&format!("there is no slot {}", change.slot)))?;
+        if change.which == 0
+            || change.which & !(WEIGHT | PRIORITY | MEMORY_LIMIT) != 0
+            || change.reserved != 0
+        {
+            return Err(malformed(
+                "a change says that nothing is to change, or what no arbiter of this release knows",
+            ));
+        }
+        let given = |bit| change.which & bit != 0;
+        let weight = (1..=MAX_WEIGHT).contains(&change.weight).then_some(change.weight);
+        let edit = SharesUpdate {
+            weight: weight.filter(|_| given(WEIGHT)),
+            priority: Priority::read(change.priority).filter(|_| given(PRIORITY)),
+            memory_limit: MemoryLimit::read(change.memory_limit).filter(|_| given(MEMORY_LIMIT)),
+        };
+        // What is out of its bounds was dropped, and what does not count must be 0: then it is not the same again.
+        let owner = Owner { generation: change.generation, pid: change.pid };
+        if Self::new(GpuUuid(change.gpu), slot, owner, edit) != change {
+            return Err(malformed(&format!(
+                "a weight is 1 to {MAX_WEIGHT}, a priority 0 to 2, and a limit none, granules or a part of the pool"
+            )));
+        }
+        Ok((change, slot, edit))
+    }
+
+    /// Whose slot it was when the change was asked for.
+    pub fn owner(&self) -> Owner {
+        Owner { generation: self.generation, pid: self.pid }
+    }
+}
+
+/// What anybody may say to the arbiter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Message {
+    /// A client wants a slot, or to see the page.
+    Hello(Hello),
+    /// Somebody wants a client's shares changed.
+    Change(Change, SlotIndex, SharesUpdate),
+    /// A client that was there before the arbiter makes itself known.
+    Attach(Attach, SlotIndex),
+}
+
+impl Message {
+    /// Reads what came over a socket.
+    ///
+    /// # Errors
+    /// The reply to send instead: it says what is wrong.
+    pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
+        if bytes.starts_with(&CHANGE_MAGIC.to_le_bytes()) {
+            return Change::read(bytes).map(|(change, slot, edit)| Self::Change(change, slot, edit));
+        }
+        if bytes.starts_with(&ATTACH_MAGIC.to_le_bytes()) {
+            return Attach::read(bytes).map(|(attach, slot)| Self::Attach(attach, slot));
+        }
+        Hello::read(bytes).map(Self::Hello)
+    }
+}
+
+/// What a client says to an arbiter that began after it. Its life file and its page come with it, in this order.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Attach {
+    /// [`ATTACH_MAGIC`].
+    pub magic: u64,
+    /// [`LAYOUT_VERSION`] of the client.
+    pub layout_version: u32,
+    /// Its slot.
+    pub slot: u32,
+    /// Its GPU.
+    pub gpu: [u8; 16],
+    /// How many owners its slot has had, when it got it.
+    pub generation: u32,
+    /// Its pid, as the arbiter before called it.
+    pub pid: u32,
+}
+
+impl Attach {
+    /// The words of the client that has this slot.
+    pub fn new(gpu: GpuUuid, slot: SlotIndex, owner: Owner) -> Self {
+        Self {
+            magic: ATTACH_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            slot: slot.get() as u32,
+            gpu: gpu.0,
+            generation: owner.generation,
+            pid: owner.pid,
+        }
+    }
+
+    /// Reads what came over a socket: the message, and the slot that it names.
+    ///
+    /// # Errors
+    /// The reply to send instead: it says what is wrong.
+    pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex), Box<Reply>> {
+        let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
+        check_release(bytes)?;
+        let attach: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
+            malformed(&format!(
+                "an attach has {} bytes and this message has {}",
+                size_of::<Self>(),
+                bytes.len()
+            ))
+        })?;
+        if attach.magic != ATTACH_MAGIC {
+            return Err(malformed("this is not an attach (wrong magic)"));
+        }
+        let slot = SlotIndex::new(attach.slot as usize)
+            .ok_or_else(|| malformed(&format!("there is no slot {}", attach.slot)))?;
+        Ok((attach, slot))
+    }
+
+    /// Whose slot it is.
+    pub fn owner(&self) -> Owner {
+        Owner { generation: self.generation, pid: self.pid }
+    }
+}
+
+/// What a client answers when the arbiter asks, over the connection that nobody else has. The page says it too, and
+/// everybody can write the page: before the arbiter closes a slot because its client leaves, or kills a process because it
+/// does not give way, it asks the process itself.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct Told {
+    magic: u64,
+    layout_version: u32,
+    /// A [`crate::Phase`], or `u32::MAX` if the process does not say (`crate::books::NOT_TOLD`).
+    pub phase: u32,
+}
+
+impl Told {
+    /// A client in this phase.
+    pub fn new(phase: u32) -> Self {
+        Self { magic: TOLD_MAGIC, layout_version: LAYOUT_VERSION, phase }
+    }
+
+    /// Reads what came over a client's connection. `None` if it is something else.
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        let told: Self = bytemuck::try_pod_read_unaligned(bytes).ok()?;
+        ((told.magic, told.layout_version) == (TOLD_MAGIC, LAYOUT_VERSION)).then_some(told)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWNER: Owner = Owner { generation: 3, pid: 77 };
+
+    fn made(edit: SharesUpdate) -> Change {
+        Change::new(GpuUuid([9; 16]), SlotIndex::new(5).unwrap(), OWNER, edit)
+    }
+
+    fn refused(change: Change) -> (Status, String) {
+        let reply = Change::read(bytemuck::bytes_of(&change)).unwrap_err();
+        (Reply::read(bytemuck::bytes_of(&*reply)).unwrap().1, reply.text())
+    }
+
+    #[test]
+    fn a_change_is_read_as_it_was_made() {
+        let limits = ["none", "2MiB", "8GiB", "25%"].map(|text| Some(text.parse().unwrap()));
+        for memory_limit in limits.into_iter().chain([None]) {
+            for priority in [Some(Priority::High), Some(Priority::Normal), Some(Priority::Low), None] {
+                for weight in [Some(1), Some(MAX_WEIGHT), None] {
+                    let edit = SharesUpdate { weight, priority, memory_limit };
+                    let (change, slot, read) = match Change::read(bytemuck::bytes_of(&made(edit))) {
+                        Ok(read) => read,
+                        Err(refusal) => {
+                            assert_eq!(edit, SharesUpdate::default(), "{}", refusal.text());
+                            continue;
+                        }
+                    };
+                    assert_eq!((slot.get(), read, change.owner()), (5, edit, OWNER));
+                    assert_ne!(edit, SharesUpdate::default(), "it changes nothing");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_given_stays() {
+        let shares = Shares { weight: 7, priority: Priority::Low, memory_limit: MemoryLimit::Size(3) };
+        assert_eq!(SharesUpdate::default().of(shares), shares);
+        let edit = SharesUpdate { memory_limit: Some(MemoryLimit::None), ..SharesUpdate::default() };
+        assert_eq!(edit.of(shares), Shares { memory_limit: MemoryLimit::None, ..shares });
+    }
+
+    #[test]
+    fn what_is_out_of_bounds_is_refused() {
+        let good = made(SharesUpdate {
+            weight: Some(5),
+            priority: Some(Priority::High),
+            memory_limit: Some(MemoryLimit::Size(1)),
+        });
+        assert!(Change::read(bytemuck::bytes_of(&good)).is_ok());
+        for bad in [
+            Change { weight: 0, ..good },
+            Change { weight: MAX_WEIGHT + 1, ..good },
+            Change { priority: 3, ..good },
+            Change { memory_limit: u64::MAX, ..good },
+            Change { memory_limit: 1 << 40, ..good },
+            Change { which: 15, ..good },
+            Change { which: WEIGHT, ..good },
+            Change { slot: 48, ..good },
+            Change { reserved: 1, ..good },
+            Change { magic: WIRE_MAGIC, ..good },
+        ] {
+            assert_eq!(refused(bad).0, Status::Malformed, "{bad:?}");
+        }
+        let (status, text) = refused(Change { layout_version: 77, ..good });
+        assert!(status == Status::LayoutVersion && text.contains("77"), "{text}");
+        assert!(Change::read(&bytemuck::bytes_of(&good)[1..]).is_err());
+    }
+}
