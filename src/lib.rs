@@ -31,7 +31,7 @@
 //! | [`log_limit`] | a bound on log lines that a stranger can cause |
 //! | [`sync`] | atomics and futexes, real or modelled by loom |
 //!
-//! The protocol rests on three invariants (DESIGN section 5), named I1 to I3 throughout:
+//! The protocol rests on three invariants, named I1 to I3 throughout:
 //!
 //! - **I1** `free + sum(resident) + sum(pinned) == capacity`, but for operations in flight, which
 //!   [`account::Account`] announces.

@@ -14,7 +14,7 @@
 //! later ones. That is why no wake-up is lost, without a lock that a stopped process could hold.
 //!
 //! The version wraps after 65,536 decisions: a decider would have to sleep through exactly that many
-//! to publish a stale look, and what it publishes is corrected by whoever it wrongs (DESIGN section 5).
+//! to publish a stale look, and what it publishes is corrected by the client that it wrongs, which decides again.
 
 use crate::page::Page;
 use crate::policy;

@@ -73,7 +73,7 @@ impl MappedPage {
         options.len(PAGE_BYTES);
         let reads = sealed::is_read_only(&file);
         let memory = if reads { options.map_raw_read_only(&file) } else { options.map_raw(&file) }?;
-        // A child of fork has no part in the protocol (DESIGN section 5): it must not even see it.
+        // A child of fork is no client: it must not even see the page.
         #[cfg(not(miri))]
         memory.advise(memmap2::Advice::DontFork)?;
         Ok(Self { mapping: Arc::new(memory) })

@@ -481,7 +481,7 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
 #[test]
 fn another_user_is_refused() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("not root: the rule is tested in arbiter/src/changes.rs alone");
+        eprintln!("not root: the rule is tested in arbiter/src/permission.rs alone");
         return;
     }
     let arbiter = Arbiter::start(directory("other-user"));

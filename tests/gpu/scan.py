@@ -1,4 +1,4 @@
-"""The kernel by which the shim finds granules that are all zero (shim/src/scan.ptx), on this machine's GPU: whether it
+"""The kernel by which the shim finds granules that are all zero (shim/src/memory/zero_scan.ptx), on this machine's GPU: whether it
 is right, and how fast it is. Speaks to the driver directly and needs nothing but Python; prints a line of JSON for
 each finding, and fails at the first wrong answer.
 
@@ -85,10 +85,10 @@ def say(**finding):
 
 
 class Scanner:
-    """The same as in shim/src/scan.rs."""
+    """The same as in shim/src/memory/zero_scan.rs."""
 
     def __init__(self, chunks):
-        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/scan.ptx"
+        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/memory/zero_scan.ptx"
         self.module = made("cuModuleLoadData", pointer, ptx.read_bytes() + b"\0")
         self.kernel = made("cuModuleGetFunction", pointer, self.module, b"nvshare_zero_granules")
         self.host = made("cuMemHostAlloc", pointer, chunks * ENTRY.size, DEVICEMAP)

@@ -153,6 +153,42 @@ fn headings_have_the_anchors_of_github() {
     assert_eq!(anchors(text), HashSet::from(expected));
 }
 
+/// The paths of files that a text names, as `shim/src/lib.rs` or examples/scenarios/four-jobs.toml.
+fn named_files(text: &str) -> Vec<&str> {
+    let is_path = |letter: char| letter.is_alphanumeric() || "_-./".contains(letter);
+    let roots = ["src/", "shim/", "arbiter/", "tools/", "tests/", "loom-tests/", "examples/", "docs/"];
+    let endings = [".rs", ".py", ".cu", ".cuh", ".c", ".h", ".ptx", ".toml", ".md", ".svg", ".sh"];
+    text.split(|letter| !is_path(letter))
+        .map(|word| word.trim_end_matches('.'))
+        .filter(|word| roots.iter().any(|root| word.starts_with(root)))
+        .filter(|word| endings.iter().any(|ending| word.ends_with(ending)) && !word.contains("NAME"))
+        .collect()
+}
+
+/// Files that documents name have not moved away. What a change of the past was, or a decision was made on, stays as it was said.
+#[test]
+fn files_that_documents_name_are_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap();
+    let mut missing = Vec::new();
+    let mut named = 0;
+    for document in documents(&root) {
+        if document.ends_with("CHANGELOG.md") {
+            continue;
+        }
+        let text = fs::read_to_string(&document).unwrap();
+        let beside = document.parent().unwrap();
+        for file in named_files(&text) {
+            named += 1;
+            if !root.join(file).exists() && !beside.join(file).exists() {
+                missing.push(format!("{}: {file}", document.strip_prefix(&root).unwrap().display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{}", missing.join("\n"));
+    assert!(named > 50, "documents name files: {named}");
+    assert_eq!(named_files("see `src/no.rs`, and docs/x.md."), ["src/no.rs", "docs/x.md"]);
+}
+
 /// Whoever looks for the test of a thing looks in that map.
 #[test]
 fn the_map_of_tests_names_every_file_of_them() {

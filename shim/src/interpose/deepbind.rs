@@ -3,7 +3,7 @@
 //!
 //! The exported `dlopen` takes that flag away from libraries that have to do with CUDA: whose file names one of CUDA's
 //! libraries. All others are loaded as they ask. NVSHARE_DEEPBIND=1 leaves the flag to all. What is loaded into a namespace
-//! of its own (dlmopen) gets its own driver and is out of reach; the arbiter sees its memory (docs/operations.md).
+//! of its own (dlmopen) gets its own driver and is out of reach; the arbiter sees its memory (docs/operations/troubleshooting.md).
 //!
 //! As for `dlsym` ([`crate::interpose::dlsym`]): the C library tells by the return address who asks, for the caller's search path
 //! and namespace, so the function is a few instructions of assembly that end in a jump. Nothing here allocates.

@@ -46,5 +46,5 @@ pub mod unmovable;
 pub mod vmm;
 pub mod zero_scan;
 
-/// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (docs/benchmarks.md).
+/// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (docs/driver-facts.md).
 pub const CHUNK: u64 = 64 << 20;

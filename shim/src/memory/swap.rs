@@ -7,7 +7,7 @@
 //!
 //! What holds nothing but zeros is not copied: before anything goes out, the GPU itself looks at all of it
 //! ([`crate::memory::zero_scan`]), once for each time that the client ran. Such chunks are dropped, and come back as fresh
-//! memory, which is zero (DESIGN section 2); of others only the granules in use travel.
+//! memory, which is zero (docs/driver-facts.md); of others only the granules in use travel.
 //!
 //! What the GPU cannot have, because the contexts of others have taken the room, is mapped to host memory
 //! ([`Backing::Overflow`]): the GPU uses it over the link. It comes home at the first fill that has room.

@@ -1,7 +1,7 @@
 //! Finds the granules that hold nothing but zeros, so that they are never copied: a framework that takes most of the
 //! GPU for itself and uses a little of it switches at the cost of what it uses.
 //!
-//! The GPU looks, at the speed of its memory (DESIGN section 2: 16 GiB in 4 ms), with a kernel that comes as PTX text
+//! The GPU looks, at the speed of its memory (16 GiB in 4 ms, docs/driver-facts.md), with a kernel that comes as PTX text
 //! (`zero_scan.ptx`) and that the driver compiles. What to look at and what was found stand in one table in pinned host
 //! memory, because on a full GPU there may be no room for even that. One launch looks at any number of chunks.
 //!

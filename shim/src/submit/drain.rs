@@ -1,6 +1,6 @@
 //! Draining: waiting for the work that the application has submitted.
 //!
-//! Never by cuCtxSynchronize, which ruins a capture (DESIGN section 2), but by events, in two steps, so that nothing has to be
+//! Never by cuCtxSynchronize, which ruins a capture (docs/driver-facts.md), but by events, in two steps, so that nothing has to be
 //! written down at a launch:
 //!
 //! 1. Each stream that the application has made, and that has work, gets an event.

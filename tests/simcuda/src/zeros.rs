@@ -1,4 +1,4 @@
-//! `nvshare_zero_granules`, the kernel by which the shim finds granules that it need not copy (`shim/src/scan.ptx`).
+//! `nvshare_zero_granules`, the kernel by which the shim finds granules that it need not copy (`shim/src/memory/zero_scan.ptx`).
 //!
 //! Its table has for each chunk an address, a number of granules, and a byte for each granule, which becomes 1 if all
 //! of the granule is zero. Like the real one it looks at a granule piece by piece and gives up at the first piece that

@@ -1,6 +1,6 @@
 //! What the books of many small allocations cost when they go out and come in.
 //!
-//! The shim itself measures it (`nvshare_bookkeeping` in `shim/src/probe.rs`), without a GPU and without memory: as many
+//! The shim itself measures it (`nvshare_bookkeeping` in `shim/src/interpose/probe.rs`), without a GPU and without memory: as many
 //! regions of one granule as `--regions` says, and a quarter as many. What is linear takes four times as long for four times
 //! as many.
 

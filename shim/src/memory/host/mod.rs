@@ -2,7 +2,7 @@
 //! and kept between switches.
 //!
 //! cuMemHostAlloc takes 0.36 to 0.57 s per GiB. An anonymous mapping with MADV_HUGEPAGE that eight
-//! threads touch and cuMemHostRegister then pins takes 0.05 s, at the same copy speed (DESIGN section 2).
+//! threads touch and cuMemHostRegister then pins takes 0.05 s, at the same copy speed (docs/driver-facts.md).
 //! The pool grows by *arenas*, and a block lies in one. One thread at a time *resizes* the pool, and does
 //! the slow part outside the lock: blocks come and go meanwhile, and who waits for a block gets the first
 //! that fits, be it new or just given back.

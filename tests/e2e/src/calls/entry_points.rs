@@ -74,7 +74,7 @@ impl Probe {
     }
 
     fn rows(&self) -> Result<Vec<Row>, Failure> {
-        // SAFETY: the type is the one in shim/src/probe.rs.
+        // SAFETY: the type is the one in shim/src/interpose/probe.rs.
         let found = unsafe { self.0.get::<unsafe extern "C" fn() -> *const c_char>(b"nvshare_entry_points") };
         let entry_points = found.map_err(failed)?;
         // SAFETY: it takes nothing, and gives a C string that stays.
@@ -185,7 +185,7 @@ unsafe fn call(address: usize, words: &Words) -> Code {
         usize,
         usize,
     ) -> Code;
-    // SAFETY: the address is a function's that takes as many words or fewer (shim/src/table.rs says why words will do);
+    // SAFETY: the address is a function's that takes as many words or fewer (shim/src/interpose/entry_points.rs says why words will do);
     // it does not look at the rest, which are the caller's to clean up in the C ABIs of x86-64 and aarch64.
     let function: Function = unsafe { std::mem::transmute::<usize, Function>(address) };
     let [a, b, c, d, e, f, g, h, i, j, k] = *words;
