@@ -3,12 +3,14 @@ under nvshare alone, and under nvshare beside a competitor in a pool too small f
 compared call by call; every difference is a row of a table, with the reason why it is meant to be, or UNEXPLAINED.
 
     python3 tests/gpu/differential.py --bin build [--only 'pointer_*' ...] [--jobs N] [--budget S]
-        [--out docs/compatibility.md] [--json FILE] [--simulated]
+        [--out docs/compatibility.md] [--json FILE] [--merge FILE ...] [--render] [--simulated]
 
 The sequences of calls are in tests/gpu/differential/sequences.py, the reasons in explained.py. Each sequence runs in a
 process of its own, so one that crashes or hangs is a row and not the end. Natively each runs twice: what then differs
-is the driver's whim, and is not compared. --json keeps everything that was answered. --simulated takes the simulated GPU
-of the build, and compares only what it has. Exit status 1 if a difference is unexplained, or a sequence was not run.
+is the driver's whim, and is not compared. --json keeps everything that was answered; --merge adds the sequences of
+earlier runs, where this one has none of that name, and --render runs nothing and only compares those. --simulated takes
+the simulated GPU of the build, and compares only what it has. Exit status 1 if a difference is unexplained, or a sequence
+was not run.
 """
 
 import argparse
@@ -69,7 +71,18 @@ class Record:
     def plain(self):
         """For JSON: what was called and answered, and what it said if it did not end well."""
         calls = [f"{call.told} -> {call.answer}" for call in self.calls]
-        return {"calls": calls, "remark": self.remark, **({"log": self.log} if self.remark else {})}
+        log = {"log": self.log} if self.remark else {}
+        return {"calls": calls, "remark": self.remark, **log, **({"simulated": True} if self.simulated else {})}
+
+    @staticmethod
+    def of(plain):
+        """What `plain` made JSON of."""
+        record = Record([], plain["remark"], plain.get("log", ""), plain.get("simulated", False))
+        for line in plain["calls"]:
+            told, _, answer = line.partition(" -> ")
+            result, _, outputs = answer.partition(" (")
+            record.calls.append(Call(told, result, [outputs.removesuffix(")")] if outputs else []))
+        return record
 
     @staticmethod
     def read(ended):
@@ -140,6 +153,7 @@ class Differential:
         self.binaries = options.bin.resolve()
         self.until = time.monotonic() + options.budget
         self.records = {name: {} for name in names}
+        self.heads = []
         self.switches = 0
 
     def sequence(self, name, scenario, environment):
@@ -190,6 +204,15 @@ class Differential:
             competitor.finish()
             return context
 
+    def merge(self, path):
+        """Adds the sequences of an earlier run."""
+        earlier = json.loads(pathlib.Path(path).read_text())
+        for name, found in earlier["records"].items():
+            if not self.records.get(name):
+                self.records[name] = {scenario: Record.of(plain) for scenario, plain in found.items()}
+        self.heads += earlier["heads"]
+        self.switches += earlier["switches"]
+
     def run(self):
         simulated = self.options.simulated
         for scenario in ("native", "native again"):
@@ -221,7 +244,7 @@ def cell(text):
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def table(head, differences, compared, sequences, switches):
+def table(heads, differences, compared, sequences, switches):
     """The part of docs/compatibility.md."""
     explained_ones = sum(one.why is not None for one in differences)
     lines = [
@@ -231,7 +254,7 @@ def table(head, differences, compared, sequences, switches):
         "odd arguments, natively, under nvshare alone, and beside a competitor in a pool too small for both. Addresses are",
         "compared as allocation and offset, handles by what they belong to, amounts of free memory not at all.",
         "",
-        f"- {head}",
+        *(f"- {head}" for head in heads),
         f"- {sequences} sequences, {compared} answers compared, {len(differences)} other than natively:"
         f" {explained_ones} explained, {len(differences) - explained_ones} unexplained; {switches} switches beside the competitor",
         "",
@@ -257,6 +280,8 @@ def main():
     parser.add_argument("--budget", type=float, default=540, help="begin none after so many seconds (default 540)")
     parser.add_argument("--out", type=pathlib.Path, help="put the table into this page")
     parser.add_argument("--json", type=pathlib.Path, help="keep all answers here")
+    parser.add_argument("--merge", nargs="*", default=[], help="answers of earlier runs; those of this run replace them")
+    parser.add_argument("--render", action="store_true", help="run nothing, only compare the answers of --merge")
     parser.add_argument("--simulated", action="store_true", help="on the simulated GPU of the build")
     parser.add_argument("--list", action="store_true", help="name the sequences and end")
     options = parser.parse_args()
@@ -264,10 +289,16 @@ def main():
     if options.list:
         print("\n".join(names))
         return 0
-    differential, began = Differential(options, names), time.monotonic()
-    gpu = {"MEMORY": "6GiB", "CONTEXT_BYTES": "16MiB"}
-    with simulated_gpu(differential.binaries, **gpu) if options.simulated else contextlib.nullcontext():
-        differential.run()
+    differential, began = Differential(options, [] if options.render else names), time.monotonic()
+    if not options.render:
+        gpu = {"MEMORY": "6GiB", "CONTEXT_BYTES": "16MiB"}
+        with simulated_gpu(differential.binaries, **gpu) if options.simulated else contextlib.nullcontext():
+            differential.run()
+        command = "python3 tests/gpu/differential.py " + shlex.join(sys.argv[1:])
+        gpu = "the simulated GPU" if options.simulated else machine()
+        differential.heads.append(f"{time.strftime('%Y-%m-%d')}, {gpu}: `{command}`")
+    for path in options.merge:
+        differential.merge(path)
     return report(options, differential, time.monotonic() - began)
 
 
@@ -282,14 +313,13 @@ def report(options, differential, seconds):
     for one in differences:
         if one.why is None:
             print(f"UNEXPLAINED {one.sequence}, {one.scenario}: {one.call}: natively {one.native}, here {one.shared}")
-    command = "python3 tests/gpu/differential.py " + shlex.join(sys.argv[1:])
-    gpu = "the simulated GPU" if options.simulated else machine()
-    head = f"{time.strftime('%Y-%m-%d')}, {gpu}: `{command}`"
     if options.out:
-        sections.write(options.out, "differential", table(head, differences, compared, len(ran), differential.switches))
+        part = table(differential.heads, differences, compared, len(ran), differential.switches)
+        sections.write(options.out, "differential", part)
     if options.json:
         everything = {
-            "head": head,
+            "heads": differential.heads,
+            "switches": differential.switches,
             "differences": [dataclasses.asdict(one) for one in differences],
             "records": {
                 name: {scenario: record.plain() for scenario, record in found.items()}

@@ -96,6 +96,14 @@ EXPLAINED = [
         r"setting_memory",
     ),
     Explained(
+        "What only the driver can place needs room on the GPU that stays. While a capture is open nobody can be made to give "
+        "room up in a turn of the GPU, and room in host memory is of no use",
+        r"cuMemAllocManaged\(.*",
+        r"SUCCESS.*",
+        r"OUT_OF_MEMORY.*",
+        r"during_a_capture.*",
+    ),
+    Explained(
         "Natively the call crashes the process; under nvshare it is refused",
         r".*",
         r"signal 11",

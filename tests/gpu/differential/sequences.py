@@ -547,6 +547,8 @@ def mapping(s):
     s.cuMemUnmap(a, 0)
     s.cuMemUnmap(a + 4096, GRANULE)
     s.cuMemsetD8_v2(a, 1, BLOCK)
+    # Nothing says that cuMemUnmap waits for that.
+    s.cuCtxSynchronize()
     s.cuMemAddressFree(a, BLOCK)
     s.cuMemUnmap(a, BLOCK)
     s.cuMemUnmap(a, BLOCK)
@@ -1345,7 +1347,8 @@ def captures(s):
 
 
 # Calls that may be unsafe while a stream captures, each with what it is given: memory that is there, a mapping, a stream of
-# its own, host memory.
+# its own, host memory. What is made has a name: by when it was first seen, a handle would be told by which calls before it
+# were refused, and by which handles the driver takes again.
 MADE_MEANWHILE = {
     "cuMemAlloc_v2": lambda s, of: of.make("cuMemAlloc_v2", BLOCK),
     "cuMemAllocPitch_v2": lambda s, of: of.make("cuMemAllocPitch_v2", s.out(), 100, 10, 4),
@@ -1359,7 +1362,7 @@ MADE_MEANWHILE = {
     "cuMemGetInfo_v2": lambda s, of: s.cuMemGetInfo_v2(s.out("amount"), s.out("amount")),
     "cuPointerGetAttribute": lambda s, of: s.cuPointerGetAttribute(s.out(), 2, of.memory, note="MEMORY_TYPE"),
     "cuMemGetAddressRange_v2": lambda s, of: s.cuMemGetAddressRange_v2(s.out("address"), s.out(), of.memory),
-    "cuMemCreate": lambda s, of: s.cuMemCreate(s.out("handle:physical"), GRANULE, properties(), 0),
+    "cuMemCreate": lambda s, of: s.cuMemCreate(s.handle("physical", "made"), GRANULE, properties(), 0),
     "cuMemAddressReserve": lambda s, of: s.cuMemAddressReserve(s.out("address", "reserved"), GRANULE, 0, 0, 0),
     "cuMemSetAccess": lambda s, of: s.cuMemSetAccess(of.mapped, BLOCK, access((DEVICE, 0, READ)), 1),
     "cuMemUnmap": lambda s, of: s.cuMemUnmap(of.mapped, BLOCK),
@@ -1368,7 +1371,7 @@ MADE_MEANWHILE = {
     "cuMemsetD8_v2": lambda s, of: s.cuMemsetD8_v2(of.memory, 1, BLOCK),
     "cuMemcpyDtoH_v2": lambda s, of: s.cuMemcpyDtoH_v2(s.out(), of.memory, 1),
     "cuMemcpyDtoD_v2": lambda s, of: s.cuMemcpyDtoD_v2(of.memory, of.memory + MIB, MIB),
-    "cuStreamCreate": lambda s, of: s.cuStreamCreate(s.out("handle:stream"), 1),
+    "cuStreamCreate": lambda s, of: s.cuStreamCreate(s.handle("stream", "made"), 1),
     "cuStreamQuery": lambda s, of: s.cuStreamQuery(of.other),
     "cuStreamSynchronize": lambda s, of: s.cuStreamSynchronize(of.other),
     "cuEventQuery": lambda s, of: s.cuEventQuery(of.event),
@@ -1424,7 +1427,7 @@ def during_a_capture(s, variant):
             thread.start()
             thread.join()
         s.cuStreamIsCapturing(stream, s.out())
-        s.cuStreamEndCapture(stream, s.out("handle:graph"))
+        s.cuStreamEndCapture(stream, s.handle("graph", "graph"))
         s.cuStreamDestroy_v2(stream)
         for pointer in (of.new, of.memory, of.ordered):
             s.free(pointer)
