@@ -222,6 +222,8 @@ static void with_a_reset(void) {
 typedef struct {
     int own; /* the calling thread's mode */
     int refused;
+    CUstream other; /* captures nothing */
+    CUdeviceptr ordered; /* was allocated in it */
 } Unsafe;
 
 static void *makes_unsafe_calls(void *argument) {
@@ -240,6 +242,14 @@ static void *makes_unsafe_calls(void *argument) {
     expect(cuMemFree_v2(unsafe->refused ? memory : block), expected, "cuMemFree");
     if (!unsafe->refused) CHECK(cuMemFree_v2(pitched));
     expect(cuMemFree_v2(0), 0, "cuMemFree of nothing");
+    CUdeviceptr ordered = 1;
+    CUmemoryPool pool;
+    CHECK(cuDeviceGetDefaultMemPool(&pool, 0));
+    expect(cuMemAllocAsync(&ordered, 1 << 20, unsafe->other), expected, "cuMemAllocAsync");
+    expect(!ordered, unsafe->refused, "an address of stream-ordered memory that was refused");
+    expect(cuMemPoolTrimTo(pool, 0), expected, "cuMemPoolTrimTo");
+    expect(cuMemFree_v2(unsafe->refused ? unsafe->ordered : ordered), expected, "cuMemFree of stream-ordered memory");
+    expect(cuMemFreeAsync(unsafe->ordered, unsafe->other), expected, "cuMemFreeAsync");
     CHECK(cuThreadExchangeStreamCaptureMode(&mode));
     return NULL;
 }
@@ -254,6 +264,9 @@ static void unsafe_calls(void) {
             for (int here = 0; here <= 1; here++) {
                 int local = here && mode != RELAXED;
                 Unsafe unsafe = {own, own == RELAXED ? 0 : own == THREAD_LOCAL ? local : local || mode == GLOBAL};
+                CHECK(cuStreamCreate(&unsafe.other, CU_STREAM_NON_BLOCKING));
+                CHECK(cuMemAllocAsync(&unsafe.ordered, 1 << 20, unsafe.other));
+                CHECK(cuStreamSynchronize(unsafe.other));
                 CUstream stream = capturing(mode);
                 CUgraph graph = NULL;
                 CHECK(cuMemsetD32Async(memory, 15, bytes / 4, stream));
@@ -261,6 +274,8 @@ static void unsafe_calls(void) {
                 else in_a_thread(makes_unsafe_calls, &unsafe, 0);
                 expect(cuStreamEndCapture(stream, &graph), unsafe.refused ? 901 : 0, "the end of the capture");
                 if (!unsafe.refused) replay(graph, 15);
+                else CHECK(cuMemFreeAsync(unsafe.ordered, unsafe.other));
+                CHECK(cuStreamDestroy_v2(unsafe.other));
                 CHECK(cuStreamDestroy_v2(stream));
             }
 }
@@ -323,6 +338,9 @@ static void stays_open(const char *what) {
     replay(graph, 33);
 }
 
+static pthread_barrier_t freed, begun;
+
+/* Frees in order before a capture begins, and ends after. */
 static void *frees_in_order(void *unused) {
     CUdeviceptr block;
     CUstream stream = CU_STREAM_PER_THREAD;
@@ -330,6 +348,8 @@ static void *frees_in_order(void *unused) {
     CHECK(cuMemAllocAsync(&block, 4 << 20, stream));
     CHECK(cuMemsetD32Async(block, 3, 1 << 20, stream));
     CHECK(cuMemFreeAsync(block, stream));
+    pthread_barrier_wait(&freed);
+    pthread_barrier_wait(&begun);
     return unused;
 }
 
@@ -337,8 +357,14 @@ static void *frees_in_order(void *unused) {
 static void beside_the_end_of_a_thread(void) {
     CUstream stream = apart();
     CUgraph graph;
+    pthread_t thread;
+    pthread_barrier_init(&freed, NULL, 2);
+    pthread_barrier_init(&begun, NULL, 2);
+    pthread_create(&thread, NULL, frees_in_order, NULL);
+    pthread_barrier_wait(&freed);
     CHECK(cuStreamBeginCapture_v2(stream, GLOBAL));
-    in_a_thread(frees_in_order, NULL, 0);
+    pthread_barrier_wait(&begun);
+    pthread_join(thread, NULL);
     CHECK(cuMemsetD32Async(memory, 15, bytes / 4, stream));
     CHECK(cuStreamEndCapture(stream, &graph));
     replay(graph, 15);

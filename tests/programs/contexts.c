@@ -3,6 +3,7 @@
  * with its memory until its standard input ends.
  */
 #include "driver.h"
+#include "more_driver.h"
 #include <poll.h>
 
 enum { INVALID_VALUE = 1, INVALID_CONTEXT = 201, CONTEXT_IS_DESTROYED = 709, INJECTED = 999 };
@@ -160,6 +161,36 @@ static void reset_with_holders(void) {
     CHECK(cuDevicePrimaryCtxReset_v2(0));
     CHECK(cuDevicePrimaryCtxRelease_v2(0));
     retain();
+    allocate();
+}
+
+/* As the CUDA runtime does it in cudaDeviceReset: its hold goes with the reset, and a library's later one is the only one. */
+static void reset_by_the_runtime(void) {
+    for (int round = 0; round < 3; round++) {
+        retain();
+        allocate();
+        CHECK(cuDevicePrimaryCtxReset(0));
+        is_active(0);
+        retain();
+        allocate();
+        check_words(memory, bytes, value);
+        CHECK(cuDevicePrimaryCtxRelease_v2(0));
+        is_active(0);
+    }
+    retain();
+    allocate();
+}
+
+/* The application's references to physical memory outlive the last context. */
+static void objects_outlive_contexts(void) {
+    CUcontext made = create();
+    CUmemAllocationProp prop = {.type = 1, .location = {1, 0}};
+    CUmemGenericAllocationHandle handle;
+    CHECK(cuMemCreate(&handle, 4 << 20, &prop, 0));
+    CHECK(cuCtxDestroy_v2(made));
+    CHECK(cuMemRelease(handle));
+    EXPECT(INVALID_VALUE, cuMemRelease(handle));
+    create();
     allocate();
 }
 
@@ -336,6 +367,8 @@ int main(int argc, char **argv) {
     else if (!strcmp(name, "stream-failed")) stream_failed();
     else if (!strcmp(name, "attached")) attached();
     else if (!strcmp(name, "reset-with-holders")) reset_with_holders();
+    else if (!strcmp(name, "reset-by-the-runtime")) reset_by_the_runtime();
+    else if (!strcmp(name, "objects-outlive-contexts")) objects_outlive_contexts();
     else if (!strcmp(name, "retained-at-once")) retained_at_once();
     else if (!strcmp(name, "others-destroyed")) others_destroyed();
     else if (!strcmp(name, "green-stream")) green_stream();

@@ -344,6 +344,11 @@ pub enum Found {
     Unused,
 }
 
+/// Whether an allocation of ours begins at an address.
+pub fn begins(address: CUdeviceptr) -> bool {
+    matches!(find(address), Some(Found::Live(base, ..)) if base == address)
+}
+
 /// Where an address lies, if in a pool's memory.
 pub fn find(address: CUdeviceptr) -> Option<Found> {
     if !USED.load(Ordering::Relaxed) {

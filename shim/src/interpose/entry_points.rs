@@ -361,7 +361,7 @@ macro_rules! forward {
                 // SAFETY: the application's own arguments, unchanged; the pass keeps memory in place meanwhile.
                 unsafe { real($($a),*) }
             };
-            crate::process::reservation::with_room(call)
+            crate::process::driver_memory::with_room(call)
         }
     };
 }

@@ -4,9 +4,9 @@
 //! needs memory of its own. *Room* is granules that the client takes from the pool like any others, waiting
 //! for its turn if it must, and behind which nothing is mapped.
 //!
-//! - Memory that the application asks the driver for, and that the shim cannot make movable ([`reserve`]): its
+//! - Memory that the application asks the driver for, and that the shim cannot make movable ([`crate::process::driver_memory::reserve`]): its
 //!   room is taken before the call and kept until the memory is freed. It counts as memory that cannot move.
-//! - What the driver takes for itself in passing ([`with_room`]): nobody can say how much that will be, so
+//! - What the driver takes for itself in passing ([`crate::process::driver_memory::with_room`]): nobody can say how much that will be, so
 //!   the call is made first; if it fails for want of memory, room is made, and the call is made again. The
 //!   room is given back afterwards, and the arbiter sees what became of it as part of the context.
 //!
@@ -15,10 +15,8 @@
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
 use crate::memory::region::Backing;
-use crate::process::contexts;
-use crate::state;
 use crate::submit::pass;
-use nvshare::units::{GRANULE, Granules, bytes_of, format_size, granules_for};
+use nvshare::units::{Granules, bytes_of, format_size, granules_for};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -39,7 +37,7 @@ impl Reservation {
     ///
     /// # Errors
     /// OUT_OF_MEMORY: the GPU can never have so much, or not before an open capture ends, or the client may not.
-    fn take(device: Arc<Device>, bytes: u64, context: CUcontext, asked: bool) -> Result<Self, CuResult> {
+    pub fn take(device: Arc<Device>, bytes: u64, context: CUcontext, asked: bool) -> Result<Self, CuResult> {
         let granules = granules_for(bytes);
         let left = left(&device);
         if granules > left {
@@ -108,24 +106,10 @@ fn kept() -> MutexGuard<'static, Option<HashMap<u64, Reservation>>> {
     KEPT.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// Makes a call that allocates `bytes` of memory that cannot move, with room for it. On success `handle`
-/// says by what the memory goes. Less than a granule is left to the context's account.
-pub fn reserve(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
-    let room = match contexts::current() {
-        Some((device, context)) if bytes >= GRANULE => {
-            match Reservation::take(device, bytes, context, true) {
-                Ok(room) => Some(room),
-                Err(error) => return error,
-            }
-        }
-        _ => None,
-    };
-    let result = with_room(call);
-    if let (CuResult::SUCCESS, Some(room)) = (result, room) {
-        let before = kept().get_or_insert_default().insert(handle(), room);
-        drop(before);
-    }
-    result
+/// Keeps a reservation for what the driver has placed, which goes by this handle, until [`release`].
+pub fn keep(handle: u64, reservation: Reservation) {
+    let before = kept().get_or_insert_default().insert(handle, reservation);
+    drop(before);
 }
 
 /// What went by this handle is freed.
@@ -141,16 +125,6 @@ pub fn context_ended() {
         None => return,
     };
     drop(gone);
-}
-
-/// Makes a call for which the driver may need memory of its own. The caller is outside the gate.
-pub fn with_room(call: impl Fn() -> CuResult) -> CuResult {
-    let result = call();
-    // A call within a call cannot wait for the gate that it is inside of.
-    if result != CuResult::OUT_OF_MEMORY || !state::enabled() || pass::is_inside() {
-        return result;
-    }
-    contexts::current().map_or(result, |(device, context)| make_room(&device, context, call))
 }
 
 /// Makes a call with more and more room on a GPU, for which the driver found no memory: at most all that the client

@@ -71,6 +71,17 @@ fn a_reset_ends_the_primary_context_and_leaves_it_retained() {
     is_right("contexts", "reset-with-holders", &[]);
 }
 
+/// A count that is too high leaves the engine in a context that has ended, and the driver crashes on its handles.
+#[test]
+fn the_reset_of_the_cuda_runtime_gives_its_hold_up() {
+    is_right("contexts", "reset-by-the-runtime", &[]);
+}
+
+#[test]
+fn physical_memory_is_released_after_the_last_context() {
+    is_right("contexts", "objects-outlive-contexts", &[]);
+}
+
 #[test]
 fn threads_retain_and_release_the_primary_context_at_once() {
     is_right("contexts", "retained-at-once", &[]);

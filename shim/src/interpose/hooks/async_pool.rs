@@ -17,9 +17,9 @@ use crate::cuda::driver::Driver;
 use crate::interpose::driver_calls;
 use crate::memory::device::Device;
 use crate::memory::sync_memops;
-use crate::process::reservation;
-use crate::submit::pass;
+use crate::process::{driver_memory, reservation};
 use crate::submit::queue::Queue;
+use crate::submit::{captures, pass};
 use nvshare::units::format_size;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -84,13 +84,16 @@ unsafe fn allocate(
             // Counted before it is there: others must not be promised the same memory.
             Source::DriversPool => {
                 // SAFETY: the caller's promise; the driver has written through it by then.
-                return made_unmovable(reservation::reserve(bytes as u64, own, || unsafe { *dptr }), bytes);
+                return made_unmovable(driver_memory::reserve(bytes as u64, own, || unsafe { *dptr }), bytes);
             }
             Source::Driver => return made_unmovable(own(), bytes),
         };
         // As the driver does: what is refused is at address 0.
         // SAFETY: the caller's promise, and it is not null.
         unsafe { dptr.write(0) };
+        if let Err(refused) = captures::refuse_unsafe() {
+            return refused;
+        }
         match relaxed(|| async_pool::allocate(&device, pool, &place, bytes as u64)) {
             Ok(address) => {
                 sync_memops::allocated(address);
@@ -106,8 +109,14 @@ unsafe fn allocate(
 fn free(dptr: CUdeviceptr, stream: CUstream, per_thread: bool, own: impl FnOnce() -> CuResult) -> CuResult {
     guarded(|| {
         let Ok(driver) = Driver::get() else { return own() };
-        let found = StreamRef::find(driver, stream, per_thread)
-            .and_then(|place| relaxed(|| async_pool::free_in_order(driver, &place, dptr)));
+        let place = StreamRef::find(driver, stream, per_thread);
+        if place.is_some()
+            && async_pool::begins(dptr)
+            && let Err(refused) = captures::refuse_unsafe()
+        {
+            return refused;
+        }
+        let found = place.and_then(|place| relaxed(|| async_pool::free_in_order(driver, &place, dptr)));
         let result = found.unwrap_or_else(|| {
             let result = by_the_driver((stream, per_thread), own);
             if result.is_success() {
@@ -223,6 +232,9 @@ fn ours(pool: CUmemoryPool) -> Option<Arc<Device>> {
 pub unsafe fn cuMemPoolTrimTo(pool: CUmemoryPool, min_bytes_to_keep: usize) -> CuResult {
     guarded(|| {
         if let Some(device) = ours(pool) {
+            if let Err(refused) = captures::refuse_unsafe() {
+                return refused;
+            }
             relaxed(|| async_pool::trim_to(&device, pool, min_bytes_to_keep as u64));
             return CuResult::SUCCESS;
         }

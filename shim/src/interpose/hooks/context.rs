@@ -7,7 +7,7 @@ use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
 use crate::memory::peer_access;
 use crate::process::attach::UnattachedClient;
-use crate::process::{contexts, first_context, primary, reservation};
+use crate::process::{contexts, driver_memory, first_context, primary};
 use crate::state;
 use std::ffi::c_void;
 
@@ -104,7 +104,7 @@ fn release_primary(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResul
 ends_context! {
     cuDevicePrimaryCtxRelease (dev: CUdevice) => release_primary;
     cuDevicePrimaryCtxRelease_v2 (dev: CUdevice) => release_primary;
-    cuDevicePrimaryCtxReset (dev: CUdevice) => contexts::reset;
+    cuDevicePrimaryCtxReset (dev: CUdevice) => contexts::reset_and_release;
     cuDevicePrimaryCtxReset_v2 (dev: CUdevice) => contexts::reset;
     cuCtxDestroy (ctx: CUcontext) => contexts::destroy;
     cuCtxDestroy_v2 (ctx: CUcontext) => contexts::destroy;
@@ -170,7 +170,7 @@ pub unsafe fn cuCtxPushCurrent_v2(ctx: CUcontext) -> CuResult {
 
 pub unsafe fn cuCtxEnablePeerAccess(peer: CUcontext, flags: u32) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = reservation::with_room(|| unsafe { driver_calls::cuCtxEnablePeerAccess(peer, flags) });
+    let result = driver_memory::with_room(|| unsafe { driver_calls::cuCtxEnablePeerAccess(peer, flags) });
     guarded(|| {
         if result.is_success()
             && let Some((_, user)) = contexts::current()

@@ -7,8 +7,8 @@ use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
 use crate::memory::device::Device;
 use crate::memory::{devices, sync_memops, unmovable};
-use crate::process::reservation::{self, reserve};
-use crate::process::{attach, contexts, memory_info};
+use crate::process::driver_memory::reserve;
+use crate::process::{attach, contexts, memory_info, reservation};
 use crate::submit::captures;
 use crate::{async_pool, state};
 
@@ -137,17 +137,17 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         if let Err(broken) = state::intact() {
             return broken;
         }
-        if let Some(result) = relaxed(|| async_pool::free_now(dptr)) {
-            return result;
-        }
         let begins = |device: &std::sync::Arc<Device>| {
             device.memory().containing(dptr).is_some_and(|of| of.base == dptr)
         };
         if captures::is_capturing()
-            && devices::all().iter().any(begins)
+            && (async_pool::find(dptr).is_some() || devices::all().iter().any(begins))
             && let Err(refused) = captures::refuse_unsafe()
         {
             return refused;
+        }
+        if let Some(result) = relaxed(|| async_pool::free_now(dptr)) {
+            return result;
         }
         if devices::all().iter().any(|device| relaxed(|| device.free(dptr))) {
             return CuResult::SUCCESS;

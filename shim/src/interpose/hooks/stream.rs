@@ -7,7 +7,7 @@ use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::interpose::driver_calls;
 use crate::memory::devices;
-use crate::process::{contexts, reservation};
+use crate::process::{contexts, driver_memory};
 use crate::submit::{captures, flow, green};
 use crate::{async_pool, state};
 
@@ -55,13 +55,13 @@ fn destroy_stream(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult
 
 pub unsafe fn cuStreamCreate(stream: *mut CUstream, flags: u32) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = reservation::with_room(|| unsafe { driver_calls::cuStreamCreate(stream, flags) });
+    let result = driver_memory::with_room(|| unsafe { driver_calls::cuStreamCreate(stream, flags) });
     guarded(|| stream_made(result, stream, flags))
 }
 
 pub unsafe fn cuStreamCreateWithPriority(stream: *mut CUstream, flags: u32, priority: i32) -> CuResult {
     // SAFETY: the caller's arguments.
-    let result = reservation::with_room(|| unsafe {
+    let result = driver_memory::with_room(|| unsafe {
         driver_calls::cuStreamCreateWithPriority(stream, flags, priority)
     });
     guarded(|| stream_made(result, stream, flags))
@@ -85,7 +85,7 @@ pub unsafe fn cuGreenCtxStreamCreate(
 ) -> CuResult {
     // SAFETY: the caller's arguments.
     let create = || unsafe { driver_calls::cuGreenCtxStreamCreate(stream, green_ctx, flags, priority) };
-    let result = reservation::with_room(create);
+    let result = driver_memory::with_room(create);
     guarded(|| {
         if result.is_success()
             && let Some((device, green)) = contexts::green(green_ctx)

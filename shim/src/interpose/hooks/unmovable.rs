@@ -5,7 +5,8 @@
 use super::guard::guarded;
 use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
-use crate::process::reservation::{release, reserve};
+use crate::process::driver_memory::reserve;
+use crate::process::reservation::release;
 
 /// Bytes of one element of an array's channel, by `CUarray_format`. Formats of whole blocks count as what
 /// their block takes per element; what is not listed as 4.

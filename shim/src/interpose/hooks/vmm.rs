@@ -94,11 +94,9 @@ pub unsafe fn cuMemCreate(
 }
 
 pub unsafe fn cuMemRelease(handle: CUmemGenericAllocationHandle) -> CuResult {
-    let driver = || match stale_objects::is_stale(handle) {
-        true => CuResult::INVALID_VALUE,
-        // SAFETY: the caller's arguments.
-        false => unsafe { driver_calls::cuMemRelease(handle) },
-    };
+    // SAFETY: the caller's arguments.
+    let driver =
+        || stale_objects::release(handle).unwrap_or_else(|| unsafe { driver_calls::cuMemRelease(handle) });
     ours(|device| device.release_object(handle), driver)
 }
 
@@ -118,8 +116,11 @@ pub unsafe fn cuMemMap(
             all.iter()
                 .find_map(|device| device.map_object(range, offset_in_it, handle, flags, overlaps, inside))
         },
-        // SAFETY: the caller's arguments.
-        || unsafe { driver_calls::cuMemMap(ptr, size, offset, handle, flags) },
+        || match stale_objects::is_stale(handle) {
+            true => CuResult::INVALID_VALUE,
+            // SAFETY: the caller's arguments.
+            false => unsafe { driver_calls::cuMemMap(ptr, size, offset, handle, flags) },
+        },
     )
 }
 
@@ -235,7 +236,10 @@ fn handing_on(
     guarded(|| match pass::enter_query() {
         Ok(_pass) => {
             let ours = devices::all().iter().find_map(|device| device.hand_on(handle, types, &call));
-            ours.unwrap_or_else(|| call(handle))
+            ours.unwrap_or_else(|| match stale_objects::is_stale(handle) {
+                true => CuResult::INVALID_VALUE,
+                false => call(handle),
+            })
         }
         Err(result) => result,
     })

@@ -95,7 +95,12 @@ driver_api! {
     }
 
     fn cuDevicePrimaryCtxReset(device: c_int) {
-        self::reset(device)
+        self::reset(device)?;
+        // The caller's hold goes with it, as after the CUDA runtime's cudaDeviceReset on a real GPU.
+        let device = driver()?.device(device)?;
+        let mut primary = lock(&device.primary);
+        primary.references = primary.references.saturating_sub(1);
+        Ok(())
     }
 
     fn cuDevicePrimaryCtxReset_v2(device: c_int) {

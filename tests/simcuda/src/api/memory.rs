@@ -71,10 +71,10 @@ driver_api! {
             return Ok(());
         }
         let context = context::healthy()?;
+        graph::refuse_unsafe(&context.core)?;
         if let Ok(block) = Block::at(pointer) {
             return pool::free(block.address, None);
         }
-        graph::refuse_unsafe(&context.core)?;
         let freeable = |kind: &Kind| matches!(kind, Kind::Allocation { .. } | Kind::Managed);
         self::free(&context, pointer, freeable)
     }

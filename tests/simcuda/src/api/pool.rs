@@ -70,7 +70,11 @@ driver_api! {
     }
 
     fn cuMemPoolTrimTo(pool: Handle, keep: usize) {
-        self::find(pool)?.trim(keep as u64);
+        let pool = self::find(pool)?;
+        if let Ok(context) = context::current() {
+            graph::refuse_unsafe(&context.core)?;
+        }
+        pool.trim(keep as u64);
         Ok(())
     }
 
@@ -227,6 +231,7 @@ fn allocate(pointer: Out<u64>, bytes: usize, pool: &Arc<Pool>, stream: &Arc<Stre
         return Err(Error::INVALID_VALUE);
     }
     if !stream.capturing.load(std::sync::atomic::Ordering::SeqCst) {
+        graph::refuse_unsafe(&stream.core)?;
         return pointer.set(pool.allocate(bytes as u64, stream)?);
     }
     if pool.location.kind != LOCATION_DEVICE {
@@ -253,6 +258,7 @@ fn free(null: Null, pointer: u64, stream: Handle) -> Result {
         return graph::record(&stream, pool::graph_free(pointer, capture.graph.handle)?);
     }
     if Block::at(pointer).is_ok() {
+        graph::refuse_unsafe(&stream.core)?;
         return pool::free(pointer, Some(&stream));
     }
     // What cuMemAlloc made can be freed so too.
