@@ -360,7 +360,8 @@ fn memory_of_a_pool_survives_the_context_that_asked_for_it() {
     app.ends_well();
 }
 
-/// A capture is not spoilt by what other streams allocate and free meanwhile, in the strictest mode.
+/// A capture of the relaxed mode is not spoilt by what other streams allocate and free meanwhile. (In the other modes the driver
+/// refuses it: `captures.rs`.)
 #[test]
 fn others_allocate_while_a_stream_captures() {
     let gpu = gpu();
@@ -370,8 +371,8 @@ fn others_allocate_while_a_stream_captures() {
     let blocking = app.number("stream 0");
     let outside = app.alloc_in(MIB, first);
     let pending = app.alloc_in(MIB, 0);
-    app.does(&format!("begin {blocking} 0"));
-    app.does(&format!("begin {capturing} 0"));
+    app.does(&format!("begin {blocking} 2"));
+    app.does(&format!("begin {capturing} 2"));
     // The driver's own business: the one becomes a node of the graph, the other has nothing to do with it.
     assert_eq!(app.call(&format!("alloc-async {MIB} {capturing}")), SUCCESS);
     assert_eq!(app.call(&format!("free-async {outside} {capturing}")), INVALID_VALUE);
