@@ -136,7 +136,7 @@ impl Page {
     fn clear(&self, slot: SlotIndex) {
         let own = &self.slot(slot).own;
         own.phase.store(Phase::Idle as u32, Ordering::Relaxed);
-        own.streak.store(0, Ordering::Relaxed);
+        own.consecutive_slices.store(0, Ordering::Relaxed);
         own.stall.store(Stall::None as u32, Ordering::Relaxed);
         let words = [
             &own.demand,

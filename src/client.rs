@@ -25,7 +25,6 @@
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
 use crate::books::{Books, Fill, STARVED_LOOK, Truth, add};
-use crate::fair;
 use crate::page::{Page, Phase};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
@@ -33,6 +32,7 @@ use crate::slot::SlotIndex;
 use crate::step::{Action, Facts, step};
 use crate::sync::{AtomicU64, Ordering, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
+use crate::usage;
 use std::ops::Deref;
 
 /// What moves a client's memory.
@@ -191,7 +191,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         if self.phase == Phase::Waiting || (self.phase == Phase::Filling && !self.undrained) {
             let own = self.own();
             own.wait_since.store(0, Ordering::Relaxed);
-            own.streak.store(0, Ordering::Relaxed);
+            own.consecutive_slices.store(0, Ordering::Relaxed);
             self.enter(Phase::Idle);
             self.page().decide();
         }
@@ -347,7 +347,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         let (time, own) = (now(), self.own());
         let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
-        let slice = fair::slice_over(read(&own.usage), read(&own.last_ran), read(&own.slice_start), time);
+        let slice = usage::slice_over(read(&own.usage), read(&own.last_ran), read(&own.slice_start), time);
         add(&own.run_ns, slice.ran);
         own.usage.store(slice.usage, Ordering::Relaxed);
         own.last_ran.store(time, Ordering::Relaxed);
@@ -378,8 +378,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             return;
         }
         self.undrained = false;
-        let streak = &self.own().streak;
-        streak.store(fair::streak(streak.load(Ordering::Relaxed), more), Ordering::Relaxed);
+        let consecutive_slices = &self.own().consecutive_slices;
+        consecutive_slices
+            .store(usage::streak(consecutive_slices.load(Ordering::Relaxed), more), Ordering::Relaxed);
         if more {
             self.queue();
         } else {

@@ -9,7 +9,7 @@
 //! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
 //! | [`lock`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
-//! | [`shares`], [`fair`] | a client's weight, priority and memory limit; what it has used lately |
+//! | [`shares`], [`usage`] | a client's weight, priority and memory limit; what it has used lately |
 //! | [`gate`], [`drain_backoff`] | threads pass a gate to submit work; how long it stays shut for a drain that stands still |
 //! | [`gang_order`] | which of its GPUs a process may ask for, and which it must give up |
 //! | [`pace`] | how much work a stream may have in flight |
@@ -44,7 +44,6 @@ pub mod audit;
 pub mod books;
 pub mod client;
 pub mod drain_backoff;
-pub mod fair;
 pub mod gang_order;
 pub mod gate;
 pub mod lock;
@@ -63,6 +62,7 @@ pub mod stream_arena;
 pub mod sync;
 pub mod text;
 pub mod units;
+pub mod usage;
 
 #[cfg(not(loom))]
 pub mod change;

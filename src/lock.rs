@@ -4,7 +4,7 @@
 //!
 //! 1. read the word;
 //! 2. look at the slots;
-//! 3. ask the pure function [`policy::admit`](crate::policy::admit);
+//! 3. ask the pure function [`policy::admit`];
 //! 4. swap the word for the new mask with the next version, if nobody else did meanwhile.
 //!
 //! A lost swap means that someone else decided: start over. **Every decision is published, also one

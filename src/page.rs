@@ -326,7 +326,7 @@ pub struct Bell(pub(crate) AtomicU32, Padding<124>);
 pub struct OwnWords {
     pub(crate) phase: AtomicU32,
     /// Slices that it has used up one after the other.
-    pub(crate) streak: AtomicU32,
+    pub(crate) consecutive_slices: AtomicU32,
     /// Granules its allocations need.
     pub(crate) demand: AtomicU64,
     /// Its place in the queue.
@@ -354,7 +354,7 @@ pub struct OwnWords {
     pub(crate) unmovable: AtomicU64,
     /// When it should have its next slice, ns.
     pub(crate) deadline: AtomicU64,
-    /// GPU time that it has used lately, ns, as it was when it last ran ([`crate::fair`]).
+    /// GPU time that it has used lately, ns, as it was when it last ran ([`crate::usage`]).
     pub(crate) usage: AtomicU64,
     /// Why it cannot give way ([`Stall`]).
     pub(crate) stall: AtomicU32,
@@ -652,7 +652,7 @@ impl Page {
             _to_the_next_line: Padding::new(),
             own: OwnWords {
                 phase: half(),
-                streak: half(),
+                consecutive_slices: half(),
                 demand: word(),
                 ticket: word(),
                 wait_since: word(),

@@ -13,7 +13,7 @@ pub struct Load {
     pub clients: usize,
     /// Granules that they need.
     pub demand: Granules,
-    /// GPU time used lately, ns, as [`crate::fair`] reckons it.
+    /// GPU time used lately, ns, as [`crate::usage`] reckons it.
     pub busy: Nanos,
 }
 

@@ -5,7 +5,7 @@
 //! - It does not fit: slices that are not over go on; then waiters in the order of their deadlines; then
 //!   those whose slice is over. Whoever does not fit beside the ones before is passed over, and a
 //!   smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first
-//!   waiter, and such a slice is protected from everybody but that one ([`Rank`]).
+//!   waiter, and such a slice is protected from everybody but that one (`Rank`).
 //! - The first waiter may fill what room is left while others run ([`prefetch`]).
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
@@ -31,12 +31,12 @@
 //! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
 //! there is no cycle in it, so it is finite.
 
-use crate::fair::{self, DEFAULT_WEIGHT};
 use crate::page::{Phase, Quantum};
 use crate::shares::Priority;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
+use crate::usage::{self, DEFAULT_WEIGHT};
 use std::cmp::Reverse;
 
 /// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
@@ -218,7 +218,7 @@ fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = &SlotView> {
 
 /// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: a quantum, grown by a half in each
 /// round of slices that those who want the GPU have used up, times the holder's weight over the least. What grows is the
-/// quantum of a common switch and not of this very one ([`common_switch_time`]), which is only the least.
+/// quantum of a common switch and not of this very one (`common_switch_time`), which is only the least.
 ///
 /// A round's growth is spread evenly over its slices: those of four follow one another with an eighth more. So taking
 /// turns stays fair while it becomes cheaper: after any n slices of n clients, Jain's index over their GPU time is 0.98.
@@ -259,7 +259,7 @@ impl Turns {
     /// since it queued. Whoever is further ahead counts no more for that: else the one behind would lift all of those with
     /// each slice of its own, and slices would grow by several steps at once (docs/decisions/0012-growth-by-rounds.md).
     fn of(snapshot: &Snapshot) -> Self {
-        let behind = contenders(snapshot).map(|view| (view.streak, Reverse(view.ticket))).min();
+        let behind = contenders(snapshot).map(|view| (view.consecutive_slices, Reverse(view.ticket))).min();
         let (rounds, Reverse(ticket)) = behind.unwrap_or((0, Reverse(0)));
         let since = contenders(snapshot).filter(|view| view.ticket > ticket).count() as u32;
         Self { rounds, since, clients: contenders(snapshot).count().max(1) as u32 }
@@ -308,11 +308,11 @@ fn used(view: &SlotView, now: Nanos) -> Nanos {
     let runs = view.phase == Phase::Running && view.slice_start <= now;
     let usage = if runs {
         let rested = view.slice_start.saturating_sub(view.last_ran);
-        fair::after_running(fair::faded(view.usage, rested), now - view.slice_start)
+        usage::after_running(usage::faded(view.usage, rested), now - view.slice_start)
     } else {
-        fair::faded(view.usage, now.saturating_sub(view.last_ran))
+        usage::faded(view.usage, now.saturating_sub(view.last_ran))
     };
-    scaled(usage, DEFAULT_WEIGHT, fair::weight(view.weight))
+    scaled(usage, DEFAULT_WEIGHT, usage::weight(view.weight))
 }
 
 /// When a client that begins to wait now should have its slice, ns, never before now: the farthest deadline of the
@@ -401,15 +401,15 @@ pub fn spares_are_wanted(snapshot: &Snapshot) -> bool {
 /// still.
 /// When nothing is lacking, the last in the queue makes room for the first.
 pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
-    shares(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
+    eviction_plan(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
 }
 
 /// Those who must evict now.
 pub fn evictors(snapshot: &Snapshot) -> SlotSet {
-    shares(snapshot).filter(|(_, share)| *share > 0).map(|(slot, _)| slot).collect()
+    eviction_plan(snapshot).filter(|(_, share)| *share > 0).map(|(slot, _)| slot).collect()
 }
 
-fn shares(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
+fn eviction_plan(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
     let lacking = lacking(snapshot);
     let ahead = if lacking == 0 { lacking_ahead(snapshot) } else { None };
     let makes_room = |slot: SlotIndex, view: &SlotView| match ahead {

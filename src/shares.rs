@@ -1,6 +1,6 @@
 //! A client's shares: what it may expect of a GPU against others.
 //!
-//! - Its *weight* is how long its slices are against others', and how far its usage counts ([`crate::fair`]).
+//! - Its *weight* is how long its slices are against others', and how far its usage counts ([`crate::usage`]).
 //! - Its *priority* is how soon its turn comes ([`crate::policy::deadline`]).
 //! - Its *memory limit* is the most that its allocations and its context may come to. It sees a GPU of that size.
 //!
@@ -8,11 +8,11 @@
 //! who may ([`crate::change`]). As with every word of a page, anybody who maps it could write them too, so they are
 //! read within their bounds: a lie gains at most what asking for it would have.
 
-use crate::fair::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use crate::page::Page;
 use crate::slot::SlotIndex;
 use crate::sync::Ordering;
 use crate::units::{GRANULE, Granules, MAX_GRANULES, bytes_of, format_size, granules_in, parse_size};
+use crate::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use std::fmt;
 use std::str::FromStr;
 
@@ -218,7 +218,7 @@ impl Page {
     pub(crate) fn weight_and_priority(&self, slot: SlotIndex) -> (u32, Priority) {
         let row = self.slot(slot);
         let priority = Priority::read(row.priority.load(Ordering::Relaxed)).unwrap_or_default();
-        (crate::fair::weight(row.weight.load(Ordering::Relaxed)), priority)
+        (crate::usage::weight(row.weight.load(Ordering::Relaxed)), priority)
     }
 
     /// The most memory that a client may have.

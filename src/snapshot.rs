@@ -32,11 +32,11 @@ pub struct SlotView {
     pub last_ran: Nanos,
     /// When it should have its next slice, ns.
     pub deadline: Nanos,
-    /// GPU time that it has used lately, ns, as it was at `last_ran` ([`crate::fair`]).
+    /// GPU time that it has used lately, ns, as it was at `last_ran` ([`crate::usage`]).
     pub usage: Nanos,
     /// Slices that it has used up one after the other.
-    pub streak: u32,
-    /// Its share against others', 1 to [`crate::fair::MAX_WEIGHT`]; 0 where there is no client.
+    pub consecutive_slices: u32,
+    /// Its share against others', 1 to [`crate::usage::MAX_WEIGHT`]; 0 where there is no client.
     pub weight: u32,
     /// How soon its turn comes.
     pub priority: Priority,
@@ -145,7 +145,7 @@ impl Page {
             last_ran: own.last_ran.load(Ordering::Relaxed),
             deadline: own.deadline.load(Ordering::Relaxed),
             usage: own.usage.load(Ordering::Relaxed),
-            streak: own.streak.load(Ordering::Relaxed),
+            consecutive_slices: own.consecutive_slices.load(Ordering::Relaxed),
             weight,
             priority,
             stuck: stalled && phase == Phase::Draining,

@@ -3,7 +3,7 @@
 //! The application may have closed it, or handed it to a program that reads no more, or reads slowly; it may have closed
 //! descriptor 2 and opened a file of its own, which then has that number. None of that may matter to the application, so a
 //! line is written only where descriptor 2 is what it was when the process began ([`remember`]), or a terminal, or where the
-//! standard output goes too; it raises no SIGPIPE, and waits for a reader no longer than [`PATIENCE`], once: then lines are dropped until one can be written again, which says
+//! standard output goes too; it raises no SIGPIPE, and waits for a reader no longer than `PATIENCE`, once: then lines are dropped until one can be written again, which says
 //! how many are missing.
 
 use nix::errno::Errno;

@@ -13,12 +13,12 @@
 //! the length is looked at. Whatever does not fit is refused with a sentence that says why. This module only reads and
 //! writes bytes; [`crate::register`] has the sockets.
 
-use crate::fair::MAX_WEIGHT;
 use crate::page::{LAYOUT_VERSION, NAME_BYTES};
 use crate::shares::{MemoryLimit, Priority, Shares};
 use crate::slot::{Owner, SlotIndex};
 use crate::text::printable;
 use crate::units::GpuUuid;
+use crate::usage::MAX_WEIGHT;
 use bytemuck::{Pod, Zeroable};
 
 /// First eight bytes of every message but one.
@@ -50,7 +50,7 @@ pub struct Hello {
     pub magic: u64,
     /// [`LAYOUT_VERSION`] of the client.
     pub layout_version: u32,
-    /// Its weight, 1 to [`crate::fair::MAX_WEIGHT`].
+    /// Its weight, 1 to [`crate::usage::MAX_WEIGHT`].
     pub weight: u32,
     /// The GPU that it wants.
     pub gpu: [u8; 16],
@@ -93,7 +93,7 @@ impl Hello {
     /// The shares that it asks for, within their bounds.
     pub fn shares(&self) -> Shares {
         Shares {
-            weight: crate::fair::weight(self.weight),
+            weight: crate::usage::weight(self.weight),
             priority: Priority::read(self.priority).unwrap_or_default(),
             memory_limit: self.memory_limit.into(),
         }

@@ -220,9 +220,10 @@ fn three_batch_jobs(streaks: [u32; 3]) -> Snapshot {
     let mut snapshot = snapshot(10, &clients, &[0]);
     snapshot.settings.quantum =
         Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: SECOND, max: 60 * SECOND };
-    for (index, streak) in streaks.into_iter().enumerate() {
+    for (index, consecutive_slices) in streaks.into_iter().enumerate() {
         let view = &mut snapshot.slots[index];
-        (view.streak, view.weight, view.deadline) = (streak, DEFAULT_WEIGHT, 100 * SECOND + index as u64);
+        (view.consecutive_slices, view.weight, view.deadline) =
+            (consecutive_slices, DEFAULT_WEIGHT, 100 * SECOND + index as u64);
     }
     snapshot
 }
@@ -245,7 +246,7 @@ fn what_grows_is_the_quantum_of_a_common_switch() {
             (Phase::Waiting, demands[2], residents[1], 3),
         ];
         let mut snapshot = slow_link(&clients, &[0]);
-        snapshot.slots[..3].iter_mut().for_each(|view| view.streak = 2);
+        snapshot.slots[..3].iter_mut().for_each(|view| view.consecutive_slices = 2);
         slice(&snapshot, slot(0), slot(1))
     };
     let grown = |switches: u64| (0..6).fold(5 * switches * SECOND, |time, _| time + time / 6);
@@ -290,8 +291,8 @@ fn lengths_of_turns(streaks: &[u32], turns: usize) -> Vec<Nanos> {
     let mut snapshot = snapshot(10, &clients, &[0]);
     snapshot.settings.quantum =
         Quantum::Auto { factor_milli: 5_000, longest_milli: 20_000, min: SECOND, max: 60 * SECOND };
-    for (view, streak) in snapshot.slots.iter_mut().zip(streaks) {
-        view.streak = *streak;
+    for (view, consecutive_slices) in snapshot.slots.iter_mut().zip(streaks) {
+        view.consecutive_slices = *consecutive_slices;
     }
     let turn = |turn: usize| {
         let n = streaks.len();
@@ -299,7 +300,7 @@ fn lengths_of_turns(streaks: &[u32], turns: usize) -> Vec<Nanos> {
         let length = slice(&snapshot, holder, next);
         // It drains, and stands at the end of the queue.
         let view = &mut snapshot.slots[holder.get()];
-        (view.streak, view.ticket) = (view.streak + 1, (n + turn) as u64);
+        (view.consecutive_slices, view.ticket) = (view.consecutive_slices + 1, (n + turn) as u64);
         length
     };
     (0..turns).map(turn).collect()
@@ -451,7 +452,7 @@ prop_compose! {
     /// A page that honest clients could have made: residents fit, and the counter is what is left.
     fn honest()(capacity in 1..1000u32,
                 clients in prop::collection::vec((any_phase(), 0..400u32, 0..100u32, 0..20u32, any::<u64>(), any_beginning(), any::<u64>(), 0..4u32), 0..SLOTS),
-                fairness in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u32>(), 1..=crate::fair::MAX_WEIGHT), SLOTS),
+                fairness in prop::collection::vec((any::<u64>(), any::<u64>(), any::<u32>(), 1..=crate::usage::MAX_WEIGHT), SLOTS),
                 priorities in prop::collection::vec(0..3u32, SLOTS),
                 admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
         let mut snapshot = snapshot(capacity, &[], &[]);
@@ -464,7 +465,7 @@ prop_compose! {
             snapshot.occupied = snapshot.occupied.with(slot(index));
             snapshot.slots[index] = SlotView { phase, demand, resident, pinned, unmovable: resident * stays / 4, ticket, slice_start, last_ran, ..SlotView::default() };
             let view = &mut snapshot.slots[index];
-            (view.deadline, view.usage, view.streak, view.weight) = fairness[index];
+            (view.deadline, view.usage, view.consecutive_slices, view.weight) = fairness[index];
             view.priority = Priority::read(priorities[index]).unwrap();
         }
         snapshot.free = free;

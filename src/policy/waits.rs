@@ -5,10 +5,10 @@
 //! [`crate::client`] has it: they run until they are recalled, drain, queue again, and fill when it is their turn.
 
 use super::*;
-use crate::fair::MAX_WEIGHT;
 use crate::page::{Page, Settings};
 use crate::step::{Action, Facts, step};
 use crate::units::MILLISECOND;
+use crate::usage::MAX_WEIGHT;
 use proptest::prelude::*;
 
 /// Granules in the pool.
@@ -118,8 +118,9 @@ impl World {
         let view = &mut self.snapshot.slots[index];
         let rested = view.slice_start.saturating_sub(view.last_ran);
         let ran = self.now - view.slice_start;
-        view.usage = fair::after_running(fair::faded(view.usage, rested), ran);
-        (view.phase, view.last_ran, view.streak) = (Phase::Draining, self.now, view.streak + 1);
+        view.usage = usage::after_running(usage::faded(view.usage, rested), ran);
+        (view.phase, view.last_ran, view.consecutive_slices) =
+            (Phase::Draining, self.now, view.consecutive_slices + 1);
         self.snapshot.free += view.resident as i32;
         view.resident = 0;
         self.now += drain;

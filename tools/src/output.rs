@@ -17,7 +17,7 @@ const BROKEN_PIPE: u8 = 128 + nix::libc::SIGPIPE as u8;
 static FAILED: Mutex<Option<(ErrorKind, String)>> = Mutex::new(None);
 
 fn failed() -> std::sync::MutexGuard<'static, Option<(ErrorKind, String)>> {
-    FAILED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&FAILED)
 }
 
 /// Writes to the standard output, unless that has failed before.

@@ -113,7 +113,7 @@ static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
 static USED: AtomicBool = AtomicBool::new(false);
 
 fn with_pools<T>(action: impl FnOnce(&mut Pools) -> T) -> T {
-    let mut pools = POOLS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut pools = nvshare::sync::lock(&POOLS);
     action(pools.get_or_insert_default())
 }
 

@@ -15,8 +15,8 @@ use crate::interpose::entry_points::{self, Entry};
 use crate::interpose::hook::Hooked;
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_char, c_void};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// How many times the driver gave out an entry point that the table doesn't know: what the application does with
 /// those, nvshare doesn't see. For whoever asks from inside the process; the log names them.
@@ -181,7 +181,7 @@ fn note_unknown(base: &CStr, version: i32) {
     static NAMED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let so_far = UNKNOWN.fetch_add(1, Ordering::Relaxed) + 1;
     let name = base.to_string_lossy().into_owned();
-    let new = NAMED.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
+    let new = nvshare::sync::lock(&NAMED).insert(name);
     if new {
         // The CUDA runtime looks everything up before it calls cuInit.
         crate::log::initialise();

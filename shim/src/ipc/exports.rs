@@ -56,7 +56,7 @@ impl<T> Table<T> {
 static EXPORTS: Mutex<Option<Table<Export>>> = Mutex::new(None);
 
 fn exports() -> MutexGuard<'static, Option<Table<Export>>> {
-    EXPORTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&EXPORTS)
 }
 
 /// Where this process can be asked, once it can.
@@ -64,12 +64,12 @@ static SERVER: Mutex<Option<Exporter>> = Mutex::new(None);
 
 /// Where this process can be asked, if it can.
 pub fn this_process() -> Option<Exporter> {
-    *SERVER.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    *nvshare::sync::lock(&SERVER)
 }
 
 /// Starts the thread that answers, with the first export.
 pub fn serve() -> std::io::Result<Exporter> {
-    let mut server = SERVER.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut server = nvshare::sync::lock(&SERVER);
     if let Some(exporter) = *server {
         return Ok(exporter);
     }

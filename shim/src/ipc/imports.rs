@@ -39,8 +39,7 @@ struct Imports {
 static IMPORTS: Mutex<Option<Imports>> = Mutex::new(None);
 
 fn with<T>(action: impl FnOnce(&mut Imports) -> T) -> T {
-    let mut imports: MutexGuard<'_, Option<Imports>> =
-        IMPORTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut imports: MutexGuard<'_, Option<Imports>> = nvshare::sync::lock(&IMPORTS);
     action(imports.get_or_insert_default())
 }
 

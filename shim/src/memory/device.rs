@@ -69,7 +69,7 @@ impl Device {
 
     /// The map of the application's memory.
     pub fn memory(&self) -> MutexGuard<'_, Memory> {
-        self.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        nvshare::sync::lock(&self.memory)
     }
 
     /// The map, in a moment when no memory moves.

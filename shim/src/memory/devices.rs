@@ -21,7 +21,7 @@ pub struct Attached {
 static DEVICES: Mutex<Vec<Attached>> = Mutex::new(Vec::new());
 
 fn devices() -> MutexGuard<'static, Vec<Attached>> {
-    DEVICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&DEVICES)
 }
 
 /// The process has attached to a GPU.

@@ -33,7 +33,7 @@ impl DriverPinner {
     }
 
     fn context(&self) -> MutexGuard<'_, CUcontext> {
-        self.context.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        nvshare::sync::lock(&self.context)
     }
 }
 
@@ -83,7 +83,7 @@ impl EngineContext {
     }
 
     fn moving(&self) -> MutexGuard<'_, Moving> {
-        self.moving.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        nvshare::sync::lock(&self.moving)
     }
 
     /// Where the engine is about to move to, because its own context will be destroyed.

@@ -255,7 +255,7 @@ fn as_before(view: &View, changed: &[CUmemAccessDesc]) -> Vec<CUmemAccessDesc> {
 static RESERVED: Mutex<BTreeMap<CUdeviceptr, u64>> = Mutex::new(BTreeMap::new());
 
 fn reservations() -> MutexGuard<'static, BTreeMap<CUdeviceptr, u64>> {
-    RESERVED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&RESERVED)
 }
 
 /// The driver has reserved addresses.

@@ -27,7 +27,7 @@ impl Pair {
 static PAIRS: Mutex<Vec<Pair>> = Mutex::new(Vec::new());
 
 fn pairs() -> MutexGuard<'static, Vec<Pair>> {
-    PAIRS.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&PAIRS)
 }
 
 /// The other GPUs that may use the memory of this one.

@@ -7,14 +7,14 @@
 use crate::cuda::abi::{CUmemGenericAllocationHandle, CuResult};
 use crate::memory::region::Region;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// The handles, and how many references the application still has to each. Addresses come again, so there are no more of
 /// these than there were objects at a time.
 static GONE: Mutex<BTreeMap<CUmemGenericAllocationHandle, u32>> = Mutex::new(BTreeMap::new());
 
 fn gone() -> MutexGuard<'static, BTreeMap<CUmemGenericAllocationHandle, u32>> {
-    GONE.lock().unwrap_or_else(PoisonError::into_inner)
+    nvshare::sync::lock(&GONE)
 }
 
 /// Whether a handle was one of ours, and its memory is gone.

@@ -10,7 +10,7 @@ use crate::cuda::driver::Driver;
 use crate::memory::devices;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 /// Whether any allocation was made synchronous.
 static ANY: AtomicBool = AtomicBool::new(false);
@@ -19,14 +19,14 @@ static ANY: AtomicBool = AtomicBool::new(false);
 static FLAGGED: Mutex<Vec<CUcontext>> = Mutex::new(Vec::new());
 
 fn flagged() -> MutexGuard<'static, Vec<CUcontext>> {
-    FLAGGED.lock().unwrap_or_else(PoisonError::into_inner)
+    nvshare::sync::lock(&FLAGGED)
 }
 
 /// Where the allocations begin that the application has made synchronous.
 static MEMORY: Mutex<BTreeSet<CUdeviceptr>> = Mutex::new(BTreeSet::new());
 
 fn memory() -> MutexGuard<'static, BTreeSet<CUdeviceptr>> {
-    MEMORY.lock().unwrap_or_else(PoisonError::into_inner)
+    nvshare::sync::lock(&MEMORY)
 }
 
 /// Has synchronous operations on an allocation be so, or no longer.

@@ -121,7 +121,7 @@ pub fn context_made(
         client.into_iter().for_each(Client::leave);
         return Ok(());
     }
-    let _one = ATTACHING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _one = nvshare::sync::lock(&ATTACHING);
     if devices::add_context(context, device) {
         // Another thread was faster.
         client.into_iter().for_each(Client::leave);

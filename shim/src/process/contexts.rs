@@ -41,7 +41,7 @@ static COMING_AND_GOING: Mutex<Vec<(CUdevice, &'static Mutex<()>)>> = Mutex::new
 /// Keeps other threads from making or ending a context on a GPU.
 pub fn one_at_a_time(device: CUdevice) -> MutexGuard<'static, ()> {
     let lock = {
-        let mut all = COMING_AND_GOING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut all = nvshare::sync::lock(&COMING_AND_GOING);
         match all.iter().find(|(of, _)| *of == device) {
             Some((_, lock)) => *lock,
             None => {
@@ -51,7 +51,7 @@ pub fn one_at_a_time(device: CUdevice) -> MutexGuard<'static, ()> {
             }
         }
     };
-    lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(lock)
 }
 
 /// A context was made on a GPU, by the client that the process has registered for it if it has.
@@ -118,7 +118,7 @@ fn await_context(device: &Device, context: CUcontext) -> bool {
 static ATTACHMENTS: Mutex<Option<HashMap<CUcontext, u32>>> = Mutex::new(None);
 
 fn attachments<T>(action: impl FnOnce(&mut HashMap<CUcontext, u32>) -> T) -> T {
-    let mut attachments = ATTACHMENTS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut attachments = nvshare::sync::lock(&ATTACHMENTS);
     action(attachments.get_or_insert_default())
 }
 

@@ -100,7 +100,7 @@ fn make_first(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Optio
         );
         return nothing;
     };
-    let one = MAKING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let one = nvshare::sync::lock(&MAKING);
     if let Some(attached) = devices::attached(device) {
         drop((one, hold));
         return beside(attached);

@@ -16,7 +16,7 @@ struct Primary {
 static PRIMARIES: Mutex<Vec<Primary>> = Mutex::new(Vec::new());
 
 fn primaries() -> MutexGuard<'static, Vec<Primary>> {
-    PRIMARIES.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&PRIMARIES)
 }
 
 /// Whether a context is the primary one of its GPU.

@@ -103,7 +103,7 @@ impl Drop for Reservation {
 static KEPT: Mutex<Option<HashMap<u64, Reservation>>> = Mutex::new(None);
 
 fn kept() -> MutexGuard<'static, Option<HashMap<u64, Reservation>>> {
-    KEPT.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&KEPT)
 }
 
 /// Keeps a reservation for what the driver has placed, which goes by this handle, until [`release`].

@@ -58,7 +58,7 @@ static CAPTURES: AtomicU32 = AtomicU32::new(0);
 static HOLD_CAPTURES: AtomicU32 = AtomicU32::new(0);
 
 fn capturing() -> MutexGuard<'static, Captures> {
-    CAPTURING.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&CAPTURING)
 }
 
 /// Whether a capture is open.

@@ -112,7 +112,7 @@ type Life = Arc<RwLock<bool>>;
 static LIVES: Mutex<Vec<(CUcontext, Life)>> = Mutex::new(Vec::new());
 
 fn life(context: CUcontext) -> Life {
-    let mut lives = LIVES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut lives = nvshare::sync::lock(&LIVES);
     if let Some((_, life)) = lives.iter().find(|(known, _)| *known == context) {
         return life.clone();
     }
@@ -134,7 +134,7 @@ pub fn end_life<T>(context: CUcontext, call: impl FnOnce() -> (T, bool)) -> (T, 
     let (result, ended) = call();
     if ended {
         *alive = false;
-        LIVES.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).retain(|(known, _)| *known != context);
+        nvshare::sync::lock(&LIVES).retain(|(known, _)| *known != context);
     }
     (result, ended)
 }
@@ -305,7 +305,7 @@ impl Parted {
 
 impl Streams {
     fn tracking(&self) -> MutexGuard<'_, Tracking> {
-        self.tracked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        nvshare::sync::lock(&self.tracked)
     }
 
     /// A context whose default streams may have work.

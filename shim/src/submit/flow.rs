@@ -55,7 +55,7 @@ static HELD: AtomicU32 = AtomicU32::new(0);
 static HOLDS: AtomicU64 = AtomicU64::new(0);
 
 fn flow() -> MutexGuard<'static, Flow> {
-    FLOW.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&FLOW)
 }
 
 impl Flow {

@@ -47,7 +47,7 @@ struct Gang {
 static GANG: Mutex<Gang> = Mutex::new(Gang { order: GangOrder::new(), members: Vec::new() });
 
 fn gang() -> MutexGuard<'static, Gang> {
-    GANG.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    nvshare::sync::lock(&GANG)
 }
 
 impl Gang {

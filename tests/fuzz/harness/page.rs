@@ -10,12 +10,12 @@
 
 use nvshare::audit::Audit;
 use nvshare::client::{Next, NoMemory};
-use nvshare::fair::MAX_WEIGHT;
 use nvshare::page::{Direction, NAME_BYTES, Page, Phase, Quantum, Settings};
 use nvshare::shares::{MemoryLimit, Priority, Shares};
 use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND};
+use nvshare::usage::MAX_WEIGHT;
 use nvshare::{Books, Client, Fill, Runtime, policy};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,10 +1,10 @@
 //! What comes over the arbiter's socket: any bytes are a message or are refused with a sentence, and what
 //! is a message is the same bytes again.
 
-use nvshare::fair::MAX_WEIGHT;
 use nvshare::page::LAYOUT_VERSION;
 use nvshare::slot::SlotIndex;
 use nvshare::units::GpuUuid;
+use nvshare::usage::MAX_WEIGHT;
 use nvshare::wire::{
     ATTACH_MAGIC, Attach, CHANGE_MAGIC, Change, Hello, LOOK_MAGIC, Message, Reply, RequestKind, SharesUpdate,
     Status, WIRE_MAGIC,

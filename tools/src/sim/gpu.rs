@@ -9,7 +9,6 @@ use super::amount::Rate;
 use super::scenario::Scenario;
 use super::tally::{GpuTally, State, Tally};
 use super::task::{Job, Task};
-use nvshare::fair;
 use nvshare::page::{Phase, Settings};
 use nvshare::placement::Load;
 use nvshare::policy;
@@ -17,6 +16,7 @@ use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
 use nvshare::step::{Action, Facts, step};
 use nvshare::units::{Granules, Nanos, bytes_of, granules_for, granules_in};
+use nvshare::usage;
 
 /// What is the same for all GPUs.
 #[derive(Debug, Clone)]
@@ -152,7 +152,7 @@ impl Gpu {
         self.snapshot.slots[slot.get()] = SlotView {
             demand: job.memory,
             pinned: self.machine.context,
-            weight: fair::weight(job.weight),
+            weight: usage::weight(job.weight),
             priority: job.priority,
             ..SlotView::default()
         };
@@ -406,7 +406,7 @@ impl Gpu {
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
         let view = self.view_mut(slot);
-        let slice = fair::slice_over(view.usage, view.last_ran, view.slice_start, now);
+        let slice = usage::slice_over(view.usage, view.last_ran, view.slice_start, now);
         view.usage = slice.usage;
         view.last_ran = now;
         let client = self.client_mut(slot);
@@ -424,7 +424,7 @@ impl Gpu {
         let more = client.task.has_work();
         let time = (client.task.tally.gpu - client.had) as f64 / f64::from(client.task.tally.weight);
         let view = self.view_mut(slot);
-        view.streak = fair::streak(view.streak, more);
+        view.consecutive_slices = usage::streak(view.consecutive_slices, more);
         let contenders = self.snapshot.clients().filter(|(_, view)| view.phase.wants_gpu());
         let contenders: SlotSet = contenders.map(|(slot, _)| slot).collect();
         if more {

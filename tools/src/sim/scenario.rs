@@ -2,11 +2,11 @@
 
 use super::amount::{Rate, Size, Span, Time};
 use crate::Failure;
-use nvshare::fair::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use nvshare::page::Quantum;
 use nvshare::shares::{Priority, ShareError};
 use nvshare::slot::SLOTS;
 use nvshare::units::{GRANULE, Granules, Nanos, granules_for, granules_in};
+use nvshare::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use serde::Deserialize;
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! What is counted while the simulation runs.
 
-use nvshare::fair;
 use nvshare::units::Nanos;
+use nvshare::usage;
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -170,7 +170,7 @@ impl GpuTally {
     pub fn computed(&mut self, time: Range<Nanos>) {
         self.busy += time.end - time.start;
         let (usage, at) = self.usage;
-        self.usage = (fair::slice_over(usage, at, time.start, time.end).usage, time.end);
+        self.usage = (usage::slice_over(usage, at, time.start, time.end).usage, time.end);
     }
 
     /// A client has come; so many are there.

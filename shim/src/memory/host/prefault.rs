@@ -108,7 +108,7 @@ pub fn prefault(
 ) -> usize {
     let begin = address.as_ptr() as usize;
     let progress = Mutex::new(Progress { next: 0, allowed: 0, unfinished: 0, end: length, permit });
-    let claim = |finished| progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).claim(finished);
+    let claim = |finished| nvshare::sync::lock(&progress).claim(finished);
     let work = || {
         let mut finished = 0;
         while let Some((from, to)) = claim(finished) {
