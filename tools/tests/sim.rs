@@ -6,7 +6,7 @@ use nvshare::page::Quantum;
 use nvshare::units::{Nanos, SECOND};
 use nvshare_tools::sim::report::{Report, Row};
 use nvshare_tools::sim::scenario::Scenario;
-use nvshare_tools::sim::{State, picture, world};
+use nvshare_tools::sim::{State, timeline_svg, world};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -70,7 +70,7 @@ fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
     scenario.until = Some("6min".to_owned().try_into().unwrap());
     let run = |seed| {
         let outcome = world::simulate(&scenario, seed, true);
-        (Report::of(&scenario, seed, &outcome).json(), picture::draw(&scenario, &outcome))
+        (Report::of(&scenario, seed, &outcome).json(), timeline_svg::draw(&scenario, &outcome))
     };
     assert!(run(4) == run(4));
     assert!(run(4).0 != run(5).0);
@@ -79,7 +79,7 @@ fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
 #[test]
 fn the_picture_is_of_every_client_and_every_state() {
     let scenario = read("four-jobs.toml");
-    let svg = picture::draw(&scenario, &world::simulate(&scenario, 1, true));
+    let svg = timeline_svg::draw(&scenario, &world::simulate(&scenario, 1, true));
     for number in 1..=4 {
         assert!(svg.contains(&format!(">job {number}</text>")), "job {number} has no lane");
     }
@@ -119,7 +119,7 @@ fn who_has_nothing_to_do_is_not_drawn_as_running() {
 #[test]
 fn the_picture_in_the_documentation_is_of_this_policy() {
     let scenario = read("four-jobs.toml");
-    let drawn = picture::draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
+    let drawn = timeline_svg::draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
     let stands = include_str!("../../docs/four-jobs.svg");
     assert!(drawn == stands, "nvshare sim examples/scenarios/four-jobs.toml --svg docs/four-jobs.svg");
 }

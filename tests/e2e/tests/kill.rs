@@ -224,7 +224,7 @@ struct Look {
 
 /// What was seen, for the verdict at the end and for people.
 #[derive(Debug, Default)]
-struct Tally {
+struct ClientMetrics {
     moments: BTreeMap<Moment, u32>,
     clients: u32,
     arbiters: u32,
@@ -244,7 +244,7 @@ struct Stage {
     dir: TempDir,
     page: MappedPage,
     clients: Vec<Client>,
-    tally: Tally,
+    tally: ClientMetrics,
 }
 
 fn arbiter(gpu: &SimulatedGpu, dir: &Path) -> Child {
@@ -308,7 +308,7 @@ impl Stage {
             dir,
             page,
             clients: Vec::new(),
-            tally: Tally::default(),
+            tally: ClientMetrics::default(),
         };
         stage.recruit();
         stage

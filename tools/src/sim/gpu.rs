@@ -5,18 +5,18 @@
 //! moves memory as the swap engine does: chunk by chunk, each way over the link at once, granules taken before a chunk
 //! comes in and given back when it has gone out. A switch is nowhere written down: it is what comes of that.
 
-use super::amount::Rate;
+use super::job::Job;
+use super::metrics::{ClientMetrics, GpuMetrics, State};
+use super::quantity::Rate;
 use super::scenario::Scenario;
-use super::tally::{GpuTally, State, Tally};
-use super::task::{Job, Task};
+use super::task::Task;
 use nvshare::page::{Phase, Settings};
 use nvshare::placement::Load;
-use nvshare::policy;
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
 use nvshare::step::{Action, Facts, step};
 use nvshare::units::{Granules, Nanos, bytes_of, granules_for, granules_in};
-use nvshare::usage;
+use nvshare::{policy, usage};
 
 /// What is the same for all GPUs.
 #[derive(Debug, Clone)]
@@ -107,7 +107,7 @@ pub struct Gpu {
     to_host: Link,
     /// Up to when all is reckoned.
     time: Nanos,
-    pub tally: GpuTally,
+    pub tally: GpuMetrics,
 }
 
 impl Gpu {
@@ -131,7 +131,7 @@ impl Gpu {
             to_gpu: Link::default(),
             to_host: Link::default(),
             time: 0,
-            tally: GpuTally::default(),
+            tally: GpuMetrics::default(),
         }
     }
 
@@ -142,7 +142,7 @@ impl Gpu {
     }
 
     /// A client comes. There is a slot for it.
-    pub fn arrive(&mut self, job: Job, tally: Tally, now: Nanos) {
+    pub fn arrive(&mut self, job: Job, tally: ClientMetrics, now: Nanos) {
         self.reckon(now);
         let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !self.snapshot.occupied.contains(*slot));
         let slot = slot.expect("placement leaves a slot");
@@ -251,7 +251,7 @@ impl Gpu {
     }
 
     /// Does all that is due by `now`.
-    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<Tally>) {
+    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) {
         self.reckon(now);
         loop {
             let mut changed = self.arrived(now);
@@ -266,7 +266,7 @@ impl Gpu {
     }
 
     /// As [`nvshare::client::Client::poll`], one [`step`] at a time. True if it went along one.
-    fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) -> bool {
+    fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
         let client = self.client_mut(slot);
         client.task.collect(now);
@@ -383,7 +383,7 @@ impl Gpu {
     }
 
     /// It runs and has nothing to do: it leaves, or gives way when somebody waits. True if it did.
-    fn without_work(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) -> bool {
+    fn without_work(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let client = self.client(slot);
         if client.task.is_over() {
             self.give_way(slot, now);
@@ -438,7 +438,7 @@ impl Gpu {
     }
 
     /// It has nothing to do any more, and its memory and its context go.
-    fn leave(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<Tally>) {
+    fn leave(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) {
         let view = std::mem::take(self.view_mut(slot));
         self.snapshot.free += (view.resident + view.pinned) as i32;
         self.snapshot.occupied = self.snapshot.occupied.without(slot);
@@ -563,7 +563,7 @@ impl Gpu {
     }
 
     /// Those who are still there at the end, and what they have come to.
-    pub fn close(&mut self, now: Nanos) -> Vec<Tally> {
+    pub fn close(&mut self, now: Nanos) -> Vec<ClientMetrics> {
         self.reckon(now);
         let slots: Vec<SlotIndex> = self.slots().collect();
         let close = |slot: SlotIndex| {

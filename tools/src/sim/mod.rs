@@ -12,24 +12,24 @@
 //! | [`world`] | all of them, and where clients are placed |
 //! | `tally`, [`report`], [`picture`] | what is counted, and how it is told |
 
-mod amount;
-mod chance;
 mod gpu;
+mod job;
+mod metrics;
 mod paging;
-pub mod picture;
+mod quantity;
+mod random;
 pub mod report;
 pub mod scenario;
 pub mod table;
-mod tally;
 mod task;
+pub mod timeline_svg;
 pub mod world;
 
-use crate::Failure;
-use crate::{layout, output};
-pub use amount::Time;
+use crate::{Failure, layout, output};
+pub use metrics::State;
+pub use quantity::Time;
 use scenario::Scenario;
 use std::path::{Path, PathBuf};
-pub use tally::State;
 
 /// Options of `nvshare sim`.
 #[derive(Debug, clap::Args)]
@@ -62,7 +62,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let outcome = world::simulate(&scenario, seed, options.svg.is_some());
     let report = report::Report::of(&scenario, seed, &outcome);
     if let Some(path) = &options.svg {
-        write(path, &picture::draw(&scenario, &outcome))?;
+        write(path, &timeline_svg::draw(&scenario, &outcome))?;
     }
     let Some(path) = &options.json else {
         output::write(format_args!("{}", table::of(&report, layout::width())));

@@ -6,9 +6,10 @@
 //! that is used all the time goes as soon as any other. Every iteration's walk is done page by page, so thrashing is
 //! nowhere written down: it is what comes of a walk over a little more than fits.
 
+use super::job::Job;
+use super::metrics::{ClientMetrics, GpuMetrics, State};
 use super::scenario::{Order, Paging, Scenario};
-use super::tally::{GpuTally, State, Tally};
-use super::task::{Job, Task};
+use super::task::Task;
 use nvshare::placement::Load;
 use nvshare::units::{GRANULE, Granules, Nanos, bytes_of, granules_for};
 use std::collections::VecDeque;
@@ -75,7 +76,7 @@ pub struct Gpu {
     resident: usize,
     stamp: u64,
     next_id: u64,
-    pub tally: GpuTally,
+    pub tally: GpuMetrics,
 }
 
 impl Gpu {
@@ -91,7 +92,7 @@ impl Gpu {
             resident: 0,
             stamp: 0,
             next_id: 0,
-            tally: GpuTally::default(),
+            tally: GpuMetrics::default(),
         }
     }
 
@@ -102,7 +103,7 @@ impl Gpu {
     }
 
     /// A client comes.
-    pub fn arrive(&mut self, job: Job, tally: Tally, now: Nanos) {
+    pub fn arrive(&mut self, job: Job, tally: ClientMetrics, now: Nanos) {
         let id = self.next_id;
         self.next_id += 1;
         let pages = vec![0; job.memory as usize];
@@ -178,7 +179,7 @@ impl Gpu {
     }
 
     /// Does all that is due by `now`.
-    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<Tally>) {
+    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) {
         loop {
             for client in &mut self.clients {
                 client.task.collect(now);
@@ -235,7 +236,7 @@ impl Gpu {
     }
 
     /// Begins the holder's next iteration, or takes the lock from it.
-    fn release(&mut self, now: Nanos, gone: &mut Vec<Tally>) -> bool {
+    fn release(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let Some(Holder { id, since, iteration: None }) = self.holder else { return false };
         let at = self.at(id);
         let task = &self.clients[at].task;
@@ -282,7 +283,7 @@ impl Gpu {
         }
     }
 
-    fn leave(&mut self, now: Nanos, gone: &mut Vec<Tally>) {
+    fn leave(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) {
         while let Some(at) =
             self.clients.iter().position(|client| client.task.is_over() && !self.holds(client.id))
         {
@@ -311,7 +312,7 @@ impl Gpu {
     }
 
     /// Those who are still there at the end, and what they have come to.
-    pub fn close(&mut self, now: Nanos) -> Vec<Tally> {
+    pub fn close(&mut self, now: Nanos) -> Vec<ClientMetrics> {
         if let Some(Holder { id, since, iteration }) = self.holder.take() {
             let at = self.at(id);
             self.clients[at].task.tally.ran += now.saturating_sub(since);

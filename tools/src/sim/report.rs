@@ -1,7 +1,7 @@
 //! What a simulation came to, as figures: the same for the table, for JSON and for tests.
 
+use super::metrics::ClientMetrics;
 use super::scenario::{Mode, Scenario};
-use super::tally::Tally;
 use super::world::Outcome;
 use crate::bench::stats::percentile;
 use nvshare::units::Nanos;
@@ -118,13 +118,14 @@ pub struct Gpu {
 impl Report {
     /// Of an outcome.
     pub fn of(scenario: &Scenario, seed: u64, outcome: &Outcome) -> Self {
-        let all: Vec<&Tally> = outcome.clients.iter().collect();
+        let all: Vec<&ClientMetrics> = outcome.clients.iter().collect();
         let time = outcome.time;
         let class = |index: usize, name: &str| {
-            let of_class: Vec<&Tally> = all.iter().copied().filter(|tally| tally.class == index).collect();
+            let of_class: Vec<&ClientMetrics> =
+                all.iter().copied().filter(|tally| tally.class == index).collect();
             Row::of(name.to_owned(), None, &of_class)
         };
-        let single = |tally: &Tally| {
+        let single = |tally: &ClientMetrics| {
             let class = &scenario.clients[tally.class];
             let part = if class.vgpus > 1 { format!(".{}", tally.part + 1) } else { String::new() };
             let name = if class.count > 1 {
@@ -180,9 +181,10 @@ impl Report {
 }
 
 impl Row {
-    fn of(name: String, gpu: Option<usize>, tallies: &[&Tally]) -> Self {
-        let sum =
-            |of: &dyn Fn(&Tally) -> u64| tallies.iter().map(|tally| of(tally)).fold(0, u64::saturating_add);
+    fn of(name: String, gpu: Option<usize>, tallies: &[&ClientMetrics]) -> Self {
+        let sum = |of: &dyn Fn(&ClientMetrics) -> u64| {
+            tallies.iter().map(|tally| of(tally)).fold(0, u64::saturating_add)
+        };
         let answered: Nanos =
             sum(&|tally| tally.answers.iter().fold(0, |sum, time| time.saturating_add(sum)));
         let needed = sum(&|tally| tally.needed);

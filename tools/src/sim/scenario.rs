@@ -1,6 +1,6 @@
 //! The scenario file: TOML, with units in every value. `docs/simulator.md` describes every field.
 
-use super::amount::{Rate, Size, Span, Time};
+use super::quantity::{Rate, Size, Span, Time};
 use crate::Failure;
 use nvshare::page::Quantum;
 use nvshare::shares::{Priority, ShareError};

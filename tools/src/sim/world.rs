@@ -1,9 +1,9 @@
 //! All GPUs, the clock, and where clients are placed.
 
-use super::chance::Chance;
+use super::job::{Job, Requests};
+use super::metrics::{ClientMetrics, GpuMetrics};
+use super::random::Chance;
 use super::scenario::{Class, Mode, Scenario, Work};
-use super::tally::{GpuTally, Tally};
-use super::task::{Job, Requests};
 use super::{gpu, paging};
 use nvshare::placement::{self, Load};
 use nvshare::units::{Nanos, granules_for};
@@ -17,9 +17,9 @@ pub struct Outcome {
     /// How long it was.
     pub time: Nanos,
     /// Every client on every GPU, in the order of class, number and part.
-    pub clients: Vec<Tally>,
+    pub clients: Vec<ClientMetrics>,
     /// Every GPU.
-    pub gpus: Vec<GpuTally>,
+    pub gpus: Vec<GpuMetrics>,
     /// Clients that no GPU had a place for when the simulation ended.
     pub unplaced: u64,
     /// Times that the clock has jumped.
@@ -51,7 +51,7 @@ struct World {
     due: BinaryHeap<Reverse<(Nanos, usize)>>,
     next: Vec<Option<Nanos>>,
     waiting: VecDeque<Job>,
-    gone: Vec<Tally>,
+    gone: Vec<ClientMetrics>,
     record: bool,
 }
 
@@ -149,7 +149,7 @@ impl World {
             let Some(chosen) = self.choose(job) else { return };
             let Some(job) = self.waiting.pop_front() else { return };
             for (part, index) in chosen.into_iter().enumerate() {
-                let tally = Tally::new(&job, part, index, now, self.record);
+                let tally = ClientMetrics::new(&job, part, index, now, self.record);
                 either!(&mut self.gpus[index], gpu => gpu.arrive(job.clone(), tally, now));
                 self.advance(index, now);
             }

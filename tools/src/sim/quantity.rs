@@ -1,6 +1,6 @@
 //! Amounts in a scenario: a number and a unit, so that no reader has to guess; and amounts by chance.
 
-use super::chance::Chance;
+use super::random::Chance;
 use nvshare::units::{Nanos, SECOND, parse_size, parse_time};
 use serde::Deserialize;
 

@@ -1,7 +1,7 @@
 //! What every client did when, as an SVG that needs nothing beside it.
 
+use super::metrics::{ClientMetrics, Segment, State};
 use super::scenario::Scenario;
-use super::tally::{Segment, State, Tally};
 use super::world::Outcome;
 use nvshare::units::Nanos;
 use std::fmt::Write;
@@ -28,7 +28,7 @@ const LEGEND: [(State, &str, &str); 6] = [
 
 /// Draws what was recorded.
 pub fn draw(scenario: &Scenario, outcome: &Outcome) -> String {
-    let mut lanes: Vec<&Tally> = outcome.clients.iter().collect();
+    let mut lanes: Vec<&ClientMetrics> = outcome.clients.iter().collect();
     lanes.sort_by_key(|tally| (tally.place, tally.arrived, tally.class, tally.number));
     let left_out = lanes.len().saturating_sub(MOST_LANES);
     lanes.truncate(MOST_LANES);
@@ -102,7 +102,7 @@ fn legend(out: &mut String) {
 }
 
 /// Where a lane's bars begin and end, and their colours. Of what is too narrow to see, the widest stands for all.
-fn bars(tally: &Tally, scale: f64) -> Vec<(f64, f64, &'static str)> {
+fn bars(tally: &ClientMetrics, scale: f64) -> Vec<(f64, f64, &'static str)> {
     let color = |state| LEGEND.iter().find(|(it, ..)| *it == state).map_or("#fff", |(_, _, color)| *color);
     let mut bars: Vec<(f64, f64, &'static str)> = Vec::new();
     let mut narrow: Option<(f64, f64, f64, &'static str)> = None;

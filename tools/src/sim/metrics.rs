@@ -32,7 +32,7 @@ pub struct Segment {
 
 /// What one client came to.
 #[derive(Debug, Clone)]
-pub struct Tally {
+pub struct ClientMetrics {
     pub class: usize,
     pub number: u64,
     /// Which of its job's GPUs, from 0.
@@ -60,9 +60,9 @@ pub struct Tally {
     state: (State, Nanos),
 }
 
-impl Tally {
+impl ClientMetrics {
     /// Of a client that comes now.
-    pub fn new(job: &super::task::Job, part: usize, place: usize, now: Nanos, record: bool) -> Self {
+    pub fn new(job: &super::job::Job, part: usize, place: usize, now: Nanos, record: bool) -> Self {
         Self {
             class: job.class,
             number: job.number,
@@ -154,7 +154,7 @@ impl Fairness {
 
 /// What one GPU came to.
 #[derive(Debug, Default)]
-pub struct GpuTally {
+pub struct GpuMetrics {
     /// Time in which something computed.
     pub busy: Nanos,
     /// The same, faded, and when it was that.
@@ -165,7 +165,7 @@ pub struct GpuTally {
     pub most_clients: usize,
 }
 
-impl GpuTally {
+impl GpuMetrics {
     /// Something computed all the time.
     pub fn computed(&mut self, time: Range<Nanos>) {
         self.busy += time.end - time.start;
