@@ -5,8 +5,8 @@
 //! A row of class [`Class::Submit`] or [`Class::NeedsMemory`] makes the exported C function of that name, which
 //! passes the gate (`pass::enter()` or `pass::enter_query()`; the gate is left when the guard drops) and
 //! forwards to the driver; one of class [`Class::Grows`] forwards without a gate. If the driver then has no memory
-//! for itself, room is made and the call is made again ([`crate::process::reservation`]). The classes [`Class::Alloc`] to [`Class::Init`] name a handwritten function in
-//! `crate::interpose::hooks`:
+//! for itself, room is made and the call is made again ([`crate::process::reservation`]). The classes [`Class::Alloc`] to
+//! [`Class::Init`] name a handwritten function in `crate::interpose::hooks`:
 //!
 //! ```text
 //! table row      cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) @ 3020;

@@ -50,7 +50,7 @@ pub trait Lender {
     fn pieces(&self, loan: &Self::Loan, from: u32, most: usize) -> Result<Pieces, CuResult>;
 }
 
-/// The sockets of this process, for [`forget`]; no lock, because a forked child would find it held for ever.
+/// The sockets of this process, for [`after_fork`]; no lock, because a forked child would find it held for ever.
 static SOCKETS: [AtomicI32; MOST_PEERS + 1] = [const { AtomicI32::new(NONE) }; MOST_PEERS + 1];
 
 const NONE: i32 = -1;

@@ -1,8 +1,8 @@
 //! The chunks by what can be done with them, so that nobody walks over all of them to find the next.
 //!
-//! Every change of a chunk goes through [`super::Memory::change`], which takes the chunk out of the index and puts it back
-//! in as what it has become. Finding the next chunk, and asking how many there are of a kind, costs the same however many
-//! there are.
+//! Every change of a chunk goes through [`crate::memory::map::Memory::change`], which takes the chunk out of the index and
+//! puts it back in as what it has become. Finding the next chunk, and asking how many there are of a kind, costs the same
+//! however many there are.
 
 use crate::cuda::abi::CUdeviceptr;
 use crate::memory::CHUNK;

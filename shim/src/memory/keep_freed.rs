@@ -1,4 +1,5 @@
-//! Memory that the application has freed is kept for a moment, for the next allocation of its size ([`crate::memory::spares::Spares`]).
+//! Memory that the application has freed is kept for a moment, for the next allocation of its size
+//! ([`crate::memory::spares::Spares`]).
 //!
 //! It is in the books as what it is: granules that this client has on the GPU and that nothing needs. So others see it
 //! ([`policy::keepers`]), and this client gives it back: when anybody lacks granules, when it evicts, when it

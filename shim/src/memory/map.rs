@@ -517,7 +517,7 @@ impl Memory {
     }
 
     /// Chunks on the GPU that nobody has looked at since the client last ran: address and bytes. Such as a
-    /// look can take: [`CHUNK`] at most.
+    /// look can take: [`crate::memory::CHUNK`] at most.
     pub fn unseen(&self) -> Vec<(CUdeviceptr, u64)> {
         let chunk = |address| self.chunk(address).map(|(region, at)| (address, region.chunks[at].size));
         self.index.unseen().filter_map(chunk).collect()

@@ -96,7 +96,7 @@ impl Backing {
     }
 }
 
-/// The unit in which memory moves. In the map, it is changed by [`super::Memory::change`] alone.
+/// The unit in which memory moves. In the map, it is changed by [`crate::memory::map::Memory::change`] alone.
 #[derive(Debug)]
 pub struct Chunk {
     /// Where it is mapped.

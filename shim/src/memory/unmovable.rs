@@ -2,8 +2,8 @@
 //!
 //! compute-sanitizer knows where an allocation ends because it sees the driver make it. What nvshare maps consists of whole
 //! granules, so it would find no overrun that ends in one, and cuda-gdb reads no memory that is out. With such a tool
-//! attached, cuMemAlloc, cuMemAllocPitch and cuMemAllocAsync are the driver's ([`crate::process::reservation`] counts them): what they give
-//! cannot move, and others wait while there is no room beside it. NVSHARE_UNMOVABLE decides it without a tool.
+//! attached, cuMemAlloc, cuMemAllocPitch and cuMemAllocAsync are the driver's ([`crate::process::reservation`] counts them):
+//! what they give cannot move, and others wait while there is no room beside it. NVSHARE_UNMOVABLE decides it without a tool.
 
 use crate::cuda::library::library;
 use crate::settings::settings;

@@ -103,8 +103,9 @@ pub fn register(gpu: GpuUuid) -> Result<UnattachedClient, RegisterError> {
     Ok(client.telling(registration.truth))
 }
 
-/// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before [`DEVICES`],
-/// which nobody holds meanwhile: the process's other GPUs, and the threads at the gate, do not wait for that answer.
+/// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before the list of
+/// GPUs ([`devices`]), which nobody holds meanwhile: the process's other GPUs, and the threads at the gate, do not wait for
+/// that answer.
 static ATTACHING: Mutex<()> = Mutex::new(());
 
 /// A context was made on a GPU. The first one attaches the process to it, as the client that it has registered for it

@@ -4,11 +4,12 @@
 //! needs memory of its own. *Room* is granules that the client takes from the pool like any others, waiting
 //! for its turn if it must, and behind which nothing is mapped.
 //!
-//! - Memory that the application asks the driver for, and that the shim cannot make movable ([`crate::process::driver_memory::reserve`]): its
-//!   room is taken before the call and kept until the memory is freed. It counts as memory that cannot move.
-//! - What the driver takes for itself in passing ([`crate::process::driver_memory::with_room`]): nobody can say how much that will be, so
-//!   the call is made first; if it fails for want of memory, room is made, and the call is made again. The
-//!   room is given back afterwards, and the arbiter sees what became of it as part of the context.
+//! - Memory that the application asks the driver for, and that the shim cannot make movable
+//!   ([`crate::process::driver_memory::reserve`]): its room is taken before the call and kept until the memory is freed. It
+//!   counts as memory that cannot move.
+//! - What the driver takes for itself in passing ([`crate::process::driver_memory::with_room`]): nobody can say how much that
+//!   will be, so the call is made first; if it fails for want of memory, room is made, and the call is made again. The room
+//!   is given back afterwards, and the arbiter sees what became of it as part of the context.
 //!
 //! A process's first context on a GPU comes before all this: see [`crate::process::first_context`].
 

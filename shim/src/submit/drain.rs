@@ -14,7 +14,7 @@
 //!
 //! While a stream captures nothing may be asked of it, and it can be marked by no event: that would be a part of its graph. The
 //! legacy stream may not be used at all while a blocking stream captures. So a mark is usually neither made nor looked at
-//! meanwhile; [`Streams::mark_beside`] makes one where it can be done ([`crate::session`]).
+//! meanwhile; [`Streams::mark_beside`] makes one where it can be done ([`crate::submit::captures`]).
 //!
 //! A green context has default streams of its own, and is current to one thread at a time; so it is marked as a whole
 //! (cuGreenCtxRecordEvent) from its primary context, and the streams that were made in it by themselves besides.
@@ -552,12 +552,12 @@ impl CompletionMarker {
     }
 
     /// What the driver said of a context that is broken, whose work will never be done. All other is, once
-    /// [`Mark::look`] says so.
+    /// [`CompletionMarker::look`] says so.
     pub fn broken(&self) -> Option<CuResult> {
         self.broken
     }
 
-    /// Waits for what is marked already. [`Mark::look`] says whether that was all.
+    /// Waits for what is marked already. [`CompletionMarker::look`] says whether that was all.
     pub fn wait(&mut self) {
         for end in self.ends.drain(..) {
             if let Err(result) = end.wait() {

@@ -8,8 +8,8 @@ use crate::interpose::driver_calls;
 use crate::submit::{capture_begin, captures};
 use std::ffi::c_void;
 
-/// Entry points that begin or end a capture of their stream, or have it join one, each in the form for the legacy default stream and in that
-/// for a thread's own.
+/// Entry points that begin or end a capture of their stream, or have it join one, each in the form for the legacy default
+/// stream and in that for a thread's own.
 macro_rules! captures {
     ($($module:ident::$action:ident $name:ident / $per_thread:ident (stream $(, $arg:ident: $ty:ty)*);)*) => {
         $(
