@@ -201,7 +201,7 @@ impl<P: Deref<Target = Page>> Books<P> {
     /// could not run for a while, because its process waited for another GPU. When, as [`Books::begin_slice`].
     pub fn renew_slice(&self) {
         let snapshot = Snapshot::take(&self.page, self.page.admitted());
-        if policy::first_waiter(&snapshot).is_none() {
+        if !policy::awaited(&snapshot) {
             self.page.slot(self.slot).own.slice_start.store(now(), Ordering::Release);
         }
     }

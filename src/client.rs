@@ -32,7 +32,6 @@ use crate::slot::SlotIndex;
 use crate::step::{Action, Facts, step};
 use crate::sync::{AtomicU64, Ordering, now};
 use crate::units::{Granules, MILLISECOND, Nanos};
-use crate::usage;
 use std::ops::Deref;
 
 /// What moves a client's memory.
@@ -84,12 +83,23 @@ pub enum Next {
     },
 }
 
+/// Which turn a client queues for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// A new one: it has used up the one before, or comes from phase Idle.
+    Next,
+    /// The one that was interrupted.
+    Same,
+}
+
 /// A registered client: the thread that walks it through its phases.
 pub struct Client<P> {
     books: Books<P>,
     phase: Phase,
     /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
     undrained: bool,
+    /// It has used up its turn, as far as it had come when it began to drain.
+    turn_over: bool,
     /// When it last decided in this phase because a slice was over, ns: it does so once for each end.
     decided: Nanos,
     /// The weight and the priority that its deadline was computed from.
@@ -106,6 +116,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             books: Books::new(page, slot),
             phase: Phase::Idle,
             undrained: false,
+            turn_over: false,
             decided: 0,
             deadline_shares: (0, Priority::default()),
             left_to_spares: None,
@@ -145,19 +156,45 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.own().phase.store(phase as u32, Ordering::Release);
     }
 
-    /// Idle or drained -> Waiting: takes a place at the end of the queue.
-    fn queue(&mut self) {
-        self.take_place();
+    /// Idle or drained -> Waiting: takes a place in the queue.
+    fn queue(&mut self, turn: Turn) {
+        self.take_place(turn);
         self.enter(Phase::Waiting);
         self.page().decide();
     }
 
-    fn take_place(&mut self) {
-        let (time, own) = (now(), self.own());
+    fn take_place(&mut self, turn: Turn) {
+        let snapshot = self.look();
+        let (entry, own) = (policy::enter_queue(&snapshot, self.books.slot), self.own());
+        let write = |word: &AtomicU64, value| word.store(value, Ordering::Relaxed);
+        if turn == Turn::Next {
+            self.take_ticket();
+            write(&own.virtual_time, entry.virtual_time);
+            write(&own.turn_start, entry.virtual_time);
+            write(&own.turn_used, 0);
+            write(&own.credit, entry.credit);
+        }
+        write(&own.wait_since, snapshot.now);
+        write(&own.deadline, entry.deadline);
+        self.deadline_shares = self.page().weight_and_priority(self.books.slot);
+    }
+
+    fn take_ticket(&self) {
         let ticket = self.page().header.next_ticket.fetch_add(1, Ordering::Relaxed);
-        own.ticket.store(ticket, Ordering::Relaxed);
-        own.wait_since.store(time, Ordering::Relaxed);
-        self.compute_deadline();
+        self.own().ticket.store(ticket, Ordering::Relaxed);
+    }
+
+    /// Running on though its turn is over, because nobody stands before it: the next one begins.
+    fn begin_next_turn(&mut self) {
+        let Some(turn) = policy::next_turn(&self.look(), self.books.slot) else { return };
+        self.take_ticket();
+        let own = self.own();
+        own.turn_start.store(turn.turn_start, Ordering::Relaxed);
+        own.turn_used.store(turn.turn_used as u64, Ordering::Relaxed);
+        own.credit.store(0, Ordering::Relaxed);
+        let used_up = &own.consecutive_slices;
+        used_up.store(used_up.load(Ordering::Relaxed).saturating_add(1), Ordering::Release);
+        self.page().decide();
     }
 
     /// Whether it waits, and its shares are not those that its deadline was computed from any more.
@@ -170,16 +207,16 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// them changed again and again.
     fn compute_deadline(&mut self) {
         self.deadline_shares = self.page().weight_and_priority(self.books.slot);
-        let own = self.own();
-        let since = own.wait_since.load(Ordering::Relaxed);
-        let deadline = policy::deadline(&self.look(), self.books.slot, since);
-        own.deadline.store(deadline, Ordering::Relaxed);
+        let mut snapshot = self.look();
+        snapshot.now = self.own().wait_since.load(Ordering::Relaxed);
+        let deadline = policy::enter_queue(&snapshot, self.books.slot).deadline;
+        self.own().deadline.store(deadline, Ordering::Relaxed);
     }
 
     /// Asks for the GPU. Does nothing unless the client is Idle.
     pub fn request(&mut self) {
         if self.phase == Phase::Idle {
-            self.queue();
+            self.queue(Turn::Next);
         }
     }
 
@@ -219,7 +256,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     // Recalled: the loop sees it. Or more was asked for meanwhile: fill again.
                 }
                 Action::Run => match self.look_ahead() {
-                    Some(due) if due <= now() => self.end_of_slice(),
+                    Some(due) if due <= now() => {
+                        self.end_of_slice();
+                        self.begin_next_turn();
+                    }
                     until => return Ok(Next::Sleep { seen, until }),
                 },
                 Action::GiveUpBit => {
@@ -331,7 +371,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Whether somebody waits who is not admitted.
     pub fn awaited(&self) -> bool {
-        policy::first_waiter(&self.look()).is_some()
+        policy::awaited(&self.look())
     }
 
     /// Whether work that it submitted may be in flight, and it has not begun to drain.
@@ -345,22 +385,24 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         if !self.has_work() {
             return 0;
         }
-        let (time, own) = (now(), self.own());
-        let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
-        let slice = usage::slice_over(read(&own.usage), read(&own.last_ran), read(&own.slice_start), time);
-        add(&own.run_ns, slice.ran);
-        own.usage.store(slice.usage, Ordering::Relaxed);
-        own.last_ran.store(time, Ordering::Relaxed);
+        let snapshot = self.look();
+        let end = policy::end_slice(&snapshot, self.books.slot);
+        let own = self.own();
+        add(&own.run_ns, end.ran);
+        own.virtual_time.store(end.virtual_time, Ordering::Relaxed);
+        own.turn_used.store(end.turn_used as u64, Ordering::Relaxed);
+        own.last_ran.store(snapshot.now, Ordering::Relaxed);
         add(&own.yields, 1);
+        self.turn_over = end.used_up;
         self.enter(Phase::Draining);
-        slice.ran
+        end.ran
     }
 
     /// Draining -> Filling: its work has not ended, and nobody waits for what it has any more. It has its memory, and runs
     /// on if a decision lets it; else [`Client::poll`] says [`Next::Yield`].
     pub fn resume(&mut self) {
         if self.phase == Phase::Draining {
-            self.take_place();
+            self.take_place(Turn::Same);
             self.enter(Phase::Filling);
             self.page().decide();
         }
@@ -369,24 +411,35 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// Whether anybody waits for room, or for its turn.
     pub fn is_needed(&self) -> bool {
         let snapshot = self.look();
-        policy::lacking(&snapshot) > 0 || policy::first_waiter(&snapshot).is_some()
+        policy::lacking(&snapshot) > 0 || policy::awaited(&snapshot)
     }
 
-    /// Draining -> Waiting, at the end of the queue, if there is `more` to do: it has used up its slice. Else -> Idle.
+    /// Draining -> Waiting, if there is `more` to do: at the end of the queue if it has used up its turn, else where it stood
+    /// before, with what is left of its turn. Without more -> Idle.
     pub fn drained(&mut self, more: bool) {
         if self.phase != Phase::Draining {
             return;
         }
         self.undrained = false;
-        let consecutive_slices = &self.own().consecutive_slices;
-        consecutive_slices
-            .store(usage::streak(consecutive_slices.load(Ordering::Relaxed), more), Ordering::Relaxed);
-        if more {
-            self.queue();
-        } else {
-            self.enter(Phase::Idle);
-            self.page().decide();
+        let used_up = &self.own().consecutive_slices;
+        match (more, self.turn_over) {
+            (true, true) => {
+                used_up.store(used_up.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
+                self.queue(Turn::Next);
+            }
+            (true, false) => self.queue(Turn::Same),
+            (false, _) => {
+                used_up.store(0, Ordering::Relaxed);
+                self.enter(Phase::Idle);
+                self.page().decide();
+            }
         }
+    }
+
+    /// Says how long the client is expected to want nothing that is about to give way because it is idle, ns; 0 if nobody
+    /// knows. Whose memory goes first is decided by it.
+    pub fn expect_pause(&self, pause: Nanos) {
+        self.own().pause.store(pause, Ordering::Relaxed);
     }
 
     /// Gives the slot up. The caller has released all memory; the books say so, whatever they said
@@ -422,6 +475,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         if self.books.admitted() && self.look_ahead().is_some_and(|due| due <= now()) {
             self.end_of_slice();
+            self.begin_next_turn();
         }
         !self.books.admitted()
     }

@@ -51,6 +51,7 @@ pub mod log_limit;
 pub mod memory_info;
 pub mod pace;
 pub mod page;
+pub mod pauses;
 pub mod placement;
 pub mod policy;
 pub mod pool;

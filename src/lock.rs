@@ -20,7 +20,7 @@ use crate::page::Page;
 use crate::policy;
 use crate::slot::{SLOTS, SlotSet};
 use crate::snapshot::Snapshot;
-use crate::sync::{Ordering, now};
+use crate::sync::Ordering;
 
 /// Swaps that a decision loses before it stops being polite. Honest deciders come nowhere near: each loss is
 /// a whole decision of somebody else's. Only who writes garbage into the word all the time does, and it
@@ -77,7 +77,7 @@ impl Page {
             let word = self.header.lock.load(Ordering::Acquire);
             let lock = LockWord::from(word);
             let mut snapshot = Snapshot::take(self, lock.admitted);
-            let next = lock.decided(policy::admit(&snapshot, now()));
+            let next = lock.decided(policy::admit(&snapshot));
             let published =
                 self.header.lock.compare_exchange(word, next.into(), Ordering::AcqRel, Ordering::Acquire);
             if published.is_err() {

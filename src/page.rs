@@ -27,7 +27,7 @@ const COPIES: u64 = 16;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
@@ -354,8 +354,8 @@ pub struct OwnWords {
     pub(crate) unmovable: AtomicU64,
     /// When it should have its next slice, ns.
     pub(crate) deadline: AtomicU64,
-    /// GPU time that it has used lately, ns, as it was when it last ran ([`crate::usage`]).
-    pub(crate) usage: AtomicU64,
+    /// GPU time that it has had, by its weight, ns of virtual time, as it was when it last ran ([`crate::policy`]).
+    pub(crate) virtual_time: AtomicU64,
     /// Why it cannot give way ([`Stall`]).
     pub(crate) stall: AtomicU32,
     _after_stall: Padding<4>,
@@ -367,7 +367,15 @@ pub struct OwnWords {
     pub(crate) drain_retries: AtomicU64,
     /// Host memory that it was promised and has not made yet, as those read it who share that memory with it.
     pub(crate) host_promise: AtomicU64,
-    _to_the_next_line: Padding<88>,
+    /// Its virtual time when its turn began, ns.
+    pub(crate) turn_start: AtomicU64,
+    /// What it had used of its turn before its present slice, ns, two's complement: negative if the turn began within it.
+    pub(crate) turn_used: AtomicU64,
+    /// How far its virtual time was behind the mean when it came from phase Idle, ns.
+    pub(crate) credit: AtomicU64,
+    /// How long it is expected to want nothing when it has given way because it was idle, ns; 0 if nobody knows.
+    pub(crate) pause: AtomicU64,
+    _to_the_next_line: Padding<56>,
 }
 
 /// The whole page.
@@ -667,13 +675,17 @@ impl Page {
                 run_ns: word(),
                 unmovable: word(),
                 deadline: word(),
-                usage: word(),
+                virtual_time: word(),
                 stall: half(),
                 _after_stall: Padding::new(),
                 stall_since: word(),
                 stalls: word(),
                 drain_retries: word(),
                 host_promise: word(),
+                turn_start: word(),
+                turn_used: word(),
+                credit: word(),
+                pause: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line(AtomicU64::new(Account::default().into()), Padding::new()),

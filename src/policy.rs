@@ -31,22 +31,30 @@
 //! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
 //! there is no cycle in it, so it is finite.
 
-use crate::page::{Phase, Quantum};
-use crate::shares::Priority;
+mod fair_share;
+mod order;
+mod room;
+mod slice;
+
+pub use fair_share::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn};
+pub use room::{evict_share, evictors, keepers, lacking, prefetch, spares_are_wanted};
+pub use slice::{MOST_SHARES, quantum, turn_length};
+
+use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
-use crate::usage::{self, DEFAULT_WEIGHT};
-use std::cmp::Reverse;
+use fair_share::has_credit;
+use order::{Order, Place};
 
 /// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
 /// process waits for another GPU. Such a slice is never over. Whoever claims it for ever keeps the GPU for
 /// ever, as with any beginning in the far future.
 pub const NOT_BEGUN: Nanos = Nanos::MAX;
 
-/// Whom to admit, now.
-pub fn admit(snapshot: &Snapshot, now: Nanos) -> SlotSet {
-    let order: Vec<_> = queue(snapshot, now).collect();
+/// Whom to admit.
+pub fn admit(snapshot: &Snapshot) -> SlotSet {
+    let order = queue(snapshot);
     let stuck: u64 =
         snapshot.clients().filter(|(_, view)| view.stuck).map(|(_, view)| u64::from(view.evictable())).sum();
     if stuck > 0 {
@@ -74,55 +82,43 @@ fn fitting(order: &[(SlotIndex, Granules)], mut left: Granules) -> SlotSet {
     chosen
 }
 
-/// Where a client stands in the queue; its ticket decides between equals.
+/// Where a client stands in the queue; its [`Place`] decides between equals.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     /// Runs, and its slice is not over.
     Holder,
-    /// Waits, and nobody has waited longer.
-    FirstWaiter,
+    /// Waits, and nobody stands before it; or has used up its turn and stands before all who wait.
+    First,
     /// Runs beside a holder in room that the first waiter is too large for.
     GapFiller,
-    /// Waits.
-    Waiter,
-    /// Runs, and its slice is over.
-    Overdue,
-}
-
-fn rank(snapshot: &Snapshot, slot: SlotIndex, first: Option<SlotIndex>, now: Nanos) -> Rank {
-    if !snapshot.admitted.contains(slot) {
-        return if first == Some(slot) { Rank::FirstWaiter } else { Rank::Waiter };
-    }
-    if slice_end(snapshot, slot).is_some_and(|end| end <= now) {
-        return Rank::Overdue;
-    }
-    // Who came later and is in less of a hurry runs in a gap. Who came later and was in more of one had its turn.
-    if first.is_none_or(|first| comes_before(snapshot, slot, first)) { Rank::Holder } else { Rank::GapFiller }
-}
-
-/// A client's place among those of its rank: the earliest deadline, and who came first between equals.
-fn place(snapshot: &Snapshot, slot: SlotIndex) -> (Nanos, u64, SlotIndex) {
-    let view = snapshot.view(slot);
-    (view.deadline, view.ticket, slot)
+    /// Waits, or runs and its slice is over.
+    Other,
 }
 
 /// Those who want the GPU, in the order in which they get it.
-fn queue(snapshot: &Snapshot, now: Nanos) -> impl Iterator<Item = (SlotIndex, Granules)> {
-    let first = first_waiter(snapshot);
-    let mut order: Vec<_> = snapshot
+fn queue(snapshot: &Snapshot) -> Vec<(SlotIndex, Granules)> {
+    let order = Order::of(snapshot);
+    let first = order.first_waiter().map(|first| (first, order.place(first)));
+    let rank = |slot: SlotIndex| -> (Rank, Place) {
+        let place = order.place(slot);
+        let stands = |place: &Place| first.is_none_or(|(_, first)| *place <= first);
+        if snapshot.admitted.contains(slot) && slice_end(snapshot, slot).is_none_or(|end| end > snapshot.now)
+        {
+            let before = first.is_none_or(|(first, _)| order.comes_before(slot, first));
+            // Between those who run, it counts who came first: hurry is for waiters.
+            let place = Place::InTurn(snapshot.view(slot).ticket, slot);
+            return (if before { Rank::Holder } else { Rank::GapFiller }, place);
+        }
+        (if stands(&place) { Rank::First } else { Rank::Other }, place)
+    };
+    let mut queue: Vec<_> = snapshot
         .clients()
         .filter(|(slot, view)| snapshot.admitted.contains(*slot) || waits(view))
         .filter(|(_, view)| view.phase.wants_gpu())
-        .map(|(slot, view)| {
-            let rank = rank(snapshot, slot, first, now);
-            // Between those who run, it counts who came first: hurry is for waiters.
-            let (deadline, ticket, _) = place(snapshot, slot);
-            let deadline = if matches!(rank, Rank::FirstWaiter | Rank::Waiter) { deadline } else { 0 };
-            (rank, deadline, ticket, slot, view.movable())
-        })
+        .map(|(slot, view)| (rank(slot), slot, view.movable()))
         .collect();
-    order.sort_unstable();
-    order.into_iter().map(|(.., slot, demand)| (slot, demand))
+    queue.sort_unstable();
+    queue.into_iter().map(|(_, slot, demand)| (slot, demand)).collect()
 }
 
 /// Whether a client that is not admitted stands in the queue.
@@ -139,39 +135,54 @@ fn waiters(snapshot: &Snapshot) -> impl Iterator<Item = SlotIndex> {
     snapshot.clients().filter(stands).map(|(slot, _)| slot)
 }
 
-/// The waiter whose turn is next, if somebody waits who is not admitted.
-pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
-    waiters(snapshot).min_by_key(|slot| place(snapshot, *slot))
+/// Whether anybody waits who is not admitted.
+pub fn awaited(snapshot: &Snapshot) -> bool {
+    waiters(snapshot).next().is_some()
 }
 
-/// When a holder's slice is over, ns, if it runs and somebody waits. A slice begins when its holder
-/// runs, so filling costs nobody any of it, and neither does waiting for another GPU ([`NOT_BEGUN`]).
+/// The waiter whose turn is next, if somebody waits who is not admitted.
+pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
+    // Most often there is none, and the order costs more than that.
+    awaited(snapshot).then(|| Order::of(snapshot).first_waiter()).flatten()
+}
+
+/// When a holder's slice is over, ns, if it runs and somebody waits: when its turn is used up, or when the deadline of a
+/// waiter comes, but not before it has run for that one's [`quantum`]. A slice begins when its holder runs, so filling costs
+/// nobody any of it, and neither does waiting for another GPU ([`NOT_BEGUN`]).
 ///
-/// It is not over while somebody who came before the waiter is admitted and still fills: the waiter may have what that one
+/// It is not over while somebody who came before that waiter is admitted and still fills: the waiter may have what that one
 /// lacks, and would otherwise be back before it has evicted it, again and again. (Two whose drains are longer than the
 /// quantum kept a third from its memory in this way: found by the simulator.) That is a part of the third one's turn, which
 /// the waiter waits for in any case. If it takes longer than the farthest deadline, something is stuck, and others go on.
 pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let view = snapshot.view(holder);
-    let waiter = first_waiter(snapshot)?;
-    (view.phase == Phase::Running && view.slice_start != NOT_BEGUN).then(|| {
-        let after = |time| view.slice_start.saturating_add(time);
-        let (least, most) = (after(quantum(snapshot, waiter)), after(slice(snapshot, holder, waiter)));
-        // A waiter whose deadline has come does not wait for more than the least.
-        let end = snapshot.view(waiter).deadline.clamp(least, most.max(least));
-        let fills = snapshot.admitted.iter().any(|slot| {
-            slot != holder
-                && snapshot.view(slot).phase == Phase::Filling
-                && comes_before(snapshot, slot, waiter)
-        });
-        if fills { end.saturating_add(snapshot.settings.deadline) } else { end }
-    })
+    if view.phase != Phase::Running || view.slice_start == NOT_BEGUN {
+        return None;
+    }
+    let hurry = |slot: SlotIndex| {
+        let view = snapshot.view(slot);
+        (view.deadline, view.ticket, slot)
+    };
+    let hurried = waiters(snapshot).min_by_key(|slot| hurry(*slot))?;
+    let after = |time| view.slice_start.saturating_add(time);
+    // Who came with a credit has it before another one who did so interrupts it.
+    let credit =
+        if has_credit(view) { view.credit.saturating_sub(view.turn_used.max(0) as Nanos) } else { 0 };
+    let (least, most) = (quantum(snapshot, hurried).max(credit), turn_left(snapshot, holder, hurried));
+    let end = snapshot.view(hurried).deadline.clamp(after(least.min(most)), after(most));
+    let fills = snapshot.admitted.iter().any(|slot| {
+        let before =
+            || snapshot.view(slot).ticket < snapshot.view(hurried).ticket || hurry(slot) < hurry(hurried);
+        slot != holder && snapshot.view(slot).phase == Phase::Filling && before()
+    });
+    Some(if fills { end.saturating_add(snapshot.settings.deadline) } else { end })
 }
 
-/// Whether one who is admitted came before a waiter, or was in more of a hurry: it is not in the waiter's way.
-fn comes_before(snapshot: &Snapshot, slot: SlotIndex, waiter: SlotIndex) -> bool {
-    let ticket = |slot: SlotIndex| (snapshot.view(slot).ticket, slot);
-    ticket(slot) < ticket(waiter) || place(snapshot, slot) < place(snapshot, waiter)
+/// What was left of a holder's turn when its slice began, ns: of a whole one, no less than the switch to `waiter` is worth.
+fn turn_left(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos {
+    let (length, used) = (turn_length(snapshot, holder), snapshot.view(holder).turn_used);
+    let left = length.saturating_add_signed(used.saturating_neg());
+    if used == 0 { left.max(quantum(snapshot, waiter)) } else { left }
 }
 
 /// When a holder's slice is over at the earliest, ns, whoever comes: a light user's deadline may have come when it
@@ -179,15 +190,16 @@ fn comes_before(snapshot: &Snapshot, slot: SlotIndex, waiter: SlotIndex) -> bool
 ///
 /// From then on a holder keeps little work in flight: nobody tells it of the end beforehand. Of a slice that has not
 /// begun, it is as if it began now.
-pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex, now: Nanos) -> Option<Nanos> {
+pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let view = snapshot.view(holder);
     let demand: u64 = snapshot.clients().map(|(_, view)| u64::from(view.movable())).sum();
     if view.phase != Phase::Running || demand <= u64::from(snapshot.usable()) {
         return None;
     }
-    let begins = if view.slice_start == NOT_BEGUN { now } else { view.slice_start };
+    let begins = if view.slice_start == NOT_BEGUN { snapshot.now } else { view.slice_start };
     let others = snapshot.clients().filter(|(slot, _)| !snapshot.admitted.contains(*slot));
-    let soonest = others.map(|(slot, _)| quantum(snapshot, slot)).min()?;
+    let soonest =
+        others.map(|(slot, _)| quantum(snapshot, slot).min(turn_left(snapshot, holder, slot))).min()?;
     Some(begins.saturating_add(soonest))
 }
 
@@ -198,149 +210,12 @@ pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex, now: Nanos) -> Optio
 /// in room that no waiter can use, and deciding once more would change nothing; whoever changes something
 /// decides anyway.
 pub fn next_decision(snapshot: &Snapshot, decided: Nanos) -> Option<Nanos> {
-    snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot)).filter(|end| *end > decided).min()
+    slice_ends(snapshot).filter(|end| *end > decided).min()
 }
 
-/// How long a slice is at least that ends because `waiter` waits, ns.
-pub fn quantum(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
-    match snapshot.settings.quantum {
-        Quantum::Fixed(ns) => ns,
-        Quantum::Auto { factor_milli, min, max, .. } => {
-            scaled(switch_time(snapshot, waiter), factor_milli, 1_000).clamp(min, max.max(min))
-        }
-    }
-}
-
-/// Those who want the GPU or have it.
-fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = &SlotView> {
-    snapshot.clients().map(|(_, view)| view).filter(|view| view.phase.wants_gpu())
-}
-
-/// How long `holder`'s slice is while `waiter` waits and its deadline has not come, ns: a quantum, grown by a half in each
-/// round of slices that those who want the GPU have used up, times the holder's weight over the least. What grows is the
-/// quantum of a common switch and not of this very one (`common_switch_time`), which is only the least.
-///
-/// A round's growth is spread evenly over its slices: those of four follow one another with an eighth more. So taking
-/// turns stays fair while it becomes cheaper: after any n slices of n clients, Jain's index over their GPU time is 0.98.
-/// A newcomer brings everybody back to the shortest.
-pub fn slice(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos {
-    let weight = snapshot.view(holder).weight;
-    let least = contenders(snapshot).map(|view| view.weight).min().unwrap_or(weight).max(1);
-    let most = least.saturating_mul(MOST_SHARES);
-    scaled(even_slice(snapshot, waiter), weight.clamp(least, most), least)
-}
-
-/// How long a slice is for the least weight, ns.
-fn even_slice(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
-    let least = quantum(snapshot, waiter);
-    match snapshot.settings.quantum {
-        Quantum::Fixed(_) => least,
-        Quantum::Auto { factor_milli, longest_milli, min, max } => {
-            let switch = common_switch_time(snapshot);
-            let shortest = scaled(switch, factor_milli, 1_000).clamp(min, max.max(min));
-            let longest = scaled(shortest, longest_milli.max(factor_milli), factor_milli);
-            Turns::of(snapshot).grown(shortest, longest.min(max.max(shortest))).max(least)
-        }
-    }
-}
-
-/// Slices that those who want the GPU have used up in turn.
-struct Turns {
-    /// All of them, so many times.
-    rounds: u32,
-    /// So many of them once more.
-    since: u32,
-    /// So many are there.
-    clients: u32,
-}
-
-impl Turns {
-    /// The one that has used up fewest says how many rounds, and the others' tickets whether they have queued once more
-    /// since it queued. Whoever is further ahead counts no more for that: else the one behind would lift all of those with
-    /// each slice of its own, and slices would grow by several steps at once (docs/decisions/0012-growth-by-rounds.md).
-    fn of(snapshot: &Snapshot) -> Self {
-        let behind = contenders(snapshot).map(|view| (view.consecutive_slices, Reverse(view.ticket))).min();
-        let (rounds, Reverse(ticket)) = behind.unwrap_or((0, Reverse(0)));
-        let since = contenders(snapshot).filter(|view| view.ticket > ticket).count() as u32;
-        Self { rounds, since, clients: contenders(snapshot).count().max(1) as u32 }
-    }
-
-    /// What `shortest` has grown to, at most `longest`, ns.
-    fn grown(&self, shortest: Nanos, longest: Nanos) -> Nanos {
-        // A hundred million times at least, and more than any longest; a page may claim four thousand million rounds.
-        const ENOUGH: u32 = 48;
-        let steps = self.rounds.min(ENOUGH) * self.clients + self.since;
-        let more = |time: Nanos| time.saturating_add(time / (2 * u64::from(self.clients)));
-        let lengths = std::iter::successors(Some(shortest), |time| (*time < longest).then(|| more(*time)));
-        lengths.take(steps as usize + 1).last().unwrap_or(shortest).min(longest)
-    }
-}
-
-/// How long a switch takes while those who want the GPU take turns, ns, whosever turn it is: the largest comes in, but for
-/// what finds room beside the second largest before ([`prefetch`]); or, where any two fit, but for the room for all.
-///
-/// What lies on the GPU at this moment does not count: of what has gone from its memory since, one waiter lacks a tenth more
-/// than the next, and slices that differ by so much on top of their growth are not fair (seen on an H100).
-fn common_switch_time(snapshot: &Snapshot) -> Nanos {
-    let (mut largest, mut second, mut all) = (0, 0, 0u64);
-    for view in contenders(snapshot) {
-        let demand = view.movable();
-        all += u64::from(demand);
-        (largest, second) = if demand > largest { (demand, largest) } else { (largest, second.max(demand)) };
-    }
-    let usable = u64::from(snapshot.usable());
-    let two = u64::from(largest) + u64::from(second);
-    let moves = if two > usable { two } else { all }.saturating_sub(usable).min(u64::from(largest));
-    let moves = moves as Granules;
-    copy_time(moves, snapshot.bandwidth_in).max(copy_time(moves, snapshot.bandwidth_out))
-}
-
-/// A slice is at most so many times as long for its holder's weight: the bound on everybody's wait depends on it.
-pub const MOST_SHARES: u32 = 10;
-
-fn scaled(time: Nanos, by: u32, of: u32) -> Nanos {
-    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
-    u64::try_from(scaled).unwrap_or(u64::MAX)
-}
-
-/// What `view`'s client has used of the GPU, up to `now`, per share of the default weight, ns.
-fn used(view: &SlotView, now: Nanos) -> Nanos {
-    let runs = view.phase == Phase::Running && view.slice_start <= now;
-    let usage = if runs {
-        let rested = view.slice_start.saturating_sub(view.last_ran);
-        usage::after_running(usage::faded(view.usage, rested), now - view.slice_start)
-    } else {
-        usage::faded(view.usage, now.saturating_sub(view.last_ran))
-    };
-    scaled(usage, DEFAULT_WEIGHT, usage::weight(view.weight))
-}
-
-/// When a client that begins to wait now should have its slice, ns, never before now: the farthest deadline of the
-/// settings away, for most. Then who came first goes first, and they take turns.
-///
-/// A light user is one that has used less than half of what those who want the GPU used in the mean. Its deadline is
-/// nearer in proportion, and one that has used an eighth of the mean has it now. Nobody's is farther for heavy use:
-/// with later ones for who has used a little more, some would have two turns before others have one.
-///
-/// High priority is now, as for who has used nothing: it goes next, once the holder's least is over. Low priority is
-/// twice as far as anybody's, whatever it used.
-pub fn deadline(snapshot: &Snapshot, slot: SlotIndex, now: Nanos) -> Nanos {
-    let mine = used(snapshot.view(slot), now);
-    let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
-    let (mut n, mut sum) = (1u128, u128::from(mine));
-    for (_, view) in others {
-        n += 1;
-        sum += u128::from(used(view, now));
-    }
-    // How far between 1/8 and 4/8 of the mean, thousandths.
-    let eighths_milli = (8_000 * u128::from(mine) * n).checked_div(sum).unwrap_or(8_000);
-    let way_milli = (eighths_milli.saturating_sub(1_000) / 3).min(1_000) as u32;
-    let way_milli = match snapshot.view(slot).priority {
-        Priority::High => 0,
-        Priority::Normal => way_milli,
-        Priority::Low => 2_000,
-    };
-    now.saturating_add(scaled(snapshot.settings.deadline, way_milli, 1_000))
+/// When the slices of those who run are over, ns, in no order.
+pub fn slice_ends(snapshot: &Snapshot) -> impl Iterator<Item = Nanos> {
+    snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot))
 }
 
 /// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes
@@ -356,87 +231,6 @@ pub fn switch_time(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
 fn copy_time(granules: Granules, bandwidth: u64) -> Nanos {
     let ns = u128::from(bytes_of(granules)) * u128::from(SECOND) / u128::from(bandwidth.max(1));
     u64::try_from(ns).unwrap_or(u64::MAX)
-}
-
-/// Granules that the admitted ones still lack and the pool does not have.
-///
-/// A granule that is taken, or given, changes both sides of this alike, so everybody comes to the
-/// same figure while memory is on the move.
-pub fn lacking(snapshot: &Snapshot) -> Granules {
-    (missing(snapshot) - i64::from(snapshot.free)).clamp(0, i64::from(Granules::MAX)) as Granules
-}
-
-/// Granules that the admitted ones still lack.
-fn missing(snapshot: &Snapshot) -> i64 {
-    let wanting =
-        snapshot.admitted.iter().map(|slot| snapshot.view(slot)).filter(|view| view.phase.wants_gpu());
-    wanting.map(|view| i64::from(view.missing())).sum()
-}
-
-/// Granules that a client may bring in ahead of its turn: the first waiter, as far as there is room that neither
-/// those who run nor those who fill need. Its switch then moves only the rest.
-pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
-    if first_waiter(snapshot) != Some(slot) {
-        return 0;
-    }
-    let spare = i64::from(snapshot.free) - missing(snapshot);
-    i64::from(snapshot.view(slot).missing()).min(spare).max(0) as Granules
-}
-
-/// Those who hold more granules than their allocations need: memory that was freed a moment ago, kept for the next
-/// allocation. They give it back when anybody could use it, so a decision with a waiter, or with granules lacking, rings them.
-pub fn keepers(snapshot: &Snapshot) -> SlotSet {
-    snapshot.clients().filter(|(_, view)| view.resident > view.demand).map(|(slot, _)| slot).collect()
-}
-
-/// Whether anybody could use what [`keepers`] hold.
-pub fn spares_are_wanted(snapshot: &Snapshot) -> bool {
-    first_waiter(snapshot).is_some() || lacking(snapshot) > 0
-}
-
-/// Granules that a client must evict now: its share of what the admitted ones lack.
-///
-/// Clients that are not admitted make room in this order: the one that ran last evicts first, since
-/// its turn is furthest away. A client that still drains will evict when it has, and keeps its place, unless its drain stands
-/// still.
-/// When nothing is lacking, the last in the queue makes room for the first.
-pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
-    eviction_plan(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
-}
-
-/// Those who must evict now.
-pub fn evictors(snapshot: &Snapshot) -> SlotSet {
-    eviction_plan(snapshot).filter(|(_, share)| *share > 0).map(|(slot, _)| slot).collect()
-}
-
-fn eviction_plan(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
-    let lacking = lacking(snapshot);
-    let ahead = if lacking == 0 { lacking_ahead(snapshot) } else { None };
-    let makes_room = |slot: SlotIndex, view: &SlotView| match ahead {
-        Some((last, _)) => slot == last,
-        None => !(snapshot.admitted.contains(slot) && view.phase.wants_gpu()),
-    };
-    let mut order: Vec<(SlotIndex, &SlotView)> =
-        snapshot.clients().filter(|(slot, view)| view.evictable() > 0 && makes_room(*slot, view)).collect();
-    order.sort_unstable_by_key(|(slot, view)| (view.stuck, Reverse(view.last_ran), *slot));
-    let mut left = ahead.map_or(lacking, |(_, granules)| granules);
-    order.into_iter().map(move |(slot, view)| {
-        let share = view.evictable().min(left);
-        left -= share;
-        (slot, share)
-    })
-}
-
-/// The last in the queue, and granules that the first could bring in ahead of its turn ([`prefetch`]) if the last made room,
-/// once those who run have all of theirs. What was left lying of the last would stay until its own turn, which is the
-/// farthest, and the holder's would have to go instead at the next switch, while nobody runs.
-///
-/// Nobody else is asked: those between come back sooner, and of those who are idle perhaps the next who comes fits beside them.
-fn lacking_ahead(snapshot: &Snapshot) -> Option<(SlotIndex, Granules)> {
-    let first = first_waiter(snapshot).filter(|_| missing(snapshot) == 0)?;
-    let last = waiters(snapshot).max_by_key(|slot| place(snapshot, *slot)).filter(|last| *last != first)?;
-    let lacks = i64::from(snapshot.view(first).missing()) - i64::from(snapshot.free);
-    Some((last, lacks.clamp(0, i64::from(Granules::MAX)) as Granules))
 }
 
 #[cfg(all(test, not(loom)))]

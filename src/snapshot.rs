@@ -8,7 +8,7 @@ use crate::account::Operation;
 use crate::page::{Direction, Page, Phase, Settings, Stall};
 use crate::shares::{Priority, Shares};
 use crate::slot::{Owner, SLOTS, SlotIndex, SlotSet};
-use crate::sync::Ordering;
+use crate::sync::{Ordering, now};
 use crate::units::{Granules, MAX_GRANULES, Nanos};
 
 /// One client, at a moment.
@@ -32,9 +32,17 @@ pub struct SlotView {
     pub last_ran: Nanos,
     /// When it should have its next slice, ns.
     pub deadline: Nanos,
-    /// GPU time that it has used lately, ns, as it was at `last_ran` ([`crate::usage`]).
-    pub usage: Nanos,
-    /// Slices that it has used up one after the other.
+    /// GPU time that it has had, by its weight, ns of virtual time, as it was at `last_ran` ([`crate::policy`]).
+    pub virtual_time: Nanos,
+    /// Its virtual time when its turn began, ns.
+    pub turn_start: Nanos,
+    /// What it had used of its turn before its present slice, ns; negative if the turn began within that slice.
+    pub turn_used: i64,
+    /// How far its virtual time was behind the mean when it came from phase Idle, ns.
+    pub credit: Nanos,
+    /// How long it is expected to want nothing when it has given way because it was idle, ns; 0 if nobody knows.
+    pub pause: Nanos,
+    /// Turns that it has used up one after the other.
     pub consecutive_slices: u32,
     /// Its share against others', 1 to [`crate::usage::MAX_WEIGHT`]; 0 where there is no client.
     pub weight: u32,
@@ -64,6 +72,8 @@ impl SlotView {
 /// A GPU's page, at a moment. Slots that nobody owns are absent from `occupied`, and zero.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
+    /// The moment, CLOCK_MONOTONIC ns.
+    pub now: Nanos,
     /// Granules in the pool.
     pub capacity: Granules,
     /// Free granules; negative is a debt.
@@ -91,6 +101,7 @@ impl Snapshot {
             slots[slot.get()] = page.view(slot);
         }
         Self {
+            now: now(),
             capacity: page.capacity(),
             free: page.free().granules,
             admitted,
@@ -144,7 +155,11 @@ impl Page {
             slice_start: own.slice_start.load(Ordering::Relaxed),
             last_ran: own.last_ran.load(Ordering::Relaxed),
             deadline: own.deadline.load(Ordering::Relaxed),
-            usage: own.usage.load(Ordering::Relaxed),
+            virtual_time: own.virtual_time.load(Ordering::Relaxed),
+            turn_start: own.turn_start.load(Ordering::Relaxed),
+            turn_used: own.turn_used.load(Ordering::Relaxed) as i64,
+            credit: own.credit.load(Ordering::Relaxed),
+            pause: own.pause.load(Ordering::Relaxed),
             consecutive_slices: own.consecutive_slices.load(Ordering::Relaxed),
             weight,
             priority,

@@ -11,6 +11,7 @@ use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
 use nvshare::page::{Phase, Settings};
+use nvshare::pauses::Pauses;
 use nvshare::placement::Load;
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
@@ -69,6 +70,11 @@ struct Client {
     drained_at: Option<Nanos>,
     /// GPU time that it had before its present slice.
     had: Nanos,
+    /// It has used up its turn, as far as it had come when it began to drain.
+    turn_over: bool,
+    pauses: Pauses,
+    /// Since when it has nothing to do, while somebody waits or since it gave way.
+    paused: Option<Nanos>,
     /// Since when it has run without interruption.
     running_since: Nanos,
 }
@@ -105,8 +111,6 @@ pub struct Gpu {
     next_ticket: u64,
     to_gpu: Link,
     to_host: Link,
-    /// Up to when all is reckoned.
-    time: Nanos,
     pub tally: GpuMetrics,
 }
 
@@ -114,6 +118,7 @@ impl Gpu {
     /// An empty one.
     pub fn new(machine: &std::sync::Arc<Machine>) -> Self {
         let snapshot = Snapshot {
+            now: 0,
             capacity: machine.capacity,
             free: machine.capacity as i32,
             admitted: SlotSet::EMPTY,
@@ -130,7 +135,6 @@ impl Gpu {
             next_ticket: 1,
             to_gpu: Link::default(),
             to_host: Link::default(),
-            time: 0,
             tally: GpuMetrics::default(),
         }
     }
@@ -168,10 +172,13 @@ impl Gpu {
             submitted: 0,
             drained_at: None,
             had: 0,
+            turn_over: false,
+            pauses: Pauses::default(),
+            paused: None,
             running_since: now,
         });
         self.tally.came(self.snapshot.occupied.len());
-        self.decide(now);
+        self.decide();
     }
 
     fn client(&self, slot: SlotIndex) -> &Client {
@@ -192,8 +199,8 @@ impl Gpu {
     }
 
     /// As [`nvshare::Page::decide`]. True if it changed something.
-    fn decide(&mut self, now: Nanos) -> bool {
-        let admitted = policy::admit(&self.snapshot, now);
+    fn decide(&mut self) -> bool {
+        let admitted = policy::admit(&self.snapshot);
         let before = std::mem::replace(&mut self.snapshot.admitted, admitted);
         before != admitted
     }
@@ -235,7 +242,7 @@ impl Gpu {
 
     /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
     fn reckon(&mut self, now: Nanos) {
-        let elapsed = now - std::mem::replace(&mut self.time, now);
+        let elapsed = now - std::mem::replace(&mut self.snapshot.now, now);
         let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
         if elapsed == 0 || computing.is_empty() {
             return;
@@ -268,8 +275,10 @@ impl Gpu {
     /// As [`nvshare::client::Client::poll`], one [`step`] at a time. True if it went along one.
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
+        let awaited = policy::awaited(&self.snapshot);
         let client = self.client_mut(slot);
         client.task.collect(now);
+        client.watch_pause(phase, awaited, now);
         if phase == Phase::Running {
             client.show(phase, now);
         }
@@ -322,13 +331,13 @@ impl Gpu {
                 }
                 Some(_) => false,
             },
-            Action::GiveUpBit => self.decide(now),
+            Action::GiveUpBit => self.decide(),
             Action::Serve if phase == Phase::Idle && client.task.is_over() => {
                 self.leave(slot, now, gone);
                 true
             }
             Action::Serve if phase == Phase::Idle && client.task.has_work() => {
-                self.queue(slot, now);
+                self.queue(slot, true, now);
                 true
             }
             Action::Serve => {
@@ -347,14 +356,35 @@ impl Gpu {
         }
     }
 
-    /// Idle or drained -> Waiting.
-    fn queue(&mut self, slot: SlotIndex, now: Nanos) {
+    /// Idle or drained -> Waiting, for the next turn or for what is left of the one that was interrupted.
+    fn queue(&mut self, slot: SlotIndex, next_turn: bool, now: Nanos) {
+        let entry = policy::enter_queue(&self.snapshot, slot);
+        if next_turn {
+            self.takes_ticket(slot);
+            let view = self.view_mut(slot);
+            (view.virtual_time, view.turn_start, view.turn_used, view.credit) =
+                (entry.virtual_time, entry.virtual_time, 0, entry.credit);
+        }
+        self.view_mut(slot).deadline = entry.deadline;
+        self.client_mut(slot).wait_since = Some(now);
+        self.enter(slot, Phase::Waiting, now);
+        self.decide();
+    }
+
+    fn takes_ticket(&mut self, slot: SlotIndex) {
         self.view_mut(slot).ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.client_mut(slot).wait_since = Some(now);
-        self.view_mut(slot).deadline = policy::deadline(&self.snapshot, slot, now);
-        self.enter(slot, Phase::Waiting, now);
-        self.decide(now);
+    }
+
+    /// It runs on though its turn is over: the next one begins.
+    fn begin_next_turn(&mut self, slot: SlotIndex) {
+        if let Some(turn) = policy::next_turn(&self.snapshot, slot) {
+            self.takes_ticket(slot);
+            let view = self.view_mut(slot);
+            (view.turn_start, view.turn_used, view.credit) = (turn.turn_start, turn.turn_used, 0);
+            view.consecutive_slices += 1;
+            self.decide();
+        }
     }
 
     fn end_of_slice(&mut self, slot: SlotIndex, now: Nanos) -> bool {
@@ -363,7 +393,8 @@ impl Gpu {
             return false;
         }
         self.client_mut(slot).decided = now;
-        self.decide(now);
+        self.decide();
+        self.begin_next_turn(slot);
         true
     }
 
@@ -377,8 +408,8 @@ impl Gpu {
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
-        if policy::first_waiter(&self.snapshot).is_some() {
-            self.decide(now);
+        if policy::awaited(&self.snapshot) {
+            self.decide();
         }
     }
 
@@ -390,12 +421,24 @@ impl Gpu {
             self.leave(slot, now, gone);
             return true;
         }
-        let quiet = client.task.idle_since + self.snapshot.settings.idle_grace;
-        if quiet <= now && policy::first_waiter(&self.snapshot).is_some() {
+        if self.keeps_until(slot).is_some_and(|until| until <= now) {
+            let client = self.client_mut(slot);
+            let waited = now - *client.paused.get_or_insert(client.task.idle_since);
+            let pause = client.pauses.expected(waited).saturating_sub(waited);
+            self.view_mut(slot).pause = pause;
             self.give_way(slot, now);
             return true;
         }
         self.end_of_slice(slot, now)
+    }
+
+    /// Until when it keeps the GPU without work, while somebody waits.
+    fn keeps_until(&self, slot: SlotIndex) -> Option<Nanos> {
+        let first = policy::first_waiter(&self.snapshot)?;
+        let client = self.client(slot);
+        let grace = self.snapshot.settings.idle_grace;
+        let kept = client.pauses.worth_waiting(policy::switch_time(&self.snapshot, first));
+        Some(client.task.idle_since + kept.max(grace))
     }
 
     fn give_way(&mut self, slot: SlotIndex, now: Nanos) {
@@ -405,11 +448,11 @@ impl Gpu {
 
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
+        let end = policy::end_slice(&self.snapshot, slot);
         let view = self.view_mut(slot);
-        let slice = usage::slice_over(view.usage, view.last_ran, view.slice_start, now);
-        view.usage = slice.usage;
-        view.last_ran = now;
+        (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
         let client = self.client_mut(slot);
+        client.turn_over = end.used_up;
         client.submitted = client.task.submitted();
         client.drained_at = None;
         client.task.tally.yields += 1;
@@ -423,17 +466,22 @@ impl Gpu {
         client.task.tally.ran += now - client.running_since;
         let more = client.task.has_work();
         let time = (client.task.tally.gpu - client.had) as f64 / f64::from(client.task.tally.weight);
+        let turn_over = client.turn_over;
         let view = self.view_mut(slot);
-        view.consecutive_slices = usage::streak(view.consecutive_slices, more);
+        view.consecutive_slices = match (more, turn_over) {
+            (true, true) => view.consecutive_slices + 1,
+            (true, false) => view.consecutive_slices,
+            (false, _) => 0,
+        };
         let contenders = self.snapshot.clients().filter(|(_, view)| view.phase.wants_gpu());
         let contenders: SlotSet = contenders.map(|(slot, _)| slot).collect();
         if more {
             self.tally.fairness.slice(slot.get(), time, contenders.bits());
-            self.queue(slot, now);
+            self.queue(slot, turn_over, now);
         } else {
             self.tally.fairness.interrupt();
             self.enter(slot, Phase::Idle, now);
-            self.decide(now);
+            self.decide();
         }
     }
 
@@ -448,7 +496,7 @@ impl Gpu {
             gone.push(client.task.tally);
         }
         self.tally.fairness.interrupt();
-        self.decide(now);
+        self.decide();
     }
 
     /// The chunks that have arrived by `now`. True if one has.
@@ -532,22 +580,18 @@ impl Gpu {
     /// When something is next due.
     pub fn next(&self) -> Option<Nanos> {
         let k = self.slots().filter(|slot| self.computes(*slot)).count() as u128;
-        let awaited = policy::first_waiter(&self.snapshot).is_some();
         let transfers = [self.to_gpu.transfer, self.to_host.transfer].into_iter().flatten();
         let of_client = |slot: SlotIndex| {
             let client = self.client(slot);
             let takes = |work: Nanos| {
                 let (worth, of) = self.worth(slot);
-                self.time.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
+                self.snapshot.now.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
             };
             let decision = || policy::next_decision(&self.snapshot, client.decided);
             let phase = self.snapshot.view(slot).phase;
             let [first, second] = match phase {
                 Phase::Running if client.task.has_work() => [Some(takes(client.task.left())), decision()],
-                Phase::Running => {
-                    let quiet = client.task.idle_since + self.snapshot.settings.idle_grace;
-                    [Some(quiet).filter(|_| awaited), decision()]
-                }
+                Phase::Running => [self.keeps_until(slot), decision()],
                 Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
                 Phase::Filling => [client.ready_at, None],
@@ -559,7 +603,7 @@ impl Gpu {
         };
         let clients = self.slots().filter_map(of_client);
         // What is past waits for a change, and those come with events of their own.
-        clients.chain(transfers.map(|transfer| transfer.arrives)).min().map(|due| due.max(self.time))
+        clients.chain(transfers.map(|transfer| transfer.arrives)).min().map(|due| due.max(self.snapshot.now))
     }
 
     /// Those who are still there at the end, and what they have come to.
@@ -586,6 +630,17 @@ impl Gpu {
 }
 
 impl Client {
+    /// Counts a pause that has ended. One is seen to begin only while somebody waits.
+    fn watch_pause(&mut self, phase: Phase, awaited: bool, now: Nanos) {
+        if self.task.has_work() {
+            if let Some(since) = self.paused.take() {
+                self.pauses.observe(now - since);
+            }
+        } else if phase == Phase::Running && awaited && self.task.idle_since == now {
+            self.paused = Some(now);
+        }
+    }
+
     fn show(&mut self, phase: Phase, now: Nanos) {
         let state = match phase {
             Phase::Waiting => State::Waiting,

@@ -1,0 +1,171 @@
+//! How long clients run: the quantum, which a switch must be worth, and turns, which grow while they are used up.
+
+use crate::page::Quantum;
+use crate::policy::fair_share::has_credit;
+use crate::policy::{copy_time, switch_time};
+use crate::slot::SlotIndex;
+use crate::snapshot::{SlotView, Snapshot};
+use crate::units::{Granules, Nanos};
+use std::cmp::Reverse;
+
+/// A turn is at most so many times as long for its holder's weight: the bound on everybody's wait depends on it.
+pub const MOST_SHARES: u32 = 10;
+
+pub(super) fn scaled(time: Nanos, by: u32, of: u32) -> Nanos {
+    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
+/// How long a slice is at least that ends because `waiter` waits, ns.
+pub fn quantum(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
+    match snapshot.settings.quantum {
+        Quantum::Fixed(ns) => ns,
+        Quantum::Auto { factor_milli, min, max, .. } => {
+            scaled(switch_time(snapshot, waiter), factor_milli, 1_000).clamp(min, max.max(min))
+        }
+    }
+}
+
+/// Those who want the GPU or have it.
+fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, &SlotView)> {
+    snapshot.clients().filter(|(_, view)| view.phase.wants_gpu())
+}
+
+/// Those of them who take turns: not who has come with a credit, and has not used up a turn since.
+fn rotation(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, &SlotView)> {
+    contenders(snapshot).filter(|(_, view)| !has_credit(view))
+}
+
+/// The weight whose turns are the shortest: the least, or a tenth of the largest if that is more.
+pub(super) fn shortest_weight(snapshot: &Snapshot) -> u32 {
+    let weights = || rotation(snapshot).map(|(_, view)| view.weight.max(1));
+    let most = weights().max().unwrap_or(1);
+    weights().min().unwrap_or(1).max(most.div_ceil(MOST_SHARES))
+}
+
+/// A client's weight where turns are compared: not less than the shortest, and not more than [`MOST_SHARES`] times that.
+fn turn_weight(view: &SlotView, shortest: u32) -> u32 {
+    view.weight.clamp(shortest, shortest.saturating_mul(MOST_SHARES))
+}
+
+/// How long a turn of the client in `slot` is, ns: the quantum of a common switch, grown by a half in each round of turns
+/// that have been used up, times the client's weight over the least.
+///
+/// A round's growth is spread evenly over its turns: those of four follow one another with an eighth more. So taking turns
+/// stays fair while it becomes cheaper: after any n turns of n clients, Jain's index over their GPU time is 0.98. Turns do
+/// not grow beyond what lets everybody have one within D, a setting. Who comes with a credit changes nothing in that until
+/// it has used up a turn.
+pub fn turn_length(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    let shortest = shortest_weight(snapshot);
+    scaled(even_turn(snapshot), turn_weight(snapshot.view(slot), shortest), shortest)
+}
+
+/// How long a turn is for the least weight, ns.
+fn even_turn(snapshot: &Snapshot) -> Nanos {
+    match snapshot.settings.quantum {
+        Quantum::Fixed(ns) => ns,
+        Quantum::Auto { factor_milli, longest_milli, max, .. } => {
+            let shortest = shortest_turn(snapshot);
+            let longest = scaled(shortest, longest_milli.max(factor_milli), factor_milli);
+            let longest = longest.min(max).min(within_deadline(snapshot)).max(shortest);
+            Turns::of(snapshot).grown(shortest, longest)
+        }
+    }
+}
+
+/// How long a turn is for the least weight that has not grown, ns.
+fn shortest_turn(snapshot: &Snapshot) -> Nanos {
+    match snapshot.settings.quantum {
+        Quantum::Fixed(ns) => ns,
+        Quantum::Auto { factor_milli, min, max, .. } => {
+            scaled(common_switch_time(snapshot), factor_milli, 1_000).clamp(min, max.max(min))
+        }
+    }
+}
+
+/// How long a turn may be for the least weight, so that nobody waits for longer than D until all others have had one, ns.
+fn within_deadline(snapshot: &Snapshot) -> Nanos {
+    let weight = shortest_weight(snapshot);
+    let (mut clients, mut weights) = (0u64, 0u64);
+    for (_, view) in rotation(snapshot) {
+        clients += 1;
+        weights += u64::from(turn_weight(view, weight));
+    }
+    let others = weights.saturating_sub(u64::from(weight)).max(1);
+    let switches = common_switch_time(snapshot).saturating_mul(clients);
+    let time = u128::from(snapshot.settings.deadline.saturating_sub(switches)) * u128::from(weight);
+    u64::try_from(time / u128::from(others)).unwrap_or(u64::MAX)
+}
+
+/// How long it takes, ns, until all others who take turns have had one of the shortest, with the switches.
+pub(super) fn round(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    let (weight, turn, switch) =
+        (shortest_weight(snapshot), shortest_turn(snapshot), common_switch_time(snapshot));
+    rotation(snapshot)
+        .filter(|(other, _)| *other != slot)
+        .map(|(_, view)| scaled(turn, turn_weight(view, weight), weight).saturating_add(switch))
+        .fold(0, Nanos::saturating_add)
+}
+
+/// What a turn adds to anybody's virtual time, ns.
+pub(super) fn turn_worth(snapshot: &Snapshot) -> Nanos {
+    scaled(even_turn(snapshot), crate::usage::DEFAULT_WEIGHT, shortest_weight(snapshot))
+}
+
+/// How long those who take turns run and switch for each of them, on average, ns.
+pub(super) fn turn_distance(snapshot: &Snapshot) -> Nanos {
+    even_turn(snapshot).saturating_add(common_switch_time(snapshot))
+}
+
+/// Turns that those who take them have used up.
+struct Turns {
+    /// All of them, so many times.
+    rounds: u32,
+    /// So many of them once more.
+    since: u32,
+    /// So many are there.
+    clients: u32,
+}
+
+impl Turns {
+    /// The one that has used up fewest says how many rounds, and the others' tickets whether they have queued once more
+    /// since it queued. Whoever is further ahead counts no more for that: else the one behind would lift all of those with
+    /// each turn of its own, and turns would grow by several steps at once (docs/decisions/0012-growth-by-rounds.md).
+    fn of(snapshot: &Snapshot) -> Self {
+        let turns = || rotation(snapshot).map(|(_, view)| view);
+        let behind = turns().map(|view| (view.consecutive_slices, Reverse(view.ticket))).min();
+        let (rounds, Reverse(ticket)) = behind.unwrap_or((0, Reverse(0)));
+        let since = turns().filter(|view| view.ticket > ticket).count() as u32;
+        Self { rounds, since, clients: turns().count().max(1) as u32 }
+    }
+
+    /// What `shortest` has grown to, at most `longest`, ns.
+    fn grown(&self, shortest: Nanos, longest: Nanos) -> Nanos {
+        // A hundred million times at least, and more than any longest; a page may claim four thousand million rounds.
+        const ENOUGH: u32 = 48;
+        let steps = self.rounds.min(ENOUGH) * self.clients + self.since;
+        let more = |time: Nanos| time.saturating_add(time / (2 * u64::from(self.clients)));
+        let lengths = std::iter::successors(Some(shortest), |time| (*time < longest).then(|| more(*time)));
+        lengths.take(steps as usize + 1).last().unwrap_or(shortest).min(longest)
+    }
+}
+
+/// How long a switch takes while those who want the GPU take turns, ns, whosever turn it is: the largest comes in, but for
+/// what finds room beside the second largest before ([`crate::policy::prefetch`]); or, where any two fit, but for the room
+/// for all.
+///
+/// What lies on the GPU at this moment does not count: of what has gone from its memory since, one waiter lacks a tenth more
+/// than the next, and turns that differ by so much on top of their growth are not fair (seen on an H100).
+fn common_switch_time(snapshot: &Snapshot) -> Nanos {
+    let (mut largest, mut second, mut all) = (0, 0, 0u64);
+    for (_, view) in rotation(snapshot) {
+        let demand = view.movable();
+        all += u64::from(demand);
+        (largest, second) = if demand > largest { (demand, largest) } else { (largest, second.max(demand)) };
+    }
+    let usable = u64::from(snapshot.usable());
+    let two = u64::from(largest) + u64::from(second);
+    let moves = if two > usable { two } else { all }.saturating_sub(usable).min(u64::from(largest));
+    let moves = moves as Granules;
+    copy_time(moves, snapshot.bandwidth_in).max(copy_time(moves, snapshot.bandwidth_out))
+}
