@@ -157,6 +157,7 @@ impl Page {
             &own.turn_start,
             &own.turn_used,
             &own.credit,
+            &own.idle_since,
             &own.pause,
             &own.stall_since,
             &own.stalls,

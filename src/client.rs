@@ -430,15 +430,22 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             (true, false) => self.queue(Turn::Same),
             (false, _) => {
                 used_up.store(0, Ordering::Relaxed);
+                // Unless somebody has said so more exactly.
+                let idle_since = self.own().idle_since.load(Ordering::Relaxed);
+                let last_ran = self.own().last_ran.load(Ordering::Relaxed);
+                if idle_since < self.own().slice_start.load(Ordering::Relaxed) {
+                    self.idle(last_ran, 0);
+                }
                 self.enter(Phase::Idle);
                 self.page().decide();
             }
         }
     }
 
-    /// Says how long the client is expected to want nothing that is about to give way because it is idle, ns; 0 if nobody
-    /// knows. Whose memory goes first is decided by it.
-    pub fn expect_pause(&self, pause: Nanos) {
+    /// Says that the client, which is about to give way because it is idle, has had no work since the time `since`, ns, and is
+    /// expected to have none for `pause` ns from then on; 0 if nobody knows. It is decided by this whose memory goes first.
+    pub fn idle(&self, since: Nanos, pause: Nanos) {
+        self.own().idle_since.store(since, Ordering::Relaxed);
         self.own().pause.store(pause, Ordering::Relaxed);
     }
 

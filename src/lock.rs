@@ -99,13 +99,18 @@ impl Page {
         let changed = before.difference(snapshot.admitted);
         let keepers =
             if policy::spares_are_wanted(snapshot) { policy::keepers(snapshot) } else { SlotSet::EMPTY };
-        let evicting = SlotSet::from_bits(policy::evictors(snapshot).bits() | keepers.bits());
-        let Some(first) = policy::first_waiter(snapshot) else {
-            return SlotSet::from_bits(changed.bits() | evicting.bits());
-        };
-        // Holders learn that their slice has an end now.
-        let concerned = SlotSet::from_bits(changed.bits() | evicting.bits() | snapshot.admitted.bits());
-        if policy::prefetch(snapshot, first) > 0 { concerned.with(first) } else { concerned }
+        let evicting = policy::evictors(snapshot);
+        let mut concerned = changed.bits() | keepers.bits() | evicting.bits();
+        let first = policy::first_waiter(snapshot);
+        if first.is_some() || !evicting.is_empty() {
+            // Holders learn that their slice has an end now, or that their memory is wanted if they have no work.
+            concerned |= snapshot.admitted.bits();
+        }
+        let concerned = SlotSet::from_bits(concerned);
+        match first {
+            Some(first) if policy::prefetch(snapshot, first) > 0 => concerned.with(first),
+            _ => concerned,
+        }
     }
 }
 

@@ -373,9 +373,11 @@ pub struct OwnWords {
     pub(crate) turn_used: AtomicU64,
     /// How far its virtual time was behind the mean when it came from phase Idle, ns.
     pub(crate) credit: AtomicU64,
-    /// How long it is expected to want nothing when it has given way because it was idle, ns; 0 if nobody knows.
+    /// When it last had work, ns, if it has none.
+    pub(crate) idle_since: AtomicU64,
+    /// How long it is expected to have none from then on, ns; 0 if nobody knows.
     pub(crate) pause: AtomicU64,
-    _to_the_next_line: Padding<56>,
+    _to_the_next_line: Padding<48>,
 }
 
 /// The whole page.
@@ -685,6 +687,7 @@ impl Page {
                 turn_start: word(),
                 turn_used: word(),
                 credit: word(),
+                idle_since: word(),
                 pause: word(),
                 _to_the_next_line: Padding::new(),
             },

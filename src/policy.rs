@@ -37,7 +37,7 @@ mod room;
 mod slice;
 
 pub use fair_share::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn};
-pub use room::{evict_share, evictors, keepers, lacking, prefetch, spares_are_wanted};
+pub use room::{evict_share, evictors, keepers, lacking, needed, prefetch, spares_are_wanted};
 pub use slice::{MOST_SHARES, quantum, turn_length};
 
 use crate::page::Phase;
@@ -168,8 +168,12 @@ pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     // Who came with a credit has it before another one who did so interrupts it.
     let credit =
         if has_credit(view) { view.credit.saturating_sub(view.turn_used.max(0) as Nanos) } else { 0 };
-    let (least, most) = (quantum(snapshot, hurried).max(credit), turn_left(snapshot, holder, hurried));
-    let end = snapshot.view(hurried).deadline.clamp(after(least.min(most)), after(most));
+    let (switch, most) = (quantum(snapshot, hurried), turn_left(snapshot, holder, hurried));
+    // An interruption costs one switch there and a part of one back.
+    let least = (switch.saturating_mul(3) / 2).max(credit).min(most);
+    let end = snapshot.view(hurried).deadline.clamp(after(least), after(most));
+    // And what would be left of the turn is worth coming back for.
+    let end = if after(most).saturating_sub(end) < switch { after(most) } else { end };
     let fills = snapshot.admitted.iter().any(|slot| {
         let before =
             || snapshot.view(slot).ticket < snapshot.view(hurried).ticket || hurry(slot) < hurry(hurried);

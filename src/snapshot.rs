@@ -40,7 +40,9 @@ pub struct SlotView {
     pub turn_used: i64,
     /// How far its virtual time was behind the mean when it came from phase Idle, ns.
     pub credit: Nanos,
-    /// How long it is expected to want nothing when it has given way because it was idle, ns; 0 if nobody knows.
+    /// When it last had work, ns, if it has none.
+    pub idle_since: Nanos,
+    /// How long it is expected to have none from then on, ns; 0 if nobody knows.
     pub pause: Nanos,
     /// Turns that it has used up one after the other.
     pub consecutive_slices: u32,
@@ -159,6 +161,7 @@ impl Page {
             turn_start: own.turn_start.load(Ordering::Relaxed),
             turn_used: own.turn_used.load(Ordering::Relaxed) as i64,
             credit: own.credit.load(Ordering::Relaxed),
+            idle_since: own.idle_since.load(Ordering::Relaxed),
             pause: own.pause.load(Ordering::Relaxed),
             consecutive_slices: own.consecutive_slices.load(Ordering::Relaxed),
             weight,

@@ -126,12 +126,12 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     Entry { virtual_time, credit, deadline }
 }
 
-/// How far the deadline of a client of normal priority is away at most, ns: D and a round of the others, and up to ten times
-/// that for one whose weight is less than a tenth of the largest. Its share is so small that one turn in such a time is more.
+/// How far the deadline of a client of normal priority is away at most, ns: D and a round of the others. For one whose weight
+/// is less than a tenth of the largest it is up to ten times D: one turn in such a time is more than its share.
 fn farthest(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
     let weight = snapshot.view(slot).weight.max(1);
     let times = shortest_weight(snapshot).div_ceil(weight).clamp(1, MOST_SHARES);
-    snapshot.settings.deadline.saturating_add(round(snapshot, slot)).saturating_mul(u64::from(times))
+    snapshot.settings.deadline.saturating_mul(u64::from(times)).saturating_add(round(snapshot, slot))
 }
 
 /// Whether a client came with a lag, and has not used up a turn since: it takes no turns with the others.

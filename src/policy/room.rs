@@ -1,8 +1,9 @@
 //! Who makes room for whom, and how much.
 
+use crate::page::Phase;
 use crate::policy::order::Order;
 use crate::policy::slice::turn_distance;
-use crate::policy::{awaited, first_waiter, waiters};
+use crate::policy::{awaited, first_waiter, switch_time, waiters};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos};
@@ -44,6 +45,17 @@ pub fn spares_are_wanted(snapshot: &Snapshot) -> bool {
     awaited(snapshot) || lacking(snapshot) > 0
 }
 
+/// Whether anybody waits for the GPU, or fills and lacks room: then who has no work gives way, and with it the memory that
+/// is needed last can go. How long the switch is that this is for, ns; `None` if nobody needs it.
+pub fn needed(snapshot: &Snapshot) -> Option<Nanos> {
+    let fills = || {
+        let fillers = snapshot.admitted.iter().filter(|slot| snapshot.view(*slot).phase == Phase::Filling);
+        fillers.max_by_key(|slot| snapshot.view(*slot).missing())
+    };
+    let who = if lacking(snapshot) > 0 { fills() } else { None };
+    who.or_else(|| first_waiter(snapshot)).map(|slot| switch_time(snapshot, slot))
+}
+
 /// Granules that a client must evict now: its share of what the admitted ones lack.
 ///
 /// Clients that are not admitted make room in this order: the one that needs its memory last evicts first ([`next_uses`]).
@@ -70,7 +82,7 @@ fn next_uses(snapshot: &Snapshot) -> [Nanos; SLOTS] {
         if view.phase.wants_gpu() {
             queue.push(slot);
         } else {
-            uses[slot.get()] = view.pause.max(snapshot.now.saturating_sub(view.last_ran));
+            uses[slot.get()] = view.pause.max(snapshot.now.saturating_sub(view.idle_since));
         }
     }
     queue.sort_unstable_by_key(|slot| order.place(*slot));

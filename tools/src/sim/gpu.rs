@@ -73,6 +73,10 @@ struct Client {
     /// It has used up its turn, as far as it had come when it began to drain.
     turn_over: bool,
     pauses: Pauses,
+    /// Until when it would have kept the GPU without work when it began to drain.
+    drain_keeps: Nanos,
+    /// When it takes its request back unless it has work again.
+    withdraws: Option<Nanos>,
     /// Since when it has nothing to do, while somebody waits or since it gave way.
     paused: Option<Nanos>,
     /// Since when it has run without interruption.
@@ -174,6 +178,8 @@ impl Gpu {
             had: 0,
             turn_over: false,
             pauses: Pauses::default(),
+            drain_keeps: 0,
+            withdraws: None,
             paused: None,
             running_since: now,
         });
@@ -275,7 +281,7 @@ impl Gpu {
     /// As [`nvshare::client::Client::poll`], one [`step`] at a time. True if it went along one.
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
-        let awaited = policy::awaited(&self.snapshot);
+        let awaited = policy::needed(&self.snapshot).is_some();
         let client = self.client_mut(slot);
         client.task.collect(now);
         client.watch_pause(phase, awaited, now);
@@ -332,6 +338,12 @@ impl Gpu {
                 Some(_) => false,
             },
             Action::GiveUpBit => self.decide(),
+            Action::Serve if phase == Phase::Waiting && client.withdraws_at().is_some_and(|at| at <= now) => {
+                self.view_mut(slot).consecutive_slices = 0;
+                self.enter(slot, Phase::Idle, now);
+                self.decide();
+                true
+            }
             Action::Serve if phase == Phase::Idle && client.task.is_over() => {
                 self.leave(slot, now, gone);
                 true
@@ -343,10 +355,9 @@ impl Gpu {
             Action::Serve => {
                 let share = policy::evict_share(&self.snapshot, slot);
                 if share > 0 {
-                    // Whole chunks, so it may be a little more.
-                    let chunks = share.next_multiple_of(self.machine.chunk);
+                    // A whole chunk, so it may be a little more. Who else could make room is asked anew after it.
                     let all = self.snapshot.view(slot).evictable();
-                    self.client_mut(slot).evicting = chunks.min(all);
+                    self.client_mut(slot).evicting = self.machine.chunk.min(all);
                     self.client_mut(slot).task.tally.becomes(State::Evicting, now);
                     return true;
                 }
@@ -423,9 +434,11 @@ impl Gpu {
         }
         if self.keeps_until(slot).is_some_and(|until| until <= now) {
             let client = self.client_mut(slot);
-            let waited = now - *client.paused.get_or_insert(client.task.idle_since);
-            let pause = client.pauses.expected(waited).saturating_sub(waited);
-            self.view_mut(slot).pause = pause;
+            let since = client.task.idle_since;
+            client.paused = Some(since);
+            let pause = client.pauses.expected(now - since);
+            let view = self.view_mut(slot);
+            (view.idle_since, view.pause) = (since, pause);
             self.give_way(slot, now);
             return true;
         }
@@ -434,10 +447,10 @@ impl Gpu {
 
     /// Until when it keeps the GPU without work, while somebody waits.
     fn keeps_until(&self, slot: SlotIndex) -> Option<Nanos> {
-        let first = policy::first_waiter(&self.snapshot)?;
+        let switch = policy::needed(&self.snapshot)?;
         let client = self.client(slot);
         let grace = self.snapshot.settings.idle_grace;
-        let kept = client.pauses.worth_waiting(policy::switch_time(&self.snapshot, first));
+        let kept = client.pauses.worth_waiting(switch);
         Some(client.task.idle_since + kept.max(grace))
     }
 
@@ -449,6 +462,8 @@ impl Gpu {
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
         let end = policy::end_slice(&self.snapshot, slot);
+        let keeps = self.keeps_until(slot).unwrap_or(0);
+        self.client_mut(slot).drain_keeps = keeps;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
         let client = self.client_mut(slot);
@@ -464,7 +479,10 @@ impl Gpu {
         let client = self.client_mut(slot);
         client.submitted = 0;
         client.task.tally.ran += now - client.running_since;
-        let more = client.task.has_work();
+        // In a pause that it would have kept the GPU for, it wants its next turn.
+        let pauses = (client.drain_keeps > now && !client.task.is_over()).then_some(client.drain_keeps);
+        client.withdraws = pauses;
+        let more = client.task.has_work() || pauses.is_some();
         let time = (client.task.tally.gpu - client.had) as f64 / f64::from(client.task.tally.weight);
         let turn_over = client.turn_over;
         let view = self.view_mut(slot);
@@ -480,6 +498,11 @@ impl Gpu {
             self.queue(slot, turn_over, now);
         } else {
             self.tally.fairness.interrupt();
+            let idle_since = self.client(slot).task.idle_since;
+            let view = self.view_mut(slot);
+            if view.idle_since != idle_since {
+                (view.idle_since, view.pause) = (idle_since, 0);
+            }
             self.enter(slot, Phase::Idle, now);
             self.decide();
         }
@@ -596,7 +619,7 @@ impl Gpu {
                 Phase::Draining => [client.drained_at, None],
                 Phase::Filling => [client.ready_at, None],
                 // It decides when its thread has moved what it moves.
-                Phase::Waiting if !self.moves(slot) => [decision(), None],
+                Phase::Waiting if !self.moves(slot) => [decision(), client.withdraws_at()],
                 _ => [None, None],
             };
             [first, second, client.task.next_request()].into_iter().flatten().min()
@@ -630,6 +653,11 @@ impl Gpu {
 }
 
 impl Client {
+    /// When it takes its request back, if it has no work.
+    fn withdraws_at(&self) -> Option<Nanos> {
+        self.withdraws.filter(|_| !self.task.has_work())
+    }
+
     /// Counts a pause that has ended. One is seen to begin only while somebody waits.
     fn watch_pause(&mut self, phase: Phase, awaited: bool, now: Nanos) {
         if self.task.has_work() {
