@@ -346,6 +346,11 @@ pub fn healthy() -> Result<Arc<Context>> {
     Ok(context)
 }
 
+/// Fails if the current context has failed. Without a context it does not.
+pub fn unbroken() -> Result {
+    current().map_or(Ok(()), |context| context.core.healthy())
+}
+
 /// The handle of the current context, or 0.
 pub fn current_handle() -> Handle {
     CURRENT.with(|stack| stack.borrow().last().map_or(0, |context| context.handle()))

@@ -34,6 +34,7 @@ driver_api! {
             graph::invalidate(&found);
             return Err(Error::STREAM_CAPTURE_UNSUPPORTED);
         }
+        found.core.healthy()?;
         driver.streams.remove(stream)?;
         found.close();
         Ok(())
@@ -156,6 +157,7 @@ driver_api! {
         let event = driver()?.events.get(event)?;
         if let Ok(context) = context::by_handle(event.context) {
             graph::refuse_unsafe(&context.core)?;
+            context.core.healthy()?;
         }
         event.query()
     }
