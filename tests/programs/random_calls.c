@@ -41,6 +41,7 @@ typedef struct {
 
 typedef struct {
     int alive, defined, kind, context, stream, graphs;
+    int owner;    /* the context that it was made in, and goes with; `context` and `stream` are those of its last use */
     int recorded; /* a node of a graph allocates it, when the graph is launched */
     CUdeviceptr address;
     size_t bytes;
@@ -272,7 +273,7 @@ static void allocate(void) {
     if (result) return;
     b->alive = 1;
     b->graphs = 0;
-    b->context = current[thread];
+    b->owner = b->context = current[thread];
     b->stream = s;
     b->recorded = (b->kind == ORDERED || b->kind == POOLED) && here()->streams[s].capturing;
     b->defined = !here()->streams[s].capturing && cuMemsetD8Async(b->address, i, b->bytes, handle(s)) == 0;
@@ -778,8 +779,6 @@ static void destroy_context(int c) {
     cuCtxSetCurrent(contexts[0].handle);
 }
 
-static int owner[BUFFERS];
-
 static void context(void) {
     int c = choose(CONTEXTS);
     CUcontext now = NULL;
@@ -789,9 +788,9 @@ static void context(void) {
         /* Memory that was made in it and is used from another context would go, too: none must be left. */
         if (!c || !contexts[c].alive || choose(2)) break;
         for (int i = 0; i < BUFFERS; i++)
-            if (buffers[i].alive && owner[i] == c) free_buffer(&buffers[i], 1);
+            if (buffers[i].alive && buffers[i].owner == c) free_buffer(&buffers[i], 1);
         for (int i = 0; i < BUFFERS; i++)
-            if (buffers[i].alive && owner[i] == c) return;
+            if (buffers[i].alive && buffers[i].owner == c) return;
         destroy_context(c);
         break;
     case 2: case 3:
@@ -1050,7 +1049,6 @@ int main(int argc, char **argv) {
     const char *only = getenv("FUZZ_ONLY");
     read_settings();
     (void)open_graph_buffers;
-    (void)owner;
     (void)graphs;
     CHECK(cuInit(0));
     CHECK(cuDevicePrimaryCtxRetain(&contexts[0].handle, 0));
