@@ -5,6 +5,7 @@
 //! the program alone; `overflow` is the same with NVSHARE_ENABLE_SINGLE_OVERSUB=1.
 
 use crate::autopsy;
+use crate::children;
 use crate::machine::{Machine, Plan};
 use clap::ValueEnum;
 use nvshare_test_support::program;
@@ -147,7 +148,7 @@ impl<'a> Fuzz<'a> {
         };
         let machine = Machine::start(plan(mode.pool()))?;
         let native = Machine::start(plan(256 * MIB))?;
-        let competitor = Competitor::start(machine.client()?, mode.pool() - 8 * MIB)?;
+        let competitor = Competitor::start(&machine, mode.pool() - 8 * MIB)?;
         Ok(Self { options, mode, machine, native, competitor })
     }
 
@@ -156,7 +157,7 @@ impl<'a> Fuzz<'a> {
     }
 
     fn command(&self, seed: u64, steps: &BTreeSet<u32>, environment: Environment) -> Command {
-        let mut command = Command::new(program("random_calls"));
+        let mut command = children::command(program("random_calls"));
         command
             .args([seed.to_string(), self.options.steps.to_string()])
             .envs(environment)
@@ -314,11 +315,11 @@ fn difference(native: &[String], shared: &[String]) -> Option<String> {
 struct Competitor(Child, PathBuf);
 
 impl Competitor {
-    fn start(environment: Environment, bytes: u64) -> Result<Self, String> {
-        let mut command = Command::new(program("compete"));
-        let log = std::env::temp_dir().join(format!("nvshare-competitor-{}-{bytes}", std::process::id()));
+    fn start(machine: &Machine, bytes: u64) -> Result<Self, String> {
+        let mut command = children::command(program("compete"));
+        let log = machine.scratch().join("competitor");
         let error = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
-        command.args([(bytes / MIB).to_string(), "100000000".into(), "3".into()]).envs(environment);
+        command.args([(bytes / MIB).to_string(), "100000000".into(), "3".into()]).envs(machine.client()?);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(error).spawn();
         child.map(|child| Self(child, log)).map_err(|error| format!("the competitor: {error}"))
     }
@@ -337,6 +338,5 @@ impl Drop for Competitor {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-        let _ = std::fs::remove_file(&self.1);
     }
 }

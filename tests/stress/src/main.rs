@@ -10,8 +10,10 @@
 //! | [`stress`] | the supervisor of the processes of `tests/programs/random_client.c` |
 //! | [`fuzz`] | runs `tests/programs/random_calls.c` twice and compares; makes a failing seed short |
 //! | [`autopsy`] | what is shown of processes that are stuck |
+//! | [`children`] | starting processes that end with this one |
 
 mod autopsy;
+mod children;
 mod fuzz;
 mod machine;
 mod progress;
