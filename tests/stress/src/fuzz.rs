@@ -6,6 +6,7 @@
 
 use crate::autopsy;
 use crate::children;
+use crate::clock::{Silence, TICK};
 use crate::machine::{Machine, Plan};
 use clap::ValueEnum;
 use nvshare_test_support::program;
@@ -72,7 +73,7 @@ pub struct Options {
     /// Report what differs, and go on
     #[arg(long)]
     keep_going: bool,
-    /// Seconds without a line that are a hang
+    /// Seconds without a line that are a hang, of a clock that stands while the machine does
     #[arg(long, default_value_t = 60)]
     patience: u64,
     /// Show all lines of the run under nvshare
@@ -212,10 +213,17 @@ impl<'a> Fuzz<'a> {
             }
         });
         let mut run = Run { lines: Vec::new(), failure: None };
+        let patience = Duration::from_secs(self.options.patience);
+        let mut silence = Silence::default();
         loop {
-            match receive.recv_timeout(Duration::from_secs(self.options.patience)) {
-                Ok(line) => run.lines.push(line),
+            let before = Instant::now();
+            match receive.recv_timeout(TICK.min(patience)) {
+                Ok(line) => {
+                    silence.ends();
+                    run.lines.push(line);
+                }
                 Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) if !silence.exceeds(patience, before.elapsed()) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     run.failure = Some(self.hang(child.id(), &run.lines));
                     let _ = child.kill();

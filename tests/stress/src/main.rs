@@ -11,9 +11,11 @@
 //! | [`fuzz`] | runs `tests/programs/random_calls.c` twice and compares; makes a failing seed short |
 //! | [`autopsy`] | what is shown of processes that are stuck |
 //! | [`children`] | starting processes that end with this one |
+//! | [`clock`] | what counts as time without progress |
 
 mod autopsy;
 mod children;
+mod clock;
 mod fuzz;
 mod machine;
 mod progress;

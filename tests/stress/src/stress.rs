@@ -10,6 +10,7 @@
 
 use crate::autopsy;
 use crate::children;
+use crate::clock::{self, TICK};
 use crate::machine::{Machine, Plan};
 use crate::progress::{Done, Progress};
 use nix::errno::Errno;
@@ -25,7 +26,6 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
-const TICK: Duration = Duration::from_millis(20);
 
 /// Options of `nvshare-stress stress`.
 #[derive(Debug, clap::Args)]
@@ -261,7 +261,7 @@ impl Busy {
             self.machine.start_arbiter()?;
         }
         if self.stopped.is_empty() && self.arbiter_back.is_none() {
-            self.clock += before.elapsed().min(2 * TICK);
+            self.clock += clock::credited(before.elapsed());
         }
         self.find_stuck(Duration::from_secs(run.options.patience))
     }
