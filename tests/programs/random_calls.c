@@ -86,7 +86,8 @@ static Dice dice;
 static int step, thread, allocations;
 static size_t demand, limit = 40 * MIB, pool;
 static unsigned char *pageable, *pinned;
-static int host_calls;
+/* What host functions were given, by the stream that they were in: context * STREAMS + stream. */
+static int host_calls[CONTEXTS * STREAMS];
 static FILE *refused_file;
 static int replay_count, replay[4096];
 static const char *without = "";
@@ -651,22 +652,24 @@ static void event(void) {
     }
 }
 
-static void on_host(void *amount) { host_calls += (int)(size_t)amount; }
+static void on_host(void *data) { host_calls[(size_t)data >> 8] += (size_t)data & 255; }
 
-static void on_callback(CUstream stream, CUresult status, void *amount) {
+static void on_callback(CUstream stream, CUresult status, void *data) {
     (void)stream;
-    host_calls += (int)(size_t)amount + status;
+    host_calls[(size_t)data >> 8] += ((size_t)data & 255) + status;
 }
 
 static void host_function(void) {
     int s = some_stream(), amount = 1 + choose(100);
     CUresult result;
+    size_t place = (size_t)(current[thread] * STREAMS + s), data = place << 8 | (size_t)amount;
     if (here()->streams[s].capturing) return;
-    if (choose(3)) result = cuLaunchHostFunc(handle(s), on_host, (void *)(size_t)amount);
-    else result = cuStreamAddCallback(handle(s), on_callback, (void *)(size_t)amount, 0);
+    if (choose(3)) result = cuLaunchHostFunc(handle(s), on_host, (void *)data);
+    else result = cuStreamAddCallback(handle(s), on_callback, (void *)data, 0);
     CUresult waited = captures() ? 0 : cuStreamSynchronize(handle(s));
     say("host function on %d -> %d, %d", s, result, waited);
-    if (!captures()) say("host functions were given %d", host_calls);
+    /* Those of other streams may still have to run, and these too if nobody has waited for them. */
+    if (!captures() && !waited) say("host functions in it were given %d", host_calls[place]);
 }
 
 /* A capture of a stream has ended. What it was to allocate is there if its graph was launched; else the addresses are nobody's. */
