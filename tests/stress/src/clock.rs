@@ -13,20 +13,40 @@ pub fn credited(elapsed: Duration) -> Duration {
     elapsed.min(2 * TICK)
 }
 
-/// Time since a program last said something.
+/// So many times the patience is a hang also of a program that uses the processor and takes turns.
+const MOST: u32 = 10;
+
+/// What shows that a program that says nothing goes on: the processor time that it has used, its turns of the GPU, and the bytes
+/// that were moved for them.
+pub type Signs = [u64; 4];
+
+/// How long a program has said nothing.
 #[derive(Debug, Default)]
-pub struct Silence(Duration);
+pub struct Silence {
+    /// Since it last said something, or was last looked at.
+    time: Duration,
+    /// The signs when it was last looked at.
+    signs: Option<Signs>,
+    looks: u32,
+}
 
 impl Silence {
     /// It has said something.
     pub fn ends(&mut self) {
-        self.0 = Duration::ZERO;
+        *self = Self::default();
     }
 
-    /// A tick has passed, and took so long. Whether the silence has lasted as long as the `patience`.
-    pub fn exceeds(&mut self, patience: Duration, elapsed: Duration) -> bool {
-        self.0 += credited(elapsed);
-        self.0 >= patience
+    /// A tick has passed, and took so long. Whether the program hangs: it has said nothing for the `patience` and shown no sign
+    /// meanwhile, or has said nothing for [`MOST`] times as long. A program that competes with a busy machine for the processor is
+    /// slow, and shows signs.
+    pub fn is_hang(&mut self, patience: Duration, elapsed: Duration, signs: impl FnOnce() -> Signs) -> bool {
+        self.time += credited(elapsed);
+        if self.time < patience {
+            return false;
+        }
+        let before = self.signs.replace(signs());
+        (self.time, self.looks) = (Duration::ZERO, self.looks + 1);
+        before == self.signs || self.looks >= MOST
     }
 }
 
@@ -36,24 +56,41 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(1);
     const HOUR: Duration = Duration::from_secs(3600);
+    const TICKS: u32 = (PATIENCE.as_millis() / TICK.as_millis()) as u32;
 
     #[test]
-    fn a_machine_that_stands_still_is_no_silence() {
+    fn a_machine_that_stands_still_is_no_hang() {
         let mut silence = Silence::default();
-        for _ in 0..10 {
-            assert!(!silence.exceeds(PATIENCE, HOUR));
-        }
+        assert!((0..10).all(|_| !silence.is_hang(PATIENCE, HOUR, || [0; 4])));
+    }
+
+    /// Ticks until it is a hang.
+    fn ticks(mut signs: impl FnMut() -> Signs) -> u32 {
+        let mut silence = Silence::default();
+        1 + (0..).take_while(|_| !silence.is_hang(PATIENCE, TICK, &mut signs)).count() as u32
     }
 
     #[test]
-    fn a_program_that_says_nothing_exceeds_the_patience_and_one_that_speaks_does_not() {
-        let ticks = (PATIENCE.as_millis() / TICK.as_millis()) as usize;
+    fn who_shows_no_sign_from_one_look_to_the_next_hangs() {
+        assert_eq!(ticks(|| [7; 4]), 2 * TICKS);
+    }
+
+    #[test]
+    fn who_shows_signs_has_longer_and_not_for_ever() {
+        let mut turns = 0;
+        let signs = || {
+            turns += 1;
+            [0, turns, 0, 0]
+        };
+        assert_eq!(ticks(signs), MOST * TICKS);
+    }
+
+    #[test]
+    fn who_says_something_begins_anew() {
         let mut silence = Silence::default();
         for _ in 0..3 {
-            assert!((1..ticks).all(|_| !silence.exceeds(PATIENCE, TICK)));
+            assert!((1..2 * TICKS).all(|_| !silence.is_hang(PATIENCE, TICK, || [0; 4])));
             silence.ends();
         }
-        assert!((1..ticks).all(|_| !silence.exceeds(PATIENCE, TICK)));
-        assert!(silence.exceeds(PATIENCE, TICK));
     }
 }

@@ -6,11 +6,12 @@
 
 use crate::autopsy;
 use crate::children;
-use crate::clock::{Silence, TICK};
+use crate::clock::{Signs, Silence, TICK};
 use crate::machine::{Machine, Plan};
 use clap::ValueEnum;
 use nvshare_test_support::program;
 use nvshare_tools::node::Environment;
+use nvshare_tools::status;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -73,7 +74,7 @@ pub struct Options {
     /// Report what differs, and go on
     #[arg(long)]
     keep_going: bool,
-    /// Seconds without a line that are a hang, of a clock that stands while the machine does
+    /// Seconds without a line and without any sign of progress that are a hang; ten times as many with signs
     #[arg(long, default_value_t = 60)]
     patience: u64,
     /// Show all lines of the run under nvshare
@@ -223,8 +224,10 @@ impl<'a> Fuzz<'a> {
                     run.lines.push(line);
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) if !silence.exceeds(patience, before.elapsed()) => {}
                 Err(RecvTimeoutError::Timeout) => {
+                    if !silence.is_hang(patience, before.elapsed(), || self.signs(child.id())) {
+                        continue;
+                    }
                     run.failure = Some(self.hang(child.id(), &run.lines));
                     let _ = child.kill();
                     break;
@@ -238,6 +241,20 @@ impl<'a> Fuzz<'a> {
             run.failure = Some(format!("{status}; last: {last}\n{}", autopsy::tail(&log, 12)));
         }
         Ok(run)
+    }
+
+    /// What shows that the program goes on.
+    fn signs(&self, pid: u32) -> Signs {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name may hold spaces. After it come the fields from the third on; the 14th and 15th are the processor time.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+        let spent = fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+        let node = status::read(&self.machine.runtime_dir()).ok();
+        let clients = node.iter().flat_map(|node| &node.gpus).flat_map(|gpu| &gpu.clients);
+        let own = clients.filter(|client| client.pid == pid);
+        own.fold([spent, 0, 0, 0], |[spent, slices, bytes_in, bytes_out], client| {
+            [spent, slices + client.slices, bytes_in + client.bytes_in, bytes_out + client.bytes_out]
+        })
     }
 
     fn hang(&self, pid: u32, lines: &[String]) -> String {
