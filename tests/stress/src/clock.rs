@@ -37,8 +37,8 @@ impl Silence {
     }
 
     /// A tick has passed, and took so long. Whether the program hangs: it has said nothing for the `patience` and shown no sign
-    /// meanwhile, or has said nothing for [`MOST`] times as long. A program that competes with a busy machine for the processor is
-    /// slow, and shows signs.
+    /// meanwhile, or has said nothing for [`MOST`] times as long. A program that is slow because the machine is busy shows
+    /// signs.
     pub fn is_hang(&mut self, patience: Duration, elapsed: Duration, signs: impl FnOnce() -> Signs) -> bool {
         self.time += credited(elapsed);
         if self.time < patience {
