@@ -12,9 +12,9 @@ survived=0
 
 # name # file # what stands there # what a mistake would make of it # test binary # test
 mutants=(
-  'tag overwritten without help#src/pool.rs#            self.help(free);##pool#a_killed_move_is_settled_exactly'
+  'tag overwritten without help#src/pool.rs#            self.help(*free);##pool#a_killed_move_is_settled_exactly'
   'settling ignores the tag#src/pool.rs#if free.tag == Some(Tag { slot, sequence: account.sequence })#if false#pool#a_killed_move_is_settled_exactly'
-  'giving back wakes nobody#src/pool.rs#crate::sync::futex_wake_low(\&self.header.free);\n        amount#amount#pool#a_starved_fill_is_woken'
+  'giving back wakes nobody#src/pool.rs#crate::sync::futex_wake_low(self.header.free.atomic());\n        amount#amount#pool#a_starved_fill_is_woken'
   'gate entered without a barrier#src/gate.rs#        light_barrier();\n        if may(self.state.load(Ordering::Acquire))#        if may(self.state.load(Ordering::Acquire))#gate#memory_moves_while_nobody_is_inside'
   'gate opened without waking#src/gate.rs#        unpark_all(\&self.state);##gate#whoever_waits_is_let_in'
   'gate shut without waiting#src/gate.rs#if passes \& 1 == 0 {#if true {#gate#memory_moves_while_nobody_is_inside'

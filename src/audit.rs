@@ -4,6 +4,7 @@
 //! One arbiter serves a page at a time (it holds a file lock), so these functions have one caller. All
 //! of them may be interrupted anywhere: what a killed arbiter left half done, the next one finishes.
 
+use crate::account::Free;
 use crate::page::{NAME_BYTES, Page, Phase, Stall};
 use crate::shares::Shares;
 use crate::slot::{Owner, Process, SLOTS, SlotIndex, SlotSet};
@@ -59,14 +60,14 @@ impl Page {
 
     /// How many owners a slot has had, the present one among them.
     pub fn generation(&self, slot: SlotIndex) -> u32 {
-        Owner::from(self.slot(slot).owner.load(Ordering::Relaxed)).generation
+        self.slot(slot).owner.load(Ordering::Relaxed).generation
     }
 
     /// Writes whose a slot is, whatever stood there, for an arbiter that knows better than the page. True if something else
     /// stood there.
     pub fn set_owner(&self, slot: SlotIndex, process: Process, generation: u32) -> bool {
         let row = self.slot(slot);
-        let owner = Owner { generation, pid: process.pid }.into();
+        let owner = Owner { generation, pid: process.pid };
         let right = row.owner.load(Ordering::Relaxed) == owner
             && row.started.load(Ordering::Relaxed) == process.started
             && self.occupied().contains(slot);
@@ -95,13 +96,13 @@ impl Page {
     }
 
     fn set_occupied(&self, occupied: SlotSet) {
-        self.header.occupied.store(occupied.bits(), Ordering::Release);
+        self.header.occupied.store(occupied, Ordering::Release);
     }
 
     /// Who owns a slot.
     pub fn owner(&self, slot: SlotIndex) -> Option<Process> {
         let row = self.slot(slot);
-        let owner = Owner::from(row.owner.load(Ordering::Acquire));
+        let owner = row.owner.load(Ordering::Acquire);
         (owner.pid != 0).then(|| Process { pid: owner.pid, started: row.started.load(Ordering::Relaxed) })
     }
 
@@ -112,12 +113,12 @@ impl Page {
         let view = self.view(slot);
         // It must not be admitted or asked to evict while its books are closed.
         let own = &self.slot(slot).own;
-        own.phase.store(Phase::Leaving as u32, Ordering::Release);
+        own.phase.store(Phase::Leaving, Ordering::Release);
         let returned = self.close_account(slot);
         self.clear(slot);
         let row = self.slot(slot);
-        let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation;
-        row.owner.store(Owner { generation, pid: 0 }.into(), Ordering::Release);
+        let generation = row.owner.load(Ordering::Relaxed).generation;
+        row.owner.store(Owner { generation, pid: 0 }, Ordering::Release);
         self.set_occupied(self.occupied().without(slot));
         self.header.reaped.fetch_add(1, Ordering::Relaxed);
         self.decide();
@@ -135,9 +136,9 @@ impl Page {
 
     fn clear(&self, slot: SlotIndex) {
         let own = &self.slot(slot).own;
-        own.phase.store(Phase::Idle as u32, Ordering::Relaxed);
+        own.phase.store(Phase::Idle, Ordering::Relaxed);
         own.consecutive_slices.store(0, Ordering::Relaxed);
-        own.stall.store(Stall::None as u32, Ordering::Relaxed);
+        own.stall.store(Stall::None, Ordering::Relaxed);
         let words = [
             &own.demand,
             &own.ticket,
@@ -195,15 +196,15 @@ impl Page {
     /// at the counter that come out the same, sequence numbers and tag included, were such a moment.
     pub fn audit(&self) -> Audit {
         let look = || {
-            let free = self.header.free.load(Ordering::Acquire);
-            let accounts: [u64; SLOTS] =
-                std::array::from_fn(|index| self.slots[index].account.load(Ordering::Acquire));
+            let free = self.header.free.observe(Ordering::Acquire);
+            let accounts: [_; SLOTS] =
+                std::array::from_fn(|index| self.slots[index].account.observe(Ordering::Acquire));
             (free, accounts)
         };
         let first = look();
-        let (word, accounts) = first;
+        let (free, accounts) = first;
         let mut held = 0;
-        for account in accounts.map(crate::account::Account::from) {
+        for account in accounts.map(|seen| seen.value) {
             if account.operation.is_some() {
                 return Audit::Busy;
             }
@@ -216,24 +217,19 @@ impl Page {
         }
         self.header.audits.fetch_add(1, Ordering::Relaxed);
         let expected = i64::from(self.capacity()) - held - pinned;
-        let free = crate::account::Free::from(word);
-        let off = expected - i64::from(free.granules);
+        let off = expected - i64::from(free.value.granules);
         if off == 0 {
             return Audit::Balanced;
         }
         let granules = expected.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32;
-        let repaired = crate::account::Free { granules, tag: None };
+        let repaired = Free { granules, tag: None };
         // Only if nothing has moved since: else the sums are another moment's.
-        if self
-            .header
-            .free
-            .compare_exchange(word, repaired.into(), Ordering::AcqRel, Ordering::Acquire)
-            .is_err()
-        {
+        let swapped = self.header.free.compare_exchange(&free, repaired, Ordering::AcqRel, Ordering::Acquire);
+        if swapped.is_err() {
             return Audit::Busy;
         }
         self.header.repaired.fetch_add(1, Ordering::Relaxed);
-        crate::sync::futex_wake_low(&self.header.free);
+        crate::sync::futex_wake_low(self.header.free.atomic());
         Audit::Repaired(off)
     }
 
@@ -330,7 +326,7 @@ mod tests {
         let generation = page.generation(slot);
         assert!(!page.set_owner(slot, SOMEBODY, generation));
         for lie in [0, 7, u64::MAX] {
-            page.slot(slot).owner.store(lie, Ordering::Relaxed);
+            page.slot(slot).owner.atomic().store(lie, Ordering::Relaxed);
             assert!(page.set_owner(slot, SOMEBODY, generation));
             assert_eq!(page.owner(slot), Some(SOMEBODY));
         }

@@ -72,7 +72,7 @@ impl<P: Deref<Target = Page>> Books<P> {
     /// What the arbiter is told when it asks.
     pub(crate) fn tell(&self, phase: Phase) {
         if let Some(truth) = &self.truth {
-            truth.store(phase as u32, std::sync::atomic::Ordering::Relaxed);
+            truth.store(phase.into(), std::sync::atomic::Ordering::Relaxed);
         }
     }
 
@@ -125,7 +125,7 @@ impl<P: Deref<Target = Page>> Books<P> {
     /// Sleeps while the pool's counter still shows what [`Books::try_take`] saw, or for a while.
     pub fn wait_for_granules(&self, seen: Free) {
         let until = now().saturating_add(STARVED_LOOK);
-        futex_wait_low(&self.page.header.free, seen.granules as u32, Some(until));
+        futex_wait_low(self.page.header.free.atomic(), seen.granules as u32, Some(until));
     }
 
     /// Takes `amount` granules if the pool has them.
@@ -245,20 +245,20 @@ impl<P: Deref<Target = Page>> Books<P> {
         if why == Stall::None {
             return self.stall_ended();
         }
-        if own.stall.load(Ordering::Relaxed) == Stall::None as u32 {
+        if own.stall.load(Ordering::Relaxed) == Stall::None {
             own.stall_since.store(now(), Ordering::Relaxed);
             add(&own.stalls, 1);
-            own.stall.store(why as u32, Ordering::Release);
+            own.stall.store(why, Ordering::Release);
             self.page.decide();
         }
-        own.stall.store(why as u32, Ordering::Release);
+        own.stall.store(why, Ordering::Release);
     }
 
     /// Says that the client can give way again, or has, or need not any more. Costs a load if it was not stalled.
     pub fn stall_ended(&self) {
         let own = &self.page.slot(self.slot).own;
-        if own.stall.load(Ordering::Relaxed) != Stall::None as u32 {
-            own.stall.store(Stall::None as u32, Ordering::Release);
+        if own.stall.load(Ordering::Relaxed) != Stall::None {
+            own.stall.store(Stall::None, Ordering::Release);
             own.stall_since.store(0, Ordering::Relaxed);
             self.page.decide();
         }
@@ -289,7 +289,7 @@ impl<P: Deref<Target = Page>> Books<P> {
         own.wait_since.store(0, Ordering::Relaxed);
         let phase = if lost == 0 { Phase::Leaving } else { Phase::Idle };
         self.tell(phase);
-        own.phase.store(phase as u32, Ordering::Release);
+        own.phase.store(phase, Ordering::Release);
         self.page.decide();
     }
 

@@ -115,7 +115,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The same, and what it does is told in this word too: of its registration, for the arbiter.
     #[must_use]
     pub fn telling(mut self, truth: Truth) -> Self {
-        truth.store(self.phase as u32, std::sync::atomic::Ordering::Relaxed);
+        truth.store(self.phase.into(), std::sync::atomic::Ordering::Relaxed);
         self.books.truth = Some(truth);
         self
     }
@@ -142,7 +142,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.phase = phase;
         self.decided = 0;
         self.books.tell(phase);
-        self.own().phase.store(phase as u32, Ordering::Release);
+        self.own().phase.store(phase, Ordering::Release);
     }
 
     /// Idle or drained -> Waiting: takes a place at the end of the queue.

@@ -7,7 +7,7 @@
 //! | [`page`] | the control page: one per GPU, mapped by everyone |
 //! | [`slot`] | the slots of a page, sets of them, and who owns one |
 //! | [`account`], [`pool`] | who holds how many granules, and how they change hands |
-//! | [`lock`] | the word that says who may load and run, and how a decision is published |
+//! | [`lock`], [`lock_word`] | the word that says who may load and run, and how a decision is published |
 //! | [`policy`] | who runs, how long, who makes room: pure functions of a snapshot |
 //! | [`shares`], [`usage`] | a client's weight, priority and memory limit; what it has used lately |
 //! | [`gate`], [`drain_backoff`] | threads pass a gate to submit work; how long it stays shut for a drain that stands still |
@@ -29,7 +29,7 @@
 //! | [`standard_error`] | a log line that never matters to the process that it is written in |
 //! | [`runtime_dir`] | who may serve in a runtime directory, and whose arbiter is believed there |
 //! | [`log_limit`] | a bound on log lines that a stranger can cause |
-//! | [`sync`] | atomics and futexes, real or modelled by loom |
+//! | [`sync`], [`packed`] | atomics and futexes, real or modelled by loom; atomic words that hold a packed value |
 //!
 //! The protocol rests on three invariants, named I1 to I3 throughout:
 //!
@@ -47,9 +47,11 @@ pub mod drain_backoff;
 pub mod gang_order;
 pub mod gate;
 pub mod lock;
+pub mod lock_word;
 pub mod log_limit;
 pub mod memory_info;
 pub mod pace;
+pub mod packed;
 pub mod page;
 pub mod placement;
 pub mod policy;

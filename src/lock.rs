@@ -1,6 +1,6 @@
 //! The lock word: who may load and run, and how a decision is published.
 //!
-//! `version:16 | admitted:48`, a bit per slot. A decision is four steps, and anybody may take them:
+//! [`LockWord`](crate::lock_word::LockWord) is the word taken apart. A decision is four steps, and anybody may take them:
 //!
 //! 1. read the word;
 //! 2. look at the slots;
@@ -18,7 +18,7 @@
 
 use crate::page::Page;
 use crate::policy;
-use crate::slot::{SLOTS, SlotSet};
+use crate::slot::SlotSet;
 use crate::snapshot::Snapshot;
 use crate::sync::{Ordering, now};
 
@@ -27,41 +27,10 @@ use crate::sync::{Ordering, now};
 /// must not keep everybody else in a loop.
 const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 1_000 };
 
-/// The bits of the word that hold the mask.
-const MASK: u64 = (1 << 48) - 1;
-const _: () = assert!(SLOTS <= 48);
-
-/// The lock word, taken apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LockWord {
-    /// Counts decisions.
-    pub version: u16,
-    /// Who may load and run.
-    pub admitted: SlotSet,
-}
-
-impl From<u64> for LockWord {
-    fn from(word: u64) -> Self {
-        Self { version: (word >> 48) as u16, admitted: SlotSet::from_bits(word & MASK) }
-    }
-}
-
-impl From<LockWord> for u64 {
-    fn from(lock: LockWord) -> Self {
-        u64::from(lock.version) << 48 | lock.admitted.bits()
-    }
-}
-
-impl LockWord {
-    fn decided(self, admitted: SlotSet) -> Self {
-        Self { version: self.version.wrapping_add(1), admitted }
-    }
-}
-
 impl Page {
     /// Who may load and run.
     pub fn admitted(&self) -> SlotSet {
-        LockWord::from(self.header.lock.load(Ordering::Acquire)).admitted
+        self.header.lock.load(Ordering::Acquire).admitted
     }
 
     /// Decides who may load and run, publishes it, and rings whoever has something to do about it:
@@ -74,18 +43,18 @@ impl Page {
     pub fn decide(&self) -> Snapshot {
         let mut lost = 0;
         loop {
-            let word = self.header.lock.load(Ordering::Acquire);
-            let lock = LockWord::from(word);
+            let seen = self.header.lock.observe(Ordering::Acquire);
+            let lock = seen.value;
             let mut snapshot = Snapshot::take(self, lock.admitted);
             let next = lock.decided(policy::admit(&snapshot, now()));
             let published =
-                self.header.lock.compare_exchange(word, next.into(), Ordering::AcqRel, Ordering::Acquire);
+                self.header.lock.compare_exchange(&seen, next, Ordering::AcqRel, Ordering::Acquire);
             if published.is_err() {
                 lost += 1;
                 if lost < MOST_LOST {
                     continue;
                 }
-                self.header.lock.store(next.into(), Ordering::Release);
+                self.header.lock.store(next, Ordering::Release);
             }
             snapshot.admitted = next.admitted;
             for slot in self.concerned(lock.admitted, &snapshot).iter() {
@@ -113,15 +82,6 @@ impl Page {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_word_round_trips_and_garbage_has_no_foreign_bits() {
-        for word in [0, 1, u64::MAX, 0x1234_5678_9abc_def0] {
-            let lock = LockWord::from(word);
-            assert_eq!(LockWord::from(u64::from(lock)), lock);
-            assert!(lock.admitted.iter().all(|slot| slot.get() < SLOTS));
-        }
-    }
-
     /// Somebody writes nothing but lock words, as fast as it can.
     #[test]
     #[cfg_attr(miri, ignore = "a thousand looks at a page take Miri minutes")]
@@ -132,7 +92,7 @@ mod tests {
             for _ in 0..2 {
                 scope.spawn(|| {
                     while !stop.load(Ordering::Relaxed) {
-                        page.header.lock.fetch_add(0x1_0000_0000_0001, Ordering::Relaxed);
+                        page.header.lock.atomic().fetch_add(0x1_0000_0000_0001, Ordering::Relaxed);
                     }
                 });
             }
@@ -146,7 +106,7 @@ mod tests {
     #[test]
     fn every_decision_has_a_version_of_its_own() {
         let page = Page::for_tests(4);
-        let version = || LockWord::from(page.header.lock.load(Ordering::Relaxed)).version;
+        let version = || page.header.lock.load(Ordering::Relaxed).version;
         let before = version();
         page.decide();
         assert_eq!(version(), before + 1);

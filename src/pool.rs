@@ -9,25 +9,25 @@ use crate::units::Granules;
 impl Page {
     /// Reads the pool's counter.
     pub fn free(&self) -> Free {
-        Free::from(self.header.free.load(Ordering::Acquire))
+        self.header.free.load(Ordering::Acquire)
     }
 
     /// Reads a slot's account.
     pub fn account(&self, slot: SlotIndex) -> Account {
-        Account::from(self.slot(slot).account.load(Ordering::Acquire))
+        self.slot(slot).account.load(Ordering::Acquire)
     }
 
     fn set_account(&self, slot: SlotIndex, account: Account) {
         // A swap and not a store: a helper may swap the same word, and swaps stand in one order.
-        self.slot(slot).account.swap(account.into(), Ordering::AcqRel);
+        self.slot(slot).account.swap(account, Ordering::AcqRel);
     }
 
     /// Marks the move that `free` is tagged with as Applied, so that the tag may be overwritten.
     fn help(&self, free: Free) {
         let Some(tag) = free.tag else { return };
         let word = &self.slot(tag.slot).account;
-        let seen = word.load(Ordering::Acquire);
-        let account = Account::from(seen);
+        let seen = word.observe(Ordering::Acquire);
+        let account = seen.value;
         let Some(operation) = account.operation else { return };
         if account.sequence != tag.sequence || operation.progress != Progress::Announced {
             return;
@@ -35,28 +35,17 @@ impl Page {
         let applied =
             Account { operation: Some(Operation { progress: Progress::Applied, ..operation }), ..account };
         // Failure means that the owner closed the move, or that somebody else helped: both will do.
-        let _ = word.compare_exchange(seen, applied.into(), Ordering::AcqRel, Ordering::Acquire);
+        let _ = word.compare_exchange(&seen, applied, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Changes the pool's counter by what `change` says, leaving `tag` on it. `None` from `change`
     /// leaves everything as it is.
-    fn count(&self, tag: Option<Tag>, change: impl Fn(i32) -> Option<i32>) -> Result<Free, Free> {
-        loop {
-            let word = self.header.free.load(Ordering::Acquire);
-            let free = Free::from(word);
-            let Some(granules) = change(free.granules) else { return Err(free) };
-            self.help(free);
-            let next = Free { granules, tag };
-            let swapped = self.header.free.compare_exchange_weak(
-                word,
-                next.into(),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            );
-            if swapped.is_ok() {
-                return Ok(next);
-            }
-        }
+    fn count(&self, tag: Option<Tag>, change: impl Fn(i32) -> Option<i32>) -> Result<(), Free> {
+        self.header.free.fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| {
+            let granules = change(free.granules)?;
+            self.help(*free);
+            Some(Free { granules, tag })
+        })
     }
 
     /// Moves `amount` granules from the pool into `slot`'s account. Only the slot's owner may call it.
@@ -69,7 +58,7 @@ impl Page {
         let tag = Some(Tag { slot, sequence: account.sequence });
         let enough = |free: i32| free.checked_sub_unsigned(amount).filter(|left| *left >= 0);
         match self.count(tag, enough) {
-            Ok(_) => {
+            Ok(()) => {
                 self.set_account(slot, account.closed());
                 Ok(())
             }
@@ -94,7 +83,7 @@ impl Page {
         // Saturating: a counter full of garbage must not overflow; the audit puts it right.
         let _ = self.count(tag, |free| Some(free.saturating_add_unsigned(amount)));
         self.set_account(slot, account.closed());
-        crate::sync::futex_wake_low(&self.header.free);
+        crate::sync::futex_wake_low(self.header.free.atomic());
         amount
     }
 
@@ -102,7 +91,7 @@ impl Page {
     pub(crate) fn adjust_free(&self, by: i32) {
         let _ = self.count(None, |free| Some(free.saturating_add(by)));
         if by > 0 {
-            crate::sync::futex_wake_low(&self.header.free);
+            crate::sync::futex_wake_low(self.header.free.atomic());
         }
     }
 

@@ -8,9 +8,6 @@
 //! who may ([`crate::change`]). As with every word of a page, anybody who maps it could write them too, so they are
 //! read within their bounds: a lie gains at most what asking for it would have.
 
-use crate::page::Page;
-use crate::slot::SlotIndex;
-use crate::sync::Ordering;
 use crate::units::{GRANULE, Granules, MAX_GRANULES, bytes_of, format_size, granules_in, parse_size};
 use crate::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use std::fmt;
@@ -34,7 +31,7 @@ impl Priority {
 
     /// The priority that this word stands for, if any.
     pub fn read(word: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|priority| *priority as u32 == word)
+        Self::ALL.into_iter().find(|priority| u32::from(*priority) == word)
     }
 
     /// Its name, as people write it.
@@ -44,6 +41,19 @@ impl Priority {
             Self::Normal => "normal",
             Self::High => "high",
         }
+    }
+}
+
+/// What stands in a page is read within its bounds: what is no priority is the usual one.
+impl From<u32> for Priority {
+    fn from(word: u32) -> Self {
+        Self::read(word).unwrap_or_default()
+    }
+}
+
+impl From<Priority> for u32 {
+    fn from(priority: Priority) -> Self {
+        priority as Self
     }
 }
 
@@ -207,43 +217,6 @@ impl fmt::Display for Shares {
     }
 }
 
-impl Page {
-    /// A client's shares.
-    pub fn shares(&self, slot: SlotIndex) -> Shares {
-        let (weight, priority) = self.weight_and_priority(slot);
-        Shares { weight, priority, memory_limit: self.memory_limit(slot) }
-    }
-
-    /// Those of a client's shares that decisions look at.
-    pub(crate) fn weight_and_priority(&self, slot: SlotIndex) -> (u32, Priority) {
-        let row = self.slot(slot);
-        let priority = Priority::read(row.priority.load(Ordering::Relaxed)).unwrap_or_default();
-        (crate::usage::weight(row.weight.load(Ordering::Relaxed)), priority)
-    }
-
-    /// The most memory that a client may have.
-    pub fn memory_limit(&self, slot: SlotIndex) -> MemoryLimit {
-        self.slot(slot).memory_limit.load(Ordering::Relaxed).into()
-    }
-
-    /// Gives a client other shares, and has everybody look: slices are longer or shorter at once, and a client that waits
-    /// reckons anew when its turn is. For the arbiter.
-    pub fn set_shares(&self, slot: SlotIndex, shares: Shares) {
-        self.store_shares(slot, shares);
-        self.decide();
-        for slot in self.occupied().iter() {
-            self.ring(slot);
-        }
-    }
-
-    pub(crate) fn store_shares(&self, slot: SlotIndex, shares: Shares) {
-        let row = self.slot(slot);
-        row.weight.store(shares.weight, Ordering::Relaxed);
-        row.priority.store(shares.priority as u32, Ordering::Relaxed);
-        row.memory_limit.store(shares.memory_limit.into(), Ordering::Relaxed);
-    }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
@@ -308,25 +281,5 @@ mod tests {
             let limit = MemoryLimit::Part(part);
             prop_assert_eq!(limit.to_string().parse(), Ok(limit));
         }
-    }
-
-    #[test]
-    fn shares_of_garbage_are_within_their_bounds() {
-        use crate::slot::Process;
-        let page = Page::for_tests(10);
-        let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 0).unwrap();
-        let row = page.slot(slot);
-        for garbage in [0, 3, u32::MAX] {
-            row.weight.store(garbage, Ordering::Relaxed);
-            row.priority.store(garbage, Ordering::Relaxed);
-            row.memory_limit.store(u64::from(garbage) << 31 | 7, Ordering::Relaxed);
-            let shares = page.shares(slot);
-            assert!((1..=MAX_WEIGHT).contains(&shares.weight));
-            assert!(Priority::ALL.contains(&shares.priority));
-        }
-        // Whoever has the slot next has nothing of it.
-        page.reap(slot);
-        let next = page.open_slot(Process { pid: 2, started: 1 }, "job", DEFAULT_WEIGHT).unwrap();
-        assert_eq!((next, page.shares(next)), (slot, Shares::default()));
     }
 }

@@ -89,6 +89,19 @@ impl SlotSet {
     }
 }
 
+/// As [`SlotSet::from_bits`].
+impl From<u64> for SlotSet {
+    fn from(bits: u64) -> Self {
+        Self::from_bits(bits)
+    }
+}
+
+impl From<SlotSet> for u64 {
+    fn from(set: SlotSet) -> Self {
+        set.bits()
+    }
+}
+
 impl FromIterator<SlotIndex> for SlotSet {
     fn from_iter<I: IntoIterator<Item = SlotIndex>>(slots: I) -> Self {
         slots.into_iter().fold(Self::EMPTY, Self::with)

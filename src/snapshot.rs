@@ -131,8 +131,8 @@ impl Page {
         let own = &row.own;
         let resident = self.account(slot).resident;
         let (weight, priority) = self.weight_and_priority(slot);
-        let phase = Phase::parse(own.phase.load(Ordering::Acquire));
-        let stalled = Stall::parse(own.stall.load(Ordering::Relaxed)) != Stall::None;
+        let phase = own.phase.load(Ordering::Acquire);
+        let stalled = own.stall.load(Ordering::Relaxed) != Stall::None;
         SlotView {
             phase,
             demand: granules(own.demand.load(Ordering::Relaxed)),
@@ -156,7 +156,7 @@ impl Page {
     pub fn details(&self, slot: SlotIndex) -> Option<ClientInfo> {
         let row = self.slot(slot);
         let own = &row.own;
-        let owner = Owner::from(row.owner.load(Ordering::Acquire));
+        let owner = row.owner.load(Ordering::Acquire);
         if owner.pid == 0 {
             return None;
         }
@@ -176,7 +176,7 @@ impl Page {
             fill_ns: read(&own.fill_ns),
             evict_ns: read(&own.evict_ns),
             run_ns: read(&own.run_ns),
-            stall: Stall::parse(own.stall.load(Ordering::Acquire)),
+            stall: own.stall.load(Ordering::Acquire),
             stall_since: read(&own.stall_since),
             stalls: read(&own.stalls),
             drain_retries: read(&own.drain_retries),

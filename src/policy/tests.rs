@@ -441,7 +441,7 @@ fn high_priority_is_next_once_the_least_is_over() {
 }
 
 fn any_phase() -> impl Strategy<Value = Phase> {
-    (0..6u32).prop_map(Phase::parse)
+    (0..6u32).prop_map(Phase::from)
 }
 
 fn any_beginning() -> impl Strategy<Value = Nanos> {

@@ -174,14 +174,14 @@ fn gpu(page: &Page) -> Gpu {
     let (arbiter_pid, arbiter_generation, heartbeat) = page.arbiter();
     let (audits, repaired, reaped) = page.audit_counts();
     let pinned: u64 = snapshot.clients().map(|(_, view)| bytes_of(view.pinned)).sum();
-    let (foreign_processes, foreign) = page.foreign();
+    let foreign = page.foreign();
     Gpu {
         uuid: page.gpu().to_string(),
         capacity_bytes: bytes_of(snapshot.capacity),
         free_bytes: i64::from(snapshot.free) * GRANULE as i64,
         pinned_bytes: pinned,
-        foreign_bytes: bytes_of(foreign),
-        foreign_processes,
+        foreign_bytes: bytes_of(foreign.granules),
+        foreign_processes: foreign.processes,
         bandwidth_in: page.bandwidth(Direction::In),
         bandwidth_out: page.bandwidth(Direction::Out),
         arbiter_pid,

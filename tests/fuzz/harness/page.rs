@@ -10,7 +10,7 @@
 
 use nvshare::audit::Audit;
 use nvshare::client::{Next, NoMemory};
-use nvshare::page::{Direction, NAME_BYTES, Page, Phase, Quantum, Settings};
+use nvshare::page::{Direction, Header, NAME_BYTES, Page, Phase, Quantum, Settings, Slot};
 use nvshare::shares::{MemoryLimit, Priority, Shares};
 use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
@@ -33,8 +33,8 @@ const CAPACITY: Granules = 100;
 const CROWDED: usize = 4;
 
 /// Words of the header and of a row.
-const HEADER_WORDS: usize = 640 / 8;
-const ROW_WORDS: usize = 512 / 8;
+const HEADER_WORDS: usize = size_of::<Header>() / 8;
+const ROW_WORDS: usize = size_of::<Slot>() / 8;
 
 /// Values that sit at the edge of some field.
 const EDGES: [u64; 16] = [
