@@ -130,7 +130,7 @@ impl Page {
     pub fn close_account(&self, slot: SlotIndex) -> Granules {
         let balance = self.settle(slot);
         let returned = self.give(slot, balance.resident);
-        self.set_pinned(slot, 0);
+        self.set_context(slot, 0);
         returned
     }
 
@@ -167,15 +167,15 @@ impl Page {
     }
 
     /// Sets what a client's context takes up, and takes it from the pool. True when it changed.
-    pub fn set_pinned(&self, slot: SlotIndex, pinned: Granules) -> bool {
-        let pinned = pinned.min(MAX_GRANULES);
-        let word = &self.slot(slot).pinned;
+    pub fn set_context(&self, slot: SlotIndex, context: Granules) -> bool {
+        let context = context.min(MAX_GRANULES);
+        let word = &self.slot(slot).context;
         let before = word.load(Ordering::Relaxed).min(u64::from(MAX_GRANULES)) as Granules;
-        if before == pinned {
+        if before == context {
             return false;
         }
-        word.store(u64::from(pinned), Ordering::Release);
-        self.adjust_free(before as i32 - pinned as i32);
+        word.store(u64::from(context), Ordering::Release);
+        self.adjust_free(before as i32 - context as i32);
         true
     }
 
@@ -210,13 +210,13 @@ impl Page {
             }
             held += i64::from(account.resident);
         }
-        let pinned: i64 =
-            (0..SLOTS).filter_map(SlotIndex::new).map(|slot| i64::from(self.view(slot).pinned)).sum();
+        let contexts: i64 =
+            (0..SLOTS).filter_map(SlotIndex::new).map(|slot| i64::from(self.view(slot).context)).sum();
         if look() != first {
             return Audit::Busy;
         }
         self.header.audits.fetch_add(1, Ordering::Relaxed);
-        let expected = i64::from(self.capacity()) - held - pinned;
+        let expected = i64::from(self.capacity()) - held - contexts;
         let off = expected - i64::from(free.value.granules);
         if off == 0 {
             return Audit::Balanced;
@@ -272,7 +272,7 @@ mod tests {
     fn the_dead_leave_nothing_behind() {
         let page = Page::for_tests(100);
         let slot = page.open_slot(SOMEBODY, "job", 1).unwrap();
-        page.set_pinned(slot, 10);
+        page.set_context(slot, 10);
         page.take(slot, 30).unwrap();
         assert_eq!(page.free().granules, 60);
         let reaped = page.reap(slot).unwrap();

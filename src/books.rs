@@ -24,7 +24,7 @@ pub enum Fill {
 
 /// A client's phase in memory of its own process alone: a word of [`Phase`], or [`NOT_TOLD`]. Not a part of the protocol
 /// between clients, and so no matter for loom.
-pub type Truth = Arc<std::sync::atomic::AtomicU32>;
+pub type PrivatePhase = Arc<std::sync::atomic::AtomicU32>;
 
 /// The process does not say: the page has to be believed.
 pub const NOT_TOLD: u32 = u32::MAX;
@@ -39,7 +39,7 @@ pub struct Books<P> {
     /// An account has one move in flight at a time, and one author.
     author: Arc<Mutex<()>>,
     /// The client's phase, for the arbiter when it asks. The page says it too, where everybody can overwrite it.
-    pub(crate) truth: Option<Truth>,
+    pub(crate) private_phase: Option<PrivatePhase>,
 }
 
 impl<P: Clone> Clone for Books<P> {
@@ -48,7 +48,7 @@ impl<P: Clone> Clone for Books<P> {
             page: self.page.clone(),
             slot: self.slot,
             author: self.author.clone(),
-            truth: self.truth.clone(),
+            private_phase: self.private_phase.clone(),
         }
     }
 }
@@ -61,7 +61,7 @@ pub(crate) const STARVED_LOOK: Nanos = 10 * MILLISECOND;
 impl<P: Deref<Target = Page>> Books<P> {
     /// Of the client that owns `slot`, which tells its phase nowhere but in the page.
     pub(crate) fn new(page: P, slot: SlotIndex) -> Self {
-        Self { page, slot, author: Arc::new(Mutex::new(())), truth: None }
+        Self { page, slot, author: Arc::new(Mutex::new(())), private_phase: None }
     }
 
     fn author(&self) -> MutexGuard<'_, ()> {
@@ -71,8 +71,8 @@ impl<P: Deref<Target = Page>> Books<P> {
 
     /// What the arbiter is told when it asks.
     pub(crate) fn tell(&self, phase: Phase) {
-        if let Some(truth) = &self.truth {
-            truth.store(phase.into(), std::sync::atomic::Ordering::Relaxed);
+        if let Some(private_phase) = &self.private_phase {
+            private_phase.store(phase.into(), std::sync::atomic::Ordering::Relaxed);
         }
     }
 
@@ -207,12 +207,12 @@ impl<P: Deref<Target = Page>> Books<P> {
     }
 
     /// Says that `amount` of the granules that it holds cannot move any more, and decides anew.
-    pub fn fix(&self, amount: Granules) {
+    pub fn pin(&self, amount: Granules) {
         self.change_unmovable(|unmovable| unmovable.saturating_add(u64::from(amount)));
     }
 
-    /// Takes [`Books::fix`] back, before the granules are given back.
-    pub fn unfix(&self, amount: Granules) {
+    /// Takes [`Books::pin`] back, before the granules are given back.
+    pub fn unpin(&self, amount: Granules) {
         self.change_unmovable(|unmovable| unmovable.saturating_sub(u64::from(amount)));
     }
 

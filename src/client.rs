@@ -24,7 +24,7 @@
 //! A runtime that needs no thread of its own calls [`Client::acquire`], [`Client::should_yield`] and
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
-use crate::books::{Books, Fill, STARVED_LOOK, Truth, add};
+use crate::books::{Books, Fill, PrivatePhase, STARVED_LOOK, add};
 use crate::page::{Page, Phase};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
@@ -114,9 +114,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// The same, and what it does is told in this word too: of its registration, for the arbiter.
     #[must_use]
-    pub fn telling(mut self, truth: Truth) -> Self {
-        truth.store(self.phase.into(), std::sync::atomic::Ordering::Relaxed);
-        self.books.truth = Some(truth);
+    pub fn telling(mut self, private_phase: PrivatePhase) -> Self {
+        private_phase.store(self.phase.into(), std::sync::atomic::Ordering::Relaxed);
+        self.books.private_phase = Some(private_phase);
         self
     }
 
@@ -280,7 +280,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         snapshot: &crate::snapshot::Snapshot,
         share: Granules,
     ) -> Option<Nanos> {
-        if share == 0 || policy::keepers(snapshot).without(self.books.slot).is_empty() {
+        if share == 0 || policy::spare_holders(snapshot).without(self.books.slot).is_empty() {
             self.left_to_spares = None;
             return None;
         }
@@ -379,8 +379,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         self.undrained = false;
         let consecutive_slices = &self.own().consecutive_slices;
-        consecutive_slices
-            .store(usage::streak(consecutive_slices.load(Ordering::Relaxed), more), Ordering::Relaxed);
+        consecutive_slices.store(
+            usage::consecutive_slices(consecutive_slices.load(Ordering::Relaxed), more),
+            Ordering::Relaxed,
+        );
         if more {
             self.queue();
         } else {
@@ -556,25 +558,25 @@ mod tests {
     #[test]
     fn what_nobody_needs_goes_before_what_somebody_needs() {
         let page = page(10);
-        let (mut keeper, mut its_moves) = client(&page, 4);
+        let (mut spare_holder, mut its_moves) = client(&page, 4);
         let (mut idle, mut moves) = client(&page, 4);
-        keeper.acquire(&mut its_moves).unwrap();
+        spare_holder.acquire(&mut its_moves).unwrap();
         idle.acquire(&mut moves).unwrap();
         idle.release(false);
         assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
-        keeper.books().shrink(4);
-        let rung = page.doorbell(keeper.books().slot());
+        spare_holder.books().shrink(4);
+        let rung = page.doorbell(spare_holder.books().slot());
         let (mut third, _) = client(&page, 6);
         third.request();
         assert!(third.books().admitted());
-        assert_ne!(page.doorbell(keeper.books().slot()), rung, "it is told that somebody lacks room");
+        assert_ne!(page.doorbell(spare_holder.books().slot()), rung, "it is told that somebody lacks room");
         assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { until: Some(_), .. })));
         assert_eq!(idle.books().resident(), 4, "it waits for what nobody needs");
-        keeper.books().give(4);
+        spare_holder.books().give(4);
         assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { until: None, .. })));
         assert_eq!(idle.books().resident(), 4);
         // One that is stopped gives nothing back.
-        keeper.books().try_take(4).unwrap();
+        spare_holder.books().try_take(4).unwrap();
         while idle.books().resident() > 0 {
             assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
         }
@@ -593,7 +595,7 @@ mod tests {
 
     /// Its priority is changed while it waits: its deadline follows as soon as it looks, and counts from when it began.
     #[test]
-    fn a_waiter_with_new_shares_reckons_anew() {
+    fn a_waiter_with_new_shares_has_a_new_deadline() {
         let page = page(4);
         let (mut holder, mut moves) = client(&page, 3);
         let (mut waiter, mut its_moves) = client(&page, 3);

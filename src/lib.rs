@@ -33,7 +33,7 @@
 //!
 //! The protocol rests on three invariants, named I1 to I3 throughout:
 //!
-//! - **I1** `free + sum(resident) + sum(pinned) == capacity`, but for operations in flight, which
+//! - **I1** `free + sum(resident) + sum(context) == capacity`, but for operations in flight, which
 //!   [`account::Account`] announces.
 //! - **I2** a client submits GPU work only with its gate open, and that only in [`page::Phase::Running`], or in
 //!   [`page::Phase::Draining`] when a drain is put off: either implies that all its memory is in place.

@@ -66,9 +66,12 @@ impl Page {
 
     fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
         let changed = before.difference(snapshot.admitted);
-        let keepers =
-            if policy::spares_are_wanted(snapshot) { policy::keepers(snapshot) } else { SlotSet::EMPTY };
-        let evicting = SlotSet::from_bits(policy::evictors(snapshot).bits() | keepers.bits());
+        let spare_holders = if policy::spares_are_wanted(snapshot) {
+            policy::spare_holders(snapshot)
+        } else {
+            SlotSet::EMPTY
+        };
+        let evicting = SlotSet::from_bits(policy::evictors(snapshot).bits() | spare_holders.bits());
         let Some(first) = policy::first_waiter(snapshot) else {
             return SlotSet::from_bits(changed.bits() | evicting.bits());
         };

@@ -160,6 +160,28 @@ impl Page {
         self.header.foreign.store(foreign, Ordering::Relaxed);
     }
 
+    /// The link's bandwidth, in bytes a second, measured or as first guessed; never 0.
+    pub fn bandwidth(&self, direction: Direction) -> u64 {
+        self.header.bandwidth[direction as usize].load(Ordering::Relaxed).bytes_per_second
+    }
+
+    /// Takes a copy of `bytes` that took so many ns into the average. The first one replaces the guess, and copies of less
+    /// than 64 MiB are left out.
+    pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
+        let word = &self.header.bandwidth[direction as usize];
+        // Not one atomic step: a lost update loses one sample of an average.
+        if let Some(average) = word.load(Ordering::Relaxed).with_copy(bytes, took) {
+            word.store(average, Ordering::Relaxed);
+        }
+    }
+
+    /// Sets the bandwidth that holds until the first measurement, in bytes a second each way. What is measured stays.
+    pub fn guess_bandwidth(&self, bytes_per_second: u64) {
+        for word in self.header.bandwidth.iter().filter(|word| word.load(Ordering::Relaxed).guessed) {
+            word.store(Bandwidth::guess(bytes_per_second), Ordering::Relaxed);
+        }
+    }
+
     /// The arbiter that serves this page: its pid (0: none yet), how many arbiters the page has had, and when the last one
     /// was last alive (CLOCK_MONOTONIC ns).
     pub fn arbiter(&self) -> (u32, u32, Nanos) {

@@ -16,11 +16,11 @@
 //! When the connection ends and the arbiter has not said [`Status::Closed`], the arbiter has ended: the thread asks for
 //! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
 
-use crate::books::Truth;
+use crate::books::PrivatePhase;
 use crate::connection::{self, Answer, RegisterError, Response};
 use crate::map::MappedPage;
 use crate::scm_rights;
-use crate::sealed::KEEPER;
+use crate::sealed::PRESENCE_THREAD;
 use crate::slot::{Owner, SlotIndex};
 use crate::wire::{Attach, Reply, Status, Told};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -43,7 +43,7 @@ pub(crate) struct Presence {
     connection: RawFd,
     /// The page and the life file, as the arbiter sent them.
     sent: Vec<RawFd>,
-    truth: Truth,
+    private_phase: PrivatePhase,
 }
 
 impl Presence {
@@ -52,7 +52,7 @@ impl Presence {
         path: &Path,
         page: &MappedPage,
         slot: SlotIndex,
-        truth: &Truth,
+        private_phase: &PrivatePhase,
         answer: Answer,
     ) -> Self {
         let nobody = Owner { generation: 0, pid: 0 };
@@ -62,7 +62,7 @@ impl Presence {
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             attach: Attach::new(page.gpu(), slot, owner),
             connection: answer.connection.into_raw_fd(),
-            truth: truth.clone(),
+            private_phase: private_phase.clone(),
             sent: answer.sent.into_iter().map(IntoRawFd::into_raw_fd).collect(),
         }
     }
@@ -98,7 +98,7 @@ const STACK: usize = 128 << 10;
 fn move_over(presence: &Presence) {
     let (tell, told) = channel();
     let own = presence.clone();
-    if spawn(KEEPER, move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
+    if spawn(PRESENCE_THREAD, move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
         return;
     }
     for fd in presence.descriptors() {
@@ -154,7 +154,7 @@ fn stay(presence: Presence, tell: &Sender<Table>) {
     let own = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
     let mut connection = own(presence.connection);
     let sent: Vec<_> = presence.sent.iter().copied().map(own).collect();
-    while let Ended::Arbiter = wait_for_end(&connection, &presence.truth) {
+    while let Ended::Arbiter = wait_for_end(&connection, &presence.private_phase) {
         if table == Table::Shared {
             take_back(connection.as_raw_fd());
         }
@@ -180,7 +180,7 @@ enum Ended {
     Slot,
 }
 
-fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
+fn wait_for_end(connection: &OwnedFd, private_phase: &PrivatePhase) -> Ended {
     loop {
         let _ = poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
         match scm_rights::receive(connection.as_fd(), size_of::<Reply>(), MsgFlags::MSG_DONTWAIT) {
@@ -190,7 +190,7 @@ fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
             Ok((bytes, _)) => match Reply::read(&bytes) {
                 Ok((_, Status::Closed)) => return Ended::Slot,
                 Ok((_, Status::Asked)) => {
-                    let told = Told::new(truth.load(Ordering::Relaxed));
+                    let told = Told::new(private_phase.load(Ordering::Relaxed));
                     let _ = scm_rights::send(connection.as_fd(), bytemuck::bytes_of(&told), &[]);
                 }
                 _ => {}

@@ -22,7 +22,7 @@
 //! With the slot comes a second descriptor, the slot's life file. Whoever registers keeps it and the connection for as
 //! long as the process lives and runs the same program ([`crate::presence`]): that is how the arbiter knows.
 
-use crate::books::{NOT_TOLD, Truth};
+use crate::books::{NOT_TOLD, PrivatePhase};
 use crate::connection::{Answer, DIAL_AGAIN, has_ended, talk};
 use crate::map::MappedPage;
 use crate::presence::{self, Presence};
@@ -44,7 +44,7 @@ pub struct Registration {
     /// The client's slot in it.
     pub slot: SlotIndex,
     /// What the client tells the arbiter of its phase ([`crate::Client::telling`]).
-    pub truth: Truth,
+    pub private_phase: PrivatePhase,
 }
 
 /// Registers this process with the arbiter at `path`. If the arbiter ends before it has answered, the
@@ -76,7 +76,7 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
                 path,
                 &registration.page,
                 registration.slot,
-                &registration.truth,
+                &registration.private_phase,
                 answer,
             ));
             return Ok(registration);
@@ -109,8 +109,8 @@ fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<(Registratio
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    let truth = Truth::new(NOT_TOLD.into());
-    Ok((Registration { page, slot, truth }, answer))
+    let private_phase = PrivatePhase::new(NOT_TOLD.into());
+    Ok((Registration { page, slot, private_phase }, answer))
 }
 
 /// The page of a GPU, without a slot in it. Waits as [`register`] does.

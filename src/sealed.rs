@@ -21,7 +21,7 @@ use std::path::PathBuf;
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
 
 /// The name of the thread in which a client keeps its descriptor of the memory (`crate::presence`).
-pub(crate) const KEEPER: &str = "nvshare-alive";
+pub(crate) const PRESENCE_THREAD: &str = "nvshare-alive";
 
 /// `MFD_NOEXEC_SEAL` of Linux 6.3: the memory is never a program. Some systems refuse memory that could be one.
 const NO_PROGRAM: MFdFlags = MFdFlags::from_bits_retain(8);
@@ -125,10 +125,10 @@ fn range_of(line: &str, wanted: Identity) -> Option<&str> {
 /// ([`crate::presence`]).
 fn opened(pid: u32, wanted: Identity) -> Option<PathBuf> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten().map(|thread| thread.path());
-    let keepers = threads.filter(|thread| {
-        std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == KEEPER)
+    let presence_threads = threads.filter(|thread| {
+        std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == PRESENCE_THREAD)
     });
-    keepers.chain([format!("/proc/{pid}").into()]).find_map(|place| {
+    presence_threads.chain([format!("/proc/{pid}").into()]).find_map(|place| {
         let links = std::fs::read_dir(place.join("fd")).ok()?;
         links
             .flatten()

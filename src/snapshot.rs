@@ -21,7 +21,7 @@ pub struct SlotView {
     /// Granules it holds on the GPU.
     pub resident: Granules,
     /// Granules of its context.
-    pub pinned: Granules,
+    pub context: Granules,
     /// Granules of the resident ones that stay where they are whoever runs.
     pub unmovable: Granules,
     /// Its place in the queue.
@@ -114,9 +114,9 @@ impl Snapshot {
 
     /// Granules that take turns: the pool less the contexts, and less what cannot move.
     pub fn usable(&self) -> Granules {
-        let pinned: u64 =
-            self.clients().map(|(_, view)| u64::from(view.pinned) + u64::from(view.unmovable)).sum();
-        u64::from(self.capacity).saturating_sub(pinned) as Granules
+        let elsewhere: u64 =
+            self.clients().map(|(_, view)| u64::from(view.context) + u64::from(view.unmovable)).sum();
+        u64::from(self.capacity).saturating_sub(elsewhere) as Granules
     }
 }
 
@@ -137,7 +137,7 @@ impl Page {
             phase,
             demand: granules(own.demand.load(Ordering::Relaxed)),
             resident,
-            pinned: granules(row.pinned.load(Ordering::Relaxed)),
+            context: granules(row.context.load(Ordering::Relaxed)),
             // Only what is there can stay there: a page that claims more gains nothing.
             unmovable: granules(own.unmovable.load(Ordering::Relaxed)).min(resident),
             ticket: own.ticket.load(Ordering::Relaxed),

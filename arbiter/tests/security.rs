@@ -200,8 +200,8 @@ fn other_process() {
         },
         // A client until its input ends.
         "client" => {
-            let Registration { page, slot, truth } = ask(&hello).unwrap();
-            let client = Client::new(page, slot).telling(truth);
+            let Registration { page, slot, private_phase } = ask(&hello).unwrap();
+            let client = Client::new(page, slot).telling(private_phase);
             println!("said: slot {}", slot.get());
             let _ = std::io::stdin().read(&mut [0]);
             client.leave();

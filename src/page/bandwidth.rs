@@ -1,7 +1,5 @@
 //! How fast the link between the host and the GPU is: an average of measured copies, one word for each direction.
 
-use super::layout::Page;
-use crate::sync::Ordering;
 use crate::units::{Nanos, SECOND};
 
 /// Bandwidth assumed of a link that nobody has measured yet, in bytes a second: PCIe 3 x16.
@@ -30,11 +28,11 @@ pub enum Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bandwidth {
     /// 1 to [`MAX_BANDWIDTH`].
-    bytes_per_second: u64,
+    pub(super) bytes_per_second: u64,
     /// Copies that it is the average of, below [`MAX_COPIES`].
     copies: u64,
     /// Nobody has measured yet.
-    guessed: bool,
+    pub(super) guessed: bool,
 }
 
 const COPIES_SHIFT: u32 = 48;
@@ -59,17 +57,23 @@ impl From<Bandwidth> for u64 {
 }
 
 impl Bandwidth {
+    /// What is assumed until the first measurement.
     pub(super) fn guess(bytes_per_second: u64) -> Self {
         Self { bytes_per_second: bytes_per_second.clamp(1, MAX_BANDWIDTH), copies: 0, guessed: true }
     }
 
-    /// With one more copy, of this many bytes a second, in the average.
+    /// With one more copy in the average: `bytes` that took so many ns. The first one replaces a guess. `None` for a copy that
+    /// is too short to count.
     ///
     /// What is averaged is the time that a byte takes, because a time is what the bandwidth is used for. (An average of
     /// bandwidths would believe the fast copies.) It is the mean of the first copies, and from the sixteenth on each has a
     /// sixteenth: two switches in turn differ by some per cent, and slices that did, too, would not be fair
     /// (docs/decisions/0013-bandwidth-over-sixteen-switches.md).
-    fn with(self, measured: u128) -> Self {
+    pub(super) fn with_copy(self, bytes: u64, took: Nanos) -> Option<Self> {
+        if bytes < MIN_COPY || took == 0 {
+            return None;
+        }
+        let measured = u128::from(bytes) * u128::from(SECOND) / u128::from(took);
         let measured = measured.clamp(1, u128::from(MAX_BANDWIDTH));
         let (average, copies) = if self.guessed {
             (measured, 1)
@@ -79,39 +83,16 @@ impl Bandwidth {
             let sum = n * measured + old;
             ((n + 1) * old * measured / sum, (self.copies + 1).min(MAX_COPIES - 1))
         };
-        Self { bytes_per_second: (average as u64).clamp(1, MAX_BANDWIDTH), copies, guessed: false }
-    }
-}
-
-impl Page {
-    /// The link's bandwidth, in bytes a second, measured or as first guessed; never 0.
-    pub fn bandwidth(&self, direction: Direction) -> u64 {
-        self.header.bandwidth[direction as usize].load(Ordering::Relaxed).bytes_per_second
-    }
-
-    /// Takes a copy of `bytes` that took so many ns into the average. The first one replaces the guess, and copies of less
-    /// than 64 MiB are left out.
-    pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
-        if bytes < MIN_COPY || took == 0 {
-            return;
-        }
-        let measured = u128::from(bytes) * u128::from(SECOND) / u128::from(took);
-        let word = &self.header.bandwidth[direction as usize];
-        // Not one atomic step: a lost update loses one sample of an average.
-        word.store(word.load(Ordering::Relaxed).with(measured), Ordering::Relaxed);
-    }
-
-    /// Sets the bandwidth that holds until the first measurement, in bytes a second each way. What is measured stays.
-    pub fn guess_bandwidth(&self, bytes_per_second: u64) {
-        for word in self.header.bandwidth.iter().filter(|word| word.load(Ordering::Relaxed).guessed) {
-            word.store(Bandwidth::guess(bytes_per_second), Ordering::Relaxed);
-        }
+        let bytes_per_second = (average as u64).clamp(1, MAX_BANDWIDTH);
+        Some(Self { bytes_per_second, copies, guessed: false })
     }
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::page::Page;
+    use crate::sync::Ordering;
 
     #[test]
     fn bandwidth_is_an_average_of_large_copies() {

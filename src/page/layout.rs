@@ -149,7 +149,7 @@ pub struct Slot {
     /// When the owner's process started, in clock ticks since boot. With the pid it identifies the process for ever.
     pub(crate) started: AtomicU64,
     /// Granules of the client's context, never movable. The arbiter writes it.
-    pub(crate) pinned: AtomicU64,
+    pub(crate) context: AtomicU64,
     /// The client's weight, and below its priority and its memory limit ([`crate::shares`]). The arbiter writes all three.
     pub(crate) weight: AtomicU32,
     pub(crate) priority: Packed<Priority, AtomicU32>,
@@ -247,7 +247,7 @@ impl Page {
         let slot = |_| Slot {
             owner: packed(),
             started: word(),
-            pinned: word(),
+            context: word(),
             weight: half(),
             priority: packed(),
             memory_limit: packed(),

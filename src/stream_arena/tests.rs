@@ -59,13 +59,13 @@ impl Model {
                 freed
             );
         }
-        self.forget(base..base + size.next_multiple_of(ALIGNMENT));
+        self.remove(base..base + size.next_multiple_of(ALIGNMENT));
         self.live.push(Live { base, size });
         Ok(())
     }
 
     /// What was freed there is somebody's again, or gone.
-    fn forget(&mut self, gone: Range<u64>) {
+    fn remove(&mut self, gone: Range<u64>) {
         let rest = std::mem::take(&mut self.freed).into_iter().flat_map(|(range, freed)| {
             let left = range.start..range.end.min(gone.start);
             let right = range.start.max(gone.end)..range.end;
@@ -137,7 +137,7 @@ proptest! {
                             prop_assert!(past || !range.contains(&old.start), "{:?} is not over", freed);
                         }
                         model.segments.retain(|segment| *segment != base);
-                        model.forget(range);
+                        model.remove(range);
                     }
                 }
             }

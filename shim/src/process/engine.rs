@@ -420,7 +420,7 @@ impl Engine {
     fn finish_deferred(&mut self) -> bool {
         if self.burial.is_none() {
             let memory = self.device.memory();
-            if !memory.has_doomed() || memory.moving {
+            if !memory.has_deferred_frees() || memory.moving {
                 return true;
             }
             self.burial = Some((None, memory.left()));
@@ -429,7 +429,7 @@ impl Engine {
         match done(mark) {
             Done::Yes => {
                 self.device.finish_left(left);
-                !self.device.memory().has_doomed()
+                !self.device.memory().has_deferred_frees()
             }
             Done::No(mark) => {
                 self.burial = Some((Some(mark), left));

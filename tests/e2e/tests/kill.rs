@@ -211,7 +211,7 @@ enum Owner {
 struct Row {
     owner: Owner,
     account: Account,
-    pinned: Granules,
+    context: Granules,
     demand: Granules,
 }
 
@@ -583,11 +583,11 @@ impl Stage {
                 for (index, row) in
                     first.rows.iter().enumerate().filter(|(_, row)| row.owner == Owner::Nobody)
                 {
-                    let held = row.account.resident + row.pinned;
+                    let held = row.account.resident + row.context;
                     assert_eq!(held, 0, "slot {index} is nobody's and holds granules: {row:?}");
                 }
                 let living = first.rows.iter().filter(|row| row.owner == Owner::Living);
-                let held: u32 = living.map(|row| row.account.resident + row.pinned).sum();
+                let held: u32 = living.map(|row| row.account.resident + row.context).sum();
                 if i64::from(first.free) + i64::from(held) == (CAPACITY / GRANULE) as i64 {
                     return true;
                 }
@@ -606,7 +606,7 @@ impl Stage {
                 Some(_) => Owner::Dead,
             };
             let view = self.page.view(slot);
-            Row { owner, account: self.page.account(slot), pinned: view.pinned, demand: view.demand }
+            Row { owner, account: self.page.account(slot), context: view.context, demand: view.demand }
         };
         Look {
             free: self.page.free().granules,
@@ -620,7 +620,7 @@ impl Stage {
         for slot in (0..SLOTS).filter_map(SlotIndex::new) {
             let (view, account) = (self.page.view(slot), self.page.account(slot));
             assert_eq!(
-                (view.resident, view.pinned, view.demand),
+                (view.resident, view.context, view.demand),
                 (0, 0, 0),
                 "slot {} keeps something",
                 slot.get()
