@@ -13,8 +13,8 @@
 //! published, and whoever changes its slot and then decides is seen by its own decision and by all
 //! later ones. That is why no wake-up is lost, without a lock that a stopped process could hold.
 //!
-//! The version wraps after 65,536 decisions: a decider would have to sleep through exactly that many
-//! to publish a stale look, and what it publishes is corrected by the client that it wrongs, which decides again.
+//! The version wraps after 65,536 decisions. A decider that sleeps through exactly that many publishes a decision on old
+//! facts. The client that this decision wrongs decides again, and so corrects it.
 
 use crate::page::Page;
 use crate::policy;
@@ -22,9 +22,9 @@ use crate::slot::SlotSet;
 use crate::snapshot::Snapshot;
 use crate::sync::{Ordering, now};
 
-/// Swaps that a decision loses before it stops being polite. Honest deciders come nowhere near: each loss is
-/// a whole decision of somebody else's. Only who writes garbage into the word all the time does, and it
-/// must not keep everybody else in a loop.
+/// Swaps that a decision loses before it writes the word without one. Deciders that keep the protocol come nowhere near:
+/// each lost swap is a whole decision of another participant. Only a process that writes garbage into the word all the time
+/// causes so many, and it must not keep everybody else in a loop.
 const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 1_000 };
 
 impl Page {
@@ -33,13 +33,12 @@ impl Page {
         self.header.lock.load(Ordering::Acquire).admitted
     }
 
-    /// Decides who may load and run, publishes it, and rings whoever has something to do about it:
-    /// those whose bit changed, those who must make room, and those who have just become unable to run
-    /// on for ever because somebody waits; and the first waiter, if it can fill some room ahead of its turn.
+    /// Decides who may load and run, publishes the decision, and rings the clients that have something to do about it:
+    /// those whose bit changed; those that must make room; the admitted ones if somebody waits, because their slices can
+    /// end now; and the first waiter, if it can bring some memory in ahead of its turn.
     ///
-    /// Call it after every change that a decision looks at: a new waiter, a release, a change of
-    /// demand, the end of a slice, a death, a change of settings. Returns the snapshot it decided on,
-    /// with the new mask in it.
+    /// Call it after every change that a decision looks at: a new waiter, a release, a change of demand, the end of a
+    /// slice, a death, a change of settings. Returns the snapshot on which it decided, with the new mask in it.
     pub fn decide(&self) -> Snapshot {
         let mut lost = 0;
         loop {
@@ -64,6 +63,7 @@ impl Page {
         }
     }
 
+    /// The clients that a decision rings. `before` were admitted by the decision before it.
     fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
         let changed = before.difference(snapshot.admitted);
         let spare_holders = if policy::spares_are_wanted(snapshot) {
@@ -75,7 +75,7 @@ impl Page {
         let Some(first) = policy::first_waiter(snapshot) else {
             return SlotSet::from_bits(changed.bits() | evicting.bits());
         };
-        // Holders learn that their slice has an end now.
+        // The admitted clients learn that their slices can end now.
         let concerned = SlotSet::from_bits(changed.bits() | evicting.bits() | snapshot.admitted.bits());
         if policy::prefetch(snapshot, first) > 0 { concerned.with(first) } else { concerned }
     }

@@ -17,6 +17,7 @@ impl Page {
         self.slot(slot).account.load(Ordering::Acquire)
     }
 
+    /// Writes a slot's account.
     fn set_account(&self, slot: SlotIndex, account: Account) {
         // A swap and not a store: a helper may swap the same word, and swaps stand in one order.
         self.slot(slot).account.swap(account, Ordering::AcqRel);
@@ -34,12 +35,14 @@ impl Page {
         }
         let applied =
             Account { operation: Some(Operation { progress: Progress::Applied, ..operation }), ..account };
-        // Failure means that the owner closed the move, or that somebody else helped: both will do.
+        // Failure means that the owner has closed the move, or that another helper has marked it. Either way the tag is free.
         let _ = word.compare_exchange(&seen, applied, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Changes the pool's counter by what `change` says, leaving `tag` on it. `None` from `change`
-    /// leaves everything as it is.
+    /// Replaces the pool's counter by what `change` makes of it, and leaves `tag` on it.
+    ///
+    /// # Errors
+    /// The counter for which `change` returned `None`. Nothing has changed then.
     fn count(&self, tag: Option<Tag>, change: impl Fn(i32) -> Option<i32>) -> Result<(), Free> {
         self.header.free.fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| {
             let granules = change(free.granules)?;
@@ -51,7 +54,7 @@ impl Page {
     /// Moves `amount` granules from the pool into `slot`'s account. Only the slot's owner may call it.
     ///
     /// # Errors
-    /// What the counter said, when it held too few; nothing has changed then.
+    /// The counter, if it held too few. Nothing has changed then.
     pub(crate) fn take(&self, slot: SlotIndex, amount: Granules) -> Result<(), Free> {
         let account = self.account(slot).announced(Kind::Take, amount);
         self.set_account(slot, account);
@@ -69,8 +72,8 @@ impl Page {
         }
     }
 
-    /// Moves `amount` granules from `slot`'s account to the pool, at most what it holds, and wakes
-    /// who waits for them. Only the slot's owner may call it, or the arbiter for a dead owner.
+    /// Moves `amount` granules from `slot`'s account to the pool, at most what it holds, and wakes those who wait for
+    /// granules. Returns how many were moved. Only the slot's owner may call it, or the arbiter for a dead owner.
     pub(crate) fn give(&self, slot: SlotIndex, amount: Granules) -> Granules {
         let account = self.account(slot);
         let amount = amount.min(account.resident);
@@ -80,14 +83,14 @@ impl Page {
         let account = account.announced(Kind::Give, amount);
         self.set_account(slot, account);
         let tag = Some(Tag { slot, sequence: account.sequence });
-        // Saturating: a counter full of garbage must not overflow; the audit puts it right.
+        // Saturating: a counter of garbage must not overflow. The audit repairs it.
         let _ = self.count(tag, |free| Some(free.saturating_add_unsigned(amount)));
         self.set_account(slot, account.closed());
         crate::sync::futex_wake_low(self.header.free.atomic());
         amount
     }
 
-    /// Changes the pool's counter on the arbiter's own behalf.
+    /// Adds to the pool's counter, or subtracts, on the arbiter's own behalf.
     pub(crate) fn adjust_free(&self, by: i32) {
         let _ = self.count(None, |free| Some(free.saturating_add(by)));
         if by > 0 {
@@ -114,9 +117,9 @@ impl Page {
 
     /// Closes the move in flight of a slot whose owner is dead, as counted or as called off.
     pub(crate) fn settle(&self, slot: SlotIndex) -> Account {
-        // The tag before the account: were it the other way round, the move could be counted by
-        // nobody (its owner is dead), but its tag could be overwritten between the two looks, and
-        // the look at the account would then have missed the mark that the helper made.
+        // The tag is read before the account. In the other order, a helper could mark the account and overwrite the tag
+        // between the two reads: then the account would say Announced, the tag would name another move, and a move that
+        // was counted would be called off.
         let free = self.free();
         let account = self.account(slot);
         let settled = match account.operation {

@@ -17,9 +17,9 @@ fn they_are_asked_for_one_after_the_other() {
     let mut order = three();
     let may_ask = |order: &GangOrder| [0, 1, 2].map(|number| order.may_ask(gpu(number)));
     assert_eq!(may_ask(&order), [true, false, false]);
-    for stage in [GpuState::Waiting, GpuState::Growing] {
-        order.set(gpu(0), stage);
-        assert_eq!(may_ask(&order), [true, false, false], "{stage:?} is not all in place");
+    for state in [GpuState::Waiting, GpuState::Growing] {
+        order.set(gpu(0), state);
+        assert_eq!(may_ask(&order), [true, false, false], "{state:?} is not all in place");
     }
     order.set(gpu(0), GpuState::Ready);
     assert_eq!(may_ask(&order), [true, true, false]);
@@ -34,9 +34,9 @@ fn who_waits_for_one_gives_up_those_after_it() {
     let mut order = three();
     [0, 1, 2].into_iter().for_each(|number| _ = order.set(gpu(number), GpuState::Ready));
     let must = |order: &GangOrder| [0, 1, 2].map(|number| order.must_give_up(gpu(number)));
-    for stage in [GpuState::Out, GpuState::Growing, GpuState::Ready] {
-        order.set(gpu(1), stage);
-        assert_eq!(must(&order), [false; 3], "{stage:?} waits for nobody");
+    for state in [GpuState::Out, GpuState::Growing, GpuState::Ready] {
+        order.set(gpu(1), state);
+        assert_eq!(must(&order), [false; 3], "{state:?} waits for nobody");
     }
     order.set(gpu(1), GpuState::Waiting);
     assert_eq!(must(&order), [false, false, true]);
@@ -124,7 +124,7 @@ impl Machine {
         let (must_give_up, awaited) = (order.must_give_up(gpu(number)), !self.queues[number].is_empty());
         let mut step = self.clone();
         let process = &mut step.processes[index];
-        match order.stage(gpu(number)) {
+        match order.state(gpu(number)) {
             GpuState::Out if order.may_ask(gpu(number)) => {
                 process.order.set(gpu(number), GpuState::Waiting);
                 step.queues[number].push_back(index);
