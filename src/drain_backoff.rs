@@ -7,7 +7,7 @@
 //! and the next drain waits twice as long for it. Flow control keeps the submissions in the meantime few.
 //!
 //! Some processes can never be drained, such as one that launches work while it holds a lock that its host functions take.
-//! Each try costs such a process the time that the gate is shut. So after [`QUICK_TRIES`] tries, the next ones become rare.
+//! Each try costs such a process the time that the gate is shut. So after eight tries, the next ones become rare.
 
 use crate::units::{MILLISECOND, Nanos, SECOND};
 

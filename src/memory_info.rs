@@ -1,11 +1,14 @@
-//! What a process is told about a GPU's memory, whatever it asks by: cuMemGetInfo, cuDeviceTotalMem or NVML.
+//! What a process is told about a GPU's memory, by cuMemGetInfo, cuDeviceTotalMem and NVML alike.
 //!
-//! Frameworks size themselves by these figures, some by one, some by another: vLLM and JAX take a share of the total,
-//! TensorFlow what is free, and vLLM compares what is free before and after a trial run. So the total is the pool,
-//! which may be smaller than the card; what is free is what this client can still have *on the GPU*, as if the other
-//! clients had no data there, since theirs moves out of its way; and what is neither is its own, or what others can't
-//! move out of its way. A client with a memory limit is told of a GPU of that size ([`crate::shares`]): its context
-//! counts, as it does on a GPU of that size.
+//! Frameworks choose their sizes by these figures: vLLM and JAX take a share of the total, TensorFlow takes what is free, and
+//! vLLM compares what is free before and after a trial run. So
+//!
+//! - the **total** is the pool, which may be smaller than the card;
+//! - **free** is what this client can still have *on the GPU*. Other clients' data does not count, because it moves out;
+//! - the rest is **its own**, or memory of **others** that cannot move.
+//!
+//! A client with a memory limit ([`crate::shares`]) is told of a GPU of that size. Its context counts, as it does on a real
+//! GPU.
 
 use crate::shares::MemoryLimit;
 use crate::slot::SlotIndex;
@@ -21,13 +24,13 @@ pub struct MemoryInfo {
     pub free: u64,
     /// What its allocations and its context have.
     pub own: u64,
-    /// What others have that can't make room: their contexts, and what of their memory can't move.
+    /// What others have that cannot move: their contexts and their unmovable memory.
     pub others: u64,
 }
 
 impl MemoryInfo {
-    /// The figures of a client, or of a process that is none yet, with this memory limit. `deferred` is what it has freed
-    /// and still counts in its demand: it is told as free, as cuMemFree has said.
+    /// The figures for a client with this memory limit, or for a process that is no client yet. `deferred` granules have been
+    /// freed by the application and are still in the client's demand: they are reported free immediately and released later.
     pub fn of(
         snapshot: &Snapshot,
         client: Option<SlotIndex>,
@@ -39,7 +42,7 @@ impl MemoryInfo {
         let total = limit.within(snapshot.capacity);
         let usable = snapshot.usable().saturating_add(view.unmovable).min(total.saturating_sub(view.context));
         let free = usable.saturating_sub(view.demand);
-        // A client may need more than there is: the rest of it lies in host memory. Or its limit came later.
+        // A client may need more than there is: the rest is in host memory. Or its limit was set after it had allocated.
         let own = view.demand.saturating_add(view.context).min(total - free);
         Self {
             total: bytes_of(total),

@@ -1,28 +1,28 @@
-//! A client's shares: what it may expect of a GPU against others.
+//! A client's shares: how much of a GPU it gets in comparison with others.
 //!
-//! - Its *weight* is how long its slices are against others', and how far its usage counts ([`crate::usage`]).
-//! - Its *priority* is how soon its turn comes ([`crate::policy::deadline`]).
-//! - Its *memory limit* is the most that its allocations and its context may come to. It sees a GPU of that size.
+//! - Its *weight* sets the length of its slices in proportion to others', and how much its usage counts ([`crate::usage`]).
+//! - Its *priority* sets how soon its turn comes ([`crate::policy::deadline`]).
+//! - Its *memory limit* is the most memory that its allocations and its context may have. It sees a GPU of that size.
 //!
-//! The arbiter writes them into the client's row: first as the client asks when it registers, and later as somebody says
-//! who may ([`crate::change`]). As with every word of a page, anybody who maps it could write them too, so they are
-//! read within their bounds: a lie gains at most what asking for it would have.
+//! The arbiter writes them into the client's row: at registration those that the client asks for, and later those that an
+//! authorised user asks for ([`crate::change`]). As every word of a page, they can be overwritten by anybody who maps it. They
+//! are read within their bounds, so a client gains no more by a lie than by asking.
 
 use crate::units::{GRANULE, Granules, MAX_GRANULES, bytes_of, format_size, granules_in, parse_size};
 use crate::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use std::fmt;
 use std::str::FromStr;
 
-/// How soon a client's turn comes. Bounded: it moves a deadline, and nobody is passed over for ever.
+/// How soon a client's turn comes. It moves the client's deadline by a bounded time, so no client waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u32)]
 pub enum Priority {
-    /// In its turn.
+    /// By its own deadline.
     #[default]
     Normal = 0,
-    /// Later than those who came with it.
+    /// Later than clients that came at the same time.
     Low = 1,
-    /// Next, as soon as the holder's least slice is over.
+    /// Next, as soon as the running client has had its shortest slice.
     High = 2,
 }
 
@@ -63,16 +63,16 @@ impl fmt::Display for Priority {
     }
 }
 
-/// A text that should have been one of a client's shares, and was not.
+/// A text that is not a weight, a priority or a memory limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ShareError {
-    /// No weight.
+    /// It is not a weight.
     #[error("'{0}' is not a weight: write a whole number from 1 to {MAX_WEIGHT}; {DEFAULT_WEIGHT} is usual")]
     Weight(String),
-    /// No priority.
+    /// It is not a priority.
     #[error("'{0}' is not a priority: write low, normal or high")]
     Priority(String),
-    /// No memory limit.
+    /// It is not a memory limit.
     #[error(
         "'{0}' is not a memory limit: write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none"
     )]
@@ -97,26 +97,26 @@ impl FromStr for Priority {
     }
 }
 
-/// The whole of a pool, in the parts that a limit may be given in.
+/// The whole of a pool, in the unit of [`MemoryLimit::Part`]: millionths.
 const WHOLE: u32 = 1_000_000;
 
-/// In a limit's word: it is a part of the pool.
+/// In a limit's word: the limit is a part of the pool, in the low bits.
 const PART: u64 = 1 << 63;
 
 /// The most memory that a client may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MemoryLimit {
-    /// All that there is.
+    /// No limit: the whole pool.
     #[default]
     None,
-    /// So many granules, at least one.
+    /// This many granules, at least one.
     Size(Granules),
-    /// So many millionths of the pool, at least one; it grows and shrinks with the pool.
+    /// This many millionths of the pool, at least one. It grows and shrinks with the pool.
     Part(u32),
 }
 
 impl MemoryLimit {
-    /// The limit in a pool of this capacity, if there is one.
+    /// The limit in granules, in a pool of this capacity; `None` without a limit.
     pub fn granules(self, capacity: Granules) -> Option<Granules> {
         match self {
             Self::None => None,
@@ -125,7 +125,7 @@ impl MemoryLimit {
         }
     }
 
-    /// What of a pool of this capacity a client with this limit sees.
+    /// The granules that a client with this limit sees of a pool of this capacity.
     pub fn within(self, capacity: Granules) -> Granules {
         self.granules(capacity).unwrap_or(capacity).min(capacity)
     }

@@ -12,14 +12,14 @@ impl Page {
         Shares { weight, priority, memory_limit: self.memory_limit(slot) }
     }
 
-    /// Those of a client's shares that decisions look at.
+    /// The weight and the priority of a client: those of its shares that decisions look at.
     pub(crate) fn weight_and_priority(&self, slot: SlotIndex) -> (u32, Priority) {
         let row = self.slot(slot);
         let weight = crate::usage::weight(row.weight.load(Ordering::Relaxed));
         (weight, row.priority.load(Ordering::Relaxed))
     }
 
-    /// The most memory that a client may have.
+    /// A client's memory limit.
     pub fn memory_limit(&self, slot: SlotIndex) -> MemoryLimit {
         self.slot(slot).memory_limit.load(Ordering::Relaxed)
     }
