@@ -5,7 +5,7 @@
 //!
 //! 1. **Announced**: the owner writes kind, size and a sequence number into its account.
 //! 2. **Counted**: the pool's counter changes by one compare-and-swap, which also leaves a tag there,
-//!    the slot and the sequence number. Whoever wants to change the counter next first *helps*: it
+//!    the slot and the sequence number. The participant that wants to change the counter next first *helps*: it
 //!    marks the tagged account as **Applied**. Only then may it overwrite the tag.
 //! 3. **Closed**: the owner writes its new balance, with no operation in flight.
 //!
@@ -125,7 +125,7 @@ impl Account {
     }
 }
 
-/// Who changed the pool's counter last.
+/// Which move changed the pool's counter last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tag {
     /// The slot whose move it was.

@@ -538,7 +538,7 @@ mod tests {
         page
     }
 
-    /// Its process waits for another GPU: its slice is never over, though somebody waits, until it has begun.
+    /// The holder's process waits for another GPU, so its slice has not begun, and is not over although a client waits.
     #[test]
     fn a_slice_is_not_over_before_it_has_begun() {
         let page = page(4);
@@ -558,7 +558,8 @@ mod tests {
         assert_eq!(holder.poll(&mut moves), Ok(Next::Yield), "somebody waits, so it is not renewed");
     }
 
-    /// Memory that was freed and is kept goes before memory that is needed; and if it does not come, that goes all the same.
+    /// Granules that a client keeps and does not need are given back before another client evicts. If they are not given back in
+    /// time, the other evicts all the same.
     #[test]
     fn what_nobody_needs_goes_before_what_somebody_needs() {
         let page = page(10);
@@ -619,7 +620,7 @@ mod tests {
         assert_eq!(waiter.phase(), Phase::Waiting);
     }
 
-    /// What is left of it is in nobody's way, and counts as what cannot move.
+    /// The granule that it could not release stays in the books, as one that cannot move.
     #[test]
     fn a_client_that_breaks_down_gives_back_what_it_can() {
         let page = page(4);
@@ -636,7 +637,7 @@ mod tests {
         assert_eq!(page.free().granules, 1);
     }
 
-    /// Its work did not end, and whoever wanted its room is gone: it runs on, and what it has was never touched.
+    /// Its work did not end, and the client that wanted its memory has left: it runs on, and its memory was not touched.
     #[test]
     fn a_drain_that_nobody_needs_any_more_is_given_up() {
         let page = page(4);
@@ -657,7 +658,7 @@ mod tests {
         assert_eq!((first.phase(), first.books().resident()), (Phase::Running, 3));
     }
 
-    /// As above, and somebody comes in between: it drains again, before anything is evicted.
+    /// As above, and another client asks for the GPU in between: it drains again before it evicts.
     #[test]
     fn a_drain_that_is_given_up_in_vain_begins_again() {
         let page = page(4);

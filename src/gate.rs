@@ -8,8 +8,8 @@
 //! ([`crate::sync::light_barrier`]): entering costs two stores and two loads to memory that no other
 //! thread writes, no lock, no fence and no system call.
 //!
-//! Leaving is the same argument once more: the thread makes its counter even and then looks whether
-//! somebody is shutting the gate and sleeps on the counter.
+//! The same argument holds for leaving: the thread makes its counter even and then looks whether the gate is shut, because then
+//! the engine may be asleep on the counter and must be woken.
 //!
 //! A lane outlives its thread and is given to the next new thread, so there are as many lanes as threads were alive at a
 //! time. The engine may look at a lane that has changed hands meanwhile; it then waits for the thread that has it now, which

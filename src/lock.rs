@@ -1,17 +1,17 @@
-//! The lock word: who may load and run, and how a decision is published.
+//! The lock word: which clients may load and run, and how a decision is published.
 //!
 //! [`LockWord`](crate::lock_word::LockWord) is the word taken apart. A decision is four steps, and anybody may take them:
 //!
 //! 1. read the word;
 //! 2. look at the slots;
 //! 3. ask the pure function [`policy::admit`];
-//! 4. swap the word for the new mask with the next version, if nobody else did meanwhile.
+//! 4. swap the word for the new mask with the next version, unless the word has changed meanwhile.
 //!
-//! A lost swap means that someone else decided: start over. **Every decision is published, also one
-//! that changes nothing**: its new version makes every other decision that looked earlier lose its
-//! swap. So decisions stand in one order, each looked at the slots after the one before it was
-//! published, and whoever changes its slot and then decides is seen by its own decision and by all
-//! later ones. That is why no wake-up is lost, without a lock that a stopped process could hold.
+//! A swap that fails means that another participant has decided: start over. **Every decision is published, also one that
+//! changes nothing**: its new version makes the swap fail of every decision that looked at the slots earlier. So decisions have
+//! one order, and each looked at the slots after the one before it was published. A client that changes its slot and then
+//! decides is therefore seen by its own decision and by all later ones. So no wake-up is lost, and there is no lock that a
+//! stopped process could hold.
 //!
 //! The version wraps after 65,536 decisions. A decider that sleeps through exactly that many publishes a decision on old
 //! facts. The client that this decision wrongs decides again, and so corrects it.
@@ -28,7 +28,7 @@ use crate::sync::{Ordering, now};
 const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 1_000 };
 
 impl Page {
-    /// Who may load and run.
+    /// The clients that may load and run.
     pub fn admitted(&self) -> SlotSet {
         self.header.lock.load(Ordering::Acquire).admitted
     }

@@ -1,4 +1,4 @@
-//! The lock word taken apart: the number of the decision, and who may load and run by it.
+//! The lock word taken apart: the number of the last decision, and the clients that may load and run by it.
 //!
 //! [`crate::lock`] has the protocol by which it changes.
 

@@ -1,8 +1,8 @@
 //! Atomic words that hold a packed value.
 //!
 //! A packed value is a struct or an enum in one 32-bit or 64-bit word: an [`Account`](crate::account::Account), a
-//! [`LockWord`](crate::lock_word::LockWord), a [`Phase`](crate::page::Phase). Its type gives both conversions, `From` the
-//! word and back. The first one must accept every word, because anybody who maps a page may write any word into it.
+//! [`LockWord`](crate::lock_word::LockWord), a [`Phase`](crate::page::Phase). Its type has both conversions, `From` the word and
+//! back. The first one must accept every word, because any process that maps the page may write any word into it.
 //!
 //! **A compare-and-swap compares words and not values.** Decoding drops what the value has no field for, so a word of
 //! garbage is not what its value encodes to. A compare-and-swap that expects the encoded value would fail on such a word for
@@ -102,8 +102,8 @@ macro_rules! atomic {
 atomic!(AtomicU32, u32);
 atomic!(AtomicU64, u64);
 
-/// What an atomic word held when somebody looked: the value, and the word that it was decoded from. Two of them are equal if
-/// the words are.
+/// What an atomic word held at one moment: the value, and the word that it was decoded from. Two of them are equal if the words
+/// are equal.
 #[derive(Debug, Clone, Copy)]
 pub struct Observed<T, W = u64> {
     /// The decoded value.
@@ -186,8 +186,7 @@ where
         swapped.map(drop).map_err(Self::observed)
     }
 
-    /// Replaces the value by what `change` makes of it, and returns the new value. `change` is asked again whenever somebody
-    /// else has changed the word in between.
+    /// Replaces the value by what `change` makes of it. Calls `change` again whenever the word has changed in between.
     ///
     /// # Errors
     /// The value for which `change` returned `None`. Nothing was written then.

@@ -165,7 +165,7 @@ impl Page {
         self.header.bandwidth[direction as usize].load(Ordering::Relaxed).bytes_per_second
     }
 
-    /// Takes a copy of `bytes` that took so many ns into the average. The first one replaces the guess, and copies of less
+    /// Takes a copy of `bytes` that took `took` ns into the average. The first one replaces the guess, and copies of less
     /// than 64 MiB are left out.
     pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
         let word = &self.header.bandwidth[direction as usize];

@@ -232,7 +232,7 @@ mod tests {
         let record = Record::create(&dir.0, GPU, &file).unwrap();
         let slot = SlotIndex::new(1).unwrap();
         record.set_client(slot, std::process::id()).unwrap();
-        // Not from who wrote it.
+        // Not through the process that wrote it, which is this one: through the client.
         record.file.write_all_at(&0u32.to_le_bytes(), std::mem::offset_of!(Head, arbiter) as u64).unwrap();
         let next = Record::open(&dir.0, GPU, true).unwrap();
         assert!(next.is_page(&file) && !next.is_page(&map::create(GPU, 9).unwrap().0));

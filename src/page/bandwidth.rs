@@ -62,7 +62,7 @@ impl Bandwidth {
         Self { bytes_per_second: bytes_per_second.clamp(1, MAX_BANDWIDTH), copies: 0, guessed: true }
     }
 
-    /// With one more copy in the average: `bytes` that took so many ns. The first one replaces a guess. `None` for a copy that
+    /// With one more copy in the average: `bytes` that took `took` ns. The first one replaces a guess. `None` for a copy that
     /// is too short to count.
     ///
     /// What is averaged is the time that a byte takes, because a time is what the bandwidth is used for. (An average of

@@ -4,7 +4,7 @@
 //! the arbiter writes, what the owner writes and what others write, each on two cache lines of its own: a doorbell that
 //! rings does not slow the owner's own words. (Two, because adjacent lines are fetched in pairs.)
 //!
-//! Whoever changes the layout raises [`LAYOUT_VERSION`]. A word keeps its meaning within a version.
+//! A change of the layout, or of a word's meaning, needs another [`LAYOUT_VERSION`].
 
 use super::bandwidth::Bandwidth;
 use super::phase::Phase;
@@ -113,7 +113,7 @@ pub struct Header {
 
     /// The pool's counter, and a futex for those who wait for granules.
     pub(crate) free: Line<Packed<Free>>,
-    /// Who may load and run.
+    /// The clients that may load and run.
     pub(crate) lock: Line<Packed<LockWord>>,
     /// The place in the queue that the next client to wait gets.
     pub(crate) next_ticket: Line<AtomicU64>,
@@ -214,7 +214,7 @@ pub struct OwnWords {
     pub(crate) stalls: AtomicU64,
     /// Times that it let its threads go on in the middle of a drain, and began to drain again later.
     pub(crate) drain_retries: AtomicU64,
-    /// Host memory that it was promised and has not made yet, in a form that only those know who share that memory
+    /// Host memory that it was promised and has not allocated yet, in a format that its readers know
     /// ([`crate::Books::promise_host`]).
     pub(crate) host_promise: AtomicU64,
     _to_the_next_line: Padding<88>,
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn the_layout_has_not_moved() {
-        // Whoever changes these numbers changes LAYOUT_VERSION too.
+        // Another number here needs another LAYOUT_VERSION.
         assert_eq!(LAYOUT_VERSION, 6);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
         assert_eq!(offset_of!(Header, free), 256);

@@ -57,7 +57,7 @@ const FIXED: u32 = 1;
 const AUTO: u32 = 0;
 
 impl Page {
-    /// The operator's settings. Bounds that contradict each other are widened, whoever wrote them.
+    /// The operator's settings. An upper bound below its lower bound is read as equal to it.
     pub fn settings(&self) -> Settings {
         let header = &self.header;
         let quantum = if header.quantum_mode.load(Ordering::Relaxed) == FIXED {

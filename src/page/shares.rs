@@ -34,7 +34,7 @@ impl Page {
         }
     }
 
-    /// Writes a client's shares and rings nobody.
+    /// Writes a client's shares, without a ring or a decision.
     pub(crate) fn store_shares(&self, slot: SlotIndex, shares: Shares) {
         let row = self.slot(slot);
         row.weight.store(shares.weight, Ordering::Relaxed);
@@ -62,7 +62,7 @@ mod tests {
             assert!((1..=MAX_WEIGHT).contains(&shares.weight));
             assert_eq!(Priority::read(shares.priority.into()), Some(shares.priority));
         }
-        // Whoever has the slot next has nothing of it.
+        // The slot's next owner gets the default shares.
         page.reap(slot);
         let next = page.open_slot(Process { pid: 2, started: 1 }, "job", DEFAULT_WEIGHT).unwrap();
         assert_eq!((next, page.shares(next)), (slot, Shares::default()));
