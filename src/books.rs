@@ -55,7 +55,7 @@ impl<P: Clone> Clone for Books<P> {
 /// How long a fill that finds no free granules sleeps before it looks whether it is still admitted, in ns. (A decision rings
 /// the doorbell, and this sleep is on the pool's futex.) Only a fill that loses its bit while it waits, because a client died
 /// or a context grew, waits this long for nothing.
-pub(crate) const STARVED_LOOK: Nanos = 10 * MILLISECOND;
+pub(crate) const STARVED_POLL_INTERVAL: Nanos = 10 * MILLISECOND;
 
 impl<P: Deref<Target = Page>> Books<P> {
     /// The books of the client that owns `slot`, without a [`PrivatePhase`].
@@ -123,7 +123,7 @@ impl<P: Deref<Target = Page>> Books<P> {
 
     /// Sleeps while the pool's counter shows what [`Books::try_take`] returned, at most 10 ms.
     pub fn wait_for_granules(&self, seen: Free) {
-        let until = now().saturating_add(STARVED_LOOK);
+        let until = now().saturating_add(STARVED_POLL_INTERVAL);
         futex_wait_low(self.page.header.free.atomic(), seen.granules as u32, Some(until));
     }
 

@@ -24,7 +24,7 @@
 //! A runtime that needs no thread of its own calls [`Client::acquire`], [`Client::should_yield`] and
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
-use crate::books::{Books, Fill, PrivatePhase, STARVED_LOOK, add};
+use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
 use crate::page::{Page, Phase};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
@@ -262,7 +262,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         Phase::Waiting => policy::next_decision(&snapshot, self.decided),
                         _ => None,
                     };
-                    let retry = (!evicts).then(|| now().saturating_add(STARVED_LOOK));
+                    let retry = (!evicts).then(|| now().saturating_add(STARVED_POLL_INTERVAL));
                     match until {
                         Some(due) if due <= now() => self.end_of_slice(),
                         until => {

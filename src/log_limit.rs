@@ -33,7 +33,8 @@ impl LogLimit {
         true
     }
 
-    /// How many lines were not logged, once the window is over; the count begins anew. `None`: none, or the window is not over.
+    /// How many lines were not logged, if the window is over at the time `time` (ns); the count begins anew. `None`: none, or the
+    /// window is not over.
     pub fn suppressed(&mut self, time: Nanos) -> Option<u64> {
         let over = self.suppressed > 0 && time.saturating_sub(self.began) >= WINDOW;
         over.then(|| std::mem::take(&mut self.suppressed))

@@ -185,7 +185,7 @@ impl<M: Marker> Pace<M> {
         }
     }
 
-    /// All submissions are done: returns the estimate after a last look. (For long submissions that look matters most, because
+    /// All submissions are done at the time `time` (ns): returns the estimate after a last look. (For long submissions that look matters most, because
     /// they may all have been in the queue together.)
     pub fn drained(mut self, time: Nanos) -> CostEstimate {
         self.look(time);
