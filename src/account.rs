@@ -1,20 +1,19 @@
 //! A slot's account and the pool's counter: the two words between which granules move.
 //!
-//! A move touches both words, and its owner can be killed between them. So that nobody ever has to
-//! guess whether a dead client's move happened, each move goes through three states:
+//! A move touches both words, and its owner can be killed between the two writes. Each move goes through three states, so
+//! that the arbiter knows of a dead client's move whether it happened:
 //!
 //! 1. **Announced**: the owner writes kind, size and a sequence number into its account.
 //! 2. **Counted**: the pool's counter changes by one compare-and-swap, which also leaves a tag there,
-//!    the slot and the sequence number. Whoever wants to change the counter next first *helps*: it
+//!    the slot and the sequence number. The participant that wants to change the counter next first *helps*: it
 //!    marks the tagged account as **Applied**. Only then may it overwrite the tag.
 //! 3. **Closed**: the owner writes its new balance, with no operation in flight.
 //!
 //! A move that stands as Announced was counted if and only if the tag names it; a move that stands as
 //! Applied was counted. So the books of a killed client are settled exactly ([`crate::audit`]).
 //!
-//! The sequence number has 21 bits. A helper that is stopped between its look at the tag and its
-//! compare-and-swap would have to sleep through exactly two million moves of that one slot, and wake
-//! inside one of them, to mark the wrong move.
+//! The sequence number has 21 bits. A helper that is stopped between its look at the tag and its compare-and-swap would
+//! mark the wrong move only if it slept through exactly 2^21 moves of that one slot and woke during the next.
 
 use crate::slot::{SLOTS, SlotIndex};
 use crate::units::{Granules, MAX_GRANULES};
@@ -36,9 +35,9 @@ pub enum Kind {
 /// How far a move has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Progress {
-    /// Its owner said what it is about to do.
+    /// Its owner has written what it is about to do.
     Announced,
-    /// The pool's counter has changed, and somebody else saw it.
+    /// The pool's counter has changed, and a helper has marked that.
     Applied,
 }
 
@@ -47,18 +46,19 @@ pub enum Progress {
 pub struct Operation {
     /// Which way.
     pub kind: Kind,
-    /// How many granules.
+    /// Its size, in granules.
     pub amount: Granules,
-    /// How far.
+    /// How far it has come.
     pub progress: Progress,
 }
 
-/// A slot's account: what its client holds, and the move in flight. One 64-bit word in the page.
+/// A slot's account: what its client holds, and the move in flight. One word in the page:
+/// `state:3 | sequence:21 | amount:20 | resident:20`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Account {
-    /// Granules the client holds on the GPU, the move in flight not counted.
+    /// Granules that the client holds on the GPU, without the move in flight.
     pub resident: Granules,
-    /// Number of the last move.
+    /// Number of the last move, modulo 2^21.
     pub sequence: u32,
     /// The move in flight, if any.
     pub operation: Option<Operation>,
@@ -117,6 +117,7 @@ impl Account {
         Self { operation: None, ..self }
     }
 
+    /// The account with the next move in flight.
     pub(crate) fn announced(self, kind: Kind, amount: Granules) -> Self {
         let sequence = (self.sequence + 1) & SEQUENCE_MASK;
         let operation = Some(Operation { kind, amount, progress: Progress::Announced });
@@ -124,7 +125,7 @@ impl Account {
     }
 }
 
-/// Who changed the pool's counter last.
+/// Which move changed the pool's counter last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tag {
     /// The slot whose move it was.
@@ -133,21 +134,22 @@ pub struct Tag {
     pub sequence: u32,
 }
 
-/// The pool's counter: free granules, and the tag of the last change. One 64-bit word in the page;
-/// its low half is a futex.
+/// The pool's counter: free granules, and the tag of the last change. One word in the page:
+/// `(unused):3 | sequence:21 | slot:8 | granules:32`. Its low half is a futex.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Free {
-    /// Free granules. Negative is a debt: contexts grew ([`crate::audit`]) while clients held
-    /// everything, and what clients give back pays it off before anybody can take again.
+    /// Free granules. A negative number is a debt: contexts grew ([`crate::audit`]) while clients held everything. What
+    /// clients give back pays the debt first; until it is paid, nobody can take.
     pub granules: i32,
     /// Whose move was counted last, if it was a client's.
     pub tag: Option<Tag>,
 }
 
-/// In the tag's slot field: nobody, the arbiter changed the counter.
+/// In the tag's slot field: no slot. The arbiter changed the counter.
 const NO_SLOT: u64 = 0xff;
 
 impl From<u64> for Free {
+    /// Any 64 bits are some counter: a tag that names no slot is read as none.
     fn from(word: u64) -> Self {
         let tag = SlotIndex::new((word >> 32 & 0xff) as usize)
             .map(|slot| Tag { slot, sequence: (word >> 40) as u32 & SEQUENCE_MASK });

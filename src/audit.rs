@@ -1,9 +1,10 @@
-//! The arbiter's part: it opens a slot's books, closes those of the dead, keeps count of the contexts
-//! and of the pool's size, and checks that everything adds up.
+//! The arbiter's part: it opens a client's books and closes a dead client's, writes how large contexts and the pool are, and
+//! checks that the sums agree.
 //!
-//! One arbiter serves a page at a time (it holds a file lock), so these functions have one caller. All
-//! of them may be interrupted anywhere: what a killed arbiter left half done, the next one finishes.
+//! One arbiter serves a page at a time (it holds a file lock), so these functions have one caller. The arbiter may be killed in
+//! the middle of any of them; the next arbiter finishes what it has left half done.
 
+use crate::account::Free;
 use crate::page::{NAME_BYTES, Page, Phase, Stall};
 use crate::shares::Shares;
 use crate::slot::{Owner, Process, SLOTS, SlotIndex, SlotSet};
@@ -13,28 +14,28 @@ use crate::units::{Granules, MAX_GRANULES, Nanos};
 /// What an audit found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Audit {
-    /// A move is in flight, or somebody moved while the arbiter looked: nothing can be said.
+    /// A move is in flight, or granules moved while the arbiter looked: the sums of this moment are not known.
     Busy,
     /// The sums agree.
     Balanced,
-    /// They did not, and now do: the pool's counter was off by this many granules. Positive: granules
-    /// had leaked and are back.
+    /// The sums did not agree, and the pool's counter was corrected by this many granules. Positive: granules had leaked and
+    /// are back.
     Repaired(i64),
 }
 
-/// The dead client's last balance.
+/// What [`Page::reap`] found of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reaped {
-    /// Whose it was.
+    /// The client's process.
     pub process: Process,
-    /// What it was doing.
+    /// Its last phase.
     pub phase: Phase,
-    /// Granules that went back to the pool.
+    /// Granules that it held, which are back in the pool.
     pub returned: Granules,
 }
 
 impl Page {
-    /// Opens a slot for a process, with shares that are usual but for the weight. `None` when all slots are taken.
+    /// Opens a free slot for a process, with this weight and the default priority and limit. `None` if all slots are taken.
     pub fn open_slot(&self, process: Process, name: &str, weight: u32) -> Option<SlotIndex> {
         let occupied = self.occupied();
         let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !occupied.contains(*slot))?;
@@ -42,7 +43,7 @@ impl Page {
         Some(slot)
     }
 
-    /// Opens this slot, which nobody has, for a process. For an arbiter, which knows by itself which slots are free:
+    /// Opens this slot for a process, as [`Page::open_slot`] does. The arbiter keeps its own list of free slots, because
     /// everybody can write the page.
     pub fn open_slot_at(&self, slot: SlotIndex, process: Process, name: &str, weight: u32) {
         self.clear(slot);
@@ -50,23 +51,23 @@ impl Page {
         self.set_owner(slot, process, self.generation(slot).wrapping_add(1));
     }
 
-    /// A process takes the slot that it was given. False if it has taken it already: of two of its threads that ask at a
-    /// time both may be given the same one, and the later asks again.
+    /// Takes the slot that the process was given. False if it has been taken already: two threads of one process that register
+    /// at the same time may be given the same slot, and the later one registers again.
     pub fn claim(&self, slot: SlotIndex) -> bool {
         let word = &self.slot(slot).claimed;
         word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    /// How many owners a slot has had, the present one among them.
+    /// How many owners a slot has had, the present one included.
     pub fn generation(&self, slot: SlotIndex) -> u32 {
-        Owner::from(self.slot(slot).owner.load(Ordering::Relaxed)).generation
+        self.slot(slot).owner.load(Ordering::Relaxed).generation
     }
 
-    /// Writes whose a slot is, whatever stood there, for an arbiter that knows better than the page. True if something else
-    /// stood there.
+    /// Writes the owner of a slot if the page says something else; true if it did. The arbiter goes by its own list, because
+    /// everybody can write the page.
     pub fn set_owner(&self, slot: SlotIndex, process: Process, generation: u32) -> bool {
         let row = self.slot(slot);
-        let owner = Owner { generation, pid: process.pid }.into();
+        let owner = Owner { generation, pid: process.pid };
         let right = row.owner.load(Ordering::Relaxed) == owner
             && row.started.load(Ordering::Relaxed) == process.started
             && self.occupied().contains(slot);
@@ -78,12 +79,12 @@ impl Page {
         !right
     }
 
-    /// Whether the process that a slot was opened for knows of it.
+    /// Whether the process that a slot was opened for has [taken](Page::claim) it.
     pub fn is_claimed(&self, slot: SlotIndex) -> bool {
         self.slot(slot).claimed.load(Ordering::Acquire) != 0
     }
 
-    /// Writes what a slot's owner calls itself, and its weight; its other shares are the usual ones.
+    /// Writes a slot's name, cut to [`NAME_BYTES`], and its weight; its priority and limit become the default ones.
     pub fn describe(&self, slot: SlotIndex, name: &str, weight: u32) {
         let mut bytes = [0; NAME_BYTES];
         let fits = name.floor_char_boundary(NAME_BYTES);
@@ -95,49 +96,49 @@ impl Page {
     }
 
     fn set_occupied(&self, occupied: SlotSet) {
-        self.header.occupied.store(occupied.bits(), Ordering::Release);
+        self.header.occupied.store(occupied, Ordering::Release);
     }
 
-    /// Who owns a slot.
+    /// The process that owns a slot, if any.
     pub fn owner(&self, slot: SlotIndex) -> Option<Process> {
         let row = self.slot(slot);
-        let owner = Owner::from(row.owner.load(Ordering::Acquire));
+        let owner = row.owner.load(Ordering::Acquire);
         (owner.pid != 0).then(|| Process { pid: owner.pid, started: row.started.load(Ordering::Relaxed) })
     }
 
-    /// Closes the books of a client that is dead, or that has left: settles its move in flight, returns
-    /// its granules to the pool, clears the slot and decides anew.
+    /// Closes the books of a client that is dead or has left: settles its move in flight, returns its granules to the pool,
+    /// clears the slot and decides anew. `None` if nobody owns the slot.
     pub fn reap(&self, slot: SlotIndex) -> Option<Reaped> {
         let process = self.owner(slot)?;
         let view = self.view(slot);
-        // It must not be admitted or asked to evict while its books are closed.
+        // Nobody must admit it or ask it to evict while its books are being closed.
         let own = &self.slot(slot).own;
-        own.phase.store(Phase::Leaving as u32, Ordering::Release);
+        own.phase.store(Phase::Leaving, Ordering::Release);
         let returned = self.close_account(slot);
         self.clear(slot);
         let row = self.slot(slot);
-        let generation = Owner::from(row.owner.load(Ordering::Relaxed)).generation;
-        row.owner.store(Owner { generation, pid: 0 }.into(), Ordering::Release);
+        let generation = row.owner.load(Ordering::Relaxed).generation;
+        row.owner.store(Owner { generation, pid: 0 }, Ordering::Release);
         self.set_occupied(self.occupied().without(slot));
         self.header.reaped.fetch_add(1, Ordering::Relaxed);
         self.decide();
         Some(Reaped { process, phase: view.phase, returned })
     }
 
-    /// Settles the account of a slot whose owner is dead, and returns what it holds to the pool. Says how
-    /// many granules that were. May be done again after an arbiter was killed in the middle.
+    /// Settles the account of a slot whose owner is dead, and returns to the pool the granules that it holds and those of its
+    /// context. Returns how many it held. May be repeated after an arbiter was killed in the middle.
     pub fn close_account(&self, slot: SlotIndex) -> Granules {
         let balance = self.settle(slot);
         let returned = self.give(slot, balance.resident);
-        self.set_pinned(slot, 0);
+        self.set_context(slot, 0);
         returned
     }
 
     fn clear(&self, slot: SlotIndex) {
         let own = &self.slot(slot).own;
-        own.phase.store(Phase::Idle as u32, Ordering::Relaxed);
+        own.phase.store(Phase::Idle, Ordering::Relaxed);
         own.consecutive_slices.store(0, Ordering::Relaxed);
-        own.stall.store(Stall::None as u32, Ordering::Relaxed);
+        own.stall.store(Stall::None, Ordering::Relaxed);
         let words = [
             &own.demand,
             &own.ticket,
@@ -170,20 +171,20 @@ impl Page {
         }
     }
 
-    /// Sets what a client's context takes up, and takes it from the pool. True when it changed.
-    pub fn set_pinned(&self, slot: SlotIndex, pinned: Granules) -> bool {
-        let pinned = pinned.min(MAX_GRANULES);
-        let word = &self.slot(slot).pinned;
+    /// Sets the size of a client's context, and takes the difference from the pool's counter. True if the size has changed.
+    pub fn set_context(&self, slot: SlotIndex, context: Granules) -> bool {
+        let context = context.min(MAX_GRANULES);
+        let word = &self.slot(slot).context;
         let before = word.load(Ordering::Relaxed).min(u64::from(MAX_GRANULES)) as Granules;
-        if before == pinned {
+        if before == context {
             return false;
         }
-        word.store(u64::from(pinned), Ordering::Release);
-        self.adjust_free(before as i32 - pinned as i32);
+        word.store(u64::from(context), Ordering::Release);
+        self.adjust_free(before as i32 - context as i32);
         true
     }
 
-    /// Changes the size of the pool. True when it changed. The caller decides anew.
+    /// Sets the size of the pool. True if it has changed; then the caller [decides](Page::decide).
     pub fn set_capacity(&self, capacity: Granules) -> bool {
         let (before, capacity) = (self.capacity(), capacity.min(MAX_GRANULES));
         if before == capacity {
@@ -194,73 +195,68 @@ impl Page {
         true
     }
 
-    /// Checks I1, and repairs the pool's counter if it is broken.
+    /// Checks I1, and repairs the pool's counter if I1 does not hold.
     ///
-    /// The sums mean something only in a moment with no move in flight. Two looks at every account and
-    /// at the counter that come out the same, sequence numbers and tag included, were such a moment.
+    /// The sums have a meaning only at a moment without a move in flight. If two looks at the counter and at every account find
+    /// the same words, sequence numbers and tag included, there was such a moment between them.
     pub fn audit(&self) -> Audit {
         let look = || {
-            let free = self.header.free.load(Ordering::Acquire);
-            let accounts: [u64; SLOTS] =
-                std::array::from_fn(|index| self.slots[index].account.load(Ordering::Acquire));
+            let free = self.header.free.observe(Ordering::Acquire);
+            let accounts: [_; SLOTS] =
+                std::array::from_fn(|index| self.slots[index].account.observe(Ordering::Acquire));
             (free, accounts)
         };
         let first = look();
-        let (word, accounts) = first;
+        let (free, accounts) = first;
         let mut held = 0;
-        for account in accounts.map(crate::account::Account::from) {
+        for account in accounts.map(|seen| seen.value) {
             if account.operation.is_some() {
                 return Audit::Busy;
             }
             held += i64::from(account.resident);
         }
-        let pinned: i64 =
-            (0..SLOTS).filter_map(SlotIndex::new).map(|slot| i64::from(self.view(slot).pinned)).sum();
+        let contexts: i64 =
+            (0..SLOTS).filter_map(SlotIndex::new).map(|slot| i64::from(self.view(slot).context)).sum();
         if look() != first {
             return Audit::Busy;
         }
         self.header.audits.fetch_add(1, Ordering::Relaxed);
-        let expected = i64::from(self.capacity()) - held - pinned;
-        let free = crate::account::Free::from(word);
-        let off = expected - i64::from(free.granules);
+        let expected = i64::from(self.capacity()) - held - contexts;
+        let off = expected - i64::from(free.value.granules);
         if off == 0 {
             return Audit::Balanced;
         }
         let granules = expected.clamp(i64::from(i32::MIN), i64::from(i32::MAX)) as i32;
-        let repaired = crate::account::Free { granules, tag: None };
-        // Only if nothing has moved since: else the sums are another moment's.
-        if self
-            .header
-            .free
-            .compare_exchange(word, repaired.into(), Ordering::AcqRel, Ordering::Acquire)
-            .is_err()
-        {
+        let repaired = Free { granules, tag: None };
+        // Only if no granules have moved since: the sums are of that moment.
+        let swapped = self.header.free.compare_exchange(&free, repaired, Ordering::AcqRel, Ordering::Acquire);
+        if swapped.is_err() {
             return Audit::Busy;
         }
         self.header.repaired.fetch_add(1, Ordering::Relaxed);
-        crate::sync::futex_wake_low(&self.header.free);
+        crate::sync::futex_wake_low(self.header.free.atomic());
         Audit::Repaired(off)
     }
 
-    /// An arbiter begins to serve this page.
+    /// Writes that the arbiter with this pid serves the page from now on.
     pub fn adopt(&self, pid: u32) {
         self.header.arbiter_pid.store(pid, Ordering::Relaxed);
         self.header.arbiter_generation.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Puts the bit map of occupied slots right, after a restart: an arbiter killed between the two
-    /// stores of [`Page::open_slot_at`] or [`Page::reap`] left them different.
+    /// Writes the set of occupied slots anew, from the owners. For an arbiter that begins: the one before it may have been
+    /// killed between the two stores of [`Page::open_slot_at`] or [`Page::reap`].
     pub fn rebuild_occupied(&self) {
         let owned = (0..SLOTS).filter_map(SlotIndex::new).filter(|slot| self.owner(*slot).is_some());
         self.set_occupied(owned.collect());
     }
 
-    /// The arbiter is alive.
+    /// Writes that the arbiter was alive at this time (CLOCK_MONOTONIC ns).
     pub fn beat(&self, time: Nanos) {
         self.header.heartbeat.store(time, Ordering::Relaxed);
     }
 
-    /// Audits done, leaks repaired, clients reaped, since the page was made.
+    /// Since the page was made: audits that found an answer, audits that repaired the counter, clients reaped.
     pub fn audit_counts(&self) -> (u64, u64, u64) {
         let header = &self.header;
         (
@@ -281,7 +277,7 @@ mod tests {
     fn the_dead_leave_nothing_behind() {
         let page = Page::for_tests(100);
         let slot = page.open_slot(SOMEBODY, "job", 1).unwrap();
-        page.set_pinned(slot, 10);
+        page.set_context(slot, 10);
         page.take(slot, 30).unwrap();
         assert_eq!(page.free().granules, 60);
         let reaped = page.reap(slot).unwrap();
@@ -335,7 +331,7 @@ mod tests {
         let generation = page.generation(slot);
         assert!(!page.set_owner(slot, SOMEBODY, generation));
         for lie in [0, 7, u64::MAX] {
-            page.slot(slot).owner.store(lie, Ordering::Relaxed);
+            page.slot(slot).owner.atomic().store(lie, Ordering::Relaxed);
             assert!(page.set_owner(slot, SOMEBODY, generation));
             assert_eq!(page.owner(slot), Some(SOMEBODY));
         }

@@ -1,4 +1,4 @@
-//! One process's part in the protocol.
+//! One process's part in the protocol: a client on one GPU, which goes through phases.
 //!
 //! ```text
 //!            request                admitted             all in place
@@ -9,22 +9,22 @@
 //!    └─────────────────────┴──────────────── Draining ◀─────────────────────┘
 //! ```
 //!
-//! A client that grew fills while its earlier work is still under way. Recalled then, it drains before it
-//! waits, as from Running: who waits may be asked to evict at any moment.
+//! A client that allocates while it runs goes back to Filling, with its earlier work still under way. If it is recalled there,
+//! it drains before it waits, as it does from Running: a waiting client may be asked to evict at any moment, and work in flight
+//! must not lose its memory.
 //!
-//! A drain may stand still, because the work waits for threads that want to submit more. Then the client lets them, still in
-//! phase Draining and with all its memory in place, and tries again; nobody asks it to evict meanwhile. If nobody needs its
-//! memory any more, it goes on as if it had grown ([`Client::resume`]).
+//! A drain may stand still, because the work waits for threads that want to submit more. Then the client lets these threads go
+//! on, still in phase Draining and with all its memory in place, and tries again later. Nobody asks it to evict meanwhile. If
+//! nobody needs its memory any more, it goes on as a client that has grown does ([`Client::resume`]).
 //!
-//! A [`Client`] belongs to one thread, which walks it along these arrows; [`Client::poll`] does what is
-//! due and says what to wait for. How memory moves is the business of a [`Runtime`]: the shim moves
-//! CUDA allocations, another runtime whatever it has. [`Books`] may be used from every thread of the
+//! A [`Client`] belongs to one thread, which takes it along these arrows; [`Client::poll`] does what is due and says what to
+//! wait for. A [`Runtime`] moves the memory: the shim's moves CUDA allocations. [`Books`] may be used from every thread of the
 //! process: they hold what the client has and what it asks for.
 //!
 //! A runtime that needs no thread of its own calls [`Client::acquire`], [`Client::should_yield`] and
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
-use crate::books::{Books, Fill, STARVED_LOOK, Truth, add};
+use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
 use crate::page::{Page, Phase};
 use crate::policy::{self, NOT_BEGUN};
 use crate::shares::Priority;
@@ -39,22 +39,22 @@ pub trait Runtime {
     /// Why memory could not be moved.
     type Error;
 
-    /// Brings in all that is out. Takes granules with [`Books::take`] before it maps them, chunk by
-    /// chunk, and ends early when that says [`Fill::Recalled`].
+    /// Brings in all memory that is not on the GPU. Takes granules with [`Books::take`] before it maps memory, chunk by
+    /// chunk, and ends early when that returns [`Fill::Recalled`].
     ///
     /// # Errors
-    /// The copy or the mapping failed for a reason that waiting does not mend.
+    /// A copy or a mapping failed for a reason that waiting does not remove.
     fn fill(&mut self) -> Result<Fill, Self::Error>;
 
-    /// Moves out `granules` or a little more, and gives each chunk back with [`Books::give`] as soon as
-    /// it is unmapped. The client has drained: nothing on the GPU uses the memory.
+    /// Moves out at least `granules`, and gives each chunk back with [`Books::give`] as soon as it is unmapped. The client has
+    /// drained: nothing on the GPU uses the memory.
     ///
     /// # Errors
     /// As for [`Runtime::fill`].
     fn evict(&mut self, granules: Granules) -> Result<(), Self::Error>;
 
-    /// Brings in what fits in free room, while others run. Takes granules with [`Books::take_ahead`] before it maps
-    /// them, chunk by chunk, and ends when that says no. A runtime that has nothing to bring in does nothing.
+    /// Brings in memory that fits into free granules while others run. Takes granules with [`Books::take_ahead`] before it maps
+    /// memory, chunk by chunk, and ends when that returns false. The default does nothing.
     ///
     /// # Errors
     /// As for [`Runtime::fill`].
@@ -63,22 +63,22 @@ pub trait Runtime {
     }
 }
 
-/// So long a client that is to evict waits for others to give back what they do not need, ns.
+/// How long a client that is asked to evict waits first for others to give back granules that they do not need, in ns.
 const SPARES_FIRST: Nanos = 10 * MILLISECOND;
 
 /// What a client's thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// All is in place: open the gate, and [begin the slice](Books::begin_slice) at that moment.
+    /// All memory is in place: open the gate, and [begin the slice](Books::begin_slice) at the same moment.
     Open,
-    /// It must give way: shut the gate, [begin to drain](Client::drain), drain, and say so with
+    /// The client must give way: shut the gate, [begin to drain](Client::drain), wait for the submitted work, and call
     /// [`Client::drained`].
     Yield,
     /// Nothing is due. Sleep on the doorbell while it shows `seen`, at most until `until`.
     Sleep {
-        /// What the doorbell showed before the client looked.
+        /// What the doorbell showed before the client looked at the page.
         seen: u32,
-        /// When something is due without a ring, CLOCK_MONOTONIC ns.
+        /// When something is due without a ring, CLOCK_MONOTONIC ns; `None`: nothing is.
         until: Option<Nanos>,
     },
 }
@@ -96,7 +96,7 @@ enum Turn {
 pub struct Client<P> {
     books: Books<P>,
     phase: Phase,
-    /// It has run since it last drained: its work may be in flight, and memory that it has must not go.
+    /// It has run since it last drained: its work may be in flight, and its memory must not go out.
     undrained: bool,
     /// It has used up its turn, as far as it had come when it began to drain.
     turn_over: bool,
@@ -104,12 +104,12 @@ pub struct Client<P> {
     decided: Nanos,
     /// The weight and the priority that its deadline was computed from.
     deadline_shares: (u32, Priority),
-    /// Since when it leaves it to others' spare granules to make the room that it is asked for, ns.
+    /// Since when it has waited for others' spare granules instead of evicting, ns.
     left_to_spares: Option<Nanos>,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
-    /// The client that owns `slot` of `page`, which registration has just opened for it.
+    /// The client that owns `slot` of `page`. Registration has just opened the slot for it.
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
         Self {
@@ -123,20 +123,21 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// The same, and what it does is told in this word too: of its registration, for the arbiter.
+    /// The same client, which also writes its phase into this word. The word comes with its registration, and the arbiter is
+    /// told what it holds.
     #[must_use]
-    pub fn telling(mut self, truth: Truth) -> Self {
-        truth.store(self.phase as u32, std::sync::atomic::Ordering::Relaxed);
-        self.books.truth = Some(truth);
+    pub fn telling(mut self, private_phase: PrivatePhase) -> Self {
+        private_phase.store(self.phase.into(), std::sync::atomic::Ordering::Relaxed);
+        self.books.private_phase = Some(private_phase);
         self
     }
 
-    /// Its books.
+    /// The client's books.
     pub fn books(&self) -> &Books<P> {
         &self.books
     }
 
-    /// Its phase.
+    /// The client's phase.
     pub fn phase(&self) -> Phase {
         self.phase
     }
@@ -149,11 +150,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         &self.page().slot(self.books.slot).own
     }
 
+    /// Changes the phase, in this process and in the page.
     fn enter(&mut self, phase: Phase) {
         self.phase = phase;
         self.decided = 0;
         self.books.tell(phase);
-        self.own().phase.store(phase as u32, Ordering::Release);
+        self.own().phase.store(phase, Ordering::Release);
     }
 
     /// Idle or drained -> Waiting: takes a place in the queue.
@@ -197,14 +199,14 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.page().decide();
     }
 
-    /// Whether it waits, and its shares are not those that its deadline was computed from any more.
+    /// Whether it waits, and its shares have changed since its deadline was computed.
     fn shares_changed(&self) -> bool {
         self.phase == Phase::Waiting
             && self.page().weight_and_priority(self.books.slot) != self.deadline_shares
     }
 
-    /// Says when it should have its slice, by its present shares, from when it began to wait. So nobody gains by having
-    /// them changed again and again.
+    /// Computes its deadline by its present shares. The time counts from when it began to wait, so nobody gains by changing the
+    /// shares again and again.
     fn compute_deadline(&mut self) {
         self.deadline_shares = self.page().weight_and_priority(self.books.slot);
         let mut snapshot = self.look();
@@ -220,10 +222,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// Waiting -> Idle: takes the request back, because the process lacks what must be had before this GPU. Also from
-    /// Filling, for a client that cannot be filled: what it has in place stays until it is asked for. (One whose work is
-    /// under way drains.) A decision that admitted it meanwhile is put right when the client is next
-    /// [polled](Client::poll).
+    /// Waiting -> Idle: takes the request back, because the process must have another GPU first ([`crate::gang_order`]). Also
+    /// from Filling, for a client that cannot be filled; memory that is in place stays until the client is asked to evict. Does
+    /// nothing while work is in flight: such a client drains. If a decision has admitted the client meanwhile, the next
+    /// [`Client::poll`] gives the bit back.
     pub fn withdraw(&mut self) {
         if self.phase == Phase::Waiting || (self.phase == Phase::Filling && !self.undrained) {
             let own = self.own();
@@ -234,11 +236,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// Does what is due in the present phase, and says what is next.
+    /// Does what is due in the present phase, and says what the caller does next.
     ///
     /// # Errors
-    /// What the runtime said. The client is where it was, with its books true; the caller decides
-    /// whether to go on or to [leave](Client::leave).
+    /// The runtime's. The phase is as before and the books are right; the caller decides whether to go on or to
+    /// [leave](Client::leave).
     pub fn poll<R: Runtime>(&mut self, runtime: &mut R) -> Result<Next, R::Error> {
         let (mut evicts, mut prefetches) = (true, true);
         loop {
@@ -253,7 +255,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         self.begin_running();
                         return Ok(Next::Open);
                     }
-                    // Recalled: the loop sees it. Or more was asked for meanwhile: fill again.
+                    // Recalled: the next round sees it. Or the client has allocated meanwhile: fill again.
                 }
                 Action::Run => match self.look_ahead() {
                     Some(due) if due <= now() => {
@@ -280,17 +282,18 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         let before = self.books.resident();
                         runtime.evict(share)?;
                         if policy::lacking(&snapshot) == 0 {
-                            // The room is the first waiter's, which does not know of it.
+                            // The room is for the first waiter, which has not been told of it.
                             policy::first_waiter(&snapshot)
                                 .into_iter()
                                 .for_each(|first| self.page().ring(first));
                         }
-                        // A page that lies about the account asks for memory that is not there.
+                        // A page that lies about the account asks for memory that the client does not have: evict no more in
+                        // this call.
                         evicts = self.books.resident() < before;
                         continue;
                     }
                     if prefetches && policy::prefetch(&snapshot, self.books.slot) > 0 {
-                        // Once for each look: what it has left out does not fit.
+                        // Once for each call: memory that the runtime has left out does not fit.
                         prefetches = false;
                         runtime.prefetch()?;
                         continue;
@@ -299,7 +302,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         Phase::Waiting => policy::next_decision(&snapshot, self.decided),
                         _ => None,
                     };
-                    let retry = (!evicts).then(|| now().saturating_add(STARVED_LOOK));
+                    let retry = (!evicts).then(|| now().saturating_add(STARVED_POLL_INTERVAL));
                     match until {
                         Some(due) if due <= now() => self.end_of_slice(),
                         until => {
@@ -313,14 +316,15 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// Memory that a client needs goes only when what others keep for no need has not made the room within a moment: they
-    /// were rung by the same decision, and one that is stopped must not be waited for. Until when it is, ns.
+    /// Until when, in ns, a client that is asked to evict `share` granules waits first. Others may hold granules that they do not
+    /// need; the same decision has rung them, and what they give back may be enough. After [`SPARES_FIRST`] the client evicts
+    /// all the same, because one of the others may be stopped.
     fn leaves_it_to_spares(
         &mut self,
         snapshot: &crate::snapshot::Snapshot,
         share: Granules,
     ) -> Option<Nanos> {
-        if share == 0 || policy::keepers(snapshot).without(self.books.slot).is_empty() {
+        if share == 0 || policy::spare_holders(snapshot).without(self.books.slot).is_empty() {
             self.left_to_spares = None;
             return None;
         }
@@ -338,7 +342,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     }
 
     fn end_of_slice(&mut self) {
-        // The time before the decision: an end that comes in between is still to be decided.
+        // The time is taken before the decision: a slice that ends in between is decided by the next one.
         self.decided = now();
         self.page().decide();
     }
@@ -346,41 +350,41 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     fn begin_running(&mut self) {
         let own = self.own();
         if own.wait_since.swap(0, Ordering::Relaxed) != 0 {
-            // Before the phase, so that nobody sees it running with the beginning of an earlier slice.
+            // Before the phase, so that nobody sees the phase Running with the beginning of an earlier slice.
             own.slice_start.store(NOT_BEGUN, Ordering::Relaxed);
             add(&own.slices, 1);
         }
         self.undrained = true;
         self.enter(Phase::Running);
-        // A waiter that came while this client was filling has rung it, as every decision with a waiter
-        // rings every holder: the next look finds the waiter and the end of the slice. And a slice that was not over
-        // because this client was filling may be over now.
+        // If a waiter has come while this client was filling, its decision has rung this client, as it rings every admitted
+        // one, and the next look finds the waiter and the end of the slice. Another client's slice may be over now that was
+        // not over while this client was filling: so decide.
         if self.awaited() {
             self.page().decide();
         }
     }
 
-    /// Running -> Filling: its memory is no longer all in place, because it grew. The gate is shut;
-    /// the work in flight needs no drain, since it uses only what is there. If the right to load is
-    /// withdrawn before all is in place, [`Client::poll`] says [`Next::Yield`].
+    /// Running -> Filling: not all memory is in place any more, because the client has allocated. The gate is shut. The work in
+    /// flight need not be drained, because it uses only memory that is in place. If the client is recalled before all memory is
+    /// in place, [`Client::poll`] returns [`Next::Yield`].
     pub fn refill(&mut self) {
         if self.phase == Phase::Running {
             self.enter(Phase::Filling);
         }
     }
 
-    /// Whether somebody waits who is not admitted.
+    /// Whether some client waits that is not admitted.
     pub fn awaited(&self) -> bool {
         policy::awaited(&self.look())
     }
 
-    /// Whether work that it submitted may be in flight, and it has not begun to drain.
+    /// Whether work of the client may be in flight and it has not begun to drain.
     pub fn has_work(&self) -> bool {
         self.undrained && self.phase != Phase::Draining
     }
 
-    /// Running -> Draining: the gate is shut, the submitted work goes on. Also from Filling, for a client
-    /// that grew and still has work. Returns how long the slice was, ns.
+    /// Running -> Draining: the gate is shut and the submitted work goes on. Also from Filling, for a client that has grown and
+    /// has work in flight. Returns how long the slice was, in ns; 0 if the client has no work to drain.
     pub fn drain(&mut self) -> Nanos {
         if !self.has_work() {
             return 0;
@@ -398,8 +402,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         end.ran
     }
 
-    /// Draining -> Filling: its work has not ended, and nobody waits for what it has any more. It has its memory, and runs
-    /// on if a decision lets it; else [`Client::poll`] says [`Next::Yield`].
+    /// Draining -> Filling: the work has not ended, and nobody waits for the client's memory any more. Its memory is in place,
+    /// so it runs on if a decision admits it; else [`Client::poll`] returns [`Next::Yield`].
     pub fn resume(&mut self) {
         if self.phase == Phase::Draining {
             self.take_place(Turn::Same);
@@ -408,7 +412,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// Whether anybody waits for room, or for its turn.
+    /// Whether an admitted client lacks granules, or a client waits for its turn.
     pub fn is_needed(&self) -> bool {
         let snapshot = self.look();
         policy::lacking(&snapshot) > 0 || policy::awaited(&snapshot)
@@ -455,17 +459,17 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.books.end(0);
     }
 
-    /// Waits for the GPU and brings all memory in. When it returns, the client runs. The caller has waited for
-    /// the work that it submitted before.
+    /// Waits for the GPU and brings all memory in. When it returns, the client runs. The caller has waited for the work that it
+    /// submitted before.
     ///
     /// # Errors
-    /// What the runtime said.
+    /// The runtime's.
     pub fn acquire<R: Runtime>(&mut self, runtime: &mut R) -> Result<(), R::Error> {
         self.request();
         while self.phase != Phase::Running {
             match self.poll(runtime)? {
                 Next::Sleep { seen, until } => self.page().wait_doorbell(self.books.slot, seen, until),
-                // It grew, and lost its place.
+                // It has allocated, and is not admitted any more.
                 Next::Yield => self.release(true),
                 Next::Open => {}
             }
@@ -474,8 +478,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         Ok(())
     }
 
-    /// Whether a running client should [release](Client::release) now: its slice is over and somebody
-    /// waits. Costs two loads when nobody does.
+    /// Whether a running client should [release](Client::release) the GPU now: its slice is over and somebody waits.
     pub fn should_yield(&mut self) -> bool {
         if self.phase != Phase::Running {
             return false;
@@ -487,17 +490,17 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         !self.books.admitted()
     }
 
-    /// Stops running. The caller has waited for its work. With `more` to do it queues again at once.
+    /// Stops running. The caller has waited for its work. With `more` to do, the client queues again at once.
     pub fn release(&mut self, more: bool) {
         self.drain();
         self.drained(more);
     }
 
-    /// Makes room for others while this client does not run, until the time `until` (ns) or, without
-    /// one, until something has happened.
+    /// Makes room for others while this client does not run, and sleeps until something has happened, at most until the time
+    /// `until` (CLOCK_MONOTONIC ns).
     ///
     /// # Errors
-    /// What the runtime said.
+    /// The runtime's.
     pub fn serve<R: Runtime>(&mut self, runtime: &mut R, until: Option<Nanos>) -> Result<(), R::Error> {
         if let Next::Sleep { seen, until: due } = self.poll(runtime)? {
             let until = [until, due].into_iter().flatten().min();
@@ -523,7 +526,7 @@ impl Runtime for NoMemory {
     }
 }
 
-/// A runtime that moves nothing but the books: what the model checker and the benchmarks use.
+/// A runtime without memory: it takes granules and gives them back. For the model checker and the benchmarks.
 pub struct Bookkeeper<P> {
     books: Books<P>,
     chunk: Granules,
@@ -593,7 +596,7 @@ mod tests {
         page
     }
 
-    /// Its process waits for another GPU: its slice is never over, though somebody waits, until it has begun.
+    /// The holder's process waits for another GPU, so its slice has not begun, and is not over although a client waits.
     #[test]
     fn a_slice_is_not_over_before_it_has_begun() {
         let page = page(4);
@@ -613,29 +616,30 @@ mod tests {
         assert_eq!(holder.poll(&mut moves), Ok(Next::Yield), "somebody waits, so it is not renewed");
     }
 
-    /// Memory that was freed and is kept goes before memory that is needed; and if it does not come, that goes all the same.
+    /// Granules that a client keeps and does not need are given back before another client evicts. If they are not given back in
+    /// time, the other evicts all the same.
     #[test]
     fn what_nobody_needs_goes_before_what_somebody_needs() {
         let page = page(10);
-        let (mut keeper, mut its_moves) = client(&page, 4);
+        let (mut spare_holder, mut its_moves) = client(&page, 4);
         let (mut idle, mut moves) = client(&page, 4);
-        keeper.acquire(&mut its_moves).unwrap();
+        spare_holder.acquire(&mut its_moves).unwrap();
         idle.acquire(&mut moves).unwrap();
         idle.release(false);
         assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
-        keeper.books().shrink(4);
-        let rung = page.doorbell(keeper.books().slot());
+        spare_holder.books().shrink(4);
+        let rung = page.doorbell(spare_holder.books().slot());
         let (mut third, _) = client(&page, 6);
         third.request();
         assert!(third.books().admitted());
-        assert_ne!(page.doorbell(keeper.books().slot()), rung, "it is told that somebody lacks room");
+        assert_ne!(page.doorbell(spare_holder.books().slot()), rung, "it is told that somebody lacks room");
         assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { until: Some(_), .. })));
         assert_eq!(idle.books().resident(), 4, "it waits for what nobody needs");
-        keeper.books().give(4);
+        spare_holder.books().give(4);
         assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { until: None, .. })));
         assert_eq!(idle.books().resident(), 4);
         // One that is stopped gives nothing back.
-        keeper.books().try_take(4).unwrap();
+        spare_holder.books().try_take(4).unwrap();
         while idle.books().resident() > 0 {
             assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
         }
@@ -654,7 +658,7 @@ mod tests {
 
     /// Its priority is changed while it waits: its deadline follows as soon as it looks, and counts from when it began.
     #[test]
-    fn a_waiter_with_new_shares_reckons_anew() {
+    fn a_waiter_with_new_shares_has_a_new_deadline() {
         let page = page(4);
         let (mut holder, mut moves) = client(&page, 3);
         let (mut waiter, mut its_moves) = client(&page, 3);
@@ -674,7 +678,7 @@ mod tests {
         assert_eq!(waiter.phase(), Phase::Waiting);
     }
 
-    /// What is left of it is in nobody's way, and counts as what cannot move.
+    /// The granule that it could not release stays in the books, as one that cannot move.
     #[test]
     fn a_client_that_breaks_down_gives_back_what_it_can() {
         let page = page(4);
@@ -691,7 +695,7 @@ mod tests {
         assert_eq!(page.free().granules, 1);
     }
 
-    /// Its work did not end, and whoever wanted its room is gone: it runs on, and what it has was never touched.
+    /// Its work did not end, and the client that wanted its memory has left: it runs on, and its memory was not touched.
     #[test]
     fn a_drain_that_nobody_needs_any_more_is_given_up() {
         let page = page(4);
@@ -712,7 +716,7 @@ mod tests {
         assert_eq!((first.phase(), first.books().resident()), (Phase::Running, 3));
     }
 
-    /// As above, and somebody comes in between: it drains again, before anything is evicted.
+    /// As above, and another client asks for the GPU in between: it drains again before it evicts.
     #[test]
     fn a_drain_that_is_given_up_in_vain_begins_again() {
         let page = page(4);

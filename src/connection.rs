@@ -1,4 +1,4 @@
-//! A connection to the arbiter: finding it, deciding whether to believe it, and asking it one question.
+//! A connection to the arbiter: how a process finds it, decides whether to believe it, and asks it one question.
 
 use crate::map::MapError;
 use crate::runtime_dir;
@@ -29,28 +29,28 @@ pub enum RegisterError {
         path: PathBuf,
         /// How long, ns.
         waited: Nanos,
-        /// What the last try said.
+        /// The error of the last try.
         cause: Errno,
     },
-    /// The arbiter answered, with a reason.
+    /// The arbiter refused.
     #[error("the arbiter at {} refused: {text}", .path.display())]
     Refused {
         /// Its socket.
         path: PathBuf,
         /// The kind of refusal.
         status: Status,
-        /// Its sentence.
+        /// The reason, as the arbiter gives it.
         text: String,
     },
-    /// Something answered that is not our arbiter.
+    /// The answer is not one of an arbiter of this release.
     #[error("what answers at {} is not an nvshare arbiter of this release: {what}", .path.display())]
     Nonsense {
         /// The socket.
         path: PathBuf,
-        /// What was wrong with its answer.
+        /// What is wrong with the answer.
         what: String,
     },
-    /// Somebody else's arbiter, or whatever it is.
+    /// The process that listens there belongs to a user whom this process does not believe.
     #[error(
         "what answers at {} runs as user {user}, and this process, of user {}, believes an arbiter only if it runs as root, as its own user, or as the user to whom root has given that directory: somebody else may have put the socket there. Name another directory with NVSHARE_RUNTIME_DIR",
         .path.display(), nix::unistd::geteuid()
@@ -58,10 +58,10 @@ pub enum RegisterError {
     Stranger {
         /// The socket.
         path: PathBuf,
-        /// Who listens there.
+        /// The user of the process that listens there.
         user: u32,
     },
-    /// The page that came is not usable.
+    /// The page that the arbiter sent is not usable.
     #[error("the page that the arbiter at {} sent for {gpu} is not usable: {cause}", .path.display())]
     Page {
         /// The socket.
@@ -73,10 +73,10 @@ pub enum RegisterError {
     },
 }
 
-/// How long an arbiter that has accepted a connection may take to answer.
+/// How long an arbiter that has accepted a connection may take to answer, in seconds.
 const ANSWER_TIMEOUT: i64 = 5;
 
-/// Between two tries to reach an arbiter that is starting.
+/// The pause between two tries to reach an arbiter that is starting.
 pub(crate) const DIAL_AGAIN: Duration = Duration::from_millis(10);
 
 /// Connects to the arbiter, trying again until `timeout` is over.
@@ -90,39 +90,39 @@ pub fn dial(path: &Path, timeout: Duration) -> Result<OwnedFd, RegisterError> {
     loop {
         let fd =
             socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).map_err(fail)?;
-        // A stopped arbiter whose queue is full would keep us in `connect` for as long as it is stopped.
+        // Without a timeout, `connect` would wait for as long as an arbiter with a full queue is stopped.
         setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(ANSWER_TIMEOUT)).map_err(fail)?;
         match connect(fd.as_raw_fd(), &address) {
             Ok(()) => return believed(fd, path),
             Err(Errno::EINTR) => {}
             Err(cause) if now() - begin >= timeout.as_nanos() as Nanos => return Err(fail(cause)),
-            // The arbiter is starting: there is nothing to wait on before its socket exists.
+            // The arbiter may be starting. There is nothing to wait on before its socket exists, so this is a poll.
             Err(_) => std::thread::sleep(DIAL_AGAIN),
         }
     }
 }
 
-/// The connection, if who listens is one whom this process believes.
+/// The connection, if this process believes the user who listens.
 fn believed(fd: OwnedFd, path: &Path) -> Result<OwnedFd, RegisterError> {
     let stranger = |user| RegisterError::Stranger { path: path.to_owned(), user };
-    // Of whoever began to listen, as the kernel knows it.
+    // The kernel tells who began to listen.
     let user = getsockopt(&fd, sockopt::PeerCredentials).map_err(|_| stranger(u32::MAX))?.uid();
     let dir = path.parent().unwrap_or(Path::new("."));
     if runtime_dir::believes(dir, user) { Ok(fd) } else { Err(stranger(user)) }
 }
 
-/// Whether nobody is at the other end any more.
+/// Whether the other end is closed.
 pub(crate) fn has_ended(connection: &OwnedFd) -> bool {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     !matches!(recv(connection.as_raw_fd(), &mut [0], flags), Err(Errno::EAGAIN | Errno::EINTR) | Ok(1..))
 }
 
-/// What an arbiter answered.
+/// An arbiter's answer.
 pub(crate) struct Answer {
     pub(crate) reply: Box<Reply>,
     /// The descriptors that came with it: the page, and with a slot its life file.
     pub(crate) sent: Vec<OwnedFd>,
-    /// Over which it came.
+    /// The connection that it came over.
     pub(crate) connection: OwnedFd,
 }
 
@@ -150,8 +150,8 @@ pub(crate) fn talk(
 /// How a question to the arbiter ended.
 pub(crate) enum Response {
     Answered(Answer),
-    /// The other end closed without a word: it has ended. Should it have opened a slot already, its
-    /// successor gives out that one.
+    /// The other end closed without an answer: the arbiter has ended. If it has opened a slot already, the next arbiter gives
+    /// out the same slot.
     Hangup(Errno),
 }
 

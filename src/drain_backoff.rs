@@ -1,62 +1,63 @@
 //! How long a drain stands still before it lets the process's threads go on.
 //!
 //! Work that waits for a thread at the shut gate never ends, and from outside it looks like work that takes long. So the gate
-//! opens again after a while without progress, and is not shut again before the work that stood still has ended: until then
-//! nothing can be drained in any case. How long that took tells the two apart. What ends at once when threads go on was
-//! waiting for them, and a longer stand would have been no use; what goes on for seconds takes long by itself, and next
-//! time deserves twice that. Submissions meanwhile are few, by flow control.
+//! opens again after some time without progress, and is not shut again before the work that stood still has ended: until then
+//! nothing can be drained in any case. The time that this takes tells the two cases apart. Work that ends at once when threads
+//! go on was waiting for them, and a longer wait would have been useless. Work that goes on for seconds takes long by itself,
+//! and the next drain waits twice as long for it. Flow control keeps the submissions in the meantime few.
 //!
-//! A process that never is where it could be drained, such as one that launches with a lock held that its host functions
-//! take, loses a stand for each try. So tries that end at once become rare.
+//! Some processes can never be drained, such as one that launches work while it holds a lock that its host functions take.
+//! Each try costs such a process the time that the gate is shut. So after eight tries, the next ones become rare.
 
 use crate::units::{MILLISECOND, Nanos, SECOND};
 
-/// A drain stands still for so long at least. Drains are shorter, in a process whose work in flight is held to the drain
-/// target.
+/// The gate stays shut without progress for at least this long, in ns. In a process whose work in flight is limited to the
+/// drain target, drains take less.
 const SHORTEST: Nanos = 100 * MILLISECOND;
 
-/// And at most so long.
+/// The gate stays shut without progress for at most this long, in ns.
 const LONGEST: Nanos = 60 * SECOND;
 
-/// So many tries follow one another at once.
+/// So many tries follow each other without a pause.
 const QUICK_TRIES: u32 = 8;
 
-/// The next ones follow after a time that doubles from this one,
+/// The pause before the next try, in ns. It doubles with each further try,
 const FIRST_REST: Nanos = 8 * MILLISECOND;
-/// as often as this: a second.
+/// up to this many times: to a second.
 const RESTS: u32 = 7;
 
-/// What is known of one drain.
+/// What is known of one client's drain, over all its tries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DrainBackoff {
-    /// What a drain may take by all that was known when it began.
+    /// What a drain may take by all that was known when it began, in ns.
     least: Nanos,
-    /// Stands still at most so long.
+    /// How long the gate stays shut without progress, in ns.
     stand: Nanos,
     tries: u32,
 }
 
 impl DrainBackoff {
-    /// Of a drain that should take `target` at most, and takes `foreseen` by what the process's work took before, ns.
+    /// For a drain that should take at most `target` ns, and is expected to take `foreseen` ns by what the process's work has
+    /// taken before.
     pub fn new(target: Nanos, foreseen: Nanos) -> Self {
         let mut patience = Self { least: 0, stand: 0, tries: 0 };
         patience.foresee(target, foreseen);
         patience
     }
 
-    /// A new try: what is in flight is foreseen to take so long.
+    /// A new try begins, and the work in flight is expected to take `foreseen` ns.
     pub fn foresee(&mut self, target: Nanos, foreseen: Nanos) {
         self.least = SHORTEST.max(target.saturating_mul(2)).saturating_add(foreseen.saturating_mul(2));
         self.least = self.least.min(LONGEST);
         self.stand = self.stand.max(self.least);
     }
 
-    /// How long the gate stays shut while threads stand before it and nothing is seen to end, ns.
+    /// How long the gate stays shut while threads stand before it and no work is seen to end, in ns.
     pub fn stand(&self) -> Nanos {
         self.stand
     }
 
-    /// Threads go on. How long they do at least, ns.
+    /// The drain is paused and threads go on. Returns for how long at least, in ns.
     pub fn pause(&mut self) -> Nanos {
         self.tries = self.tries.saturating_add(1);
         match self.tries.checked_sub(QUICK_TRIES) {
@@ -65,7 +66,7 @@ impl DrainBackoff {
         }
     }
 
-    /// What stood still has ended, so long after threads went on, ns.
+    /// The work that stood still has ended, `took` ns after threads went on.
     pub fn ended(&mut self, took: Nanos) {
         self.stand = took.saturating_mul(2).clamp(self.least, LONGEST);
     }

@@ -1,4 +1,4 @@
-//! The gate: threads that submit GPU work pass it, and memory moves only while it is shut.
+//! The gate: threads pass it to submit GPU work, and memory moves only while it is shut.
 //!
 //! Each thread has a *lane*, a counter of its own that is odd while the thread is inside. To enter, it
 //! makes its counter odd and then looks at the gate; to shut, the engine shuts the gate and then looks
@@ -8,29 +8,30 @@
 //! ([`crate::sync::light_barrier`]): entering costs two stores and two loads to memory that no other
 //! thread writes, no lock, no fence and no system call.
 //!
-//! Leaving is the same argument once more: the thread makes its counter even and then looks whether
-//! somebody is shutting the gate and sleeps on the counter.
+//! The same argument holds for leaving: the thread makes its counter even and then looks whether the gate is shut, because then
+//! the engine may be asleep on the counter and must be woken.
 //!
-//! A lane outlives its thread and becomes the next thread's: there are as many as threads were alive at a time. The
-//! engine may still look at it after it changed hands, and waits for whoever is inside, as it should.
+//! A lane outlives its thread and is given to the next new thread, so there are as many lanes as threads were alive at a
+//! time. The engine may look at a lane that has changed hands meanwhile; it then waits for the thread that has it now, which
+//! is right, because that thread may be inside too.
 //!
-//! Whoever shuts the gate may find that those inside do not come out, or that the work submitted before does not end,
-//! because one waits for a thread that stands before the gate. Then it opens the gate again, having moved nothing, and
-//! tries later: so it waits for those inside only until a time ([`Gate::vacated`]).
+//! The engine shuts the gate and may find that a thread inside does not come out, or that work submitted before does not end,
+//! because it waits for a thread that stands before the gate. Then the engine opens the gate again, without having moved
+//! anything, and tries later. So it waits for the threads inside only until a given time ([`Gate::vacated`]).
 
 use crate::sync::{
-    Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, now, park, park_until,
+    Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, lock, now, park, park_until,
     register_barriers, unpark_all,
 };
 use crate::units::Nanos;
 
-/// A bit of the gate's state: it is open.
+/// In the gate's state: the gate is open.
 const OPEN: u32 = 1;
-/// And another: whoever wants in is to keep the pace first. [`Gate::try_enter`] says no, so that those
-/// who pass an open gate pay nothing for it. It can be set while the gate is shut, so that nobody is in before.
+/// In the gate's state: a thread that wants in keeps the pace first. [`Gate::try_enter`] refuses then, so that the limit costs
+/// nothing while it is not set. It can be set while the gate is shut, so that no thread is in before.
 const LIMITED: u32 = 2;
-/// And another, for ever: there is nothing to guard any more, and whoever goes in has an error to tell. The fast way in is
-/// closed then, and the slow one open, so that nobody misses it and nobody waits.
+/// In the gate's state, for ever: the process's engine has failed. [`Gate::try_enter`] refuses and [`Gate::enter`] lets every
+/// thread in at once, so that each sees the failure and returns an error to the application.
 const FAILED: u32 = 4;
 
 fn is_open(state: u32) -> bool {
@@ -41,7 +42,8 @@ fn has_failed(state: u32) -> bool {
     state & FAILED != 0
 }
 
-/// One thread's announcement: odd while it is inside. Padded, because it is written all the time.
+/// One thread's announcement: a counter that is odd while the thread is inside. On cache lines of its own, because it is
+/// written at every call.
 #[repr(align(128))]
 pub struct Lane {
     passes: AtomicU32,
@@ -61,7 +63,7 @@ impl Lane {
 #[derive(Default)]
 struct Lanes {
     all: Vec<Arc<Lane>>,
-    /// Those of threads that have ended.
+    /// The lanes of threads that have ended.
     free: Vec<Arc<Lane>>,
 }
 
@@ -80,14 +82,14 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// A gate that is shut, with nobody inside: nothing runs before the client is admitted.
+    /// A gate that is shut, with no thread inside: nothing runs before the client is admitted.
     pub fn new() -> Self {
         register_barriers();
         Self { state: AtomicU32::new(0), waiting: AtomicU32::new(0), lanes: Mutex::new(Lanes::default()) }
     }
 
     fn lanes(&self) -> MutexGuard<'_, Lanes> {
-        self.lanes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.lanes)
     }
 
     /// A lane for a new thread.
@@ -101,16 +103,17 @@ impl Gate {
         lane
     }
 
-    /// The lane's thread ends: another one may have the lane. Only the lane's own thread may call it.
+    /// Gives a lane back, because its thread ends; another thread may get it. Only the lane's own thread may call it.
     pub fn retire(&self, lane: Arc<Lane>) {
         if lane.inside() {
-            // The thread was ended in the middle of a call. Nobody waits for it for ever.
+            // The thread was ended in the middle of a call. Without this, the engine would wait for it for ever.
             self.leave(&lane);
         }
         self.lanes().free.push(lane);
     }
 
-    /// Goes in if the gate is open and nobody limits who passes. Only the lane's own thread may call it, from outside.
+    /// Goes in if the gate is open and not [limited](Gate::limit); false if not. Only the lane's own thread may call it,
+    /// from outside.
     #[inline]
     pub fn try_enter(&self, lane: &Lane) -> bool {
         self.enter_if(lane, |state| state == OPEN)
@@ -128,8 +131,8 @@ impl Gate {
         false
     }
 
-    /// Goes in, waiting until the gate opens; `wake_engine` is called before each wait, to tell the engine
-    /// that somebody wants in, and `keep_pace` before it goes into a gate that is limited.
+    /// Goes in, and waits until the gate opens. Before each wait it calls `wake_engine`, which tells the engine that a thread
+    /// wants in; before it goes into a gate that is limited, it calls `keep_pace`.
     pub fn enter(&self, lane: &Lane, keep_pace: impl Fn(), wake_engine: impl Fn()) {
         let mut paced = false;
         loop {
@@ -148,7 +151,7 @@ impl Gate {
             wake_engine();
             park(&self.state, state);
             self.waiting.fetch_sub(1, Ordering::AcqRel);
-            // That was the pace of the slice that is over.
+            // It kept the pace of the slice that is over.
             paced = false;
         }
     }
@@ -165,15 +168,15 @@ impl Gate {
         }
     }
 
-    /// Lets nobody in from now on, until [`Gate::open`], and does not wait for those inside. Whoever calls it and then
-    /// submits work is already held.
+    /// Shuts the gate until [`Gate::open`]. Does not wait for the threads inside ([`Gate::vacated`] does).
     pub fn close(&self) {
         if !has_failed(self.state.fetch_and(!OPEN, Ordering::SeqCst)) {
             heavy_barrier();
         }
     }
 
-    /// Waits until nobody is inside a gate that is [closed](Gate::close), or until the time `until`; true if nobody is.
+    /// Waits until no thread is inside a gate that was [closed](Gate::close), or until the time `until` (CLOCK_MONOTONIC ns).
+    /// True if no thread is inside.
     pub fn vacated(&self, until: Nanos) -> bool {
         let lanes = self.lanes().all.clone();
         // A lane that is made after this look belongs to a thread that will find the gate shut.
@@ -192,19 +195,19 @@ impl Gate {
         true
     }
 
-    /// Opens the gate, and wakes whoever stands before it. All memory is in place.
+    /// Opens the gate, and wakes the threads that stand before it. All memory is in place (I2).
     pub fn open(&self) {
         self.state.fetch_or(OPEN, Ordering::Release);
         unpark_all(&self.state);
     }
 
-    /// Lets everybody in from now on, by the slow way, to be told of an error.
+    /// Lets every thread in from now on, by [`Gate::enter`], to be told of an error. It cannot be taken back.
     pub fn fail(&self) {
         self.state.fetch_or(FAILED, Ordering::SeqCst);
         unpark_all(&self.state);
     }
 
-    /// Has everybody keep the pace who goes in from now on, or once the gate opens.
+    /// From now on, or once the gate opens, a thread keeps the pace before it goes in.
     pub fn limit(&self) {
         self.state.fetch_or(LIMITED, Ordering::AcqRel);
     }
@@ -214,12 +217,12 @@ impl Gate {
         self.state.fetch_and(!LIMITED, Ordering::AcqRel);
     }
 
-    /// Whether the gate is open, and whoever goes in keeps the pace.
+    /// Whether the gate is open and [limited](Gate::limit).
     pub fn is_limited(&self) -> bool {
         self.state.load(Ordering::Relaxed) == OPEN | LIMITED
     }
 
-    /// Whether the gate is open.
+    /// Whether the gate lets threads in: it is open, or has [failed](Gate::fail).
     pub fn is_open(&self) -> bool {
         is_open(self.state.load(Ordering::Acquire))
     }
@@ -229,8 +232,8 @@ impl Gate {
         self.waiting.load(Ordering::Acquire)
     }
 
-    /// How often threads have gone in, all together, modulo 2^32: whether anything was submitted
-    /// between two looks.
+    /// A number that changes when a thread goes in or comes out: the sum of all lanes' counters, modulo 2^32. It tells whether
+    /// anything was submitted between two looks.
     pub fn passes(&self) -> u32 {
         self.lanes().all.iter().fold(0, |sum, lane| sum.wrapping_add(lane.passes.load(Ordering::Relaxed)))
     }

@@ -1,14 +1,14 @@
 //! A bound on log lines that a stranger can cause.
 //!
-//! The first few of a kind are logged, the rest of that time is counted, and the count is logged. Whoever causes them
-//! cannot fill a disk, and whoever reads the log still learns what happens and how often.
+//! In each [`WINDOW`], the first five lines of a kind are logged, the others are counted, and the count is logged. So
+//! strangers cannot fill a disk, and the log still tells what happens and how often.
 
 use crate::units::{Nanos, SECOND};
 
-/// Lines of a kind that are logged in a [`WINDOW`].
+/// How many lines of a kind are logged in a [`WINDOW`].
 const LINES: u32 = 5;
 
-/// The time over which they are counted.
+/// The time over which lines are counted, in ns.
 pub const WINDOW: Nanos = 5 * SECOND;
 
 /// The lines of one kind.
@@ -20,7 +20,7 @@ pub struct LogLimit {
 }
 
 impl LogLimit {
-    /// Whether a line may be logged now.
+    /// Whether a line may be logged at the time `time` (ns). Counts it if not.
     pub fn allows(&mut self, time: Nanos) -> bool {
         if self.logged == 0 || time.saturating_sub(self.began) >= WINDOW {
             (self.began, self.logged) = (time, 0);
@@ -33,13 +33,14 @@ impl LogLimit {
         true
     }
 
-    /// How many lines were not logged, once that time is over; then it is counted anew.
+    /// How many lines were not logged, if the window is over at the time `time` (ns); the count begins anew. `None`: none, or the
+    /// window is not over.
     pub fn suppressed(&mut self, time: Nanos) -> Option<u64> {
         let over = self.suppressed > 0 && time.saturating_sub(self.began) >= WINDOW;
         over.then(|| std::mem::take(&mut self.suppressed))
     }
 
-    /// When [`suppressed`](Self::suppressed) will have something to tell, if it will.
+    /// When [`suppressed`](Self::suppressed) will return a number, ns. `None` if no line has been suppressed.
     pub fn due(&self) -> Option<Nanos> {
         (self.suppressed > 0).then_some(self.began + WINDOW)
     }

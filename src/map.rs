@@ -1,14 +1,14 @@
-//! The mapped page: one of the two edges where this project is unsafe.
+//! The mapped page. This is one of the two places where this project needs `unsafe`; the other is the CUDA ABI.
 //!
 //! **Why it is sound.** A mapping is shared with processes that may write anything at any time. Rust
-//! allows that for atomics and for nothing else, so [`Page`] consists of atomics alone, and of padding
-//! that is typed as changeable and never touched. Every bit pattern is a valid `AtomicU32` or
+//! allows that for atomics and for nothing else, so [`Page`] consists of atomics, and of padding in an `UnsafeCell` that nothing
+//! reads or writes. Every bit pattern is a valid `AtomicU32` or
 //! `AtomicU64`. The mapping is page-aligned, so every field is aligned, and its length is checked
 //! against the file's before mapping. What is left is a file that shrinks under the mapping: an access then raises
 //! SIGBUS. Pages are in memory whose size is sealed ([`crate::sealed`]), and a client takes no other
 //! ([`crate::register`]).
 //!
-//! Whoever only looks has a descriptor that only reads. Its mapping can only be read too: a store into it is a fault.
+//! A process that only looks has a read-only descriptor. Its mapping is read-only, too: a store into it is a fault.
 
 use crate::page::{PAGE_BYTES, Page, PageError};
 use crate::sealed;
@@ -26,7 +26,7 @@ pub struct MappedPage {
     mapping: Arc<MmapRaw>,
 }
 
-/// Makes a page in sealed memory: an empty pool of `capacity` granules.
+/// Makes a page in sealed memory, with a pool of `capacity` free granules.
 ///
 /// # Errors
 /// There is no memory for it, or the kernel will not map it.
@@ -43,7 +43,7 @@ pub enum MapError {
     /// The kernel refused.
     #[error("the kernel would not map it: {0}")]
     Io(#[from] io::Error),
-    /// It is no page, or another release's.
+    /// It is not a page of this layout.
     #[error(transparent)]
     Page(#[from] PageError),
 }
@@ -96,8 +96,8 @@ impl Deref for MappedPage {
     }
 }
 
-/// Overwrites a page with words of the caller's: what a hostile or broken process can do. For tests
-/// of every reader; the words go round until the page is full.
+/// Overwrites a whole page with these words, again and again until it is full. For tests of its readers: a hostile or broken
+/// process can do the same.
 pub fn scribble(page: &Page, words: &[u64]) {
     use crate::sync::{AtomicU64, Ordering};
     if words.is_empty() {

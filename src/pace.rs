@@ -1,85 +1,86 @@
-//! The pace of one queue of work: how much of it may be in flight, so that a drain is short and the GPU never waits.
+//! The pace of one queue of work: how much work may be in flight, so that a drain is short and the GPU never waits.
 //!
-//! A queue does its work in order. Whoever submits to it asks ([`Pace::next`]); *markers* in the queue tell how far the GPU has
-//! got. This knows no driver: a marker is whatever can say that it is past ([`Marker`]).
+//! A queue does its work in order. A thread asks before it submits to the queue ([`Pace::next`]); *markers* in the queue tell
+//! how far the GPU has got. This module knows no driver: a marker is anything that can say that the GPU has passed it
+//! ([`Marker`]).
 //!
 //! ```text
-//!   done            marks: the work up to here is done, when the GPU says so          submitted
+//!   done            markers: the work up to here is done, once the GPU has passed      submitted
 //!    │──────|──────|──────|──────|──────|──────|──────|──────|──────|──────|───────────────│
-//!    └─────────── backlog: so many submissions, times what each has taken of late ─────────┘
+//!    └──────── backlog: submissions in flight, times what each has taken lately ───────────┘
 //!           at most the drain target, and what is left of the slice until it can end
 //! ```
 //!
-//! A mark is an event in the queue behind all its work so far, so graphs and copies need nothing of their own, and no stream
-//! waits for another that would not have without. There are about sixteen in a full backlog. What a submission takes is the
-//! GPU's own time between two marks, over the submissions between them; it counts if the second mark was in the queue before
-//! the GPU came to the first, so that it was never without work meanwhile, and the longest of the last few does. Else it says
-//! only that they took no longer. (When somebody *sees* that marks have passed says nothing: they may be seen together that
-//! passed a second apart.) Only the GPU's progress is looked at: an application that waits for the GPU, however long and
-//! however often, is one with a small backlog.
+//! A marker is an event in the queue behind all its work so far. So graphs and copies need no markers of their own, and no
+//! stream waits for another that would not have waited without. A full backlog has about sixteen markers.
 //!
-//! Whoever would make the backlog too long waits until half of it is done, or, of one that is mostly a single kernel,
-//! most of it: the GPU still has work then. A kernel that is submitted when the backlog in front of it is within the
-//! bound ends at most its own length after it, so a drain takes at most the target and one kernel.
+//! The cost of a submission is the GPU's own time between two markers, divided by the number of submissions between them. The
+//! estimate is the longest of the last four. It takes a measurement only if the second marker was in the queue before the GPU
+//! came to the first: then the GPU had work all the time. Without that, the measurement is only an upper bound. Observation
+//! times are not used, because markers that were completed a second apart may be observed together. Only the GPU's progress
+//! matters: an application that waits for the GPU has a small backlog, however long and however often it waits.
 //!
-//! Work may wait for work that is yet to be submitted (a collective on several GPUs, a stream that waits for a value), and
-//! then nothing passes while everybody is held. So whoever has seen no progress for a second goes all the same, and each second
-//! after that twice as many.
+//! A thread that would make the backlog too long waits until half of it is done, or most of it if it is mostly a single kernel:
+//! the GPU still has work then. A kernel that is submitted while the backlog in front of it is within the bound ends at most
+//! its own length after that backlog, so a drain takes at most the target and one kernel.
+//!
+//! Work may wait for work that is yet to be submitted (a collective on several GPUs, a stream that waits for a value). Then no
+//! marker passes while all threads are held. So a thread that has seen no progress for a second submits all the same, and
+//! each second after that twice as many submissions pass.
 
 use crate::units::{MILLISECOND, Nanos};
 use std::collections::VecDeque;
 
-/// Parts of a full backlog between two marks.
+/// A full backlog has this many markers.
 const PARTS: u64 = 16;
 
-/// The most marks that are looked at.
+/// The most markers in flight.
 const MOST_MARKS: usize = 64;
 
-/// The most submissions without a mark: as many as the driver takes before it has a thread wait (about a thousand,
-/// seen on an H100).
+/// The most submissions between two markers: as many as the driver takes before it makes a thread wait (about a thousand,
+/// measured on an H100).
 const MOST_UNMARKED: u64 = 1024;
 
-/// Submissions between two looks at the clock.
+/// The most submissions between two looks at the clock.
 const MOST_CREDIT: u64 = 16;
 
-/// Submissions that may be in flight while nobody knows how long one takes. Never one: the GPU would wait for the client
-/// after each.
+/// Submissions that may be in flight while their cost is unknown. With one, the GPU would wait for the client after each.
 const UNKNOWN: u64 = 2;
 
-/// Submissions that may be in flight for each that is done in this slice, before what was known of them is believed.
+/// Submissions that may be in flight for each that is done in this slice ([`Pace::window`]).
 const CONFIRMED: u64 = 2;
 
-/// So many targets without progress, beyond twice what was foreseen, and some submissions go all the same. Longer than most
-/// kernels take, of which nobody knows yet that they are long.
+/// In drain targets: after this long without progress, beyond twice the expected time, some submissions pass all the same. It
+/// is longer than most kernels whose length is not known yet.
 const STALL_TIMEOUT: u64 = 20;
 
-/// At most so many at a time go all the same, as a power of two: as many as the driver takes.
+/// The most submissions that pass at a time without progress, as a power of two: as many as the driver takes.
 const MOST_STALL_BYPASS: u32 = 10;
 
-/// How often somebody who waits looks at least, ns, of a backlog that nobody knows.
+/// How often a waiting thread looks while the cost is unknown, in ns.
 const POLL_INTERVAL: Nanos = MILLISECOND / 2;
 
-/// A moment in the submitted work that the GPU comes to.
+/// A place in the submitted work that the GPU passes.
 pub trait Marker {
-    /// Whether it has.
+    /// Whether the GPU has passed it.
     fn is_past(&self) -> bool;
 
-    /// The GPU's time since an earlier one, ns, if both are past and there is telling.
+    /// The GPU's time since it passed an earlier marker, in ns, if it has passed both and can tell.
     fn since(&self, earlier: &Self) -> Option<Nanos>;
 }
 
-/// What somebody who wants to submit does.
+/// What a thread that wants to submit does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
     /// Submits.
     Go,
-    /// Marks the work so far, says so with [`Pace::marked`], and asks again.
+    /// Puts a marker behind the work so far, hands it over with [`Pace::marked`], and asks again.
     Mark,
-    /// Waits, at most until this time, ns, and asks again.
+    /// Waits at most until this time (CLOCK_MONOTONIC ns), and asks again.
     Wait(Nanos),
 }
 
-/// What a submission took in the last few stretches of work, ns.
+/// What a submission has taken in the last four stretches of work, in ns.
 #[derive(Debug, Clone, Copy)]
 pub struct CostEstimate {
     last: [Nanos; 4],
@@ -88,16 +89,15 @@ pub struct CostEstimate {
 }
 
 impl CostEstimate {
-    /// Of work that nobody has seen yet.
+    /// The estimate before any measurement.
     pub const UNKNOWN: Self = Self { last: [0; 4], next: 0, known: false };
 
-    /// The longest of them.
+    /// The longest of them, in ns, at least 1. `None` before any measurement.
     pub fn get(&self) -> Option<Nanos> {
         self.known.then(|| self.last.iter().copied().max().unwrap_or(0).max(1))
     }
 
-    /// So many took so long. If the GPU may have been without work for a part of that, it says only that they took no
-    /// longer.
+    /// `count` submissions took `took` ns together. Unless the GPU was `busy` all that time, that is only an upper bound.
     fn observe(&mut self, count: u64, took: Nanos, busy: bool) {
         let each = took / count;
         if busy && self.known {
@@ -110,47 +110,48 @@ impl CostEstimate {
     }
 }
 
-/// Work between two marks.
+/// The work between two markers.
 struct Stretch<M> {
-    /// Submissions up to its end.
+    /// Submissions up to its end, from the beginning of the slice.
     count: u64,
-    /// At its end.
+    /// The marker at its end.
     mark: M,
     /// All of it was in the queue before the GPU came to its beginning.
     busy: bool,
 }
 
-/// The pace at which a process submits to a queue, while its slice can end.
+/// The pace at which a process submits to one queue, while its slice can end.
 pub struct Pace<M> {
+    /// The drain target, in ns.
     target: Nanos,
-    /// When its slice can end, ns.
+    /// When the slice can end, CLOCK_MONOTONIC ns.
     until: Nanos,
     submitted: u64,
     marks: VecDeque<Stretch<M>>,
     marked_at: Nanos,
-    /// Submissions that are done, and when that was seen.
+    /// Submissions that are done, and when that was observed.
     done: u64,
     done_at: Nanos,
-    /// When somebody last looked what is done, ns.
+    /// When a thread last looked how far the GPU is, ns.
     looked_at: Nanos,
-    /// The last mark that has passed, and with it what was in flight before anybody counted.
+    /// The last marker that the GPU has passed. The first one ends the work that was in flight before the count began.
     last: Option<M>,
-    /// The beginning is marked: the end of what was in flight before.
+    /// The first marker is in the queue, behind the work that was in flight before.
     begun: bool,
     cost: CostEstimate,
-    /// Submissions that may go without another look.
+    /// Submissions that may pass without another look.
     credit: u64,
     /// The backlog was too long, and is not yet short enough.
     held: bool,
-    /// Since when somebody waits and nothing has passed, ns.
+    /// Since when a thread waits and no marker has passed, ns.
     stuck: Option<Nanos>,
-    /// How often some went nevertheless since the last progress.
+    /// How often submissions have passed without progress, since the last progress.
     stall_bypass: u32,
 }
 
 impl<M: Marker> Pace<M> {
-    /// Of a queue that may have work in flight already, nobody knows how much. What a submission takes is known from
-    /// before, if it is.
+    /// For a queue that may have an unknown amount of work in flight already, from the time `time` on (ns). `target` is the
+    /// drain target in ns, `until` the time at which the slice can end, and `cost` what an earlier pace has measured.
     pub fn new(target: Nanos, until: Nanos, cost: CostEstimate, time: Nanos) -> Self {
         Self {
             target,
@@ -171,12 +172,12 @@ impl<M: Marker> Pace<M> {
         }
     }
 
-    /// What its submissions have taken.
+    /// The present estimate of a submission's cost.
     pub fn cost(&self) -> CostEstimate {
         self.cost
     }
 
-    /// The slice can end at another time, ns.
+    /// Sets the time at which the slice can end, ns.
     pub fn limit(&mut self, until: Nanos) {
         if until != self.until {
             self.until = until;
@@ -184,20 +185,20 @@ impl<M: Marker> Pace<M> {
         }
     }
 
-    /// All that it submitted is done. What is known of a submission now, which is most for long ones: perhaps they were
-    /// all in the queue together.
+    /// All submissions are done at the time `time` (ns): returns the estimate after a last look. (For long submissions that look matters most, because
+    /// they may all have been in the queue together.)
     pub fn drained(mut self, time: Nanos) -> CostEstimate {
         self.look(time);
         self.cost
     }
 
-    /// How long the backlog may be, ns. An eighth less than what is asked for, for what is not foreseen.
+    /// How long the backlog may be, in ns: an eighth less than the target, as a margin, and the time until the slice can end.
     fn bound(&self, time: Nanos) -> Nanos {
         (self.target - self.target / 8).saturating_add(self.until.saturating_sub(time))
     }
 
-    /// Whether nobody need look what is done, which the driver takes a microsecond to say: little is in flight in any case,
-    /// and it was looked at not long ago.
+    /// Whether a look at the markers can be left out, which costs a microsecond in the driver: little is in flight in any case,
+    /// and the last look was not long ago.
     fn at_ease(&self, time: Nanos) -> bool {
         let bound = self.bound(time);
         let little = |each| self.backlog(each, time) <= bound / 2 && self.left() > 0;
@@ -207,12 +208,12 @@ impl<M: Marker> Pace<M> {
             && self.cost.get().is_some_and(little)
     }
 
-    /// Sees what is done.
+    /// Looks which markers the GPU has passed, at the time `time` (ns), and measures.
     pub fn look(&mut self, time: Nanos) {
         self.looked_at = time;
         while self.marks.front().is_some_and(|stretch| stretch.mark.is_past()) {
             let Some(Stretch { count, mark, busy }) = self.marks.pop_front() else { return };
-            // The first has waited for what was in flight before.
+            // The first marker waited for work that was not counted.
             if let Some(last) = &self.last
                 && count > self.done
             {
@@ -224,8 +225,9 @@ impl<M: Marker> Pace<M> {
         }
     }
 
-    /// How long the GPU has work for, ns, if each submission takes so long. The stretch that is under way counts less with time,
-    /// but not less than nothing: it may take longer than foreseen, and what is behind it has not begun.
+    /// For how long the GPU has work, in ns, if each submission takes `each` ns. The stretch that is under way counts for less
+    /// as time passes, but never for less than nothing: it may take longer than expected, and the work behind it has not
+    /// begun.
     pub fn backlog(&self, each: Nanos, time: Nanos) -> Nanos {
         let first = self.marks.front().map_or(self.submitted, |stretch| stretch.count);
         let under_way =
@@ -233,7 +235,7 @@ impl<M: Marker> Pace<M> {
         under_way.saturating_add((self.submitted - first).saturating_mul(each))
     }
 
-    /// What a submission does now. [`Admission::Go`] counts it.
+    /// What a thread that wants to submit does, at the time `time` (ns). [`Admission::Go`] counts the submission.
     pub fn next(&mut self, time: Nanos) -> Admission {
         if self.has_credit() {
             return Admission::Go;
@@ -242,7 +244,8 @@ impl<M: Marker> Pace<M> {
             self.look(time);
         }
         if !self.begun {
-            // Else nobody would know what the first took, and in a slice of two or three kernels ever know anything.
+            // Without a marker at the beginning, the cost of the first stretch could not be measured; in a slice of two or
+            // three kernels there may be no other.
             return self.mark(time);
         }
         let unmarked = self.submitted - self.last_marked();
@@ -256,7 +259,7 @@ impl<M: Marker> Pace<M> {
         let bound = self.bound(time);
         let window = self.window();
         let part = (bound / PARTS / each).min(window / 2).clamp(1, MOST_UNMARKED);
-        // After some time anyway: what was thought to be quick may be slow.
+        // Also after some time: submissions that were quick may have become slow.
         let late = unmarked > 0 && time.saturating_sub(self.marked_at) >= bound / PARTS;
         if (unmarked >= part || late) && self.marks.len() < MOST_MARKS {
             return self.mark(time);
@@ -279,14 +282,15 @@ impl<M: Marker> Pace<M> {
         self.go()
     }
 
-    /// Submissions that may be in flight, however quick they are thought to be. What was quick in the last slice may be
-    /// slow in this one, a thousand of them are launched before the first is done, and a drain waits for all: so what is
-    /// in flight doubles as it is seen to get done, as a connection's window does after it was idle (RFC 5681, slow start).
+    /// Submissions that may be in flight, however small the estimate is. Submissions that were quick in the last slice may be
+    /// slow in this one, a thousand can be launched before the first is done, and a drain waits for all of them. So the number
+    /// in flight doubles as submissions are seen to get done, as a connection's window does after it was idle (RFC 5681, slow
+    /// start).
     fn window(&self) -> u64 {
         UNKNOWN.max(self.done.saturating_mul(CONFIRMED))
     }
 
-    /// What may be submitted of that.
+    /// How many more may be submitted within the [window](Pace::window).
     fn left(&self) -> u64 {
         self.window().saturating_sub(self.submitted - self.done)
     }
@@ -296,7 +300,7 @@ impl<M: Marker> Pace<M> {
         Admission::Mark
     }
 
-    /// Whether a submission may go without a look at anything. Counts it.
+    /// Whether a submission may pass without a look at the clock or the markers. Counts it if so.
     pub fn has_credit(&mut self) -> bool {
         let has = self.credit > 0;
         if has {
@@ -306,8 +310,8 @@ impl<M: Marker> Pace<M> {
         has
     }
 
-    /// Waits, or goes all the same, and others with it, twice as many each time: what the GPU waits for may come after a
-    /// thousand more. What is under way was foreseen to take so long, ns.
+    /// Waits, or passes without progress, and with it twice as many submissions each time: the one that the GPU waits for may
+    /// come after a thousand others. The stretch under way is expected to take `foreseen` ns.
     fn wait(&mut self, time: Nanos, until: Nanos, foreseen: Nanos) -> Admission {
         let since = *self.stuck.get_or_insert(time);
         let patience = (STALL_TIMEOUT * self.target).saturating_add(2 * foreseen);
@@ -325,28 +329,30 @@ impl<M: Marker> Pace<M> {
         Admission::Go
     }
 
-    /// So many were submitted when they were asked for the mark; `mark` is behind them.
+    /// Hands over a marker that is in the queue behind the first `count` submissions.
     pub fn marked(&mut self, count: u64, mark: M) {
-        // Asked of the pace of an earlier slice, perhaps.
+        // The thread may have been asked by the pace of an earlier slice.
         let count = count.min(self.submitted);
         if count > self.last_marked() || !self.begun {
             self.begun = true;
-            // Asked after the mark was made: what is not past now was not when its work was in the queue.
+            // The marker is in the queue by now. If the GPU has not passed the marker before it yet, all work between the two
+            // was in the queue before the GPU came to it.
             let busy = self.marks.back().is_some_and(|before| !before.mark.is_past());
             self.marks.push_back(Stretch { count, mark, busy });
         }
     }
 
-    /// Submissions up to the last mark, which may have passed.
+    /// Submissions up to the last marker, passed or not.
     fn last_marked(&self) -> u64 {
         self.marks.back().map_or(self.done, |stretch| stretch.count)
     }
 
-    /// Submissions so far.
+    /// Submissions since the beginning of the slice.
     pub fn submitted(&self) -> u64 {
         self.submitted
     }
 }
 
-#[cfg(test)]
+// Not under Miri: this module has no unsafe code and no atomics, and its tests simulate seconds of a GPU, which takes Miri hours.
+#[cfg(all(test, not(miri)))]
 mod tests;

@@ -1,14 +1,36 @@
-//! The control page: one per GPU, in shared memory, mapped by everyone.
+//! The control page: one for each GPU, in shared memory, mapped by everyone.
 //!
-//! Fixed layout, little-endian, atomics only. Anybody who maps the page may write anything into it at
-//! any moment, so no reader trusts a value: counts are masked to their bounds, enums are parsed,
-//! indices come out of [`SlotIndex::new`]. Every access is atomic, so a hostile writer can cause wrong
-//! numbers and never undefined behaviour.
+//! Anybody who maps the page may write anything into it at any moment. So no reader trusts a value: counts are bounded, enums
+//! are decoded so that every word is one of them, and an index comes out of [`SlotIndex::new`]. Every access is atomic, so a
+//! hostile writer can cause wrong numbers and never undefined behaviour.
 //!
-//! A slot keeps apart, a pair of cache lines each, what the arbiter writes, what the owner writes and
-//! what others write: a doorbell that rings does not slow the owner's own words.
+//! | file | what it holds |
+//! |---|---|
+//! | `layout` | the words and their places |
+//! | `phase`, `stall` | what a client is doing, and why it cannot give way |
+//! | `settings` | what the operator decides |
+//! | `bandwidth` | the link's average |
+//! | `shares` | a client's weight, priority and memory limit, as they stand in its row |
+//!
+//! The functions of [`Page`] that belong to one part of the protocol are with that part: [`crate::pool`], [`crate::lock`],
+//! [`crate::audit`], [`crate::snapshot`].
 
-use crate::account::{Account, Free};
+mod bandwidth;
+mod layout;
+mod phase;
+mod settings;
+mod shares;
+mod stall;
+
+pub use bandwidth::{DEFAULT_BANDWIDTH, Direction};
+pub use layout::{
+    ForeignMemory, Header, LAYOUT_VERSION, Line, MAGIC, NAME_BYTES, OwnWords, PAGE_BYTES, Page, Slot,
+};
+pub use phase::Phase;
+pub use settings::{Quantum, Settings};
+pub use stall::Stall;
+
+use crate::account::Free;
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND, Nanos, SECOND};
@@ -395,7 +417,7 @@ pub const PAGE_BYTES: usize = size_of::<Page>();
 /// Why a mapped file is not a page that this program can use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PageError {
-    /// Too short to hold even the identity.
+    /// The file is shorter than a page.
     #[error(
         "it has {found} bytes and a control page of layout {LAYOUT_VERSION} has {PAGE_BYTES}; it was truncated or is some other file"
     )]
@@ -403,15 +425,15 @@ pub enum PageError {
         /// Bytes found.
         found: u64,
     },
-    /// Something else altogether.
+    /// It does not begin with [`MAGIC`].
     #[error(
         "it does not begin with nvshare's magic (found {found:#018x}); it is not a control page, or it was overwritten"
     )]
     Magic {
-        /// What stands there.
+        /// The first eight bytes.
         found: u64,
     },
-    /// Another release wrote it.
+    /// A release with another layout wrote it.
     #[error(
         "it has layout version {found} and this program has {LAYOUT_VERSION}; run the same nvshare release on both sides, and restart the arbiter after an update"
     )]
@@ -419,7 +441,7 @@ pub enum PageError {
         /// The page's version.
         found: u32,
     },
-    /// The version fits and the geometry does not.
+    /// The version is right, and the number of slots or of bytes is not.
     #[error(
         "it claims {slots} slots in {bytes} bytes, and layout {LAYOUT_VERSION} has {SLOTS} in {PAGE_BYTES}; it was overwritten"
     )]
@@ -432,17 +454,17 @@ pub enum PageError {
 }
 
 impl Page {
-    /// Makes a page of a zeroed one: identity, an empty pool of `capacity` granules, default settings.
-    /// The magic comes last, so that nobody takes a half-made page for a whole one.
+    /// Makes a page of a zeroed one: identity, a pool of `capacity` free granules, default settings. The magic comes last, so
+    /// that nobody takes a half-made page for a whole one.
     pub fn initialise(&self, gpu: GpuUuid, capacity: Granules) {
         let header = &self.header;
         let capacity = capacity.min(MAX_GRANULES);
         header.capacity.store(u64::from(capacity), Ordering::Relaxed);
-        header.free.store(Free { granules: capacity as i32, tag: None }.into(), Ordering::Relaxed);
+        header.free.store(Free { granules: capacity as i32, tag: None }, Ordering::Relaxed);
         header.next_ticket.store(1, Ordering::Relaxed);
         self.set_settings(Settings::default());
         for word in &header.bandwidth {
-            word.store(DEFAULT_BANDWIDTH | GUESSED, Ordering::Relaxed);
+            word.store(Bandwidth::guess(DEFAULT_BANDWIDTH), Ordering::Relaxed);
         }
         self.restore_identity(gpu);
     }
@@ -501,110 +523,45 @@ impl Page {
         &self.slots[slot.get()]
     }
 
-    /// The slots that somebody owns.
+    /// The slots that have an owner.
     pub fn occupied(&self) -> SlotSet {
-        SlotSet::from_bits(self.header.occupied.load(Ordering::Acquire))
+        self.header.occupied.load(Ordering::Acquire)
     }
 
-    /// The operator's settings; what makes no sense is read as the default.
-    pub fn settings(&self) -> Settings {
-        let header = &self.header;
-        let quantum = if header.quantum_mode.load(Ordering::Relaxed) == 1 {
-            Quantum::Fixed(header.quantum_fixed.load(Ordering::Relaxed))
-        } else {
-            let min = header.quantum_min.load(Ordering::Relaxed);
-            let factor_milli = header.factor_milli.load(Ordering::Relaxed);
-            Quantum::Auto {
-                factor_milli,
-                longest_milli: header.longest_milli.load(Ordering::Relaxed).max(factor_milli),
-                min,
-                max: header.quantum_max.load(Ordering::Relaxed).max(min),
-            }
-        };
-        Settings {
-            quantum,
-            idle_grace: header.idle_grace.load(Ordering::Relaxed),
-            deadline: header.deadline.load(Ordering::Relaxed),
-            drain_target: header.drain_target.load(Ordering::Relaxed),
-        }
+    /// What processes that are no clients have on the GPU.
+    pub fn foreign(&self) -> ForeignMemory {
+        self.header.foreign.load(Ordering::Relaxed)
     }
 
-    /// Puts the operator's settings into the page. The caller then [decides](Page::decide).
-    pub fn set_settings(&self, settings: Settings) {
-        let header = &self.header;
-        match settings.quantum {
-            Quantum::Fixed(ns) => {
-                header.quantum_fixed.store(ns, Ordering::Relaxed);
-                header.quantum_mode.store(1, Ordering::Relaxed);
-            }
-            Quantum::Auto { factor_milli, longest_milli, min, max } => {
-                header.factor_milli.store(factor_milli, Ordering::Relaxed);
-                header.longest_milli.store(longest_milli, Ordering::Relaxed);
-                header.quantum_min.store(min, Ordering::Relaxed);
-                header.quantum_max.store(max, Ordering::Relaxed);
-                header.quantum_mode.store(0, Ordering::Relaxed);
-            }
-        }
-        header.idle_grace.store(settings.idle_grace, Ordering::Relaxed);
-        header.deadline.store(settings.deadline, Ordering::Relaxed);
-        header.drain_target.store(settings.drain_target, Ordering::Relaxed);
+    /// Writes what processes that are no clients have on the GPU. For the arbiter, which asks NVML.
+    pub fn set_foreign(&self, foreign: ForeignMemory) {
+        self.header.foreign.store(foreign, Ordering::Relaxed);
     }
 
-    /// How many processes that are no clients have memory of the GPU, and how much, as NVML shows it.
-    pub fn foreign(&self) -> (u32, Granules) {
-        let word = self.header.foreign.load(Ordering::Relaxed);
-        ((word >> 32) as u32, (word as Granules).min(MAX_GRANULES))
-    }
-
-    /// The arbiter has seen what programs outside nvshare have.
-    pub fn set_foreign(&self, processes: u32, granules: Granules) {
-        let word = u64::from(processes) << 32 | u64::from(granules);
-        self.header.foreign.store(word, Ordering::Relaxed);
-    }
-
-    /// The link's bandwidth, bytes a second, measured or as first guessed; never 0.
+    /// The link's bandwidth, in bytes a second, measured or as first guessed; never 0.
     pub fn bandwidth(&self, direction: Direction) -> u64 {
-        (self.header.bandwidth[direction as usize].load(Ordering::Relaxed) % COPY).clamp(1, FASTEST)
+        self.header.bandwidth[direction as usize].load(Ordering::Relaxed).bytes_per_second
     }
 
-    /// Takes a measured copy into the average; the first one replaces the guess. Copies of less than
-    /// 64 MiB say more about latency than about the link, and are left out.
-    ///
-    /// What is averaged is the time that a byte takes, because a time is what the bandwidth is used for. (An average of
-    /// bandwidths would believe the fast copies.) It is the mean of the first copies, and from the sixteenth on each has a
-    /// sixteenth: two switches in turn differ by some per cent, and slices that did, too, would not be fair
-    /// (docs/decisions/0013-bandwidth-over-sixteen-switches.md).
+    /// Takes a copy of `bytes` that took `took` ns into the average. The first one replaces the guess, and copies of less
+    /// than 64 MiB are left out.
     pub fn observe_copy(&self, direction: Direction, bytes: u64, took: Nanos) {
-        const ENOUGH: u64 = 64 << 20;
-        if bytes < ENOUGH || took == 0 {
-            return;
-        }
-        let measured = u128::from(bytes) * u128::from(SECOND) / u128::from(took);
-        let measured = measured.clamp(1, u128::from(FASTEST));
         let word = &self.header.bandwidth[direction as usize];
-        let before = word.load(Ordering::Relaxed);
-        let (average, copies) = if before & GUESSED != 0 {
-            (measured, 1)
-        } else {
-            // 1 / ((n / old + 1 / measured) / (n + 1))
-            let (old, n) = (u128::from(self.bandwidth(direction)), before / COPY % COPIES);
-            let sum = u128::from(n) * measured + old;
-            (u128::from(n + 1) * old * measured / sum, (n + 1).min(COPIES - 1))
-        };
-        // A lost update loses one sample of an average.
-        word.store((average as u64).clamp(1, FASTEST) | (copies * COPY), Ordering::Relaxed);
-    }
-
-    /// Sets the bandwidth that holds until the first measurement, bytes a second each way. What is measured
-    /// stays.
-    pub fn guess_bandwidth(&self, bytes_per_second: u64) {
-        for word in self.header.bandwidth.iter().filter(|word| word.load(Ordering::Relaxed) & GUESSED != 0) {
-            word.store(bytes_per_second.clamp(1, FASTEST) | GUESSED, Ordering::Relaxed);
+        // Not one atomic step: a lost update loses one sample of an average.
+        if let Some(average) = word.load(Ordering::Relaxed).with_copy(bytes, took) {
+            word.store(average, Ordering::Relaxed);
         }
     }
 
-    /// The arbiter that serves this page: its pid (0: none yet), how many the page has had, and when
-    /// the last one was last alive (CLOCK_MONOTONIC ns).
+    /// Sets the bandwidth that holds until the first measurement, in bytes a second each way. What is measured stays.
+    pub fn guess_bandwidth(&self, bytes_per_second: u64) {
+        for word in self.header.bandwidth.iter().filter(|word| word.load(Ordering::Relaxed).guessed) {
+            word.store(Bandwidth::guess(bytes_per_second), Ordering::Relaxed);
+        }
+    }
+
+    /// The arbiter that serves this page: its pid (0: none yet), how many arbiters the page has had, and when the last one
+    /// was last alive (CLOCK_MONOTONIC ns).
     pub fn arbiter(&self) -> (u32, u32, Nanos) {
         let header = &self.header;
         (
@@ -614,30 +571,33 @@ impl Page {
         )
     }
 
-    /// Sleeps until a slot's doorbell no longer shows `seen`, until the time `until`, or for no reason.
+    /// Sleeps while a slot's doorbell shows `seen`, at most until the time `until` (CLOCK_MONOTONIC ns). May return for no
+    /// reason: the caller looks again.
     pub fn wait_doorbell(&self, slot: SlotIndex, seen: u32, until: Option<Nanos>) {
-        crate::sync::futex_wait(&self.slot(slot).doorbell.0, seen, until);
+        crate::sync::futex_wait(&self.slot(slot).doorbell, seen, until);
     }
 
-    /// What a slot's doorbell shows: read it before looking at anything that a ring announces.
+    /// What a slot's doorbell shows: a count of rings. Read it before the words whose change a ring announces, and give it to
+    /// [`Page::wait_doorbell`].
     pub fn doorbell(&self, slot: SlotIndex) -> u32 {
-        self.slot(slot).doorbell.0.load(Ordering::Acquire)
+        self.slot(slot).doorbell.load(Ordering::Acquire)
     }
 
     /// Rings a slot's doorbell: its owner looks at the page again.
     pub fn ring(&self, slot: SlotIndex) {
-        let bell = &self.slot(slot).doorbell.0;
+        let bell = &self.slot(slot).doorbell;
         bell.fetch_add(1, Ordering::AcqRel);
         crate::sync::futex_wake(bell);
     }
 
-    /// A page on the heap, for models and tests: initialised, with every slot empty.
+    /// An [initialised](Page::initialise) page on the heap, for models and tests.
     pub fn on_heap(gpu: GpuUuid, capacity: Granules) -> Box<Self> {
         let page = Box::new(Self::zeroed());
         page.initialise(gpu, capacity);
         page
     }
 
+    /// A page on the heap, of some GPU.
     #[cfg(all(test, not(loom)))]
     pub(crate) fn for_tests(capacity: Granules) -> Box<Self> {
         Self::on_heap(GpuUuid([7; 16]), capacity)
@@ -734,40 +694,6 @@ impl Page {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
-    use std::mem::offset_of;
-
-    #[test]
-    fn slots_are_whole_cache_lines_and_writers_are_apart() {
-        assert_eq!(size_of::<Slot>() % 128, 0);
-        assert_eq!(offset_of!(Slot, own) % 128, 0);
-        assert_eq!(offset_of!(Slot, account) % 128, 0);
-        assert_eq!(offset_of!(Slot, doorbell) % 128, 0);
-        assert_eq!(offset_of!(Page, slots) % 128, 0);
-        assert_eq!(PAGE_BYTES % 128, 0);
-    }
-
-    #[test]
-    fn the_layout_has_not_moved() {
-        // Whoever changes these numbers changes LAYOUT_VERSION too.
-        assert_eq!(LAYOUT_VERSION, 6);
-        assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
-        assert_eq!(offset_of!(Header, free), 256);
-    }
-
-    #[test]
-    fn a_stall_is_read_as_what_was_written_and_garbage_as_none() {
-        for stall in [
-            Stall::DrainAwaitsSubmission,
-            Stall::EndlessWork,
-            Stall::OpenCapture,
-            Stall::NoHostMemory,
-            Stall::None,
-        ] {
-            assert_eq!(Stall::parse(stall as u32), stall);
-            assert!(stall == Stall::None || Stall::named(stall.name()) == Some(stall));
-        }
-        assert_eq!(Stall::parse(u32::MAX), Stall::None);
-    }
 
     #[test]
     fn a_page_of_another_kind_is_refused_by_name() {
@@ -778,42 +704,5 @@ mod tests {
         assert!(error.contains("version 9") && error.contains("has 6"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
-    }
-
-    #[test]
-    fn bandwidth_is_an_average_of_large_copies() {
-        let page = Page::for_tests(1);
-        page.observe_copy(Direction::Out, 30 << 30, SECOND);
-        assert_eq!(page.bandwidth(Direction::Out), 30 << 30, "a new page has a guess");
-        page.guess_bandwidth(400 << 30);
-        page.observe_copy(Direction::In, 1 << 20, 1);
-        assert_eq!(page.bandwidth(Direction::In), 400 << 30, "too small to tell");
-        page.observe_copy(Direction::In, 40 << 30, SECOND);
-        assert_eq!(page.bandwidth(Direction::In), 40 << 30, "a guess is no measurement");
-        page.observe_copy(Direction::In, 20 << 30, SECOND);
-        let [fast, slow] = [40, 20].map(|gib| SECOND / gib);
-        let is = |per_gib: Nanos| page.bandwidth(Direction::In).abs_diff((SECOND << 30) / per_gib) < 1 << 20;
-        assert!(is((fast + slow) / 2), "the mean of two: {}", page.bandwidth(Direction::In));
-        (0..100).for_each(|_| page.observe_copy(Direction::In, 40 << 30, SECOND));
-        let before = page.bandwidth(Direction::In);
-        page.observe_copy(Direction::In, 20 << 30, SECOND);
-        assert!(
-            before > 39 << 30 && is((15 * ((SECOND << 30) / before) + slow) / 16),
-            "a sixteenth of the copies"
-        );
-        assert_eq!(page.bandwidth(Direction::Out), 30 << 30, "what is measured is not guessed again");
-    }
-
-    #[test]
-    fn a_bandwidth_of_garbage_is_a_number_that_can_be_reckoned_with() {
-        let page = Page::for_tests(1);
-        for garbage in [0, 1, u64::MAX, GUESSED, !GUESSED] {
-            for bytes in [u64::MAX, 64 << 20] {
-                page.header.bandwidth[0].store(garbage, Ordering::Relaxed);
-                page.observe_copy(Direction::In, bytes, 1);
-                page.observe_copy(Direction::In, bytes, u64::MAX);
-                assert!((1..=FASTEST).contains(&page.bandwidth(Direction::In)));
-            }
-        }
     }
 }

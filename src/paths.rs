@@ -1,10 +1,10 @@
-//! Where a node's pages and the arbiter's socket are.
+//! The runtime directory of a machine, and the names of the files in it.
 
 use crate::slot::SlotIndex;
 use crate::units::GpuUuid;
 use std::path::{Path, PathBuf};
 
-/// Names the runtime directory; takes precedence over the defaults.
+/// The environment variable that names the runtime directory. It takes precedence over the defaults.
 pub const RUNTIME_DIR: &str = "NVSHARE_RUNTIME_DIR";
 
 /// The directory of the arbiter that serves all users of a machine.
@@ -15,8 +15,12 @@ fn named(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// Where this process finds its arbiter: `$NVSHARE_RUNTIME_DIR`, else the system's directory if an arbiter serves there,
-/// or did and has clients; else this user's own; else, for root, the system's all the same.
+/// The directory in which this process looks for its arbiter, the first that fits:
+///
+/// 1. `$NVSHARE_RUNTIME_DIR`;
+/// 2. [`SYSTEM_DIR`] if it [is served](is_served);
+/// 3. for root, if the private directory is not served: [`SYSTEM_DIR`];
+/// 4. the user's own ([`private_dir`]).
 pub fn runtime_dir() -> PathBuf {
     let system = PathBuf::from(SYSTEM_DIR);
     let private = private_dir();
@@ -27,14 +31,15 @@ pub fn runtime_dir() -> PathBuf {
     })
 }
 
-/// Where an arbiter serves that is told no directory: the system's for root, else the user's own.
+/// The directory in which an arbiter serves by default: `$NVSHARE_RUNTIME_DIR`, else [`SYSTEM_DIR`] for root and the user's own
+/// for others.
 pub fn arbiter_dir() -> PathBuf {
     let root = nix::unistd::Uid::effective().is_root();
     named(RUNTIME_DIR).unwrap_or_else(|| if root { SYSTEM_DIR.into() } else { private_dir() })
 }
 
-/// Where `nvshare run` starts an arbiter of this user's own: `$NVSHARE_RUNTIME_DIR`, or [`private_dir`]. Never in the
-/// system's directory, where everybody would take it for the system's.
+/// The directory in which `nvshare run` starts a private arbiter: `$NVSHARE_RUNTIME_DIR`, or [`private_dir`]. Never
+/// [`SYSTEM_DIR`]: everybody would take the arbiter there for the system's.
 pub fn own_arbiter_dir() -> PathBuf {
     named(RUNTIME_DIR).unwrap_or_else(private_dir)
 }
@@ -45,8 +50,8 @@ pub fn private_dir() -> PathBuf {
     named("XDG_RUNTIME_DIR").map_or_else(|| format!("/tmp/nvshare-{uid}").into(), |dir| dir.join("nvshare"))
 }
 
-/// Whether an arbiter serves in a directory, or has left clients in it. A directory alone says nothing: one that nobody
-/// uses may be left over.
+/// Whether an arbiter serves in a directory, or has served there and left clients: then its lock file is still there. The
+/// existence of the directory says nothing, because an unused one may be left over.
 pub fn is_served(dir: &Path) -> bool {
     socket(dir).exists() || arbiter_lock(dir).exists()
 }
@@ -61,17 +66,17 @@ pub fn arbiter_lock(dir: &Path) -> PathBuf {
     dir.join("arbiter.lock")
 }
 
-/// The page of a GPU.
+/// The record of a GPU's page ([`crate::record`]).
 pub fn page(dir: &Path, gpu: GpuUuid) -> PathBuf {
     dir.join(format!("{gpu}.page"))
 }
 
-/// The file that shows whether the client in a slot lives.
+/// The life file of a slot: its lock tells whether the client lives ([`crate::presence`]).
 pub fn life(dir: &Path, gpu: GpuUuid, slot: SlotIndex) -> PathBuf {
     dir.join(format!("{gpu}.slot-{}.client", slot.get()))
 }
 
-/// The GPUs that have a page in a runtime directory, by UUID.
+/// The GPUs that have a record in a runtime directory, and the record's path, in the order of their UUIDs.
 ///
 /// # Errors
 /// The directory cannot be read.

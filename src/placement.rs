@@ -1,23 +1,23 @@
 //! Which GPU a new client gets: the one with the fewest clients, then the least demand, then the least busy.
 //!
-//! Clients come first, because each costs memory that cannot move (its context) and a place in the queue, whatever it
-//! asks for later. Demand says whether those who are there will have to take turns; how busy a GPU is now tells
-//! least, since it is about the past.
+//! The number of clients comes first, because each client costs memory that cannot move (its context) and takes turns,
+//! whatever it allocates later. Demand comes second: it tells whether the clients that are there have to take turns. The GPU
+//! time used so far comes last, because it says least about the future.
 
 use crate::units::{Granules, Nanos};
 
-/// What is on a GPU.
+/// The load of one GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Load {
-    /// Clients.
+    /// Number of clients.
     pub clients: usize,
-    /// Granules that they need.
+    /// Granules that their allocations need.
     pub demand: Granules,
-    /// GPU time used lately, ns, as [`crate::usage`] reckons it.
+    /// GPU time used lately, in ns, as [`crate::usage`] counts it.
     pub busy: Nanos,
 }
 
-/// The best of the GPUs that are offered, by number; the first one between equals.
+/// The GPU with the least load, by its number; of equals the one with the lowest number. `None` without any.
 pub fn choose(loads: impl IntoIterator<Item = (usize, Load)>) -> Option<usize> {
     loads.into_iter().min_by_key(|(gpu, load)| (*load, *gpu)).map(|(gpu, _)| gpu)
 }

@@ -9,67 +9,59 @@ use crate::units::Granules;
 impl Page {
     /// Reads the pool's counter.
     pub fn free(&self) -> Free {
-        Free::from(self.header.free.load(Ordering::Acquire))
+        self.header.free.load(Ordering::Acquire)
     }
 
     /// Reads a slot's account.
     pub fn account(&self, slot: SlotIndex) -> Account {
-        Account::from(self.slot(slot).account.load(Ordering::Acquire))
+        self.slot(slot).account.load(Ordering::Acquire)
     }
 
+    /// Writes a slot's account.
     fn set_account(&self, slot: SlotIndex, account: Account) {
         // A swap and not a store: a helper may swap the same word, and swaps stand in one order.
-        self.slot(slot).account.swap(account.into(), Ordering::AcqRel);
+        self.slot(slot).account.swap(account, Ordering::AcqRel);
     }
 
     /// Marks the move that `free` is tagged with as Applied, so that the tag may be overwritten.
     fn help(&self, free: Free) {
         let Some(tag) = free.tag else { return };
         let word = &self.slot(tag.slot).account;
-        let seen = word.load(Ordering::Acquire);
-        let account = Account::from(seen);
+        let seen = word.observe(Ordering::Acquire);
+        let account = seen.value;
         let Some(operation) = account.operation else { return };
         if account.sequence != tag.sequence || operation.progress != Progress::Announced {
             return;
         }
         let applied =
             Account { operation: Some(Operation { progress: Progress::Applied, ..operation }), ..account };
-        // Failure means that the owner closed the move, or that somebody else helped: both will do.
-        let _ = word.compare_exchange(seen, applied.into(), Ordering::AcqRel, Ordering::Acquire);
+        // Failure means that the owner has closed the move, or that another helper has marked it. Either way the tag is free.
+        let _ = word.compare_exchange(&seen, applied, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Changes the pool's counter by what `change` says, leaving `tag` on it. `None` from `change`
-    /// leaves everything as it is.
-    fn count(&self, tag: Option<Tag>, change: impl Fn(i32) -> Option<i32>) -> Result<Free, Free> {
-        loop {
-            let word = self.header.free.load(Ordering::Acquire);
-            let free = Free::from(word);
-            let Some(granules) = change(free.granules) else { return Err(free) };
-            self.help(free);
-            let next = Free { granules, tag };
-            let swapped = self.header.free.compare_exchange_weak(
-                word,
-                next.into(),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            );
-            if swapped.is_ok() {
-                return Ok(next);
-            }
-        }
+    /// Replaces the pool's counter by what `change` makes of it, and leaves `tag` on it.
+    ///
+    /// # Errors
+    /// The counter for which `change` returned `None`. Nothing has changed then.
+    fn count(&self, tag: Option<Tag>, change: impl Fn(i32) -> Option<i32>) -> Result<(), Free> {
+        self.header.free.fetch_update(Ordering::AcqRel, Ordering::Acquire, |free| {
+            let granules = change(free.granules)?;
+            self.help(*free);
+            Some(Free { granules, tag })
+        })
     }
 
     /// Moves `amount` granules from the pool into `slot`'s account. Only the slot's owner may call it.
     ///
     /// # Errors
-    /// What the counter said, when it held too few; nothing has changed then.
+    /// The counter, if it held too few. Nothing has changed then.
     pub(crate) fn take(&self, slot: SlotIndex, amount: Granules) -> Result<(), Free> {
         let account = self.account(slot).announced(Kind::Take, amount);
         self.set_account(slot, account);
         let tag = Some(Tag { slot, sequence: account.sequence });
         let enough = |free: i32| free.checked_sub_unsigned(amount).filter(|left| *left >= 0);
         match self.count(tag, enough) {
-            Ok(_) => {
+            Ok(()) => {
                 self.set_account(slot, account.closed());
                 Ok(())
             }
@@ -80,8 +72,8 @@ impl Page {
         }
     }
 
-    /// Moves `amount` granules from `slot`'s account to the pool, at most what it holds, and wakes
-    /// who waits for them. Only the slot's owner may call it, or the arbiter for a dead owner.
+    /// Moves `amount` granules from `slot`'s account to the pool, at most what it holds, and wakes those who wait for
+    /// granules. Returns how many were moved. Only the slot's owner may call it, or the arbiter for a dead owner.
     pub(crate) fn give(&self, slot: SlotIndex, amount: Granules) -> Granules {
         let account = self.account(slot);
         let amount = amount.min(account.resident);
@@ -91,18 +83,18 @@ impl Page {
         let account = account.announced(Kind::Give, amount);
         self.set_account(slot, account);
         let tag = Some(Tag { slot, sequence: account.sequence });
-        // Saturating: a counter full of garbage must not overflow; the audit puts it right.
+        // Saturating: a counter of garbage must not overflow. The audit repairs it.
         let _ = self.count(tag, |free| Some(free.saturating_add_unsigned(amount)));
         self.set_account(slot, account.closed());
-        crate::sync::futex_wake_low(&self.header.free);
+        crate::sync::futex_wake_low(self.header.free.atomic());
         amount
     }
 
-    /// Changes the pool's counter on the arbiter's own behalf.
+    /// Adds to the pool's counter, or subtracts, on the arbiter's own behalf.
     pub(crate) fn adjust_free(&self, by: i32) {
         let _ = self.count(None, |free| Some(free.saturating_add(by)));
         if by > 0 {
-            crate::sync::futex_wake_low(&self.header.free);
+            crate::sync::futex_wake_low(self.header.free.atomic());
         }
     }
 
@@ -125,9 +117,9 @@ impl Page {
 
     /// Closes the move in flight of a slot whose owner is dead, as counted or as called off.
     pub(crate) fn settle(&self, slot: SlotIndex) -> Account {
-        // The tag before the account: were it the other way round, the move could be counted by
-        // nobody (its owner is dead), but its tag could be overwritten between the two looks, and
-        // the look at the account would then have missed the mark that the helper made.
+        // The tag is read before the account. In the other order, a helper could mark the account and overwrite the tag
+        // between the two reads: then the account would say Announced, the tag would name another move, and a move that
+        // was counted would be called off.
         let free = self.free();
         let account = self.account(slot);
         let settled = match account.operation {

@@ -1,26 +1,26 @@
-//! How the arbiter knows that a client lives: what the client keeps from its registration to its end.
+//! How the arbiter knows that a client lives: descriptors that the client keeps from its registration to its end.
 //!
-//! A client ends when its process ends *or runs another program* (execve, which keeps pid, start time and pidfd). Both end
-//! the threads of the process but for one, and with them what only those threads have. So a thread of the client's keeps
-//! three descriptors in a descriptor table of its own (`CLOSE_RANGE_UNSHARE`), where nobody else has them:
+//! A client ends when its process ends *or runs another program* (execve, which keeps the pid, the start time and the pidfd).
+//! Both end all threads of the process but one, and close the descriptors that only those threads have. So a thread of the
+//! client keeps three descriptors in a descriptor table of its own (`CLOSE_RANGE_UNSHARE`):
 //!
 //! - the **connection** to the arbiter: its end tells the arbiter at once that something has happened;
 //! - the **life file**, with a lock on its open file description (`F_OFD_SETLK`) that the arbiter set before it sent the
-//!   descriptor. The kernel takes the lock back when the last descriptor goes, whoever sees which pids: this arbiter and
-//!   every later one, in whatever namespace, can ask whether it is held. The lock is the proof;
+//!   descriptor. The kernel releases the lock when the last descriptor is closed. This arbiter and every later one can ask
+//!   whether the lock is held, also from another pid namespace. The lock is the proof that the client lives;
 //! - the **page**, for a later arbiter that has lost it.
 //!
-//! A child of fork, vfork or clone gets the table of the thread that made it, and so none of these. An application that
-//! closes all descriptors (a daemon) closes its own. docs/decisions/0019-who-is-dead.md has the table of cases.
+//! A child of fork, vfork or clone gets the table of the thread that made it, and so none of these descriptors. An application
+//! that closes all its descriptors, as a daemon does, closes those in its own table. docs/decisions/0019-who-is-dead.md has the table of cases.
 //!
-//! When the connection ends and the arbiter has not said [`Status::Closed`], the arbiter has ended: the thread asks for
-//! the next one, with longer and longer pauses, and shows it the descriptors. Otherwise it never wakes.
+//! If the connection ends without [`Status::Closed`], the arbiter has ended. Then the thread tries to reach the next arbiter,
+//! with longer and longer pauses, and sends it the descriptors. Otherwise the thread wakes only to answer the arbiter.
 
-use crate::books::Truth;
+use crate::books::PrivatePhase;
 use crate::connection::{self, Answer, RegisterError, Response};
 use crate::map::MappedPage;
 use crate::scm_rights;
-use crate::sealed::KEEPER;
+use crate::sealed::PRESENCE_THREAD;
 use crate::slot::{Owner, SlotIndex};
 use crate::wire::{Attach, Reply, Status, Told};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-/// What a registered client keeps: descriptors, by their numbers, which are the same in whichever table they are.
+/// The descriptors that a registered client keeps, by their numbers, which are the same in both tables.
 #[derive(Clone)]
 pub(crate) struct Presence {
     /// The arbiter's socket.
@@ -43,26 +43,26 @@ pub(crate) struct Presence {
     connection: RawFd,
     /// The page and the life file, as the arbiter sent them.
     sent: Vec<RawFd>,
-    truth: Truth,
+    private_phase: PrivatePhase,
 }
 
 impl Presence {
-    /// Of a client that has claimed its slot.
+    /// The presence of a client that has claimed its slot.
     pub(crate) fn new(
         path: &Path,
         page: &MappedPage,
         slot: SlotIndex,
-        truth: &Truth,
+        private_phase: &PrivatePhase,
         answer: Answer,
     ) -> Self {
         let nobody = Owner { generation: 0, pid: 0 };
         let owner = page.details(slot).map_or(nobody, |details| details.owner);
         Self {
-            // The application may change its directory.
+            // Absolute, because the application may change its directory.
             path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
             attach: Attach::new(page.gpu(), slot, owner),
             connection: answer.connection.into_raw_fd(),
-            truth: truth.clone(),
+            private_phase: private_phase.clone(),
             sent: answer.sent.into_iter().map(IntoRawFd::into_raw_fd).collect(),
         }
     }
@@ -72,51 +72,52 @@ impl Presence {
     }
 }
 
-/// Keeps the presence until the process ends or runs another program, or the arbiter says that the slot is closed.
+/// Keeps the descriptors until the process ends or runs another program, or the arbiter says that the slot is closed.
 ///
-/// Nobody is waited for: the caller may hold the dynamic linker's lock, which a thread that begins needs. Should there be
-/// no thread, the descriptors stay in the process's own table, and end with it all the same.
+/// It starts a thread and does not wait for it: the caller may hold the dynamic linker's lock, which a new thread needs. If no
+/// thread can be made, the descriptors stay in the process's own table and are closed with it.
 pub(crate) fn keep(presence: Presence) {
     presence.descriptors().for_each(lend);
     let _ = spawn("nvshare-move", move || move_over(&presence));
 }
 
-/// Starts a thread in which no signal is handled: the application's handlers would find none of its descriptors there.
+/// Starts a thread that handles no signals: a handler of the application would not find the application's descriptors in it.
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    // A thread begins with its maker's mask.
+    // A thread begins with the mask of the thread that makes it.
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
     let spawned = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(run);
     let _ = before.and_then(|before| before.thread_set_mask());
     spawned.map(drop)
 }
 
-/// Of the two threads here, which call little.
+/// Bytes of stack for each of the two threads, whose calls do not nest deep.
 const STACK: usize = 128 << 10;
 
-/// Moves the descriptors from the process's table to that of a thread of their own. It takes a second thread to close them
-/// in the process's table, which the first no longer has.
+/// Moves the descriptors from the process's table to that of a thread of their own. This second thread closes them in the
+/// process's table, which the first one no longer has.
 fn move_over(presence: &Presence) {
     let (tell, told) = channel();
     let own = presence.clone();
-    if spawn(KEEPER, move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
+    if spawn(PRESENCE_THREAD, move || stay(own, &tell)).is_err() || told.recv() != Ok(Table::Own) {
         return;
     }
     for fd in presence.descriptors() {
-        // SAFETY: the number is the process's own since `Presence::new`, and nobody else knows it.
+        // SAFETY: `Presence::new` has taken the descriptor over, and nobody else knows its number.
         drop(unsafe { OwnedFd::from_raw_fd(fd) });
         take_back(fd);
     }
 }
 
-/// Whose descriptors a thread uses.
+/// Which descriptor table a thread uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Table {
+    /// One that no other thread uses.
     Own,
-    /// All threads' of the process: the kernel is older than 5.9, or a filter of system calls forbids it.
+    /// The process's: the kernel is older than 5.9, or a filter of system calls forbids a table of its own.
     Shared,
 }
 
-/// Gives the calling thread a descriptor table with nothing in it but these.
+/// Gives the calling thread a descriptor table of its own with only these descriptors in it.
 fn own_table(keep: &[RawFd]) -> Table {
     let end = keep.iter().max().map_or(0, |last| last + 1);
     // Copies the table only up to where it closes.
@@ -144,7 +145,7 @@ fn close_range(first: u32, last: u32, flags: u32) -> nix::Result<()> {
     nix::errno::Errno::result(unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) }).map(drop)
 }
 
-/// The thread that keeps the descriptors: asleep until the arbiter says something or ends.
+/// What the thread does that keeps the descriptors: it sleeps until the arbiter says something or ends.
 fn stay(presence: Presence, tell: &Sender<Table>) {
     let fds: Vec<_> = presence.descriptors().collect();
     let table = own_table(&fds);
@@ -154,7 +155,7 @@ fn stay(presence: Presence, tell: &Sender<Table>) {
     let own = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
     let mut connection = own(presence.connection);
     let sent: Vec<_> = presence.sent.iter().copied().map(own).collect();
-    while let Ended::Arbiter = wait_for_end(&connection, &presence.truth) {
+    while let Ended::Arbiter = wait_for_end(&connection, &presence.private_phase) {
         if table == Table::Shared {
             take_back(connection.as_raw_fd());
         }
@@ -180,7 +181,7 @@ enum Ended {
     Slot,
 }
 
-fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
+fn wait_for_end(connection: &OwnedFd, private_phase: &PrivatePhase) -> Ended {
     loop {
         let _ = poll(&mut [PollFd::new(connection.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
         match scm_rights::receive(connection.as_fd(), size_of::<Reply>(), MsgFlags::MSG_DONTWAIT) {
@@ -190,7 +191,7 @@ fn wait_for_end(connection: &OwnedFd, truth: &Truth) -> Ended {
             Ok((bytes, _)) => match Reply::read(&bytes) {
                 Ok((_, Status::Closed)) => return Ended::Slot,
                 Ok((_, Status::Asked)) => {
-                    let told = Told::new(truth.load(Ordering::Relaxed));
+                    let told = Told::new(private_phase.load(Ordering::Relaxed));
                     let _ = scm_rights::send(connection.as_fd(), bytemuck::bytes_of(&told), &[]);
                 }
                 _ => {}

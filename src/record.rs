@@ -1,11 +1,11 @@
-//! Which memory a page is, and where it is to be had: what one arbiter writes down for the next.
+//! What one arbiter writes down for the next: which memory a page is, and which processes have it.
 //!
-//! A page is a sealed memfd ([`crate::sealed`]), which has no name. It exists for as long as somebody has it open or
-//! mapped: the arbiter and its clients. The next arbiter takes it from a process that stands in the record
-//! ([`Record::page`]), or a client brings it ([`crate::presence`]). When nobody is left who has it, nobody needs it.
+//! A page is a sealed memfd ([`crate::sealed`]), which has no name. It exists for as long as the arbiter or a client has it open
+//! or mapped. The next arbiter gets it from a process that the record names ([`Record::page`]), or a client sends it
+//! ([`crate::presence`]). When no process has it any more, none needs it.
 //!
-//! A record is a file in the runtime directory that only the arbiter's user can open; its name, `GPU-….page`, tells
-//! everybody which GPUs are served. Its space is allocated when it is made, so it can always be written.
+//! A record is a file in the runtime directory that only the arbiter's user can open. Its name, `GPU-….page`, tells everybody
+//! which GPUs are served. Its disk space is allocated when it is made, so it can always be written.
 
 use crate::map::MappedPage;
 use crate::page::LAYOUT_VERSION;
@@ -43,7 +43,7 @@ pub enum RecordError {
     /// The file system's.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// It is something else.
+    /// The file is not a record of this release.
     #[error("it is no record of an arbiter of this release ({0})")]
     Foreign(String),
 }
@@ -54,12 +54,12 @@ pub struct Record {
     file: File,
     page: Identity,
     arbiter: u32,
-    /// Who wrote it, and so whose the page is.
+    /// The user who owns the file, and so the page.
     user: u32,
 }
 
 impl Record {
-    /// Makes the record of a page that this process serves, in place of what is there.
+    /// Makes the record of a page that this process serves. Replaces a file of that name.
     ///
     /// # Errors
     /// The file system's.
@@ -102,7 +102,7 @@ impl Record {
     /// Opens the record of a GPU, to read it or also to write it.
     ///
     /// # Errors
-    /// There is none, it cannot be opened, or it is something else.
+    /// There is none, it cannot be opened, or it is not a record of this release and, to write it, of this user.
     pub fn open(dir: &Path, gpu: GpuUuid, write: bool) -> Result<Self, RecordError> {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = File::options().read(true).write(write).custom_flags(flags).open(paths::page(dir, gpu))?;
@@ -130,7 +130,7 @@ impl Record {
         Ok(Self { file, page, arbiter: head.arbiter, user: data.uid() })
     }
 
-    /// This process serves the page now.
+    /// Writes that this process serves the page from now on.
     ///
     /// # Errors
     /// The file system's.
@@ -139,7 +139,7 @@ impl Record {
         self.write_head(gpu)
     }
 
-    /// The process of the client in a slot, by the pid that this process sees; 0 for none.
+    /// Writes the process of the client in a slot, by the pid that this process sees; 0 for none.
     ///
     /// # Errors
     /// The file system's.
@@ -147,12 +147,12 @@ impl Record {
         self.file.write_all_at(&pid.to_le_bytes(), place(slot.get()))
     }
 
-    /// Whether a descriptor is of the page.
+    /// Whether an open file is the page of this record.
     pub fn is_page(&self, file: &File) -> bool {
         sealed::is(file, self.page, self.user)
     }
 
-    /// The page, from whoever of those in the record has it and can be seen.
+    /// The page, opened through the first process in the record that has it and that this process may look into.
     pub fn page(&self) -> Option<File> {
         let mut pids = [0u32; SLOTS];
         self.file.read_exact_at(bytemuck::cast_slice_mut(&mut pids), place(0)).ok()?;
@@ -165,11 +165,11 @@ fn place(index: usize) -> u64 {
     (size_of::<Head>() + index * size_of::<u32>()) as u64
 }
 
-/// The page of a GPU, for root and for the user that the arbiter runs as, whether an arbiter runs or not. Everybody else
-/// asks the arbiter ([`crate::register::look`]).
+/// The page of a GPU, whether an arbiter runs or not. For root and for the arbiter's user; other users ask the arbiter
+/// ([`crate::register::look`]).
 ///
 /// # Errors
-/// There is none, this user may not, or nobody who has the page is left.
+/// There is no record, this user may not open it, or no process has the page any more.
 pub fn open_page(dir: &Path, gpu: GpuUuid) -> io::Result<MappedPage> {
     let record = Record::open(dir, gpu, false).map_err(|error| match error {
         RecordError::Io(error) => error,
@@ -181,10 +181,11 @@ pub fn open_page(dir: &Path, gpu: GpuUuid) -> io::Result<MappedPage> {
     MappedPage::open(record.page().ok_or_else(gone)?).map_err(io::Error::other)
 }
 
-/// The page of a GPU to look at: as [`open_page`] where this user may, else from the arbiter, which shows it to everybody.
+/// The page of a GPU to look at: by [`open_page`] if this user may, else from the arbiter, which sends it to everybody
+/// read-only.
 ///
 /// # Errors
-/// Neither; the message says why.
+/// A sentence that says why neither was possible.
 pub fn view_page(dir: &Path, gpu: GpuUuid) -> Result<MappedPage, String> {
     let own = match open_page(dir, gpu) {
         Ok(page) => return Ok(page),
@@ -231,7 +232,7 @@ mod tests {
         let record = Record::create(&dir.0, GPU, &file).unwrap();
         let slot = SlotIndex::new(1).unwrap();
         record.set_client(slot, std::process::id()).unwrap();
-        // Not from who wrote it.
+        // Not through the process that wrote it, which is this one: through the client.
         record.file.write_all_at(&0u32.to_le_bytes(), std::mem::offset_of!(Head, arbiter) as u64).unwrap();
         let next = Record::open(&dir.0, GPU, true).unwrap();
         assert!(next.is_page(&file) && !next.is_page(&map::create(GPU, 9).unwrap().0));

@@ -1,28 +1,27 @@
 //! Registration: how a process gets its slot and the page's descriptor.
 //!
-//! Once per process and GPU, over a SOCK_SEQPACKET Unix socket: one [`Hello`] out, one [`Reply`](crate::wire::Reply) back,
-//! with the page's descriptor (SCM_RIGHTS) when the status is [`Status::Welcome`](crate::wire::Status::Welcome). A container needs
-//! only the socket. Messages are plain structs of fixed size, so there is nothing to parse and little
-//! to get wrong; what does not fit is refused with a sentence that says why.
+//! A process registers once for each GPU, over a SOCK_SEQPACKET Unix socket. It sends one [`Hello`] and receives one
+//! [`Reply`](crate::wire::Reply); with the status [`Status::Welcome`](crate::wire::Status::Welcome) comes the page's descriptor
+//! (SCM_RIGHTS). A container needs only the socket.
 //!
-//! Whoever only wants to know how large the pool is sends the same hello with another magic: it gets the page
-//! and no slot ([`look`]). An arbiter that does not know this question refuses it as malformed. Over the same socket go
-//! changes of a running client's shares ([`crate::change`]).
+//! A process that only wants to know how large the pool is sends the same hello with another magic. It gets the page, by a
+//! read-only descriptor, and no slot ([`look`]). Changes of a running client's shares go over the same socket
+//! ([`crate::change`]).
 //!
-//! The process then claims its slot in the page ([`Page::claim`](crate::page::Page::claim)). One that it has not claimed,
-//! because the arbiter ended between opening it and answering, is what it is given when it asks again.
+//! The process then takes its slot in the page ([`Page::claim`](crate::page::Page::claim)). If the arbiter has ended after it
+//! opened the slot and before it answered, the slot is not taken, and the next arbiter gives the process the same slot.
 //!
-//! Whoever only looks gets a descriptor that only reads. All descriptors of pages are of sealed memory
-//! ([`crate::sealed`]), and no other is taken; nor is an answer of somebody whom [`crate::runtime_dir`] does not believe.
+//! A process takes only a page in sealed memory ([`crate::sealed`]), and only from an arbiter that [`crate::runtime_dir`]
+//! believes.
 //!
-//! A page exists for as long as somebody has it, so an arbiter that ends after it has sent a page, and before the process
-//! has mapped it, may have a successor with another page. If the connection is still open when the page is mapped, every
-//! later arbiter finds it; if not, the process asks again.
+//! A page exists for as long as a process has it. If an arbiter ends after it has sent a page and before the process has mapped
+//! it, the next arbiter may make another page. So the process looks after it has mapped the page whether the connection is
+//! still open. If it is, every later arbiter will find this page; if not, the process registers again.
 //!
-//! With the slot comes a second descriptor, the slot's life file. Whoever registers keeps it and the connection for as
-//! long as the process lives and runs the same program ([`crate::presence`]): that is how the arbiter knows.
+//! With the slot comes a second descriptor, the slot's life file. The process keeps it and the connection for as long as it
+//! lives and runs the same program, and so the arbiter knows that it does ([`crate::presence`]).
 
-use crate::books::{NOT_TOLD, Truth};
+use crate::books::{NOT_TOLD, PrivatePhase};
 use crate::connection::{Answer, DIAL_AGAIN, has_ended, talk};
 use crate::map::MappedPage;
 use crate::presence::{self, Presence};
@@ -41,10 +40,10 @@ pub use crate::connection::{RegisterError, dial};
 pub struct Registration {
     /// The GPU's page.
     pub page: MappedPage,
-    /// The client's slot in it.
+    /// The client's slot in the page.
     pub slot: SlotIndex,
-    /// What the client tells the arbiter of its phase ([`crate::Client::telling`]).
-    pub truth: Truth,
+    /// The word for the client's phase, which the arbiter may ask for ([`crate::Client::telling`]).
+    pub private_phase: PrivatePhase,
 }
 
 /// Registers this process with the arbiter at `path`. If the arbiter ends before it has answered, the
@@ -67,7 +66,7 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
                 let cause = Errno::ECONNRESET;
                 return Err(RegisterError::NoArbiter { path: path.to_owned(), waited: now() - begin, cause });
             }
-            // Its successor may not be there yet.
+            // The next arbiter may not be there yet.
             std::thread::sleep(DIAL_AGAIN);
             continue;
         }
@@ -76,12 +75,12 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
                 path,
                 &registration.page,
                 registration.slot,
-                &registration.truth,
+                &registration.private_phase,
                 answer,
             ));
             return Ok(registration);
         }
-        // Threads take the same slot once each. Only a page that lies gets here for ever.
+        // Another thread of this process has taken the slot, so ask again. Only a page that lies leads here again and again.
         if left.is_zero() {
             let what = format!("it gave slot {}, which is taken", registration.slot.get());
             return Err(RegisterError::Nonsense { path: path.to_owned(), what });
@@ -89,13 +88,13 @@ pub fn register(path: &Path, hello: &Hello, timeout: Duration) -> Result<Registr
     }
 }
 
-/// The page, and the slot that the arbiter gives this process; another thread may have been given the same one. And the
-/// answer that they came with.
+/// Asks the arbiter once: the page and a slot, which another thread of this process may have been given too, and the answer
+/// that they came with.
 fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<(Registration, Answer), RegisterError> {
     let gpu = GpuUuid(hello.gpu);
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
     let answer = talk(path, bytemuck::bytes_of(hello), hello.request_kind().granted(), timeout)?;
-    // The slot means nothing to whoever only looks.
+    // A process that only looks ignores the slot.
     let slot = SlotIndex::new(answer.reply.slot as usize)
         .ok_or_else(|| nonsense(format!("it gave slot {}", answer.reply.slot)))?;
     let sent = answer.sent.first().ok_or_else(|| nonsense("it sent no page".into()))?;
@@ -109,8 +108,8 @@ fn ask_for(path: &Path, hello: &Hello, timeout: Duration) -> Result<(Registratio
     if page.gpu() != gpu {
         return Err(nonsense(format!("it sent the page of {} for {gpu}", page.gpu())));
     }
-    let truth = Truth::new(NOT_TOLD.into());
-    Ok((Registration { page, slot, truth }, answer))
+    let private_phase = PrivatePhase::new(NOT_TOLD.into());
+    Ok((Registration { page, slot, private_phase }, answer))
 }
 
 /// The page of a GPU, without a slot in it. Waits as [`register`] does.

@@ -1,10 +1,13 @@
-//! The runtime directory: who may make it, and whose arbiter is believed in it.
+//! The runtime directory: in which one an arbiter serves, and which user's arbiter a client believes there.
 //!
-//! The arbiter's socket, its lock and its records are in it, so whoever can write the directory can be the arbiter. An
-//! arbiter serves only in a directory that belongs to its own user or to root, where nobody else can
-//! take away what is there, and that is no symbolic link; files in it that are another user's are refused; and a client believes only an arbiter that runs as root, as the client's own user, or as the user to
-//! whom root has given the directory. Two defaults lie below directories that everybody can write or that may be
-//! missing: there, the directory is made so that nobody else can enter it.
+//! The arbiter's socket, its lock and its records are in this directory, so a user who can write it can take the arbiter's
+//! place. Therefore:
+//!
+//! - An arbiter serves only in a directory that belongs to its own user or to root, in which nobody else can remove files, and
+//!   that is no symbolic link. Files of other users in it are refused.
+//! - A client believes only an arbiter that runs as root, as the client's own user, or as the user to whom root has given the
+//!   directory.
+//! - A user's default directory lies below one that everybody can write or that may be missing, so it is made with mode 0700.
 
 use nix::sys::stat::{Mode, SFlag, fstat, stat};
 use std::fs::{DirBuilder, File};
@@ -20,18 +23,18 @@ pub enum RuntimeDirError {
     Io {
         /// The directory.
         path: PathBuf,
-        /// What was tried.
+        /// What was tried: a participle for the message.
         what: &'static str,
         /// What the kernel said.
         cause: io::Error,
     },
-    /// It leads somewhere else.
+    /// It is a symbolic link.
     #[error(
         "the runtime directory {} is a symbolic link, which somebody else may have made: remove it, or name the directory itself with --runtime-dir or NVSHARE_RUNTIME_DIR",
         .0.display()
     )]
     Link(PathBuf),
-    /// It is another user's.
+    /// It belongs to another user.
     #[error(
         "the runtime directory {} belongs to user {owner}, who could take this arbiter's place: remove it, or name another with --runtime-dir or NVSHARE_RUNTIME_DIR",
         .path.display()
@@ -39,7 +42,7 @@ pub enum RuntimeDirError {
     Owner {
         /// The directory.
         path: PathBuf,
-        /// Whose it is.
+        /// The user to whom it belongs.
         owner: u32,
     },
     /// Everybody can write it.
@@ -55,11 +58,11 @@ pub enum RuntimeDirError {
     },
 }
 
-/// Makes the directory if it is missing, and checks that only its owner and root rule it: for who is to serve in it. A
-/// client needs to enter the system's directory; all others are for their user alone.
+/// Makes the directory if it is missing, and checks that nobody but its owner and root can replace files in it. For an arbiter
+/// that is about to serve in it. Root's directory gets mode 0755, because all clients must enter it; a user's own gets 0700.
 ///
 /// # Errors
-/// See the error.
+/// The directory cannot be made or opened, or is not safe to serve in.
 pub fn prepare(dir: &Path) -> Result<(), RuntimeDirError> {
     let fail = |what| move |cause| RuntimeDirError::Io { path: dir.to_owned(), what, cause };
     let root = nix::unistd::geteuid().is_root();
@@ -81,19 +84,19 @@ pub fn prepare(dir: &Path) -> Result<(), RuntimeDirError> {
     if data.st_uid != 0 && data.st_uid != nix::unistd::geteuid().as_raw() {
         return Err(RuntimeDirError::Owner { path: dir.to_owned(), owner: data.st_uid });
     }
-    // Where it is sticky, as /tmp is, nobody can take away what is there; what others have put there is not used.
+    // In a sticky directory, such as /tmp, nobody can remove files of others; files that others have put there are not used.
     if mode.contains(Mode::S_IWOTH) && !mode.contains(Mode::S_ISVTX) {
         return Err(RuntimeDirError::Open { path: dir.to_owned(), mode: mode.bits() });
     }
     Ok(())
 }
 
-/// Whether a client may believe an arbiter of this user at a socket in this directory.
+/// Whether a client may believe an arbiter that runs as this user and has its socket in this directory.
 pub fn believes(dir: &Path, arbiter: u32) -> bool {
     arbiter == 0 || arbiter == nix::unistd::geteuid().as_raw() || given_by_root(dir) == Some(arbiter)
 }
 
-/// To whom root has given a directory: its owner, if only root could have made it where it is.
+/// The user to whom root has given a directory: its owner, if only root could have made it there.
 fn given_by_root(dir: &Path) -> Option<u32> {
     let directory = |path: &Path| {
         let data = stat(path).ok()?;

@@ -1,12 +1,12 @@
 //! The memory of a page: a sealed memfd.
 //!
-//! Every client maps the page for writing, so every client has a descriptor of it that may write. A descriptor of a file
-//! in a file system that may write may also shorten the file, and then whoever touches the page is killed by SIGBUS. The
-//! size of a memfd can be sealed: no descriptor of it can shorten it, not even root's, for as long as it exists.
+//! Every client maps the page for writing, so every client has a descriptor that can write. With such a descriptor of an
+//! ordinary file, a process can also shorten the file, and then SIGBUS kills every process that touches the page. The size of a
+//! memfd can be sealed: no descriptor of it can shorten it, not even root's, for as long as it exists.
 //!
-//! Its bytes are allocated before anybody maps it, so a system without memory refuses the arbiter instead of killing a
-//! client later. Its mode is 0600: whoever holds a descriptor that only reads cannot open it again for writing through
-//! /proc, unless it is the arbiter's own user.
+//! Its bytes are allocated before anybody maps it, so a system without memory refuses the arbiter and kills no client later. Its
+//! mode is 0600: a process with a read-only descriptor cannot open it again for writing through /proc, unless it runs as the
+//! arbiter's user.
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, posix_fallocate};
@@ -17,16 +17,16 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 
-/// What can never happen to the memory: to become shorter or longer, or to lose these seals.
+/// The seals: the memory never becomes shorter or longer, and never loses or gains a seal.
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
 
 /// The name of the thread in which a client keeps its descriptor of the memory (`crate::presence`).
-pub(crate) const KEEPER: &str = "nvshare-alive";
+pub(crate) const PRESENCE_THREAD: &str = "nvshare-alive";
 
-/// `MFD_NOEXEC_SEAL` of Linux 6.3: the memory is never a program. Some systems refuse memory that could be one.
+/// `MFD_NOEXEC_SEAL` of Linux 6.3: the memory can never be executed as a program. Some systems refuse a memfd without it.
 const NO_PROGRAM: MFdFlags = MFdFlags::from_bits_retain(8);
 
-/// Sealed memory, zeroed.
+/// Makes sealed memory of `bytes` bytes, all zero.
 ///
 /// # Errors
 /// The kernel's; ENOSPC and ENOMEM mean that there is no memory for it.
@@ -62,17 +62,17 @@ pub fn is_read_only(fd: impl AsFd) -> bool {
         .is_ok_and(|flags| OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE == OFlag::O_RDONLY)
 }
 
-/// Which memory it is, among all that the kernel has at this time.
+/// Identifies a memfd among all that exist at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
-    /// Of the kernel's own file system for such memory.
+    /// The device number of the kernel's internal file system.
     pub device: u64,
-    /// The number in it.
+    /// The inode number in it.
     pub inode: u64,
 }
 
 impl Identity {
-    /// Of an open descriptor.
+    /// The identity of an open file.
     ///
     /// # Errors
     /// The kernel's.
@@ -87,14 +87,14 @@ impl From<&std::fs::Metadata> for Identity {
     }
 }
 
-/// Whether a descriptor is of this memory, sealed, and made by the user `owner`.
+/// Whether an open file is this memory, sealed, and made by the user `owner`.
 pub fn is(file: &File, wanted: Identity, owner: u32) -> bool {
     file.metadata().is_ok_and(|data| Identity::from(&data) == wanted && data.uid() == owner)
         && is_sealed(file)
 }
 
-/// Finds sealed memory of the user `owner` at a process that has it, open or mapped. Looking into another process takes
-/// the right to trace it: root's, or the same user's.
+/// Opens sealed memory of the user `owner` through a process that has it open or mapped. `None` if that process has not, or if
+/// the caller has no right to trace it (root and the same user have).
 pub fn at_process(pid: u32, wanted: Identity, owner: u32) -> Option<File> {
     let open = |path: PathBuf| {
         let file = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
@@ -121,14 +121,14 @@ fn range_of(line: &str, wanted: Identity) -> Option<&str> {
     (Identity { device, inode } == wanted).then_some(range)
 }
 
-/// The link to a descriptor of the memory: in the process's table, or in that of the thread that keeps it
-/// ([`crate::presence`]).
+/// The link to a descriptor of the memory: in the table of the thread that keeps it ([`crate::presence`]), or in the
+/// process's.
 fn opened(pid: u32, wanted: Identity) -> Option<PathBuf> {
     let threads = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten().map(|thread| thread.path());
-    let keepers = threads.filter(|thread| {
-        std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == KEEPER)
+    let presence_threads = threads.filter(|thread| {
+        std::fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == PRESENCE_THREAD)
     });
-    keepers.chain([format!("/proc/{pid}").into()]).find_map(|place| {
+    presence_threads.chain([format!("/proc/{pid}").into()]).find_map(|place| {
         let links = std::fs::read_dir(place.join("fd")).ok()?;
         links
             .flatten()

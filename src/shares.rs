@@ -1,31 +1,28 @@
-//! A client's shares: what it may expect of a GPU against others.
+//! A client's shares: how much of a GPU it gets in comparison with others.
 //!
-//! - Its *weight* is how long its slices are against others', and how far its usage counts ([`crate::usage`]).
-//! - Its *priority* is how soon its turn comes ([`crate::policy::deadline`]).
-//! - Its *memory limit* is the most that its allocations and its context may come to. It sees a GPU of that size.
+//! - Its *weight* sets the length of its slices in proportion to others', and how much its usage counts ([`crate::usage`]).
+//! - Its *priority* sets how soon its turn comes ([`crate::policy::deadline`]).
+//! - Its *memory limit* is the most memory that its allocations and its context may have. It sees a GPU of that size.
 //!
-//! The arbiter writes them into the client's row: first as the client asks when it registers, and later as somebody says
-//! who may ([`crate::change`]). As with every word of a page, anybody who maps it could write them too, so they are
-//! read within their bounds: a lie gains at most what asking for it would have.
+//! The arbiter writes them into the client's row: at registration those that the client asks for, and later those that an
+//! authorised user asks for ([`crate::change`]). As every word of a page, they can be overwritten by anybody who maps it. They
+//! are read within their bounds, so a client gains no more by a lie than by asking.
 
-use crate::page::Page;
-use crate::slot::SlotIndex;
-use crate::sync::Ordering;
 use crate::units::{GRANULE, Granules, MAX_GRANULES, bytes_of, format_size, granules_in, parse_size};
 use crate::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use std::fmt;
 use std::str::FromStr;
 
-/// How soon a client's turn comes. Bounded: it moves a deadline, and nobody is passed over for ever.
+/// How soon a client's turn comes. It moves the client's deadline by a bounded time, so no client waits for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u32)]
 pub enum Priority {
-    /// In its turn.
+    /// By its own deadline.
     #[default]
     Normal = 0,
-    /// Later than those who came with it.
+    /// Later than clients that came at the same time.
     Low = 1,
-    /// Next, as soon as the holder's least slice is over.
+    /// Next, as soon as the running client has had its shortest slice.
     High = 2,
 }
 
@@ -34,7 +31,7 @@ impl Priority {
 
     /// The priority that this word stands for, if any.
     pub fn read(word: u32) -> Option<Self> {
-        Self::ALL.into_iter().find(|priority| *priority as u32 == word)
+        Self::ALL.into_iter().find(|priority| u32::from(*priority) == word)
     }
 
     /// Its name, as people write it.
@@ -47,22 +44,35 @@ impl Priority {
     }
 }
 
+/// What stands in a page is read within its bounds: what is no priority is the usual one.
+impl From<u32> for Priority {
+    fn from(word: u32) -> Self {
+        Self::read(word).unwrap_or_default()
+    }
+}
+
+impl From<Priority> for u32 {
+    fn from(priority: Priority) -> Self {
+        priority as Self
+    }
+}
+
 impl fmt::Display for Priority {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(self.name())
     }
 }
 
-/// A text that should have been one of a client's shares, and was not.
+/// A text that is not a weight, a priority or a memory limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ShareError {
-    /// No weight.
+    /// It is not a weight.
     #[error("'{0}' is not a weight: write a whole number from 1 to {MAX_WEIGHT}; {DEFAULT_WEIGHT} is usual")]
     Weight(String),
-    /// No priority.
+    /// It is not a priority.
     #[error("'{0}' is not a priority: write low, normal or high")]
     Priority(String),
-    /// No memory limit.
+    /// It is not a memory limit.
     #[error(
         "'{0}' is not a memory limit: write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none"
     )]
@@ -87,26 +97,26 @@ impl FromStr for Priority {
     }
 }
 
-/// The whole of a pool, in the parts that a limit may be given in.
+/// The whole of a pool, in the unit of [`MemoryLimit::Part`]: millionths.
 const WHOLE: u32 = 1_000_000;
 
-/// In a limit's word: it is a part of the pool.
+/// In a limit's word: the limit is a part of the pool, in the low bits.
 const PART: u64 = 1 << 63;
 
 /// The most memory that a client may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MemoryLimit {
-    /// All that there is.
+    /// No limit: the whole pool.
     #[default]
     None,
-    /// So many granules, at least one.
+    /// This many granules, at least one.
     Size(Granules),
-    /// So many millionths of the pool, at least one; it grows and shrinks with the pool.
+    /// This many millionths of the pool, at least one. It grows and shrinks with the pool.
     Part(u32),
 }
 
 impl MemoryLimit {
-    /// The limit in a pool of this capacity, if there is one.
+    /// The limit in granules, in a pool of this capacity; `None` without a limit.
     pub fn granules(self, capacity: Granules) -> Option<Granules> {
         match self {
             Self::None => None,
@@ -115,7 +125,7 @@ impl MemoryLimit {
         }
     }
 
-    /// What of a pool of this capacity a client with this limit sees.
+    /// The granules that a client with this limit sees of a pool of this capacity.
     pub fn within(self, capacity: Granules) -> Granules {
         self.granules(capacity).unwrap_or(capacity).min(capacity)
     }
@@ -207,43 +217,6 @@ impl fmt::Display for Shares {
     }
 }
 
-impl Page {
-    /// A client's shares.
-    pub fn shares(&self, slot: SlotIndex) -> Shares {
-        let (weight, priority) = self.weight_and_priority(slot);
-        Shares { weight, priority, memory_limit: self.memory_limit(slot) }
-    }
-
-    /// Those of a client's shares that decisions look at.
-    pub(crate) fn weight_and_priority(&self, slot: SlotIndex) -> (u32, Priority) {
-        let row = self.slot(slot);
-        let priority = Priority::read(row.priority.load(Ordering::Relaxed)).unwrap_or_default();
-        (crate::usage::weight(row.weight.load(Ordering::Relaxed)), priority)
-    }
-
-    /// The most memory that a client may have.
-    pub fn memory_limit(&self, slot: SlotIndex) -> MemoryLimit {
-        self.slot(slot).memory_limit.load(Ordering::Relaxed).into()
-    }
-
-    /// Gives a client other shares, and has everybody look: slices are longer or shorter at once, and a client that waits
-    /// reckons anew when its turn is. For the arbiter.
-    pub fn set_shares(&self, slot: SlotIndex, shares: Shares) {
-        self.store_shares(slot, shares);
-        self.decide();
-        for slot in self.occupied().iter() {
-            self.ring(slot);
-        }
-    }
-
-    pub(crate) fn store_shares(&self, slot: SlotIndex, shares: Shares) {
-        let row = self.slot(slot);
-        row.weight.store(shares.weight, Ordering::Relaxed);
-        row.priority.store(shares.priority as u32, Ordering::Relaxed);
-        row.memory_limit.store(shares.memory_limit.into(), Ordering::Relaxed);
-    }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
@@ -308,25 +281,5 @@ mod tests {
             let limit = MemoryLimit::Part(part);
             prop_assert_eq!(limit.to_string().parse(), Ok(limit));
         }
-    }
-
-    #[test]
-    fn shares_of_garbage_are_within_their_bounds() {
-        use crate::slot::Process;
-        let page = Page::for_tests(10);
-        let slot = page.open_slot(Process { pid: 1, started: 1 }, "job", 0).unwrap();
-        let row = page.slot(slot);
-        for garbage in [0, 3, u32::MAX] {
-            row.weight.store(garbage, Ordering::Relaxed);
-            row.priority.store(garbage, Ordering::Relaxed);
-            row.memory_limit.store(u64::from(garbage) << 31 | 7, Ordering::Relaxed);
-            let shares = page.shares(slot);
-            assert!((1..=MAX_WEIGHT).contains(&shares.weight));
-            assert!(Priority::ALL.contains(&shares.priority));
-        }
-        // Whoever has the slot next has nothing of it.
-        page.reap(slot);
-        let next = page.open_slot(Process { pid: 2, started: 1 }, "job", DEFAULT_WEIGHT).unwrap();
-        assert_eq!((next, page.shares(next)), (slot, Shares::default()));
     }
 }

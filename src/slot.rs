@@ -1,11 +1,10 @@
-//! The slots of a page: how many there are, which one, which ones, and whose.
+//! The slots of a page: how many there are, the index of one, a set of them, and who owns one.
 //!
-//! These are plain values. Every other module of the protocol names slots by them, and this one imports none of the
-//! others.
+//! These are plain values. The other modules of the protocol name slots by them; this module imports none of the others.
 
 use std::fmt;
 
-/// Clients that one GPU can have at a time. The lock word has a bit for each.
+/// How many clients one GPU can have at a time. The lock word has a bit for each.
 pub const SLOTS: usize = if cfg!(loom) { 3 } else { 48 };
 
 /// The bits of a [`SlotSet`] that stand for a slot.
@@ -62,7 +61,7 @@ impl SlotSet {
         Self(self.0 & !(1 << slot.get()))
     }
 
-    /// The slots that are in one of the two and not in both.
+    /// The slots that are in exactly one of the two sets: the symmetric difference.
     #[must_use]
     pub fn difference(self, other: Self) -> Self {
         Self(self.0 ^ other.0)
@@ -89,6 +88,19 @@ impl SlotSet {
     }
 }
 
+/// As [`SlotSet::from_bits`].
+impl From<u64> for SlotSet {
+    fn from(bits: u64) -> Self {
+        Self::from_bits(bits)
+    }
+}
+
+impl From<SlotSet> for u64 {
+    fn from(set: SlotSet) -> Self {
+        set.bits()
+    }
+}
+
 impl FromIterator<SlotIndex> for SlotSet {
     fn from_iter<I: IntoIterator<Item = SlotIndex>>(slots: I) -> Self {
         slots.into_iter().fold(Self::EMPTY, Self::with)
@@ -101,10 +113,10 @@ impl fmt::Debug for SlotSet {
     }
 }
 
-/// Whose slot it is. One word in the page, so that a slot changes hands at once.
+/// Who owns a slot. One word in the page, `generation:32 | pid:32`, so that a slot changes hands in one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
-    /// How many owners the slot has had.
+    /// How many owners the slot has had, this one included.
     pub generation: u32,
     /// The process, as the arbiter sees it; 0 for nobody.
     pub pid: u32,
@@ -122,7 +134,7 @@ impl From<Owner> for u64 {
     }
 }
 
-/// A process, identified for ever: the kernel reuses a pid, but not a pid with the same start time.
+/// A process. The two values identify it for ever, because the kernel does not reuse a pid with the same start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Process {
     /// The pid, as the arbiter sees it.

@@ -21,7 +21,7 @@ pub struct SlotView {
     /// Granules it holds on the GPU.
     pub resident: Granules,
     /// Granules of its context.
-    pub pinned: Granules,
+    pub context: Granules,
     /// Granules of the resident ones that stay where they are whoever runs.
     pub unmovable: Granules,
     /// Its place in the queue.
@@ -127,9 +127,9 @@ impl Snapshot {
 
     /// Granules that take turns: the pool less the contexts, and less what cannot move.
     pub fn usable(&self) -> Granules {
-        let pinned: u64 =
-            self.clients().map(|(_, view)| u64::from(view.pinned) + u64::from(view.unmovable)).sum();
-        u64::from(self.capacity).saturating_sub(pinned) as Granules
+        let elsewhere: u64 =
+            self.clients().map(|(_, view)| u64::from(view.context) + u64::from(view.unmovable)).sum();
+        u64::from(self.capacity).saturating_sub(elsewhere) as Granules
     }
 }
 
@@ -144,13 +144,13 @@ impl Page {
         let own = &row.own;
         let resident = self.account(slot).resident;
         let (weight, priority) = self.weight_and_priority(slot);
-        let phase = Phase::parse(own.phase.load(Ordering::Acquire));
-        let stalled = Stall::parse(own.stall.load(Ordering::Relaxed)) != Stall::None;
+        let phase = own.phase.load(Ordering::Acquire);
+        let stalled = own.stall.load(Ordering::Relaxed) != Stall::None;
         SlotView {
             phase,
             demand: granules(own.demand.load(Ordering::Relaxed)),
             resident,
-            pinned: granules(row.pinned.load(Ordering::Relaxed)),
+            context: granules(row.context.load(Ordering::Relaxed)),
             // Only what is there can stay there: a page that claims more gains nothing.
             unmovable: granules(own.unmovable.load(Ordering::Relaxed)).min(resident),
             ticket: own.ticket.load(Ordering::Relaxed),
@@ -174,7 +174,7 @@ impl Page {
     pub fn details(&self, slot: SlotIndex) -> Option<ClientInfo> {
         let row = self.slot(slot);
         let own = &row.own;
-        let owner = Owner::from(row.owner.load(Ordering::Acquire));
+        let owner = row.owner.load(Ordering::Acquire);
         if owner.pid == 0 {
             return None;
         }
@@ -194,7 +194,7 @@ impl Page {
             fill_ns: read(&own.fill_ns),
             evict_ns: read(&own.evict_ns),
             run_ns: read(&own.run_ns),
-            stall: Stall::parse(own.stall.load(Ordering::Acquire)),
+            stall: own.stall.load(Ordering::Acquire),
             stall_since: read(&own.stall_since),
             stalls: read(&own.stalls),
             drain_retries: read(&own.drain_retries),

@@ -1,10 +1,14 @@
-//! A log line on standard error, in a process whose standard error is somebody else's business.
+//! Log lines on standard error, in a process whose standard error belongs to the application.
 //!
-//! The application may have closed it, or handed it to a program that reads no more, or reads slowly; it may have closed
-//! descriptor 2 and opened a file of its own, which then has that number. None of that may matter to the application, so a
-//! line is written only where descriptor 2 is what it was when the process began ([`remember`]), or a terminal, or where the
-//! standard output goes too; it raises no SIGPIPE, and waits for a reader no longer than `PATIENCE`, once: then lines are dropped until one can be written again, which says
-//! how many are missing.
+//! The application may have closed standard error, or connected it to a program that reads slowly or not at all. It may have
+//! closed descriptor 2 and opened a file of its own, which then has that number. A log line must do no harm in any of these
+//! cases:
+//!
+//! - It is written only if descriptor 2 is the file that it was when the process began ([`remember`]), or a terminal, or the
+//!   same file as standard output.
+//! - It raises no SIGPIPE.
+//! - It waits for a slow reader at most 100 ms. After that, lines are dropped without waiting until one can be written
+//!   again; that one says how many are missing.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -17,12 +21,12 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How long a reader may take until lines are dropped, in ms.
-const PATIENCE: u16 = 100;
+const TIMEOUT_MS: u16 = 100;
 
-/// What a pipe takes at once or not at all, so that lines of several processes do not mix.
+/// In bytes: what a pipe takes as a whole or not at all (pipe(7)), so that lines of several processes do not mix.
 const PIECE: usize = libc::PIPE_BUF;
 
-/// A file, among all files.
+/// Identifies an open file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     device: u64,
@@ -38,7 +42,7 @@ impl Identity {
 
 static AT_FIRST: OnceLock<Option<Identity>> = OnceLock::new();
 
-/// Remembers which file descriptor 2 is. The earlier, the surer.
+/// Remembers which file descriptor 2 is. To be called early, before the application can change it; later calls do nothing.
 pub fn remember() {
     AT_FIRST.get_or_init(|| fstat(standard_error()).ok().map(|data| Identity::of(&data)));
 }
@@ -48,7 +52,7 @@ fn standard_error() -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(libc::STDERR_FILENO) }
 }
 
-/// Writes whole lines to standard error, or not. Never fails.
+/// Writes a line to standard error as a whole, or drops it. Never fails.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StandardError;
 
@@ -73,7 +77,7 @@ fn kind(data: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(data.st_mode) & SFlag::S_IFMT
 }
 
-/// Whether this, which is descriptor 2, is standard error, and no file of the application's that got the number.
+/// Whether descriptor 2, with this status, is standard error, and not a file of the application that has got its number.
 fn is_for_people(data: &FileStat) -> bool {
     let identity = Identity::of(data);
     if AT_FIRST.get().copied().flatten() == Some(identity) {
@@ -87,7 +91,7 @@ fn is_for_people(data: &FileStat) -> bool {
 
 /// A descriptor that lines go to.
 struct Output {
-    /// The last line was dropped: the next one does not wait.
+    /// The last line was dropped, so the next one does not wait.
     stalled: AtomicBool,
     dropped: AtomicU64,
 }
@@ -118,7 +122,7 @@ impl Output {
         bytes.chunks(PIECE).all(|piece| self.piece(fd, kind, piece))
     }
 
-    /// Writes a piece of a line. False if it had to be dropped for want of room.
+    /// Writes a piece of a line. False if the reader was too slow and the piece was dropped.
     fn piece(&self, fd: BorrowedFd<'_>, kind: SFlag, mut piece: &[u8]) -> bool {
         let quiet = QuietPipe::new();
         while !piece.is_empty() {
@@ -128,13 +132,13 @@ impl Output {
             match write(fd, kind, piece) {
                 Ok(0) | Err(Errno::EINTR) => {}
                 Ok(written) => piece = &piece[written..],
-                // Somebody else has filled it meanwhile.
+                // Another writer has filled it meanwhile.
                 Err(Errno::EAGAIN) => return false,
                 Err(Errno::EPIPE) => {
                     quiet.swallow();
                     return true;
                 }
-                // Nobody will ever read it.
+                // It is closed or broken: later lines will not be read either.
                 Err(_) => return true,
             }
         }
@@ -142,9 +146,9 @@ impl Output {
     }
 
     fn has_room(&self, fd: BorrowedFd<'_>) -> bool {
-        let patience = if self.stalled.load(Ordering::Relaxed) { 0 } else { PATIENCE };
+        let timeout = if self.stalled.load(Ordering::Relaxed) { 0 } else { TIMEOUT_MS };
         loop {
-            match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(patience)) {
+            match poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::from(timeout)) {
                 Ok(ready) => return ready > 0,
                 Err(Errno::EINTR) => {}
                 Err(_) => return true,
@@ -153,7 +157,7 @@ impl Output {
     }
 }
 
-/// Writes without waiting where the kernel can: there is room, but another thread may be faster.
+/// Writes, without waiting where the kernel can do that: another thread may fill the room that was seen.
 fn write(fd: BorrowedFd<'_>, kind: SFlag, piece: &[u8]) -> nix::Result<usize> {
     if kind == SFlag::S_IFSOCK {
         let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
@@ -177,7 +181,7 @@ fn write_now(fd: RawFd, piece: &[u8]) -> nix::Result<usize> {
     Errno::result(written).map(|written| written as usize)
 }
 
-/// While it lives, a SIGPIPE of this thread's own waits, and can be taken back.
+/// While it exists, SIGPIPE is blocked in this thread, so that one that a write raises can be taken back.
 struct QuietPipe {
     before: Option<SigSet>,
     was_pending: bool,

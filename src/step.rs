@@ -9,10 +9,10 @@
 //! | Draining | [`AwaitDrain`](Action::AwaitDrain) | [`AwaitDrain`](Action::AwaitDrain) | [`AwaitDrain`](Action::AwaitDrain) |
 //! | Leaving | [`AwaitEnd`](Action::AwaitEnd) | - | [`AwaitEnd`](Action::AwaitEnd) |
 //!
-//! A dash is a combination that no client comes to: who is Idle or Waiting has drained, and who is Running has not. The
-//! function has an answer all the same.
+//! A dash is a combination that no client comes to: an Idle or a Waiting client has drained, and a Running one has not. The
+//! function has an answer for these, too.
 //!
-//! The phase changes as follows; what is not named leaves it as it is.
+//! The phase changes as follows, and by nothing else:
 //!
 //! | from | to | because of |
 //! |---|---|---|
@@ -56,24 +56,24 @@ pub enum Action {
     Yield,
     /// Wait until the submitted work has ended.
     AwaitDrain,
-    /// Say again that nothing is wanted, and decide anew: a decision that has not seen the release admitted the client, or
-    /// the page lies about the phase.
+    /// Write the phase again and decide anew. A decision that had not seen the release admitted the client, or the page lies
+    /// about the phase.
     GiveUpBit,
-    /// Make room for others if asked to; a waiter also brings memory in ahead of its turn and decides anew when somebody's
-    /// slice is over.
+    /// Make room for others if asked to. A waiter also brings memory in ahead of its turn, and decides anew when the slice of a
+    /// running client is over.
     Serve,
-    /// Nothing: the arbiter closes the slot.
+    /// Do nothing: the arbiter closes the slot.
     AwaitEnd,
 }
 
-/// What a client in this phase that sees this does next.
+/// What a client in this phase does next, by these facts.
 pub fn step(phase: Phase, facts: Facts) -> Action {
     match phase {
         Phase::Idle if facts.admitted => Action::GiveUpBit,
         Phase::Waiting if facts.admitted => Action::StartFilling,
         Phase::Idle | Phase::Waiting => Action::Serve,
         Phase::Filling if facts.admitted => Action::Fill,
-        // Its memory grew while it ran: what it has must not go out before the work that uses it has ended.
+        // Its memory grew while it ran: its memory must not go out before the work that uses it has ended.
         Phase::Filling if facts.in_flight => Action::Yield,
         Phase::Filling => Action::Queue,
         Phase::Running if facts.admitted => Action::Run,

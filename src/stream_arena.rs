@@ -1,25 +1,26 @@
-//! Memory of one pool of stream-ordered allocations (cuMemAllocAsync): segments cut into blocks, each of them live or free.
+//! The memory of one pool of stream-ordered allocations (cuMemAllocAsync): segments that are cut into blocks, each live or
+//! free.
 //!
-//! A free block knows the moment in which it becomes free for everybody: a [`Freed`], a place in the order of the
-//! stream that it was freed in. Before that moment only this stream may have it again, because whatever uses it
-//! next in that stream comes after the free. When the stream has got that far ([`Arena::settle`]) the block is
-//! anybody's. Neighbours that are free in the same order become one block.
+//! cuMemFreeAsync puts a free into the order of a stream, and a free block remembers that place ([`Freed`]). Before the
+//! stream has reached it, only this stream may use the block again, because its next use in that stream comes after the free.
+//! When the stream has reached it ([`Arena::settle`]), every stream may. Neighbours that were freed in the same stream become
+//! one block.
 //!
-//! This calls no driver and knows no time: who has got how far is for its user to find out.
+//! This module calls no driver. Its caller finds out how far each stream has got.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Alignment of every block, and what sizes are multiples of.
+/// Bytes: the alignment of every block, and the unit of its size.
 pub const ALIGNMENT: u64 = 512;
 
-/// A stream that memory was freed in. Never given to another, unlike the driver's handle.
+/// A stream that memory was freed in. Unlike the driver's handle, the number is never given to another stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StreamId(pub u64);
 
 /// A place in the order of a stream: the number of a free in it.
 pub type Ticket = u64;
 
-/// When a block becomes everybody's.
+/// The place in a stream's order after which a free block is for every stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Freed {
     /// The stream that it was freed in.
@@ -30,9 +31,9 @@ pub struct Freed {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// The application has it, and asked for so many bytes.
+    /// The application has it, and has asked for this many bytes.
     Live { requested: u64 },
-    /// Nobody has it, and whoever comes before that moment must be of that stream.
+    /// It is free: for every stream, or until that place only for that stream.
     Free(Option<Freed>),
 }
 
@@ -51,7 +52,7 @@ pub struct Live {
     pub size: u64,
 }
 
-/// An amount, and the highest that it has been.
+/// A number of bytes, and the highest that it has been.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Level {
     /// Bytes now.
@@ -70,54 +71,55 @@ impl Level {
         self.now -= bytes;
     }
 
-    /// The highest level counts from now on.
+    /// Forgets the highest level so far: the present one is the highest.
     pub fn reset_high(&mut self) {
         self.high = self.now;
     }
 }
 
-/// The index of free blocks: by whose they are, then by size, then by address.
+/// A free block in the index: the stream that alone may use it, its size, its address.
 type FreeKey = (Option<StreamId>, u64, u64);
 
 /// The memory of one pool.
 #[derive(Debug, Default)]
 pub struct Arena {
-    /// Sizes by base.
+    /// Sizes in bytes, by base address.
     segments: BTreeMap<u64, u64>,
-    /// All of every segment, by address.
+    /// Every block of every segment, by address.
     blocks: BTreeMap<u64, Block>,
     free: BTreeSet<FreeKey>,
-    /// What the segments take.
+    /// Bytes of the segments.
     pub reserved: Level,
-    /// What the application has of it.
+    /// Bytes of the live blocks.
     pub used: Level,
 }
 
-/// What a block of so many bytes takes. `None` for more than an address can count.
+/// The size of a block for `bytes` bytes: rounded up to [`ALIGNMENT`]. `None` if that is more than 64 bits can say.
 pub fn rounded(bytes: u64) -> Option<u64> {
     bytes.max(1).checked_next_multiple_of(ALIGNMENT)
 }
 
 impl Arena {
-    /// Adds memory that nobody uses.
+    /// Adds a segment of `size` bytes, all of it free for every stream.
     pub fn add(&mut self, base: u64, size: u64) {
         self.segments.insert(base, size);
         self.reserved.rise(size);
         self.put_free(base, size, None);
     }
 
-    /// The smallest block with room for `requested` bytes that a stream may have at once: one that was freed in
-    /// it, or anybody's.
+    /// Takes the smallest block with room for `requested` bytes that a stream may use at once: one that was freed in that
+    /// stream, or one that is free for every stream. Returns its address.
     pub fn take(&mut self, stream_id: StreamId, requested: u64) -> Option<u64> {
         let size = rounded(requested)?;
         let best = |owner| self.free.range((owner, size, 0)..=(owner, u64::MAX, u64::MAX)).next().copied();
-        // Of two equals, its own: the other serves more.
+        // Of two of one size, the stream's own: the other can serve more streams.
         let key =
             [best(Some(stream_id)), best(None)].into_iter().flatten().min_by_key(|(_, size, _)| *size)?;
         Some(self.occupy(key, requested, size))
     }
 
-    /// The blocks with room for `requested` bytes that other streams have still to get past, the smallest first.
+    /// The free blocks with room for `requested` bytes whose streams have not got past the free yet, the smallest first: their
+    /// addresses, and what has to come first.
     pub fn pending(&self, requested: u64) -> Vec<(u64, Freed)> {
         let Some(size) = rounded(requested) else { return Vec::new() };
         let mut found: Vec<_> =
@@ -130,7 +132,8 @@ impl Arena {
         found.into_iter().filter_map(|(_, _, address)| Some((address, order(address)?))).collect()
     }
 
-    /// Takes the free block at `address`, one of [`Arena::pending`]: the caller has seen to the order.
+    /// Takes the free block at `address`, one of [`Arena::pending`]. The caller makes sure that its next use comes after the
+    /// free. `None` if there is no such block any more, or it is too small.
     pub fn take_at(&mut self, address: u64, requested: u64) -> Option<u64> {
         let size = rounded(requested)?;
         let block = self.blocks.get(&address).filter(|block| block.size >= size)?;
@@ -153,8 +156,8 @@ impl Arena {
         address
     }
 
-    /// Takes back the block that begins at `address`: everybody's when that stream has got that far, or at once.
-    /// False if no live block begins there.
+    /// Takes back the live block that begins at `address`. It is free for every stream when that stream has reached the free,
+    /// or at once with `None`. False if no live block begins there.
     pub fn give(&mut self, address: u64, freed: Option<Freed>) -> bool {
         let Some(&Block { size, state: State::Live { .. } }) = self.blocks.get(&address) else {
             return false;
@@ -164,7 +167,7 @@ impl Arena {
         true
     }
 
-    /// Writes a free block down, as one with its neighbours of the same order.
+    /// Writes a free block down, merged with the free neighbours of the same stream.
     fn put_free(&mut self, mut address: u64, mut size: u64, mut freed: Option<Freed>) {
         self.blocks.remove(&address);
         let stream_id = freed.map(|freed| freed.stream_id);
@@ -177,7 +180,7 @@ impl Arena {
         let later = |freed: Option<Freed>, ticket: Option<Ticket>| {
             freed.map(|freed| Freed { ticket: freed.ticket.max(ticket.unwrap_or(0)), ..freed })
         };
-        // A segment begins where another may end, and they go back one by one.
+        // Blocks are not merged across the border of two segments, which go back one by one.
         if !self.segments.contains_key(&address)
             && let Some((&before, &block)) = self.blocks.range(..address).next_back()
             && let Some(ticket) = same(&block)
@@ -200,7 +203,7 @@ impl Arena {
         self.free.insert((stream_id, size, address));
     }
 
-    /// A stream has got past its free number `done`: what was freed in it until then is everybody's.
+    /// A stream has got past its free number `done`: blocks that were freed in it until then are free for every stream.
     pub fn settle(&mut self, stream_id: StreamId, done: Ticket) {
         let of_line = (Some(stream_id), 0, 0)..=(Some(stream_id), u64::MAX, u64::MAX);
         let past = |(_, size, address): &FreeKey| match self.blocks.get(address)?.state {
@@ -214,12 +217,13 @@ impl Arena {
         }
     }
 
-    /// Whether memory waits for a stream to get past its free.
+    /// Whether there is a free block whose stream has not got past the free.
     pub fn is_pending(&self) -> bool {
         self.free.last().is_some_and(|(owner, ..)| owner.is_some())
     }
 
-    /// Takes out the segments that nobody uses, the largest first, as long as `keep` bytes stay.
+    /// Removes segments that are free as a whole, the largest first, as long as at least `keep` bytes stay. Returns the base
+    /// addresses of those removed.
     pub fn trim(&mut self, keep: u64) -> Vec<u64> {
         let mut unused: Vec<FreeKey> = self
             .free
@@ -242,13 +246,13 @@ impl Arena {
         unused.into_iter().map(|(_, _, base)| base).collect()
     }
 
-    /// Whether an address lies in this memory, live or not.
+    /// Whether an address lies in a segment, in a live block or not.
     pub fn owns(&self, address: u64) -> bool {
         let below = self.segments.range(..=address).next_back();
         below.is_some_and(|(base, size)| address - base < *size)
     }
 
-    /// The live block that an address lies in.
+    /// The live block that an address lies in, within the bytes that were asked for.
     pub fn containing(&self, address: u64) -> Option<Live> {
         let (base, block) = self.blocks.range(..=address).next_back()?;
         match block.state {
@@ -259,12 +263,12 @@ impl Arena {
         }
     }
 
-    /// Whether it has no memory.
+    /// Whether there is no segment.
     pub fn is_empty(&self) -> bool {
         self.segments.is_empty()
     }
 
-    /// Everything is gone: the GPU's last context has ended.
+    /// Removes everything, because the GPU's last context has ended.
     pub fn clear(&mut self) {
         *self = Arena::default();
     }
@@ -272,7 +276,7 @@ impl Arena {
 
 #[cfg(test)]
 impl Arena {
-    /// Holds what must hold between any two calls.
+    /// Asserts what holds between any two calls.
     pub fn check(&self) {
         let (mut used, mut free) = (0, BTreeSet::new());
         for (base, size) in &self.segments {

@@ -1,13 +1,13 @@
 //! The only module that knows about loom: atomics, fences and futexes, real or modelled.
 //!
-//! Two kinds of futex, because the kernel tells them apart: one that other processes see through the
-//! page ([`futex_wait`]), and one between threads of a process ([`park`], through `atomic-wait`, which
-//! always waits with FUTEX_PRIVATE_FLAG and so must never be used on the page).
+//! There are two kinds of futex, because the kernel tells them apart: futexes in the page, which other processes see
+//! ([`futex_wait`]), and futexes between threads of one process ([`park`]). The latter go through `atomic-wait`, which always
+//! waits with FUTEX_PRIVATE_FLAG and so must never be used on the page.
 //!
-//! [`light_barrier`] and [`heavy_barrier`] are two halves of one sequentially consistent fence. The
-//! light half costs nothing, because the heavy half makes the kernel run a fence on every CPU that
-//! runs a thread of this process (membarrier(2), PRIVATE_EXPEDITED). A reader that passes a gate a
-//! million times a second pays for none of it; whoever shuts the gate pays a microsecond.
+//! [`light_barrier`] and [`heavy_barrier`] are the two halves of one sequentially consistent fence between two threads. The light
+//! half costs nothing, because the heavy half makes the kernel run a fence on every CPU that runs a thread of this process
+//! (membarrier(2), PRIVATE_EXPEDITED). So a thread that passes the gate a million times a second pays nothing, and the engine
+//! pays a microsecond each time it shuts the gate.
 
 #[cfg(not(loom))]
 pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -19,8 +19,8 @@ pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 #[cfg(loom)]
 pub use loom::sync::{Arc, Mutex, MutexGuard};
 
-/// Locks a mutex, also after a thread has panicked while it held it. For data that is whole between any two statements
-/// of whoever holds the lock, so that a panic leaves nothing half done.
+/// Locks a mutex, also one that a thread held while it panicked. For data that is valid between any two statements of the
+/// code that holds the lock, so that a panic leaves nothing half done.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -33,7 +33,7 @@ mod real {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicBool, compiler_fence};
 
-    /// Now, on CLOCK_MONOTONIC: comparable between processes of one machine.
+    /// The time on CLOCK_MONOTONIC, in ns. Comparable between processes of one machine.
     pub fn now() -> Nanos {
         let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: `time` is a valid timespec to write to; CLOCK_MONOTONIC exists on every Linux.
@@ -66,13 +66,13 @@ mod real {
         unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAKE, i32::MAX) };
     }
 
-    /// Sleeps while `word` is `expected`, until woken, until the time `until`, or for no reason at
-    /// all: the caller looks again. Works between processes.
+    /// Sleeps while `word` is `expected`, until woken, at most until the time `until` (CLOCK_MONOTONIC ns). It may also return
+    /// for no reason, so the caller looks again. Works between processes.
     pub fn futex_wait(word: &AtomicU32, expected: u32, until: Option<Nanos>) {
         wait(word.as_ptr(), expected, until, 0);
     }
 
-    /// Wakes everybody who sleeps on `word`, in any process.
+    /// Wakes all threads that sleep on `word`, in any process.
     pub fn futex_wake(word: &AtomicU32) {
         wake(word.as_ptr());
     }
@@ -93,12 +93,12 @@ mod real {
         word.as_ptr().cast::<u32>().cast_const()
     }
 
-    /// Sleeps while `word` is `expected`; wake-ups for no reason happen. Threads of this process only.
+    /// Sleeps while `word` is `expected`, until woken. It may also return for no reason. Between threads of this process only.
     pub fn park(word: &AtomicU32, expected: u32) {
         atomic_wait::wait(word, expected);
     }
 
-    /// As [`park`], at most until the time `until`.
+    /// As [`park`], at most until the time `until` (CLOCK_MONOTONIC ns).
     pub fn park_until(word: &AtomicU32, expected: u32, until: Nanos) {
         wait(word.as_ptr(), expected, Some(until), libc::FUTEX_PRIVATE_FLAG);
     }
@@ -121,8 +121,8 @@ mod real {
         unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
     }
 
-    /// Asks the kernel for cheap barriers, once per process and again in a forked child. Without it
-    /// (an old kernel, a sandbox) both halves are full fences, and everything stays correct.
+    /// Asks the kernel for membarrier(2), once in a process. If the kernel refuses (an old one, or a sandbox), both halves are
+    /// full fences, which is correct and slower.
     pub fn register_barriers() {
         static ONCE: OnceLock<()> = OnceLock::new();
         ONCE.get_or_init(|| {
@@ -130,7 +130,8 @@ mod real {
         });
     }
 
-    /// The frequent half: orders this thread's store before its load against a [`heavy_barrier`].
+    /// The frequent half: orders this thread's earlier stores before its later loads, against a thread that runs
+    /// [`heavy_barrier`].
     #[inline(always)]
     pub fn light_barrier() {
         if ASYMMETRIC.load(Ordering::Relaxed) {
@@ -144,8 +145,8 @@ mod real {
     pub fn heavy_barrier() {
         fence(Ordering::SeqCst);
         if ASYMMETRIC.load(Ordering::Relaxed) && !membarrier(MEMBARRIER_PRIVATE_EXPEDITED) {
-            // Registered and yet refused: it cannot happen on a kernel that keeps its word, and
-            // going on would let memory move under a running kernel.
+            // The kernel accepted the registration, so it should not refuse now. To go on could let memory move under a
+            // running kernel.
             panic!(
                 "membarrier(2) was allowed at first and then refused (a seccomp filter?): {}",
                 std::io::Error::last_os_error()
@@ -157,10 +158,9 @@ mod real {
 #[cfg(not(loom))]
 pub use real::*;
 
-/// Futexes under loom: one condition variable stands for every address. A wake-up for another
-/// address is a wake-up for no reason, which real futexes have too, so nothing is hidden; a wake-up
-/// that is lost leaves a thread blocked for ever, which loom reports as a deadlock. Time stands
-/// still, so a protocol that leans on a timeout where it should have rung a doorbell is caught.
+/// Futexes under loom: one condition variable stands for every address. A wake-up for another address is a spurious wake-up,
+/// which real futexes have too, so the model hides no fault. A lost wake-up leaves a thread blocked for ever, and loom reports
+/// a deadlock. Time stands still, so a protocol that relies on a timeout instead of a wake-up is caught.
 #[cfg(loom)]
 mod model {
     use super::{AtomicU32, AtomicU64, Ordering, fence};

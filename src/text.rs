@@ -1,7 +1,7 @@
-//! Text of strangers, made fit to be shown.
+//! Text from other processes, made safe to show.
 
-/// The text up to the first zero byte (or all of it), with `?` in place of every control character and U+FFFD in place of
-/// what is not UTF-8. Names and sentences come from other processes and end up on a terminal or in a log.
+/// The text up to the first zero byte, or all of it, with `?` for every control character and U+FFFD for every sequence that is
+/// not UTF-8. Names and sentences of other processes end up on a terminal or in a log.
 pub fn printable(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).chars().map(|c| if c.is_control() { '?' } else { c }).collect()

@@ -1,13 +1,13 @@
-//! Units: granules of GPU memory, nanoseconds, sizes as people write them, GPU names.
+//! Units: granules of GPU memory, nanoseconds, sizes and times as people write them, UUIDs of GPUs.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// Bytes in a granule, the pool's unit: the smallest piece CUDA's virtual memory management maps.
+/// Bytes in a granule, the pool's unit: the smallest piece that CUDA's virtual memory management maps
+/// (cuMemGetAllocationGranularity).
 pub const GRANULE: u64 = 2 << 20;
 
-/// The most granules that one pool, or one client, can hold (2 TiB): the width of a field in the
-/// [account word](crate::account).
+/// The most granules that one pool or one client can hold (2 TiB): what a field of the [account](crate::account) can hold.
 pub const MAX_GRANULES: u32 = (1 << 20) - 1;
 
 /// A count of granules. Never more than [`MAX_GRANULES`] where it comes from a page.
@@ -21,12 +21,12 @@ pub const MILLISECOND: Nanos = 1_000_000;
 /// Nanoseconds in a second.
 pub const SECOND: Nanos = 1_000_000_000;
 
-/// The granules that hold `bytes`, rounded up; saturates at [`MAX_GRANULES`].
+/// How many granules hold `bytes`: rounded up, at most [`MAX_GRANULES`].
 pub fn granules_for(bytes: u64) -> Granules {
     bytes.div_ceil(GRANULE).min(u64::from(MAX_GRANULES)) as Granules
 }
 
-/// The whole granules in `bytes`; saturates at [`MAX_GRANULES`].
+/// How many whole granules are in `bytes`: rounded down, at most [`MAX_GRANULES`].
 pub fn granules_in(bytes: u64) -> Granules {
     (bytes / GRANULE).min(u64::from(MAX_GRANULES)) as Granules
 }
@@ -36,7 +36,7 @@ pub fn bytes_of(granules: Granules) -> u64 {
     u64::from(granules) * GRANULE
 }
 
-/// A text that should have been a size, and was not.
+/// A text that is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{text}' is not a size: write a number and a unit, such as 14.9GiB, 512MiB or 4096 (bytes)")]
 pub struct SizeError {
@@ -70,7 +70,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         return whole.checked_mul(scale).ok_or_else(fail);
     }
     let value = number.parse::<f64>().map_err(|_| fail())? * scale as f64;
-    // 2^63 rather than u64::MAX: every float below it converts exactly enough, and none overflows.
+    // Below 2^63, so that the conversion cannot overflow.
     if value.is_finite() && (0.0..9.2e18).contains(&value) { Ok(value as u64) } else { Err(fail()) }
 }
 
@@ -86,7 +86,7 @@ pub fn format_size(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.2} {}", UNITS[unit]) }
 }
 
-/// A text that should have been a span of time, and was not.
+/// A text that is not a span of time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "'{text}' is not a time: write a number and a unit, one of ns, us, ms, s, min, h, d, such as 500ms, 1.5s or 2min"
@@ -95,10 +95,10 @@ pub struct TimeError {
     text: String,
 }
 
-/// The longest span of time that is read, ns: thirty years, so that sums of some don't overflow.
+/// The longest span of time that is read, in ns: thirty years, so that the sum of a few does not overflow.
 const LONGEST: f64 = 1e18;
 
-/// Reads a span of time, ns: a number, decimals allowed, and a unit, `ns us ms s min h d` (`m` is a minute too).
+/// Reads a span of time and returns ns: a number, decimals allowed, and a unit, `ns us ms s min h d` (`m` is a minute too).
 ///
 /// # Errors
 /// The text is no such number, has no unit, or means more than thirty years.
@@ -121,7 +121,7 @@ pub fn parse_time(text: &str) -> Result<Nanos, TimeError> {
     if ns <= LONGEST { Ok(ns.round() as Nanos) } else { Err(fail()) }
 }
 
-/// A span of time, written for people: `12.3 ms`.
+/// A span of time in ns, written for people: `12.3 ms`.
 pub fn format_nanos(ns: Nanos) -> String {
     match ns {
         0..1_000 => format!("{ns} ns"),
@@ -135,7 +135,7 @@ pub fn format_nanos(ns: Nanos) -> String {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GpuUuid(pub [u8; 16]);
 
-/// A text that should have been a GPU's UUID, and was not.
+/// A text that is not a GPU's UUID.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("'{text}' is not a GPU UUID: `nvidia-smi -L` lists them, such as GPU-8ac1f0c2-...")]
 pub struct UuidError {

@@ -55,7 +55,7 @@ pub fn slice_over(usage: Nanos, last_ran: Nanos, slice_start: Nanos, now: Nanos)
 }
 
 /// Slices that a client has used up one after the other, after one more: it has `more` to do, or begins anew.
-pub fn streak(used_up: u32, more: bool) -> u32 {
+pub fn consecutive_slices(used_up: u32, more: bool) -> u32 {
     if more { used_up.saturating_add(1) } else { 0 }
 }
 

@@ -8,10 +8,10 @@
 //! | [`Told`] | a client | answers [`Status::Asked`] with its phase |
 //! | [`Reply`] | the arbiter | answers each of them |
 //!
-//! Messages are structs of fixed size, little-endian, one to a datagram of a SOCK_SEQPACKET socket. Each begins with a
-//! magic that tells its kind and with the sender's [`LAYOUT_VERSION`], so a difference between releases is noticed before
-//! the length is looked at. Whatever does not fit is refused with a sentence that says why. This module only reads and
-//! writes bytes; [`crate::register`] has the sockets.
+//! Messages are structs of fixed size, little-endian, one in each message of a SOCK_SEQPACKET socket. Each begins with a magic
+//! that tells its kind and with the sender's [`LAYOUT_VERSION`], so a difference between releases is noticed before the length
+//! is checked. A message that makes no sense is refused with a sentence that says why. This module only reads and writes
+//! bytes; [`crate::register`] has the sockets.
 
 use crate::page::{LAYOUT_VERSION, NAME_BYTES};
 use crate::shares::{MemoryLimit, Priority, Shares};
@@ -21,7 +21,7 @@ use crate::units::GpuUuid;
 use crate::usage::MAX_WEIGHT;
 use bytemuck::{Pod, Zeroable};
 
-/// First eight bytes of every message but one.
+/// First eight bytes of a hello that asks for a slot, and of every reply.
 pub const WIRE_MAGIC: u64 = u64::from_le_bytes(*b"nvshare?");
 
 /// First eight bytes of a hello that asks for the page and for no slot.
@@ -36,31 +36,31 @@ pub const ATTACH_MAGIC: u64 = u64::from_le_bytes(*b"nvattach");
 /// First eight bytes of a [`Told`].
 pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
 
-/// What a message to the arbiter may begin with.
+/// The magics with which a message to the arbiter may begin.
 const TALK_MAGICS: [u64; 4] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC];
 
-/// Bytes of the sentence in a reply.
+/// Bytes that a reply has for its sentence.
 const TEXT_BYTES: usize = 256;
 
-/// What a client says.
+/// A process's request for a slot or for the page.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct Hello {
-    /// [`WIRE_MAGIC`] or [`LOOK_MAGIC`]: what it wants.
+    /// [`WIRE_MAGIC`] for a slot, [`LOOK_MAGIC`] for the page alone.
     pub magic: u64,
     /// [`LAYOUT_VERSION`] of the client.
     pub layout_version: u32,
     /// Its weight, 1 to [`crate::usage::MAX_WEIGHT`].
     pub weight: u32,
-    /// The GPU that it wants.
+    /// The UUID of the GPU.
     pub gpu: [u8; 16],
-    /// What it calls itself, zero-padded UTF-8.
+    /// The client's name, zero-padded UTF-8.
     pub name: [u8; NAME_BYTES],
-    /// Its memory limit's word.
+    /// Its memory limit as a word ([`MemoryLimit`]).
     pub memory_limit: u64,
-    /// Its priority's word.
+    /// Its priority as a word ([`Priority`]).
     pub priority: u32,
-    /// Its pid as it sees it itself: what an arbiter that cannot see it calls it.
+    /// Its pid in its own namespace. An arbiter that cannot see the process uses it as a name.
     pub pid: u32,
 }
 
@@ -80,7 +80,7 @@ impl Hello {
         .with(Shares::default())
     }
 
-    /// The same, asking for these shares.
+    /// The same request, for these shares.
     pub fn with(self, shares: Shares) -> Self {
         Self {
             weight: shares.weight,
@@ -99,7 +99,7 @@ impl Hello {
         }
     }
 
-    /// A request to see a GPU's page, of somebody who is no client of it yet.
+    /// A request for a GPU's page without a slot.
     pub fn look(gpu: GpuUuid) -> Self {
         Self { magic: LOOK_MAGIC, ..Self::new(gpu, "") }
     }
@@ -109,15 +109,15 @@ impl Hello {
         if self.magic == LOOK_MAGIC { RequestKind::Look } else { RequestKind::Slot }
     }
 
-    /// Its name, as far as it is text.
+    /// The client's name, made [safe to show](printable).
     pub fn name(&self) -> String {
         printable(&self.name)
     }
 
-    /// Reads what came over a socket.
+    /// Reads a message that came over a socket.
     ///
     /// # Errors
-    /// The reply to send instead: it says what is wrong.
+    /// The reply that refuses it, and says why.
     pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
         check_release(bytes)?;
         let hello: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
@@ -133,8 +133,8 @@ impl Hello {
     }
 }
 
-/// Checks that a message is of this release, as far as its beginning tells: before its length, which other releases may
-/// have changed.
+/// Checks the release of a message by its first bytes. This comes before the check of its length, which may differ between
+/// releases.
 fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
     let Some((magic, rest)) = bytes.split_first_chunk() else { return Ok(()) };
     let Some(version) = rest.first_chunk().map(|version| u32::from_le_bytes(*version)) else { return Ok(()) };
@@ -168,31 +168,31 @@ impl RequestKind {
     }
 }
 
-/// How a registration ended.
+/// The kind of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Status {
-    /// A slot and the page's descriptor come with it.
+    /// A slot is granted. The descriptors of the page and of the life file come with the reply.
     Welcome = 1,
     /// The two sides have different page layouts.
     LayoutVersion = 2,
-    /// No such GPU here.
+    /// The arbiter does not serve that GPU.
     UnknownGpu = 3,
     /// All slots of this GPU are taken.
     Full = 4,
-    /// The hello made no sense.
+    /// The message made no sense.
     Malformed = 5,
-    /// Anything else; the text says what.
+    /// Refused for another reason, which the text says.
     Refused = 6,
-    /// The page's descriptor comes with it, and no slot: that is all that was asked for.
+    /// The page's descriptor comes with the reply, and no slot, as was asked for.
     Shown = 7,
-    /// The client's shares are what the text says.
+    /// The client's shares were changed; the text says what they are now.
     Changed = 8,
-    /// The arbiter knows the client that was there before it.
+    /// The arbiter has taken over a client that was there before it.
     Attached = 9,
-    /// The client's slot is closed. Also said without a question, over the connection that the client keeps.
+    /// The client's slot is closed. Also sent without a request, over the connection that the client keeps.
     Closed = 10,
-    /// The arbiter asks over that connection what the client does.
+    /// The arbiter asks the client for its phase, over the connection that the client keeps.
     Asked = 11,
 }
 
@@ -216,7 +216,7 @@ impl Status {
     }
 }
 
-/// What the arbiter answers.
+/// The arbiter's answer.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct Reply {
@@ -235,37 +235,37 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// A slot for the client.
+    /// Grants a slot.
     pub fn welcome(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Welcome, "") }
     }
 
-    /// The page, for somebody who only looks.
+    /// Grants a look at the page.
     pub fn shown() -> Self {
         *Self::refuse(Status::Shown, "")
     }
 
-    /// The client is known.
+    /// Says that the client was taken over.
     pub fn attached(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Attached, "") }
     }
 
-    /// What is the client doing?
+    /// Asks the client for its phase.
     pub fn asked() -> Self {
         *Self::refuse(Status::Asked, "")
     }
 
-    /// A client's slot is closed, and why.
+    /// Says that the client's slot is closed, and why.
     pub fn closed(why: &str) -> Box<Self> {
         Self::refuse(Status::Closed, why)
     }
 
-    /// A client's shares are these now.
+    /// Says what the client's shares are now.
     pub fn changed(shares: Shares) -> Self {
         *Self::refuse(Status::Changed, &shares.to_string())
     }
 
-    /// Nothing, and why.
+    /// A reply without a slot, of this status and with this sentence.
     pub fn refuse(status: Status, why: &str) -> Box<Self> {
         Box::new(Self {
             magic: WIRE_MAGIC,
@@ -277,15 +277,15 @@ impl Reply {
         })
     }
 
-    /// The sentence, as far as it is text.
+    /// The sentence, made [safe to show](printable).
     pub fn text(&self) -> String {
         printable(&self.text)
     }
 
-    /// Reads what came over a socket, and how the registration ended.
+    /// Reads a reply that came over a socket, and its status.
     ///
     /// # Errors
-    /// What is wrong with it, in words that follow the name of who sent it.
+    /// What is wrong with it: a sentence that begins with "its answer".
     pub fn read(bytes: &[u8]) -> Result<(Self, Status), String> {
         let reply: Self = bytemuck::try_pod_read_unaligned(bytes)
             .map_err(|_| format!("its answer has {} bytes instead of {}", bytes.len(), size_of::<Self>()))?;
@@ -305,22 +305,22 @@ fn padded<const N: usize>(text: &str) -> [u8; N] {
     bytes
 }
 
-/// In [`Change::which`]: what is to change.
+/// Bits of [`Change::which`]: which of the shares are to change.
 const WEIGHT: u32 = 1;
 const PRIORITY: u32 = 2;
 const MEMORY_LIMIT: u32 = 4;
 
-/// What somebody wants changed.
+/// A request to change a running client's shares.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct Change {
     /// [`CHANGE_MAGIC`].
     pub magic: u64,
-    /// [`LAYOUT_VERSION`] of who asks.
+    /// [`LAYOUT_VERSION`] of the sender.
     pub layout_version: u32,
-    /// A bit for each of the last three that counts.
+    /// Which of the shares are to change: 1 the weight, 2 the priority, 4 the memory limit.
     pub which: u32,
-    /// The client's GPU.
+    /// The UUID of the client's GPU.
     pub gpu: [u8; 16],
     /// Its slot.
     pub slot: u32,
@@ -328,17 +328,17 @@ pub struct Change {
     pub pid: u32,
     /// How many owners its slot has had, as the page has it.
     pub generation: u32,
-    /// The weight, or 0.
+    /// The new weight; 0 if it stays.
     pub weight: u32,
-    /// The priority's word, or 0.
+    /// The new priority as a word; 0 if it stays.
     pub priority: u32,
     /// Zero.
     pub reserved: u32,
-    /// The memory limit's word, or 0.
+    /// The new memory limit as a word; 0 if it stays.
     pub memory_limit: u64,
 }
 
-/// Which of a client's shares become what.
+/// New values for some of a client's shares; `None` for a share that stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SharesUpdate {
     /// The weight.
@@ -350,7 +350,7 @@ pub struct SharesUpdate {
 }
 
 impl SharesUpdate {
-    /// What becomes of these shares.
+    /// These shares with the new values.
     pub fn of(self, shares: Shares) -> Shares {
         Shares {
             weight: self.weight.unwrap_or(shares.weight),
@@ -381,10 +381,10 @@ impl Change {
         }
     }
 
-    /// Reads what came over a socket: the message, the slot, and what is to become of it.
+    /// Reads a change that came over a socket: the message, the client's slot, and the new values.
     ///
     /// # Errors
-    /// The reply to send instead: it says what is wrong.
+    /// The reply that refuses it, and says why.
     pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex, SharesUpdate), Box<Reply>> {
         let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
         check_release(bytes)?;
@@ -415,7 +415,8 @@ impl Change {
             priority: Priority::read(change.priority).filter(|_| given(PRIORITY)),
             memory_limit: MemoryLimit::read(change.memory_limit).filter(|_| given(MEMORY_LIMIT)),
         };
-        // What is out of its bounds was dropped, and what does not count must be 0: then it is not the same again.
+        // A value out of its bounds was dropped above, and a share that stays must be 0. Either makes the message differ from
+        // one made anew.
         let owner = Owner { generation: change.generation, pid: change.pid };
         if Self::new(GpuUuid(change.gpu), slot, owner, edit) != change {
             return Err(malformed(&format!(
@@ -425,28 +426,28 @@ impl Change {
         Ok((change, slot, edit))
     }
 
-    /// Whose slot it was when the change was asked for.
+    /// The slot's owner when the change was asked for.
     pub fn owner(&self) -> Owner {
         Owner { generation: self.generation, pid: self.pid }
     }
 }
 
-/// What anybody may say to the arbiter.
+/// A message to the arbiter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Message {
-    /// A client wants a slot, or to see the page.
+    /// A process asks for a slot, or for the page.
     Hello(Hello),
-    /// Somebody wants a client's shares changed.
+    /// A user asks for a change of a client's shares.
     Change(Change, SlotIndex, SharesUpdate),
     /// A client that was there before the arbiter makes itself known.
     Attach(Attach, SlotIndex),
 }
 
 impl Message {
-    /// Reads what came over a socket.
+    /// Reads a message that came over a socket.
     ///
     /// # Errors
-    /// The reply to send instead: it says what is wrong.
+    /// The reply that refuses it, and says why.
     pub fn read(bytes: &[u8]) -> Result<Self, Box<Reply>> {
         if bytes.starts_with(&CHANGE_MAGIC.to_le_bytes()) {
             return Change::read(bytes).map(|(change, slot, edit)| Self::Change(change, slot, edit));
@@ -458,7 +459,8 @@ impl Message {
     }
 }
 
-/// What a client says to an arbiter that began after it. Its life file and its page come with it, in this order.
+/// What a client sends to an arbiter that began after the client. The descriptors of its life file and of its page come with the
+/// message.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct Attach {
@@ -470,14 +472,14 @@ pub struct Attach {
     pub slot: u32,
     /// Its GPU.
     pub gpu: [u8; 16],
-    /// How many owners its slot has had, when it got it.
+    /// How many owners its slot has had, this client included.
     pub generation: u32,
-    /// Its pid, as the arbiter before called it.
+    /// Its pid, as the arbiter before has it.
     pub pid: u32,
 }
 
 impl Attach {
-    /// The words of the client that has this slot.
+    /// The message of the client that has this slot.
     pub fn new(gpu: GpuUuid, slot: SlotIndex, owner: Owner) -> Self {
         Self {
             magic: ATTACH_MAGIC,
@@ -489,10 +491,10 @@ impl Attach {
         }
     }
 
-    /// Reads what came over a socket: the message, and the slot that it names.
+    /// Reads a message that came over a socket, and the slot that it names.
     ///
     /// # Errors
-    /// The reply to send instead: it says what is wrong.
+    /// The reply that refuses it, and says why.
     pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex), Box<Reply>> {
         let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
         check_release(bytes)?;
@@ -511,15 +513,15 @@ impl Attach {
         Ok((attach, slot))
     }
 
-    /// Whose slot it is.
+    /// The owner that the client says its slot has.
     pub fn owner(&self) -> Owner {
         Owner { generation: self.generation, pid: self.pid }
     }
 }
 
-/// What a client answers when the arbiter asks, over the connection that nobody else has. The page says it too, and
-/// everybody can write the page: before the arbiter closes a slot because its client leaves, or kills a process because it
-/// does not give way, it asks the process itself.
+/// A client's answer to [`Status::Asked`], over the connection that only this client has. The page has the phase too, but
+/// everybody can write the page. So the arbiter asks the process itself before it closes a slot because its client leaves, or
+/// kills a process because it does not give way.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
 pub struct Told {
@@ -530,12 +532,12 @@ pub struct Told {
 }
 
 impl Told {
-    /// A client in this phase.
+    /// The answer of a client in this phase, or [`crate::books::NOT_TOLD`].
     pub fn new(phase: u32) -> Self {
         Self { magic: TOLD_MAGIC, layout_version: LAYOUT_VERSION, phase }
     }
 
-    /// Reads what came over a client's connection. `None` if it is something else.
+    /// Reads a message that came over a client's connection. `None` if it is something else.
     pub fn read(bytes: &[u8]) -> Option<Self> {
         let told: Self = bytemuck::try_pod_read_unaligned(bytes).ok()?;
         ((told.magic, told.layout_version) == (TOLD_MAGIC, LAYOUT_VERSION)).then_some(told)

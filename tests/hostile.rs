@@ -39,7 +39,7 @@ fn read_everything(page: &Page) {
     page.rebuild_occupied();
     page.open_slot(Process { pid: 1, started: 1 }, "victim", 1);
     for slot in page.occupied().iter() {
-        page.set_pinned(slot, 7);
+        page.set_context(slot, 7);
         page.reap(slot);
     }
     page.set_capacity(1);
@@ -140,7 +140,7 @@ fn a_lie_about_the_memory_of_a_client_that_has_none() {
     ends(|| {
         let page: Arc<Page> = Page::on_heap(GPU, 100).into();
         let ((mut victim, _), (mut waiter, _)) = (client(&page, 10), client(&page, 60));
-        page.set_pinned(victim.books().slot(), 90);
+        page.set_context(victim.books().slot(), 90);
         lie_in(&page, victim.books().slot(), ACCOUNT, 99);
         waiter.request();
         match victim.poll(&mut NoMemory) {

@@ -32,7 +32,7 @@ fn client() {
     let dir = PathBuf::from(std::env::var_os("NVSHARE_TEST_DIR").expect("started by the other test"));
     let hello = Hello::new(GPU.parse().unwrap(), "victim");
     let registration = register::register(&paths::socket(&dir), &hello, Duration::from_secs(20)).unwrap();
-    let mut client = Client::new(registration.page, registration.slot).telling(registration.truth);
+    let mut client = Client::new(registration.page, registration.slot).telling(registration.private_phase);
     let books = client.books().clone();
     books.grow(DEMAND);
     let mut runtime = Bookkeeper::new(&books, 4);

@@ -202,7 +202,7 @@ fn a_client_that_left_while_its_arbiter_was_killed_keeps_no_slot() {
     let (arbiter, _) = start_arbiter(&dir, false);
     let hello = Hello::new(GPU.parse().unwrap(), "leaves");
     let client = register::register(&paths::socket(&dir), &hello, TIMEOUT.duration()).unwrap();
-    client.truth.store(Phase::Leaving as u32, Ordering::Relaxed);
+    client.private_phase.store(Phase::Leaving.into(), Ordering::Relaxed);
     arbiter.end();
     client.page.reap(client.slot).unwrap();
     let (arbiter, mut log) = start_arbiter(&dir, false);

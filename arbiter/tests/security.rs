@@ -4,6 +4,7 @@
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use nix::sys::socket::MsgFlags;
 use nix::unistd::Pid;
 use nvshare::change;
 use nvshare::map::{MappedPage, scribble};
@@ -199,8 +200,8 @@ fn other_process() {
         },
         // A client until its input ends.
         "client" => {
-            let Registration { page, slot, truth } = ask(&hello).unwrap();
-            let client = Client::new(page, slot).telling(truth);
+            let Registration { page, slot, private_phase } = ask(&hello).unwrap();
+            let client = Client::new(page, slot).telling(private_phase);
             println!("said: slot {}", slot.get());
             let _ = std::io::stdin().read(&mut [0]);
             client.leave();
@@ -256,8 +257,6 @@ fn no_client_can_change_the_size_of_the_page() {
 
 /// The descriptor that comes with an answer to this hello.
 fn received(socket: &Path, hello: &Hello) -> File {
-    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-    use std::os::fd::{AsRawFd, FromRawFd};
     let connection = register::dial(socket, TIMEOUT.duration()).unwrap();
     let words = [
         &hello.magic.to_le_bytes()[..],
@@ -270,17 +269,8 @@ fn received(socket: &Path, hello: &Hello) -> File {
         &hello.pid.to_le_bytes(),
     ];
     scm_rights::send(connection.as_fd(), &words.concat(), &[]).unwrap();
-    let mut bytes = [0; 1024];
-    let mut slices = [std::io::IoSliceMut::new(&mut bytes)];
-    let mut control = nix::cmsg_space!([i32; 4]);
-    let message =
-        recvmsg::<()>(connection.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::empty()).unwrap();
-    let fd = message.cmsgs().unwrap().find_map(|part| match part {
-        ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
-        _ => None,
-    });
-    // SAFETY: the kernel has just made it for this message.
-    unsafe { File::from_raw_fd(fd.expect("a descriptor comes with the answer")) }
+    let (_, fds) = scm_rights::receive(connection.as_fd(), 1024, MsgFlags::empty()).unwrap();
+    File::from(fds.into_iter().next().expect("a descriptor comes with the answer"))
 }
 
 #[test]
@@ -518,6 +508,28 @@ fn a_client_that_speaks_is_served_among_any_number_of_silent_ones() {
     assert!(before.elapsed() < Duration::from_secs(5));
     let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
     assert!(open < 200, "{open} descriptors are open for silent connections");
+    assert!(arbiter.lives());
+}
+
+/// As many descriptors as a message can have, more than the arbiter takes in: it closes those that the kernel has made for it.
+#[test]
+fn a_message_with_too_many_descriptors_leaves_none_open() {
+    let mut arbiter = Arbiter::start("gifts", &[]);
+    let pid = arbiter.child.id();
+    let gift = File::open("/dev/null").unwrap();
+    for count in [scm_rights::MOST_DESCRIPTORS + 1, 253] {
+        let connection = register::dial(&arbiter.socket(), TIMEOUT.duration()).unwrap();
+        scm_rights::send(connection.as_fd(), &[7; 300], &vec![gift.as_fd(); count]).unwrap();
+        // An answer, or the end of the connection: the message has been taken in.
+        let _ = scm_rights::receive(connection.as_fd(), 1024, MsgFlags::empty());
+    }
+    let open = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let gifts = open.filter(|link| {
+        let name = link.as_ref().map(|link| std::fs::read_link(link.path()));
+        name.is_ok_and(|name| name.is_ok_and(|name| name == Path::new("/dev/null")))
+    });
+    let gifts = gifts.count();
+    assert!(gifts <= 3, "{gifts} descriptors are open, with standard input and output");
     assert!(arbiter.lives());
 }
 

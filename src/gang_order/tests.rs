@@ -5,7 +5,7 @@ fn gpu(number: usize) -> GpuUuid {
     GpuUuid([number as u8; 16])
 }
 
-/// Of GPUs 0, 1 and 2, used in another order.
+/// An order of the GPUs 0, 1 and 2, which the process has begun to use in another order.
 fn three() -> GangOrder {
     let mut order = GangOrder::new();
     [2, 0, 1].into_iter().for_each(|number| order.join(gpu(number)));
@@ -17,9 +17,9 @@ fn they_are_asked_for_one_after_the_other() {
     let mut order = three();
     let may_ask = |order: &GangOrder| [0, 1, 2].map(|number| order.may_ask(gpu(number)));
     assert_eq!(may_ask(&order), [true, false, false]);
-    for stage in [GpuState::Waiting, GpuState::Growing] {
-        order.set(gpu(0), stage);
-        assert_eq!(may_ask(&order), [true, false, false], "{stage:?} is not all in place");
+    for state in [GpuState::Waiting, GpuState::Growing] {
+        order.set(gpu(0), state);
+        assert_eq!(may_ask(&order), [true, false, false], "{state:?} is not all in place");
     }
     order.set(gpu(0), GpuState::Ready);
     assert_eq!(may_ask(&order), [true, true, false]);
@@ -34,9 +34,9 @@ fn who_waits_for_one_gives_up_those_after_it() {
     let mut order = three();
     [0, 1, 2].into_iter().for_each(|number| _ = order.set(gpu(number), GpuState::Ready));
     let must = |order: &GangOrder| [0, 1, 2].map(|number| order.must_give_up(gpu(number)));
-    for stage in [GpuState::Out, GpuState::Growing, GpuState::Ready] {
-        order.set(gpu(1), stage);
-        assert_eq!(must(&order), [false; 3], "{stage:?} waits for nobody");
+    for state in [GpuState::Out, GpuState::Growing, GpuState::Ready] {
+        order.set(gpu(1), state);
+        assert_eq!(must(&order), [false; 3], "{state:?} waits for nobody");
     }
     order.set(gpu(1), GpuState::Waiting);
     assert_eq!(must(&order), [false, false, true]);
@@ -55,13 +55,13 @@ fn no_gpu_is_all_there_is_to_have() {
     assert!(!order.complete());
 }
 
-/// A machine whose GPUs hold one process each, and processes that want all of theirs again and again. What an
-/// engine can do next is a step here, and each can come next.
+/// A machine whose GPUs hold one process each, and processes that want all of their GPUs again and again. A step is one action
+/// of one engine, and any step that is possible may come next.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 struct Machine {
-    /// For each GPU who has it, if anybody.
+    /// For each GPU, the process that has it.
     holders: Vec<Option<usize>>,
-    /// Who waits for it, the first one first.
+    /// For each GPU, the processes that wait for it, the first one first.
     queues: Vec<VecDeque<usize>>,
     processes: Vec<Process>,
 }
@@ -71,21 +71,21 @@ struct Process {
     order: GangOrder,
     /// The GPUs on which its slice has begun.
     begun: BTreeSet<usize>,
-    /// The GPUs that it has come to use.
+    /// The GPUs that it uses so far.
     joined: Vec<usize>,
-    /// Those that it will come to use, the next one first.
+    /// The GPUs that it will use later, the next one first.
     to_join: VecDeque<usize>,
 }
 
 impl Process {
-    /// It uses all that it will, and has them.
+    /// Whether it uses all its GPUs and has them.
     fn runs(&self) -> bool {
         self.to_join.is_empty() && self.order.complete()
     }
 }
 
 impl Machine {
-    /// Processes that come to use these GPUs, in this order.
+    /// Processes that begin to use these GPUs, in this order.
     fn new(gpus: usize, processes: &[&[usize]]) -> Self {
         let process = |uses: &&[usize]| Process {
             order: GangOrder::new(),
@@ -124,7 +124,7 @@ impl Machine {
         let (must_give_up, awaited) = (order.must_give_up(gpu(number)), !self.queues[number].is_empty());
         let mut step = self.clone();
         let process = &mut step.processes[index];
-        match order.stage(gpu(number)) {
+        match order.state(gpu(number)) {
             GpuState::Out if order.may_ask(gpu(number)) => {
                 process.order.set(gpu(number), GpuState::Waiting);
                 step.queues[number].push_back(index);
@@ -152,7 +152,7 @@ impl Machine {
     }
 }
 
-/// Whatever state the machine comes to, every process can still come to run.
+/// From every state that can be reached, every process can still reach a state in which it runs.
 fn nobody_is_blocked(machine: Machine) {
     let mut known = HashMap::from([(machine.clone(), 0)]);
     let (mut states, mut comes_from) = (vec![machine], vec![Vec::new()]);
@@ -170,7 +170,7 @@ fn nobody_is_blocked(machine: Machine) {
     }
     println!("{} states", states.len());
     for index in 0..states[0].processes.len() {
-        // Backwards from where it runs.
+        // Search backwards from the states in which it runs.
         let runs = |state: &usize| states[*state].processes[index].runs();
         let mut queue: VecDeque<_> = (0..states.len()).filter(runs).collect();
         let mut reaches: HashSet<_> = queue.iter().copied().collect();

@@ -1,4 +1,4 @@
-//! The pace on a GPU that does one kernel after the other.
+//! The pace on a model of a GPU that runs one kernel after the other.
 
 use super::*;
 use crate::units::SECOND;
@@ -10,23 +10,23 @@ const TARGET: Nanos = 50 * MILLISECOND;
 const MICROSECOND: Nanos = 1_000;
 /// Launches that the driver takes ahead of the GPU.
 const DEPTH: usize = 512;
-/// What a launch takes its thread, ns.
+/// How long a launch takes in its thread, ns.
 const LAUNCH: Nanos = 2 * MICROSECOND;
 
 /// A GPU, and the one thread that submits to it.
 #[derive(Default)]
 struct Gpu {
     time: Cell<Nanos>,
-    /// When each kernel is through.
+    /// When each kernel ends, ns.
     ends: RefCell<Vec<Nanos>>,
-    /// The first so many kernels wait for each other: none is through before all are there.
+    /// This many kernels at the beginning wait for each other: none ends before all are submitted.
     chain: Cell<usize>,
     worked: Cell<Nanos>,
-    /// How often it was asked whether it has come to a mark.
+    /// How often it was asked whether it has passed a marker.
     asked: Cell<u64>,
 }
 
-/// Behind so many kernels.
+/// A marker behind this many kernels.
 struct Behind(Rc<Gpu>, usize);
 
 impl Marker for Behind {
@@ -53,7 +53,7 @@ impl Gpu {
 
     fn launch(&self, length: Nanos) {
         self.time.set(self.time.get() + LAUNCH);
-        // A full queue has the thread wait.
+        // A full queue makes the thread wait.
         let launched = self.ends.borrow().len();
         if launched >= DEPTH {
             self.time.set(self.time.get().max(self.ends.borrow()[launched - DEPTH]));
@@ -73,13 +73,13 @@ impl Gpu {
         self.ends.borrow().last().copied().unwrap_or(0)
     }
 
-    /// How long a drain takes now.
+    /// How long a drain would take now, ns.
     fn drain(&self) -> Nanos {
         self.last_end().saturating_sub(self.time.get())
     }
 }
 
-/// A process that launches as fast as it may.
+/// A process that launches as fast as the pace allows.
 struct Process {
     gpu: Rc<Gpu>,
     pace: Pace<Behind>,
@@ -94,7 +94,7 @@ impl Process {
         Self { gpu, pace, longest_drain: 0, waits: 0 }
     }
 
-    /// Until the time `end`, ns, kernels of the lengths that `length` gives.
+    /// Launches kernels of the lengths that `length` gives, until the time `end` (ns).
     fn runs(&mut self, end: Nanos, mut length: impl FnMut() -> Nanos) {
         while self.gpu.time.get() < end {
             let time = self.gpu.time.get();
@@ -118,7 +118,7 @@ impl Process {
         }
     }
 
-    /// The part of the time up to `end` in which the GPU worked, and the drain that is left at most.
+    /// The part of the time up to `end` in which the GPU worked, and the longest drain.
     fn share(&self, end: Nanos) -> f64 {
         let beyond = self.gpu.last_end().saturating_sub(end);
         (self.gpu.worked.get() - beyond) as f64 / end as f64
@@ -165,13 +165,13 @@ fn what_was_quick_in_the_last_slice_may_be_slow_in_this_one() {
             assert!(process.share(4 * SECOND) >= 0.99, "{}", process.share(4 * SECOND));
         }
     }
-    // Of kernels longer than the target, as few as of those of which nobody knows anything.
+    // Of kernels that are longer than the target, as few are in flight as of kernels of unknown length.
     let mut process = Process::new(0, each);
     process.runs(4 * SECOND, || 500 * MILLISECOND);
     assert!(process.longest_drain <= UNKNOWN * 500 * MILLISECOND, "{}", process.longest_drain);
 }
 
-/// It takes a dozen looks until what was known is believed again, and the GPU hardly waits for them.
+/// It takes a dozen looks until the old estimate is believed again, and the GPU hardly waits meanwhile.
 #[test]
 fn what_was_known_is_soon_believed_again() {
     let each = runs(5 * MICROSECOND, 0, SECOND).pace.drained(2 * SECOND);
@@ -181,7 +181,7 @@ fn what_was_known_is_soon_believed_again() {
     assert!(process.share(100 * MILLISECOND) >= 0.99, "{}", process.share(100 * MILLISECOND));
 }
 
-/// The driver takes a microsecond to say whether a mark has passed, as long as a quick kernel takes.
+/// The driver takes a microsecond to say whether the GPU has passed a marker. A quick kernel takes no longer.
 #[test]
 fn the_gpu_is_seldom_asked_while_little_is_in_flight() {
     let process = runs(5 * MICROSECOND, SECOND, SECOND);
@@ -189,7 +189,7 @@ fn the_gpu_is_seldom_asked_while_little_is_in_flight() {
     assert!(submitted > 150_000 && asked < submitted / 100, "{asked} times in {submitted} submissions");
 }
 
-/// Before its slice can end a process has as much in flight as takes until then.
+/// Before its slice can end, a process may have work in flight for the time until then.
 #[test]
 fn a_young_slice_has_a_long_backlog() {
     let mut process = runs(5 * MILLISECOND, 10 * SECOND, 5 * SECOND);
@@ -199,7 +199,7 @@ fn a_young_slice_has_a_long_backlog() {
     assert!(process.share(10 * SECOND) > 0.99);
 }
 
-/// Marks that passed long ago are seen together, after the thread has been away.
+/// Markers that were passed at different times are observed together, after the thread has been away.
 #[test]
 fn what_is_seen_late_was_not_quick() {
     let mut process = runs(3 * MILLISECOND, 2 * SECOND, SECOND);
@@ -231,7 +231,7 @@ fn work_that_was_in_flight_before_is_waited_for() {
     let pace = Pace::new(TARGET, 0, CostEstimate::UNKNOWN, time);
     let mut process = Process { gpu, pace, longest_drain: 0, waits: 0 };
     process.runs(before - SECOND, || 10 * MILLISECOND);
-    // And some for want of progress: one after a second, two more a second later.
+    // Some pass without progress: one after a second, two more a second later.
     let submitted = process.gpu.ends.borrow().len() - 300;
     assert!((UNKNOWN as usize..UNKNOWN as usize + 4).contains(&submitted), "{submitted}");
     process.longest_drain = 0;
@@ -240,7 +240,7 @@ fn work_that_was_in_flight_before_is_waited_for() {
     assert!(process.share(before + 10 * SECOND) > 0.99);
 }
 
-/// As kernels that wait for each other, or for a value that is written when all are submitted.
+/// Kernels that wait for each other, or for a value that is written when all are submitted.
 #[test]
 fn work_that_waits_for_work_to_come_is_not_held_for_ever() {
     for chain in [8, 400] {
@@ -254,7 +254,7 @@ fn waits_for_work_to_come(chain: usize) {
     process.runs(12 * SECOND, || MILLISECOND);
     assert!(process.gpu.ends.borrow().len() > chain, "all are there");
     assert!(process.gpu.last_end() < Nanos::MAX);
-    // And then it finds out what a kernel takes: those were all through at once.
+    // After that it measures what a kernel takes: the first ones all ended together.
     process.runs(22 * SECOND, || MILLISECOND);
     process.longest_drain = 0;
     process.runs(40 * SECOND, || MILLISECOND);
@@ -262,7 +262,7 @@ fn waits_for_work_to_come(chain: usize) {
     assert!(process.gpu.drain() > TARGET / 4);
 }
 
-/// A thread that was about to mark finds another slice when it comes back.
+/// A thread is told to put a marker, and the slice is another one when it hands the marker over.
 #[test]
 fn a_mark_of_an_earlier_slice_counts_for_no_more_than_was_submitted() {
     let gpu = Rc::<Gpu>::default();
@@ -273,7 +273,8 @@ fn a_mark_of_an_earlier_slice_counts_for_no_more_than_was_submitted() {
     assert_eq!((pace.submitted(), pace.done), (1, 0));
 }
 
-/// Slices shorter than a kernel: what one takes is known when the first is drained, though no two were marked in it.
+/// Slices that are shorter than a kernel: the cost is known when the first slice has been drained, although it had no two
+/// markers in it.
 #[test]
 fn it_learns_from_slices_of_one_kernel() {
     const LENGTH: Nanos = 500 * MILLISECOND;
@@ -304,14 +305,14 @@ proptest! {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             length + length * ((random >> 33) % (jitter + 1)) / 100
         });
-        // One kernel, and what those before it take longer than was to be foreseen.
+        // One kernel, and the time by which those before it took longer than expected.
         let longer = |time| time + time * jitter / 100;
         prop_assert!(process.longest_drain <= longer(TARGET + longer(length)), "{} ns", process.longest_drain);
         prop_assert!(process.share(10 * SECOND) >= 0.99 - length as f64 / (10 * SECOND) as f64, "{}", process.share(10 * SECOND));
     }
 
-    /// For a while everything takes a hundred times as long: another process uses the GPU too, say. It is back at its
-    /// pace as soon as the window that was in flight is done.
+    /// For a while every kernel takes a hundred times as long, as when another process uses the GPU too. The process is back at
+    /// its pace as soon as the work that was in flight is done.
     #[test]
     fn it_recovers_within_a_window(length in 5 * MICROSECOND..2 * MILLISECOND) {
         let mut process = Process::new(0, CostEstimate::UNKNOWN);

@@ -89,7 +89,7 @@ fn one_that_fits_nowhere_is_admitted_alone() {
 #[test]
 fn contexts_count() {
     let mut snapshot = snapshot(10, &[(Phase::Running, 5, 5, 1), (Phase::Waiting, 5, 0, 2)], &[0]);
-    snapshot.slots[1].pinned = 1;
+    snapshot.slots[1].context = 1;
     assert_eq!(admit(&snapshot, 0), set(&[0]));
 }
 
@@ -441,7 +441,7 @@ fn high_priority_is_next_once_the_least_is_over() {
 }
 
 fn any_phase() -> impl Strategy<Value = Phase> {
-    (0..6u32).prop_map(Phase::parse)
+    (0..6u32).prop_map(Phase::from)
 }
 
 fn any_beginning() -> impl Strategy<Value = Nanos> {
@@ -457,13 +457,13 @@ prop_compose! {
                 admitted: u64, fixed: bool, ns in 0..1_000_000u64) -> Snapshot {
         let mut snapshot = snapshot(capacity, &[], &[]);
         let mut free = capacity as i32;
-        for (index, (phase, demand, resident, pinned, ticket, slice_start, last_ran, stays)) in clients.into_iter().enumerate() {
-            let pinned = pinned.min(free as u32 / 4);
-            free -= pinned as i32;
+        for (index, (phase, demand, resident, context, ticket, slice_start, last_ran, stays)) in clients.into_iter().enumerate() {
+            let context = context.min(free as u32 / 4);
+            free -= context as i32;
             let resident = resident.min(demand).min(free as u32);
             free -= resident as i32;
             snapshot.occupied = snapshot.occupied.with(slot(index));
-            snapshot.slots[index] = SlotView { phase, demand, resident, pinned, unmovable: resident * stays / 4, ticket, slice_start, last_ran, ..SlotView::default() };
+            snapshot.slots[index] = SlotView { phase, demand, resident, context, unmovable: resident * stays / 4, ticket, slice_start, last_ran, ..SlotView::default() };
             let view = &mut snapshot.slots[index];
             (view.deadline, view.usage, view.consecutive_slices, view.weight) = fairness[index];
             view.priority = Priority::read(priorities[index]).unwrap();

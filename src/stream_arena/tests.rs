@@ -5,41 +5,41 @@ use proptest::prelude::*;
 use std::ops::Range;
 
 const SEGMENT: u64 = 64 << 10;
-const LINES: usize = 3;
+const STREAMS: usize = 3;
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// In that stream, so many bytes.
+    /// Allocate this many bytes in this stream.
     Take(usize, u64),
-    /// The block of that number, in that stream; or without one, as cuMemFree does.
+    /// Free the block of this number in this stream, or without a stream, as cuMemFree does.
     Give(usize, Option<usize>),
-    /// A stream gets past all but so many of its frees.
+    /// A stream gets past all of its frees but this many.
     Pass(usize, u64),
-    /// Keep so many bytes.
+    /// Trim the pool to this many bytes.
     Trim(u64),
-    /// So many bytes from unfinished frees, which the stream then waits for.
+    /// Allocate this many bytes from a block whose free is pending. The stream then waits for that free.
     TakePending(u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        5 => (0..LINES, 1..SEGMENT).prop_map(|(stream_id, size)| Step::Take(stream_id, size)),
-        2 => (0..LINES, 1..4000u64).prop_map(|(stream_id, size)| Step::Take(stream_id, size)),
-        5 => (any::<usize>(), proptest::option::weighted(0.9, 0..LINES)).prop_map(|(n, stream_id)| Step::Give(n, stream_id)),
-        2 => (0..LINES, 0..4u64).prop_map(|(stream_id, left)| Step::Pass(stream_id, left)),
+        5 => (0..STREAMS, 1..SEGMENT).prop_map(|(stream_id, size)| Step::Take(stream_id, size)),
+        2 => (0..STREAMS, 1..4000u64).prop_map(|(stream_id, size)| Step::Take(stream_id, size)),
+        5 => (any::<usize>(), proptest::option::weighted(0.9, 0..STREAMS)).prop_map(|(n, stream_id)| Step::Give(n, stream_id)),
+        2 => (0..STREAMS, 0..4u64).prop_map(|(stream_id, left)| Step::Pass(stream_id, left)),
         1 => (0..4 * SEGMENT).prop_map(Step::Trim),
         1 => (1..SEGMENT).prop_map(Step::TakePending),
     ]
 }
 
-/// What the rules say, byte by byte.
+/// The same rules for each byte by itself.
 #[derive(Default)]
 struct Model {
     live: Vec<Live>,
     /// The last free of each range.
     freed: Vec<(Range<u64>, Freed)>,
-    tickets: [Ticket; LINES],
-    done: [Ticket; LINES],
+    tickets: [Ticket; STREAMS],
+    done: [Ticket; STREAMS],
     segments: Vec<u64>,
 }
 
@@ -59,13 +59,13 @@ impl Model {
                 freed
             );
         }
-        self.forget(base..base + size.next_multiple_of(ALIGNMENT));
+        self.remove(base..base + size.next_multiple_of(ALIGNMENT));
         self.live.push(Live { base, size });
         Ok(())
     }
 
-    /// What was freed there is somebody's again, or gone.
-    fn forget(&mut self, gone: Range<u64>) {
+    /// A range is no longer free: it is allocated again, or its segment is gone.
+    fn remove(&mut self, gone: Range<u64>) {
         let rest = std::mem::take(&mut self.freed).into_iter().flat_map(|(range, freed)| {
             let left = range.start..range.end.min(gone.start);
             let right = range.start.max(gone.end)..range.end;
@@ -84,7 +84,7 @@ proptest! {
             match step {
                 Step::Take(stream_id, size) => {
                     let found = arena.take(StreamId(stream_id as u64), size).or_else(|| {
-                        // Right behind another one, so that they would be merged if they could.
+                        // Directly behind another segment, so that blocks would be merged across the border if they could.
                         let base = model.segments.iter().max().map_or(1 << 30, |last| last + SEGMENT);
                         model.segments.push(base);
                         arena.add(base, SEGMENT);
@@ -98,7 +98,7 @@ proptest! {
                     prop_assert!(freed.ticket > model.done[freed.stream_id.0 as usize]);
                     let found = arena.take_at(address, size);
                     prop_assert_eq!(found, Some(address));
-                    // The stream waits for that free: the order is right, whoever it is.
+                    // The stream waits for that free, so its use of the block comes after it.
                     for (range, old) in &model.freed {
                         if range.start < address + size && address < range.end {
                             let past = old.ticket <= model.done[old.stream_id.0 as usize];
@@ -137,7 +137,7 @@ proptest! {
                             prop_assert!(past || !range.contains(&old.start), "{:?} is not over", freed);
                         }
                         model.segments.retain(|segment| *segment != base);
-                        model.forget(range);
+                        model.remove(range);
                     }
                 }
             }
@@ -148,11 +148,11 @@ proptest! {
             let used: u64 = model.live.iter().map(|live| live.size.next_multiple_of(ALIGNMENT)).sum();
             prop_assert_eq!(arena.used.now, used);
         }
-        // When all is over, all of it goes back.
+        // In the end everything can be trimmed.
         for block in std::mem::take(&mut model.live) {
             prop_assert!(arena.give(block.base, None));
         }
-        for stream_id in 0..LINES {
+        for stream_id in 0..STREAMS {
             arena.settle(StreamId(stream_id as u64), model.tickets[stream_id]);
         }
         prop_assert_eq!(arena.trim(0).len(), model.segments.len());

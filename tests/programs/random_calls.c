@@ -41,6 +41,7 @@ typedef struct {
 
 typedef struct {
     int alive, defined, kind, context, stream, graphs;
+    int owner;    /* the context that it was made in, and goes with; `context` and `stream` are those of its last use */
     int recorded; /* a node of a graph allocates it, when the graph is launched */
     CUdeviceptr address;
     size_t bytes;
@@ -85,7 +86,8 @@ static Dice dice;
 static int step, thread, allocations;
 static size_t demand, limit = 40 * MIB, pool;
 static unsigned char *pageable, *pinned;
-static int host_calls;
+/* What host functions were given, by the stream that they were in: context * STREAMS + stream. */
+static int host_calls[CONTEXTS * STREAMS];
 static FILE *refused_file;
 static int replay_count, replay[4096];
 static const char *without = "";
@@ -272,7 +274,7 @@ static void allocate(void) {
     if (result) return;
     b->alive = 1;
     b->graphs = 0;
-    b->context = current[thread];
+    b->owner = b->context = current[thread];
     b->stream = s;
     b->recorded = (b->kind == ORDERED || b->kind == POOLED) && here()->streams[s].capturing;
     b->defined = !here()->streams[s].capturing && cuMemsetD8Async(b->address, i, b->bytes, handle(s)) == 0;
@@ -650,22 +652,24 @@ static void event(void) {
     }
 }
 
-static void on_host(void *amount) { host_calls += (int)(size_t)amount; }
+static void on_host(void *data) { host_calls[(size_t)data >> 8] += (size_t)data & 255; }
 
-static void on_callback(CUstream stream, CUresult status, void *amount) {
+static void on_callback(CUstream stream, CUresult status, void *data) {
     (void)stream;
-    host_calls += (int)(size_t)amount + status;
+    host_calls[(size_t)data >> 8] += ((size_t)data & 255) + status;
 }
 
 static void host_function(void) {
     int s = some_stream(), amount = 1 + choose(100);
     CUresult result;
+    size_t place = (size_t)(current[thread] * STREAMS + s), data = place << 8 | (size_t)amount;
     if (here()->streams[s].capturing) return;
-    if (choose(3)) result = cuLaunchHostFunc(handle(s), on_host, (void *)(size_t)amount);
-    else result = cuStreamAddCallback(handle(s), on_callback, (void *)(size_t)amount, 0);
+    if (choose(3)) result = cuLaunchHostFunc(handle(s), on_host, (void *)data);
+    else result = cuStreamAddCallback(handle(s), on_callback, (void *)data, 0);
     CUresult waited = captures() ? 0 : cuStreamSynchronize(handle(s));
     say("host function on %d -> %d, %d", s, result, waited);
-    if (!captures()) say("host functions were given %d", host_calls);
+    /* Those of other streams may still have to run, and these too if nobody has waited for them. */
+    if (!captures() && !waited) say("host functions in it were given %d", host_calls[place]);
 }
 
 /* A capture of a stream has ended. What it was to allocate is there if its graph was launched; else the addresses are nobody's. */
@@ -778,8 +782,6 @@ static void destroy_context(int c) {
     cuCtxSetCurrent(contexts[0].handle);
 }
 
-static int owner[BUFFERS];
-
 static void context(void) {
     int c = choose(CONTEXTS);
     CUcontext now = NULL;
@@ -789,9 +791,9 @@ static void context(void) {
         /* Memory that was made in it and is used from another context would go, too: none must be left. */
         if (!c || !contexts[c].alive || choose(2)) break;
         for (int i = 0; i < BUFFERS; i++)
-            if (buffers[i].alive && owner[i] == c) free_buffer(&buffers[i], 1);
+            if (buffers[i].alive && buffers[i].owner == c) free_buffer(&buffers[i], 1);
         for (int i = 0; i < BUFFERS; i++)
-            if (buffers[i].alive && owner[i] == c) return;
+            if (buffers[i].alive && buffers[i].owner == c) return;
         destroy_context(c);
         break;
     case 2: case 3:
@@ -1050,7 +1052,6 @@ int main(int argc, char **argv) {
     const char *only = getenv("FUZZ_ONLY");
     read_settings();
     (void)open_graph_buffers;
-    (void)owner;
     (void)graphs;
     CHECK(cuInit(0));
     CHECK(cuDevicePrimaryCtxRetain(&contexts[0].handle, 0));

@@ -65,7 +65,7 @@ fn gpu(text: &str) -> Result<GpuUuid, String> {
 }
 
 /// How long an arbiter that is just starting is waited for.
-const PATIENCE: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Whom a person means by a word.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,7 +173,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let Options { weight, priority, memory_limit, .. } = *options;
     let edit = SharesUpdate { weight, priority, memory_limit };
     let wanted = Change::new(found.gpu, found.client.slot, found.client.owner, edit);
-    let shares = change::change(&paths::socket(&dir), &wanted, PATIENCE)
+    let shares = change::change(&paths::socket(&dir), &wanted, TIMEOUT)
         .map_err(|error| Failure::usage(format!("{found}: {error}")))?;
     say!("{found}: {shares} (was: {})", found.client.shares);
     Ok(())

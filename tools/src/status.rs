@@ -173,15 +173,15 @@ fn gpu(page: &Page) -> Gpu {
     let snapshot = Snapshot::take(page, page.admitted());
     let (arbiter_pid, arbiter_generation, heartbeat) = page.arbiter();
     let (audits, repaired, reaped) = page.audit_counts();
-    let pinned: u64 = snapshot.clients().map(|(_, view)| bytes_of(view.pinned)).sum();
-    let (foreign_processes, foreign) = page.foreign();
+    let contexts: u64 = snapshot.clients().map(|(_, view)| bytes_of(view.context)).sum();
+    let foreign = page.foreign();
     Gpu {
         uuid: page.gpu().to_string(),
         capacity_bytes: bytes_of(snapshot.capacity),
         free_bytes: i64::from(snapshot.free) * GRANULE as i64,
-        pinned_bytes: pinned,
-        foreign_bytes: bytes_of(foreign),
-        foreign_processes,
+        pinned_bytes: contexts,
+        foreign_bytes: bytes_of(foreign.granules),
+        foreign_processes: foreign.processes,
         bandwidth_in: page.bandwidth(Direction::In),
         bandwidth_out: page.bandwidth(Direction::Out),
         arbiter_pid,
@@ -211,7 +211,7 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
         admitted: snapshot.admitted.contains(slot),
         demand_bytes: bytes(details.view.demand),
         resident_bytes: bytes(details.view.resident),
-        pinned_bytes: bytes(details.view.pinned),
+        pinned_bytes: bytes(details.view.context),
         unmovable_bytes: bytes(details.view.unmovable),
         waiting_ns: waiting,
         slice_left_ns: policy::slice_end(snapshot, slot)

@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const SCENARIO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/scenarios/four-jobs.toml");
 
@@ -43,7 +43,7 @@ fn ends_quietly(mut child: Child, status: i32, what: &str) {
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     let ended = child.wait().unwrap();
     assert_eq!((ended.code(), said.as_str()), (Some(status), ""), "{what}");
-    PATIENCE.until("all its processes are gone", || session(child.id()).is_empty());
+    TIMEOUT.until("all its processes are gone", || session(child.id()).is_empty());
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! - `tracker`: takes samples into the page, and learns from several of them.
 //!
 //! A client's *context* is what NVML shows for its process less what the books say is resident: the CUDA context, its
-//! modules, the libraries' workspaces. (The page calls it `pinned`.) A sample of a context counts only if the client's
+//! modules, the libraries' workspaces. A sample of a context counts only if the client's
 //! account was at rest and the same before and after; otherwise a chunk that moves would be taken for a context.
 //!
 //! NVML shows clients in one of three ways ([`View`]). In a container it may show the host's pids, which the arbiter can't

@@ -102,7 +102,7 @@ impl Tracker {
         for (slot, context) in contexts {
             // While a client fills, something may be booked that is not on the GPU yet, and its context comes out too
             // small: such a sample can only raise the figure.
-            if page.view(*slot).phase != Phase::Filling || *context >= page.view(*slot).pinned {
+            if page.view(*slot).phase != Phase::Filling || *context >= page.view(*slot).context {
                 changed |= self.update_context(page, *slot, *context);
             }
         }
@@ -110,9 +110,9 @@ impl Tracker {
     }
 
     fn update_context(&mut self, page: &Page, slot: SlotIndex, context: Granules) -> bool {
-        if context >= page.view(slot).pinned {
+        if context >= page.view(slot).context {
             self.lower.remove(&slot);
-            return page.set_pinned(slot, context);
+            return page.set_context(slot, context);
         }
         let (times, highest) = self.lower.entry(slot).or_insert((0, 0));
         *times += 1;
@@ -122,7 +122,7 @@ impl Tracker {
         }
         let highest = *highest;
         self.lower.remove(&slot);
-        page.set_pinned(slot, highest)
+        page.set_context(slot, highest)
     }
 
     /// The view that the operator is to be told of now. `clients`: whether there are any.
@@ -261,7 +261,7 @@ mod tests {
         }
 
         fn contexts(&self) -> Vec<Granules> {
-            self.slots.iter().map(|slot| self.page.view(*slot).pinned).collect()
+            self.slots.iter().map(|slot| self.page.view(*slot).context).collect()
         }
     }
 
@@ -358,7 +358,7 @@ mod tests {
         assert_eq!(scene.tracker.foreign(), 0, "its context is made, and it is about to register");
         let slot = scene.page.open_slot(Process { pid: 9, started: 1 }, "job", 1).unwrap();
         scene.sees(reading(&[(7, 12), (9, 30)], 42));
-        assert_eq!((scene.page.view(slot).pinned, scene.tracker.foreign()), (30, 0));
+        assert_eq!((scene.page.view(slot).context, scene.tracker.foreign()), (30, 0));
         for _ in 0..SAMPLES {
             scene.sees(reading(&[(7, 12), (9, 30), (99, 200)], 242));
         }

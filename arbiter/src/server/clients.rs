@@ -84,7 +84,7 @@ impl RegisteredClient {
             (Some(_), _) => return (PhaseAnswer::Pending, false),
             (None, None) => PhaseAnswer::Pending,
             (None, Some(NOT_TOLD)) => PhaseAnswer::AsThePage,
-            (None, Some(word)) => PhaseAnswer::Phase(Phase::parse(word)),
+            (None, Some(word)) => PhaseAnswer::Phase(Phase::from(word)),
         };
         (answer, true)
     }

@@ -3,6 +3,7 @@
 use super::served_gpu::ServedGpu;
 use crate::options::Options;
 use crate::sampling::{Change, Source, View};
+use nvshare::page::ForeignMemory;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, format_size, granules_in};
 
 /// Between two samples.
@@ -61,7 +62,8 @@ fn apply(gpu: &mut ServedGpu, change: Change, options: &Options) {
     for (pid, bytes) in gpu.tracker.take_unreported() {
         log_foreign(uuid, pid, bytes);
     }
-    page.set_foreign(gpu.tracker.foreign_processes(), granules_in(gpu.tracker.foreign()));
+    let (processes, granules) = (gpu.tracker.foreign_processes(), granules_in(gpu.tracker.foreign()));
+    page.set_foreign(ForeignMemory { processes, granules });
     if change.contexts | gpu.resize_pool(options) {
         page.decide();
     }

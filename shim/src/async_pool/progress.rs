@@ -38,12 +38,12 @@ pub struct StreamRef {
 }
 
 impl StreamRef {
-    /// The stream that a call names. `None` if it captures, or if the driver doesn't say what it is.
+    /// The stream that a call names. `None` if it captures, or if the driver doesn't say what it is, as in a context that is
+    /// broken.
     pub fn find(driver: &Driver, stream: CUstream, per_thread: bool) -> Option<StreamRef> {
         let stream = stream.named(per_thread);
-        if captures::with_no_capture(|| ()).is_none()
-            && driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE)
-        {
+        // Asked always: in a context that is broken, the driver answers this with the context's error.
+        if driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE) {
             return None;
         }
         let context = if stream.is_default() {

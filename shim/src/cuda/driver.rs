@@ -15,6 +15,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
+/// An address that no allocation ever has: for the driver's answer about a pointer that it does not know.
+pub const NOBODYS: CUdeviceptr = 64;
+
 /// Why there is no driver to call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DriverError {
@@ -642,6 +645,18 @@ impl Driver {
         // SAFETY: both have room for what the driver writes.
         unsafe { (self.cuMemGetAddressRange_v2)(&mut base, &mut size, ptr) }.ok()?;
         Ok((base, size))
+    }
+
+    /// What the driver says to nearly every call in the current context since work of it failed (an illegal access, say), or
+    /// why it has no context to say it of. It says so of any address, and the question may be asked during a capture.
+    ///
+    /// # Errors
+    /// The context's error; INVALID_CONTEXT if none is current.
+    pub fn ctx_intact(&self) -> Result<(), CuResult> {
+        match self.address_range(NOBODYS) {
+            Ok(_) | Err(CuResult::NOT_FOUND) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// The PCI address of a GPU, as in `0000:17:00.0`.

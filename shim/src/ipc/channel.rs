@@ -13,17 +13,14 @@
 use crate::cuda::abi::CuResult;
 use crate::ipc::handle::{Key, MAGIC, VERSION};
 use bytemuck::{Pod, Zeroable};
-use nix::cmsg_space;
-use nix::errno::Errno;
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, getsockopt, recvmsg, sendmsg, sockopt,
-};
+use nix::sys::socket::{getsockopt, sockopt};
+use nvshare::scm_rights::MOST_DESCRIPTORS;
 use nvshare::units::GRANULE;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Descriptors in one answer.
 pub const BATCH: usize = 64;
+const _: () = assert!(BATCH <= MOST_DESCRIPTORS);
 
 /// More pieces than any memory has: 1 TiB in chunks of a granule.
 const MOST_PIECES: u32 = 1 << 19;
@@ -223,51 +220,9 @@ pub fn peer(socket: impl AsFd) -> nix::Result<(bool, i32)> {
     Ok((peer.uid() == ours || peer.uid() == 0, peer.pid()))
 }
 
-/// Sends one message.
-///
-/// # Errors
-/// The socket's.
-pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], pieces: &Pieces, flags: MsgFlags) -> nix::Result<()> {
-    let fds: Vec<RawFd> = pieces.iter().map(|(fd, _)| fd.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&fds)];
-    let control = if fds.is_empty() { &[][..] } else { &rights[..] };
-    let flags = flags | MsgFlags::MSG_NOSIGNAL;
-    loop {
-        match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None) {
-            Err(Errno::EINTR) => {}
-            result => return result.map(drop),
-        }
-    }
-}
-
-/// Receives one message. No bytes: the other end has closed.
-///
-/// # Errors
-/// The socket's.
-pub fn receive(
-    socket: BorrowedFd<'_>,
-    bytes: &mut [u8],
-    flags: MsgFlags,
-) -> nix::Result<(usize, Vec<OwnedFd>)> {
-    let mut control = cmsg_space!([RawFd; BATCH]);
-    let flags = flags | MsgFlags::MSG_CMSG_CLOEXEC;
-    loop {
-        let mut slices = [IoSliceMut::new(bytes)];
-        let message = match recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut control), flags) {
-            Err(Errno::EINTR) => continue,
-            message => message?,
-        };
-        let mut fds = Vec::new();
-        // More of them than there is room for: the kernel has closed the rest, and the count will be wrong.
-        for part in message.cmsgs().into_iter().flatten() {
-            if let ControlMessageOwned::ScmRights(received) = part {
-                // SAFETY: the kernel has just installed these descriptors for this message; nobody else knows them,
-                // so they are ours to close.
-                fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-        return Ok((message.bytes, fds));
-    }
+/// The descriptors of some pieces, to be [sent](nvshare::scm_rights::send_with).
+pub fn descriptors(pieces: &Pieces) -> Vec<BorrowedFd<'_>> {
+    pieces.iter().map(|(fd, _)| fd.as_fd()).collect()
 }
 
 #[cfg(test)]

@@ -1,13 +1,14 @@
 //! The opener's end of the channel.
 
 use crate::cuda::abi::CuResult;
-use crate::ipc::channel::{Answer, Ask, Extent, Refusal, RequestKind, peer, receive, send};
+use crate::ipc::channel::{Answer, Ask, Extent, Refusal, RequestKind, peer};
 use crate::ipc::handle::{Exporter, Handle};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
+use nvshare::scm_rights::{receive, send, send_with};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// How long an exporter may take to answer, seconds.
@@ -174,21 +175,24 @@ impl Connection {
         let ask = Ask::new(RequestKind::Open, handle.number, handle.key, from);
         let failed = |error| match error {
             Errno::EAGAIN => OpenError::Silence,
+            Errno::ENOBUFS => OpenError::Nonsense(
+                "more descriptors came than an answer has, or than this process may have".into(),
+            ),
             error => OpenError::HungUp(error),
         };
-        send(self.0.as_fd(), bytemuck::bytes_of(&ask), &Vec::new(), MsgFlags::empty()).map_err(failed)?;
+        send(self.0.as_fd(), bytemuck::bytes_of(&ask), &[]).map_err(failed)?;
         // Room for more than an answer, so that a longer message is seen as one.
-        let mut bytes = vec![0; size_of::<Answer>() + 1];
-        let (length, fds) = receive(self.0.as_fd(), &mut bytes, MsgFlags::empty()).map_err(failed)?;
-        if length == 0 {
+        let room = size_of::<Answer>() + 1;
+        let (bytes, fds) = receive(self.0.as_fd(), room, MsgFlags::empty()).map_err(failed)?;
+        if bytes.is_empty() {
             return Err(OpenError::HungUp(Errno::ECONNRESET));
         }
-        Answer::read(&bytes[..length], fds, from).map_err(OpenError::Nonsense)?.map_err(OpenError::Refused)
+        Answer::read(&bytes, fds, from).map_err(OpenError::Nonsense)?.map_err(OpenError::Refused)
     }
 
     /// Says that an allocation is closed. The exporter may be dead: then nobody need be told.
     pub fn close(&self, handle: &Handle) {
         let ask = Ask::new(RequestKind::Close, handle.number, handle.key, 0);
-        let _ = send(self.0.as_fd(), bytemuck::bytes_of(&ask), &Vec::new(), MsgFlags::MSG_DONTWAIT);
+        let _ = send_with(self.0.as_fd(), bytemuck::bytes_of(&ask), &[], MsgFlags::MSG_DONTWAIT);
     }
 }

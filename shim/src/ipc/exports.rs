@@ -186,7 +186,7 @@ impl Lender for Exports {
             .take(most)
             .map(|chunk| match chunk.backing {
                 Backing::Device(handle) => Ok((device.driver.mem_export(handle)?, chunk.size)),
-                // It was fixed, so it is there as long as the client works.
+                // It was pinned, so it is there as long as the client works.
                 _ => Err(CuResult::INVALID_VALUE),
             })
             .collect();

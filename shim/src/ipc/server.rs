@@ -6,7 +6,7 @@
 //! bounded too, in log lines and in time. After so many that were turned away, nobody is let in for a moment.
 
 use crate::cuda::abi::CuResult;
-use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, RequestKind, peer, receive, send};
+use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, RequestKind, descriptors, peer};
 use crate::ipc::handle::{Exporter, Key};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,6 +14,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
 };
 use nvshare::log_limit::LogLimit;
+use nvshare::scm_rights::{receive, send_with};
 use nvshare::sync::now;
 use nvshare::units::{MILLISECOND, Nanos};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -240,23 +241,28 @@ impl<L> Server<L> {
 /// Takes one message. False if the connection is to be closed.
 fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut Nuisances) -> bool {
     // Room for more than a request, so that a longer message is seen as one.
-    let mut bytes = [0; size_of::<Ask>() + 1];
-    let (length, sent) = match receive(peer.socket.fd.as_fd(), &mut bytes, MsgFlags::MSG_DONTWAIT) {
+    let room = size_of::<Ask>() + 1;
+    let (bytes, sent) = match receive(peer.socket.fd.as_fd(), room, MsgFlags::MSG_DONTWAIT) {
         // Whoever has opened something before it ends is no nuisance.
-        Ok((0, _)) => {
+        Ok((bytes, _)) if bytes.is_empty() => {
             nuisances.turned_away += u32::from(peer.loans.is_empty());
             return false;
         }
         Ok(message) => message,
         Err(Errno::EAGAIN) => return true,
-        Err(_) => return false,
+        Err(error) => {
+            // A request has no descriptors, and certainly not that many.
+            nuisances.turned_away += u32::from(error == Errno::ENOBUFS);
+            return false;
+        }
     };
-    let Some((wish, ask)) = Ask::read(&bytes[..length]).filter(|_| sent.is_empty()) else {
+    let Some((wish, ask)) = Ask::read(&bytes).filter(|_| sent.is_empty()) else {
         nuisances.turned_away += 1;
         if nuisances.nonsense.allows(now()) {
             tracing::warn!(
                 peer = peer.pid,
-                "a message of {length} B that is no request for memory: hanging up"
+                "a message of {} B that is no request for memory: hanging up",
+                bytes.len()
             );
         }
         return false;
@@ -288,8 +294,7 @@ fn answer<L>(
             );
         }
         let bytes = Answer::refused(why);
-        let said =
-            send(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &Vec::new(), MsgFlags::MSG_DONTWAIT);
+        let said = send_with(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &[], MsgFlags::MSG_DONTWAIT);
         said.is_ok() && why != Refusal::Denied
     };
     if ask.from == 0 {
@@ -308,7 +313,9 @@ fn answer<L>(
     match lender.pieces(loan, ask.from, left.min(BATCH)) {
         Ok(pieces) => {
             let bytes = Answer::given(*extent, &pieces);
-            send(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &pieces, MsgFlags::MSG_DONTWAIT).is_ok()
+            let fds = descriptors(&pieces);
+            send_with(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &fds, MsgFlags::MSG_DONTWAIT)
+                .is_ok()
         }
         Err(result) => {
             let why = if result == CuResult::INVALID_VALUE { Refusal::Gone } else { Refusal::Driver(result) };

@@ -16,6 +16,7 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use nix::unistd::Pid;
+use nvshare::scm_rights::MOST_DESCRIPTORS;
 use nvshare::units::GRANULE;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read as _, Seek, Write};
@@ -346,10 +347,12 @@ fn nonsense_is_hung_up_on() {
         assert!(hung_up(&hostile), "after {} B", bytes.len());
     }
     // Descriptors that nobody asked for.
-    let hostile = other.hostile();
-    let gifts: Pieces = vec![(File::open("/dev/null").unwrap().into(), 0)];
-    super::channel::send(hostile.as_fd(), good, &gifts, MsgFlags::empty()).unwrap();
-    assert!(hung_up(&hostile));
+    let gift = File::open("/dev/null").unwrap();
+    for count in [1, MOST_DESCRIPTORS, MOST_DESCRIPTORS + 1, 253] {
+        let hostile = other.hostile();
+        nvshare::scm_rights::send(hostile.as_fd(), good, &vec![gift.as_fd(); count]).unwrap();
+        assert!(hung_up(&hostile), "with {count} descriptors");
+    }
     other.has_lent(0);
     other.works();
 }

@@ -64,7 +64,7 @@ impl Device {
 
     /// Granules of this client's context.
     fn context(&self) -> Granules {
-        self.books.page().view(self.books.slot()).pinned
+        self.books.page().view(self.books.slot()).context
     }
 
     /// The client's memory limit: as it is now, since it may be changed at any time.
@@ -197,7 +197,7 @@ impl Device {
             if !self.take_over_spares(memory, granules) {
                 break;
             }
-            if place.room {
+            if place.reservation {
                 memory.settle(place.address, Backing::Booked);
                 continue;
             }
@@ -232,7 +232,7 @@ impl Device {
 
     /// Whether other clients hold more than they need, which they give back when somebody lacks it.
     fn others_keep_spares(&self) -> bool {
-        !policy::keepers(&self.snapshot()).without(self.books.slot()).is_empty()
+        !policy::spare_holders(&self.snapshot()).without(self.books.slot()).is_empty()
     }
 
     /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.
@@ -265,7 +265,7 @@ impl Device {
     /// Maps what is missing of a region to host memory.
     fn back_by_host(&self, memory: &mut Memory, base: CUdeviceptr) -> Result<(), SwapError> {
         for place in memory.region(base).map(Region::missing).unwrap_or_default() {
-            if place.room {
+            if place.reservation {
                 memory.settle(place.address, Backing::Denied);
                 continue;
             }

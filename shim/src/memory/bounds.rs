@@ -10,7 +10,7 @@
 //! memory is mapped. A look costs about 40 ns among few allocations and 55 ns among a thousand, and the looks of several threads
 //! do not wait for each other.
 
-use crate::cuda::abi::{CUcontext, CUdeviceptr, CuResult};
+use crate::cuda::abi::{CUdeviceptr, CuResult};
 use crate::cuda::driver::Driver;
 use crate::state;
 use nvshare::units::format_size;
@@ -64,9 +64,10 @@ fn refused(
     (address, bytes): (CUdeviceptr, u64),
     (base, end): (CUdeviceptr, CUdeviceptr),
 ) -> Option<CuResult> {
-    // A process that has broken down is told so, and without a context the driver refuses the call for that.
+    // A process that has broken down is told so, and without a context, or in one that is broken, the driver refuses the
+    // call for that.
     state::intact().ok()?;
-    Driver::get().ok()?.ctx_current().ok().filter(|context| *context != CUcontext::NULL)?;
+    Driver::get().ok()?.ctx_intact().ok()?;
     tracing::warn!(
         "{call}: {} at {address:#x} reach beyond the end of the allocation of {} at {base:#x}",
         format_size(bytes),

@@ -120,7 +120,7 @@ impl Device {
         let lost = region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Moving));
         self.release_chunks(&mut region);
         stale_objects::ended(&region);
-        if !matches!(region.kind, Kind::Room) && !lost {
+        if !matches!(region.kind, Kind::Reservation) && !lost {
             // Where something may still be mapped, the addresses are the process's for good.
             self.free_addresses(&region);
             self.host.uncommit(region.size);
@@ -147,8 +147,8 @@ impl Device {
 
     fn dispose_chunk(&self, region: &Region, chunk: Chunk) {
         let (place, granules) = (region.place(&chunk), chunk.granules());
-        if chunk.fixed {
-            self.books.unfix(granules);
+        if chunk.pinned {
+            self.books.unpin(granules);
         }
         match chunk.backing {
             Backing::Device(handle) => {

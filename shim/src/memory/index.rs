@@ -40,7 +40,7 @@ pub struct Index {
     /// Those that somebody has looked at since.
     seen: BTreeSet<CUdeviceptr>,
     /// Room that waits for the GPU.
-    room: BTreeSet<CUdeviceptr>,
+    reservations: BTreeSet<CUdeviceptr>,
 }
 
 /// Granules of host memory that an eviction of a chunk takes.
@@ -64,12 +64,12 @@ pub struct Keys {
     resident: Option<CUdeviceptr>,
     unseen: Option<CUdeviceptr>,
     seen: Option<CUdeviceptr>,
-    room: Option<CUdeviceptr>,
+    reservation: Option<CUdeviceptr>,
 }
 
 impl Keys {
     /// Of a chunk of the region at `base`.
-    pub fn of(base: CUdeviceptr, is_room: bool, chunk: &Chunk) -> Self {
+    pub fn of(base: CUdeviceptr, is_reservation: bool, chunk: &Chunk) -> Self {
         let (address, granules) = (chunk.address, chunk.granules());
         let place = (Reverse(base), address);
         let (backing, need) = (&chunk.backing, need(chunk));
@@ -79,7 +79,7 @@ impl Keys {
         Self {
             missing: chunk.is_missing().then_some((Reverse(chunk.spill), place)),
             evicted: (matches!(backing, Backing::Evicted(_)) && !chunk.spill).then_some((granules, place)),
-            overflow: (overflowed && !chunk.fixed).then_some(place),
+            overflow: (overflowed && !chunk.pinned).then_some(place),
             overflowed: if overflowed { granules } else { 0 },
             unusable: !backing.usable(),
             by_need: evictable.then_some(((need, address), granules)),
@@ -87,7 +87,7 @@ impl Keys {
             unseen: (evictable && is_memory && chunk.seen.is_none() && chunk.size <= CHUNK)
                 .then_some(address),
             seen: chunk.seen.map(|_| address),
-            room: (is_room && matches!(backing, Backing::Absent)).then_some(address),
+            reservation: (is_reservation && matches!(backing, Backing::Absent)).then_some(address),
         }
     }
 }
@@ -104,13 +104,13 @@ fn change<T: Ord>(set: &mut BTreeSet<T>, before: Option<T>, after: Option<T>) {
 
 impl Index {
     /// A chunk of the region at `base` is there from now on as what it is.
-    pub fn insert(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk) {
-        self.change(Keys::default(), Keys::of(base, is_room, chunk));
+    pub fn insert(&mut self, base: CUdeviceptr, is_reservation: bool, chunk: &Chunk) {
+        self.change(Keys::default(), Keys::of(base, is_reservation, chunk));
     }
 
     /// A chunk, as it was when it was inserted, is there no more.
-    pub fn remove(&mut self, base: CUdeviceptr, is_room: bool, chunk: &Chunk) {
-        self.change(Keys::of(base, is_room, chunk), Keys::default());
+    pub fn remove(&mut self, base: CUdeviceptr, is_reservation: bool, chunk: &Chunk) {
+        self.change(Keys::of(base, is_reservation, chunk), Keys::default());
     }
 
     /// What a chunk is has changed. Only what differs is touched.
@@ -121,7 +121,7 @@ impl Index {
         change(&mut self.resident, before.resident, after.resident);
         change(&mut self.unseen, before.unseen, after.unseen);
         change(&mut self.seen, before.seen, after.seen);
-        change(&mut self.room, before.room, after.room);
+        change(&mut self.reservations, before.reservation, after.reservation);
         self.overflowed = self.overflowed + u64::from(after.overflowed) - u64::from(before.overflowed);
         self.unusable = self.unusable + usize::from(after.unusable) - usize::from(before.unusable);
         if before.by_need != after.by_need {
@@ -221,7 +221,7 @@ impl Index {
     }
 
     /// Room that waits for the GPU.
-    pub fn waiting_room(&self) -> Vec<CUdeviceptr> {
-        self.room.iter().copied().collect()
+    pub fn waiting_reservations(&self) -> Vec<CUdeviceptr> {
+        self.reservations.iter().copied().collect()
     }
 }

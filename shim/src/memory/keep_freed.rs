@@ -2,7 +2,7 @@
 //! ([`crate::memory::spares::Spares`]).
 //!
 //! It is in the books as what it is: granules that this client has on the GPU and that nothing needs. So others see it
-//! ([`policy::keepers`]), and this client gives it back: when anybody lacks granules, when it evicts, when it
+//! ([`policy::spare_holders`]), and this client gives it back: when anybody lacks granules, when it evicts, when it
 //! needs them itself, and in any case after a second (NVSHARE_KEEP_FREED). It is kept only while the client runs and nobody waits.
 
 use crate::cuda::abi::{CUcontext, CUdeviceptr};

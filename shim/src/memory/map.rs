@@ -35,7 +35,7 @@ const ALIGNMENT: u64 = 512;
 const SPREAD: usize = 64;
 
 /// Where the made-up addresses of room begin: no GPU has so many.
-const ROOM: CUdeviceptr = 1 << 62;
+const RESERVATIONS: CUdeviceptr = 1 << 62;
 
 /// One allocation of the application's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,7 +72,7 @@ pub struct Memory {
     /// Allocations made so far.
     made: u64,
     /// Rooms made so far.
-    rooms: u64,
+    reservations: u64,
     /// Regions made so far.
     born: u64,
     /// Times that frees which were left to the engine were taken out of their lists.
@@ -148,7 +148,7 @@ impl Memory {
         let region = Region { born: self.born, ..region };
         self.born += 1;
         for chunk in &region.chunks {
-            self.index.insert(region.base, region.is_room(), chunk);
+            self.index.insert(region.base, region.is_reservation(), chunk);
         }
         self.slabs.extend(region.as_slab());
         self.regions.insert(region.base, region);
@@ -159,7 +159,7 @@ impl Memory {
         let region = self.regions.remove(&base)?;
         for chunk in &region.chunks {
             self.visit();
-            self.index.remove(base, region.is_room(), chunk);
+            self.index.remove(base, region.is_reservation(), chunk);
         }
         if let Some(slab) = region.as_slab() {
             self.slabs.remove(&slab);
@@ -177,11 +177,11 @@ impl Memory {
     fn change<T>(&mut self, address: CUdeviceptr, change: impl FnOnce(&mut Chunk) -> T) -> Option<T> {
         self.visit();
         let (base, region) = self.regions.range_mut(..=address).next_back()?;
-        let (base, is_room, at) = (*base, region.is_room(), region.chunk_at(address)?);
+        let (base, is_reservation, at) = (*base, region.is_reservation(), region.chunk_at(address)?);
         let chunk = &mut region.chunks[at];
-        let before = Keys::of(base, is_room, chunk);
+        let before = Keys::of(base, is_reservation, chunk);
         let changed = change(chunk);
-        self.index.change(before, Keys::of(base, is_room, chunk));
+        self.index.change(before, Keys::of(base, is_reservation, chunk));
         Some(changed)
     }
 
@@ -204,10 +204,10 @@ impl Memory {
     }
 
     /// Makes room of `size` bytes, and says by what base it goes.
-    pub fn add_room(&mut self, size: u64, context: CUcontext) -> CUdeviceptr {
-        self.rooms += 1;
-        let base = ROOM + (self.rooms << 44);
-        self.insert(Region::new(base, size, context, Kind::Room));
+    pub fn add_reservation(&mut self, size: u64, context: CUcontext) -> CUdeviceptr {
+        self.reservations += 1;
+        let base = RESERVATIONS + (self.reservations << 44);
+        self.insert(Region::new(base, size, context, Kind::Reservation));
         base
     }
 
@@ -342,7 +342,7 @@ impl Memory {
     }
 
     /// Whether a free is left to the engine.
-    pub fn has_doomed(&self) -> bool {
+    pub fn has_deferred_frees(&self) -> bool {
         !self.deferred_frees.is_empty() || !self.returned.is_empty()
     }
 
@@ -374,15 +374,15 @@ impl Memory {
     }
 
     /// All of a region's chunks stay on the GPU from now on, as far as they do not already: so many granules.
-    pub fn fix(&mut self, base: CUdeviceptr) -> Granules {
+    pub fn pin(&mut self, base: CUdeviceptr) -> Granules {
         let Some(region) = self.regions.get(&base) else { return 0 };
         let loose: Vec<_> =
-            region.chunks.iter().filter(|chunk| !chunk.fixed).map(|chunk| chunk.address).collect();
-        let fix = |chunk: &mut Chunk| {
-            chunk.fixed = true;
+            region.chunks.iter().filter(|chunk| !chunk.pinned).map(|chunk| chunk.address).collect();
+        let pin = |chunk: &mut Chunk| {
+            chunk.pinned = true;
             chunk.granules()
         };
-        loose.into_iter().filter_map(|address| self.change(address, fix)).sum()
+        loose.into_iter().filter_map(|address| self.change(address, pin)).sum()
     }
 
     /// All regions.
@@ -559,8 +559,8 @@ impl Memory {
     }
 
     /// There will be no room: whoever waits for it is told so.
-    pub fn deny_room(&mut self) {
-        for address in self.index.waiting_room() {
+    pub fn deny_reservations(&mut self) {
+        for address in self.index.waiting_reservations() {
             self.settle(address, Backing::Denied);
         }
     }
@@ -610,7 +610,7 @@ impl Memory {
             if region.may_spill() {
                 let address = |granule| address + u64::from(granule) * GRANULE;
                 missing.extend((0..granules).map(|granule| (Reverse(region.born), address(granule))));
-            } else if !region.is_room() {
+            } else if !region.is_reservation() {
                 whole.push((Reverse(region.born), address));
             }
         }

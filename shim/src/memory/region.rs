@@ -106,7 +106,7 @@ pub struct Chunk {
     /// Where its bytes are.
     pub backing: Backing,
     /// It stays on the GPU: somebody else maps it too.
-    pub fixed: bool,
+    pub pinned: bool,
     /// It is to be filled in host memory, for want of room.
     pub(super) spill: bool,
     /// What a look at it has found since the client last ran.
@@ -115,7 +115,7 @@ pub struct Chunk {
 
 impl Chunk {
     fn new(address: CUdeviceptr, size: u64) -> Self {
-        Self { address, size, backing: Backing::Absent, fixed: false, spill: false, seen: None }
+        Self { address, size, backing: Backing::Absent, pinned: false, spill: false, seen: None }
     }
 
     /// Its size in granules.
@@ -124,7 +124,7 @@ impl Chunk {
     }
 
     pub(super) fn evictable(&self) -> bool {
-        matches!(self.backing, Backing::Device(_) | Backing::Booked) && !self.fixed
+        matches!(self.backing, Backing::Device(_) | Backing::Booked) && !self.pinned
     }
 
     /// Whether the GPU cannot use it and it can be brought in.
@@ -165,7 +165,7 @@ pub enum Kind {
     /// Physical memory that the application maps itself.
     Object(Object),
     /// Memory that only the driver can place.
-    Room,
+    Reservation,
 }
 
 impl Kind {
@@ -211,7 +211,7 @@ pub struct ChunkMapping {
     /// What the application asked for, if it asked for something in particular.
     pub prop: Option<CUmemAllocationProp>,
     /// Nothing is mapped there: it is room.
-    pub room: bool,
+    pub reservation: bool,
 }
 
 impl ChunkMapping {
@@ -237,8 +237,8 @@ impl Region {
     }
 
     /// Whether nothing is mapped there.
-    pub(super) fn is_room(&self) -> bool {
-        matches!(self.kind, Kind::Room)
+    pub(super) fn is_reservation(&self) -> bool {
+        matches!(self.kind, Kind::Reservation)
     }
 
     /// A slab's context, the length of its largest gap, and its base.
@@ -289,7 +289,7 @@ impl Region {
             }
             _ => (Vec::new(), None),
         };
-        ChunkMapping { address, size, views, prop, room: matches!(self.kind, Kind::Room) }
+        ChunkMapping { address, size, views, prop, reservation: matches!(self.kind, Kind::Reservation) }
     }
 
     /// The object that it is.
@@ -317,7 +317,7 @@ impl Region {
 
     /// Whether granules of it may lie in host memory, for want of room.
     pub(super) fn may_spill(&self) -> bool {
-        !matches!(self.kind, Kind::Room) && !self.kind.is_one_piece(self.size)
+        !matches!(self.kind, Kind::Reservation) && !self.kind.is_one_piece(self.size)
     }
 
     /// Cuts the chunk at `index` so that the granule at `offset` bytes in it is a chunk of its own, and

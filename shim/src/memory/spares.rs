@@ -34,7 +34,7 @@ impl Spares {
         matches!(region.kind, Kind::Whole | Kind::Slab(_))
             && region.lent == 0
             && !region.context.is_null()
-            && region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Device(_)) && !chunk.fixed)
+            && region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Device(_)) && !chunk.pinned)
     }
 
     /// Whether one of so many granules can only be kept when another goes, if all of them may have `bound` granules.

@@ -306,29 +306,29 @@ impl Swap {
                 self.finish()?;
                 return self.bring_home(moved);
             };
-            match if spill { Room::Ready } else { self.room_for(place.granules()) } {
-                Room::Ready => {}
+            match if spill { TakeOutcome::Ready } else { self.take_for_chunk(place.granules()) } {
+                TakeOutcome::Ready => {}
                 // Less is usable than when the fill began.
-                Room::TooLarge => {
+                TakeOutcome::TooLarge => {
                     self.device.memory().settle(place.address, backing);
                     if self.spill()? == 0 {
                         // Only room is missing, which nothing but the GPU can give.
-                        self.device.memory().deny_room();
+                        self.device.memory().deny_reservations();
                     }
                     continue;
                 }
-                Room::Interrupted => {
+                TakeOutcome::Interrupted => {
                     self.device.memory().settle(place.address, backing);
                     self.finish()?;
                     return Err(SwapError::Interrupted);
                 }
-                Room::Recalled => {
+                TakeOutcome::Recalled => {
                     self.device.memory().settle(place.address, backing);
                     self.finish()?;
                     return Ok(Fill::Recalled);
                 }
             }
-            if place.room {
+            if place.reservation {
                 self.device.memory().settle(place.address, Backing::Booked);
                 continue;
             }
@@ -419,26 +419,26 @@ impl Swap {
     }
 
     /// Room for a chunk of this size. Waits for the pool as long as the pool can ever have it.
-    fn room_for(&self, granules: Granules) -> Room {
+    fn take_for_chunk(&self, granules: Granules) -> TakeOutcome {
         let books = &self.device.books;
         // As long as there is room, nothing more need be known.
         if books.admitted() && books.try_take(granules).is_ok() {
-            return Room::Ready;
+            return TakeOutcome::Ready;
         }
         let too_large = || self.shortage() > 0;
         let called_away = || self.device.engine_context.is_called_away();
         loop {
             if !books.admitted() {
-                return Room::Recalled;
+                return TakeOutcome::Recalled;
             }
             if called_away() {
-                return Room::Interrupted;
+                return TakeOutcome::Interrupted;
             }
             if too_large() {
-                return Room::TooLarge;
+                return TakeOutcome::TooLarge;
             }
             if books.take_unless(granules, || too_large() || called_away()) == Fill::Complete {
-                return Room::Ready;
+                return TakeOutcome::Ready;
             }
         }
     }
@@ -453,13 +453,13 @@ impl Swap {
         loop {
             let Some((place, host)) = self.device.memory().next_overflow() else { break };
             let settle = |backing| self.device.memory().settle(place.address, backing);
-            match self.room_for(place.granules()) {
-                Room::Ready => {}
-                Room::Recalled => {
+            match self.take_for_chunk(place.granules()) {
+                TakeOutcome::Ready => {}
+                TakeOutcome::Recalled => {
                     settle(Backing::Overflow(host));
                     return Ok(Fill::Recalled);
                 }
-                Room::TooLarge | Room::Interrupted => {
+                TakeOutcome::TooLarge | TakeOutcome::Interrupted => {
                     settle(Backing::Overflow(host));
                     break;
                 }
@@ -743,7 +743,7 @@ impl Swap {
 }
 
 /// Whether a chunk can go to the GPU.
-enum Room {
+enum TakeOutcome {
     /// Its granules are taken.
     Ready,
     /// Not before something else goes to host memory.

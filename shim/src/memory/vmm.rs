@@ -182,7 +182,7 @@ impl Device {
                 // It cannot leave meanwhile: the map is locked.
                 let result = call(*physical);
                 if result.is_success() {
-                    self.books.fix(memory.fix(handle));
+                    self.books.pin(memory.pin(handle));
                 }
                 result
             }
@@ -212,7 +212,7 @@ impl Device {
     /// The same, if a call that hands the memory on is made.
     ///
     /// # Errors
-    /// Also what the call says; nothing is fixed then.
+    /// Also what the call says; nothing is pinned then.
     pub fn share_if(
         &self,
         address: CUdeviceptr,
@@ -226,7 +226,7 @@ impl Device {
             return Err(CuResult::NOT_SUPPORTED);
         }
         call()?;
-        self.books.fix(memory.fix(allocation.region));
+        self.books.pin(memory.pin(allocation.region));
         Ok(allocation)
     }
 }

@@ -100,7 +100,7 @@ pub fn register(gpu: GpuUuid) -> Result<UnattachedClient, RegisterError> {
     };
     let registration = register::register(&paths::socket(&paths::runtime_dir()), &hello, timeout)?;
     let client = Client::new(registration.page, registration.slot);
-    Ok(client.telling(registration.truth))
+    Ok(client.telling(registration.private_phase))
 }
 
 /// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before the list of

@@ -206,6 +206,17 @@ pub fn current() -> Option<(Arc<Device>, CUcontext)> {
     devices::known(context).or_else(|| adopt(context))
 }
 
+/// The same, unless the context is broken: work in it has failed, and the driver answers nearly every call with that error,
+/// whatever the arguments are (docs/driver-facts.md). It is to answer such a call itself.
+pub fn current_intact() -> Option<(Arc<Device>, CUcontext)> {
+    current().filter(|(device, _)| device.driver.ctx_intact().is_ok())
+}
+
+/// Whether the current context is broken, so that the driver is to answer.
+pub fn is_broken() -> bool {
+    current().is_some_and(|(device, _)| device.driver.ctx_intact().is_err())
+}
+
 /// Takes note of the current context, which is not known. `None` if the driver says that it is none, or if the process
 /// cannot take part: the log says why.
 #[cold]

@@ -10,18 +10,18 @@ use nvshare::units::GRANULE;
 /// Makes a call that allocates `bytes` of memory that cannot move, with room for it. On success `handle`
 /// says by what the memory goes. Less than a granule is left to the context's account.
 pub fn reserve(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
-    let room = match contexts::current() {
+    let reservation = match contexts::current() {
         Some((device, context)) if bytes >= GRANULE => {
             match Reservation::take(device, bytes, context, true) {
-                Ok(room) => Some(room),
+                Ok(reservation) => Some(reservation),
                 Err(error) => return error,
             }
         }
         _ => None,
     };
     let result = with_room(call);
-    if let (CuResult::SUCCESS, Some(room)) = (result, room) {
-        reservation::keep(handle(), room);
+    if let (CuResult::SUCCESS, Some(reservation)) = (result, reservation) {
+        reservation::keep(handle(), reservation);
     }
     result
 }

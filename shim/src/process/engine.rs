@@ -52,10 +52,10 @@ pub fn start(
 pub const THREAD: &str = "nvshare";
 
 /// How often a client with memory in host memory looks whether the GPU has room for it again.
-const OVERFLOW_LOOK: Nanos = 500 * MILLISECOND;
+const OVERFLOW_POLL_INTERVAL: Nanos = 500 * MILLISECOND;
 
 /// How often an engine looks whether the work is done that may use what was freed.
-const TIDY_LOOK: Nanos = 5 * MILLISECOND;
+const TIDY_POLL_INTERVAL: Nanos = 5 * MILLISECOND;
 
 /// The longest rest between two tries to bring home what lies in host memory, of a client that cannot be drained.
 const COMES_HOME_REST: Nanos = 60 * SECOND;
@@ -137,7 +137,7 @@ impl Engine {
             giving_way: None,
             burial: None,
             closing: None,
-            comes_home: (0, OVERFLOW_LOOK),
+            comes_home: (0, OVERFLOW_POLL_INTERVAL),
             host_shortage: HostShortage::default(),
         }
     }
@@ -242,7 +242,7 @@ impl Engine {
         if self.device.engine_context.is_leaving() || self.device.engine_context.successor().is_some() {
             return;
         }
-        let until = if self.tidy_up() { until } else { by(until, now() + TIDY_LOOK) };
+        let until = if self.tidy_up() { until } else { by(until, now() + TIDY_POLL_INTERVAL) };
         let gpu = self.device.gpu;
         let host_shortage = self.host_shortage.look(&self.device);
         let spares = self.device.tidy_spares();
@@ -259,7 +259,7 @@ impl Engine {
                 if self.grown() {
                     return;
                 }
-                let until = if self.grow_host_pool() { until } else { by(until, now() + TIDY_LOOK) };
+                let until = if self.grow_host_pool() { until } else { by(until, now() + TIDY_POLL_INTERVAL) };
                 let until = match self.overflow_look() {
                     Some(Overflow::ComesHome) => return self.give_way(true),
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
@@ -340,7 +340,7 @@ impl Engine {
         let fits = books.demand() <= books.usable() && now() >= self.comes_home.0;
         let room = fits && captures::with_no_capture(|| ()).is_some();
         // Nothing announces that a context has ended, or that room was given back.
-        Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_LOOK) })
+        Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_POLL_INTERVAL) })
     }
 
     /// Whether the process makes use of this GPU. Called only while somebody waits for it.
@@ -420,7 +420,7 @@ impl Engine {
     fn finish_deferred(&mut self) -> bool {
         if self.burial.is_none() {
             let memory = self.device.memory();
-            if !memory.has_doomed() || memory.moving {
+            if !memory.has_deferred_frees() || memory.moving {
                 return true;
             }
             self.burial = Some((None, memory.left()));
@@ -429,7 +429,7 @@ impl Engine {
         match done(mark) {
             Done::Yes => {
                 self.device.finish_left(left);
-                !self.device.memory().has_doomed()
+                !self.device.memory().has_deferred_frees()
             }
             Done::No(mark) => {
                 self.burial = Some((Some(mark), left));

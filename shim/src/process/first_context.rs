@@ -241,12 +241,12 @@ impl FirstContext {
     /// Gives the room back, and with it the right to run, as soon as the arbiter has counted the context.
     fn hand_over(mut self) -> UnattachedClient {
         let (page, slot) = (self.books.page(), self.books.slot());
-        let (counted, until) = (page.view(slot).pinned, now() + SEEN_WITHIN);
+        let (counted, until) = (page.view(slot).context, now() + SEEN_WITHIN);
         self.books.give(self.books.resident());
         loop {
             let (seen, time) = (page.doorbell(slot), now());
             // What the process has beyond its granules is more now: the next sample shows more.
-            if page.view(slot).pinned > counted {
+            if page.view(slot).context > counted {
                 break;
             }
             // Recalled, because a context grew elsewhere: there is nothing left to keep.

@@ -71,7 +71,7 @@ fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
     let pid = std::process::id();
     // Whoever forks may have held the lock in another thread, so nobody may wait for it: then the arbiter is asked.
     if let Ok(mut seen) = SEEN.try_lock() {
-        forget_those_of_others(&mut seen, pid);
+        leak_those_of_others(&mut seen, pid);
         if let Some(seen) = seen.iter_mut().find(|seen| seen.gpu == gpu) {
             seen.renew();
             return seen.page.clone();
@@ -97,7 +97,7 @@ fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
 }
 
 /// Something else may be mapped by now where a parent's page was: it must be neither read nor unmapped.
-fn forget_those_of_others(seen: &mut Vec<Seen>, pid: u32) {
+fn leak_those_of_others(seen: &mut Vec<Seen>, pid: u32) {
     while let Some(index) = seen.iter().position(|seen| seen.pid != pid) {
         std::mem::forget(seen.swap_remove(index));
     }

@@ -55,25 +55,27 @@ impl Reservation {
             if asked {
                 device.within_limit(bytes)?;
             }
-            let base = memory.add_room(bytes_of(granules), context);
+            let base = memory.add_reservation(bytes_of(granules), context);
             device.populate(&mut memory, base)?;
             base
         };
-        let room = Self { device, base };
+        let reservation = Self { device, base };
         loop {
             // The gate is open when all that the client has is in place.
             let _pass = pass::enter_query()?;
-            let mut memory = room.device.memory();
+            let mut memory = reservation.device.memory();
             // The context may have gone meanwhile, and the room with it.
             let region = memory.region(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
             if region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Denied)) {
-                return Err(room.device.refuse(bytes, "there is no room on the GPU that it could have"));
+                return Err(reservation
+                    .device
+                    .refuse(bytes, "there is no room on the GPU that it could have"));
             }
             if region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Booked)) {
                 // From now on nobody takes it away.
-                room.device.books.fix(memory.fix(base));
+                reservation.device.books.pin(memory.pin(base));
                 drop(memory);
-                return Ok(room);
+                return Ok(reservation);
             }
         }
     }
@@ -115,14 +117,17 @@ pub fn keep(handle: u64, reservation: Reservation) {
 
 /// What went by this handle is freed.
 pub fn release(handle: u64) {
-    let room = kept().as_mut().and_then(|kept| kept.remove(&handle));
-    drop(room);
+    let reservation = kept().as_mut().and_then(|kept| kept.remove(&handle));
+    drop(reservation);
 }
 
 /// A context has gone, and with it what the driver had placed there.
 pub fn context_ended() {
     let gone: Vec<Reservation> = match kept().as_mut() {
-        Some(kept) => kept.extract_if(|_, room| room.has_gone()).map(|(_, room)| room).collect(),
+        Some(kept) => kept
+            .extract_if(|_, reservation| reservation.has_gone())
+            .map(|(_, reservation)| reservation)
+            .collect(),
         None => return,
     };
     drop(gone);
@@ -137,7 +142,7 @@ pub fn make_room(device: &Arc<Device>, context: CUcontext, call: impl Fn() -> Cu
         if bytes == 0 {
             break;
         }
-        let Ok(_room) = Reservation::take(device.clone(), bytes, context, false) else { break };
+        let Ok(_reservation) = Reservation::take(device.clone(), bytes, context, false) else { break };
         tracing::debug!(gpu = %device.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));
         let result = call();
         if result != CuResult::OUT_OF_MEMORY || bytes < attempt {

@@ -123,7 +123,7 @@ pub fn ready(gpu: GpuUuid) {
 /// A GPU that is the process's has more memory now than is in place: nobody more goes in.
 pub fn growing(gpu: GpuUuid) {
     let mut gang = gang();
-    match gang.order.stage(gpu) {
+    match gang.order.state(gpu) {
         GpuState::Ready => gang.set(gpu, GpuState::Growing),
         GpuState::Draining | GpuState::DrainPaused => gang.set(gpu, GpuState::DrainingIncomplete),
         // One that was given up fills all that is missing when it comes back.
@@ -156,7 +156,7 @@ pub fn drain(gpu: GpuUuid, incomplete: bool) {
 /// if threads were let in meanwhile; then nothing is known.
 pub fn drained(gpu: GpuUuid) -> bool {
     let mut gang = gang();
-    let is = matches!(gang.order.stage(gpu), GpuState::Draining | GpuState::DrainingIncomplete);
+    let is = matches!(gang.order.state(gpu), GpuState::Draining | GpuState::DrainingIncomplete);
     if is {
         gang.set(gpu, GpuState::Out);
     }
@@ -174,17 +174,17 @@ pub fn pause_drain(gpu: GpuUuid) {
 
 /// Whether the process may have work that uses a GPU's memory: it has that one, or is about to give it up.
 pub fn has(gpu: GpuUuid) -> bool {
-    !matches!(gang().order.stage(gpu), GpuState::Out | GpuState::Waiting)
+    !matches!(gang().order.state(gpu), GpuState::Out | GpuState::Waiting)
 }
 
 /// Whether a drain is put off.
 pub fn is_paused(gpu: GpuUuid) -> bool {
-    gang().order.stage(gpu) == GpuState::DrainPaused
+    gang().order.state(gpu) == GpuState::DrainPaused
 }
 
 /// Whether a GPU is the process's, with all memory in place.
 pub fn is_ready(gpu: GpuUuid) -> bool {
-    gang().order.stage(gpu) == GpuState::Ready
+    gang().order.state(gpu) == GpuState::Ready
 }
 
 /// See [`GangOrder::may_ask`].

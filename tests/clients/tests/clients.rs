@@ -14,7 +14,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 
 /// After so long, a test has failed because something never happened. No verdict depends on it otherwise.
-const PATIENCE: Patience = Patience::seconds(120);
+const TIMEOUT: Patience = Patience::seconds(120);
 
 /// The size of each of a program's two buffers, in MiB.
 const MIB: u64 = 16;
@@ -99,7 +99,7 @@ impl Running {
 
     /// Waits for its next line, which must be this one.
     fn says(&mut self, wanted: &str) {
-        match self.output.recv_timeout(PATIENCE.duration()) {
+        match self.output.recv_timeout(TIMEOUT.duration()) {
             Ok(line) => assert_eq!(line, wanted, "{:?}", self.kind),
             Err(RecvTimeoutError::Disconnected) => {
                 panic!("{:?} ended with {} before '{wanted}'", self.kind, self.process.wait().unwrap())
@@ -230,13 +230,13 @@ fn two_of_each_share_a_pool_that_holds_one() {
     let of = |program: &Running| clients(node.dir()).into_iter().find(|it| it.pid == program.process.id());
     for program in &programs {
         // The counters may follow the moves that they count.
-        PATIENCE.until("all memory has moved out and in", || moved(&of(program).expect("it is a client")));
+        TIMEOUT.until("all memory has moved out and in", || moved(&of(program).expect("it is a client")));
         println!("{:?}: {:?}", program.kind, of(program));
     }
     for program in programs {
         program.finish(ROUNDS..=ROUNDS);
     }
-    PATIENCE.until("all clients are reaped", || clients(node.dir()).is_empty());
+    TIMEOUT.until("all clients are reaped", || clients(node.dir()).is_empty());
     let gpu = status::read(node.dir()).unwrap().gpus.remove(0);
     assert_eq!(gpu.free_bytes, gpu.capacity_bytes as i64, "a granule was lost");
     assert_eq!(gpu.repaired, 0, "the books had to be repaired");

@@ -8,7 +8,7 @@ use nvshare_test_support::{Dice, Patience};
 use nvshare_tools::node::Node;
 use nvshare_tools::status;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const OUT_OF_MEMORY: i32 = 2;
 const NOT_READY: i32 = 600;
@@ -323,7 +323,7 @@ fn a_free_is_over_after_its_stream_is_destroyed() {
     assert_ne!(app.alloc_in(20 * MIB, third), block, "its work goes on");
     app.does("let-go");
     let mut found = 0;
-    PATIENCE.until("the free is over", || {
+    TIMEOUT.until("the free is over", || {
         found = app.alloc_in(20 * MIB, second);
         app.does(&format!("free {found}"));
         found == block
@@ -410,12 +410,12 @@ fn two_clients_take_turns_and_keep_their_data() {
         assert_eq!(two.ask(&format!("check {} {} 2", blocks.1, 40 * MIB)), (SUCCESS, "right".into()));
     }
     let moved = |client: &status::Client| client.bytes_out > 0 && client.bytes_in > 0;
-    PATIENCE.until("the memory of both was out and in", || {
+    TIMEOUT.until("the memory of both was out and in", || {
         status::read(node.dir()).unwrap().gpus.remove(0).clients.iter().all(moved)
     });
     one.end();
     two.end();
-    PATIENCE.until("all clients are reaped", || {
+    TIMEOUT.until("all clients are reaped", || {
         status::read(node.dir()).unwrap().gpus.remove(0).clients.is_empty()
     });
     let gpu = status::read(node.dir()).unwrap().gpus.remove(0);

@@ -7,7 +7,7 @@ use nvshare_tools::status;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// What the library allocates twice.
 const MIB_EACH: u64 = 8;
@@ -37,7 +37,7 @@ fn in_the_books(node: &Node, child: &Child) -> u64 {
 
 fn end(mut child: Child) {
     drop(child.stdin.take());
-    PATIENCE.until("it ends", || child.try_wait().unwrap().is_some_and(|status| status.success()));
+    TIMEOUT.until("it ends", || child.try_wait().unwrap().is_some_and(|status| status.success()));
 }
 
 #[test]

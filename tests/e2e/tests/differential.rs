@@ -75,6 +75,11 @@ fn a_capture_forbids_what_the_driver_forbids() {
 }
 
 #[test]
+fn in_a_broken_context_all_fails_that_natively_fails() {
+    no_unexplained_difference(&["in_a_broken_context"]);
+}
+
+#[test]
 fn an_allocation_can_be_made_synchronous_and_is_told_apart() {
     no_unexplained_difference(&[
         "synchronous_operations",

@@ -8,7 +8,7 @@ use nvshare_tools::status;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// A program of `tests/programs/broken.c`. Killed when dropped.
 struct Broken {
@@ -83,13 +83,13 @@ fn another_has_its_turns(node: &Node, rounds: &str) {
     let mut command = Command::new(program("compete"));
     let mut other =
         command.args(["48", rounds]).envs(node.environment()).stdout(Stdio::null()).spawn().unwrap();
-    PATIENCE.until("the other client has had its turns", || other.try_wait().unwrap().is_some());
+    TIMEOUT.until("the other client has had its turns", || other.try_wait().unwrap().is_some());
     assert!(other.wait().unwrap().success());
 }
 
 /// Nothing is left on the GPU of a client that lives and has broken down.
 fn has_nothing_left(node: &Node, broken: &Broken) {
-    PATIENCE.until("its slot is closed", || {
+    TIMEOUT.until("its slot is closed", || {
         let gpu = status::read(node.dir()).unwrap().gpus.remove(0);
         gpu.clients.iter().all(|client| client.pid != broken.process.id())
     });

@@ -10,7 +10,7 @@ use nvshare_tools::node::{Node, SimulatedGpu};
 use nvshare_tools::status::{self, Gpu};
 use std::time::Instant;
 
-const PATIENCE: Patience = Patience::seconds(120);
+const TIMEOUT: Patience = Patience::seconds(120);
 
 const OUT_OF_MEMORY: i32 = 2;
 
@@ -36,14 +36,14 @@ fn gpu(node: &Node, index: usize) -> Gpu {
 
 /// Waits until the arbiter has counted so many bytes of contexts, on each GPU.
 fn counted(node: &Node, contexts: &[u64]) {
-    PATIENCE.until("the contexts are counted", || {
+    TIMEOUT.until("the contexts are counted", || {
         (0..contexts.len()).all(|index| gpu(node, index).pinned_bytes == contexts[index])
     });
 }
 
 /// Everybody is gone, and so is every granule that they had.
 fn balances(node: &Node) {
-    PATIENCE.until("all clients are reaped", || {
+    TIMEOUT.until("all clients are reaped", || {
         status::read(node.dir()).unwrap().gpus.iter().all(|gpu| gpu.clients.is_empty())
     });
     for gpu in status::read(node.dir()).unwrap().gpus {
@@ -155,11 +155,11 @@ fn a_context_that_nobody_can_make_room_for_is_refused() {
     let data = Data::new(&mut one, CARD - 2 * CONTEXT, 1);
     assert_eq!(late.call("create"), OUT_OF_MEMORY);
     assert_eq!(late.call("retain"), OUT_OF_MEMORY);
-    PATIENCE.until("its slots are cleared", || gpu(&node, 0).clients.len() == 2);
+    TIMEOUT.until("its slots are cleared", || gpu(&node, 0).clients.len() == 2);
     data.is_right(&mut one);
     two.works();
     two.end();
-    PATIENCE.until("there is room", || gpu(&node, 0).clients.len() == 1);
+    TIMEOUT.until("there is room", || gpu(&node, 0).clients.len() == 1);
     late.does("create");
     late.works();
     data.is_right(&mut one);
@@ -194,7 +194,7 @@ fn processes_come_and_go_while_the_others_work() {
     let (_gpu, node) = machine(1, 40 * MIB);
     let jobs = [job(1, 200 * MIB, &[0], u64::MAX)];
     let mut crew = Crew::start(&jobs, &node.environment()).unwrap();
-    let end = Instant::now() + PATIENCE.duration();
+    let end = Instant::now() + TIMEOUT.duration();
     let (mut come, mut outcome) = (0, None);
     while outcome.is_none() {
         match crew.next(end).expect("it gets its turns") {

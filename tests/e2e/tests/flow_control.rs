@@ -5,7 +5,7 @@ use nvshare_e2e::application::{Application, MIB, quick_gpu};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::{Node, SimulatedGpu};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Neither fits beside the other in the pool of 64 MiB.
 const MINE: u64 = 32 * MIB;
@@ -46,7 +46,7 @@ impl Scene {
         let data = one.alloc(MINE);
         // Slices are over at once, so the other one is back in the queue for a moment when it has given way, and may have
         // the GPU once more before it finds that it has nothing to do.
-        PATIENCE.until("one has the GPU and the other wants nothing", || {
+        TIMEOUT.until("one has the GPU and the other wants nothing", || {
             one.writes(data, MINE, 2);
             let [has, wants] = [&one, &other].map(|application| client(&node, application).phase);
             // Where both fit, both run.
@@ -117,7 +117,7 @@ fn streams_do_not_wait_for_each_other() {
         let launch = scene.launch(round, quick);
         scene.one.does(&launch);
     }
-    PATIENCE.until("the quick one is through", || scene.one.call(&format!("query {quick}")) == 0);
+    TIMEOUT.until("the quick one is through", || scene.one.call(&format!("query {quick}")) == 0);
     scene.one.does("let-go");
     scene.ends();
 }

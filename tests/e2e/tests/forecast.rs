@@ -7,7 +7,7 @@ use nvshare_tools::status;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(30);
+const TIMEOUT: Patience = Patience::seconds(30);
 
 /// Killed when dropped.
 struct Program(Child, ChildStdin, Option<BufReader<ChildStdout>>);
@@ -24,7 +24,7 @@ impl Program {
             output.read_line(&mut line).unwrap();
             (output, line)
         });
-        PATIENCE.until(&format!("it says {wanted}"), || said.is_finished());
+        TIMEOUT.until(&format!("it says {wanted}"), || said.is_finished());
         let (output, line) = said.join().unwrap();
         assert_eq!(line.trim_end(), wanted);
         self.2 = Some(output);
@@ -60,7 +60,7 @@ fn memory_can_be_mapped_after_a_look_that_nobody_needs_any_more() {
     other.kill();
     let clients =
         || status::read(node.dir()).unwrap().gpus.iter().map(|gpu| gpu.clients.len()).sum::<usize>();
-    PATIENCE.until("the other one is gone", || clients() == 1);
+    TIMEOUT.until("the other one is gone", || clients() == 1);
     looked_at.told();
     looked_at.says("done");
 }

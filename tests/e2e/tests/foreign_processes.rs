@@ -9,7 +9,7 @@ use nvshare_tools::status::{self, Gpu};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// A context, in the simulated GPU of these tests.
 const CONTEXT: u64 = 2 * MIB;
@@ -78,7 +78,7 @@ fn a_process_that_is_no_client_is_named_once_and_stands_in_status_until_it_ends(
         // Of a name the kernel keeps 15 characters: this is nvshare-test-calls.
         let named = said.contains(&format!("nvshare-test-ca (pid {})", one.pid()));
         assert!(named && said.contains("22.00 MiB") && said.contains("is no client"), "{said}");
-        PATIENCE.until("status shows it", || arbiter.gpu().foreign_bytes == CONTEXT + DATA);
+        TIMEOUT.until("status shows it", || arbiter.gpu().foreign_bytes == CONTEXT + DATA);
         assert_eq!(arbiter.gpu().foreign_processes, 1);
         let text = Command::new(built("nvshare"))
             .args(["status", "--runtime-dir"])
@@ -88,7 +88,7 @@ fn a_process_that_is_no_client_is_named_once_and_stands_in_status_until_it_ends(
         let text = String::from_utf8_lossy(&text.stdout).into_owned();
         assert!(text.contains("1 process outside nvshare has 22.00 MiB"), "{text}");
         one.ends_well();
-        PATIENCE.until("it has gone", || arbiter.gpu().foreign_processes == 0);
+        TIMEOUT.until("it has gone", || arbiter.gpu().foreign_processes == 0);
         assert_eq!(arbiter.gpu().foreign_bytes, 0);
     }
 }

@@ -7,7 +7,7 @@ use nvshare_e2e::application::{Application, MIB, SUCCESS, node, watched_gpu};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Neither fits beside the other in the pool of 64 MiB.
 const MINE: u64 = 32 * MIB;
@@ -37,7 +37,7 @@ fn all_wait(call: &str) {
     let node = node(&gpu);
     let (mut out, data, mut holder) = one_out_and_one_in(&node);
     let calls = out.number(&format!("{call} {data} {SEED}"));
-    PATIENCE.until("all stand before the gate", || {
+    TIMEOUT.until("all stand before the gate", || {
         assert_eq!(out.ask("returned").1, "", "of what should wait");
         out.number("waiting") == calls
     });

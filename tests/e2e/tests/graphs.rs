@@ -8,7 +8,7 @@ use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
 use nvshare_tools::status;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Neither fits beside the other in the pool of 64 MiB.
 const MINE: u64 = 32 * MIB;
@@ -55,7 +55,7 @@ impl Pair {
     /// The other wants the GPU, and this one has been told to give way.
     fn is_wanted(&mut self) {
         self.other.tell(&self.write());
-        PATIENCE.until("the other waits", || waits(&self.node, &self.other));
+        TIMEOUT.until("the other waits", || waits(&self.node, &self.other));
     }
 
     /// The other has got it.

@@ -5,7 +5,7 @@ use nvshare_e2e::application::{Application, INVALID_VALUE, MIB, SUCCESS, gpu, no
 use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const INVALID_CONTEXT: i32 = 201;
 
@@ -183,7 +183,7 @@ fn whoever_dies_has_closed_although_its_child_lives() {
     user.does("fork");
     maker.does(&format!("free {memory}"));
     user.kill();
-    PATIENCE.until("the dead one is reaped", || clients(&node).len() == 2);
+    TIMEOUT.until("the dead one is reaped", || clients(&node).len() == 2);
     other.sees(opened, 20 * MIB, 5);
     come_to(&node, &maker, (20 * MIB, 20 * MIB, 20 * MIB));
     other.close(opened);
@@ -206,7 +206,7 @@ fn the_memory_of_a_dead_process_is_there_until_it_is_closed() {
     // The child does not answer in its place.
     maker.does("fork");
     maker.kill();
-    PATIENCE.until("the dead one is reaped", || clients(&node).len() == 1);
+    TIMEOUT.until("the dead one is reaped", || clients(&node).len() == 1);
     user.sees(opened, 8 * MIB, 5);
     assert_eq!(user.try_open(&handle), Err(INVALID_VALUE));
     user.works();

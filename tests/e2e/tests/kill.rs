@@ -34,7 +34,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Instant;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Rounds in a batch. At the end of each, everybody ends and the pool must be whole.
 const ROUNDS: u32 = 30;
@@ -211,7 +211,7 @@ enum Owner {
 struct Row {
     owner: Owner,
     account: Account,
-    pinned: Granules,
+    context: Granules,
     demand: Granules,
 }
 
@@ -262,7 +262,7 @@ fn arbiter(gpu: &SimulatedGpu, dir: &Path) -> Child {
 }
 
 fn answers(dir: &Path) {
-    PATIENCE.until("an arbiter answers", || node::answers(dir));
+    TIMEOUT.until("an arbiter answers", || node::answers(dir));
 }
 
 impl Drop for Stage {
@@ -378,7 +378,7 @@ impl Stage {
         let moment = self.dice.draw(&mut self.moments, &MOMENTS);
         let mut stopped = None;
         let mut looks = 0;
-        PATIENCE.until(&format!("a client is {moment:?}"), || {
+        TIMEOUT.until(&format!("a client is {moment:?}"), || {
             // Not at every look: system calls slow down those who are looked at.
             if looks % 64 == 0 {
                 self.recruit();
@@ -450,7 +450,7 @@ impl Stage {
         self.arbiter = Some(arbiter(&self.gpu, self.dir.path()));
         // It listens while it waits for a client to bring the page, and shows a page only when it serves.
         let (uuid, socket) = (self.page.gpu(), nvshare::paths::socket(self.dir.path()));
-        nvshare::register::look(&socket, uuid, PATIENCE.duration()).expect("an arbiter shows its page");
+        nvshare::register::look(&socket, uuid, TIMEOUT.duration()).expect("an arbiter shows its page");
         // If all clients were dead, nobody had the old page any more, and there is another.
         self.page = nvshare::record::open_page(self.dir.path(), uuid).unwrap();
         let after = slots(&self.page);
@@ -469,7 +469,7 @@ impl Stage {
     /// The arbiter dies in the middle of a switch, which must come to its end without it.
     fn round_of_the_arbiter(&mut self) -> Vec<u32> {
         let mut filler = None;
-        PATIENCE.until("a switch is half done", || {
+        TIMEOUT.until("a switch is half done", || {
             self.recruit();
             filler = self.clients.iter().find_map(|client| {
                 let slot = client.slot(&self.page)?;
@@ -484,7 +484,7 @@ impl Stage {
             |page: &MappedPage| page.details(slot).filter(|it| it.owner.pid == pid).map(|it| it.slices);
         let before = slices(&self.page);
         self.kill_arbiter();
-        PATIENCE.until("the switch is done without an arbiter", || {
+        TIMEOUT.until("the switch is done without an arbiter", || {
             slices(&self.page) > before || slices(&self.page).is_none() || {
                 // Nobody clears its slot now: a client that had time to end has had its turn.
                 self.clients.iter_mut().any(|it| it.pid() == pid && it.child.try_wait().unwrap().is_some())
@@ -551,7 +551,7 @@ impl Stage {
             Round::Chance => self.round_of_chance(),
         };
         for pid in dead {
-            PATIENCE.until("the dead one is reaped", || {
+            TIMEOUT.until("the dead one is reaped", || {
                 self.page.occupied().iter().all(|slot| self.page.owner(slot).is_none_or(|it| it.pid != pid))
             });
         }
@@ -574,7 +574,7 @@ impl Stage {
     /// Every granule is free, or in the context or among the data of a process that lives; nobody has more than
     /// it asked for, but for memory that was freed a moment ago and goes within a second.
     fn balances(&mut self) {
-        PATIENCE.until("the books balance", || {
+        TIMEOUT.until("the books balance", || {
             let first = self.look();
             // Nothing can be said while granules are on the move.
             let quiet = first.rows.iter().all(|row| row.account.operation.is_none()) && self.look() == first;
@@ -583,11 +583,11 @@ impl Stage {
                 for (index, row) in
                     first.rows.iter().enumerate().filter(|(_, row)| row.owner == Owner::Nobody)
                 {
-                    let held = row.account.resident + row.pinned;
+                    let held = row.account.resident + row.context;
                     assert_eq!(held, 0, "slot {index} is nobody's and holds granules: {row:?}");
                 }
                 let living = first.rows.iter().filter(|row| row.owner == Owner::Living);
-                let held: u32 = living.map(|row| row.account.resident + row.pinned).sum();
+                let held: u32 = living.map(|row| row.account.resident + row.context).sum();
                 if i64::from(first.free) + i64::from(held) == (CAPACITY / GRANULE) as i64 {
                     return true;
                 }
@@ -606,7 +606,7 @@ impl Stage {
                 Some(_) => Owner::Dead,
             };
             let view = self.page.view(slot);
-            Row { owner, account: self.page.account(slot), pinned: view.pinned, demand: view.demand }
+            Row { owner, account: self.page.account(slot), context: view.context, demand: view.demand }
         };
         Look {
             free: self.page.free().granules,
@@ -616,18 +616,18 @@ impl Stage {
 
     /// Nobody is left, and so nobody has anything.
     fn is_whole(&self) {
-        PATIENCE.until("all are reaped", || self.page.occupied().is_empty());
+        TIMEOUT.until("all are reaped", || self.page.occupied().is_empty());
         for slot in (0..SLOTS).filter_map(SlotIndex::new) {
             let (view, account) = (self.page.view(slot), self.page.account(slot));
             assert_eq!(
-                (view.resident, view.pinned, view.demand),
+                (view.resident, view.context, view.demand),
                 (0, 0, 0),
                 "slot {} keeps something",
                 slot.get()
             );
             assert_eq!((view.phase, account.operation), (Phase::Idle, None), "slot {}", slot.get());
         }
-        PATIENCE.until("nobody is admitted", || self.page.admitted().is_empty());
+        TIMEOUT.until("nobody is admitted", || self.page.admitted().is_empty());
         assert_eq!(self.page.free().granules, (CAPACITY / GRANULE) as i32, "a granule was lost");
     }
 
@@ -636,7 +636,7 @@ impl Stage {
         for client in &mut self.clients {
             client.go();
         }
-        PATIENCE.until("all have ended", || {
+        TIMEOUT.until("all have ended", || {
             self.dismiss();
             self.clients.is_empty()
         });

@@ -14,7 +14,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// One that hangs ends with the test.
 struct Running {
@@ -39,7 +39,7 @@ impl Running {
     /// Waits until it has said so many more lines.
     fn says_lines(&mut self, count: usize) {
         for _ in 0..count {
-            self.output.recv_timeout(PATIENCE.duration()).expect("it has stopped, or ended too early");
+            self.output.recv_timeout(TIMEOUT.duration()).expect("it has stopped, or ended too early");
         }
     }
 
@@ -51,7 +51,7 @@ impl Running {
     #[track_caller]
     fn ends_well(mut self) -> String {
         self.input = None;
-        PATIENCE.until("it has ended", || self.child.try_wait().unwrap().is_some());
+        TIMEOUT.until("it has ended", || self.child.try_wait().unwrap().is_some());
         let status = self.child.wait().unwrap();
         let said: String = self.output.iter().map(|line| line + "\n").collect();
         assert!(status.success(), "{status}: {said}");
@@ -205,7 +205,7 @@ fn a_process_works_on_one_gpu_while_it_registers_for_another() {
     kill(arbiter, Signal::SIGSTOP).unwrap();
     running.reads_a_line();
     let process = running.child.id();
-    PATIENCE.until("it waits for the arbiter", || waits_for_a_message(process, "attaching"));
+    TIMEOUT.until("it waits for the arbiter", || waits_for_a_message(process, "attaching"));
     running.reads_a_line();
     let round = running.output.recv_timeout(Duration::from_secs(5));
     kill(arbiter, Signal::SIGCONT).unwrap();

@@ -7,7 +7,7 @@ use nvshare_test_support::Patience;
 use nvshare_tools::node::{Node, SimulatedGpu};
 use nvshare_tools::status::{self, Gpu};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Large enough that nobody takes one for rounding.
 const CONTEXT: u64 = 48 * MIB;
@@ -48,7 +48,7 @@ fn a_context_is_counted_when_the_client_has_its_slot() {
         client.writes(*pieces.last().unwrap(), 2 * MIB, 5);
         client.sees(*pieces.last().unwrap(), 2 * MIB, 5);
         client.ends_well();
-        PATIENCE.until("it is reaped", || pool(&node).clients.is_empty());
+        TIMEOUT.until("it is reaped", || pool(&node).clients.is_empty());
     }
 }
 
@@ -67,7 +67,7 @@ fn contexts_are_known_and_clients_are_not_foreign(pids: &str) {
     });
     let heartbeats = pool(&node).audits;
     // A sample is taken twice a second, an audit ten times: all of this was sampled three times at least.
-    PATIENCE.until("the arbiter has looked at it", || pool(&node).audits > heartbeats + 20);
+    TIMEOUT.until("the arbiter has looked at it", || pool(&node).audits > heartbeats + 20);
     for (client, address) in clients.iter_mut().zip(memory) {
         client.sees(address, 150 * MIB, 3);
         assert_eq!(context(&node, client), CONTEXT, "{pids}: data is no context");

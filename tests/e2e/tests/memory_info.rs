@@ -8,7 +8,7 @@ use nvshare_tools::status;
 use std::process::Command;
 
 /// After so long, a test has failed because something never happened. No verdict depends on it otherwise.
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const CARD: u64 = 256 * MIB;
 const POOL: u64 = 64 * MIB;
@@ -61,7 +61,7 @@ fn all_say(application: &mut Application, told: Told, context: bool) {
         said = right.iter().map(|(call, _)| (*call, ask(application, call))).collect();
         said == right
     };
-    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| PATIENCE.until("agree", agree))).is_err() {
+    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| TIMEOUT.until("agree", agree))).is_err() {
         panic!("right is {right:?}, and they say {said:?}");
     }
 }
@@ -139,7 +139,7 @@ fn what_is_freed_while_memory_moves_is_free() {
     // The other one has what this one needs now, and cannot give it up.
     other.stop();
     let second = one.alloc(30 * MIB);
-    PATIENCE.until("it waits for memory", || {
+    TIMEOUT.until("it waits for memory", || {
         let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
         clients.iter().any(|client| client.phase == "filling" && client.demand_bytes == 38 * MIB)
     });
@@ -174,7 +174,7 @@ fn nvml_alone_tells_the_pool_and_takes_no_slot() {
     assert_eq!(clients(&node), 0);
     // What others do shows at the next look.
     let other = Application::ready(&node);
-    PATIENCE
+    TIMEOUT
         .until("sees the other's context", || ask(&mut monitor, "nvml 0") == [POOL, POOL - CONTEXT, CONTEXT]);
     other.end();
     monitor.end();
@@ -243,7 +243,7 @@ fn an_arbiter_that_is_gone_is_not_missed() {
     assert_eq!(ask(&mut knows, "total 0"), [POOL]);
     let arbiter = nix::unistd::Pid::from_raw(node.arbiter_pid() as i32);
     nix::sys::signal::kill(arbiter, nix::sys::signal::Signal::SIGKILL).unwrap();
-    PATIENCE.until("the arbiter is gone", || !nvshare_tools::node::answers(node.dir()));
+    TIMEOUT.until("the arbiter is gone", || !nvshare_tools::node::answers(node.dir()));
     assert_eq!(ask(&mut knows, "total 0"), [POOL]);
     assert_eq!(ask(&mut knows, "nvml 0"), [POOL, POOL, 0]);
     assert_eq!(ask(&mut late, "total 0"), [CARD], "nobody has told it");
@@ -271,7 +271,7 @@ fn python_programs_are_told_the_same() {
     for (call, own) in [("nvml", CONTEXT), ("alloc 30000000", CONTEXT + 30 * MIB), ("free", CONTEXT)] {
         ask(&mut python, call);
         let right = right(Told { own, ..empty });
-        PATIENCE.until(&format!("{call}: {right:?}"), || said(&mut python) == right);
+        TIMEOUT.until(&format!("{call}: {right:?}"), || said(&mut python) == right);
     }
     python.end();
 }

@@ -5,7 +5,7 @@ use nvshare_e2e::application::{Application, MIB, SUCCESS, node, quick_gpu};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::{Node, SimulatedGpu};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const OUT_OF_MEMORY: i32 = 2;
 
@@ -55,7 +55,7 @@ fn stall(node: &Node, application: &Application) -> Option<String> {
 }
 
 fn contexts_are_counted(node: &Node, count: usize) {
-    PATIENCE.until("all contexts are counted", || {
+    TIMEOUT.until("all contexts are counted", || {
         let clients = clients(node);
         clients.len() == count && clients.iter().all(|client| client.pinned_bytes == CONTEXT)
     });
@@ -83,9 +83,9 @@ fn who_cannot_evict_goes_on_and_so_does_the_waiter() {
     }
     // When there is memory again it moves again, and the other's comes home.
     one.application.does("unlimit");
-    PATIENCE.until("nothing is held any more", || stall(&node, &one.application).is_none());
+    TIMEOUT.until("nothing is held any more", || stall(&node, &one.application).is_none());
     assert_eq!(books(&node, &one.application).2, 0);
-    PATIENCE.until("all of the other's is on the GPU", || {
+    TIMEOUT.until("all of the other's is on the GPU", || {
         other.goes_on();
         books(&node, &other.application).1 == THEIRS
     });
@@ -116,14 +116,14 @@ fn who_finds_no_place_anywhere_waits_and_is_named() {
     other.application.does(&format!("leave {OWN}"));
     let write = format!("write {} 8 5", other.pieces[0]);
     other.application.tell(&write);
-    PATIENCE.until("it is named", || stall(&node, &other.application).as_deref() == Some("no-host-memory"));
+    TIMEOUT.until("it is named", || stall(&node, &other.application).as_deref() == Some("no-host-memory"));
     for _ in 0..3 {
         one.goes_on();
     }
     one.application.end();
     assert_eq!(other.application.answer(&write).0, SUCCESS);
     other.application.does("unlimit");
-    PATIENCE.until("it is named no more", || stall(&node, &other.application).is_none());
+    TIMEOUT.until("it is named no more", || stall(&node, &other.application).is_none());
     other.writes();
     other.goes_on();
     other.application.end();
@@ -153,7 +153,7 @@ fn what_several_processes_are_promised_of_one_machine_is_there() {
     let mut other = Application::ready(&node);
     assert_eq!(other.call(&format!("alloc {}", 2 * STEP)), OUT_OF_MEMORY);
     one.kill();
-    PATIENCE.until("it is reaped", || clients(&node).len() == 1);
+    TIMEOUT.until("it is reaped", || clients(&node).len() == 1);
     other.alloc(STEP);
     other.ends_having_said(&["an allocation of 2.00 GiB is refused", "of which other jobs were promised"]);
 }
@@ -180,7 +180,7 @@ fn what_must_be_in_one_piece_and_finds_no_room_on_the_gpu_is_used_all_the_same()
     assert_eq!(books(&node, &one).1, 0, "it is in host memory, and in one piece");
     other.works();
     other.end();
-    PATIENCE.until("it is at home again", || {
+    TIMEOUT.until("it is at home again", || {
         // Who runs comes home.
         one.sees(view, 8, 2);
         books(&node, &one).1 == OBJECT

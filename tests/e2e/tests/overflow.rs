@@ -6,7 +6,7 @@ use nvshare_e2e::application::{Application, MIB, SUCCESS, node, quick_gpu};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const OUT_OF_MEMORY: i32 = 2;
 const NOT_SUPPORTED: i32 = 801;
@@ -78,7 +78,7 @@ impl Everything {
 /// So many others that have a context, and nothing else in the end.
 fn onlookers<const COUNT: usize>(node: &Node) -> [Application; COUNT] {
     let mut onlookers = [(); COUNT].map(|()| Application::ready(node));
-    PATIENCE.until("all contexts are counted", || {
+    TIMEOUT.until("all contexts are counted", || {
         clients(node).iter().all(|client| client.pinned_bytes == CONTEXT)
     });
     // Whoever has too much makes room when somebody asks for it.
@@ -89,7 +89,7 @@ fn onlookers<const COUNT: usize>(node: &Node) -> [Application; COUNT] {
 /// Waits until the client, which works on, has these bytes of what it needs on the GPU.
 #[track_caller]
 fn has(node: &Node, application: &mut Application, address: u64, resident: u64) {
-    PATIENCE.until(&format!("{resident} B are on the GPU"), || {
+    TIMEOUT.until(&format!("{resident} B are on the GPU"), || {
         // Only who runs has what it can have: the call goes through the gate.
         application.does(&format!("write {address} 8 0"));
         books(node, application).1 == resident
@@ -151,7 +151,7 @@ fn who_lies_in_host_memory_in_part_takes_turns_with_the_rest() {
     assert!(client(&node, &one).bytes_out > 0);
     onlookers.into_iter().for_each(|other| drop(other.end()));
     // The other's context stays, so not all comes home: as much as there is room for, whenever it is filled.
-    PATIENCE.until("all is at home that there is room for", || {
+    TIMEOUT.until("all is at home that there is room for", || {
         other.sees_its_own();
         one.does(&format!("write {} 8 0", all.small[0]));
         books(&node, &one).1 == POOL - 2 * CONTEXT

@@ -5,7 +5,7 @@ use nvshare_e2e::application::{Application, MIB, quick_gpu};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Memory goes in and out in such pieces, so that a part of it can.
 const PIECE: u64 = 2 * MIB;
@@ -64,7 +64,7 @@ fn the_next_client_fills_free_room_while_another_runs() {
     idle.does(&format!("destroy-array {array}"));
     come_to(&node, &next, (30 * MIB, 28 * MIB, 0));
     assert_eq!(books(&node, &holder), (30 * MIB, 30 * MIB, 0));
-    PATIENCE.until("the copies are counted", || client(&node, &next).bytes_in == counted);
+    TIMEOUT.until("the copies are counted", || client(&node, &next).bytes_in == counted);
     assert_eq!((turns(&node, &holder), turns(&node, &next)), before, "nobody's turn is over");
 
     // The holder grows, and has what it needs, from who is only waiting.
@@ -94,7 +94,7 @@ fn who_is_not_next_makes_room_for_who_is() {
         pieces.write(&mut application);
         (application, pieces)
     });
-    PATIENCE.until("one has the GPU and the others want nothing", || {
+    TIMEOUT.until("one has the GPU and the others want nothing", || {
         let [_, _, (application, pieces)] = &mut three;
         pieces.check(application);
         three.each_ref().map(|(application, _)| client(&node, application).phase)
@@ -112,7 +112,7 @@ fn who_is_not_next_makes_room_for_who_is() {
 
     let check = |pieces: &Pieces| format!("check {} {PIECE} 1", pieces.0[0]);
     next.tell(&check(&of_next));
-    PATIENCE.until("it waits", || client(&node, &next).phase == "waiting");
+    TIMEOUT.until("it waits", || client(&node, &next).phase == "waiting");
     late.tell(&check(&of_late));
     come_to(&node, &late, (30 * MIB, 0, 0));
     come_to(&node, &next, (30 * MIB, 28 * MIB, 0));

@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Two of these do not fit into the pool of 64 MiB.
 const SIZE: &str = "50";
@@ -95,8 +95,8 @@ fn whoever_runs_another_program_is_no_client_any_more() {
     let mut client = Running::start(&node, "exec", &[SIZE, "cat"]);
     client.says("exec");
     let pid = client.child.id();
-    PATIENCE.until("it runs another program", || runs(pid, "cat"));
-    PATIENCE.until("its slot is closed", || clients(&node).is_empty());
+    TIMEOUT.until("it runs another program", || runs(pid, "cat"));
+    TIMEOUT.until("its slot is closed", || clients(&node).is_empty());
     another_runs(&node);
     assert!(runs(pid, "cat"), "under the same pid");
 }
@@ -112,7 +112,7 @@ fn a_program_that_cannot_be_run_changes_nothing() {
         client.go_on();
         client.says("right");
         another_runs(&node);
-        PATIENCE.until("it alone is there", || clients(&node) == [client.child.id()]);
+        TIMEOUT.until("it alone is there", || clients(&node) == [client.child.id()]);
     }
 }
 
@@ -127,7 +127,7 @@ fn whoever_ends_leaves_no_slot_behind_and_its_children_keep_none_open() {
             let line = client.line();
             assert!(line.ends_with(" lives on"), "{how}: '{line}'");
         }
-        PATIENCE.until(how, || clients(&node).is_empty());
+        TIMEOUT.until(how, || clients(&node).is_empty());
         another_runs(&node);
         println!("{how}: {pid} is gone");
     }
@@ -142,7 +142,7 @@ fn who_closes_all_descriptors_is_a_client_still() {
         client.go_on();
         client.says("right");
         another_runs(&node);
-        PATIENCE.until("it alone is there", || clients(&node) == [pid]);
+        TIMEOUT.until("it alone is there", || clients(&node) == [pid]);
     };
     goes_on();
     // The next arbiter has nothing but what the client has kept.
@@ -160,7 +160,7 @@ fn kill_arbiter(node: &Node) {
     let pid = node.arbiter_pid();
     kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
     let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    PATIENCE.until("the arbiter has ended", || stat().contains(") Z "));
+    TIMEOUT.until("the arbiter has ended", || stat().contains(") Z "));
 }
 
 /// What tells the arbiter that a client lives is where no child inherits it.
@@ -178,6 +178,6 @@ fn an_application_finds_none_of_it_among_its_own_descriptors() {
     };
     let its_own =
         |target: &String| target.starts_with("socket:") || target.contains(node.dir().to_str().unwrap());
-    PATIENCE.until("they are in a table of their own", || !open().iter().any(its_own));
+    TIMEOUT.until("they are in a table of their own", || !open().iter().any(its_own));
     drop(client);
 }

@@ -10,7 +10,7 @@ use nvshare_tools::status::{self, Gpu};
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
-const PATIENCE: Patience = Patience::seconds(120);
+const TIMEOUT: Patience = Patience::seconds(120);
 
 /// A machine with so many GPUs, and pools of 50 MiB that hold one job's part and not two.
 fn machine(gpus: u32) -> (SimulatedGpu, Node) {
@@ -52,7 +52,7 @@ fn gpus(node: &Node) -> Vec<Gpu> {
 
 /// Everybody is gone, and so is every granule that they had, on every GPU.
 fn balances(node: &Node) {
-    PATIENCE.until("all clients are reaped", || gpus(node).iter().all(|gpu| gpu.clients.is_empty()));
+    TIMEOUT.until("all clients are reaped", || gpus(node).iter().all(|gpu| gpu.clients.is_empty()));
     for gpu in gpus(node) {
         assert_eq!(gpu.free_bytes, gpu.capacity_bytes as i64, "a granule of {} was lost", gpu.uuid);
         assert_eq!(gpu.repaired, 0, "the books of {} had to be repaired", gpu.uuid);
@@ -64,7 +64,7 @@ fn all_finish(count: u32, jobs: &[Job]) -> Vec<u64> {
     let (_gpu, node) = machine(count);
     let mut jobs: Vec<_> = jobs.iter().map(|job| Running::start(&node, job)).collect();
     let mut came_in = vec![0; count as usize];
-    PATIENCE.until("all have ended", || {
+    TIMEOUT.until("all have ended", || {
         for (most, gpu) in came_in.iter_mut().zip(gpus(&node)) {
             *most = gpu.clients.iter().map(|client| client.bytes_in).sum::<u64>().max(*most);
         }
@@ -111,7 +111,7 @@ fn all_get_on(count: u32, uses: &[&[i32]]) {
     let jobs: Vec<_> = uses.iter().zip(1..).map(|(devices, seed)| endless(seed, devices)).collect();
     let mut crew = Crew::start(&jobs, &node.environment()).unwrap();
     let (mut ready, mut done, mut outcomes) = (0, vec![0; jobs.len()], vec![None; jobs.len()]);
-    let (end, mut stopped) = (Instant::now() + PATIENCE.duration(), false);
+    let (end, mut stopped) = (Instant::now() + TIMEOUT.duration(), false);
     while outcomes.contains(&None) {
         let said = crew.next(end);
         match said.unwrap_or_else(|| panic!("somebody gets no turn: they have done {done:?} iterations")) {
@@ -178,7 +178,7 @@ fn whoever_is_killed_the_others_go_on() {
     }
     println!("{kills} killed, {finished} ended by themselves with right data");
     assert!(finished > 0, "no job ever ended, so nothing was shown");
-    PATIENCE.until("the last ones have ended", || {
+    TIMEOUT.until("the last ones have ended", || {
         jobs.iter_mut().all(|job| job.ended().is_some_and(|status| status.success()))
     });
     balances(&node);

@@ -12,7 +12,7 @@ use nvshare_tools::status::{self, Client};
 use std::process::{Command, Output, Stdio};
 
 /// After so long, a test has failed because something never happened. No verdict depends on it otherwise.
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 const POOL: u64 = 64 * MIB;
 /// A context, in the simulated GPU of these tests.
@@ -63,7 +63,7 @@ fn numbers(application: &mut Application, call: &str) -> Vec<u64> {
 /// All four ways to ask say that there is so much, and that so much of it is free: once the arbiter has seen the context.
 #[track_caller]
 fn told(application: &mut Application, total: u64, free: u64) {
-    PATIENCE.until("the context counts", || numbers(application, "info") == [free, total]);
+    TIMEOUT.until("the context counts", || numbers(application, "info") == [free, total]);
     assert_eq!(numbers(application, "total 0"), [total]);
     assert_eq!(numbers(application, "nvml 0"), [total, free, total - free]);
     assert_eq!(numbers(application, "nvml2 0 2"), [total, 0, free, total - free]);
@@ -101,7 +101,7 @@ fn the_page_has_what_the_environment_asks_for() {
     let right = format!("  slot 1 (pid {}): weight 300, priority high, at most 16.00 MiB (25%)", second.pid);
     assert_eq!(unusual, [right], "{shown}");
     asks.end();
-    PATIENCE.until("it is gone", || clients(&node).len() == 1);
+    TIMEOUT.until("it is gone", || clients(&node).len() == 1);
     let shown = said(&nvshare(&node, &["status"]));
     assert!(shown.contains("usual") && !shown.contains("weight"), "{shown}");
     usual.end();
@@ -181,7 +181,7 @@ fn out_of_memory_comes_at_the_limit_and_everybody_tells_it() {
     two.end();
 
     one.does(&format!("free {first}"));
-    PATIENCE.until("the other is gone", || clients(&node).len() == 1);
+    TIMEOUT.until("the other is gone", || clients(&node).len() == 1);
     told(&mut one, LIMIT, 20 * MIB);
     one.works();
     one.ends_having_said(&[
@@ -326,13 +326,13 @@ fn a_change_of_priority_counts_for_a_turn_that_is_waited_for() {
     jobs[0].stop();
     for index in [1, 2] {
         jobs[index].tell(&write(index));
-        PATIENCE.until("it waits", || clients(&node)[index].phase == "waiting");
+        TIMEOUT.until("it waits", || clients(&node)[index].phase == "waiting");
     }
     let page = record::open_page(node.dir(), gpu_of(&node).parse().unwrap()).unwrap();
     let next = || policy::first_waiter(&Snapshot::take(&page, page.admitted())).map(SlotIndex::get);
     for (priority, first) in [("low", 2), ("high", 1), ("low", 2)] {
         set(&node, &["slot:1", "--priority", priority]);
-        PATIENCE.until(&format!("slot 1 is {priority}, and slot {first} next"), || next() == Some(first));
+        TIMEOUT.until(&format!("slot 1 is {priority}, and slot {first} next"), || next() == Some(first));
     }
     jobs[0].go_on();
     for index in [1, 2] {
@@ -355,7 +355,7 @@ fn without_an_arbiter_nothing_is_changed_and_that_is_said() {
     let one = started(&node, &[("NVSHARE_CLIENT_NAME", "job")]);
     let arbiter = nix::unistd::Pid::from_raw(node.arbiter_pid() as i32);
     nix::sys::signal::kill(arbiter, nix::sys::signal::Signal::SIGKILL).unwrap();
-    PATIENCE.until("the arbiter is gone", || !nvshare_tools::node::answers(node.dir()));
+    TIMEOUT.until("the arbiter is gone", || !nvshare_tools::node::answers(node.dir()));
     let words = refused(&node, &["job", "--weight", "5"]);
     assert!(words.contains("no arbiter answers"), "{words}");
     assert_eq!(clients(&node)[0].weight, 100);

@@ -12,7 +12,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 fn gpu() -> SimulatedGpu {
     let set = |name: &'static str, value: &str| (name, value.to_owned());
@@ -42,7 +42,7 @@ fn clients(node: &Node) -> Vec<Client> {
 
 /// Everybody is gone, and so is every granule that they had.
 fn balances(node: &Node) {
-    PATIENCE.until("all clients are reaped", || clients(node).is_empty());
+    TIMEOUT.until("all clients are reaped", || clients(node).is_empty());
     let gpu = status::read(node.dir()).unwrap().gpus.remove(0);
     assert_eq!(gpu.free_bytes, gpu.capacity_bytes as i64, "a granule was lost");
     assert_eq!(gpu.repaired, 0, "the books had to be repaired");
@@ -54,7 +54,7 @@ fn those_who_fit_never_switch() {
     let node = node(&gpu, "200MiB", "1ms");
     let mut jobs: Vec<_> = (1..=3).map(|seed| job(&node, "32MiB", 40, seed)).collect();
     let mut yields = 0;
-    PATIENCE.until("all have ended", || {
+    TIMEOUT.until("all have ended", || {
         yields = clients(&node).iter().filter(|client| client.bytes_out > 0).count().max(yields);
         jobs.iter_mut().all(|job| job.try_wait().unwrap().is_some())
     });
@@ -71,7 +71,7 @@ fn those_who_do_not_fit_take_turns_and_keep_their_data() {
     let node = node(&gpu, "100MiB", "20ms");
     let mut jobs: Vec<_> = (1..=3).map(|seed| job(&node, "64MiB", 60, seed)).collect();
     let mut moved = 0;
-    PATIENCE.until("all have ended", || {
+    TIMEOUT.until("all have ended", || {
         moved = clients(&node).iter().map(|client| client.bytes_in).sum::<u64>().max(moved);
         jobs.iter_mut().all(|job| job.try_wait().unwrap().is_some())
     });

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// A program that runs until its standard input ends. Killed when dropped.
 struct Program(Child, Arc<AtomicUsize>);
@@ -29,7 +29,7 @@ impl Program {
             std::thread::spawn(move || lines.for_each(|_| _ = count.fetch_add(1, Ordering::Relaxed)));
             first
         });
-        PATIENCE.until("it is ready", || said.is_finished());
+        TIMEOUT.until("it is ready", || said.is_finished());
         assert_eq!(said.join().unwrap().as_deref(), Some("ready"), "{:?}", started.0.wait());
         started
     }
@@ -46,7 +46,7 @@ impl Program {
     /// It ends when it may, with the right data.
     fn ends_well(mut self) {
         drop(self.0.stdin.take());
-        PATIENCE.until("it has ended", || self.has_ended());
+        TIMEOUT.until("it has ended", || self.has_ended());
         assert!(self.0.wait().unwrap().success(), "wrong data, or a call that failed");
     }
 }
@@ -100,7 +100,7 @@ fn both_go_on(case: &str, gpu: &SimulatedGpu) {
     let entangled = Program::ready(command.args([case, kernels()]), node.environment());
     let mut competitor = competitor(&node);
     let (mut retries, mut stalls) = (0, 0);
-    PATIENCE.until(&format!("{case}: the competitor has had its turns"), || {
+    TIMEOUT.until(&format!("{case}: the competitor has had its turns"), || {
         let clients = clients(&node, &entangled);
         retries = clients.iter().map(|client| client.drain_retries).sum::<u64>().max(retries);
         stalls = clients.iter().map(|client| client.stalls).sum::<u64>().max(stalls);
@@ -162,7 +162,7 @@ fn a_last_context_that_is_destroyed_while_its_work_waits() {
     let mut command = Command::new(program("entangled"));
     let entangled = Program::ready(command.args(["destruction", kernels()]), node.environment());
     let mut competitor = competitor(&node);
-    PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
+    TIMEOUT.until("the competitor has had its turns", || competitor.has_ended());
     assert!(competitor.0.wait().unwrap().success());
     entangled.ends_well();
 }
@@ -176,14 +176,14 @@ fn a_kernel_that_never_ends_is_told_and_its_process_goes_on() {
     let mut command = Command::new(program("endless"));
     let mut endless = Program::ready(command.arg(kernels()), node.environment());
     let mut competitor = competitor(&node);
-    PATIENCE.until("it is told", || stall(&node, &endless).as_deref() == Some("endless-work"));
+    TIMEOUT.until("it is told", || stall(&node, &endless).as_deref() == Some("endless-work"));
     // Each launch is one that went through the gate while the kernel ran.
     let launches = endless.lines();
-    PATIENCE.until("it goes on", || endless.lines() > launches + 10);
+    TIMEOUT.until("it goes on", || endless.lines() > launches + 10);
     assert_eq!(stall(&node, &endless).as_deref(), Some("endless-work"), "and the kernel still runs");
     assert!(!competitor.has_ended());
     drop(endless.0.stdin.take());
-    PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
+    TIMEOUT.until("the competitor has had its turns", || competitor.has_ended());
     assert!(competitor.0.wait().unwrap().success());
     endless.ends_well();
 }
@@ -196,9 +196,9 @@ fn a_kernel_that_never_ends_is_told_when_no_thread_submits() {
     let mut command = Command::new(program("endless"));
     let endless = Program::ready(command.args([kernels(), "quiet"]), node.environment());
     let mut competitor = competitor(&node);
-    PATIENCE.until("it is told", || stall(&node, &endless).as_deref() == Some("endless-work"));
+    TIMEOUT.until("it is told", || stall(&node, &endless).as_deref() == Some("endless-work"));
     endless.ends_well();
-    PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
+    TIMEOUT.until("the competitor has had its turns", || competitor.has_ended());
     assert!(competitor.0.wait().unwrap().success());
 }
 
@@ -210,7 +210,7 @@ fn a_collective_over_two_gpus_that_are_both_wanted() {
     let mut command = Command::new(program("entangled"));
     let entangled = Program::ready(command.args(["collective", kernels()]), node.environment());
     let mut competitors = ["0", "1"].map(|gpu| client_of(&node, "48", gpu));
-    PATIENCE.until("both competitors have had their turns", || {
+    TIMEOUT.until("both competitors have had their turns", || {
         competitors.iter_mut().all(|competitor| competitor.has_ended())
     });
     for mut competitor in competitors {
@@ -227,13 +227,13 @@ fn who_fits_beside_a_kernel_that_never_ends_goes_on() {
     let mut command = Command::new(program("endless"));
     let endless = Program::ready(command.args([kernels(), "quiet"]), node.environment());
     let mut too_large = competitor(&node);
-    PATIENCE.until("it is told", || stall(&node, &endless).is_some());
+    TIMEOUT.until("it is told", || stall(&node, &endless).is_some());
     let mut small = client_of(&node, "16", "0");
-    PATIENCE.until("the small one has had its turns", || small.has_ended());
+    TIMEOUT.until("the small one has had its turns", || small.has_ended());
     assert!(small.0.wait().unwrap().success());
     assert!(!too_large.has_ended() && stall(&node, &endless).is_some());
     endless.ends_well();
-    PATIENCE.until("the large one has had its turns", || too_large.has_ended());
+    TIMEOUT.until("the large one has had its turns", || too_large.has_ended());
     assert!(too_large.0.wait().unwrap().success());
 }
 
@@ -247,12 +247,12 @@ fn who_waits_for_a_kernel_that_never_ends_can_end_its_context() {
     let mut command = Command::new(program("waits"));
     let piped = command.envs(node.environment()).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut waits = Program(piped.spawn().unwrap(), Arc::default());
-    PATIENCE.until("it is let in, and finds no room", || {
+    TIMEOUT.until("it is let in, and finds no room", || {
         clients(&node, &waits).iter().any(|client| client.phase == "filling")
     });
     // The end of its input is what it waits for, too.
     drop(waits.0.stdin.take());
-    PATIENCE.until("it has ended", || waits.has_ended());
+    TIMEOUT.until("it has ended", || waits.has_ended());
     assert!(waits.0.wait().unwrap().success());
     endless.ends_well();
 }
@@ -265,9 +265,9 @@ fn a_capture_that_nobody_ends_is_told() {
     let mut command = Command::new(program("endless"));
     let captures = Program::ready(command.args([kernels(), "capture"]), node.environment());
     let mut competitor = competitor(&node);
-    PATIENCE.until("it is told", || stall(&node, &captures).as_deref() == Some("open-capture"));
+    TIMEOUT.until("it is told", || stall(&node, &captures).as_deref() == Some("open-capture"));
     assert!(!competitor.has_ended());
     captures.ends_well();
-    PATIENCE.until("the competitor has had its turns", || competitor.has_ended());
+    TIMEOUT.until("the competitor has had its turns", || competitor.has_ended());
     assert!(competitor.0.wait().unwrap().success());
 }

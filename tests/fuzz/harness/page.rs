@@ -10,7 +10,7 @@
 
 use nvshare::audit::Audit;
 use nvshare::client::{Next, NoMemory};
-use nvshare::page::{Direction, NAME_BYTES, Page, Phase, Quantum, Settings};
+use nvshare::page::{Direction, Header, NAME_BYTES, Page, Phase, Quantum, Settings, Slot};
 use nvshare::shares::{MemoryLimit, Priority, Shares};
 use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
@@ -33,8 +33,8 @@ const CAPACITY: Granules = 100;
 const CROWDED: usize = 4;
 
 /// Words of the header and of a row.
-const HEADER_WORDS: usize = 640 / 8;
-const ROW_WORDS: usize = 512 / 8;
+const HEADER_WORDS: usize = size_of::<Header>() / 8;
+const ROW_WORDS: usize = size_of::<Slot>() / 8;
 
 /// Values that sit at the edge of some field.
 const EDGES: [u64; 16] = [
@@ -162,7 +162,7 @@ impl World {
                     assert_eq!(page.account(slot).resident, 0);
                 }
             }
-            14 => _ = page.set_pinned(slot, if whom & 0x80 == 0 { small } else { granules }),
+            14 => _ = page.set_context(slot, if whom & 0x80 == 0 { small } else { granules }),
             15 => {
                 page.set_capacity(if whom & 0x80 == 0 { small * 4 } else { granules });
                 self.check_decision(&page.decide());
@@ -311,7 +311,7 @@ impl World {
         let sum = || -> i64 {
             all_slots()
                 .map(|slot| {
-                    i64::from(self.page.account(slot).resident) + i64::from(self.page.view(slot).pinned)
+                    i64::from(self.page.account(slot).resident) + i64::from(self.page.view(slot).context)
                 })
                 .sum()
         };
@@ -382,7 +382,9 @@ impl World {
             assert!((1..=MAX_WEIGHT).contains(&shares.weight));
             assert!(shares.memory_limit.within(page.capacity()) <= page.capacity());
             assert!(policy::deadline(&snapshot, slot, some_time(&snapshot)) >= some_time(&snapshot));
-            assert!([view.demand, view.resident, view.pinned].into_iter().all(|count| count <= MAX_GRANULES));
+            assert!(
+                [view.demand, view.resident, view.context].into_iter().all(|count| count <= MAX_GRANULES)
+            );
             assert!(page.account(slot).closed().resident <= MAX_GRANULES);
             assert_eq!(page.details(slot).is_some(), page.owner(slot).is_some());
             if let Some(details) = page.details(slot) {

@@ -96,6 +96,13 @@ EXPLAINED = [
         r"setting_memory",
     ),
     Explained(
+        "In a process that is broken no memory can be moved any more. Once others want the GPU it gives its memory up, and then "
+        "even questions fail with the error that broke it",
+        r"(cuPointer|cuMemGetAccess|cuMemAllocManaged\(out, 0|cuMemPool).*",
+        shared=r"ILLEGAL_ADDRESS.*",
+        sequence=r"in_a_broken_context",
+    ),
+    Explained(
         "What only the driver can place needs room on the GPU that stays. While a capture is open nobody can be made to give "
         "room up in a turn of the GPU, and room in host memory is of no use",
         r"cuMemAllocManaged\(.*",

@@ -41,6 +41,19 @@ PTX = b""".version 6.0
 .visible .global .align 4 .b8 word[64];
 .visible .entry empty() { ret; }
 """
+# A kernel by the name of one that the simulated GPU has built in: it writes a word where it is told.
+STRAYS = b""".version 6.0
+.target sm_50
+.address_size 64
+.visible .entry nvshare_fill_u32(.param .u64 to, .param .u64 count, .param .u32 value) {
+    .reg .b64 %at;
+    .reg .b32 %word;
+    ld.param.u64 %at, [to];
+    ld.param.u32 %word, [value];
+    st.global.u32 [%at], %word;
+    ret;
+}
+"""
 
 
 def sequence(function=None, *, variants=None, context=True):
@@ -102,6 +115,73 @@ def another_context_current(s):
     a = s.allocate("a", BLOCK)
     s.cuCtxCreate_v2(s.handle("context", "second"), 0, 0)
     everyday(s, a)
+
+
+@sequence
+def in_a_broken_context(s):
+    """A kernel has written where nothing is. What is looked at before the context is, and what is not told at all?"""
+    a, pitch, host = s.allocate("a", BLOCK), s.out(), s.out("raw")
+    place = s.handle("stream", "stream")
+    s.cuStreamCreate(place, 1)
+    stream = Named(place.value, "stream")
+    place = s.handle("event", "event")
+    s.cuEventCreate(place, 0)
+    event = Named(place.value, "event")
+    place = s.handle("pool", "pool")
+    s.cuMemPoolCreate(place, pool_properties(0))
+    pool = Named(place.value, "pool")
+    ordered, pooled = (s.out("address", name, extent=BLOCK) for name in ("ordered", "pooled"))
+    s.cuMemAllocAsync(ordered, BLOCK, stream)
+    s.cuMemAllocFromPoolAsync(pooled, BLOCK, pool, stream)
+    managed = s.out("address", "managed", extent=BLOCK)
+    s.cuMemAllocManaged(managed, BLOCK, 1)
+    view, _ = mapped(s, "mapped", BLOCK)
+    s.cuStreamSynchronize(stream)
+    module, function = s.handle("module", "module"), s.handle("function", "strays")
+    s.cuModuleLoadData(module, In(STRAYS + b"\0", "ptx"))
+    s.cuModuleGetFunction(function, Named(module.value, "module"), s.text("nvshare_fill_u32"))
+    to, count, value = s.words(64), s.words(1), s.words(7, width=4)
+    s.cuLaunchKernel(Named(function.value, "strays"), 1, 1, 1, 1, 1, 1, 0, stream, s.words(to, count, value), None)
+    s.cuStreamSynchronize(stream)
+    known = [a, view, GARBAGE, Named(0, "0")]
+    known += [Named(at.value, name) for at, name in ((ordered, "ordered"), (pooled, "pooled"), (managed, "managed"))]
+    for pointer in known:
+        s.cuMemGetAddressRange_v2(s.out("address"), s.out(), pointer)
+        s.cuIpcGetMemHandle(s.out("opaque"), pointer)
+        for attribute in (1, 2, 3, 7, 9, 11, 17):
+            s.cuPointerGetAttribute(s.out("opaque"), attribute, pointer)
+        s.cuPointerSetAttribute(s.words(1, width=4), 6, pointer)
+        s.cuMemGetAccess(s.out(), s.words(DEVICE, 0, width=4), pointer)
+    s.each_null("cuMemGetInfo_v2", s.out("amount"), s.out("amount"))
+    for bytes_ in (0, 4096, BLOCK, FAR):
+        s.cuMemAlloc_v2(s.out("address"), bytes_)
+        s.cuMemAllocPitch_v2(s.out("address"), pitch, bytes_, 1, 4)
+        s.cuMemAllocManaged(s.out("address"), bytes_, 1)
+        for where in (stream, None):
+            s.cuMemAllocAsync(s.out("address"), bytes_, where)
+            s.cuMemAllocFromPoolAsync(s.out("address"), bytes_, pool, where)
+    s.cuMemAlloc_v2(None, 4096)
+    s.cuMemAllocPitch_v2(s.out("address"), pitch, 4096, 1, 3)
+    s.cuMemAllocAsync(None, 4096, stream)
+    s.cuMemPoolTrimTo(pool, 0)
+    s.cuMemPoolGetAttribute(pool, 4, s.out())
+    s.cuMemcpyHtoD_v2(a, s.words(1), 8)
+    s.cuMemcpyDtoH_v2(host, a + (BLOCK - 8), 16)
+    s.cuMemcpyDtoD_v2(a, Named(ordered.value, "ordered"), BLOCK + 1)
+    s.cuMemsetD8_v2(a, 1, 8)
+    s.cuMemsetD8_v2(a, 1, BLOCK + 1)
+    s.cuMemsetD8Async(a, 1, BLOCK + 1, stream)
+    s.cuStreamQuery(stream)
+    s.cuStreamIsCapturing(stream, s.out())
+    s.cuEventQuery(event)
+    s.cuEventRecord(event, stream)
+    s.cuMemFreeAsync(Named(ordered.value, "ordered"), stream)
+    s.cuMemFreeAsync(Named(pooled.value, "pooled"), None)
+    s.cuMemFreeAsync(GARBAGE, stream)
+    for pointer in (*known, a + 4096):
+        s.cuMemFree_v2(pointer)
+    s.cuStreamDestroy_v2(stream)
+    s.cuCtxSynchronize()
 
 
 @sequence

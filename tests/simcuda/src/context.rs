@@ -18,13 +18,16 @@ use crate::handles::{self, Cache};
 use crate::memory::va::{self, User};
 use crate::stream::{self, Fence, Role, Stream};
 
+/// The error of the first operation that failed. It breaks all contexts of the process, and no further one can be made, also when
+/// they have all been destroyed, and on another GPU (docs/driver-facts.md).
+static FAILED: AtomicI32 = AtomicI32::new(0);
+
 /// The part of a context that its streams share.
 pub struct Core {
     pub handle: Handle,
     /// The context that memory, events and modules belong to: of a green context its primary context, else itself.
     pub owner: Handle,
     pub device: &'static Device,
-    error: Arc<AtomicI32>,
     /// Unfinished operations in blocking streams, and in the legacy stream.
     pub blocking_pending: AtomicUsize,
     pub legacy_pending: AtomicUsize,
@@ -45,14 +48,12 @@ impl Core {
         device: &'static Device,
         handle: Handle,
         owner: Handle,
-        error: Arc<AtomicI32>,
         peers: Arc<Mutex<Vec<(Handle, usize)>>>,
     ) -> Arc<Core> {
         Arc::new(Core {
             handle,
             owner,
             device,
-            error,
             blocking_pending: AtomicUsize::new(0),
             legacy_pending: AtomicUsize::new(0),
             streams: Mutex::default(),
@@ -64,10 +65,10 @@ impl Core {
         })
     }
 
-    /// The sticky error, if an operation has failed.
+    /// The sticky error, if an operation of this process has failed.
     #[inline]
     pub fn healthy(&self) -> Result {
-        match self.error.load(SeqCst) {
+        match FAILED.load(SeqCst) {
             0 => Ok(()),
             error => Err(Error(error)),
         }
@@ -88,7 +89,7 @@ impl Core {
         {
             ledger.count(Count::IllegalAccesses, 1);
         }
-        let first = self.error.compare_exchange(0, error.0, SeqCst, SeqCst).is_ok();
+        let first = FAILED.compare_exchange(0, error.0, SeqCst, SeqCst).is_ok();
         if first && error == Error::ILLEGAL_ADDRESS {
             // As the real driver does in the system's log (Xid 31).
             eprintln!("simulated GPU: {}", said());
@@ -145,6 +146,9 @@ pub struct Context {
 impl Context {
     /// Makes a context, which costs memory. A GPU's primary context always goes by the same handle.
     pub fn create(device: &'static Device, primary: Option<Handle>, flags: u32) -> Result<Arc<Context>> {
+        if let error @ 1.. = FAILED.load(SeqCst) {
+            return Err(Error(error));
+        }
         let driver = driver()?;
         let bytes = driver.config.context_bytes;
         let ledger = device.ledger()?;
@@ -153,15 +157,15 @@ impl Context {
             return Err(Error::OUT_OF_MEMORY);
         }
         let handle = primary.unwrap_or_else(handles::fresh);
-        let core = Core::new(device, handle, handle, Arc::default(), Arc::default());
+        let core = Core::new(device, handle, handle, Arc::default());
         Context::around(core, primary.is_some(), flags, bytes)
     }
 
     /// Makes a green context of a primary one: streams and captures of its own, and everything else the primary's. It
     /// costs no memory to speak of.
     pub fn create_green(primary: &Context) -> Result<Arc<Context>> {
-        let Core { handle, device, error, peers, .. } = &*primary.core;
-        let core = Core::new(device, handles::fresh(), *handle, error.clone(), peers.clone());
+        let Core { handle, device, peers, .. } = &*primary.core;
+        let core = Core::new(device, handles::fresh(), *handle, peers.clone());
         lock(&primary.core.greens).push(Arc::downgrade(&core));
         Context::around(core, true, primary.flags.load(SeqCst), 0)
     }
@@ -344,6 +348,11 @@ pub fn healthy() -> Result<Arc<Context>> {
     let context = current()?;
     context.core.healthy()?;
     Ok(context)
+}
+
+/// Fails if the current context has failed. Without a context it does not.
+pub fn unbroken() -> Result {
+    current().map_or(Ok(()), |context| context.core.healthy())
 }
 
 /// The handle of the current context, or 0.

@@ -9,7 +9,7 @@ use crate::context::Core;
 use crate::driver::driver;
 
 /// Between two looks.
-const LOOK: Duration = Duration::from_micros(50);
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
 
 /// A word of 32 or 64 bits, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Value {
             if condition.holds(memory.read_word(core.user(), self.address, self.wide)?, self) {
                 break;
             }
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
         Ok(())
     }

@@ -102,8 +102,9 @@ fn an_illegal_access_is_found_when_it_runs_and_sticks() {
         assert_eq!(cuda.launch(iota, stream, &[pointer, 1, 0]), ILLEGAL_ADDRESS);
         assert_eq!(cuda.counters().illegal_accesses, 1);
         assert_eq!(call!(cuda, "cuDevicePrimaryCtxReset_v2", 0 => i32), 0);
-        let cuda = Cuda::with_context();
-        assert!(cuda.try_alloc(8).is_ok(), "a new context is healthy");
+        let mut context = 0usize;
+        let again = call!(cuda, "cuDevicePrimaryCtxRetain", &mut context => &mut usize, 0 => i32);
+        assert_eq!(again, ILLEGAL_ADDRESS, "the process is broken for good");
     });
 }
 

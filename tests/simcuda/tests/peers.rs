@@ -47,8 +47,20 @@ fn a_kernel_reaches_a_peer_once_it_is_enabled() {
         assert_eq!(cuda.read(there, 2), [common::iota(0, 3), common::iota(1, 3)]);
         assert_eq!(cuda.launch(cuda.function("nvshare_iota_u64"), 0, &[here, 1, 3]), 0);
         assert_eq!(cuda.sync(0), ILLEGAL_ADDRESS, "it was one way");
+    });
+}
 
+#[test]
+fn a_kernel_reaches_no_peer_that_was_disabled() {
+    alone("a_kernel_reaches_no_peer_that_was_disabled", TWO_GPUS, || {
+        let cuda = Cuda::load();
+        let second = cuda.enter(1);
+        let there = cuda.alloc(PAGE);
         cuda.enter(0);
+        let iota = cuda.function("nvshare_iota_u64");
+        assert_eq!(enable(&cuda, second), 0);
+        assert_eq!(cuda.launch(iota, 0, &[there, 1, 3]), 0);
+        assert_eq!(cuda.sync(0), 0);
         assert_eq!(call!(cuda, "cuCtxDisablePeerAccess", second => usize), 0);
         assert_eq!(cuda.launch(iota, 0, &[there, 1, 3]), 0);
         assert_eq!(cuda.sync(0), ILLEGAL_ADDRESS);

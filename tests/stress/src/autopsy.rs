@@ -1,13 +1,13 @@
 //! What is shown of processes that are stuck.
 
+use crate::children;
 use nvshare_tools::status;
 use std::path::Path;
-use std::process::Command;
 
 /// The stacks of all threads of a process, if gdb is there and may look.
 pub fn stacks(pid: u32) -> String {
     let commands = ["-batch", "-nx", "-ex", "set pagination off", "-ex", "thread apply all bt 24"];
-    let output = Command::new("gdb").args(["-p", &pid.to_string()]).args(commands).output();
+    let output = children::command("gdb").args(["-p", &pid.to_string()]).args(commands).output();
     match output {
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stdout);

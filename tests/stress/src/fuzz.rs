@@ -5,10 +5,13 @@
 //! the program alone; `overflow` is the same with NVSHARE_ENABLE_SINGLE_OVERSUB=1.
 
 use crate::autopsy;
+use crate::children;
+use crate::clock::{Signs, Silence, TICK};
 use crate::machine::{Machine, Plan};
 use clap::ValueEnum;
 use nvshare_test_support::program;
 use nvshare_tools::node::Environment;
+use nvshare_tools::status;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::File;
@@ -71,7 +74,7 @@ pub struct Options {
     /// Report what differs, and go on
     #[arg(long)]
     keep_going: bool,
-    /// Seconds without a line that are a hang
+    /// Seconds without a line and without any sign of progress that are a hang; ten times as many with signs
     #[arg(long, default_value_t = 60)]
     patience: u64,
     /// Show all lines of the run under nvshare
@@ -147,7 +150,7 @@ impl<'a> Fuzz<'a> {
         };
         let machine = Machine::start(plan(mode.pool()))?;
         let native = Machine::start(plan(256 * MIB))?;
-        let competitor = Competitor::start(machine.client()?, mode.pool() - 8 * MIB)?;
+        let competitor = Competitor::start(&machine, mode.pool() - 8 * MIB)?;
         Ok(Self { options, mode, machine, native, competitor })
     }
 
@@ -156,7 +159,7 @@ impl<'a> Fuzz<'a> {
     }
 
     fn command(&self, seed: u64, steps: &BTreeSet<u32>, environment: Environment) -> Command {
-        let mut command = Command::new(program("random_calls"));
+        let mut command = children::command(program("random_calls"));
         command
             .args([seed.to_string(), self.options.steps.to_string()])
             .envs(environment)
@@ -211,11 +214,20 @@ impl<'a> Fuzz<'a> {
             }
         });
         let mut run = Run { lines: Vec::new(), failure: None };
+        let patience = Duration::from_secs(self.options.patience);
+        let mut silence = Silence::default();
         loop {
-            match receive.recv_timeout(Duration::from_secs(self.options.patience)) {
-                Ok(line) => run.lines.push(line),
+            let before = Instant::now();
+            match receive.recv_timeout(TICK.min(patience)) {
+                Ok(line) => {
+                    silence.ends();
+                    run.lines.push(line);
+                }
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
+                    if !silence.is_hang(patience, before.elapsed(), || self.signs(child.id())) {
+                        continue;
+                    }
                     run.failure = Some(self.hang(child.id(), &run.lines));
                     let _ = child.kill();
                     break;
@@ -229,6 +241,20 @@ impl<'a> Fuzz<'a> {
             run.failure = Some(format!("{status}; last: {last}\n{}", autopsy::tail(&log, 12)));
         }
         Ok(run)
+    }
+
+    /// What shows that the program goes on.
+    fn signs(&self, pid: u32) -> Signs {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name may hold spaces. After it come the fields from the third on; the 14th and 15th are the processor time.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+        let spent = fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+        let node = status::read(&self.machine.runtime_dir()).ok();
+        let clients = node.iter().flat_map(|node| &node.gpus).flat_map(|gpu| &gpu.clients);
+        let own = clients.filter(|client| client.pid == pid);
+        own.fold([spent, 0, 0, 0], |[spent, slices, bytes_in, bytes_out], client| {
+            [spent, slices + client.slices, bytes_in + client.bytes_in, bytes_out + client.bytes_out]
+        })
     }
 
     fn hang(&self, pid: u32, lines: &[String]) -> String {
@@ -314,11 +340,11 @@ fn difference(native: &[String], shared: &[String]) -> Option<String> {
 struct Competitor(Child, PathBuf);
 
 impl Competitor {
-    fn start(environment: Environment, bytes: u64) -> Result<Self, String> {
-        let mut command = Command::new(program("compete"));
-        let log = std::env::temp_dir().join(format!("nvshare-competitor-{}-{bytes}", std::process::id()));
+    fn start(machine: &Machine, bytes: u64) -> Result<Self, String> {
+        let mut command = children::command(program("compete"));
+        let log = machine.scratch().join("competitor");
         let error = File::create(&log).map_err(|error| format!("{}: {error}", log.display()))?;
-        command.args([(bytes / MIB).to_string(), "100000000".into(), "3".into()]).envs(environment);
+        command.args([(bytes / MIB).to_string(), "100000000".into(), "3".into()]).envs(machine.client()?);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(error).spawn();
         child.map(|child| Self(child, log)).map_err(|error| format!("the competitor: {error}"))
     }
@@ -337,6 +363,5 @@ impl Drop for Competitor {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
-        let _ = std::fs::remove_file(&self.1);
     }
 }

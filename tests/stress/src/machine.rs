@@ -1,6 +1,7 @@
 //! A simulated machine with an arbiter that can be killed and started again, and what must be left when all have ended.
 
 use crate::autopsy;
+use crate::children;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,7 +15,7 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 /// How much more memory an idle arbiter may have than when it was first idle.
 const ARBITER_GROWTH: u64 = 4 << 20;
@@ -103,7 +104,7 @@ impl Machine {
         let (ready, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(why("a pipe"))?;
         let log =
             File::options().create(true).append(true).open(self.log()).map_err(why("the arbiter's log"))?;
-        let mut command = Command::new(program);
+        let mut command = children::command(program);
         command
             .arg("--runtime-dir")
             .arg(self.runtime_dir())
@@ -120,11 +121,13 @@ impl Machine {
                 Ok(())
             })
         };
-        let child = command.spawn().map_err(why("the arbiter"))?;
+        let mut child = command.spawn().map_err(why("the arbiter"))?;
         drop(command);
         let mut word = String::new();
         let _ = BufReader::new(File::from(ready)).read_line(&mut word);
         if word.trim() != "ready" {
+            let _ = child.kill();
+            let _ = child.wait();
             return Err(format!("the arbiter does not start:\n{}", self.arbiter_log()));
         }
         self.arbiter = Some(child.id());
@@ -233,7 +236,8 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if let Some(pid) = self.end_arbiter(Signal::SIGTERM) {
+        // An arbiter that hangs may be what failed.
+        if let Some(pid) = self.end_arbiter(Signal::SIGKILL) {
             let _ = nix::sys::wait::waitpid(Pid::from_raw(pid as i32), None);
         }
     }

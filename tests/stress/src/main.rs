@@ -10,8 +10,12 @@
 //! | [`stress`] | the supervisor of the processes of `tests/programs/random_client.c` |
 //! | [`fuzz`] | runs `tests/programs/random_calls.c` twice and compares; makes a failing seed short |
 //! | [`autopsy`] | what is shown of processes that are stuck |
+//! | [`children`] | starting processes that end with this one |
+//! | [`clock`] | what counts as time without progress |
 
 mod autopsy;
+mod children;
+mod clock;
 mod fuzz;
 mod machine;
 mod progress;

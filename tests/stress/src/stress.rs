@@ -9,6 +9,8 @@
 //! it is slow as well.
 
 use crate::autopsy;
+use crate::children;
+use crate::clock::{self, TICK};
 use crate::machine::{Machine, Plan};
 use crate::progress::{Done, Progress};
 use nix::errno::Errno;
@@ -20,11 +22,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
-const TICK: Duration = Duration::from_millis(20);
 
 /// Options of `nvshare-stress stress`.
 #[derive(Debug, clap::Args)]
@@ -260,7 +261,7 @@ impl Busy {
             self.machine.start_arbiter()?;
         }
         if self.stopped.is_empty() && self.arbiter_back.is_none() {
-            self.clock += before.elapsed().min(2 * TICK);
+            self.clock += clock::credited(before.elapsed());
         }
         self.find_stuck(Duration::from_secs(run.options.patience))
     }
@@ -271,7 +272,7 @@ impl Busy {
         self.files += 1;
         let log = File::create(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         let error = log.try_clone().map_err(|error| error.to_string())?;
-        let mut command = Command::new(&run.client);
+        let mut command = children::command(&run.client);
         command
             .args([seed.to_string(), "0".to_owned()])
             .envs(if run.options.native { self.machine.native() } else { self.machine.client()? })
@@ -409,7 +410,7 @@ impl Busy {
     /// Somebody looks, or changes a client's shares.
     fn use_tool(&mut self, run: &mut Run) -> Result<(), String> {
         let program = nvshare_tools::node::program().map_err(|failure| failure.message)?;
-        let mut command = Command::new(program);
+        let mut command = children::command(program);
         let client = self.any(run).map(|pid| pid.to_string());
         match client.filter(|_| run.once_in(2)) {
             Some(pid) => {

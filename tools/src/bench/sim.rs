@@ -46,8 +46,8 @@ const LINK: u64 = 512 * MIB;
 const DEVICE: u64 = SIZE * 1_000 / 15;
 /// Iterations that a job has before the GPU.
 const IN_FLIGHT: u64 = 2;
-const LOOK: Duration = Duration::from_micros(500);
-const PATIENCE: Duration = Duration::from_secs(120);
+const POLL_INTERVAL: Duration = Duration::from_micros(500);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What jobs that take turns came to, really or by the simulator.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -238,10 +238,10 @@ pub fn really(options: &Options) -> Result<(Run, Nanos), Failure> {
             let iteration = run.ran.iter().sum::<f64>() * 1e9 / iterations.max(1) as f64;
             return Ok((run, iteration as Nanos));
         }
-        if last.elapsed() > PATIENCE {
-            return Err(failed(format!("no job has said anything for {} s", PATIENCE.as_secs())));
+        if last.elapsed() > TIMEOUT {
+            return Err(failed(format!("no job has said anything for {} s", TIMEOUT.as_secs())));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 

@@ -57,9 +57,9 @@ const SIMULATED_LINK: &str = "512MiB";
 /// How long each of the two runs between switches.
 const QUANTUM: Duration = Duration::from_millis(300);
 /// Between two looks at the page.
-const LOOK: Duration = Duration::from_micros(250);
+const POLL_INTERVAL: Duration = Duration::from_micros(250);
 /// A switch that takes longer than this does not come any more.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 /// The first switches grow the pool of host memory, which happens once in a process.
 const WARM_UP: usize = 2;
 
@@ -235,10 +235,10 @@ fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
                 return Err(Failure::with_status(1, format!("job {} ended early: {said}", index + 1)));
             }
         }
-        if last.elapsed() > PATIENCE {
-            return Err(Failure::with_status(1, format!("no switch in {} s", PATIENCE.as_secs())));
+        if last.elapsed() > TIMEOUT {
+            return Err(Failure::with_status(1, format!("no switch in {} s", TIMEOUT.as_secs())));
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_INTERVAL);
     }
     crew.stop();
     wait_for(&mut crew, "end", |event| match event {
@@ -259,7 +259,7 @@ pub(super) fn open_page(node: &Node) -> Result<MappedPage, Failure> {
 /// Waits until every job has said what is wanted.
 fn wait_for(crew: &mut Crew, what: &str, wanted: impl Fn(&Event) -> bool) -> Result<(), Failure> {
     let mut waiting = [true, true];
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + TIMEOUT;
     while waiting.contains(&true) {
         crew::interrupted()?;
         match crew.next(until.min(Instant::now() + Duration::from_millis(100))) {
@@ -278,7 +278,7 @@ fn wait_for(crew: &mut Crew, what: &str, wanted: impl Fn(&Event) -> bool) -> Res
             None => {
                 return Err(Failure::with_status(
                     1,
-                    format!("a job did not {what} within {} s", PATIENCE.as_secs()),
+                    format!("a job did not {what} within {} s", TIMEOUT.as_secs()),
                 ));
             }
         }

@@ -159,7 +159,7 @@ impl Gpu {
         }
         self.snapshot.slots[slot.get()] = SlotView {
             demand: job.memory,
-            pinned: self.machine.context,
+            context: self.machine.context,
             weight: usage::weight(job.weight),
             priority: job.priority,
             ..SlotView::default()
@@ -511,7 +511,7 @@ impl Gpu {
     /// It has nothing to do any more, and its memory and its context go.
     fn leave(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) {
         let view = std::mem::take(self.view_mut(slot));
-        self.snapshot.free += (view.resident + view.pinned) as i32;
+        self.snapshot.free += (view.resident + view.context) as i32;
         self.snapshot.occupied = self.snapshot.occupied.without(slot);
         if let Some(mut client) = self.clients[slot.get()].take() {
             client.task.tally.becomes(State::Idle, now);
@@ -647,7 +647,7 @@ impl Gpu {
     /// Granules that are in the books wrongly; 0 unless this module is wrong.
     pub fn imbalance(&self) -> i64 {
         let held: i64 =
-            self.snapshot.clients().map(|(_, view)| i64::from(view.resident) + i64::from(view.pinned)).sum();
+            self.snapshot.clients().map(|(_, view)| i64::from(view.resident) + i64::from(view.context)).sum();
         i64::from(self.snapshot.capacity) - i64::from(self.snapshot.free) - held
     }
 }

@@ -5,12 +5,12 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`scenario`], `amount` | the file |
-//! | `chance`, `task` | what clients do, and when they come |
+//! | [`scenario`], `quantity` | the file |
+//! | `random`, `task` | what clients do, and when they come |
 //! | `gpu` | a GPU under nvshare: the snapshot, the phases, the link |
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
-//! | `tally`, [`report`], [`picture`] | what is counted, and how it is told |
+//! | `metrics`, [`report`], [`timeline_svg`] | what is counted, and how it is told |
 
 mod gpu;
 mod job;

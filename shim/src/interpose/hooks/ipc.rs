@@ -19,8 +19,8 @@ pub unsafe fn cuIpcGetMemHandle(handle: *mut CUipcMemHandle, dptr: CUdeviceptr) 
         // The driver gives no handle for stream-ordered memory, but for pools that are made for it, and those are
         // its own.
         let ours = match async_pool::find(dptr) {
+            _ if handle.is_null() || contexts::is_broken() => None,
             Some(_) => Some(Err(CuResult::INVALID_VALUE)),
-            None if handle.is_null() => None,
             None => relaxed(|| ipc::get(&devices::all(), dptr)),
         };
         match ours {
@@ -45,7 +45,7 @@ unsafe fn open(
     driver: impl FnOnce() -> CuResult,
 ) -> CuResult {
     guarded(|| {
-        let current = contexts::current().filter(|_| !pdptr.is_null());
+        let current = contexts::current_intact().filter(|_| !pdptr.is_null());
         let ours =
             current.and_then(|(device, context)| relaxed(|| ipc::open(&device, context, handle, flags)));
         match ours {
@@ -72,7 +72,7 @@ pub unsafe fn cuIpcOpenMemHandle_v2(pdptr: *mut CUdeviceptr, handle: CUipcMemHan
 
 pub unsafe fn cuIpcCloseMemHandle(dptr: CUdeviceptr) -> CuResult {
     guarded(|| {
-        if relaxed(|| ipc::close(dptr)) {
+        if !contexts::is_broken() && relaxed(|| ipc::close(dptr)) {
             return CuResult::SUCCESS;
         }
         // SAFETY: the caller's arguments.

@@ -34,7 +34,7 @@ fn allocate(device: &Device, bytes: u64, context: CUcontext) -> Result<CUdevicep
 
 pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult {
     guarded(|| {
-        let Some((device, context)) = contexts::current() else {
+        let Some((device, context)) = contexts::current_intact() else {
             // SAFETY: the caller's arguments.
             return unsafe { driver_calls::cuMemAlloc_v2(dptr, bytesize) };
         };
@@ -78,7 +78,7 @@ pub unsafe fn cuMemAllocPitch_v2(
     element_size: u32,
 ) -> CuResult {
     guarded(|| {
-        let Some((device, context)) = contexts::current() else {
+        let Some((device, context)) = contexts::current_intact() else {
             // SAFETY: the caller's arguments.
             return unsafe { driver_calls::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) };
         };
@@ -137,6 +137,11 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         if let Err(broken) = state::intact() {
             return broken;
         }
+        if contexts::is_broken() {
+            // Nothing is freed: it goes with the context.
+            // SAFETY: the caller's arguments.
+            return unsafe { driver_calls::cuMemFree_v2(dptr) };
+        }
         let begins = |device: &std::sync::Arc<Device>| {
             device.memory().containing(dptr).is_some_and(|of| of.base == dptr)
         };
@@ -192,7 +197,7 @@ fn tell_memory<T>(
     ask: impl FnOnce() -> CuResult,
 ) -> CuResult {
     guarded(|| {
-        let Some((device, _)) = contexts::current() else { return ask() };
+        let Some((device, _)) = contexts::current_intact() else { return ask() };
         relaxed(|| async_pool::collect(&device));
         let figures = device.figures();
         for (place, bytes) in [(free, figures.free), (total, figures.total)] {

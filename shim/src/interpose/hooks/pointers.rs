@@ -10,16 +10,13 @@
 use super::guard::{guarded, relaxed};
 use crate::async_pool;
 use crate::cuda::abi::*;
-use crate::cuda::driver::Driver;
+use crate::cuda::driver::{Driver, NOBODYS};
 use crate::interpose::driver_calls;
 use crate::memory::device::Device;
 use crate::memory::{devices, sync_memops};
 use crate::submit::pass;
 use std::ffi::c_void;
 use std::sync::Arc;
-
-/// An address that no allocation ever has: for the driver's answer about a pointer that it does not know.
-const NOBODYS: CUdeviceptr = 64;
 
 /// What nvshare knows about an address of an allocation.
 pub(super) struct Allocated {
@@ -342,7 +339,8 @@ pub unsafe fn cuMemGetAddressRange_v2(
             Some(known) if !known.is_usable() => NOBODYS,
             known => as_known(dptr, known.as_ref()),
         };
-        let Some(known) = known.filter(|known| known.is_usable() && has_context()) else {
+        let intact = || Driver::get().is_ok_and(|driver| driver.ctx_intact().is_ok());
+        let Some(known) = known.filter(|known| known.is_usable() && intact()) else {
             // SAFETY: the caller's arguments.
             return unsafe { driver_calls::cuMemGetAddressRange_v2(base, size, asked) };
         };

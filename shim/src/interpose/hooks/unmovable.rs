@@ -98,7 +98,7 @@ pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: 
     guarded(|| {
         // A page that the GPU touches and has no room for is an illegal address (tests/gpu/facts.cu), so
         // there must be some. An application may ask for more than the GPU has: the driver pages that itself.
-        let device = crate::process::contexts::current().map(|(device, _)| device);
+        let device = crate::process::contexts::current_intact().map(|(device, _)| device);
         let left = device.as_ref().map_or(0, |device| {
             nvshare::units::bytes_of(device.books.usable().saturating_sub(device.books.demand()))
         });

@@ -23,7 +23,7 @@ fn what_is_left_to_the_engine_is_taken_as_far_as_it_was_marked() {
     let marked = memory.left();
     memory.defer_free(allocations[1]);
     assert_eq!(memory.take_left(marked).unwrap().0, allocations[..1]);
-    assert!(memory.take_left(marked).is_none() && memory.has_doomed());
+    assert!(memory.take_left(marked).is_none() && memory.has_deferred_frees());
     assert_eq!(left(&mut memory).0, allocations[1..]);
 }
 
@@ -84,13 +84,13 @@ fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
     let allocation = memory.begin_free(1 << 30).unwrap();
     memory.defer_free(allocation);
     assert_eq!(memory.containing(1 << 30), None);
-    assert!(memory.region(1 << 30).is_some() && memory.has_doomed());
+    assert!(memory.region(1 << 30).is_some() && memory.has_deferred_frees());
     assert_eq!(left(&mut memory).0, [allocation]);
     assert_eq!(memory.finish_free(allocation), Freed::Region(1 << 30));
 }
 
 #[test]
-fn what_is_put_off_is_what_the_frees_will_give_back() {
+fn what_is_deferred_is_what_the_frees_will_give_back() {
     let mut memory = Memory::default();
     memory.add_whole(1 << 30, 3 * GRANULE, 3 * GRANULE, CONTEXT);
     memory.add_slab(1 << 31, CONTEXT);
@@ -129,9 +129,9 @@ fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
     assert!(memory.exported(1 << 30, 7).is_none());
     assert_eq!(memory.finish_free(allocation), Freed::Nothing);
     assert!(!memory.take_back(1 << 30) && memory.take_back(1 << 30));
-    assert!(memory.has_doomed());
+    assert!(memory.has_deferred_frees());
     assert_eq!(left(&mut memory).1.len(), 1);
-    assert!(memory.region(1 << 30).is_none() && !memory.has_doomed());
+    assert!(memory.region(1 << 30).is_none() && !memory.has_deferred_frees());
     // An allocation at the same address is another one.
     memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
     assert!(memory.exported(1 << 30, 7).is_none());
@@ -241,7 +241,7 @@ fn the_youngest_memory_spills_wherever_it_lies() {
 #[test]
 fn room_never_spills_and_what_is_handed_on_whole_only_if_nothing_else_can() {
     let mut memory = Memory::default();
-    memory.add_room(4 * GRANULE, CONTEXT);
+    memory.add_reservation(4 * GRANULE, CONTEXT);
     let mut prop = CUmemAllocationProp::pinned(crate::cuda::abi::CUmemLocation::device(0));
     prop.requested_handle_types = crate::cuda::abi::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
     memory.add_object(1 << 40, 3 * CHUNK, prop);
@@ -319,7 +319,7 @@ fn the_index_is_what_the_chunks_are() {
     let fresh = |memory: &Memory| {
         let mut index = Index::default();
         for region in memory.regions.values() {
-            region.chunks.iter().for_each(|chunk| index.insert(region.base, region.is_room(), chunk));
+            region.chunks.iter().for_each(|chunk| index.insert(region.base, region.is_reservation(), chunk));
         }
         index
     };
@@ -337,7 +337,7 @@ fn the_index_is_what_the_chunks_are() {
                 0..=2 => {
                     let size = (1 + below(70)) * GRANULE;
                     match below(3) {
-                        0 => bases.push(memory.add_room(size, CONTEXT)),
+                        0 => bases.push(memory.add_reservation(size, CONTEXT)),
                         1 => {
                             memory.add_object(
                                 next,
@@ -355,7 +355,7 @@ fn the_index_is_what_the_chunks_are() {
                 }
                 3 | 4 => {
                     if let Some((place, _, spill)) = memory.next_missing() {
-                        let backing = match (place.room, spill) {
+                        let backing = match (place.reservation, spill) {
                             (true, _) => Backing::Booked,
                             (_, true) => Backing::Overflow(2),
                             _ => Backing::Device(1),
@@ -384,12 +384,12 @@ fn the_index_is_what_the_chunks_are() {
                     }
                 }
                 10 if !bases.is_empty() => {
-                    memory.fix(bases[below(bases.len() as u64) as usize]);
+                    memory.pin(bases[below(bases.len() as u64) as usize]);
                 }
                 11 if !bases.is_empty() => {
                     memory.take_back(bases.swap_remove(below(bases.len() as u64) as usize));
                 }
-                _ => memory.deny_room(),
+                _ => memory.deny_reservations(),
             }
             assert_eq!(memory.index, fresh(&memory), "seed {seed}");
         }

@@ -34,12 +34,12 @@ use nvshare::units::{MILLISECOND, Nanos, SECOND, format_nanos};
 /// Between two looks at work in flight, a part of the time that it has been waited for already,
 const PART: Nanos = 64;
 /// and no less than this: a look takes a microsecond or two.
-const SHORTEST_LOOK: Nanos = 20_000;
+const SHORTEST_POLL_INTERVAL: Nanos = 20_000;
 /// No drain that is within its target ends later for it than by this,
-const USUAL_LOOK: Nanos = MILLISECOND / 4;
+const USUAL_POLL_INTERVAL: Nanos = MILLISECOND / 4;
 const USUAL: Nanos = 100 * MILLISECOND;
 /// and one that takes long, by this.
-const LONGEST_LOOK: Nanos = 10 * MILLISECOND;
+const LONGEST_POLL_INTERVAL: Nanos = 10 * MILLISECOND;
 
 /// Work that has not ended for so long is said to be endless, and a capture to be open for long.
 const LONG: Nanos = 2 * SECOND;
@@ -105,8 +105,8 @@ pub enum Look {
 
 fn again(since: Nanos, time: Nanos) -> Look {
     let waited = time.saturating_sub(since);
-    let longest = if waited < USUAL { USUAL_LOOK } else { LONGEST_LOOK };
-    Look::Again(time + (waited / PART).clamp(SHORTEST_LOOK, longest))
+    let longest = if waited < USUAL { USUAL_POLL_INTERVAL } else { LONGEST_POLL_INTERVAL };
+    Look::Again(time + (waited / PART).clamp(SHORTEST_POLL_INTERVAL, longest))
 }
 
 impl GivingWay {
@@ -403,7 +403,7 @@ impl Engine {
             "drained in {} after a slice of {}", format_nanos(took), format_nanos(ran)
         );
         self.drained_at = drained;
-        self.comes_home = (0, super::OVERFLOW_LOOK);
+        self.comes_home = (0, super::OVERFLOW_POLL_INTERVAL);
         flow::drained();
         self.swap.quiet = true;
         crate::async_pool::drained(&self.device);

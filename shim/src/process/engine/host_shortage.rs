@@ -1,6 +1,6 @@
 //! A client that cannot make room, because the host has no memory for its data.
 //!
-//! What it cannot evict stays on the GPU, and counts as memory that cannot move ([`nvshare::Books::fix`]): so it runs
+//! What it cannot evict stays on the GPU, and counts as memory that cannot move ([`nvshare::Books::pin`]): so it runs
 //! beside whoever comes, nobody asks for that memory, and the others have the rest of the GPU, and use host memory for
 //! what they lack then. The client is named ([`Stall::NoHostMemory`]) and goes on.
 //!
@@ -70,7 +70,7 @@ impl HostShortage {
         self.held = self.held.saturating_add(stays);
         self.evicts.begin();
         books.stalled(Stall::NoHostMemory);
-        books.fix(stays);
+        books.pin(stays);
     }
 
     /// A fill needs host memory in place of the GPU's, and found none. The client has given its turn up.
@@ -146,7 +146,7 @@ impl HostShortage {
         let released = self.held.saturating_sub(stays);
         if released > 0 {
             self.held -= released;
-            device.books.unfix(released);
+            device.books.unpin(released);
         }
     }
 

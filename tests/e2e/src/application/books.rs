@@ -5,7 +5,7 @@ use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
 use nvshare_tools::status::{self, Client, Gpu};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// What one costs on the simulated GPU.
 const CONTEXT: u64 = 2 * MIB;
@@ -37,13 +37,13 @@ pub fn books(node: &Node, application: &Application) -> (u64, u64, u64) {
 /// What takes its way: what other processes close, and what the engine finishes.
 #[track_caller]
 pub fn come_to(node: &Node, application: &Application, expected: (u64, u64, u64)) {
-    PATIENCE.until(&format!("the books say {expected:?}"), || books(node, application) == expected);
+    TIMEOUT.until(&format!("the books say {expected:?}"), || books(node, application) == expected);
 }
 
 /// Everybody is gone, and so is every granule that they had, on the page and on the GPU, of whose pool one client
 /// can have 60 MiB.
 pub fn balances(node: &Node) {
-    PATIENCE.until("all clients are reaped", || clients(node).is_empty());
+    TIMEOUT.until("all clients are reaped", || clients(node).is_empty());
     let gpu = gpu(node);
     assert_eq!((gpu.free_bytes, gpu.repaired), (gpu.capacity_bytes as i64, 0));
     // All of it can be used again.
@@ -86,7 +86,7 @@ impl Competitor {
     pub fn on(node: &Node, device: u32, others: u64) -> Self {
         let mut application = Application::on(node, device);
         let contexts = (others + 1) * CONTEXT;
-        PATIENCE.until("all contexts are counted", || gpu_with(node, &application).pinned_bytes == contexts);
+        TIMEOUT.until("all contexts are counted", || gpu_with(node, &application).pinned_bytes == contexts);
         let bytes = gpu_with(node, &application).capacity_bytes - contexts;
         let pieces = (0..bytes).step_by(PIECE as usize).map(|at| PIECE.min(bytes - at));
         let pieces = pieces.map(|bytes| (application.alloc(bytes), bytes)).collect();

@@ -6,7 +6,7 @@ use nvshare_tools::node::{Environment, Node};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(60);
+const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Killed when dropped.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Case {
             BufReader::new(output).read_line(&mut line).map(|_| line)
         });
         // One that hangs is killed, when the test has given up.
-        PATIENCE.until("the case is over", || said.is_finished());
+        TIMEOUT.until("the case is over", || said.is_finished());
         assert_eq!(said.join().unwrap().unwrap(), "ready\n", "{case}: {:?}", started.0.wait());
         started
     }
@@ -38,7 +38,7 @@ impl Case {
     }
 
     fn ended(&mut self, what: &str) -> ExitStatus {
-        PATIENCE.until(what, || self.0.try_wait().unwrap().is_some());
+        TIMEOUT.until(what, || self.0.try_wait().unwrap().is_some());
         self.0.wait().unwrap()
     }
 }

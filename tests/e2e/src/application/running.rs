@@ -6,7 +6,7 @@ use nvshare_tools::job::Job;
 use nvshare_tools::node::Node;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-const PATIENCE: Patience = Patience::seconds(120);
+const TIMEOUT: Patience = Patience::seconds(120);
 
 /// Killed when dropped: two that block each other would stay for ever.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Running {
 
     /// Waits until it has ended, with right data.
     pub fn ends_well(&mut self) {
-        PATIENCE.until("it has ended", || self.ended().is_some());
+        TIMEOUT.until("it has ended", || self.ended().is_some());
         assert!(self.ended().unwrap().success(), "wrong data, or a CUDA error");
     }
 

@@ -158,6 +158,7 @@ pub(super) fn now(null: Null, copy: Copy) -> Result {
     if copy.width == 0 {
         return stream.usable();
     }
+    stream.exists()?;
     self::bounded_copy(&copy)?;
     stream.run(Op::Copy(copy))
 }
@@ -167,6 +168,7 @@ pub(super) fn later(null: Null, stream: Handle, copy: Copy) -> Result {
     if copy.width == 0 {
         return stream.usable();
     }
+    stream.exists()?;
     self::bounded_copy(&copy)?;
     if let Some(fence) = stream.enqueue(Op::Copy(copy))?
         && copy.pageable()
@@ -182,6 +184,7 @@ fn set_now(null: Null, set: Set) -> Result {
     if set.width == 0 {
         return stream.usable();
     }
+    stream.exists()?;
     self::bounded_set(&set)?;
     stream.run(Op::Set(set))
 }
@@ -191,6 +194,7 @@ fn set_later(null: Null, stream: Handle, set: Set) -> Result {
     if set.width == 0 {
         return stream.usable();
     }
+    stream.exists()?;
     self::bounded_set(&set)?;
     stream.enqueue(Op::Set(set)).map(|_| ())
 }

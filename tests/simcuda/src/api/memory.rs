@@ -39,14 +39,16 @@ driver_api! {
         Ok(())
     }
 
-    /// What is refused is at address 0.
+    /// What is refused is at address 0. In a context that has failed nothing is looked at, here and where memory is freed.
     fn cuMemAlloc_v2(pointer: Out<u64>, bytes: usize) {
+        context::unbroken()?;
         pointer.set(0)?;
         pointer.set(self::allocate(bytes as u64)?)
     }
 
     /// Says the pitch of what it then refuses for want of memory too.
     fn cuMemAllocPitch_v2(pointer: Out<u64>, pitch: Out<usize>, width: usize, height: usize, element: c_uint) {
+        context::unbroken()?;
         pointer.set_if_wanted(0);
         pitch.set_if_wanted(0);
         pointer.required()?;
@@ -67,6 +69,7 @@ driver_api! {
     /// Waits for the work of the context first, as the real one does, but not for stream-ordered memory.
     fn cuMemFree_v2(pointer: u64) {
         driver()?;
+        context::unbroken()?;
         if pointer == 0 {
             return Ok(());
         }
@@ -142,11 +145,12 @@ driver_api! {
     }
 
     fn cuMemAllocManaged(pointer: Out<u64>, bytes: usize, flags: c_uint) {
-        let context = context::healthy()?;
+        let context = context::current()?;
         pointer.set(0)?;
         if bytes == 0 || !matches!(flags, 1 | 2) {
             return Err(Error::INVALID_VALUE);
         }
+        context.core.healthy()?;
         graph::refuse_unsafe(&context.core)?;
         let mut space = driver()?.memory.space.write().unwrap_or_else(|e| e.into_inner());
         let device = context.core.device.index;

@@ -224,6 +224,7 @@ fn device_at(location: In<MemLocation>, kind: c_uint) -> Result<&'static Device>
 }
 
 fn allocate(pointer: Out<u64>, bytes: usize, pool: &Arc<Pool>, stream: &Arc<Stream>) -> Result {
+    stream.exists()?;
     // What is refused is at address 0.
     pointer.set(0)?;
     stream.usable()?;

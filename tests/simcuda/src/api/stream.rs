@@ -34,6 +34,7 @@ driver_api! {
             graph::invalidate(&found);
             return Err(Error::STREAM_CAPTURE_UNSUPPORTED);
         }
+        found.core.healthy()?;
         driver.streams.remove(stream)?;
         found.close();
         Ok(())
@@ -62,7 +63,9 @@ driver_api! {
     }
 
     fn cuStreamGetFlags / cuStreamGetFlags_ptsz |null| (stream: Handle, flags: Out<c_uint>) {
-        flags.set(context::stream(null, stream)?.flags)
+        let stream = context::stream(null, stream)?;
+        stream.core.healthy()?;
+        flags.set(stream.flags)
     }
 
     fn cuStreamGetPriority / cuStreamGetPriority_ptsz |null| (stream: Handle, priority: Out<c_int>) {
@@ -78,12 +81,15 @@ driver_api! {
     }
 
     fn cuStreamGetCtx / cuStreamGetCtx_ptsz |null| (stream: Handle, context: Out<Handle>) {
-        context.set(context::stream(null, stream)?.core.handle)
+        let stream = context::stream(null, stream)?;
+        stream.core.healthy()?;
+        context.set(stream.core.handle)
     }
 
     /// The primary context of a stream of a green context, and the green one.
     fn cuStreamGetCtx_v2 / cuStreamGetCtx_v2_ptsz |null| (stream: Handle, context: Out<Handle>, green: Out<Handle>) {
         let stream = context::stream(null, stream)?;
+        stream.core.healthy()?;
         green.set_if_wanted(crate::api::green::of(stream.core.handle).unwrap_or(0));
         context.set_if_wanted(stream.core.owner);
         Ok(())
@@ -156,6 +162,7 @@ driver_api! {
         let event = driver()?.events.get(event)?;
         if let Ok(context) = context::by_handle(event.context) {
             graph::refuse_unsafe(&context.core)?;
+            context.core.healthy()?;
         }
         event.query()
     }
