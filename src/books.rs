@@ -205,6 +205,11 @@ impl<P: Deref<Target = Page>> Books<P> {
         }
     }
 
+    /// Granules that the client should move out now, so that those who are admitted have room.
+    pub fn to_evict(&self) -> Granules {
+        policy::evict_share(&Snapshot::take(&self.page, self.page.admitted()), self.slot)
+    }
+
     /// Says that `amount` of the client's resident granules cannot move any more, and decides anew.
     pub fn pin(&self, amount: Granules) {
         self.change_unmovable(|unmovable| unmovable.saturating_add(u64::from(amount)));

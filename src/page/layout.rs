@@ -22,7 +22,7 @@ use std::cell::UnsafeCell;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
@@ -203,8 +203,8 @@ pub struct OwnWords {
     pub(crate) unmovable: AtomicU64,
     /// When it should have its next slice, ns.
     pub(crate) deadline: AtomicU64,
-    /// GPU time that it has used lately, ns, as it was when it last ran ([`crate::usage`]).
-    pub(crate) usage: AtomicU64,
+    /// GPU time that it has had, by its weight, ns of virtual time, as it was when it last ran ([`crate::policy`]).
+    pub(crate) virtual_time: AtomicU64,
     /// Why it cannot give way.
     pub(crate) stall: Packed<Stall, AtomicU32>,
     _after_stall: Padding<4>,
@@ -217,7 +217,17 @@ pub struct OwnWords {
     /// Host memory that it was promised and has not allocated yet, in a format that its readers know
     /// ([`crate::Books::promise_host`]).
     pub(crate) host_promise: AtomicU64,
-    _to_the_next_line: Padding<88>,
+    /// Its virtual time when its turn began, ns.
+    pub(crate) turn_start: AtomicU64,
+    /// What it had used of its turn before its present slice, ns, two's complement: negative if the turn began within it.
+    pub(crate) turn_used: AtomicU64,
+    /// How far its virtual time was behind the mean when it came from phase Idle, ns.
+    pub(crate) credit: AtomicU64,
+    /// When it last had work, ns, if it has none.
+    pub(crate) idle_since: AtomicU64,
+    /// How long it is expected to have none from then on, ns; 0 if nobody knows.
+    pub(crate) pause: AtomicU64,
+    _to_the_next_line: Padding<48>,
 }
 
 /// The whole page.
@@ -271,13 +281,18 @@ impl Page {
                 run_ns: word(),
                 unmovable: word(),
                 deadline: word(),
-                usage: word(),
+                virtual_time: word(),
                 stall: packed(),
                 _after_stall: Padding::new(),
                 stall_since: word(),
                 stalls: word(),
                 drain_retries: word(),
                 host_promise: word(),
+                turn_start: word(),
+                turn_used: word(),
+                credit: word(),
+                idle_since: word(),
+                pause: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line::new(packed()),
@@ -338,7 +353,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Another number here needs another LAYOUT_VERSION.
-        assert_eq!(LAYOUT_VERSION, 6);
+        assert_eq!(LAYOUT_VERSION, 7);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
         assert_eq!(offset_of!(Header, free), 256);
     }

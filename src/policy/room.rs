@@ -36,11 +36,11 @@ pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
 
 /// Those who hold more granules than their allocations need: memory that was freed a moment ago, kept for the next
 /// allocation. They give it back when anybody could use it, so a decision with a waiter, or with granules lacking, rings them.
-pub fn keepers(snapshot: &Snapshot) -> SlotSet {
+pub fn spare_holders(snapshot: &Snapshot) -> SlotSet {
     snapshot.clients().filter(|(_, view)| view.resident > view.demand).map(|(slot, _)| slot).collect()
 }
 
-/// Whether anybody could use what [`keepers`] hold.
+/// Whether anybody could use what [`spare_holders`] hold.
 pub fn spares_are_wanted(snapshot: &Snapshot) -> bool {
     awaited(snapshot) || lacking(snapshot) > 0
 }

@@ -550,19 +550,30 @@ impl Swap {
         self.look()?;
         let spare = self.device.drop_spares(&mut self.device.memory());
         let (mut left, mut most, mut refused) = (granules.saturating_sub(spare), u64::MAX, None);
+        let resident = self.device.books.resident();
+        // What is on its way out, granules.
+        let mut leaving = 0;
         while left > 0 {
+            // Others may have given way meanwhile whose memory is needed later, and nobody may need it any more.
+            let gone = resident.saturating_sub(self.device.books.resident());
+            left = left.min(self.device.books.to_evict().saturating_sub(leaving - gone.min(leaving)));
+            if left == 0 {
+                break;
+            }
             let next = self.device.memory().next_resident(most);
             let Some((place, backing, in_use)) = next else { break };
             let Backing::Device(handle) = backing else {
                 self.device.memory().settle(place.address, Backing::Absent);
                 self.device.books.give(place.granules());
                 left = left.saturating_sub(place.granules());
+                leaving += place.granules();
                 continue;
             };
             let bytes = in_use.bytes(place.size);
             if bytes == 0 {
                 self.gone(&place, handle, Backing::Absent);
                 left = left.saturating_sub(place.granules());
+                leaving += place.granules();
                 continue;
             }
             let target = match self.device.host.alloc(bytes) {
@@ -577,6 +588,7 @@ impl Swap {
             };
             *moved += bytes;
             left = left.saturating_sub(place.granules());
+            leaving += place.granules();
             self.launch(place, Transfer::Out { handle, target })?;
         }
         refused.filter(|_| left > 0).map_or(Ok(()), Err)

@@ -7,6 +7,7 @@
 mod ending;
 mod giving_way;
 mod host_shortage;
+mod idle;
 
 use crate::cuda::abi::*;
 use crate::ipc::Closing;
@@ -21,6 +22,7 @@ use crate::submit::drain::CompletionMarker;
 use crate::submit::gate::gate;
 use crate::submit::{captures, flow, gang};
 use giving_way::{GivingWay, Look};
+use idle::{Idle, Use};
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
 use nvshare::sync::now;
@@ -72,31 +74,12 @@ enum Overflow {
     Stays(Nanos),
 }
 
-/// What a holder makes of its GPU while somebody waits.
-enum Use {
-    /// Nothing.
-    Idle,
-    /// It works, or may; look again at this time, ns.
-    Look(Nanos),
-    /// It holds it for when it has its other GPUs too.
-    Kept,
-}
-
 /// Whether a client that waits still makes something of its turn.
 enum Turn {
     Wanted,
     /// Nobody stands at the gate yet; look again at this time, ns.
     Look(Nanos),
     NotWanted,
-}
-
-/// Finds out whether a holder has run out of work.
-#[derive(Default)]
-struct Idle {
-    passes: u32,
-    since: Nanos,
-    /// The end of all work at the last pass.
-    mark: Option<CompletionMarker>,
 }
 
 struct Engine {
@@ -180,7 +163,7 @@ impl Engine {
     /// it is made anew in one of those. If not, it is given back, and made anew in the same one if that stays after all.
     /// Nothing is being copied now.
     fn move_to(&mut self, successor: Successor) -> Result<(), SwapError> {
-        self.idle.mark = None;
+        self.idle.drop_markers();
         self.burial = None;
         if let Some((mark, _)) = &mut self.closing {
             *mark = None;
@@ -231,7 +214,7 @@ impl Engine {
         gang::ready(self.device.gpu);
         drop(memory);
         self.host_shortage.filled(&self.device);
-        self.idle.since = now();
+        self.idle.begins();
         tracing::trace!(gpu = %self.device.gpu, "running");
     }
 
@@ -249,6 +232,7 @@ impl Engine {
         let until = match self.client.phase() {
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
             Phase::Idle if gate().waiting() > 0 && gang::may_ask(gpu) => {
+                self.idle.returns();
                 return self.client.request();
             }
             Phase::Running => {
@@ -265,14 +249,13 @@ impl Engine {
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
-                if self.client.awaited() {
-                    match self.look_idle() {
+                match policy::needed(&self.device.snapshot()) {
+                    None => by(until, self.note_use()),
+                    Some(switch) => match self.look_idle(switch) {
                         Use::Idle => return self.give_way(false),
                         Use::Look(again) => by(until, again),
                         Use::Kept => until,
-                    }
-                } else {
-                    until
+                    },
                 }
             }
             Phase::Waiting if gang::must_give_up(gpu) => {
@@ -309,7 +292,7 @@ impl Engine {
             return;
         }
         let snapshot = self.device.snapshot();
-        flow::limit(self.device.gpu, policy::earliest_end(&snapshot, self.slot(), now()), target);
+        flow::limit(self.device.gpu, policy::earliest_end(&snapshot, self.slot()), target);
     }
 
     /// An allocation found no room, and shut the gate.
@@ -341,51 +324,6 @@ impl Engine {
         let room = fits && captures::with_no_capture(|| ()).is_some();
         // Nothing announces that a context has ended, or that room was given back.
         Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_POLL_INTERVAL) })
-    }
-
-    /// Whether the process makes use of this GPU. Called only while somebody waits for it.
-    ///
-    /// It is the process that is idle, and not the GPU alone: what runs on another GPU of the process may use
-    /// this one's memory, and nothing can be submitted there without this one.
-    fn look_idle(&mut self) -> Use {
-        if gang::waits_beyond(self.device.gpu) {
-            // It keeps what it has for a slice that is to come, and not for one that it had (nvshare::gang_order).
-            return if self.device.books.slice_has_begun() { Use::Idle } else { Use::Kept };
-        }
-        let (time, grace) = (now(), self.page().settings().idle_grace);
-        let gate = gate();
-        let passes = gate.passes();
-        // Who stands before the gate is about to have all GPUs.
-        if passes != self.idle.passes || gate.occupied() || gate.waiting() > 0 || flow::holds_somebody() {
-            self.idle.passes = passes;
-            self.idle.since = time;
-            self.idle.mark = None;
-            return Use::Look(time + grace);
-        }
-        let quiet_until = self.idle.since + grace;
-        if time < quiet_until {
-            return Use::Look(quiet_until);
-        }
-        if self.idle.mark.is_none() {
-            self.idle.mark = captures::with_no_capture(gang::mark);
-        }
-        let mark = self.idle.mark.as_mut();
-        if mark.is_some_and(|mark| captures::with_no_capture(|| mark.look()) == Some(true)) {
-            self.idle.mark = None;
-            tracing::debug!(gpu = %self.device.gpu, "idle for {}: giving way", format_nanos(time - self.idle.since));
-            return Use::Idle;
-        }
-        Use::Look(time + (grace / 2).max(MILLISECOND))
-    }
-
-    /// A client whose slice was over is back in the queue before its threads are back at the gate: they were waiting
-    /// for its work, which is done only now. If they don't come, it has nothing to do.
-    fn wants_its_turn(&self) -> Turn {
-        if gate().waiting() > 0 {
-            return Turn::Wanted;
-        }
-        let quiet = self.drained_at + self.page().settings().idle_grace;
-        if now() < quiet { Turn::Look(quiet) } else { Turn::NotWanted }
     }
 
     /// Finishes what was freed, and closed, when the work is done that may use it. False if that is to be looked at again
@@ -502,7 +440,7 @@ impl Engine {
     /// The last context goes: everything back.
     fn leave(mut self) {
         self.drain_for_good();
-        self.idle.mark = None;
+        self.idle.drop_markers();
         (self.burial, self.closing) = (None, None);
         let regions = {
             let mut memory = self.device.memory();
