@@ -407,6 +407,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     pub fn resume(&mut self) {
         if self.phase == Phase::Draining {
             self.take_place(Turn::Same);
+            // Who was admitted meanwhile came before.
+            self.take_ticket();
             self.enter(Phase::Filling);
             self.page().decide();
         }
@@ -577,6 +579,7 @@ mod tests {
     use crate::page::{Quantum, Settings};
     use crate::shares::Shares;
     use crate::slot::Process;
+    use crate::units::SECOND;
 
     type Shared = std::sync::Arc<Page>;
 
@@ -667,7 +670,13 @@ mod tests {
         let slot = waiter.books().slot();
         let deadline = |page: &Page| page.view(slot).deadline;
         let since = page.slot(slot).own.wait_since.load(Ordering::Relaxed);
-        let low = since + 2 * page.settings().deadline;
+        page.set_settings(Settings { quantum: Quantum::Fixed(60 * SECOND), ..page.settings() });
+        page.set_shares(slot, Shares { weight: 200, ..Shares::default() });
+        waiter.poll(&mut its_moves).unwrap();
+        let normal = deadline(&page) - since;
+        assert!(normal >= page.settings().deadline + 2 * 60 * SECOND, "and twice the turn of the other");
+        page.set_shares(slot, Shares::default());
+        let low = since + 2 * normal;
         for (priority, right) in [(Priority::Low, low), (Priority::High, since), (Priority::Low, low)] {
             let seen = page.doorbell(slot);
             page.set_shares(slot, Shares { priority, ..Shares::default() });

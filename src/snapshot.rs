@@ -115,6 +115,12 @@ impl Snapshot {
         }
     }
 
+    /// The same at another moment, ns.
+    #[must_use]
+    pub fn at(&self, now: Nanos) -> Self {
+        Self { now, ..self.clone() }
+    }
+
     /// The clients: slot and view.
     pub fn clients(&self) -> impl Iterator<Item = (SlotIndex, &SlotView)> {
         self.occupied.iter().map(|slot| (slot, &self.slots[slot.get()]))

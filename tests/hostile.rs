@@ -27,7 +27,7 @@ const GPU: GpuUuid = GpuUuid([3; 16]);
 fn read_everything(page: &Page) {
     let _ = page.check();
     let snapshot = Snapshot::take(page, page.admitted());
-    let _ = (policy::admit(&snapshot, 0), policy::admit(&snapshot, u64::MAX), policy::lacking(&snapshot));
+    let _ = (policy::admit(&snapshot), policy::admit(&snapshot.at(u64::MAX)), policy::lacking(&snapshot));
     let _ =
         (policy::evictors(&snapshot), policy::next_decision(&snapshot, 0), policy::first_waiter(&snapshot));
     for slot in (0..SLOTS).filter_map(SlotIndex::new) {

@@ -17,7 +17,7 @@
 use crate::page::Phase;
 use crate::policy::NOT_BEGUN;
 use crate::policy::order::Order;
-use crate::policy::slice::{MOST_SHARES, round, shortest_weight, turn_length};
+use crate::policy::slice::{round, times_lighter, turn_length};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::snapshot::{SlotView, Snapshot};
@@ -108,12 +108,18 @@ pub struct Entry {
 
 /// What the client in `slot` writes down that begins to wait now.
 ///
-/// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and a [`round`] of the shortest
-/// turns of those who want the GPU; twice that for low priority. A client that comes from phase Idle, and has not used up a
+/// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a [`round`] of the
+/// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle, and has not used up a
 /// turn since, is served the sooner the more it lags, and at once with a quarter of [`CREDIT`].
 pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let view = snapshot.view(slot);
-    let far = farthest(snapshot, slot);
+    let far = {
+        // As one of those who take turns, which it is not yet.
+        let mut snapshot = snapshot.clone();
+        let view = &mut snapshot.slots[slot.get()];
+        (view.phase, view.credit) = (Phase::Waiting, 0);
+        farthest(&snapshot, slot)
+    };
     let Some(mean) = mean(snapshot, Some(slot)) else {
         let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0));
         return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
@@ -126,12 +132,16 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     Entry { virtual_time, credit, deadline }
 }
 
-/// How far the deadline of a client of normal priority is away at most, ns: D and a round of the others. For one whose weight
-/// is less than a tenth of the largest it is up to ten times D: one turn in such a time is more than its share.
+/// How far the deadline of a client of normal priority is away at most, ns: D, and twice a round of the others' shortest turns,
+/// so that deadlines bind nobody who takes its turns. For one whose weight is less than a tenth of the largest, D counts up
+/// to ten times: one turn in such a time is more than its share.
 fn farthest(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    let weight = snapshot.view(slot).weight.max(1);
-    let times = shortest_weight(snapshot).div_ceil(weight).clamp(1, MOST_SHARES);
-    snapshot.settings.deadline.saturating_mul(u64::from(times)).saturating_add(round(snapshot, slot))
+    let times = times_lighter(snapshot, slot);
+    snapshot
+        .settings
+        .deadline
+        .saturating_mul(u64::from(times))
+        .saturating_add(round(snapshot, slot).saturating_mul(2))
 }
 
 /// Whether a client came with a lag, and has not used up a turn since: it takes no turns with the others.

@@ -74,7 +74,7 @@ pub fn evictors(snapshot: &Snapshot) -> SlotSet {
 /// had their turns. An idle client's pauses say it; and one that has been idle for longer than those stays so for as long
 /// again, as far as anybody knows. (Which of the pages in memory is needed last is the best one to give up: Belady, "A study
 /// of replacement algorithms for a virtual-storage computer", 1966.)
-fn next_uses(snapshot: &Snapshot) -> [Nanos; SLOTS] {
+pub(super) fn next_uses(snapshot: &Snapshot) -> [Nanos; SLOTS] {
     let mut uses = [0; SLOTS];
     let order = Order::of(snapshot);
     let mut queue: Vec<SlotIndex> = Vec::new();
@@ -122,7 +122,7 @@ fn eviction_plan(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granul
 /// farthest, and the holder's would have to go instead at the next switch, while nobody runs.
 ///
 /// Nobody else is asked: those between come back sooner, and of those who are idle perhaps the next who comes fits beside them.
-fn lacking_ahead(snapshot: &Snapshot) -> Option<(SlotIndex, Granules)> {
+pub(super) fn lacking_ahead(snapshot: &Snapshot) -> Option<(SlotIndex, Granules)> {
     let first = first_waiter(snapshot).filter(|_| missing(snapshot) == 0)?;
     let order = Order::of(snapshot);
     let last = waiters(snapshot).max_by_key(|slot| order.place(*slot)).filter(|last| *last != first)?;

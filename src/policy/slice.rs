@@ -37,10 +37,18 @@ fn rotation(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, &SlotView)>
 }
 
 /// The weight whose turns are the shortest: the least, or a tenth of the largest if that is more.
-pub(super) fn shortest_weight(snapshot: &Snapshot) -> u32 {
+fn shortest_weight(snapshot: &Snapshot) -> u32 {
     let weights = || rotation(snapshot).map(|(_, view)| view.weight.max(1));
     let most = weights().max().unwrap_or(1);
     weights().min().unwrap_or(1).max(most.div_ceil(MOST_SHARES))
+}
+
+/// How many times the client in `slot` would have to be as heavy, to have a tenth of the largest weight of those who take turns;
+/// at most [`MOST_SHARES`].
+pub(super) fn times_lighter(snapshot: &Snapshot, slot: SlotIndex) -> u32 {
+    let weight = snapshot.view(slot).weight.max(1);
+    let most = rotation(snapshot).map(|(_, view)| view.weight).max().unwrap_or(weight);
+    most.div_ceil(MOST_SHARES).div_ceil(weight).clamp(1, MOST_SHARES)
 }
 
 /// A client's weight where turns are compared: not less than the shortest, and not more than [`MOST_SHARES`] times that.

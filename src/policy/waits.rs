@@ -4,11 +4,14 @@
 //! The policy decides, as it does everywhere; what is made here is what clients do with its decisions, as
 //! [`crate::client`] has it: they run until they are recalled, drain, queue again, and fill when it is their turn.
 
+use super::fair_share::CREDIT;
+use super::slice::{MOST_SHARES, scaled};
 use super::*;
-use crate::page::{Page, Settings};
+use crate::page::{Page, Quantum, Settings};
+use crate::shares::Priority;
 use crate::step::{Action, Facts, step};
 use crate::units::MILLISECOND;
-use crate::usage::MAX_WEIGHT;
+use crate::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 use proptest::prelude::*;
 
 /// Granules in the pool.
@@ -20,7 +23,7 @@ const DRAIN: Nanos = 50 * MILLISECOND;
 /// Turns that are taken in one run: enough for every deadline to come several times.
 const TURNS: usize = 400;
 
-/// A client: demand, weight, priority, and what it has used before.
+/// A client: demand, weight, priority, and the virtual time that it has come to before.
 type Job = (Granules, u32, Priority, Nanos);
 
 fn jobs() -> impl Strategy<Value = Vec<Job>> {
@@ -46,12 +49,13 @@ fn quanta() -> impl Strategy<Value = Quantum> {
 
 struct World {
     snapshot: Snapshot,
-    now: Nanos,
     tickets: u64,
     /// Since when each waits.
     since: Vec<Nanos>,
     /// The longest wait of each that has ended.
     waits: Vec<Nanos>,
+    /// GPU time of each, ns.
+    had: Vec<Nanos>,
 }
 
 impl World {
@@ -59,41 +63,61 @@ impl World {
         let mut snapshot = Snapshot::take(&Page::for_tests(POOL), SlotSet::EMPTY);
         snapshot.settings = Settings { quantum, deadline, ..Settings::default() };
         let now = 1_000 * SECOND;
-        for (index, (demand, weight, priority, usage)) in jobs.iter().copied().enumerate() {
+        for (index, (demand, weight, priority, virtual_time)) in jobs.iter().copied().enumerate() {
             let slot = SlotIndex::new(index).unwrap();
             snapshot.occupied = snapshot.occupied.with(slot);
             snapshot.slots[index] =
-                SlotView { demand, weight, priority, usage, last_ran: now, ..SlotView::default() };
+                SlotView { demand, weight, priority, virtual_time, last_ran: now, ..SlotView::default() };
         }
         let (since, waits) = (vec![0; jobs.len()], vec![0; jobs.len()]);
-        let mut world = Self { snapshot, now, tickets: 0, since, waits };
-        (0..jobs.len()).for_each(|index| world.queue(index));
+        snapshot.now = now;
+        let mut world = Self { snapshot, tickets: 0, since, waits, had: vec![0; jobs.len()] };
+        (0..jobs.len()).for_each(|index| world.queue(index, true));
         world
     }
 
-    fn queue(&mut self, index: usize) {
-        self.tickets += 1;
-        self.since[index] = self.now;
-        let slot = SlotIndex::new(index).unwrap();
-        let deadline = deadline(&self.snapshot, slot, self.now);
+    fn now(&self) -> Nanos {
+        self.snapshot.now
+    }
+
+    /// Begins to wait, for the next turn or for what is left of the one that was interrupted.
+    fn queue(&mut self, index: usize, next_turn: bool) {
+        self.since[index] = self.now();
+        let entry = enter_queue(&self.snapshot, SlotIndex::new(index).unwrap());
+        if next_turn {
+            self.tickets += 1;
+        }
         let view = &mut self.snapshot.slots[index];
-        (view.phase, view.ticket, view.deadline) = (Phase::Waiting, self.tickets, deadline);
+        if next_turn {
+            (view.ticket, view.turn_used) = (self.tickets, 0);
+            (view.virtual_time, view.turn_start, view.credit) =
+                (entry.virtual_time, entry.virtual_time, entry.credit);
+        }
+        (view.phase, view.deadline) = (Phase::Waiting, entry.deadline);
     }
 
     fn holder(&self) -> Option<usize> {
         self.snapshot.admitted.iter().next().map(SlotIndex::get)
     }
 
-    /// Decides; the GPU passes to whom the decision admits, after a drain of `drain` ns.
-    fn turn(&mut self, drain: Nanos) {
-        let chosen = admit(&self.snapshot, self.now);
+    /// Decides; the GPU passes to whom the decision admits, after a drain of `drain` ns. True if it passes to another.
+    fn turn(&mut self, drain: Nanos) -> bool {
+        let chosen = admit(&self.snapshot);
         assert_eq!(chosen.iter().count(), 1, "none fits beside another");
         let before = self.holder();
-        let index = chosen.iter().next().unwrap().get();
+        let slot = chosen.iter().next().unwrap();
+        let index = slot.get();
         if before == Some(index) {
-            return;
+            if let Some(turn) = next_turn(&self.snapshot, slot) {
+                self.tickets += 1;
+                let view = &mut self.snapshot.slots[index];
+                (view.ticket, view.credit) = (self.tickets, 0);
+                (view.turn_start, view.turn_used) = (turn.turn_start, turn.turn_used);
+                view.consecutive_slices += 1;
+            }
+            return false;
         }
-        let waited = self.now - self.since[index];
+        let waited = self.now() - self.since[index];
         self.waits[index] = self.waits[index].max(waited);
         assert_eq!(self.next(index, true), Action::StartFilling);
         self.snapshot.admitted = chosen;
@@ -101,11 +125,12 @@ impl World {
             assert_eq!(self.next(before, false), Action::Yield);
             self.give_way(before, drain);
         }
-        let slot = SlotIndex::new(index).unwrap();
-        self.now += switch_time(&self.snapshot, slot);
+        self.snapshot.now += switch_time(&self.snapshot, slot);
+        let now = self.now();
         let view = &mut self.snapshot.slots[index];
-        (view.phase, view.resident, view.slice_start) = (Phase::Running, view.demand, self.now);
+        (view.phase, view.resident, view.slice_start) = (Phase::Running, view.demand, now);
         self.snapshot.free -= view.demand as i32;
+        true
     }
 
     /// What a client does about a decision.
@@ -115,35 +140,48 @@ impl World {
     }
 
     fn give_way(&mut self, index: usize, drain: Nanos) {
+        let end = end_slice(&self.snapshot, SlotIndex::new(index).unwrap());
+        self.had[index] += end.ran;
+        let now = self.now();
         let view = &mut self.snapshot.slots[index];
-        let rested = view.slice_start.saturating_sub(view.last_ran);
-        let ran = self.now - view.slice_start;
-        view.usage = usage::after_running(usage::faded(view.usage, rested), ran);
-        (view.phase, view.last_ran, view.consecutive_slices) =
-            (Phase::Draining, self.now, view.consecutive_slices + 1);
+        (view.phase, view.last_ran, view.virtual_time) = (Phase::Draining, now, end.virtual_time);
+        view.turn_used = end.turn_used;
+        view.consecutive_slices += u32::from(end.used_up);
         self.snapshot.free += view.resident as i32;
         view.resident = 0;
-        self.now += drain;
-        self.queue(index);
+        self.snapshot.now += drain;
+        self.queue(index, end.used_up);
+    }
+
+    /// The holder runs until somebody must decide again, and everybody waits for that.
+    fn run(&mut self) {
+        self.snapshot.now = next_decision(&self.snapshot, 0).expect("somebody waits").max(self.now());
     }
 }
 
 /// The bound, as the head of [`crate::policy`] has it.
-fn bound(jobs: &[Job], quantum: Quantum, farthest: Nanos, priority: Priority) -> Nanos {
+fn bound(jobs: &[Job], quantum: Quantum, deadline: Nanos, index: usize) -> Nanos {
     let n = jobs.len() as u64;
     let fill = copy_time(POOL, crate::page::DEFAULT_BANDWIDTH);
-    let longest = match quantum {
-        Quantum::Fixed(ns) => ns,
+    let (quantum, shortest) = match quantum {
+        Quantum::Fixed(ns) => (ns, ns),
         Quantum::Auto { factor_milli, min, max, .. } => {
-            scaled(fill, factor_milli, 1_000).clamp(min, max.max(min))
+            let quantum = scaled(fill, factor_milli, 1_000).clamp(min, max.max(min));
+            (quantum, quantum)
         }
     };
-    let until_deadline = match priority {
+    let most = jobs.iter().map(|job| job.1).max().unwrap_or(1);
+    let times = u64::from(most.div_ceil(MOST_SHARES).div_ceil(jobs[index].1).clamp(1, MOST_SHARES));
+    let round = (n - 1) * (u64::from(MOST_SHARES) * shortest + fill);
+    let far = times * deadline + 2 * round;
+    let until_deadline = match jobs[index].2 {
         Priority::High => 0,
-        Priority::Normal => farthest,
-        Priority::Low => 2 * farthest,
+        Priority::Normal => far,
+        Priority::Low => 2 * far,
     };
-    until_deadline + (n - 1) * (longest + fill + DRAIN)
+    // An interruption is worth a quantum and a half, and what is left of a turn is not broken off for less than one.
+    let runs = (quantum * 3 / 2).max(CREDIT) + quantum;
+    until_deadline + (n - 1) * (runs + fill + DRAIN)
 }
 
 proptest! {
@@ -158,15 +196,40 @@ proptest! {
         let mut world = World::new(&jobs, quantum, deadline);
         for drain in drains {
             world.turn(drain);
-            // The holder runs until somebody must decide again, and everybody waits for that.
-            world.now = next_decision(&world.snapshot, 0).expect("somebody waits").max(world.now);
+            world.run();
         }
-        for (index, job) in jobs.iter().enumerate() {
-            let most = bound(&jobs, quantum, deadline, job.2);
+        for index in 0..jobs.len() {
+            let most = bound(&jobs, quantum, deadline, index);
             // Those who have not had a turn yet, or wait for the next.
             let waits = world.holder() != Some(index);
-            let waited = world.waits[index].max(if waits { world.now - world.since[index] } else { 0 });
+            let waited = world.waits[index].max(if waits { world.now() - world.since[index] } else { 0 });
             prop_assert!(waited <= most, "client {index} waited {waited} ns of at most {most}: {jobs:?}, {quantum:?}");
+        }
+    }
+
+    /// Who always wants the GPU has it by its weight, whatever the deadlines: within 5 % after a hundred turns or so.
+    #[test]
+    fn gpu_time_is_by_weight(
+        weights in prop::collection::vec(1..=10u32, 2..8),
+        deadline in prop_oneof![Just(0), 1..SECOND, SECOND..100 * SECOND],
+        min in 1..1_000u64,
+        drains in prop::collection::vec(0..=DRAIN, 1..9),
+    ) {
+        let jobs: Vec<Job> = weights.iter().map(|weight| (POOL, weight * 100, Priority::Normal, 0)).collect();
+        let quantum = Quantum::Auto {
+            factor_milli: 5_000, longest_milli: 20_000, min: min * MILLISECOND, max: 60 * SECOND,
+        };
+        let mut world = World::new(&jobs, quantum, deadline);
+        for turn in 0..100 * jobs.len() {
+            // Drains that always shorten the same ones' turns.
+            world.turn(drains[turn % drains.len()]);
+            world.run();
+        }
+        let (sum, all) = (weights.iter().sum::<u32>(), world.had.iter().sum::<Nanos>());
+        for (weight, had) in weights.iter().zip(&world.had) {
+            let share = *had as f64 / all as f64;
+            let exact = f64::from(*weight) / f64::from(sum);
+            prop_assert!((share / exact - 1.0).abs() < 0.05, "{share} where {exact} is right: {weights:?} {:?}", world.had);
         }
     }
 
@@ -182,7 +245,7 @@ proptest! {
         for _ in 0..TURNS {
             world.turn(0);
             turns[world.holder().unwrap()] += 1;
-            world.now = next_decision(&world.snapshot, 0).unwrap();
+            world.run();
         }
         prop_assert!(turns[2..].iter().all(|normal| turns[1] < *normal && *normal < turns[0]), "{turns:?}");
         prop_assert!(turns[1] > 0, "{turns:?}");

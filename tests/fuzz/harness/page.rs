@@ -353,7 +353,7 @@ impl World {
         assert!(snapshot.capacity <= MAX_GRANULES && snapshot.usable() <= snapshot.capacity);
         assert!(snapshot.bandwidth_in > 0 && snapshot.bandwidth_out > 0);
         for now in [0, nvshare::sync::now(), u64::MAX] {
-            check_admitted(&snapshot, policy::admit(&snapshot, now));
+            check_admitted(&snapshot, policy::admit(&snapshot.at(now)));
         }
         let evictors = policy::evictors(&snapshot);
         let shares: u64 = snapshot
@@ -381,7 +381,10 @@ impl World {
             assert_eq!((view.weight, view.priority), (shares.weight, shares.priority));
             assert!((1..=MAX_WEIGHT).contains(&shares.weight));
             assert!(shares.memory_limit.within(page.capacity()) <= page.capacity());
-            assert!(policy::deadline(&snapshot, slot, some_time(&snapshot)) >= some_time(&snapshot));
+            let now = some_time(&snapshot);
+            assert!(policy::enter_queue(&snapshot.at(now), slot).deadline >= now);
+            let _ = (policy::turn_length(&snapshot, slot), policy::end_slice(&snapshot, slot));
+            let _ = (policy::next_turn(&snapshot, slot), policy::needed(&snapshot));
             assert!(
                 [view.demand, view.resident, view.context].into_iter().all(|count| count <= MAX_GRANULES)
             );
