@@ -81,7 +81,7 @@ fn initialised(node: &Node) -> Application {
 /// Its log has no failure in it, nor a fill that found no memory where the books had some.
 fn ends_well(application: Application) -> String {
     let said = application.ends_well();
-    assert!(!said.contains("that the pool had"), "{said}");
+    assert!(!said.contains("that should be free"), "{said}");
     said
 }
 
