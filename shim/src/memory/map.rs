@@ -4,12 +4,12 @@
 //! region consists of *chunks* of up to 64 MiB, the unit in which memory moves. There are regions of four
 //! kinds ([`Kind`]): one allocation; a *slab* of one granule that small allocations share; an *object*,
 //! physical memory that the application asked for by cuMemCreate and maps at addresses of its own, its
-//! *views*; and *room*, granules that the client has reserved for memory that only the driver can place. This module
+//! *views*; and a *reservation*, granules that the client takes for memory that only the driver can place. This module
 //! is the map of all that and never calls the driver: [`crate::memory::device`] and [`crate::memory::swap`] do, and record
 //! the result here.
 //!
 //! Every region has an address range of its own, its *home*; an object too, because its bytes must be mapped somewhere to
-//! be copied while the application has not mapped it. (Room has invented addresses, beyond those that any GPU maps.) The
+//! be copied while the application has not mapped it. (Reservations have invented addresses, beyond those that any GPU maps.) The
 //! handle of an object that the application gets is its home address, so the physical memory behind it can change.
 
 #[cfg(test)]
@@ -34,7 +34,7 @@ const ALIGNMENT: u64 = 512;
 /// Of the youngest memory, at most one granule in so many is filled in host memory ([`Memory::spill`]).
 const SPREAD: usize = 64;
 
-/// Where the invented addresses of room begin: no GPU has so many.
+/// Where the invented addresses of reservations begin: no GPU has so many.
 const RESERVATIONS: CUdeviceptr = 1 << 62;
 
 /// One allocation of the application.
@@ -71,7 +71,7 @@ pub struct Memory {
     returned: Vec<CUdeviceptr>,
     /// Allocations made so far.
     made: u64,
-    /// Rooms made so far.
+    /// Reservations made so far.
     reservations: u64,
     /// Regions made so far.
     born: u64,
@@ -203,7 +203,7 @@ impl Memory {
         self.insert(Region::new(base, size, CUcontext::NULL, Kind::Object(object)));
     }
 
-    /// Makes room of `size` bytes; returns its base.
+    /// Makes a reservation of `size` bytes; returns its base.
     pub fn add_reservation(&mut self, size: u64, context: CUcontext) -> CUdeviceptr {
         self.reservations += 1;
         let base = RESERVATIONS + (self.reservations << 44);
@@ -555,7 +555,7 @@ impl Memory {
         self.index.least_need().map_or(0, |granules| u64::from(granules) * GRANULE)
     }
 
-    /// No room can be made: threads that wait for it get an error.
+    /// Denies the reservations that wait: no room can be made for them, and the threads that wait get an error.
     pub fn deny_reservations(&mut self) {
         for address in self.index.waiting_reservations() {
             self.settle(address, Backing::Denied);
