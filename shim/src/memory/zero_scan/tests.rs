@@ -21,7 +21,7 @@ fn an_entry_is_what_the_kernel_reads() {
 fn a_question_is_about_whole_granules_of_one_chunk() {
     let at = 7 * CHUNK;
     for size in [GRANULE, 3 * GRANULE, CHUNK] {
-        assert_eq!(Entry::ask(at, size).unwrap().granules, size / GRANULE);
+        assert_eq!(Entry::new(at, size).unwrap().granules, size / GRANULE);
     }
     for (address, size) in [
         (at, 0),
@@ -31,20 +31,20 @@ fn a_question_is_about_whole_granules_of_one_chunk() {
         (at, u64::MAX),
         (at + 512, GRANULE),
     ] {
-        assert!(Entry::ask(address, size).is_none(), "{address:x} {size}");
+        assert!(Entry::new(address, size).is_none(), "{address:x} {size}");
     }
 }
 
 #[test]
 fn what_nobody_called_zero_is_in_use() {
-    let mut entry = Entry::ask(CHUNK, CHUNK).unwrap();
+    let mut entry = Entry::new(CHUNK, CHUNK).unwrap();
     assert_eq!(entry.in_use(), u32::MAX, "no answer");
     entry.zero = [ZERO; SLOTS];
     assert_eq!(entry.in_use(), 0);
     entry.zero[31] = 0;
     entry.zero[4] = 0xff;
     assert_eq!(entry.in_use(), 1 << 31 | 1 << 4);
-    let mut entry = Entry::ask(CHUNK, 3 * GRANULE).unwrap();
+    let mut entry = Entry::new(CHUNK, 3 * GRANULE).unwrap();
     assert_eq!(entry.in_use(), 0b111);
     entry.zero[1] = ZERO;
     assert_eq!(entry.in_use(), 0b101, "and nothing of what lies behind the chunk");
