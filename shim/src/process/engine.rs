@@ -359,7 +359,7 @@ impl Engine {
         let gate = gate();
         let passes = gate.passes();
         // A thread at the gate means that the process will submit work as soon as it has all its GPUs.
-        if passes != self.idle.passes || gate.occupied() || gate.waiting() > 0 || flow::holds_somebody() {
+        if passes != self.idle.passes || gate.occupied() || gate.waiting() > 0 || flow::is_holding() {
             self.idle.passes = passes;
             self.idle.since = time;
             self.idle.mark = None;
