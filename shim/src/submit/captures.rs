@@ -91,8 +91,8 @@ pub struct Beginning(MutexGuard<'static, Captures>);
 
 impl Beginning {
     /// Locks the set, to begin a capture. If an engine holds back captures, leaves the gate (`inside`), waits for a while and
-    /// returns `None`; the caller then tries again. While a capture is open, further ones may begin, because the engine waits
-    /// for it anyway.
+    /// returns `None`; the caller then tries again. While a capture is open, others are let through, because a capture that
+    /// begins in another stream may be needed to end the open one.
     pub fn unless_held(inside: impl Drop, is_open: impl FnOnce() -> bool) -> Option<(impl Drop, Self)> {
         // Locked before the hold is read: see CaptureHold::unless_capturing.
         let set = capturing();

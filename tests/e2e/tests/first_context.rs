@@ -106,7 +106,7 @@ fn first_context_on_a_full_gpu(make: &str) {
     }
     counted(&node, &[2 * CONTEXT]);
     let said = ends_well(late);
-    assert!(said.contains("made this process's context"), "{said}");
+    assert!(said.contains("this process's context was created"), "{said}");
     held.is_right(&mut holder);
     ends_well(holder);
     balances(&node);
