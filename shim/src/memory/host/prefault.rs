@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_for_the_alignment_is_given_back() {
+    fn the_bytes_cut_off_for_the_alignment_are_unmapped() {
         let size = || {
             let text = std::fs::read_to_string("/proc/self/status").unwrap();
             let line = text.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
@@ -208,7 +208,7 @@ mod tests {
         for _ in 0..2000 {
             unmap(map(HUGE).unwrap(), HUGE);
         }
-        // Without the cut 4 GiB would be left; other tests come and go with less.
+        // Without the cut 4 GiB would be left mapped; other tests that run meanwhile map less.
         assert!(size() < before + (2 << 30));
     }
 
@@ -237,7 +237,7 @@ mod tests {
     fn helpers() -> Vec<u64> {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let mask = |task: io::Result<std::fs::DirEntry>| {
-            // It may have ended since.
+            // The thread may have ended meanwhile.
             let text = std::fs::read_to_string(task.ok()?.path().join("status")).ok()?;
             text.starts_with("Name:\tnvshare-touch\n").then_some(())?;
             let mask = text.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
@@ -272,13 +272,13 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_that_cannot_be_is_an_error() {
+    fn an_impossible_mapping_is_an_error() {
         assert!(map(usize::MAX - 4096).is_err());
         assert!(map(1 << 60).is_err());
     }
 
     #[test]
-    fn touching_ends_where_it_is_permitted_to() {
+    fn touching_ends_where_the_permit_ends() {
         for threads in [1, 4] {
             let length = 4 * STRIPE;
             let address = map(length).unwrap();
