@@ -3,7 +3,7 @@
 //! Natively the driver knows the size of an allocation to the byte, and refuses a copy or a memset that reaches beyond its end
 //! before anything runs. Under nvshare an allocation lies in granules that nvshare maps, and the driver accepts any address
 //! in a mapped granule. A call that is an error natively would then overwrite another small allocation, or unused memory. So
-//! nvshare checks calls that copy or set one contiguous range of bytes (rows with `checks` in [`crate::interpose::rows`]).
+//! nvshare checks calls that copy or set one contiguous range of bytes (rows with `checks` in `interpose/rows.rs`).
 //! Kernels are not checked: natively too they can access the rest of the granule.
 //!
 //! Every copy makes this lookup, so the ends are kept apart from the map of memory ([`crate::memory::map`]), which is locked
@@ -64,7 +64,8 @@ fn refused(
     (address, bytes): (CUdeviceptr, u64),
     (base, end): (CUdeviceptr, CUdeviceptr),
 ) -> Option<CuResult> {
-    // A failed process, or one without a current context, gets that error instead, from the gate or from the driver.
+    // In a failed process, without a current context or in a broken one, the call gets that error instead, from the gate or
+    // from the driver.
     state::intact().ok()?;
     Driver::get().ok()?.ctx_intact().ok()?;
     tracing::warn!(
