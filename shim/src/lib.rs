@@ -5,7 +5,7 @@
 //!
 //! | room | what it holds |
 //! |---|---|
-//! | [`interpose`] | the entry points of the driver and of NVML, and what stands in for them |
+//! | [`interpose`] | the entry points of the driver and of NVML, and the functions that replace them |
 //! | [`process`] | the process as a client: attaching, contexts, the engine that walks it through its phases |
 //! | [`ipc`] | memory that several processes have open |
 //! | [`async_pool`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
@@ -19,22 +19,22 @@
 //!
 //! # Locks
 //!
-//! Process-wide, from the outermost to the innermost: who holds one may take those that stand below it.
+//! The process-wide locks, from the outermost to the innermost: a thread that holds one may take those further down.
 //!
 //! | lock | what it keeps | where |
 //! |---|---|---|
-//! | coming and going | contexts of one GPU come or go one at a time | `process/contexts.rs` |
-//! | `MAKING` | the first context on a full GPU | `process/first_context.rs` |
-//! | `ATTACHING` | the first context of a GPU, while the arbiter answers | `process/attach.rs` |
-//! | `KEPT` | reservations of what the driver has placed; nothing is waited for with it | `process/reservation.rs` |
+//! | coming and going | contexts of one GPU are created and destroyed one at a time | `process/contexts.rs` |
+//! | `MAKING` | making the first context on a full GPU | `process/first_context.rs` |
+//! | `ATTACHING` | attaching to a GPU, while the arbiter answers | `process/attach.rs` |
+//! | `KEPT` | reservations for memory that the driver has placed; no thread blocks while it holds this | `process/reservation.rs` |
 //! | pools | all pools of stream-ordered memory | `async_pool/mod.rs` |
 //! | map of a GPU's memory | `Device::memory` | `memory/device.rs` |
 //! | flow | the pace of each stream | `submit/flow.rs` |
-//! | captures | the recordings that are open | `submit/captures.rs` |
-//! | `DEVICES` | the GPUs and contexts of the process; nothing is waited for with it | `memory/devices.rs` |
+//! | captures | the captures that are open | `submit/captures.rs` |
+//! | `DEVICES` | the GPUs and contexts of the process; no thread blocks while it holds this | `memory/devices.rs` |
 //! | streams of a GPU | the streams that are tracked | `submit/drain.rs` |
-//! | `GANG` | what the process has of each GPU; the gate opens and shuts under it | `submit/gang.rs` |
-//! | leaves | `GREENS`, `ENDS`, `PAIRS`, `PRIMARIES`, `FLAGGED`, `GONE`: taken for a look or a note | in their files |
+//! | `GANG` | the state of the process on each GPU; the gate is opened and shut under it | `submit/gang.rs` |
+//! | leaves | `GREENS`, `ENDS`, `PAIRS`, `PRIMARIES`, `FLAGGED`, `GONE`: held only to read or write one entry | in their files |
 
 #![cfg_attr(test, allow(dead_code))]
 

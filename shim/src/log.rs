@@ -1,8 +1,8 @@
 //! Where the shim's log goes: standard error of the application, one line a message, unless the application has closed it
 //! or nobody reads it ([`nvshare::standard_error`]).
 //!
-//! The line is put together here and not by `tracing_subscriber::fmt`, which keeps a buffer in a thread-local and panics in
-//! a thread whose thread-locals are gone: such a thread still makes CUDA calls ([`crate::thread`]).
+//! The line is formatted here and not by `tracing_subscriber::fmt`, which keeps a buffer in a thread-local and panics in
+//! a thread whose thread-locals are destroyed; such a thread may still make CUDA calls ([`crate::thread`]).
 
 use nvshare::standard_error::StandardError;
 use std::fmt::Write as _;
@@ -16,7 +16,7 @@ use tracing_subscriber::fmt::format::{DefaultFields, Writer};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Which file standard error is, before the application has done anything with it.
+/// Remembers which file standard error is, before the application can change it.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static REMEMBER: extern "C" fn() = {
@@ -26,26 +26,26 @@ static REMEMBER: extern "C" fn() = {
     remember
 };
 
-/// Sets the log up, once. NVSHARE_LOG says what is logged, as in `debug` or `warn`; warnings and errors
-/// if it says nothing. What makes no sense is told and then ignored: a log is no reason to fail.
+/// Sets up the log, once. NVSHARE_LOG is the level, as in `debug`; the default is `warn`. An invalid value is reported and the
+/// default used: the log is no reason to fail.
 pub fn initialise() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
         let wanted = std::env::var_os("NVSHARE_LOG").unwrap_or_default();
         let wanted = wanted.to_string_lossy();
-        // Only a level: a filter by module would take any word for the name of one, and log nothing.
+        // Only a level: a filter by module would accept any word as the name of a module, and log nothing.
         let level = match wanted.trim() {
             "" => LevelFilter::WARN,
             word => word.parse().unwrap_or_else(|_| {
                 let _ = writeln!(
                     StandardError,
-                    "nvshare[{}]: NVSHARE_LOG='{wanted}': write error, warn, info, debug or trace; taking warn",
+                    "nvshare[{}]: NVSHARE_LOG='{wanted}' is no level: set it to error, warn, info, debug or trace; taking warn",
                     std::process::id()
                 );
                 LevelFilter::WARN
             }),
         };
-        // A host program in Rust may have a subscriber of its own, in its own copy of the library.
+        // Fails only if this copy of the library has a subscriber already. A program in Rust has its own copy.
         let _ = tracing_subscriber::registry().with(level).with(Lines).try_init();
     });
 }
@@ -61,7 +61,7 @@ impl<S: Subscriber> Layer<S> for Lines {
 
 fn line(level: &str, fields: impl RecordFields) -> String {
     let (pid, time) = (std::process::id(), nvshare::sync::now());
-    // Seconds since boot, as the page's times: logs of all processes of a node line up.
+    // Seconds since boot, like the times in the page, so that the logs of all processes of a node can be merged.
     let (seconds, micros) = (time / 1_000_000_000, time / 1_000 % 1_000_000);
     let mut line = format!("nvshare[{pid}] {seconds}.{micros:06} {level:>5} ");
     let _ = DefaultFields::new().format_fields(Writer::new(&mut line), fields);

@@ -1,4 +1,4 @@
-//! What the environment says. Read once, at the first call into CUDA.
+//! The settings from the environment. Read once, at the first call into CUDA.
 
 use nvshare::shares::{MemoryLimit, Priority, Shares, parse_weight};
 use nvshare::units::parse_size;
@@ -29,21 +29,21 @@ pub struct Settings {
     /// NVSHARE_ENABLE_SINGLE_OVERSUB: one process may allocate more than the GPU has; the rest lies in host
     /// memory.
     pub oversubscribe: bool,
-    /// NVSHARE_FLOW_CONTROL: whether work in flight is held to the drain target while a slice can end.
+    /// NVSHARE_FLOW_CONTROL: whether work in flight is limited to the drain target while a slice can end.
     pub flow_control: bool,
-    /// NVSHARE_UNMOVABLE: whether allocations are the driver's own, or are if a tool watches them.
+    /// NVSHARE_UNMOVABLE: whether the driver makes allocations itself; `None`: only if a tool watches them.
     pub unmovable: Option<bool>,
     /// NVSHARE_KEEP_FREED: how long memory that the application has freed is kept for its next allocation.
     pub keep_freed: Duration,
-    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: what the process asks for when it registers.
+    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: the shares with which the process registers.
     pub shares: Shares,
 }
 
 impl Settings {
-    /// Reads the settings from variables that `get` finds.
+    /// Reads the settings from the variables that `get` returns.
     ///
     /// # Errors
-    /// A sentence that names the variable, the value, and what would be right.
+    /// A message with the variable, its value, and what would be valid.
     fn read(get: impl Fn(&str) -> Option<String>) -> Result<Self, String> {
         if let Some(text) = get("NVSHARE_DISABLE").filter(|text| !matches!(text.as_str(), "" | "0" | "1")) {
             return Err(format!(
@@ -168,10 +168,10 @@ fn program() -> String {
 /// The settings of this process.
 ///
 /// # Errors
-/// The same sentence every time, if a variable makes no sense.
+/// The same message every time, if a variable is invalid.
 pub fn settings() -> Result<&'static Settings, &'static str> {
     static SETTINGS: OnceLock<Result<Settings, String>> = OnceLock::new();
-    // What is no text is no value either: read as far as it is text, so that it is refused and not overlooked.
+    // A value that is not UTF-8 is converted with replacement characters, so that it is refused and not ignored.
     let get = |name: &str| Some(std::env::var_os(name)?.to_string_lossy().into_owned());
     SETTINGS.get_or_init(|| Settings::read(get)).as_ref().map_err(String::as_str)
 }
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_makes_no_sense_is_named() {
+    fn an_invalid_value_is_named() {
         for (name, value) in [
             ("NVSHARE_CONNECT_TIMEOUT", "soon"),
             ("NVSHARE_CONNECT_TIMEOUT", "-1"),
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn sensible_values_are_taken() {
+    fn valid_values_are_taken() {
         assert_eq!(
             read("NVSHARE_CONNECT_TIMEOUT", "0.5").unwrap().connect_timeout,
             Duration::from_millis(500)

@@ -1,6 +1,6 @@
-//! What this process is to nvshare: whether nvshare does anything here, and whether its memory is intact.
+//! The state of this process: whether nvshare is active in it, and whether its memory is intact.
 //!
-//! Atomics only, so that a forked child and a thread that ends can ask at any time.
+//! Atomics only, so that a forked child and an ending thread can read it at any time.
 
 use crate::cuda::abi::CuResult;
 use crate::cuda::driver::Driver;
@@ -8,23 +8,23 @@ use std::ffi::CStr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-/// Set in a forked child of a process that had attached: the GPUs are the parent's.
+/// Set in a forked child of a process that had attached: the GPUs belong to the parent.
 static FORKED: AtomicBool = AtomicBool::new(false);
 
-/// No arbiter answered, and the user asked to go on without one.
+/// Set if no arbiter answered and the user has asked to go on without one.
 static PASSTHROUGH: AtomicBool = AtomicBool::new(false);
 
-/// What every call returns once memory could not be moved, because the application's data is lost. 0 while all is well.
+/// The result of every call after memory could not be moved, because the application's data is lost. 0 before that.
 static FAILED: AtomicI32 = AtomicI32::new(0);
 
-/// Set by an exit handler that runs beside the driver's own: from then on the driver may be gone any time.
+/// Set by an exit handler: from then on the driver may shut down at any time.
 static EXITING: AtomicBool = AtomicBool::new(false);
 
-/// Whether nvshare does anything in this process.
+/// Whether nvshare is active in this process.
 pub fn enabled() -> bool {
     static ON: OnceLock<bool> = OnceLock::new();
     *ON.get_or_init(|| {
-        // SAFETY: getenv with a C string; the value is looked at before anybody can change it.
+        // SAFETY: getenv with a C string; the value is read at once.
         let value = unsafe { libc::getenv(c"NVSHARE_DISABLE".as_ptr()) };
         // SAFETY: a C string, if there is one.
         value.is_null() || unsafe { CStr::from_ptr(value) } != c"1"
@@ -32,26 +32,26 @@ pub fn enabled() -> bool {
         && !PASSTHROUGH.load(Ordering::Relaxed)
 }
 
-/// This is a forked child of a process that had attached: nvshare does nothing here from now on.
+/// Makes nvshare inactive, because this is a forked child of a process that had attached.
 pub fn set_forked() {
     FORKED.store(true, Ordering::Relaxed);
 }
 
-/// There is no arbiter, and the user asked to go on without: nvshare does nothing here from now on.
+/// Makes nvshare inactive, because there is no arbiter and the user has asked to go on without one.
 pub fn set_passthrough() {
     PASSTHROUGH.store(true, Ordering::Relaxed);
 }
 
-/// Memory of a GPU cannot be moved any more: every call that uses a GPU returns `result` from now on. The first such result
-/// stays, as with the driver's own.
+/// Makes every call that uses a GPU return `result` from now on, because memory of a GPU cannot be moved any more. The first
+/// such result stays, as with the driver's own errors.
 pub fn set_failed(result: CuResult) {
     let _ = FAILED.compare_exchange(0, result.0, Ordering::SeqCst, Ordering::Relaxed);
 }
 
-/// Whether memory can be moved.
+/// Checks that memory can be moved.
 ///
 /// # Errors
-/// What every call that uses a GPU returns, because it cannot.
+/// It cannot; this is the result of every call that uses a GPU.
 pub fn intact() -> Result<(), CuResult> {
     match FAILED.load(Ordering::Acquire) {
         0 => Ok(()),
@@ -64,7 +64,7 @@ pub extern "C" fn set_exiting() {
     EXITING.store(true, Ordering::Relaxed);
 }
 
-/// Whether the process is ending and the driver has gone already: it answers every call with DEINITIALIZED from then on.
+/// Whether the process is exiting and the driver has shut down, after which it answers every call with DEINITIALIZED.
 pub fn driver_has_gone() -> bool {
     EXITING.load(Ordering::Relaxed)
         && Driver::get().is_ok_and(|driver| driver.ctx_current() == Err(CuResult::DEINITIALIZED))

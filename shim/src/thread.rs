@@ -1,12 +1,12 @@
-//! The application's threads: a number for each, and what goes when one ends.
+//! The application's threads: a number for each, and the handlers that run when one ends.
 //!
-//! A thread that ends goes on making CUDA calls: in the destructors of C++ thread-locals, which run first, and in those of
-//! pthread keys, which run after them in an order that nobody chose. The C library runs the thread-locals of Rust with
-//! either. So no call may need a thread-local that has a destructor: what a call finds gone, it does without.
+//! An ending thread may still make CUDA calls: in the destructors of C++ thread-locals, which run first, and in those of
+//! pthread keys, which run after them in unspecified order. Rust's thread-locals are destroyed in one of these two phases.
+//! So no call may depend on a thread-local with a destructor: a call that finds it destroyed goes on without it.
 //!
-//! The shim is linked so that its own thread-locals go with the pthread keys (`build.rs`): later than those of C++, never
-//! in a thread that exits the process, and without the dynamic loader's lock, which glibc takes to write a destructor
-//! down. The engine's thread must not want that lock: a library's constructor that does CUDA work holds it and waits for
+//! The shim is linked so that its own thread-locals are destroyed with the pthread keys (`build.rs`): after those of C++, never
+//! in a thread that exits the process, and without the dynamic loader's lock, which glibc takes to register a destructor.
+//! The engine's thread must not take that lock: a library's constructor that does CUDA work holds it and waits for
 //! the engine.
 
 use std::cell::Cell;
@@ -29,7 +29,7 @@ thread_local! {
     // Plain values, which can be read at any time.
     static NUMBER: Cell<u64> = const { Cell::new(0) };
     static KEPT_LATE: Cell<bool> = const { Cell::new(false) };
-    /// There is one once something is kept by the thread's number.
+    /// Initialised when something is first kept under the thread's number; its destructor announces the thread's end.
     static END: End = const { End };
 }
 
@@ -42,25 +42,26 @@ pub fn id() -> ThreadId {
     ThreadId(NUMBER.get())
 }
 
-/// What is to be done when a thread ends: set once, by [`at_end`].
+/// The handlers that run when a thread ends; set once, by [`at_end`].
 static AT_END: OnceLock<&'static [fn(ThreadId)]> = OnceLock::new();
 
-/// Sets what is called, in this order and in the ending thread, when a thread ends that something was kept by. Who keeps
-/// something lies in rooms above this file, so they are named by whoever knows them all ([`crate::process::attach`]).
+/// Sets the handlers that are called, in this order and in the ending thread, when a thread ends under whose number something
+/// was kept ([`id_to_keep`]). The rooms that keep something lie above this file, so [`crate::process::attach`], which knows
+/// them all, passes their handlers here.
 pub fn at_end(handlers: &'static [fn(ThreadId)]) {
     let _ = AT_END.set(handlers);
 }
 
-/// The calling thread's number, to keep something by it until the thread ends ([`ended`]).
+/// The calling thread's number, to keep something under it until the thread ends ([`ended`]).
 pub fn id_to_keep() -> ThreadId {
     if END.try_with(|_| ()).is_err() {
-        // The end has been announced already.
+        // The handlers have run already: they run again when this call ends.
         KEPT_LATE.set(true);
     }
     id()
 }
 
-/// A call is over. If the calling thread's end was announced before, what the call has kept by its number goes with it.
+/// Called at the end of a call. If the thread's handlers had run before, they run again for what this call has kept.
 #[inline]
 pub fn call_ends() {
     if KEPT_LATE.get() {
@@ -68,17 +69,17 @@ pub fn call_ends() {
     }
 }
 
-/// The calling thread ends: what was kept by its number goes.
+/// Runs the handlers: the calling thread ends.
 #[cold]
 fn ended() {
-    // A panic must not unwind into the C library, which runs destructors.
+    // A panic must not unwind into the C library, which runs the destructors.
     let cleared = std::panic::catch_unwind(|| {
         for handler in AT_END.get().into_iter().copied().flatten() {
             handler(id());
         }
     });
     if cleared.is_err() {
-        tracing::error!("nvshare panicked at the end of a thread");
+        tracing::error!("nvshare panicked when a thread of this process ended; this is a bug in nvshare");
     }
     KEPT_LATE.set(false);
 }

@@ -1,28 +1,28 @@
-//! Stream-ordered memory: cuMemAllocAsync, cuMemFreeAsync, and the pools between them.
+//! Stream-ordered memory: cuMemAllocAsync, cuMemFreeAsync, and their pools.
 //!
-//! What the driver's own pools hold cannot be moved. So a pool of an application's is served from here: its memory
-//! are segments of [`Device::allocate`], which move like all else, cut into blocks. The driver's pool stays empty;
-//! its handle is the name that ours goes by, and it keeps the settings that concern neither.
+//! Memory in the driver's own pools cannot be moved, so nvshare serves the application's pools itself. A pool's memory
+//! consists of segments from [`Device::allocate`], which move like other memory, divided into blocks. The driver's pool stays
+//! empty; its handle identifies nvshare's pool, and it keeps the settings that nvshare does not use.
 //!
 //! | part | what it holds |
 //! |---|---|
-//! | [`nvshare::stream_arena`] | the blocks of one pool, and whom each may go to |
-//! | [`progress`] | how far the streams have got that memory was freed in |
+//! | [`nvshare::stream_arena`] | the blocks of one pool, and which stream may get each |
+//! | [`progress`] | the progress of the streams in which memory was freed |
 //! | here | the pools of this process, and where their memory comes from and goes |
 //!
-//! **Where memory for an allocation is looked for**, in the order of the driver's documentation: what was freed in
-//! the same stream, or is anybody's; what other streams turn out to be past (if the pool allows it); a new segment;
-//! and where there is no room for one: unused segments of any pool go back and it is tried again; another stream's
-//! free that the stream can be made to wait for (if the pool allows it); waiting for all frees.
+//! **An allocation takes**, in the order of the driver's documentation: memory that was freed in the same stream, or that any
+//! stream may use; memory whose freeing stream has passed the free by now (if the pool allows it); a new segment. If there is no
+//! room for a segment: the unused segments of all pools are released, and a new segment is tried again; then memory freed in
+//! another stream, for which this stream is made to wait (if the pool allows it); at last all frees are waited for.
 //!
-//! **When unused memory goes back.** Up to its release threshold a pool keeps what it has. The driver gives the rest
-//! back when the application synchronises. Here that would put a hook into the most frequent calls there are, so it
-//! goes back when it makes a difference: when the application asks how much there is (cuMemGetInfo, the pool's own
-//! figures), when an allocation of any kind finds no room, when the GPU goes to others ([`drained`]: then it would be
-//! copied for nothing), and at cuMemPoolTrimTo and cuMemPoolDestroy.
+//! **Unused memory** up to its release threshold stays in the pool. The driver releases the rest when the
+//! application synchronises. nvshare would have to hook very frequent calls for that, so it
+//! releases the rest when it makes a difference: when the application queries memory (cuMemGetInfo, attributes of the
+//! pool), when any allocation finds no room, when the GPU goes to another client ([`drained`]: otherwise unused memory would be
+//! copied), and at cuMemPoolTrimTo and cuMemPoolDestroy.
 //!
-//! **Locks.** One for all pools, because a block may be freed in a stream of any GPU. Nobody passes the gate or waits
-//! for the GPU with it.
+//! **Locks.** There is one lock for all pools, because a block may be freed in a stream of any GPU. A thread that holds it
+//! neither passes the gate nor waits for the GPU.
 
 mod progress;
 
@@ -39,25 +39,25 @@ use progress::StreamProgress;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-/// What a pool takes at a time, if there is room: thousands of small tensors then share a mapping. It is what the
-/// driver's own pools take.
+/// Bytes that a pool takes at a time, if there is room, as the driver's own pools do: thousands of small tensors then share a
+/// mapping.
 const SEGMENT: u64 = 32 << 20;
 
 /// One pool.
 struct Pool {
-    /// The driver's name for it; another may have it when this one is destroyed.
+    /// The driver's handle; another pool may get it when this one is destroyed.
     handle: CUmemoryPool,
     destroyed: bool,
-    /// The driver is being asked to destroy it: by which number of ours it goes meanwhile.
+    /// While the driver is being asked to destroy it: a number that identifies it, because the handle may already be reused.
     destroying: Option<u64>,
     device: CUdevice,
-    /// The most that it may take; `None`: no limit.
+    /// The most bytes that it may hold; `None`: no limit.
     limit: Option<u64>,
-    /// How much it keeps unused.
+    /// How many unused bytes it keeps.
     threshold: u64,
-    /// Whether memory may go to another stream once its free is over.
+    /// Whether freed memory may be reused in another stream once the freeing stream has passed the free.
     opportunistic: bool,
-    /// Whether a stream may be made to wait for another's free.
+    /// Whether a stream may be made to wait for another stream's free.
     internal: bool,
     arena: Arena,
 }
@@ -85,7 +85,7 @@ impl Pool {
         if self.destroyed { 0 } else { self.threshold }
     }
 
-    /// What to take for an allocation, if there is room for it.
+    /// The size of a segment for an allocation of `bytes`, if `free` bytes and the pool's limit allow one.
     fn segment_for(&self, bytes: u64, free: u64) -> Option<u64> {
         let allowed = self.limit.map_or(u64::MAX, |limit| limit.saturating_sub(self.arena.reserved.now));
         let room = free.min(allowed);
@@ -99,17 +99,17 @@ impl Pool {
 struct Pools {
     pools: Vec<Pool>,
     progress: StreamProgress,
-    /// What cuMemAlloc gave and cuMemFreeAsync freed: where it is, and when that is over.
+    /// Allocations of cuMemAlloc that cuMemFreeAsync has freed, and the point in the stream that must be passed.
     whole: Vec<(CUdevice, CUdeviceptr, Freed)>,
-    /// Of those, what is over, and has still to be released.
+    /// Those whose point was passed; they must still be released.
     over: Vec<(CUdevice, CUdeviceptr)>,
-    /// How many pools were to be destroyed so far.
+    /// How often a pool was to be destroyed so far.
     hidden: u64,
 }
 
 static POOLS: Mutex<Option<Pools>> = Mutex::new(None);
 
-/// Whether there is, or was, anything in the pools: most processes never have any.
+/// Whether stream-ordered memory was ever used: most processes never do.
 static USED: AtomicBool = AtomicBool::new(false);
 
 fn with_pools<T>(action: impl FnOnce(&mut Pools) -> T) -> T {
@@ -126,13 +126,13 @@ impl Pools {
         self.pools.iter_mut().find(|pool| pool.arena.owns(address))
     }
 
-    /// Looks how far the streams have got.
+    /// Updates the progress of the streams, and settles the frees that they have passed.
     fn advance(&mut self, driver: &Driver) {
         self.progress.advance(driver);
         self.settle();
     }
 
-    /// What the streams are past is everybody's.
+    /// Makes memory whose freeing stream has passed the free available to all streams.
     fn settle(&mut self) {
         for (stream_id, done) in self.progress.progress() {
             self.pools.iter_mut().for_each(|pool| pool.arena.settle(stream_id, done));
@@ -147,7 +147,7 @@ impl Pools {
         }
     }
 
-    /// Takes out what nobody uses on a GPU, but for what each pool keeps, to be released without the lock.
+    /// Takes out the unused segments on a GPU, except the bytes that each pool keeps. The caller releases them without the lock.
     fn unused(&mut self, device: CUdevice, keeps: impl Fn(&Pool) -> u64) -> Vec<CUdeviceptr> {
         let mut unused: Vec<_> =
             self.over.extract_if(.., |(of, _)| *of == device).map(|(_, base)| base).collect();
@@ -158,7 +158,7 @@ impl Pools {
         unused
     }
 
-    /// What a stream may have at once, or once it is seen how far others have got.
+    /// Takes memory that a stream may use now, if necessary after updating the progress of other streams.
     fn take(
         &mut self,
         driver: &Driver,
@@ -176,7 +176,7 @@ impl Pools {
         Ok(pool.arena.take(stream_id, bytes))
     }
 
-    /// The same, from a new segment if there is room for one.
+    /// Takes memory from a new segment, if there is room for one.
     fn grow(
         &mut self,
         device: &Device,
@@ -186,7 +186,7 @@ impl Pools {
     ) -> Result<Option<CUdeviceptr>, CuResult> {
         let pool = self.by_handle(handle).ok_or(CuResult::INVALID_VALUE)?;
         let Some(size) = pool.segment_for(bytes, device.figures().free) else { return Ok(None) };
-        // A pool is its GPU's, whatever context uses it: its memory goes with no context but the last.
+        // A pool belongs to its GPU, not to a context: its memory is released with the GPU's last context.
         match device.allocate(size, CUcontext::NULL) {
             Ok(base) => pool.arena.add(base, size),
             Err(CuResult::OUT_OF_MEMORY) => return Ok(None),
@@ -195,7 +195,7 @@ impl Pools {
         Ok(pool.arena.take(stream_id, bytes))
     }
 
-    /// What another stream has still to get past: this one waits for it.
+    /// Takes memory that another stream has not passed the free of yet, and makes this stream wait for that.
     fn take_behind(
         &mut self,
         driver: &Driver,
@@ -222,10 +222,10 @@ fn release(device: &Device, unused: Vec<CUdeviceptr>) -> bool {
     !unused.is_empty()
 }
 
-/// cuMemAllocFromPoolAsync, from a pool of ours on that GPU.
+/// cuMemAllocFromPoolAsync from a pool that nvshare serves on that GPU.
 ///
 /// # Errors
-/// OUT_OF_MEMORY where the driver's own would say so; the log says why.
+/// As the driver's own. For OUT_OF_MEMORY the log says why.
 pub fn allocate(
     device: &Device,
     handle: CUmemoryPool,
@@ -251,7 +251,7 @@ pub fn allocate(
         return Ok(address);
     }
     for event in with_pools(|pools| pools.progress.last_marks(driver)) {
-        // If its context is broken, there is nothing to wait for.
+        // Fails if its context is broken, and then there is no work to wait for.
         let _ = driver.event_synchronize(event);
     }
     if let Some(address) = with_pools(take_or_grow)? {
@@ -282,7 +282,7 @@ fn refusal(device: &Device, pool: Option<&mut Pool>, bytes: u64) -> CuResult {
     CuResult::OUT_OF_MEMORY
 }
 
-/// cuMemFreeAsync. `None` for an address that is none of ours.
+/// cuMemFreeAsync. `None` if the address is not nvshare's.
 pub fn free_in_order(driver: &Driver, place: &StreamRef, address: CUdeviceptr) -> Option<CuResult> {
     let freed = with_pools(|pools| {
         if pools.whole.iter().any(|(_, base, _)| *base == address) {
@@ -301,7 +301,7 @@ pub fn free_in_order(driver: &Driver, place: &StreamRef, address: CUdeviceptr) -
         ended.and_then(devices::of_device).iter().for_each(|device| collect(device));
         return Some(result);
     }
-    // What cuMemAlloc gave may be freed in a stream's order too.
+    // Memory of cuMemAlloc may be freed in stream order too.
     let begins = |device: &Arc<Device>| {
         device.memory().containing(address).is_some_and(|allocation| allocation.base == address)
     };
@@ -310,15 +310,15 @@ pub fn free_in_order(driver: &Driver, place: &StreamRef, address: CUdeviceptr) -
     with_pools(|pools| {
         let freed = pools.progress.free(driver, place);
         pools.whole.push((device.ordinal, address, freed));
-        // Those before it may be over.
+        // Earlier ones may be passed by now.
         pools.advance(driver);
     });
     collect(&device);
     Some(CuResult::SUCCESS)
 }
 
-/// cuMemFree of stream-ordered memory: the application has seen to it that nobody uses it any more. `None` for
-/// an address that is none of the pools'.
+/// cuMemFree of stream-ordered memory, which the application must have ceased to use. `None` if the address is not in a
+/// pool.
 pub fn free_now(address: CUdeviceptr) -> Option<CuResult> {
     if !USED.load(Ordering::Relaxed) {
         return None;
@@ -338,18 +338,18 @@ pub fn free_now(address: CUdeviceptr) -> Option<CuResult> {
 
 /// Where an address lies.
 pub enum Found {
-    /// In an allocation: where it begins, its size, and its pool.
+    /// In an allocation: its address, bytes, and pool.
     Live(CUdeviceptr, u64, CUmemoryPool),
-    /// In memory of a pool that is nobody's at present.
+    /// In memory of a pool that is not allocated.
     Unused,
 }
 
-/// Whether an allocation of ours begins at an address.
+/// Whether an allocation from a pool begins at an address.
 pub fn begins(address: CUdeviceptr) -> bool {
     matches!(find(address), Some(Found::Live(base, ..)) if base == address)
 }
 
-/// Where an address lies, if in a pool's memory.
+/// Where an address lies; `None` if not in memory of a pool.
 pub fn find(address: CUdeviceptr) -> Option<Found> {
     if !USED.load(Ordering::Relaxed) {
         return None;
@@ -362,9 +362,9 @@ pub fn find(address: CUdeviceptr) -> Option<Found> {
     })
 }
 
-// --- What is unused goes back -------------------------------------------------------------------
+// --- Releasing unused memory --------------------------------------------------------------------
 
-/// Gives back what the pools of a GPU have, do not use, and do not keep.
+/// Releases the unused memory of a GPU's pools beyond their thresholds.
 pub fn collect(device: &Device) {
     if USED.load(Ordering::Relaxed) {
         let unused = with_pools(|pools| {
@@ -375,7 +375,7 @@ pub fn collect(device: &Device) {
     }
 }
 
-/// There is no room: gives back all that the pools of a GPU do not use. False if that is nothing.
+/// Releases all unused memory of a GPU's pools, because an allocation found no room. False if there is none.
 pub fn reclaim(device: &Device) -> bool {
     let unused = with_pools(|pools| {
         pools.advance(device.driver);
@@ -384,8 +384,8 @@ pub fn reclaim(device: &Device) -> bool {
     release(device, unused)
 }
 
-/// All work of a GPU is done, and others are about to have it: what its pools do not use and do not keep goes back
-/// instead of being moved out.
+/// Releases the unused memory of a GPU's pools beyond their thresholds, because all work is done and the GPU goes to another
+/// client: otherwise it would be evicted.
 pub fn drained(device: &Device) {
     if USED.load(Ordering::Relaxed) {
         let unused = with_pools(|pools| {
@@ -397,28 +397,28 @@ pub fn drained(device: &Device) {
     }
 }
 
-/// A stream is about to be destroyed. Its work goes on.
+/// Marks the end of a stream that is about to be destroyed, because its work goes on.
 pub fn stream_ends(driver: &Driver, stream: CUstream) {
     if USED.load(Ordering::Relaxed) {
         with_pools(|pools| pools.progress.end_stream(driver, stream));
     }
 }
 
-/// The calling thread ends, and its own default streams with it. Their work goes on.
+/// Marks the ends of the calling thread's own default streams, because the thread ends and their work goes on.
 pub fn thread_ended(thread: ThreadId) {
     if USED.load(Ordering::Relaxed)
         && let Ok(driver) = Driver::get()
     {
         with_pools(|pools| {
             if pools.progress.end_thread(driver, thread) {
-                // Those of threads before it may be through.
+                // The streams of threads that have ended earlier may be done.
                 pools.advance(driver);
             }
         });
     }
 }
 
-/// A context's work is done, and its streams are going. The pools stay: they are the GPU's.
+/// Drops the streams of a context that is being destroyed, whose work is done. The pools belong to the GPU and stay.
 pub fn context_ended(context: CUcontext) {
     if USED.load(Ordering::Relaxed) {
         with_pools(|pools| {
@@ -428,14 +428,14 @@ pub fn context_ended(context: CUcontext) {
     }
 }
 
-/// A green context is gone, and its default streams. Its work goes on.
+/// Drops the default streams of a green context that was destroyed. Its work goes on.
 pub fn green_ended(context: CUcontext) {
     if USED.load(Ordering::Relaxed) {
         with_pools(|pools| pools.progress.end_green(context));
     }
 }
 
-/// The last context of a GPU has gone, and all memory with it.
+/// Drops all memory of a GPU whose last context was destroyed.
 pub fn device_ended(device: CUdevice, context: CUcontext) {
     context_ended(context);
     with_pools(|pools| {
@@ -448,7 +448,7 @@ pub fn device_ended(device: CUdevice, context: CUcontext) {
 
 // --- The pools themselves -----------------------------------------------------------------------
 
-/// A pool was made whose memory can come from here.
+/// Adds a pool that nvshare serves.
 pub fn made(handle: CUmemoryPool, device: CUdevice, limit: u64) {
     with_pools(|pools| {
         if pools.by_handle(handle).is_none() {
@@ -457,8 +457,8 @@ pub fn made(handle: CUmemoryPool, device: CUdevice, limit: u64) {
     });
 }
 
-/// The GPU whose memory a pool is to be served from here. `None` for the driver's business: pools that other
-/// processes can open, that are on the host or managed, or whose GPU this process has not attached to.
+/// The GPU of a pool that nvshare serves. `None` for a pool that the driver serves: one that other processes can open, that is
+/// on the host or managed, or whose GPU this process has not attached to.
 pub fn gpu_of(driver: &Driver, handle: CUmemoryPool) -> Option<Arc<Device>> {
     if crate::memory::unmovable::wanted() {
         return None;
@@ -473,11 +473,11 @@ pub fn gpu_of(driver: &Driver, handle: CUmemoryPool) -> Option<Arc<Device>> {
     Some(device)
 }
 
-/// Destroys a pool with `call`. What is allocated from it lives on, and its memory goes with the last of that.
+/// Destroys a pool with `call`. Its allocations stay valid, and its memory is released with the last of them.
 ///
-/// Afterwards the driver may give the handle to another pool at once, so ours is taken out of the way before, and put back
-/// if the driver refuses: nobody may use a pool while it is being destroyed.
-/// What it does not use any more is [collected](collect) by the caller, of the GPU that this returns.
+/// The driver may reuse the handle as soon as the pool is destroyed. So the pool is hidden before the call, and shown again
+/// if the driver refuses; the application may not use a pool while it is being destroyed.
+/// The caller [releases](collect) the unused memory of the GPU that this returns.
 pub fn destroy(handle: CUmemoryPool, call: impl FnOnce() -> CuResult) -> (CuResult, Option<Arc<Device>>) {
     let hidden = with_pools(|pools| {
         pools.hidden += 1;
@@ -506,7 +506,7 @@ pub fn trim_to(device: &Device, handle: CUmemoryPool, keep: u64) {
     release(device, unused.unwrap_or_default());
 }
 
-/// An attribute that the driver cannot know: how much memory a pool has.
+/// An attribute that says how much memory a pool has, which the driver cannot know.
 pub fn attribute(device: &Device, handle: CUmemoryPool, attribute: CUmemPool_attribute) -> Option<u64> {
     collect(device);
     with_pools(|pools| {
@@ -521,7 +521,7 @@ pub fn attribute(device: &Device, handle: CUmemoryPool, attribute: CUmemPool_att
     })
 }
 
-/// An attribute was set that the driver has taken.
+/// Records an attribute that the driver has accepted.
 pub fn set_attribute(handle: CUmemoryPool, attribute: CUmemPool_attribute, value: u64) {
     with_pools(|pools| {
         let Some(pool) = pools.by_handle(handle) else { return };

@@ -1,19 +1,19 @@
-//! How far the streams have got that memory was freed in.
+//! The progress of the streams in which memory was freed.
 //!
-//! A free takes a ticket of its stream and, in most streams, costs nothing else: most memory is used again in the
-//! stream that it was freed in. Only when another stream looks for memory is a stream asked whether it is through
-//! ([`StreamProgress::advance`]): if it has nothing left to do, all of its frees are over; if it has, an event marks how far
-//! it must get, and the next one who looks asks the event.
+//! A free takes a ticket of its stream and, in most streams, costs nothing else, because most memory is reused in the
+//! stream in which it was freed. Only when another stream needs memory are the streams queried
+//! ([`StreamProgress::advance`]). If a stream is idle, it has passed all of its frees. If not, an event marks its last free,
+//! and the next query polls that event.
 //!
-//! In default streams each free is marked at once. A thread's own can be marked by that thread alone. The legacy
-//! stream cannot be asked: that it has nothing to do does not say that the streams it waits for have not, while an
-//! event in it comes after all of theirs.
+//! In default streams each free is marked at once. A thread's own default stream can be marked only by that thread. Querying
+//! the legacy stream is not enough: it may be idle while the streams for which it waits are not, whereas an
+//! event in it comes after all of their work.
 //!
-//! While a capture is open, the legacy stream may neither be asked nor marked (that would spoil the capture), others
-//! may be marked unless they capture themselves. What cannot be marked stays its stream's own until it can, or until
-//! the client has drained.
+//! While a capture is open, the legacy stream may be neither queried nor marked (that would invalidate the capture); other
+//! streams may be marked unless they capture themselves. Memory whose free cannot be marked is reused only in its own stream,
+//! until the free can be marked or the client has drained.
 //!
-//! None of this passes the gate: events touch no memory, and a free must not wait for others' turns.
+//! None of this passes the gate: events access no memory, and a free must not wait for a turn.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -24,25 +24,24 @@ use crate::thread::{self, ThreadId};
 use nvshare::stream_arena::{Freed, StreamId, Ticket};
 use std::collections::VecDeque;
 
-/// A stream, as its order goes.
+/// Identifies a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamRef {
-    /// By an explicit name, not null.
+    /// Its explicit handle, not null.
     pub stream: CUstream,
     /// Its context.
     pub context: CUcontext,
-    /// The GPU of that.
+    /// The GPU of the context.
     pub device: CUdevice,
-    /// For a thread's own default stream: which thread's.
+    /// For a thread's own default stream: the thread.
     thread: Option<ThreadId>,
 }
 
 impl StreamRef {
-    /// The stream that a call names. `None` if it captures, or if the driver doesn't say what it is, as in a context that is
-    /// broken.
+    /// The stream that a call names. `None` if it captures, or if the driver does not know it.
     pub fn find(driver: &Driver, stream: CUstream, per_thread: bool) -> Option<StreamRef> {
         let stream = stream.named(per_thread);
-        // Asked always: in a context that is broken, the driver answers this with the context's error.
+        // Queried even if no capture is open: in a broken context the driver answers this with the context's error.
         if driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE) {
             return None;
         }
@@ -62,11 +61,11 @@ struct Entry {
     place: StreamRef,
     /// The last ticket given.
     freed: Ticket,
-    /// The last ticket that the stream is known to be past.
+    /// The last ticket that the stream is known to have passed.
     done: Ticket,
-    /// Events in the stream, each after the free of that ticket.
+    /// Events in the stream, each after the free with that ticket.
     marks: VecDeque<(Ticket, CUevent)>,
-    /// The stream is destroyed: its handle may come back as another's.
+    /// The stream is destroyed: its handle may be reused.
     gone: bool,
 }
 
@@ -85,7 +84,7 @@ impl Entry {
 pub struct StreamProgress {
     entries: Vec<Entry>,
     named: u64,
-    /// Events to use again.
+    /// Events to be reused, with their context.
     spare: Vec<(CUcontext, CUevent)>,
 }
 
@@ -108,7 +107,7 @@ impl StreamProgress {
         stream_id
     }
 
-    /// Something is freed in that stream now.
+    /// Takes a ticket for memory that is freed in a stream now.
     pub fn free(&mut self, driver: &Driver, place: &StreamRef) -> Freed {
         let stream_id = self.of(place);
         let index = self.index(stream_id);
@@ -126,10 +125,10 @@ impl StreamProgress {
         self.entries
             .iter()
             .position(|entry| entry.stream_id == stream_id)
-            .expect("a line lives while a free of it is pending")
+            .expect("a stream's entry exists while one of its frees is pending")
     }
 
-    /// Looks how far every stream has got.
+    /// Queries or marks every stream with pending frees.
     pub fn advance(&mut self, driver: &Driver) {
         for index in 0..self.entries.len() {
             self.pass_marks(driver, index);
@@ -148,7 +147,7 @@ impl StreamProgress {
         }
     }
 
-    /// How far every stream is known to have got. One that is gone and through is not named again.
+    /// The last ticket that each stream is known to have passed. Drops the entries of destroyed streams that have passed all.
     pub fn progress(&mut self) -> Vec<(StreamId, Ticket)> {
         let done = self.entries.iter().map(|entry| (entry.stream_id, entry.done)).collect();
         self.entries.retain(|entry| !entry.gone || entry.done < entry.freed);
@@ -158,7 +157,7 @@ impl StreamProgress {
     fn pass_marks(&mut self, driver: &Driver, index: usize) {
         let entry = &mut self.entries[index];
         while let Some((ticket, event)) = entry.marks.front().copied() {
-            // What went wrong in a context that is broken will never use memory again.
+            // An event of a broken context counts as past: its work will not use memory any more.
             if !driver.event_is_past(event) {
                 break;
             }
@@ -175,7 +174,7 @@ impl StreamProgress {
         self.spare.extend(entry.marks.drain(..).map(|(_, event)| (context, event)));
     }
 
-    /// Marks the present end of a stream, if that can be done.
+    /// Marks the end of a stream's work so far, if possible.
     fn mark(&mut self, driver: &Driver, index: usize) {
         let entry = &mut self.entries[index];
         let StreamRef { stream, context, .. } = entry.place;
@@ -201,12 +200,14 @@ impl StreamProgress {
         });
         match recorded {
             Some(Ok(event)) => entry.marks.push_back((entry.freed, event)),
-            Some(Err(result)) => tracing::debug!("the end of {stream:?} could not be marked: {result}"),
+            Some(Err(result)) => tracing::debug!(
+                "the work of {stream:?} could not be marked, so memory freed there is reused only there: {result}"
+            ),
             None => self.spare.extend(spare.map(|event| (context, event))),
         }
     }
 
-    /// Lets a stream wait until another is past a free. False if that one cannot be marked now.
+    /// Makes a stream wait until another has passed a free. False if that one cannot be marked now.
     pub fn follow(&mut self, driver: &Driver, freed: Freed, waiter: &StreamRef) -> bool {
         let index = self.index(freed.stream_id);
         let covers = |entry: &Entry| {
@@ -221,7 +222,7 @@ impl StreamProgress {
         driver.stream_wait_event(waiter.stream, event, 0).is_ok()
     }
 
-    /// The events after the last free of each stream that is not through, to wait for.
+    /// For each stream with pending frees the event after the last one, to wait for.
     pub fn last_marks(&mut self, driver: &Driver) -> Vec<CUevent> {
         for index in 0..self.entries.len() {
             if !self.entries[index].marked() {
@@ -231,17 +232,17 @@ impl StreamProgress {
         self.entries.iter().filter_map(|entry| entry.marks.back()).map(|(_, event)| *event).collect()
     }
 
-    /// A stream is about to be destroyed.
+    /// Marks the end of a stream that is about to be destroyed.
     pub fn end_stream(&mut self, driver: &Driver, stream: CUstream) {
         self.end(driver, |place| place.stream == stream);
     }
 
-    /// The calling thread ends, and its own default streams with it. Whether it has freed anything there.
+    /// Marks the ends of the calling thread's own default streams, because it ends. Whether it has freed memory in one.
     pub fn end_thread(&mut self, driver: &Driver, thread: ThreadId) -> bool {
         self.end(driver, |place| place.thread == Some(thread))
     }
 
-    /// Streams end. What they have to do goes on, so their ends are marked. Whether there was one.
+    /// Marks the ends of streams that are about to end, whose work goes on. Whether there was one.
     fn end(&mut self, driver: &Driver, ends: impl Fn(&StreamRef) -> bool) -> bool {
         let mut any = false;
         for index in 0..self.entries.len() {
@@ -257,7 +258,7 @@ impl StreamProgress {
         any
     }
 
-    /// All that was submitted to a GPU is done.
+    /// All work of a GPU is done: its streams have passed all frees.
     pub fn drained(&mut self, device: CUdevice) {
         for index in 0..self.entries.len() {
             if self.entries[index].place.device == device {
@@ -266,7 +267,7 @@ impl StreamProgress {
         }
     }
 
-    /// A green context is gone. What it had to do goes on, and is marked; its default streams can be marked no more.
+    /// A green context was destroyed. Its work goes on, up to existing markers; its default streams cannot be marked any more.
     pub fn end_green(&mut self, context: CUcontext) {
         self.entries
             .iter_mut()
@@ -275,7 +276,7 @@ impl StreamProgress {
         self.spare.retain(|(of, _)| *of != context);
     }
 
-    /// A context has come to its end, with its streams and events; all its work is done.
+    /// A context is being destroyed with its streams and events; all its work is done.
     pub fn end_context(&mut self, context: CUcontext) {
         for index in 0..self.entries.len() {
             if self.entries[index].place.context == context {

@@ -1,5 +1,5 @@
-//! The part of the CUDA driver's ABI that the shim itself speaks: result codes, handles, constants and the few
-//! structs that calls of its own need. What the shim merely forwards needs none of this (see [`crate::interpose::entry_points`]).
+//! The part of the CUDA driver's ABI that the shim itself uses: result codes, handles, constants, and the few
+//! structs that its own calls need. Forwarded calls need none of this (see [`crate::interpose::entry_points`]).
 //!
 //! Names and values are those of `cuda.h` (checked against CUDA 13), so that a reader can search for them there. A
 //! handle is a number to the shim, never a pointer to follow; handles are therefore newtypes over `usize`, which
@@ -148,15 +148,15 @@ results! {
 }
 
 impl CuResult {
-    /// The call did what it should.
+    /// The call succeeded.
     pub const SUCCESS: CuResult = CuResult(0);
 
-    /// Whether the call did what it should.
+    /// Whether the call succeeded.
     pub const fn is_success(self) -> bool {
         self.0 == 0
     }
 
-    /// Whether the driver refuses a call for the sake of a capture, or says that a capture is wrong.
+    /// Whether the driver refused a call because of a capture, or reports an invalid capture.
     pub const fn is_of_capture(self) -> bool {
         Self::STREAM_CAPTURE_UNSUPPORTED.0 <= self.0 && self.0 <= Self::STREAM_CAPTURE_WRONG_THREAD.0
     }
@@ -231,25 +231,25 @@ handles! {
     CUmemoryPool;
 }
 
-/// What `cuLaunchKernelEx` launches with: grid, block and shared memory, and then the stream.
+/// `CUlaunchConfig`, as far as the shim reads it: grid, block and shared memory, and then the stream.
 #[repr(C)]
 #[derive(Debug)]
 pub struct CUlaunchConfig {
     /// Grid and block in three dimensions each, and bytes of shared memory.
     pub shape: [u32; 7],
-    /// Where it is submitted to.
+    /// The stream to which the launch is submitted.
     pub stream: CUstream,
 }
 
 const _: () = assert!(std::mem::offset_of!(CUlaunchConfig, stream) == 32);
 
 impl CUstream {
-    /// The default stream that all threads of a context share, by name.
+    /// The explicit handle of the default stream that all threads of a context share.
     pub const LEGACY: CUstream = CUstream(1);
-    /// The calling thread's own default stream, by name.
+    /// The explicit handle of the calling thread's own default stream.
     pub const PER_THREAD: CUstream = CUstream(2);
 
-    /// By an explicit name, in a call whose default stream is the thread's own or not.
+    /// The explicit handle for this one: null is the thread's own default stream if `per_thread`, else the shared one.
     pub fn named(self, per_thread: bool) -> CUstream {
         match self {
             CUstream::NULL if per_thread => CUstream::PER_THREAD,
@@ -258,12 +258,12 @@ impl CUstream {
         }
     }
 
-    /// Whether this name is of a default stream, which is another in each context.
+    /// Whether this is the explicit handle of a default stream, which means another stream in each context.
     pub fn is_default(self) -> bool {
         matches!(self, CUstream::LEGACY | CUstream::PER_THREAD)
     }
 
-    /// Whose own it is, if it is a thread's: the calling one's.
+    /// The calling thread, if this is a thread's own default stream; else `None`.
     pub fn thread(self) -> Option<ThreadId> {
         (self == CUstream::PER_THREAD).then(thread::id_to_keep)
     }
@@ -332,9 +332,9 @@ impl CUmemLocation {
 /// `CU_MEM_ALLOCATION_TYPE_PINNED`: memory that stays where it was made.
 pub const CU_MEM_ALLOCATION_TYPE_PINNED: u32 = 1;
 
-/// Memory that can be handed to another process as a file descriptor.
+/// Memory that can be exported to another process as a file descriptor.
 pub const CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR: u32 = 1;
-/// Whether the GPU has such memory.
+/// `cuDeviceGetAttribute`: whether the GPU can export memory as file descriptors.
 pub const CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED: i32 = 103;
 
 /// `CUmemAllocationProp`: what `cuMemCreate` should make.
@@ -368,7 +368,7 @@ pub struct CUmemAllocFlags {
 }
 
 impl CUmemAllocFlags {
-    /// Whether nothing in particular is asked for.
+    /// Whether no flag is set.
     pub fn is_plain(&self) -> bool {
         (self.compression_type, self.gpu_direct_rdma_capable, self.usage) == (0, 0, 0)
     }
@@ -446,32 +446,32 @@ pub struct CUmemPoolProps {
 
 /// A property of a pool (`CUmemPool_attribute`).
 pub type CUmemPool_attribute = u32;
-/// Whether memory goes to another stream that an event has ordered behind its free.
+/// Whether freed memory may be reused in another stream that an event orders after the free.
 pub const CU_MEMPOOL_ATTR_REUSE_FOLLOW_EVENT_DEPENDENCIES: CUmemPool_attribute = 1;
-/// Whether memory goes to another stream when its free is over.
+/// Whether freed memory may be reused in another stream once the freeing stream has reached the free.
 pub const CU_MEMPOOL_ATTR_REUSE_ALLOW_OPPORTUNISTIC: CUmemPool_attribute = 2;
-/// Whether a stream may be made to wait for another, for its memory.
+/// Whether the driver may make a stream wait for another, to reuse its memory.
 pub const CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES: CUmemPool_attribute = 3;
-/// How much unused memory it may keep, in bytes.
+/// How much unused memory the pool may keep, in bytes.
 pub const CU_MEMPOOL_ATTR_RELEASE_THRESHOLD: CUmemPool_attribute = 4;
-/// What it has taken, in bytes.
+/// Memory that the pool holds, in bytes.
 pub const CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT: CUmemPool_attribute = 5;
-/// The most that it has taken since that was last reset.
+/// The most that it has held since this was last reset, in bytes.
 pub const CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH: CUmemPool_attribute = 6;
-/// What is allocated from it, in bytes.
+/// Memory that is allocated from it, in bytes.
 pub const CU_MEMPOOL_ATTR_USED_MEM_CURRENT: CUmemPool_attribute = 7;
-/// The most that was allocated from it since that was last reset.
+/// The most that was allocated from it since this was last reset, in bytes.
 pub const CU_MEMPOOL_ATTR_USED_MEM_HIGH: CUmemPool_attribute = 8;
 
-/// `CUipcMemHandle`: a name of memory, for other processes. C passes it by value, on the stack.
+/// `CUipcMemHandle`: identifies memory to other processes. C passes it by value, on the stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct CUipcMemHandle {
-    /// What the driver makes of it.
+    /// Opaque bytes.
     pub reserved: [u8; 64],
 }
 
-/// `cuIpcOpenMemHandle`: access between GPUs is enabled where it is needed. The only flag, and a must.
+/// `cuIpcOpenMemHandle`: access between GPUs is enabled where it is needed. The only flag, and a required one.
 pub const CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS: u32 = 1;
 
 /// No access.
@@ -505,7 +505,7 @@ pub const CU_MEM_ALLOC_GRANULARITY_RECOMMENDED: u32 = 1;
 
 /// A stream that waits for the default stream and is waited for by it.
 pub const CU_STREAM_DEFAULT: u32 = 0;
-/// A stream that has nothing to do with the default stream.
+/// A stream that neither waits for the default stream nor is waited for by it.
 pub const CU_STREAM_NON_BLOCKING: u32 = 1;
 
 /// An event with all its features.
@@ -515,20 +515,20 @@ pub const CU_EVENT_BLOCKING_SYNC: u32 = 1;
 /// The event takes no timestamps, which makes it cheaper.
 pub const CU_EVENT_DISABLE_TIMING: u32 = 2;
 
-/// Whether a stream is recording a graph (`CUstreamCaptureStatus`).
+/// Whether a stream is capturing a graph (`CUstreamCaptureStatus`).
 pub type CUstreamCaptureStatus = u32;
-/// It isn't.
+/// It is not.
 pub const CU_STREAM_CAPTURE_STATUS_NONE: CUstreamCaptureStatus = 0;
 /// It is.
 pub const CU_STREAM_CAPTURE_STATUS_ACTIVE: CUstreamCaptureStatus = 1;
-/// It was, and something spoilt it; the application has yet to end it.
+/// It is, but the capture is invalid; the application has not ended it yet.
 pub const CU_STREAM_CAPTURE_STATUS_INVALIDATED: CUstreamCaptureStatus = 2;
 
-/// What is forbidden while a stream records a graph (`CUstreamCaptureMode`).
+/// Which threads may not make unsafe calls while a stream captures (`CUstreamCaptureMode`).
 pub type CUstreamCaptureMode = u32;
 /// Unsafe calls are forbidden to all threads.
 pub const CU_STREAM_CAPTURE_MODE_GLOBAL: CUstreamCaptureMode = 0;
-/// Unsafe calls are forbidden to the thread that records.
+/// Unsafe calls are forbidden to the thread that captures.
 pub const CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: CUstreamCaptureMode = 1;
 /// Nothing is forbidden.
 pub const CU_STREAM_CAPTURE_MODE_RELAXED: CUstreamCaptureMode = 2;
@@ -547,7 +547,7 @@ pub const CU_GET_PROC_ADDRESS_LEGACY_STREAM: u64 = 1 << 0;
 /// `cuGetProcAddress`: the forms whose default stream is the thread's own.
 pub const CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM: u64 = 1 << 1;
 
-/// What became of a `cuGetProcAddress_v2` (`CUdriverProcAddressQueryResult`).
+/// The result of a `cuGetProcAddress_v2` (`CUdriverProcAddressQueryResult`).
 pub type CUdriverProcAddressQueryResult = u32;
 /// Found.
 pub const CU_GET_PROC_ADDRESS_SUCCESS: CUdriverProcAddressQueryResult = 0;
@@ -556,10 +556,10 @@ pub const CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND: CUdriverProcAddressQueryResult =
 /// The name exists only in newer versions than the one asked for.
 pub const CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT: CUdriverProcAddressQueryResult = 2;
 
-/// A context's flag: what is called synchronous returns when it is done.
+/// A context's flag: synchronous memory operations return only when they are done.
 pub const CU_CTX_SYNC_MEMOPS: u32 = 0x80;
 
-/// A property of an address (`CUpointer_attribute`).
+/// An attribute of an address (`CUpointer_attribute`).
 pub type CUpointer_attribute = u32;
 /// The context that it was allocated in.
 pub const CU_POINTER_ATTRIBUTE_CONTEXT: CUpointer_attribute = 1;
@@ -602,9 +602,9 @@ pub const CU_POINTER_ATTRIBUTE_MAPPING_BASE_ADDR: CUpointer_attribute = 19;
 /// A number of the physical allocation, unique in the process.
 pub const CU_POINTER_ATTRIBUTE_MEMORY_BLOCK_ID: CUpointer_attribute = 20;
 
-/// Memory of the host, as [`CU_POINTER_ATTRIBUTE_MEMORY_TYPE`] tells it.
+/// The value of [`CU_POINTER_ATTRIBUTE_MEMORY_TYPE`] for host memory.
 pub const CU_MEMORYTYPE_HOST: u32 = 1;
-/// Memory of the GPU, as [`CU_POINTER_ATTRIBUTE_MEMORY_TYPE`] tells it.
+/// The value of [`CU_POINTER_ATTRIBUTE_MEMORY_TYPE`] for GPU memory.
 pub const CU_MEMORYTYPE_DEVICE: u32 = 2;
 
 /// `cuDeviceGetAttribute`: whether the GPU has virtual memory management.

@@ -1,9 +1,9 @@
 //! The real driver: what the shim itself calls in `libcuda.so.1` ([`crate::cuda::library`]).
 //!
-//! The methods of [`Driver`] are the calls that nvshare makes on its own account. They don't pass the gate. They are
-//! safe where all that can go wrong is an error code: a handle is only as good as whoever gave it to us, an
-//! application or the driver, and an application that hands a dead one to CUDA is as lost without nvshare. Calls that
-//! let the driver read or write host memory later are `unsafe`.
+//! The methods of [`Driver`] are calls that nvshare makes for itself. They do not pass the gate. They are
+//! safe where the worst outcome is an error code: a handle comes from the application or from the driver, and an application
+//! that passes a stale one fails in the same way without nvshare. Calls after which the driver reads or writes host memory
+//! are `unsafe`.
 
 use crate::cuda::abi::*;
 use crate::cuda::library::{Library, library};
@@ -15,20 +15,20 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::OnceLock;
 
-/// An address that no allocation ever has: for the driver's answer about a pointer that it does not know.
+/// An address that no allocation ever has, to get the driver's answer about an unknown pointer.
 pub const NOBODYS: CUdeviceptr = 64;
 
 /// Why there is no driver to call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DriverError {
-    /// The dynamic linker didn't find the library, or refused it.
+    /// The dynamic linker did not find the library, or refused it.
     NotLoaded {
-        /// What it said.
+        /// The linker's message.
         reason: String,
     },
-    /// The library lacks what nvshare can't do without.
+    /// The library lacks functions that nvshare needs.
     Incomplete {
-        /// The symbols that it lacks.
+        /// The missing symbols.
         missing: Vec<&'static str>,
     },
 }
@@ -64,8 +64,8 @@ macro_rules! field {
     };
 }
 
-/// The address of a symbol as the field wants it. A missing required one is noted, and the field gets a function that
-/// is never called, because then there is no [`Driver`].
+/// The address of a symbol as a value of the field's type. A missing required symbol is added to `missing`, and its field
+/// gets a placeholder that is never called, because then no [`Driver`] is made.
 macro_rules! load {
     (required $name:ident $library:ident $missing:ident $type:ty) => {{
         let address = $library.symbol(c_name!($name)).unwrap_or_else(|| {
@@ -108,11 +108,11 @@ extern "C" fn absent() -> CuResult {
     CuResult::NOT_FOUND
 }
 
-/// The table of what the shim calls.
+/// The table of the driver functions that the shim calls.
 ///
-/// `symbol => method(arguments)` is a function that takes just these; with `-> T` its result comes through a pointer
-/// that goes before them. `symbol: type` has a method written by hand below. `required` ones must be there for there
-/// to be a [`Driver`] at all; a method of an `optional` one answers CUDA_ERROR_NOT_FOUND without it.
+/// `symbol => method(arguments)` makes a method for a function with these arguments; with `-> T`, the function's first
+/// argument is a pointer to its result. A function under `by_hand` has a method written below. Without a `required` function
+/// there is no [`Driver`]; the method of an `optional` one answers CUDA_ERROR_NOT_FOUND if it is missing.
 macro_rules! driver {
     ($(
         $need:ident {
@@ -121,7 +121,7 @@ macro_rules! driver {
             by_hand { $($hand:ident($($hty:ty),*);)* }
         }
     )*) => {
-        /// The driver's functions that nvshare calls on its own account.
+        /// The driver's functions that nvshare calls for itself.
         #[allow(non_snake_case, dead_code)]
         pub struct Driver {$(
             $($plain: field!($need unsafe extern "C" fn($($pty),*) -> CuResult),)*
@@ -171,41 +171,41 @@ macro_rules! driver {
 driver! {
     required {
         plain {
-            /// Initialises the driver; harmless when it is.
+            /// Initialises the driver; has no effect if it is initialised.
             cuInit => init(flags: u32);
-            /// Makes a context the calling thread's.
+            /// Makes a context current to the calling thread.
             cuCtxSetCurrent => ctx_set_current(ctx: CUcontext);
-            /// Makes a context the calling thread's until it is popped.
+            /// Makes a context current to the calling thread until it is popped.
             cuCtxPushCurrent_v2 => ctx_push_current(ctx: CUcontext);
-            /// Gives up a retained primary context.
+            /// Releases a retained primary context.
             cuDevicePrimaryCtxRelease_v2 => primary_ctx_release(device: CUdevice);
-            /// Frees what [`Driver::mem_alloc`] gave; waits for the work that may use it.
+            /// Frees memory of [`Driver::mem_alloc`]; waits for the work that may use it.
             cuMemFree_v2 => mem_free(ptr: CUdeviceptr);
-            /// Gives back a range of addresses.
+            /// Frees a reserved range of addresses.
             cuMemAddressFree => mem_address_free(ptr: CUdeviceptr, size: usize);
-            /// Gives back physical memory; its mappings keep it alive.
+            /// Releases physical memory, which exists until it is unmapped everywhere.
             cuMemRelease => mem_release(handle: CUmemGenericAllocationHandle);
-            /// Puts physical memory behind addresses. `offset` and `flags` must be 0.
+            /// Maps physical memory at an address. `offset` and `flags` must be 0.
             cuMemMap => mem_map(
                 ptr: CUdeviceptr, size: usize, offset: usize, handle: CUmemGenericAllocationHandle, flags: u64
             );
-            /// Takes the memory away from behind addresses.
+            /// Unmaps the memory at an address.
             cuMemUnmap => mem_unmap(ptr: CUdeviceptr, size: usize);
             /// Copies within the GPU, in the order of a stream.
             cuMemcpyDtoDAsync_v2 => memcpy_dtod_async(to: CUdeviceptr, from: CUdeviceptr, size: usize, stream: CUstream);
             /// Fills memory of the GPU with a byte, in the order of a stream.
             cuMemsetD8Async => memset_d8_async(ptr: CUdeviceptr, value: u8, size: usize, stream: CUstream);
-            /// Destroys a stream once its work is done.
+            /// Destroys a stream; returns at once, and its work goes on.
             cuStreamDestroy_v2 => stream_destroy(stream: CUstream);
             /// Waits for all work of a stream.
             cuStreamSynchronize => stream_synchronize(stream: CUstream);
             /// `Ok` if a stream has no work left, CUDA_ERROR_NOT_READY if it has.
             cuStreamQuery => stream_query(stream: CUstream);
-            /// Lets a stream wait for an event.
+            /// Makes a stream wait for an event.
             cuStreamWaitEvent => stream_wait_event(stream: CUstream, event: CUevent, flags: u32);
-            /// Lets an event happen when the present work of a stream is done.
+            /// Records an event, which passes when the work submitted to a stream so far is done.
             cuEventRecord => event_record(event: CUevent, stream: CUstream);
-            /// `Ok` if an event has happened, CUDA_ERROR_NOT_READY if not.
+            /// `Ok` if an event has passed, CUDA_ERROR_NOT_READY if not.
             cuEventQuery => event_query(event: CUevent);
             /// Waits for an event.
             cuEventSynchronize => event_synchronize(event: CUevent);
@@ -213,25 +213,25 @@ driver! {
             cuEventDestroy_v2 => event_destroy(event: CUevent);
         }
         out {
-            /// The newest API version that the driver has, as in 13000.
+            /// The newest API version of the driver, as in 13000.
             cuDriverGetVersion => driver_version() -> i32;
             /// The GPU of an ordinal.
             cuDeviceGet => device(ordinal: i32) -> CUdevice;
-            /// The GPU's time between two events that have happened and were made with timing, ms.
+            /// The GPU's time between two events with timestamps that have passed, ms.
             cuEventElapsedTime => event_elapsed_ms(from: CUevent, to: CUevent) -> f32;
             /// How many GPUs there are.
             cuDeviceGetCount => device_count() -> i32;
-            /// How much memory a GPU has.
+            /// How much memory a GPU has, bytes.
             cuDeviceTotalMem_v2 => device_total_mem(device: CUdevice) -> usize;
-            /// A property of a GPU, `CU_DEVICE_ATTRIBUTE_*`.
+            /// An attribute of a GPU, `CU_DEVICE_ATTRIBUTE_*`.
             cuDeviceGetAttribute => device_attribute(attribute: i32, device: CUdevice) -> i32;
-            /// The calling thread's context, perhaps null.
+            /// The calling thread's context, or null.
             cuCtxGetCurrent => ctx_current() -> CUcontext;
             /// Undoes [`Driver::ctx_push_current`].
             cuCtxPopCurrent_v2 => ctx_pop_current() -> CUcontext;
             /// The GPU of the calling thread's context.
             cuCtxGetDevice => ctx_device() -> CUdevice;
-            /// Retains the primary context of a GPU, and makes it if nobody has.
+            /// Retains the primary context of a GPU, and creates it if there is none.
             cuDevicePrimaryCtxRetain => primary_ctx_retain(device: CUdevice) -> CUcontext;
             /// Allocates memory outside virtual memory management.
             cuMemAlloc_v2 => mem_alloc(size: usize) -> CUdeviceptr;
@@ -239,11 +239,11 @@ driver! {
             cuMemAddressReserve => mem_address_reserve(
                 size: usize, alignment: usize, hint: CUdeviceptr, flags: u64
             ) -> CUdeviceptr;
-            /// Makes a stream.
+            /// Creates a stream.
             cuStreamCreate => stream_create(flags: u32) -> CUstream;
-            /// Makes a stream of a priority; lower numbers go first.
+            /// Creates a stream with a priority; lower numbers go first.
             cuStreamCreateWithPriority => stream_create_with_priority(flags: u32, priority: i32) -> CUstream;
-            /// Makes an event, `CU_EVENT_*`.
+            /// Creates an event with flags `CU_EVENT_*`.
             cuEventCreate => event_create(flags: u32) -> CUevent;
         }
         by_hand {
@@ -265,11 +265,12 @@ driver! {
     }
     optional {
         plain {
-            /// Gives back a module of the current context.
+            /// Unloads a module of the current context.
             cuModuleUnload => module_unload(module: CUmodule);
-            /// Lets an event happen when all present work of a green context is done, in whichever stream. CUDA 12.4.
+            /// Records an event, which passes when the work submitted so far to all streams of a green context is done.
+            /// CUDA 12.4.
             cuGreenCtxRecordEvent => green_ctx_record_event(green: CUgreenCtx, event: CUevent);
-            /// Loads a function now that would be loaded by its first launch otherwise. CUDA 12.4.
+            /// Loads a function, which otherwise its first launch would do. CUDA 12.4.
             cuFuncLoad => func_load(function: CUfunction);
             /// Sets the flags of the current context. CUDA 12.1.
             cuCtxSetFlags => ctx_set_flags(flags: u32);
@@ -277,17 +278,17 @@ driver! {
         out {
             /// The flags of the current context. CUDA 7.
             cuCtxGetFlags => ctx_flags() -> u32;
-            /// The UUID of a GPU, of a MIG slice where that is what we see. CUDA 11.4.
+            /// The UUID of a GPU, or of the MIG slice if the process sees one. CUDA 11.4.
             cuDeviceGetUuid_v2 => device_uuid_v2(device: CUdevice) -> CUuuid;
             /// The UUID of a whole GPU.
             cuDeviceGetUuid => device_uuid_v1(device: CUdevice) -> CUuuid;
-            /// The pool that stream-ordered memory of a GPU comes from. CUDA 11.2.
+            /// The current pool for stream-ordered memory of a GPU. CUDA 11.2.
             cuDeviceGetMemPool => device_mem_pool(device: CUdevice) -> CUmemoryPool;
-            /// The context by which a green context is used. CUDA 12.4.
+            /// The context handle of a green context. CUDA 12.4.
             cuCtxFromGreenCtx => ctx_from_green(green: CUgreenCtx) -> CUcontext;
-            /// One more handle to the physical memory behind an address. CUDA 11.
+            /// Another handle to the physical memory mapped at an address. CUDA 11.
             cuMemRetainAllocationHandle => mem_retain(address: CUdeviceptr) -> CUmemGenericAllocationHandle;
-            /// The pool that a GPU begins with. CUDA 11.2.
+            /// The default pool for stream-ordered memory of a GPU. CUDA 11.2.
             cuDeviceGetDefaultMemPool => device_default_mem_pool(device: CUdevice) -> CUmemoryPool;
         }
         by_hand {
@@ -310,7 +311,7 @@ driver! {
 
 #[allow(dead_code)]
 impl Driver {
-    /// The driver; loads it on first use. The answer is final: a process doesn't get a driver while it runs.
+    /// The driver, loaded on first use. A failure is final: it is not tried again.
     pub fn get() -> Result<&'static Driver, DriverError> {
         static DRIVER: OnceLock<Result<Driver, DriverError>> = OnceLock::new();
         DRIVER
@@ -321,7 +322,7 @@ impl Driver {
             .map_err(Clone::clone)
     }
 
-    /// The UUID of a GPU, or of a MIG slice where that is what we see.
+    /// The UUID of a GPU, or of the MIG slice if the process sees one.
     pub fn device_uuid(&self, device: CUdevice) -> Result<CUuuid, CuResult> {
         match self.device_uuid_v2(device) {
             Err(CuResult::NOT_FOUND) => self.device_uuid_v1(device),
@@ -329,7 +330,7 @@ impl Driver {
         }
     }
 
-    /// Free and total memory of the current context's GPU.
+    /// Free and total memory of the current context's GPU, bytes.
     pub fn mem_info(&self) -> Result<(usize, usize), CuResult> {
         let (mut free, mut total) = (0, 0);
         // SAFETY: both have room for what the driver writes.
@@ -337,7 +338,7 @@ impl Driver {
         Ok((free, total))
     }
 
-    /// Makes physical memory.
+    /// Creates physical memory.
     pub fn mem_create(
         &self,
         size: usize,
@@ -358,7 +359,7 @@ impl Driver {
         if fd < 0 {
             return Err(CuResult::OPERATING_SYSTEM);
         }
-        // The driver leaves it to programs that are started meanwhile, and they would keep the memory.
+        // The driver does not set close-on-exec, and a program that inherits the descriptor would keep the memory.
         // SAFETY: a descriptor that the driver has just opened for us; it becomes ours.
         unsafe {
             libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC);
@@ -377,13 +378,13 @@ impl Driver {
         Ok(handle)
     }
 
-    /// Whether physical memory is mapped at an address, of whatever origin; if the driver can say. CUDA 11.
+    /// Whether physical memory of any origin is mapped at an address. False before CUDA 11.
     pub fn is_mapped(&self, address: CUdeviceptr) -> bool {
         let retained = self.mem_retain(address);
         retained.is_ok_and(|handle| self.mem_release(handle).is_ok())
     }
 
-    /// Where the driver's mapping around an address that the application has mapped begins, and how large it is.
+    /// Address and bytes of the application's mapping that contains an address. `None` if nothing is mapped there.
     pub fn mapping_around(&self, address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
         if !self.is_mapped(address) {
             return None;
@@ -398,7 +399,7 @@ impl Driver {
         Some((base.ok()?, size.ok()?))
     }
 
-    /// Says who may use mapped memory.
+    /// Sets which GPUs may access mapped memory.
     pub fn mem_set_access(
         &self,
         ptr: CUdeviceptr,
@@ -409,7 +410,7 @@ impl Driver {
         unsafe { (self.cuMemSetAccess)(ptr, size, access.as_ptr(), access.len()) }.ok()
     }
 
-    /// What sizes of physical memory must be multiples of, by `CU_MEM_ALLOC_GRANULARITY_*`.
+    /// The number of bytes of which physical memory must be a multiple, for `CU_MEM_ALLOC_GRANULARITY_*`.
     pub fn mem_granularity(&self, prop: &CUmemAllocationProp, which: u32) -> Result<usize, CuResult> {
         let mut granularity = 0;
         // SAFETY: the number has room for what the driver writes; the properties are only read during the call.
@@ -417,7 +418,7 @@ impl Driver {
         Ok(granularity)
     }
 
-    /// Pins host memory, so that copies run at full speed and beside the host.
+    /// Pins host memory, so that copies run at full speed and asynchronously.
     ///
     /// # Safety
     ///
@@ -467,8 +468,8 @@ impl Driver {
 
     /// Pinned host memory of the current context, whole pages, as the host sees it and as the GPU does. It begins as zeros.
     ///
-    /// It is no memory of cuMemHostAlloc's. That shares its blocks out by address, so an application that frees twice what
-    /// it had there would free this.
+    /// It does not come from cuMemHostAlloc, which reuses addresses: an application that frees memory of cuMemHostAlloc twice
+    /// might free this.
     ///
     /// # Errors
     /// The driver's; CUDA_ERROR_OUT_OF_MEMORY if the host has none.
@@ -503,13 +504,13 @@ impl Driver {
         }
     }
 
-    /// Frees what [`Driver::mem_host_alloc`] gave.
+    /// Frees memory of [`Driver::mem_host_alloc`].
     ///
     /// # Safety
     ///
     /// Neither the host nor work of the GPU uses it any more.
     pub unsafe fn mem_free_host(&self, host: NonNull<c_void>, size: usize) {
-        // A context that has ended has let go of it.
+        // Fails if the context was destroyed, which unregisters the memory too.
         let _ = self.mem_host_unregister(host.as_ptr().cast());
         // SAFETY: what the caller promises.
         let _ = unsafe { munmap(host, size) };
@@ -538,7 +539,7 @@ impl Driver {
     ///
     /// # Safety
     ///
-    /// The kernel must have just these parameters, and what it is to read and write must be there until it is done.
+    /// The kernel must have exactly these parameters, and the memory that it accesses must be mapped until it is done.
     pub unsafe fn launch<const N: usize>(
         &self,
         function: CUfunction,
@@ -554,7 +555,7 @@ impl Driver {
         unsafe { call(function, blocks, 1, 1, threads, 1, 1, 0, stream, places.as_mut_ptr(), none) }.ok()
     }
 
-    /// Whether a stream is recording a graph.
+    /// Whether a stream is capturing a graph.
     pub fn stream_capture_status(&self, stream: CUstream) -> Result<CUstreamCaptureStatus, CuResult> {
         let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: the status has room for what the driver writes.
@@ -571,7 +572,7 @@ impl Driver {
         Ok(ctx)
     }
 
-    /// The contexts of a stream: of one of a green context its primary context and the green one, else its context and
+    /// The contexts of a stream: for a stream of a green context, the primary context and the green one; else its context and
     /// null. CUDA 12.5.
     pub fn stream_contexts(&self, stream: CUstream) -> Result<(CUcontext, CUgreenCtx), CuResult> {
         let call = self.cuStreamGetCtx_v2.ok_or(CuResult::NOT_FOUND)?;
@@ -590,7 +591,7 @@ impl Driver {
         Ok(active != 0)
     }
 
-    /// Sets what recordings forbid to the calling thread, and returns what it was.
+    /// Sets the capture mode of the calling thread, and returns the previous one.
     pub fn exchange_capture_mode(&self, mode: CUstreamCaptureMode) -> Result<CUstreamCaptureMode, CuResult> {
         let mut mode = mode;
         // SAFETY: the mode is there to be read and to be written.
@@ -598,23 +599,23 @@ impl Driver {
         Ok(mode)
     }
 
-    /// Whether an event has come, or can never come because its context is broken or gone. The driver may refuse to tell while
-    /// somebody captures: then it has not, as far as anybody knows.
+    /// Whether an event has passed, or can never pass because its context is broken or gone. False if the driver refuses the
+    /// query because of a capture.
     pub fn event_is_past(&self, event: CUevent) -> bool {
-        // An event that is a part of a graph never comes, whoever asks.
+        // An event that is part of a graph never passes.
         let refuses = |result: CuResult| result.is_of_capture() && result != CuResult::CAPTURED_EVENT;
         !self.event_query(event).is_err_and(|result| result == CuResult::NOT_READY || refuses(result))
     }
 
-    /// Runs `action` in a capture mode that allows it what other threads' captures forbid. The thread's own mode is the
-    /// application's: it is back afterwards, also after a panic.
+    /// Runs `action` in the relaxed capture mode, in which captures of other threads forbid it nothing. The thread's mode, which
+    /// belongs to the application, is restored afterwards, also after a panic.
     pub fn relaxed<T>(&self, action: impl FnOnce() -> T) -> T {
         let mode = self.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
         let _before = mode.map(|mode| CaptureMode { driver: self, mode });
         action()
     }
 
-    /// The driver's own name of a result, for codes newer than [`CuResult::name`] knows.
+    /// The driver's name of a result, for codes that [`CuResult::name`] does not know.
     pub fn error_name(&self, result: CuResult) -> Option<&'static CStr> {
         let mut name = std::ptr::null();
         // SAFETY: the pointer has room for what the driver writes.
@@ -623,7 +624,7 @@ impl Driver {
         (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) })
     }
 
-    /// A property of an address.
+    /// An attribute of an address.
     ///
     /// # Safety
     ///
@@ -639,7 +640,7 @@ impl Driver {
         Ok(value)
     }
 
-    /// Where the driver's allocation around an address begins, and how large it is.
+    /// Address and bytes of the driver's allocation that contains an address.
     pub fn address_range(&self, ptr: CUdeviceptr) -> Result<(CUdeviceptr, usize), CuResult> {
         let (mut base, mut size) = (0, 0);
         // SAFETY: both have room for what the driver writes.
@@ -647,8 +648,8 @@ impl Driver {
         Ok((base, size))
     }
 
-    /// What the driver says to nearly every call in the current context since work of it failed (an illegal access, say), or
-    /// why it has no context to say it of. It says so of any address, and the question may be asked during a capture.
+    /// Checks that the current context is not broken: after work in it has failed (by an illegal access, for example), the driver
+    /// answers nearly every call with that error. This queries an address, which is allowed during a capture.
     ///
     /// # Errors
     /// The context's error; INVALID_CONTEXT if none is current.
@@ -685,7 +686,7 @@ impl Driver {
     }
 }
 
-/// Gives a thread its capture mode back when dropped.
+/// Restores a thread's capture mode when dropped.
 struct CaptureMode<'a> {
     driver: &'a Driver,
     mode: CUstreamCaptureMode,
@@ -697,7 +698,7 @@ impl Drop for CaptureMode<'_> {
     }
 }
 
-/// What the dynamic linker says of its last failure in this thread.
+/// The dynamic linker's message about its last failure in this thread.
 fn linker_error() -> String {
     // SAFETY: no arguments.
     let message = unsafe { libc::dlerror() };

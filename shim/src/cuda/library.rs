@@ -1,22 +1,22 @@
 //! Libraries by their names, and the C library's own `dlsym`.
 //!
-//! Nothing of an application may change because the shim has looked. The driver's library is opened when the first CUDA call
-//! needs it and not before, lazily bound and not into the global scope: where the application has opened it already,
-//! this adds a reference and nothing else. It is never closed, because addresses from it are kept. Symbols are looked
-//! up with the C library's own dlsym, since the one that the dynamic linker would give us is the shim's.
+//! A lookup must not change what the application sees. The driver's library is opened when the first CUDA call
+//! needs it and not before, lazily bound and not into the global scope; if the application has opened it already,
+//! this only adds a reference. It is never closed, because addresses in it are kept. Symbols are looked
+//! up with the C library's own dlsym, because the dynamic linker resolves `dlsym` to the shim's.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The driver's library, by what the dynamic linker knows it by.
+/// The driver's library, by its name in the dynamic linker.
 pub static LIBCUDA: Soname = Soname::new(c"libcuda.so.1");
 
 /// A library by its name, opened when it is first needed.
 pub struct Soname {
     name: &'static CStr,
-    /// The handle, once there is one. Not a `OnceLock`: opening the library runs its constructors, and whatever they
-    /// look up by dlsym asks for the handle again, in the same thread.
+    /// The handle, or 0. Not a `OnceLock`: opening the library runs its constructors, and a dlsym in one of them
+    /// asks for the handle again, in the same thread.
     handle: AtomicUsize,
 }
 
@@ -35,7 +35,7 @@ impl Library {
 }
 
 impl Soname {
-    /// A library of this name. Looks for nothing yet.
+    /// A library of this name, which is not opened yet.
     pub const fn new(name: &'static CStr) -> Self {
         Self { name, handle: AtomicUsize::new(0) }
     }
@@ -45,7 +45,7 @@ impl Soname {
         self.open(libc::RTLD_LAZY | libc::RTLD_LOCAL)
     }
 
-    /// The library, if somebody has opened it.
+    /// The library, if it has been opened.
     pub fn library_if_loaded(&self) -> Option<Library> {
         self.open(libc::RTLD_LAZY | libc::RTLD_LOCAL | libc::RTLD_NOLOAD)
     }
@@ -54,10 +54,10 @@ impl Soname {
         if let Some(handle) = NonZeroUsize::new(self.handle.load(Ordering::Acquire)) {
             return Some(Library(handle));
         }
-        // SAFETY: a C string. What the library's constructors do is what they would do for the application.
+        // SAFETY: a C string. The library's constructors run as they would if the application opened it.
         let handle = unsafe { libc::dlopen(self.name.as_ptr(), flags) } as usize;
         let handle = NonZeroUsize::new(handle)?;
-        // Whoever opens the same library gets the same handle, so a race changes nothing.
+        // Every dlopen of the same library returns the same handle, so a race is harmless.
         self.handle.store(handle.get(), Ordering::Release);
         Some(Library(handle))
     }
@@ -71,8 +71,8 @@ pub fn library() -> Option<Library> {
 /// `dlsym`.
 pub type Dlsym = unsafe extern "C" fn(*mut c_void, *const c_char) -> *mut c_void;
 
-/// The versions under which the C library exports `dlsym` and `dlopen`: that of the first release for the machine, and that of the
-/// release that moved it from libdl to libc.
+/// The symbol versions of `dlsym` and `dlopen`: that of glibc's first release for this architecture, and that of the release
+/// that moved them from libdl to libc.
 #[cfg(target_arch = "x86_64")]
 const VERSIONS: [&CStr; 2] = [c"GLIBC_2.2.5", c"GLIBC_2.34"];
 #[cfg(target_arch = "riscv64")]
@@ -82,13 +82,13 @@ const VERSIONS: [&CStr; 2] = [c"GLIBC_2.17", c"GLIBC_2.34"];
 
 /// The C library's dlsym, or that of another preloaded library that comes after the shim.
 ///
-/// Found on first use, whoever comes first; no initialisation can be relied on to have run before.
+/// Found on first use: no initialisation can be relied on to have run before.
 pub fn real_dlsym() -> Dlsym {
     static REAL: AtomicUsize = AtomicUsize::new(0);
     let mut address = REAL.load(Ordering::Acquire);
     if address == 0 {
         address = real_symbol(c"dlsym").unwrap_or(no_dlsym as *const c_void as usize);
-        // Two threads may get here together; they find the same.
+        // Two threads may get here at the same time; they find the same address.
         REAL.store(address, Ordering::Release);
     }
     // SAFETY: an address that was found under the name dlsym.
@@ -104,7 +104,7 @@ pub fn real_symbol(name: &CStr) -> Option<usize> {
         .find(|address| *address != 0)
 }
 
-/// Stands in for a C library without dlsym, which doesn't exist: nothing is found.
+/// Used if the C library has no dlsym, which should not happen: finds nothing.
 unsafe extern "C" fn no_dlsym(_handle: *mut c_void, _name: *const c_char) -> *mut c_void {
     std::ptr::null_mut()
 }

@@ -1,4 +1,4 @@
-//! The CUDA driver: its types, where it is, and the calls that nvshare makes on its own account.
+//! The CUDA driver: its types, its library, and the calls that nvshare makes for itself.
 //!
 //! | file | what it holds |
 //! |---|---|

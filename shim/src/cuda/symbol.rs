@@ -29,7 +29,7 @@ impl Symbol {
         }
     }
 
-    /// The driver's address, or `None` if the driver hasn't this entry point or can't be loaded.
+    /// The library's address, or `None` if the library does not have this entry point or cannot be loaded.
     #[inline(always)]
     pub fn get(&self) -> Option<usize> {
         match self.address.load(Ordering::Acquire) {
@@ -38,7 +38,7 @@ impl Symbol {
         }
     }
 
-    /// The same, but never the reason why the driver's library is loaded.
+    /// The same, but does not load the library: `None` if it is not loaded.
     pub fn get_if_loaded(&self) -> Option<usize> {
         match self.address.load(Ordering::Acquire) {
             address if address > MISSING => Some(address),
@@ -46,7 +46,7 @@ impl Symbol {
         }
     }
 
-    /// Takes the driver's word for an address that its symbol table doesn't give.
+    /// Sets the address of an entry point that the library does not export but the driver returned otherwise.
     pub fn adopt(&self, address: usize) {
         _ = self.address.compare_exchange(MISSING, address, Ordering::AcqRel, Ordering::Acquire);
     }
@@ -57,9 +57,9 @@ impl Symbol {
         if self.address.load(Ordering::Acquire) == MISSING {
             return None;
         }
-        // Without the library nothing is known about the symbol, so nothing is remembered either.
+        // If the library cannot be opened, nothing is remembered: a later call tries again.
         let address = library(self.library)?.symbol(self.name);
-        // Two threads may get here together; they find the same.
+        // Two threads may get here at the same time; they find the same address.
         self.address.store(address.unwrap_or(MISSING), Ordering::Release);
         address
     }

@@ -1,12 +1,13 @@
-//! `dlopen` with RTLD_DEEPBIND: a library so loaded looks for symbols in its own dependencies first, so its calls into CUDA
+//! `dlopen` with RTLD_DEEPBIND: a library loaded with this flag searches its own dependencies first, so its calls into CUDA
 //! would find the driver's functions and not the shim's, and its `dlsym` would be the C library's.
 //!
-//! The exported `dlopen` takes that flag away from libraries that have to do with CUDA: whose file names one of CUDA's
-//! libraries. All others are loaded as they ask. NVSHARE_DEEPBIND=1 leaves the flag to all. What is loaded into a namespace
-//! of its own (dlmopen) gets its own driver and is out of reach; the arbiter sees its memory (docs/operations/troubleshooting.md).
+//! The exported `dlopen` removes the flag for libraries that concern CUDA, that is, whose file contains the name of one of
+//! CUDA's libraries. All others are loaded with the flags that the caller passes. With NVSHARE_DEEPBIND=1 the flag is never
+//! removed. A library that is loaded into another namespace (dlmopen) gets its own driver and cannot be reached; the arbiter
+//! sees its memory (docs/operations/troubleshooting.md).
 //!
-//! As for `dlsym` ([`crate::interpose::dlsym`]): the C library tells by the return address who asks, for the caller's search path
-//! and namespace, so the function is a few instructions of assembly that end in a jump. Nothing here allocates.
+//! As with `dlsym` ([`crate::interpose::dlsym`]), the C library identifies the caller by the return address, for its search path
+//! and namespace. So the function is a few instructions of assembly that end in a jump. Nothing here allocates.
 
 use crate::cuda::library::real_symbol;
 use crate::state;
@@ -16,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 type Dlopen = unsafe extern "C" fn(*const c_char, c_int) -> *mut c_void;
 
-/// What the filter tells the assembly: the flags to go on with, and where. Returned in rax and rdx.
+/// The filter's result for the assembly: the flags to pass on, and the function to jump to. Returned in rax and rdx.
 #[repr(C)]
 struct Verdict {
     flags: usize,
@@ -33,7 +34,7 @@ struct Verdict {
 #[unsafe(naked)]
 #[allow(dead_code)]
 pub unsafe extern "C" fn dlopen(_file: *const c_char, _flags: c_int) -> *mut c_void {
-    // As dlsym does: 24 bytes align the stack for the call, and are given back before the jump.
+    // As in dlsym: 24 bytes align the stack for the call, and are released before the jump.
     core::arch::naked_asm!(
         ".cfi_startproc",
         "endbr64",
@@ -71,7 +72,7 @@ fn real_dlopen() -> Dlopen {
     let mut address = REAL.load(Ordering::Acquire);
     if address == 0 {
         address = real_symbol(c"dlopen").unwrap_or(no_dlopen as *const c_void as usize);
-        // Two threads may get here together; they find the same.
+        // Two threads may get here at the same time; they find the same address.
         REAL.store(address, Ordering::Release);
     }
     // SAFETY: an address that was found under the name dlopen.
@@ -97,16 +98,16 @@ extern "C" fn filter(file: *const c_char, flags: c_int) -> Verdict {
 }
 
 fn is_left_alone() -> bool {
-    // SAFETY: getenv with a C string; the value is looked at before anybody can change it.
+    // SAFETY: getenv with a C string; the value is read at once.
     let value = unsafe { libc::getenv(c"NVSHARE_DEEPBIND".as_ptr()) };
     // SAFETY: a C string, if there is one.
     !value.is_null() && unsafe { CStr::from_ptr(value) } == c"1"
 }
 
-/// What stands in the files of libraries that call the driver or NVML, or depend on one that does.
+/// Text that the file of a library contains if it calls the driver or NVML, or depends on a library that does.
 const CUDAS: [&[u8]; 3] = [b"libcuda", b"cuda.so", b"libnvidia-ml.so"];
 
-/// What the driver itself consists of; its calls of its own are none of nvshare's business.
+/// How the names of the driver's own libraries begin, whose calls nvshare leaves alone.
 const DRIVERS: [&[u8]; 2] = [b"libcuda.so", b"libnvidia-"];
 
 fn concerns_cuda(file: &CStr) -> bool {
@@ -125,13 +126,13 @@ fn concerns_cuda(file: &CStr) -> bool {
     })
 }
 
-/// A file that dlopen would load, as far as that can be told: a path, or a name in LD_LIBRARY_PATH or where systems have
-/// their libraries. What is only in the caller's own search path or in the linker's cache is not found.
+/// Opens the file that dlopen would probably load: a path, or a name in LD_LIBRARY_PATH or in the usual directories of
+/// libraries. A file that is only in the caller's own search path or in the linker's cache is not found.
 fn find(file: &CStr) -> Option<OwnedFd> {
     if file.to_bytes().contains(&b'/') {
         return open(file);
     }
-    // SAFETY: getenv with a C string; the value is used before anybody can be expected to change it.
+    // SAFETY: getenv with a C string; the value is used only in this function.
     let searched = unsafe { libc::getenv(c"LD_LIBRARY_PATH".as_ptr()) };
     // SAFETY: a C string, if there is one.
     let searched = if searched.is_null() { b"" } else { unsafe { CStr::from_ptr(searched) }.to_bytes() };
@@ -139,7 +140,7 @@ fn find(file: &CStr) -> Option<OwnedFd> {
         [b"/lib/x86_64-linux-gnu", b"/usr/lib/x86_64-linux-gnu", b"/lib64", b"/usr/lib64", b"/usr/local/lib"];
     let folders = searched.split(|byte| matches!(byte, b':' | b';')).filter(|folder| !folder.is_empty());
     folders.chain(usual).find_map(|folder| {
-        // On the stack: whoever loads a library may be a malloc that is being made.
+        // On the stack, because the caller may be a malloc that is being initialised.
         let mut path = [0u8; libc::PATH_MAX as usize];
         let name = file.to_bytes_with_nul();
         let room = path.get_mut(..folder.len() + 1 + name.len())?;
@@ -153,11 +154,11 @@ fn find(file: &CStr) -> Option<OwnedFd> {
 fn open(path: &CStr) -> Option<OwnedFd> {
     // SAFETY: a C string.
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    // SAFETY: a descriptor that was just opened, and is nobody else's.
+    // SAFETY: a descriptor that was just opened and has no other owner.
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A file's bytes, mapped while somebody looks at them.
+/// The bytes of a file, mapped as long as this exists.
 struct Contents {
     address: *mut c_void,
     length: usize,
@@ -165,12 +166,12 @@ struct Contents {
 
 impl Contents {
     fn of(file: OwnedFd) -> Option<Self> {
-        // SAFETY: room for what the call writes; all zeros is a valid value.
+        // SAFETY: all zeros is a valid value.
         let mut about: libc::stat = unsafe { std::mem::zeroed() };
         // SAFETY: as above.
         let known = unsafe { libc::fstat(file.as_raw_fd(), &mut about) } == 0;
         let length = usize::try_from(about.st_size).ok().filter(|length| known && *length > 0)?;
-        // SAFETY: a new mapping, only read. A library that is cut short while it is loaded ends the process in any case.
+        // SAFETY: a new mapping, only read. Truncating a library while it is loaded would crash the process without this too.
         let address = unsafe {
             libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0)
         };
@@ -180,7 +181,7 @@ impl Contents {
 
 impl Drop for Contents {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's.
+        // SAFETY: this value owns the mapping.
         unsafe { libc::munmap(self.address, self.length) };
     }
 }
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn other_libraries_keep_what_they_ask_for() {
+    fn other_libraries_are_loaded_as_asked() {
         let (_file, path) = Library::of("other", b"\0libstdc++.so.6\0barracuda\0");
         assert!(!concerns_cuda(&path));
         let (_file, path) = Library::of("empty", b"");
@@ -228,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_flag_is_taken_away() {
+    fn only_that_flag_is_removed() {
         let (_file, path) = Library::of("flag", b"libcuda.so.1");
         let flags = libc::RTLD_NOW | libc::RTLD_GLOBAL | libc::RTLD_NODELETE;
         let given = |asked| filter(path.as_ptr(), asked).flags as c_int;

@@ -1,24 +1,24 @@
-//! `dlsym`, by which programs find the entry points of the driver and of NVML without the dynamic linker binding them. It gives
-//! out hooks where [`crate::interpose::entry_points`] and [`crate::interpose::nvml`] have them.
+//! `dlsym`, by which programs find the entry points of the driver and of NVML at run time. It returns the hooks of
+//! [`crate::interpose::entry_points`] and [`crate::interpose::nvml`].
 //!
 //! The shim's exported `dlsym` sees every lookup of the process, CUDA's or not, so:
 //!
-//! - It must be invisible. The C library tells by the return address who asks, and for RTLD_NEXT and RTLD_DEFAULT
-//!   answers accordingly. Therefore the function is a few instructions of assembly: a filter looks at the name, and
-//!   unless the filter has an answer of its own, control *jumps* to the C library's dlsym with registers and stack as
-//!   they came. (Other machines than x86-64 call instead, and get RTLD_NEXT relative to the shim.)
-//! - It must work before anything is initialised, in constructors of other libraries or under a malloc that looks its
-//!   next one up. The filter doesn't allocate, and takes no lock, for names that aren't CUDA's or NVML's.
-//! - It may only substitute these libraries' own symbols. Other libraries export `cu...` names too: wrappers, stubs, or
-//!   something that begins with the same letters. So the C library is asked first, and a hook is given only in place
-//!   of the very address that `libcuda.so.1` (or `libnvidia-ml.so.1`) has for that name.
+//! - It must be invisible. The C library identifies the caller by the return address, and for RTLD_NEXT and RTLD_DEFAULT
+//!   answers accordingly. Therefore the function is a few instructions of assembly: a filter checks the name, and
+//!   unless the filter has an answer, control *jumps* to the C library's dlsym with registers and stack
+//!   unchanged. (On architectures other than x86-64 it is a call, and RTLD_NEXT is relative to the shim.)
+//! - It must work before anything is initialised, in constructors of other libraries or under a malloc that looks up the
+//!   next malloc. For names that are not CUDA's or NVML's the filter neither allocates nor takes a lock.
+//! - It may replace only these libraries' own symbols. Other libraries export `cu...` names too: wrappers, stubs, or
+//!   unrelated functions. So the C library is asked first, and a hook is returned only instead
+//!   of the address that `libcuda.so.1` (or `libnvidia-ml.so.1`) has for that name.
 //!
-//! RTLD_DEFAULT needs no filter: the shim is preloaded, so what that finds is the shim's export. RTLD_NEXT is asked
-//! on behalf of the shim: if what comes after the shim is the driver's symbol, a caller before the shim should have
-//! found the shim's, and one after it would run work past the gate.
+//! RTLD_DEFAULT needs no filter: the shim is preloaded, so the search finds the shim's export. RTLD_NEXT is resolved
+//! relative to the shim: if the next symbol is the driver's, a caller before the shim should have
+//! found the shim's, and a caller after it would submit work without passing the gate.
 //!
-//! Lookups leave `dlerror` as the C library's own would: the last call that the filter makes before it answers is the
-//! successful one, and everything else ends in the jump.
+//! Lookups leave `dlerror` as the C library's own dlsym does: the last call that the filter makes before it answers has
+//! succeeded, and all other cases end in the jump.
 
 use crate::cuda::library::{Dlsym, real_dlsym};
 use crate::interpose::hook::Hooked;
@@ -26,7 +26,7 @@ use crate::interpose::{entry_points, nvml};
 use crate::state;
 use std::ffi::{CStr, c_char, c_void};
 
-/// What the filter tells the assembly: an answer, or where to jump for one. Returned in rax and rdx.
+/// The filter's result for the assembly: an answer, or if that is null the function to jump to. Returned in rax and rdx.
 #[repr(C)]
 struct Verdict {
     answer: *const c_void,
@@ -43,8 +43,8 @@ struct Verdict {
 #[unsafe(naked)]
 #[allow(dead_code)]
 pub unsafe extern "C" fn dlsym(_handle: *mut c_void, _name: *const c_char) -> *mut c_void {
-    // On entry the stack is 8 bytes off the 16 that a call needs; 24 bytes mend that and hold both arguments. They
-    // are given back before the jump, so that the C library finds the caller's return address where it looks for it.
+    // On entry the stack is 8 bytes off the alignment of 16 that a call needs; 24 bytes restore it and hold both arguments.
+    // They are released before the jump, so that the C library finds the caller's return address at the top of the stack.
     core::arch::naked_asm!(
         ".cfi_startproc",
         "endbr64",
@@ -84,10 +84,10 @@ pub unsafe extern "C" fn dlsym(handle: *mut c_void, name: *const c_char) -> *mut
     unsafe { (verdict.otherwise)(handle, name) }
 }
 
-/// Decides about one lookup. Nearly all of them end at the first comparison.
+/// Filters one lookup. Nearly all end at the first comparison.
 extern "C" fn filter(handle: *mut c_void, name: *const c_char) -> Verdict {
     let otherwise = real_dlsym();
-    // SAFETY: the C library would read the name too. The second byte is there if the first isn't the terminator.
+    // SAFETY: the C library would read the name too. There is a second byte if the first is not the terminator.
     let ours = !name.is_null()
         && unsafe {
             match *name as u8 {
@@ -105,9 +105,9 @@ extern "C" fn filter(handle: *mut c_void, name: *const c_char) -> Verdict {
     Verdict { answer, otherwise }
 }
 
-/// What the decision about a lookup depends on.
+/// The environment on which the result of a lookup depends.
 trait World {
-    /// Whether nvshare is on in this process.
+    /// Whether nvshare is active in this process.
     fn enabled(&self) -> bool;
     /// The library's own address of a hooked row, if the library is loaded.
     fn real_address(&self, hooked: &Hooked) -> Option<usize>;
@@ -115,7 +115,7 @@ trait World {
     fn ask(&self, handle: usize, name: &CStr) -> Option<usize>;
 }
 
-/// The process that we are in.
+/// This process.
 struct Process;
 
 impl World for Process {
@@ -134,7 +134,7 @@ impl World for Process {
     }
 }
 
-/// The hook to answer a lookup with, or `None` if the C library should answer it.
+/// The hook with which to answer a lookup, or `None` if the C library should answer it.
 fn substitute(handle: usize, name: &CStr, world: &impl World) -> Option<usize> {
     let name_of_nvml = name.to_bytes().starts_with(b"nv");
     let hooked = if name_of_nvml {
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn only_hooked_symbols_of_the_driver_are_substituted() {
+    fn only_hooked_symbols_of_the_driver_are_replaced() {
         let hook = |name: &str| row(name).hooked.unwrap().hook.address();
         let p = process();
         assert_eq!(substitute(LIBCUDA, c"cuLaunchKernel", &p), Some(hook("cuLaunchKernel")));
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn next_is_what_comes_after_the_shim_and_default_needs_no_help() {
+    fn rtld_next_is_relative_to_the_shim_and_rtld_default_is_not_filtered() {
         let p = process();
         assert!(substitute(libc::RTLD_NEXT as usize, c"cuMemAlloc_v2", &p).is_some());
         assert_eq!(*p.asked.borrow(), 1);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_of_nvml_are_substituted_and_nothing_else_of_it() {
+    fn of_nvml_only_functions_that_report_memory_are_replaced() {
         let hook = nvml::by_export(b"nvmlDeviceGetMemoryInfo").unwrap().hook.address();
         assert_eq!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo", &WithNvml), Some(hook));
         assert_ne!(substitute(LIBCUDA, c"nvmlDeviceGetMemoryInfo_v2", &WithNvml), Some(hook));
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_substituted_when_off_or_without_a_driver() {
+    fn nothing_is_replaced_if_inactive_or_without_a_driver() {
         assert_eq!(substitute(LIBCUDA, c"cuInit", &FakeProcess { enabled: false, ..process() }), None);
         let p = FakeProcess { loaded: false, ..process() };
         assert_eq!(substitute(LIBCUDA, c"cuInit", &p), None);

@@ -1,6 +1,6 @@
-//! The driver's own functions, for the handwritten ones that stand in for them, and the driver's address of each row.
+//! Functions that call the driver's own, for the hooks, and the driver's address of each row.
 //!
-//! Each function answers CUDA_ERROR_NOT_FOUND if the driver has no such function.
+//! Each answers CUDA_ERROR_NOT_FOUND if the driver does not have it.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
 
@@ -10,7 +10,7 @@ use std::ffi::{c_char, c_void};
 
 macro_rules! driver_calls {
     (
-        forwarded { $($fclass:ident $fat:ident { $($fname:ident($arity:tt) @ $fsince:literal;)* })* }
+        forwarded { $($fclass:ident $fat:ident { $($fname:ident($arity:tt) $(checks($($checks:tt)+))? @ $fsince:literal;)* })* }
         hooked { $($hclass:ident { $($hname:ident($($arg:ident: $ty:ty),*) @ $hsince:literal;)* })* }
         passed { $($pname:ident @ $psince:literal;)* }
     ) => {

@@ -5,8 +5,8 @@
 //! A row of class [`Class::Submit`] or [`Class::NeedsMemory`] makes the exported C function of that name, which
 //! passes the gate (`pass::enter()` or `pass::enter_query()`; the gate is left when the guard drops) and
 //! forwards to the driver; one of class [`Class::Grows`] forwards without a gate. If the driver then has no memory
-//! for itself, room is made and the call is made again ([`crate::process::reservation`]). The classes [`Class::Alloc`] to
-//! [`Class::Init`] name a handwritten function in `crate::interpose::hooks`:
+//! for itself, nvshare makes room on the GPU and repeats the call ([`crate::process::reservation`]). The classes
+//! [`Class::Alloc`] to [`Class::Init`] name a handwritten function in `crate::interpose::hooks`:
 //!
 //! ```text
 //! table row      cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) @ 3020;
@@ -15,25 +15,36 @@
 //! ```
 //!
 //! The exported `cuMemAlloc_v2` calls the hook if `state::enabled()` and the driver's own if not. `entry_points::real::*`
-//! exists for every hooked row, and answers CUDA_ERROR_NOT_FOUND where the driver hasn't the symbol. The address
-//! alone, of any symbol whether or not in the table, is [`real_address`]. A hook must not unwind: the exported
-//! function is `extern "C"`, so a panic that reaches it aborts the process. [`Class::Lookup`] is
-//! `crate::interpose::dlsym`'s. A [`Class::Pass`] row makes nothing: the application gets the driver's own function, and the
-//! row says that somebody thought about it.
+//! exists for every hooked row, and answers CUDA_ERROR_NOT_FOUND if the driver does not have the symbol.
+//! [`real_address`] gives the driver's address of any symbol, in the table or not. A hook must not unwind: the exported
+//! function is `extern "C"`, so a panic that reaches it aborts the process. The functions of [`Class::Lookup`] are in
+//! `crate::interpose::proc_address`. A [`Class::Pass`] row makes nothing: the application gets the driver's own function.
+//! The row records that the function was considered.
 //!
-//! `@` is the API version since which `cuGetProcAddress` answers the base name (the name without `_v2`, `_ptds`,
-//! `_ptsz`) with this symbol; an older request gets an older row.
+//! `@` is the first API version at which `cuGetProcAddress` answers the base name (the name without `_v2`, `_ptds`,
+//! `_ptsz`) with this symbol; a request for an older version gets an older row.
 //!
-//! What submits work stands under where its arguments name the stream: [`crate::submit::flow`] counts each stream's work by
-//! itself.
+//! Rows that submit work are grouped by which argument names the stream (`first`, `ninth`, `last`, ...), because
+//! [`crate::submit::flow`] counts the work of each stream separately.
+//!
+//! `checks(...)` after the arguments marks a call that copies or sets one contiguous range of bytes, and says which of its
+//! addresses are checked against the ends of allocations ([`crate::memory::bounds`]):
+//!
+//! | checks | arguments | checked |
+//! |---|---|---|
+//! | `destination` | to, from, bytes | to |
+//! | `source` | to, from, bytes | from |
+//! | `both` | to, from, bytes | to and from |
+//! | `peers` | to, its context, from, its context, bytes | to and from |
+//! | `elements N` | to, value, count of elements of N bytes | to |
 //!
 //! # Why forwarding needs only the number of arguments
 //!
 //! Every argument of every forwarded function is a pointer, a handle, an integer of up to 64 bits, or `CUmemLocation`
 //! by value, which is two 32-bit words. The System V ABI of x86-64 puts each of them into one general register, the
 //! first six in rdi to r9 and the others in one 8-byte slot of the stack each; AAPCS64 on Linux does the same with x0
-//! to x7 and 8-byte slots. So does a function of as many `usize`. Whatever a caller leaves in the unused upper half
-//! of a register or slot is handed on unchanged, and the callee ignores it as it would have without us. All return a
+//! to x7 and 8-byte slots. A function with the same number of `usize` arguments is called in the same way. Whatever a caller
+//! leaves in the unused upper half of a register or slot is passed on unchanged, and the driver ignores it. All return a
 //! 32-bit integer. Driver functions that take a float or a large struct by value (`cuParamSetf`,
 //! `cuTexRefSetMipmapLevelBias` and `Clamp`, `cuIpcOpenMemHandle`, `cuIpcOpenEventHandle`,
 //! `cuEGLStreamProducerPresentFrame`) must never be given such a row; they are hooked, with their types, or
@@ -41,14 +52,14 @@
 //!
 //! # Cost
 //!
-//! A forwarded call adds, to the gate, one load and one branch: the driver's address is kept in a static per row once
-//! it has been looked up. Those that copy or set a row of bytes look up where the allocation ends ([`crate::memory::bounds`]).
+//! Besides passing the gate, a forwarded call costs one load and one branch: the driver's address is kept in a static per
+//! row once it has been looked up. Rows with `checks` also look up where the allocation ends ([`crate::memory::bounds`]).
 //!
-//! # Extra names for the same code
+//! # Two functions per hooked row
 //!
-//! The address of a hook that [`Hooked::hook`] gives away is of a private function, not of the exported one of the
-//! same body: an executable that defines `cuInit` itself (generated stub loaders do) would otherwise catch that
-//! address in symbol resolution, and its stub would be handed itself as the driver.
+//! [`Hooked::hook`] is the address of a private function with the same body as the exported one. If it were the exported
+//! function, an executable that defines `cuInit` itself (generated stub loaders do) would override it in symbol resolution,
+//! and its stub would receive its own address as the driver's.
 
 use crate::cuda::abi::*;
 use crate::cuda::library;
@@ -57,32 +68,32 @@ use crate::interpose::driver_calls::{self, symbol};
 use crate::interpose::hook::Hooked;
 use std::ffi::{CStr, c_char, c_void};
 
-/// What an entry point is to nvshare.
+/// What nvshare does with an entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Class {
     /// Submits work to the GPU, or touches the contents of its memory: passes the gate.
     Submit,
-    /// Submits nothing, but the driver looks at the mapping of an address that it is given: passes the gate.
+    /// Submits nothing, but the driver reads the mapping of an address among the arguments: passes the gate.
     NeedsMemory,
     /// Allocates memory of the GPU.
     Alloc,
-    /// Frees it.
+    /// Frees memory of the GPU.
     Free,
-    /// Physical memory that the application maps itself.
+    /// Creates, maps or releases physical memory that the application maps itself.
     Map,
-    /// Hands memory to others, who may use it at any time: it stays on the GPU from then on.
+    /// Hands memory to other processes, which may use it at any time: it stays on the GPU from then on.
     Export,
     /// Maps memory of another process, or unmaps it.
     Import,
-    /// Allocates or frees memory that only the driver can place, and that cannot move.
+    /// Allocates or frees memory that only the driver can place (arrays, managed memory), and that nvshare cannot move.
     Placed,
-    /// The driver may need memory of its own for it: if it finds none, room is made.
+    /// The driver may allocate memory of its own: if it finds none, nvshare makes room and repeats the call.
     Grows,
-    /// Makes, asks or ends a pool of stream-ordered memory.
+    /// Creates, queries or destroys a pool of stream-ordered memory.
     Pool,
-    /// Tells about memory: how much there is, where an allocation begins.
+    /// Queries memory: how much there is, where an allocation begins.
     QueryMemory,
-    /// Creates or destroys a context, makes it current, or opens it to another.
+    /// Creates or destroys a context, makes it current, or gives it access to another.
     Context,
     /// Creates or destroys a stream.
     Stream,
@@ -92,7 +103,7 @@ pub enum Class {
     Init,
     /// Hands out addresses of entry points.
     Lookup,
-    /// None of nvshare's business.
+    /// Needs nothing from nvshare: the application calls the driver's own function.
     Pass,
 }
 
@@ -133,22 +144,39 @@ pub struct Entry {
     pub per_thread: bool,
     /// How many arguments it takes; not known for rows that only pass through.
     pub arity: Option<u8>,
-    /// What it is to nvshare.
+    /// What nvshare does with it.
     pub class: Class,
-    /// For what is forwarded: which argument names its stream, as its group in the table says.
+    /// For forwarded rows: which argument names the stream, as the row's group in the table says.
     pub stream: Option<&'static str>,
-    /// What stands in for it and where the driver's own is; `None` for rows that pass through.
+    /// Which addresses are checked against the ends of allocations, as the row says; empty if none are.
+    pub checks: &'static str,
+    /// The function that replaces it and where the driver's own is; `None` for rows that pass through.
     pub hooked: Option<Hooked>,
 }
 
 impl Entry {
     const fn new(export: &'static str, since: u32, arity: Option<u8>, class: Class) -> Entry {
         let per_thread = is_per_thread(export);
-        Entry { export, base: base_name(export), since, per_thread, arity, class, stream: None, hooked: None }
+        Entry {
+            export,
+            base: base_name(export),
+            since,
+            per_thread,
+            arity,
+            class,
+            stream: None,
+            checks: "",
+            hooked: None,
+        }
     }
 
     const fn in_stream(mut self, at: &'static str) -> Entry {
         self.stream = Some(at);
+        self
+    }
+
+    const fn checking(mut self, checks: &'static str) -> Entry {
+        self.checks = checks;
         self
     }
 
@@ -168,7 +196,7 @@ const fn is_per_thread(export: &str) -> bool {
         && matches!((name[n - 2], name[n - 1]), (b'd', b's') | (b's', b'z'))
 }
 
-/// The symbol without the suffixes that tell its version and its default stream.
+/// The symbol without the suffixes for its version and its default stream.
 const fn base_name(export: &'static str) -> &'static str {
     let mut end = export.len();
     if is_per_thread(export) {
@@ -191,7 +219,7 @@ pub fn by_export(export: &[u8]) -> Option<&'static Entry> {
 
 /// The row that `cuGetProcAddress(base, ..., version)` is answered from.
 ///
-/// With `per_thread` an entry point that has such forms is answered from them, any other as without.
+/// With `per_thread`, an entry point that has `_ptds` or `_ptsz` forms is answered from those, any other from its only form.
 pub fn by_version(base: &[u8], version: u32, per_thread: bool) -> Option<&'static Entry> {
     let newest = |per_thread: bool| {
         ENTRIES
@@ -207,7 +235,7 @@ pub fn by_version(base: &[u8], version: u32, per_thread: bool) -> Option<&'stati
         .or(Some(entry))
 }
 
-/// The driver's address of an exported symbol, whether or not the table knows it.
+/// The driver's address of an exported symbol, whether or not the table has a row for it.
 pub fn real_address(export: &CStr) -> Option<usize> {
     match by_export(export.to_bytes()).and_then(|entry| entry.hooked) {
         Some(hooked) => hooked.real.get(),
@@ -215,7 +243,7 @@ pub fn real_address(export: &CStr) -> Option<usize> {
     }
 }
 
-/// The newest API version that this table knows in full.
+/// The newest API version all of whose symbols have rows.
 pub const KNOWN_VERSION: u32 = 13_050;
 
 /// A base name that newer versions answer with an export of another name.
@@ -229,7 +257,7 @@ struct Renamed {
 const RENAMED: &[Renamed] =
     &[Renamed { base: "cuGraphInstantiate", since: 12_000, export: "cuGraphInstantiateWithFlags" }];
 
-/// Takes the pass that a class of forwarded calls needs.
+/// Passes the gate as the class of a forwarded call requires.
 macro_rules! enter {
     (Submit $at:ident $name:ident $($a:ident)*) => {
         crate::submit::pass::enter(|| {
@@ -245,8 +273,8 @@ macro_rules! enter {
     };
 }
 
-/// The stream that a call submits to, by where its arguments say it: the first of them, the ninth, the last, the launch's
-/// attributes in the first. By default, or where a call names several, the default stream.
+/// The stream that a call submits to: its first, ninth or last argument, or a field of the launch configuration to which the
+/// first argument points. `default`, also for a call that names several streams, is the default stream.
 macro_rules! stream {
     (first $a:ident $($rest:ident)*) => { $a };
     (ninth $a0:ident $a1:ident $a2:ident $a3:ident $a4:ident $a5:ident $a6:ident $a7:ident $a8:ident $($rest:ident)*) => { $a8 };
@@ -280,69 +308,38 @@ macro_rules! arguments {
     (11 => $then:ident $rest:tt) => { $then!($rest a0 a1 a2 a3 a4 a5 a6 a7 a8 a9 a10); };
 }
 
-/// A word of arguments, whatever its name.
+/// The type of a forwarded argument: one machine word.
 macro_rules! word {
     ($argument:ident) => {
         usize
     };
 }
 
-/// The answer to a call that copies or sets one row of bytes beyond the end of an allocation ([`crate::memory::bounds`]).
-macro_rules! beyond {
-    (@set $width:literal $name:ident $to:ident $value:ident $count:ident $($stream:ident)?) => {
+/// CUDA_ERROR_INVALID_VALUE if a call's range reaches beyond the end of an allocation, as `checks` in its row says
+/// ([`crate::memory::bounds`]); `None` if the call goes to the driver.
+macro_rules! check_bounds {
+    (() $name:ident $($a:ident)*) => { None };
+    ((elements $width:literal) $name:ident $to:ident $value:ident $count:ident $($stream:ident)?) => {
         crate::memory::bounds::refuse(stringify!($name), $to, $count.saturating_mul($width))
     };
-    (@to $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
+    ((destination) $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
         crate::memory::bounds::refuse(stringify!($name), $to, $bytes)
     };
-    (@from $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
+    ((source) $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
         crate::memory::bounds::refuse(stringify!($name), $from, $bytes)
     };
-    (@both $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
+    ((both) $name:ident $to:ident $from:ident $bytes:ident $($stream:ident)?) => {
         crate::memory::bounds::refuse(stringify!($name), $to, $bytes)
             .or_else(|| crate::memory::bounds::refuse(stringify!($name), $from, $bytes))
     };
-    (@peers $name:ident $to:ident $into:ident $from:ident $of:ident $bytes:ident $($stream:ident)?) => {
-        beyond!(@both $name $to $from $bytes)
+    ((peers) $name:ident $to:ident $to_context:ident $from:ident $from_context:ident $bytes:ident $($stream:ident)?) => {
+        check_bounds!((both) $name $to $from $bytes)
     };
-    (cuMemsetD8_v2 $($a:ident)*) => { beyond!(@set 1 cuMemsetD8_v2 $($a)*) };
-    (cuMemsetD8_v2_ptds $($a:ident)*) => { beyond!(@set 1 cuMemsetD8_v2_ptds $($a)*) };
-    (cuMemsetD8Async $($a:ident)*) => { beyond!(@set 1 cuMemsetD8Async $($a)*) };
-    (cuMemsetD8Async_ptsz $($a:ident)*) => { beyond!(@set 1 cuMemsetD8Async_ptsz $($a)*) };
-    (cuMemsetD16_v2 $($a:ident)*) => { beyond!(@set 2 cuMemsetD16_v2 $($a)*) };
-    (cuMemsetD16_v2_ptds $($a:ident)*) => { beyond!(@set 2 cuMemsetD16_v2_ptds $($a)*) };
-    (cuMemsetD16Async $($a:ident)*) => { beyond!(@set 2 cuMemsetD16Async $($a)*) };
-    (cuMemsetD16Async_ptsz $($a:ident)*) => { beyond!(@set 2 cuMemsetD16Async_ptsz $($a)*) };
-    (cuMemsetD32_v2 $($a:ident)*) => { beyond!(@set 4 cuMemsetD32_v2 $($a)*) };
-    (cuMemsetD32_v2_ptds $($a:ident)*) => { beyond!(@set 4 cuMemsetD32_v2_ptds $($a)*) };
-    (cuMemsetD32Async $($a:ident)*) => { beyond!(@set 4 cuMemsetD32Async $($a)*) };
-    (cuMemsetD32Async_ptsz $($a:ident)*) => { beyond!(@set 4 cuMemsetD32Async_ptsz $($a)*) };
-    (cuMemcpy $($a:ident)*) => { beyond!(@both cuMemcpy $($a)*) };
-    (cuMemcpy_ptds $($a:ident)*) => { beyond!(@both cuMemcpy_ptds $($a)*) };
-    (cuMemcpyAsync $($a:ident)*) => { beyond!(@both cuMemcpyAsync $($a)*) };
-    (cuMemcpyAsync_ptsz $($a:ident)*) => { beyond!(@both cuMemcpyAsync_ptsz $($a)*) };
-    (cuMemcpyDtoD_v2 $($a:ident)*) => { beyond!(@both cuMemcpyDtoD_v2 $($a)*) };
-    (cuMemcpyDtoD_v2_ptds $($a:ident)*) => { beyond!(@both cuMemcpyDtoD_v2_ptds $($a)*) };
-    (cuMemcpyDtoDAsync_v2 $($a:ident)*) => { beyond!(@both cuMemcpyDtoDAsync_v2 $($a)*) };
-    (cuMemcpyDtoDAsync_v2_ptsz $($a:ident)*) => { beyond!(@both cuMemcpyDtoDAsync_v2_ptsz $($a)*) };
-    (cuMemcpyHtoD_v2 $($a:ident)*) => { beyond!(@to cuMemcpyHtoD_v2 $($a)*) };
-    (cuMemcpyHtoD_v2_ptds $($a:ident)*) => { beyond!(@to cuMemcpyHtoD_v2_ptds $($a)*) };
-    (cuMemcpyHtoDAsync_v2 $($a:ident)*) => { beyond!(@to cuMemcpyHtoDAsync_v2 $($a)*) };
-    (cuMemcpyHtoDAsync_v2_ptsz $($a:ident)*) => { beyond!(@to cuMemcpyHtoDAsync_v2_ptsz $($a)*) };
-    (cuMemcpyDtoH_v2 $($a:ident)*) => { beyond!(@from cuMemcpyDtoH_v2 $($a)*) };
-    (cuMemcpyDtoH_v2_ptds $($a:ident)*) => { beyond!(@from cuMemcpyDtoH_v2_ptds $($a)*) };
-    (cuMemcpyDtoHAsync_v2 $($a:ident)*) => { beyond!(@from cuMemcpyDtoHAsync_v2 $($a)*) };
-    (cuMemcpyDtoHAsync_v2_ptsz $($a:ident)*) => { beyond!(@from cuMemcpyDtoHAsync_v2_ptsz $($a)*) };
-    (cuMemcpyPeer $($a:ident)*) => { beyond!(@peers cuMemcpyPeer $($a)*) };
-    (cuMemcpyPeer_ptds $($a:ident)*) => { beyond!(@peers cuMemcpyPeer_ptds $($a)*) };
-    (cuMemcpyPeerAsync $($a:ident)*) => { beyond!(@peers cuMemcpyPeerAsync $($a)*) };
-    (cuMemcpyPeerAsync_ptsz $($a:ident)*) => { beyond!(@peers cuMemcpyPeerAsync_ptsz $($a)*) };
-    ($name:ident $($a:ident)*) => { None };
 }
 
 /// The body of a forwarded function.
 macro_rules! forward {
-    (($class:ident $at:ident $name:ident) $($a:ident)*) => {
+    (($class:ident $at:ident $checks:tt $name:ident) $($a:ident)*) => {
         #[inline(always)]
         pub(super) unsafe fn $name($($a: usize),*) -> CuResult {
             let Some(real) = symbol::$name.get() else { return CuResult::NOT_FOUND };
@@ -350,7 +347,7 @@ macro_rules! forward {
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
                 unsafe { std::mem::transmute(real) };
-            if let Some(refused) = beyond!($name $($a)*) {
+            if let Some(refused) = check_bounds!($checks $name $($a)*) {
                 return refused;
             }
             let call = || {
@@ -366,7 +363,7 @@ macro_rules! forward {
     };
 }
 
-/// The function that is handed out, and the one that is exported.
+/// The function whose address lookups return, and the exported one.
 macro_rules! outer {
     (($name:ident) $($a:ident)*) => {
         #[allow(missing_docs)]
@@ -396,15 +393,15 @@ macro_rules! handwritten {
 
 macro_rules! entry_points {
     (
-        forwarded { $($fclass:ident $fat:ident { $($fname:ident($arity:tt) @ $fsince:literal;)* })* }
+        forwarded { $($fclass:ident $fat:ident { $($fname:ident($arity:tt) $(checks($($checks:tt)+))? @ $fsince:literal;)* })* }
         hooked { $($hclass:ident { $($hname:ident($($arg:ident: $ty:ty),*) @ $hsince:literal;)* })* }
         passed { $($pname:ident @ $psince:literal;)* }
     ) => {
-        /// What the functions do.
+        /// The bodies of the functions.
         #[allow(non_snake_case, clippy::too_many_arguments)]
         mod body {
             use super::*;
-            $($(arguments!($arity => forward ($fclass $fat $fname));)*)*
+            $($(arguments!($arity => forward ($fclass $fat ($($($checks)+)?) $fname));)*)*
             $($(
                 #[inline(always)]
                 pub(super) unsafe fn $hname($($arg: $ty),*) -> CuResult {
@@ -419,7 +416,7 @@ macro_rules! entry_points {
             )*)*
         }
 
-        /// The functions that are handed out.
+        /// The functions whose addresses lookups return.
         #[allow(non_snake_case, clippy::too_many_arguments)]
         mod hook {
             use super::*;
@@ -432,7 +429,7 @@ macro_rules! entry_points {
             )*)*
         }
 
-        /// The functions that are exported. Not in tests, whose own calls to the driver they would catch.
+        /// The exported functions. Test builds do not export them, or they would replace the tests' own calls to the driver.
         #[allow(non_snake_case, dead_code, clippy::too_many_arguments)]
         mod export {
             use super::*;
@@ -451,6 +448,7 @@ macro_rules! entry_points {
             $($(
                 Entry::new(stringify!($fname), $fsince, Some($arity), Class::$fclass)
                     .in_stream(stringify!($fat))
+                    .checking(stringify!($($($checks)+)?))
                     .hooked(hook::$fname as *const c_void, &symbol::$fname),
             )*)*
             $($(
@@ -469,7 +467,7 @@ mod tests {
     use super::*;
     use std::collections::{BTreeMap, HashSet};
 
-    /// What real frameworks asked the driver for: symbol, versions, per-thread forms too, by dlsym too.
+    /// What real frameworks asked the driver for: the symbol, the versions, whether per-thread forms too, whether by dlsym too.
     fn recorded() -> Vec<(&'static str, Vec<u32>, bool, bool)> {
         include_str!("../../tests/data/cuda-entry-points.tsv")
             .lines()
@@ -504,11 +502,10 @@ mod tests {
         }
     }
 
-    /// What is asynchronous, or has a form for threads with default streams of their own that is (`_ptsz`), names its stream;
-    /// what is synchronous (`_ptds`) has none to name.
+    /// An asynchronous call (`Async`, or a `_ptsz` form) names its stream in an argument; a synchronous one (`_ptds`) does not.
     #[test]
-    fn what_names_a_stream_stands_under_where() {
-        // What several streams do, and what is newer than any description of its arguments that was at hand.
+    fn rows_are_grouped_by_the_argument_that_names_the_stream() {
+        // One submits to several streams; for the other no description of its arguments was at hand.
         let by_default = ["cuLaunchCooperativeKernelMultiDevice", "cuFabricCpyBatchAsync"];
         for entry in ENTRIES.iter().filter(|entry| entry.class == Class::Submit) {
             let Some(at) = entry.stream else { continue };
@@ -537,13 +534,36 @@ mod tests {
         assert_eq!(unsafe { (stream_of(&config), stream_of(std::ptr::null())) }, (9, 0));
     }
 
+    /// All forms of a call check the same addresses, except those older than CUDA 3.2: they take 32-bit addresses, which no
+    /// allocation has today.
+    #[test]
+    fn every_copy_and_memset_of_one_range_checks_its_addresses() {
+        let checks = |base: &str| match base.trim_end_matches("Async") {
+            "cuMemcpy" | "cuMemcpyDtoD" => "both",
+            "cuMemcpyPeer" => "peers",
+            "cuMemcpyHtoD" => "destination",
+            "cuMemcpyDtoH" => "source",
+            "cuMemsetD8" => "elements 1",
+            "cuMemsetD16" => "elements 2",
+            "cuMemsetD32" => "elements 4",
+            _ => "",
+        };
+        let mut checked = 0;
+        for entry in ENTRIES {
+            let expected = if entry.since < 3_020 { "" } else { checks(entry.base) };
+            assert_eq!(entry.checks, expected, "{}", entry.export);
+            checked += usize::from(!expected.is_empty());
+        }
+        assert_eq!(checked, 32);
+    }
+
     #[test]
     fn no_symbol_has_two_rows() {
         let mut seen = HashSet::new();
         for entry in ENTRIES {
-            assert!(seen.insert(entry.export), "{} is there twice", entry.export);
+            assert!(seen.insert(entry.export), "{} has two rows", entry.export);
         }
-        // Nor may two rows compete for one answer.
+        // Nor may two rows answer the same request.
         let mut seen = HashSet::new();
         for entry in ENTRIES {
             let answer = (entry.base, entry.since, entry.per_thread);
@@ -590,7 +610,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_taken_apart() {
+    fn a_symbol_is_split_into_base_name_and_suffixes() {
         let entry = |export: &str| by_export(export.as_bytes()).unwrap();
         assert_eq!(entry("cuMemcpyHtoD_v2_ptds").base, "cuMemcpyHtoD");
         assert!(entry("cuMemcpyHtoD_v2_ptds").per_thread);
@@ -638,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_of_which_class() {
+    fn rows_have_the_class_of_what_they_do() {
         let class = |export: &str| by_export(export.as_bytes()).unwrap().class;
         for export in ["cuMemcpyPeerAsync_ptsz", "cuMemsetD2D32Async", "cuGraphUpload", "cuLaunchHostFunc"] {
             assert_eq!(class(export), Class::Submit, "{export}");

@@ -1,13 +1,13 @@
-//! What stands in for an entry point of a library.
+//! The function that replaces an entry point of a library.
 
 use crate::cuda::symbol::Symbol;
 use std::ffi::c_void;
 
-/// The code that stands in for an entry point.
+/// The address of a function that replaces an entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hook(*const c_void);
 
-// SAFETY: the address of a function, which is code: nothing is reached through it but by calling it.
+// SAFETY: the address of a function, never used to reach data.
 unsafe impl Sync for Hook {}
 // SAFETY: as above.
 unsafe impl Send for Hook {}
@@ -19,17 +19,17 @@ impl Hook {
     }
 }
 
-/// An entry point that something stands in for.
+/// An entry point that nvshare replaces.
 #[derive(Clone, Copy)]
 pub struct Hooked {
-    /// What stands in for it.
+    /// The replacement.
     pub hook: Hook,
-    /// What it stands in for.
+    /// The library's own.
     pub real: &'static Symbol,
 }
 
 impl Hooked {
-    /// `hook` stands in for `real`.
+    /// `hook` replaces `real`.
     pub const fn new(hook: *const c_void, real: &'static Symbol) -> Hooked {
         Hooked { hook: Hook(hook), real }
     }

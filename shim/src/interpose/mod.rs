@@ -1,15 +1,15 @@
-//! Where the application meets nvshare: the entry points of the driver and of NVML, and what stands in for them.
+//! The interface to the application: the entry points of the driver and of NVML, and the functions that replace them.
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `rows` | the table of entry points: a row for each exported symbol |
-//! | [`entry_points`] | what a row means, and the functions that stand in for the driver's |
-//! | [`driver_calls`] | the driver's own functions |
+//! | [`entry_points`] | what a row means, and the functions that replace the driver's |
+//! | [`driver_calls`] | functions that call the driver's own |
 //! | [`hooks`] | the entry points that need more than the gate |
 //! | [`dlsym`], [`proc_address`] | how programs find entry points |
-//! | [`deepbind`] | libraries that are loaded so that they would find the driver's |
-//! | [`nvml`] | the same for NVML, as far as it tells how much memory there is |
-//! | [`probe`] | what tests and benchmarks ask the shim itself |
+//! | [`deepbind`] | libraries loaded with a flag by which they would find the driver's functions instead |
+//! | [`nvml`] | the functions of NVML that report memory |
+//! | [`probe`] | functions for tests and benchmarks |
 //! | [`hook`] | types that these share |
 //!
 //! The uppermost room: it may use all others, and nothing uses it.

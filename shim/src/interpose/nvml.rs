@@ -1,17 +1,17 @@
-//! NVML inside the process: what it says about memory agrees with what the driver says ([`crate::process::memory_info`]).
+//! NVML inside the process reports the same amounts of memory as the driver ([`crate::process::memory_info`]).
 //!
-//! NVML tells about the whole card, and a framework that sizes itself by that comes out too large for its pool. So
-//! two of its functions have something stand in for them. Each asks NVML first, so that a wrong handle, a null pointer
-//! or a wrong version gets NVML's own error, and then puts the client's figures in place of the card's. Which GPU a
-//! handle means, NVML says by the UUID. A GPU that has no pool keeps the card's figures.
+//! NVML reports the memory of the whole GPU, and a framework that sizes itself by that would exceed its pool. So
+//! two of NVML's functions are replaced. Each calls NVML's own first, so that a wrong handle, a null pointer
+//! or a wrong version gets NVML's error, and then replaces the numbers of the whole GPU by the client's. The GPU of a
+//! handle is found by the UUID that NVML reports. For a GPU without a pool NVML's numbers stay.
 //!
 //! Programs find NVML by dlopen and dlsym ([`crate::interpose::dlsym`]), seldom by linking; the functions are exported too.
 //!
-//! # What is left as it is
+//! # Functions that are not replaced
 //!
-//! [`ENTRIES`] has a row for every function that tells something of memory. Those that tell about processes stay as
-//! they are: a process that looks for others wants to see them as they are. So do the window to the bus (BAR1), and
-//! the size of a MIG instance, whose pool is counted by the instance's own handle.
+//! [`ENTRIES`] has a row for every function that reports memory. Those that report processes are not replaced:
+//! a program that looks for other processes needs their true memory. Nor are those for the PCI window (BAR1), and for
+//! the size of a MIG instance, whose pool is found by the instance's own handle.
 
 #![allow(non_snake_case, missing_docs)]
 
@@ -26,7 +26,7 @@ use std::ffi::{CStr, c_char, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// NVML's library, by what the dynamic linker knows it by.
+/// NVML's library, by its name in the dynamic linker.
 static LIBRARY: Soname = Soname::new(c"libnvidia-ml.so.1");
 
 /// `nvmlReturn_t`.
@@ -34,13 +34,13 @@ type Return = u32;
 
 const SUCCESS: Return = 0;
 
-/// NVML, or this function of it, isn't there.
+/// NVML is not loaded, or does not have this function.
 const FUNCTION_NOT_FOUND: Return = 13;
 
 /// `nvmlDevice_t`.
 type Device = *mut c_void;
 
-/// `nvmlMemory_t`. What is reserved counts as used.
+/// `nvmlMemory_t`. Reserved memory counts as used.
 #[repr(C)]
 pub struct Memory {
     total: u64,
@@ -58,20 +58,20 @@ pub struct MemoryV2 {
     used: u64,
 }
 
-/// The version word of [`MemoryV2`]: its size, and a 2 above it.
+/// The version word of [`MemoryV2`]: its size, and 2 in the highest byte.
 const MEMORY_V2: u32 = size_of::<MemoryV2>() as u32 | 2 << 24;
 
-/// How long the first question may wait for an arbiter that is starting: NVML may be asked by a program that never
-/// uses a GPU.
+/// How long the first query may wait for an arbiter that is starting. Short, because a program may query NVML and never
+/// use a GPU.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A function of NVML, and what stands in for it, if anything.
+/// A function of NVML, and its replacement if there is one.
 pub struct Entry {
     export: &'static str,
     hooked: Option<Hooked>,
 }
 
-/// What stands in for an exported symbol of NVML.
+/// The replacement of an exported symbol of NVML.
 pub fn by_export(export: &[u8]) -> Option<Hooked> {
     ENTRIES.iter().find(|entry| entry.export.as_bytes() == export)?.hooked
 }
@@ -100,7 +100,7 @@ macro_rules! functions {
             })*
         }
 
-        /// The functions that are handed out; private for the reason that [`crate::interpose::entry_points`] gives.
+        /// The functions whose addresses lookups return; private for the reason in [`crate::interpose::entry_points`].
         mod hook {
             use super::*;
             $(pub(super) unsafe extern "C" fn $name($($arg: $type),*) -> Return {
@@ -109,7 +109,7 @@ macro_rules! functions {
             })*
         }
 
-        /// The functions that are exported.
+        /// The exported functions.
         #[allow(dead_code)]
         mod export {
             use super::*;
@@ -122,7 +122,7 @@ macro_rules! functions {
             )*
         }
 
-        /// Every function of NVML that tells something of memory.
+        /// Every function of NVML that reports memory.
         static ENTRIES: &[Entry] = &[
             $(Entry {
                 export: stringify!($name),
@@ -156,7 +156,7 @@ functions! {
     }
 }
 
-/// What the functions do.
+/// The bodies of the functions.
 mod body {
     use super::*;
 
@@ -174,46 +174,49 @@ mod body {
         // SAFETY: the caller's arguments.
         let result = unsafe { real::nvmlDeviceGetMemoryInfo_v2(device, memory) };
         correct(result, device, |figures| {
-            // SAFETY: NVML has read the version there, and has taken it.
+            // SAFETY: NVML has just read the version there.
             let version = unsafe { (&raw const (*memory).version).read_unaligned() };
             if version != MEMORY_V2 {
                 crate::log::initialise();
                 tracing::info!(
                     version,
-                    "NVML knows a layout of memory figures that nvshare does not: they are the card's"
+                    "nvmlDeviceGetMemoryInfo_v2 was called with a version that nvshare does not know, so it reports the memory of the whole GPU"
                 );
                 return;
             }
             let MemoryInfo { total, free, own, others } = figures;
-            // SAFETY: of this version NVML has just written all.
+            // SAFETY: NVML has just written all fields of this version.
             unsafe { memory.write_unaligned(MemoryV2 { version, total, reserved: others, free, used: own }) };
         })
     }
 }
 
-/// NVML has answered for the card: `write`s the client's figures over it.
+/// Replaces NVML's answer for the whole GPU: `write` writes the client's numbers.
 fn correct(result: Return, device: Device, write: impl FnOnce(MemoryInfo)) -> Return {
     if result == SUCCESS && state::enabled() {
-        // A panic must not unwind into C, and NVML's own answer is there.
+        // A panic must not unwind into C; NVML's own answer stays then.
         let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             if let Some(figures) = gpu(device).and_then(|gpu| memory_info::of_gpu(gpu, patience())) {
                 write(figures);
             }
         }));
         if written.is_err() {
-            tracing::error!("nvshare panicked inside an NVML call, which answers for the whole card");
+            tracing::error!(
+                "nvshare panicked inside an NVML call, which reports the memory of the whole GPU instead; this is a bug in nvshare"
+            );
         }
     }
     result
 }
 
-/// Long for the first question, and then none: whoever looks every second must not wait every second.
+/// How long a query waits for an arbiter: [`TIMEOUT`] for the first one, then not at all, because a monitor queries every
+/// second.
 fn patience() -> Duration {
     static WAITED: AtomicBool = AtomicBool::new(false);
     if WAITED.swap(true, Ordering::Relaxed) { Duration::ZERO } else { TIMEOUT }
 }
 
-/// Which GPU a handle means.
+/// The GPU of a handle.
 fn gpu(device: Device) -> Option<GpuUuid> {
     static UUID: Symbol = Symbol::of(&LIBRARY, "nvmlDeviceGetUUID\0");
     let address = UUID.get()?;
@@ -221,7 +224,7 @@ fn gpu(device: Device) -> Option<GpuUuid> {
         // SAFETY: NVML's function of this name has this signature, the one in nvml.h.
         unsafe { std::mem::transmute(address) };
     let mut text = [0u8; 96];
-    // SAFETY: a handle that NVML has just taken, and as many bytes of room as are announced.
+    // SAFETY: a handle that NVML has just accepted, and a buffer of the length that is passed.
     if unsafe { uuid(device, text.as_mut_ptr().cast(), text.len() as u32) } != SUCCESS {
         return None;
     }
@@ -240,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn only_figures_of_the_card_have_a_stand_in() {
+    fn only_functions_that_report_the_memory_of_the_gpu_are_replaced() {
         let hooked: Vec<_> = ENTRIES.iter().filter(|e| e.hooked.is_some()).map(|e| e.export).collect();
         assert_eq!(hooked, ["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMemoryInfo_v2"]);
         assert!(by_export(b"nvmlDeviceGetMemoryInfo_v2").is_some());

@@ -1,19 +1,19 @@
-//! What tests and benchmarks ask the shim itself. Applications need none of it.
+//! Functions of the shim for tests and benchmarks. Applications do not need them.
 //!
-//! | function | answer |
+//! | function | result |
 //! |---|---|
-//! | `nvshare_real_address(name)` | the driver's own function, under nvshare too: past the gate |
-//! | `nvshare_holds()` | how often flow control has had a thread wait |
-//! | `nvshare_waiting()` | how many threads stand before the shut gate |
+//! | `nvshare_real_address(name)` | the address of the driver's own function, which does not pass the gate |
+//! | `nvshare_holds()` | how often flow control has made a thread wait |
+//! | `nvshare_waiting()` | how many threads wait at the shut gate |
 //! | `nvshare_entry_points()` | the table of entry points, as text |
-//! | `nvshare_bookkeeping(regions, ns)` | what the books of so many regions cost: [`crate::memory::bookkeeping`] |
+//! | `nvshare_bookkeeping(regions, ns)` | the cost of the bookkeeping of `regions` regions: [`crate::memory::bookkeeping`] |
 
 use crate::interpose::entry_points::{self, ENTRIES, Entry};
 use crate::submit::gate::gate;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::OnceLock;
 
-/// The driver's own address of an entry point, or null if it hasn't one of that name.
+/// The driver's own address of an entry point, or null if it has none of that name.
 ///
 /// # Safety
 /// `name` is a C string.
@@ -24,17 +24,17 @@ pub unsafe extern "C" fn nvshare_real_address(name: *const c_char) -> *mut c_voi
     entry_points::real_address(name).unwrap_or(0) as *mut c_void
 }
 
-/// How many threads stand before the shut gate. A thread that has just been woken, to find the gate shut again, may
-/// be missing for a moment.
+/// How many threads wait at the shut gate. A thread that has just been woken and finds the gate shut again may be missing for
+/// a moment.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn nvshare_waiting() -> u32 {
     gate().waiting()
 }
 
-/// See the module's head. 0 if it could be measured.
+/// See the module's head. Returns 0 if it could be measured, else 1.
 ///
 /// # Safety
-/// `ns` has place for four numbers.
+/// `ns` points to memory for four numbers.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub unsafe extern "C" fn nvshare_bookkeeping(regions: u32, ns: *mut u64) -> i32 {
     let Ok(took) = crate::memory::bookkeeping::measure(regions) else { return 1 };
@@ -49,9 +49,9 @@ pub extern "C" fn nvshare_holds() -> u64 {
     crate::submit::flow::holds()
 }
 
-/// The table of entry points. A line for each: exported symbol, what cuGetProcAddress calls it, since which API
-/// version, `ptds` if its default stream is the thread's own, class, and number of arguments; `-` for what is not
-/// so or not known, and tabs between. The text stays where it is.
+/// The table of entry points: a line for each, with the exported symbol, its base name for cuGetProcAddress, the first API
+/// version that has it, `ptds` if its default stream is the thread's own, the class, and the number of arguments, separated by
+/// tabs; `-` where there is none or it is not known. The text is static.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn nvshare_entry_points() -> *const c_char {
     static TEXT: OnceLock<CString> = OnceLock::new();

@@ -1,10 +1,10 @@
-//! `cuGetProcAddress`, by which the driver itself hands out its entry points.
+//! `cuGetProcAddress`, by which the driver itself returns its entry points.
 //!
-//! The driver is asked with the very same arguments, and what it answers is translated ([`translate`]): the address
-//! tells which row of the table it is, and the name, version and stream flag that it was asked by only where the
-//! driver gives other addresses than its symbol table. An entry point or version newer than the table is passed on as
-//! it is: a hook for an older signature would be worse than none. It is counted ([`nvshare_unknown_entry_points`]), and
-//! named once in the log, with the count.
+//! The driver is called with the same arguments, and its answer is translated ([`translate`]). The address
+//! identifies the row of the table; the requested name, version and stream flag are used only if the
+//! driver returns other addresses than those in its symbol table. An entry point or version newer than the table is passed on
+//! unchanged, because a hook for an older signature would be worse than none. It is counted
+//! ([`nvshare_unknown_entry_points`]), and logged once with the count.
 //!
 //! This file and [`crate::interpose::entry_points`] import each other: cuGetProcAddress is a row of the table, and looks the
 //! table up.
@@ -18,8 +18,8 @@ use std::ffi::{CStr, c_char, c_void};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How many times the driver gave out an entry point that the table doesn't know: what the application does with
-/// those, nvshare doesn't see. For whoever asks from inside the process; the log names them.
+/// How often the driver returned an entry point that is not in the table, so that nvshare does not see its calls. For programs
+/// in the same process; the log names the entry points.
 #[cfg_attr(not(test), unsafe(no_mangle))]
 pub extern "C" fn nvshare_unknown_entry_points() -> u64 {
     UNKNOWN.load(Ordering::Relaxed)
@@ -43,7 +43,7 @@ pub unsafe fn cuGetProcAddress(
     let result = unsafe { driver_calls::cuGetProcAddress(symbol, pfn, version, flags) };
     let again = |version| {
         let mut address = std::ptr::null_mut();
-        // SAFETY: the caller's symbol, and room for what the driver writes.
+        // SAFETY: the caller's symbol, and a pointer for the driver to write.
         unsafe { driver_calls::cuGetProcAddress(symbol, &mut address, version, flags) }.ok().ok()?;
         Some(address as usize)
     };
@@ -64,7 +64,7 @@ pub unsafe fn cuGetProcAddress_v2(
     flags: u64,
     status: *mut CUdriverProcAddressQueryResult,
 ) -> CuResult {
-    // SAFETY: the caller's arguments. The status is the driver's to write; a hook changes nothing about it.
+    // SAFETY: the caller's arguments. The driver writes the status, which a hook does not change.
     let result = unsafe { driver_calls::cuGetProcAddress_v2(symbol, pfn, version, flags, status) };
     let again = |version| {
         let (mut address, mut status) = (std::ptr::null_mut(), 0);
@@ -78,7 +78,7 @@ pub unsafe fn cuGetProcAddress_v2(
     unsafe { answer(result, symbol, pfn, version, flags, again) }
 }
 
-/// Puts the hook in the place of what the driver answered.
+/// Replaces the driver's answer by the hook.
 ///
 /// # Safety
 ///
@@ -94,9 +94,9 @@ unsafe fn answer(
     if !result.is_success() || symbol.is_null() || pfn.is_null() {
         return result;
     }
-    // SAFETY: the driver has just written it, or left it as it was, which is then the caller's affair.
+    // SAFETY: the driver has just written it, or the caller has initialised it.
     let address = unsafe { *pfn } as usize;
-    // Success without an address is how the driver tells by `status` that there is none.
+    // If the driver returns success without an address, `status` says that there is no such entry point.
     if address == 0 {
         return result;
     }
@@ -119,25 +119,25 @@ unsafe fn answer(
     result
 }
 
-/// What `cuGetProcAddress` was asked for.
+/// A request to `cuGetProcAddress`.
 struct Request<'a> {
     base: &'a [u8],
     version: u32,
     per_thread: bool,
 }
 
-/// What to make of the driver's answer.
+/// What the application gets instead of the driver's answer.
 #[derive(Clone, Copy)]
 enum Translation {
-    /// Give this out instead.
+    /// This hook.
     Hook(Hooked),
-    /// It is none of nvshare's business.
+    /// The driver's answer: the row is not hooked.
     Pass,
-    /// The table doesn't know it.
+    /// The driver's answer: no row is known to match.
     Unknown,
 }
 
-/// Finds the row behind an address that the driver gave.
+/// Finds the row of an address that the driver returned. `again` repeats the request for another version.
 fn translate(
     request: &Request<'_>,
     address: usize,
@@ -147,8 +147,8 @@ fn translate(
     let is_it = |e: &Entry| e.hooked.filter(|hooked| real_address(hooked) == Some(address));
     let version = request.version.min(entry_points::KNOWN_VERSION);
     let row = entry_points::by_version(request.base, version, request.per_thread);
-    // One function may have several names in the driver, so the row that the request names comes first, then others
-    // of its base name: drivers older than the table answer with older forms.
+    // The driver may export one function under several names, so the row that the request names comes first, then other rows
+    // of its base name, because an older driver answers with an older form.
     if let Some(hooked) = row.and_then(is_it) {
         return Translation::Hook(hooked);
     }
@@ -159,8 +159,8 @@ fn translate(
     let Some(row) = row else {
         return entry_points::ENTRIES.iter().find_map(is_it).map_or(Translation::Unknown, Translation::Hook);
     };
-    // The address says nothing. A request beyond what the table knows may have been answered with a signature beyond
-    // it too, unless the newest version that it does know gets the same answer.
+    // The address matches no row. A request for a version newer than the table may have been answered with a newer signature,
+    // unless the newest version in the table gets the same answer.
     if request.version > entry_points::KNOWN_VERSION && again(entry_points::KNOWN_VERSION) != Some(address) {
         return Translation::Unknown;
     }
@@ -168,8 +168,8 @@ fn translate(
     if real_address(&hooked).is_some() {
         return Translation::Hook(hooked);
     }
-    // The driver doesn't export this form. If it exports none of them there is only the name to go by, which is
-    // enough if it leaves no choice between signatures.
+    // The driver does not export this form, so there is only the name to go by. That is enough if the table has only one form
+    // of that name, and so only one signature.
     let forms = entry_points::ENTRIES
         .iter()
         .filter(|e| e.base.as_bytes() == request.base && e.per_thread == row.per_thread && e.since <= version)
@@ -183,13 +183,13 @@ fn note_unknown(base: &CStr, version: i32) {
     let name = base.to_string_lossy().into_owned();
     let new = nvshare::sync::lock(&NAMED).insert(name);
     if new {
-        // The CUDA runtime looks everything up before it calls cuInit.
+        // The CUDA runtime looks up all entry points before it calls cuInit.
         crate::log::initialise();
         tracing::info!(
             entry_point = ?base,
             version,
             so_far,
-            "the driver gave out an entry point that nvshare doesn't know: what is done with it passes nvshare by"
+            "the driver gave out an entry point that nvshare doesn't know, because the driver is newer: nvshare does not see calls to it"
         );
     }
 }
@@ -213,8 +213,7 @@ mod tests {
         by_export(export.as_bytes()).unwrap()
     }
 
-    /// What becomes of a request that the driver answers with the function of `answer`, or with an unheard-of
-    /// address.
+    /// The translation of a request that the driver answers with the function of `answer`, or with an unknown address.
     fn translated(
         base: &str,
         version: u32,
@@ -276,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn asking_for_the_asker_gives_the_hook_of_the_right_form() {
+    fn a_lookup_of_the_lookup_gives_the_hook_of_the_right_form() {
         assert_eq!(
             translated("cuGetProcAddress", 11_030, false, Some("cuGetProcAddress")),
             Ok("cuGetProcAddress")
@@ -304,7 +303,7 @@ mod tests {
         };
         assert_eq!(ask(Some(0x10)), Ok("cuMemcpyBatchAsync_v2"));
         assert_eq!(ask(Some(0x20)), Err(false));
-        // Known by its address: no need to ask.
+        // Known by its address: no second request.
         assert_eq!(translated("cuMemcpyAsync", newer, false, Some("cuMemcpyAsync")), Ok("cuMemcpyAsync"));
     }
 

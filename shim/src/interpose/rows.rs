@@ -1,7 +1,7 @@
 //! The rows of the table of entry points: one for each exported symbol of the driver.
 //!
-//! [`crate::interpose::entry_points`] says what a row means and makes the functions that stand in for the driver's;
-//! [`crate::interpose::driver_calls`] makes the driver's own. Both take the rows from here.
+//! [`crate::interpose::entry_points`] says what a row means and makes the functions that replace the driver's;
+//! [`crate::interpose::driver_calls`] makes functions that call the driver's own. Both take the rows from here.
 
 /// `with_rows!(callback)` is `callback! { ...the rows... }`.
 macro_rules! with_rows {
@@ -86,8 +86,8 @@ macro_rules! with_rows {
                     cuMemcpy3DPeerAsync_ptsz(2) @ 7_000;
                     cuMemcpy3DWithAttributesAsync(3) @ 13_020;
                     cuMemcpy3DWithAttributesAsync_ptsz(3) @ 13_020;
-                    cuMemcpyAsync(4) @ 4_000;
-                    cuMemcpyAsync_ptsz(4) @ 7_000;
+                    cuMemcpyAsync(4) checks(both) @ 4_000;
+                    cuMemcpyAsync_ptsz(4) checks(both) @ 7_000;
                     cuMemcpyAtoHAsync(5) @ 2_000;
                     cuMemcpyAtoHAsync_v2(5) @ 3_020;
                     cuMemcpyAtoHAsync_v2_ptsz(5) @ 7_000;
@@ -96,33 +96,33 @@ macro_rules! with_rows {
                     cuMemcpyBatchAsync_v2(8) @ 13_000;
                     cuMemcpyBatchAsync_v2_ptsz(8) @ 13_000;
                     cuMemcpyDtoDAsync(4) @ 3_000;
-                    cuMemcpyDtoDAsync_v2(4) @ 3_020;
-                    cuMemcpyDtoDAsync_v2_ptsz(4) @ 7_000;
+                    cuMemcpyDtoDAsync_v2(4) checks(both) @ 3_020;
+                    cuMemcpyDtoDAsync_v2_ptsz(4) checks(both) @ 7_000;
                     cuMemcpyDtoHAsync(4) @ 2_000;
-                    cuMemcpyDtoHAsync_v2(4) @ 3_020;
-                    cuMemcpyDtoHAsync_v2_ptsz(4) @ 7_000;
+                    cuMemcpyDtoHAsync_v2(4) checks(source) @ 3_020;
+                    cuMemcpyDtoHAsync_v2_ptsz(4) checks(source) @ 7_000;
                     cuMemcpyHtoAAsync(5) @ 2_000;
                     cuMemcpyHtoAAsync_v2(5) @ 3_020;
                     cuMemcpyHtoAAsync_v2_ptsz(5) @ 7_000;
                     cuMemcpyHtoDAsync(4) @ 2_000;
-                    cuMemcpyHtoDAsync_v2(4) @ 3_020;
-                    cuMemcpyHtoDAsync_v2_ptsz(4) @ 7_000;
-                    cuMemcpyPeerAsync(6) @ 4_000;
-                    cuMemcpyPeerAsync_ptsz(6) @ 7_000;
+                    cuMemcpyHtoDAsync_v2(4) checks(destination) @ 3_020;
+                    cuMemcpyHtoDAsync_v2_ptsz(4) checks(destination) @ 7_000;
+                    cuMemcpyPeerAsync(6) checks(peers) @ 4_000;
+                    cuMemcpyPeerAsync_ptsz(6) checks(peers) @ 7_000;
                     cuMemcpyWithAttributesAsync(5) @ 13_020;
                     cuMemcpyWithAttributesAsync_ptsz(5) @ 13_020;
-                    cuMemsetD16Async(4) @ 3_020;
-                    cuMemsetD16Async_ptsz(4) @ 7_000;
+                    cuMemsetD16Async(4) checks(elements 2) @ 3_020;
+                    cuMemsetD16Async_ptsz(4) checks(elements 2) @ 7_000;
                     cuMemsetD2D16Async(6) @ 3_020;
                     cuMemsetD2D16Async_ptsz(6) @ 7_000;
                     cuMemsetD2D32Async(6) @ 3_020;
                     cuMemsetD2D32Async_ptsz(6) @ 7_000;
                     cuMemsetD2D8Async(6) @ 3_020;
                     cuMemsetD2D8Async_ptsz(6) @ 7_000;
-                    cuMemsetD32Async(4) @ 3_020;
-                    cuMemsetD32Async_ptsz(4) @ 7_000;
-                    cuMemsetD8Async(4) @ 3_020;
-                    cuMemsetD8Async_ptsz(4) @ 7_000;
+                    cuMemsetD32Async(4) checks(elements 4) @ 3_020;
+                    cuMemsetD32Async_ptsz(4) checks(elements 4) @ 7_000;
+                    cuMemsetD8Async(4) checks(elements 1) @ 3_020;
+                    cuMemsetD8Async_ptsz(4) checks(elements 1) @ 7_000;
                     cuSignalExternalSemaphoresAsync(4) @ 10_000;
                     cuSignalExternalSemaphoresAsync_ptsz(4) @ 10_000;
                     cuWaitExternalSemaphoresAsync(4) @ 10_000;
@@ -142,8 +142,8 @@ macro_rules! with_rows {
                     cuLaunch(1) @ 2_000;
                     cuLaunchCooperativeKernelMultiDevice(3) @ 9_000;
                     cuLaunchGrid(3) @ 2_000;
-                    cuMemcpy(3) @ 4_000;
-                    cuMemcpy_ptds(3) @ 7_000;
+                    cuMemcpy(3) checks(both) @ 4_000;
+                    cuMemcpy_ptds(3) checks(both) @ 7_000;
                     cuMemcpy2D(1) @ 2_000;
                     cuMemcpy2D_v2(1) @ 3_020;
                     cuMemcpy2D_v2_ptds(1) @ 7_000;
@@ -168,22 +168,22 @@ macro_rules! with_rows {
                     cuMemcpyDtoA_v2(4) @ 3_020;
                     cuMemcpyDtoA_v2_ptds(4) @ 7_000;
                     cuMemcpyDtoD(3) @ 2_000;
-                    cuMemcpyDtoD_v2(3) @ 3_020;
-                    cuMemcpyDtoD_v2_ptds(3) @ 7_000;
+                    cuMemcpyDtoD_v2(3) checks(both) @ 3_020;
+                    cuMemcpyDtoD_v2_ptds(3) checks(both) @ 7_000;
                     cuMemcpyDtoH(3) @ 2_000;
-                    cuMemcpyDtoH_v2(3) @ 3_020;
-                    cuMemcpyDtoH_v2_ptds(3) @ 7_000;
+                    cuMemcpyDtoH_v2(3) checks(source) @ 3_020;
+                    cuMemcpyDtoH_v2_ptds(3) checks(source) @ 7_000;
                     cuMemcpyHtoA(4) @ 2_000;
                     cuMemcpyHtoA_v2(4) @ 3_020;
                     cuMemcpyHtoA_v2_ptds(4) @ 7_000;
                     cuMemcpyHtoD(3) @ 2_000;
-                    cuMemcpyHtoD_v2(3) @ 3_020;
-                    cuMemcpyHtoD_v2_ptds(3) @ 7_000;
-                    cuMemcpyPeer(5) @ 4_000;
-                    cuMemcpyPeer_ptds(5) @ 7_000;
+                    cuMemcpyHtoD_v2(3) checks(destination) @ 3_020;
+                    cuMemcpyHtoD_v2_ptds(3) checks(destination) @ 7_000;
+                    cuMemcpyPeer(5) checks(peers) @ 4_000;
+                    cuMemcpyPeer_ptds(5) checks(peers) @ 7_000;
                     cuMemsetD16(3) @ 2_000;
-                    cuMemsetD16_v2(3) @ 3_020;
-                    cuMemsetD16_v2_ptds(3) @ 7_000;
+                    cuMemsetD16_v2(3) checks(elements 2) @ 3_020;
+                    cuMemsetD16_v2_ptds(3) checks(elements 2) @ 7_000;
                     cuMemsetD2D16(5) @ 2_000;
                     cuMemsetD2D16_v2(5) @ 3_020;
                     cuMemsetD2D16_v2_ptds(5) @ 7_000;
@@ -194,11 +194,11 @@ macro_rules! with_rows {
                     cuMemsetD2D8_v2(5) @ 3_020;
                     cuMemsetD2D8_v2_ptds(5) @ 7_000;
                     cuMemsetD32(3) @ 2_000;
-                    cuMemsetD32_v2(3) @ 3_020;
-                    cuMemsetD32_v2_ptds(3) @ 7_000;
+                    cuMemsetD32_v2(3) checks(elements 4) @ 3_020;
+                    cuMemsetD32_v2_ptds(3) checks(elements 4) @ 7_000;
                     cuMemsetD8(3) @ 2_000;
-                    cuMemsetD8_v2(3) @ 3_020;
-                    cuMemsetD8_v2_ptds(3) @ 7_000;
+                    cuMemsetD8_v2(3) checks(elements 1) @ 3_020;
+                    cuMemsetD8_v2_ptds(3) checks(elements 1) @ 7_000;
                 }
                 NeedsMemory none {
                     cuGraphAddBatchMemOpNode(5) @ 11_070;

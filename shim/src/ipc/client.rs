@@ -17,43 +17,43 @@ const ANSWER_TIMEOUT: i64 = 5;
 /// Why memory of another process could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Nobody listens.
+    /// No process listens.
     #[error("it has ended, or is in another network namespace (containers need a common one)")]
     NoExporter,
-    /// It is another user's.
-    #[error("it is another user's, and memory is shared among processes of one user only")]
+    /// It belongs to another user.
+    #[error("it belongs to another user, and memory is shared among processes of one user only")]
     OtherUser,
     /// The exporter refuses.
     #[error("{}", match .0 {
-        Refusal::Gone => "it has freed that memory, or can hand it on no more".to_owned(),
+        Refusal::Gone => "it has freed that memory, or cannot export it any more".to_owned(),
         Refusal::Denied => "it does not know this handle's key; a handle must be passed on unchanged".to_owned(),
-        Refusal::Driver(result) => format!("its driver said {result} to exporting it"),
+        Refusal::Driver(result) => format!("exporting it failed there with {result}"),
     })]
     Refused(Refusal),
     /// It does not answer.
-    #[error("it took the request and said nothing for {ANSWER_TIMEOUT} s: it is stopped, or hangs")]
+    #[error("it accepted the request and did not answer for {ANSWER_TIMEOUT} s: it is stopped, or hangs")]
     Silence,
-    /// It died, or closed.
-    #[error("it hung up in the middle ({0}): it ended, or has no descriptors left")]
+    /// It ended, or closed the connection.
+    #[error("it closed the connection before it had answered ({0}): it ended, or has no descriptors left")]
     HungUp(Errno),
-    /// The answer makes no sense.
-    #[error("its answer makes no sense: {0}")]
+    /// The answer is invalid.
+    #[error("its answer is invalid: {0}")]
     Nonsense(String),
-    /// The system has no socket for us.
+    /// The system gives no socket or connection.
     #[error("no connection to it could be made: {0}")]
     System(Errno),
-    /// What came could not be mapped.
-    #[error("{call} said {result}")]
+    /// The memory could not be mapped.
+    #[error("{call} failed with {result}")]
     Driver {
-        /// What was tried.
+        /// The call.
         call: &'static str,
-        /// What the driver said.
+        /// Its result.
         result: CuResult,
     },
 }
 
 impl OpenError {
-    /// What the application is told: as by the driver, that the handle is no good, or that it could not be mapped.
+    /// The result that the application gets: as the driver's, that the handle is invalid or that it could not be mapped.
     pub fn cuda(&self) -> CuResult {
         match self {
             Self::NoExporter | Self::OtherUser | Self::Refused(Refusal::Gone | Refusal::Denied) => {
@@ -66,21 +66,21 @@ impl OpenError {
 }
 
 impl OpenError {
-    /// Whether the connection can be asked again: the exporter has answered, and nothing more will come.
+    /// Whether the connection can be used for another request: the exporter has answered, and no further message will come.
     pub fn leaves_it_usable(&self) -> bool {
         matches!(self, Self::Refused(Refusal::Gone | Refusal::Driver(_)) | Self::Driver { .. })
     }
 }
 
-/// A connection to a process whose memory we open. It ends when dropped, and all that was opened is closed then, as
-/// far as the exporter knows.
+/// A connection to a process whose memory this process opens. When it is dropped, the exporter counts all memory that was
+/// opened through it as closed.
 pub struct Connection(OwnedFd);
 
 impl Connection {
     /// Connects to an exporter.
     ///
     /// # Errors
-    /// It is not there, or another user's.
+    /// The exporter does not exist, or belongs to another user.
     pub fn to(exporter: &Exporter) -> Result<Self, OpenError> {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
             .map_err(OpenError::System)?;
@@ -98,7 +98,7 @@ impl Connection {
                 Err(error) => return Err(OpenError::System(error)),
             }
         }
-        // Somebody else may have taken the name when the exporter had ended.
+        // After the exporter has ended, another process may have bound its name.
         match peer(&fd) {
             Ok((true, _)) => Ok(Self(fd)),
             Ok((false, _)) => Err(OpenError::OtherUser),
@@ -111,11 +111,10 @@ impl Connection {
         self.0.as_raw_fd()
     }
 
-    /// Opens an allocation: hands each of its pieces to `take`, in order, with where it begins and how many bytes
-    /// it has.
+    /// Opens an allocation: passes each of its pieces to `take`, in order, with its offset, descriptor and bytes.
     ///
     /// # Errors
-    /// It could not be opened, or `take` failed; it is closed again then.
+    /// It could not be opened, or `take` failed; then it is closed again.
     pub fn open(
         &self,
         handle: &Handle,
@@ -131,19 +130,19 @@ impl Connection {
         };
         match (opened, known) {
             (Ok(()), Some(extent)) => Ok(extent),
-            // After a refusal it is not open any more.
+            // After a refusal the exporter does not count it as open.
             (Err(error @ OpenError::Refused(_)), _) => Err(error),
             (opened, known) => {
                 if known.is_some() {
                     self.close(handle);
                 }
                 opened?;
-                Err(OpenError::Nonsense("nothing came".into()))
+                Err(OpenError::Nonsense("it has no pieces".into()))
             }
         }
     }
 
-    /// One answer. True if it was the last.
+    /// Requests and handles one batch of pieces. True if it was the last.
     fn next(
         &self,
         handle: &Handle,
@@ -154,7 +153,7 @@ impl Connection {
     ) -> Result<bool, OpenError> {
         let (extent, pieces) = self.ask(handle, *from)?;
         if *known.get_or_insert(extent) != extent {
-            return Err(OpenError::Nonsense(format!("it was {known:?} and is {extent:?}")));
+            return Err(OpenError::Nonsense(format!("the allocation was {known:?} and is now {extent:?}")));
         }
         for (fd, size) in pieces {
             if size > extent.size - *at {
@@ -176,12 +175,12 @@ impl Connection {
         let failed = |error| match error {
             Errno::EAGAIN => OpenError::Silence,
             Errno::ENOBUFS => OpenError::Nonsense(
-                "more descriptors came than an answer has, or than this process may have".into(),
+                "it came with more descriptors than an answer has, or than this process may have".into(),
             ),
             error => OpenError::HungUp(error),
         };
         send(self.0.as_fd(), bytemuck::bytes_of(&ask), &[]).map_err(failed)?;
-        // Room for more than an answer, so that a longer message is seen as one.
+        // One byte longer than an answer, so that a message that is too long is detected.
         let room = size_of::<Answer>() + 1;
         let (bytes, fds) = receive(self.0.as_fd(), room, MsgFlags::empty()).map_err(failed)?;
         if bytes.is_empty() {
@@ -190,7 +189,7 @@ impl Connection {
         Answer::read(&bytes, fds, from).map_err(OpenError::Nonsense)?.map_err(OpenError::Refused)
     }
 
-    /// Says that an allocation is closed. The exporter may be dead: then nobody need be told.
+    /// Tells the exporter that an allocation is closed. Errors are ignored: the exporter may have ended.
     pub fn close(&self, handle: &Handle) {
         let ask = Ask::new(RequestKind::Close, handle.number, handle.key, 0);
         let _ = send_with(self.0.as_fd(), bytemuck::bytes_of(&ask), &[], MsgFlags::MSG_DONTWAIT);

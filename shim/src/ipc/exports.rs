@@ -1,4 +1,4 @@
-//! Our memory that other processes may open.
+//! Memory of this process that other processes may open.
 
 use crate::cuda::abi::{CUdeviceptr, CuResult};
 use crate::ipc::channel::{Extent, Pieces, Refusal};
@@ -19,7 +19,7 @@ struct Export {
 }
 
 impl Export {
-    /// Whether the allocation still lives.
+    /// Whether the allocation still exists.
     fn lives(&self, number: u64) -> bool {
         self.device.upgrade().is_some_and(|device| device.memory().exported(self.base, number).is_some())
     }
@@ -28,11 +28,11 @@ impl Export {
 /// The allocations that have handles, by number.
 struct Table<T> {
     rows: HashMap<u64, T>,
-    /// With so many rows, those of allocations that are gone are struck off.
+    /// With so many rows, those of allocations that do not exist any more are removed.
     full: usize,
 }
 
-/// So many rows are not worth a look.
+/// Up to so many rows none are removed.
 const FEW: usize = 64;
 
 impl<T> Default for Table<T> {
@@ -42,8 +42,8 @@ impl<T> Default for Table<T> {
 }
 
 impl<T> Table<T> {
-    /// The row of this number, made if it is new. Strikes off what does not live any more, so rarely that it costs each new
-    /// row a look at two others, however many there are.
+    /// The row of this number, added if it is new. Removes the rows of allocations that do not exist any more, so rarely that
+    /// each new row costs two checks of others on average, however many there are.
     fn row(&mut self, number: u64, lives: impl Fn(u64, &T) -> bool, make: impl FnOnce() -> T) -> &mut T {
         if self.rows.len() >= self.full && !self.rows.contains_key(&number) {
             self.rows.retain(|number, row| lives(*number, row));
@@ -59,15 +59,15 @@ fn exports() -> MutexGuard<'static, Option<Table<Export>>> {
     nvshare::sync::lock(&EXPORTS)
 }
 
-/// Where this process can be asked, once it can.
+/// This process as an exporter, once its server runs.
 static SERVER: Mutex<Option<Exporter>> = Mutex::new(None);
 
-/// Where this process can be asked, if it can.
+/// This process as an exporter, if its server runs.
 pub fn this_process() -> Option<Exporter> {
     *nvshare::sync::lock(&SERVER)
 }
 
-/// Starts the thread that answers, with the first export.
+/// Starts the server's thread, if it does not run yet.
 pub fn serve() -> std::io::Result<Exporter> {
     let mut server = nvshare::sync::lock(&SERVER);
     if let Some(exporter) = *server {
@@ -82,15 +82,17 @@ pub fn serve() -> std::io::Result<Exporter> {
             server::serve(listener, &Exports);
         }));
         if ended.is_err() {
-            tracing::error!("nvshare panicked while it handed out memory: no other process can open any more of this one's");
+            tracing::error!(
+                "nvshare panicked while it exported memory: other processes cannot open memory of this one any more"
+            );
         }
     })?;
     *server = Some(exporter);
     Ok(exporter)
 }
 
-/// cuIpcGetMemHandle: the allocation that `address` lies in stays on the GPU from now on, and others may open it.
-/// `None` if it is none of this GPU's. The caller is inside the gate.
+/// cuIpcGetMemHandle: the allocation that contains `address` stays on the GPU from now on, and other processes may open it.
+/// `None` if it is not on this GPU. The caller is inside the gate.
 pub fn get(device: &Arc<Device>, address: CUdeviceptr) -> Option<Result<Handle, CuResult>> {
     static NUMBERS: AtomicU64 = AtomicU64::new(1);
     let shared = match device.share(address) {
@@ -99,8 +101,8 @@ pub fn get(device: &Arc<Device>, address: CUdeviceptr) -> Option<Result<Handle, 
         Err(result) => {
             tracing::warn!(
                 gpu = %device.gpu,
-                "cuIpcGetMemHandle({address:#x}): other processes cannot be given this memory: part of it lies in host \
-                 memory for want of room, or the GPU has none that can be exported"
+                "cuIpcGetMemHandle({address:#x}): this memory cannot be shared with other processes: part of it lies in \
+                 host memory because the GPU is full, or the GPU cannot export memory as file descriptors"
             );
             return Some(Err(result));
         }
@@ -110,7 +112,10 @@ pub fn get(device: &Arc<Device>, address: CUdeviceptr) -> Option<Result<Handle, 
     let (exporter, fresh) = match made {
         Ok(made) => made,
         Err(error) => {
-            tracing::error!(gpu = %device.gpu, "memory cannot be handed to other processes: {error}");
+            tracing::error!(
+                gpu = %device.gpu,
+                "cuIpcGetMemHandle: the socket through which other processes open this memory could not be made: {error}"
+            );
             return Some(Err(CuResult::OPERATING_SYSTEM));
         }
     };
@@ -132,7 +137,7 @@ pub fn get(device: &Arc<Device>, address: CUdeviceptr) -> Option<Result<Handle, 
 
 struct Exports;
 
-/// A region that another process has open.
+/// An allocation that another process has open.
 struct Loan {
     device: Weak<Device>,
     base: CUdeviceptr,
@@ -145,7 +150,7 @@ impl Drop for Loan {
         if let Some(device) = self.device.upgrade()
             && device.memory().take_back(self.region)
         {
-            // The application has freed it: the engine releases it, in a context.
+            // The application has freed it, so the engine, which has a context, releases it.
             device.wake_engine();
         }
     }
@@ -175,7 +180,7 @@ impl Lender for Exports {
 
     fn pieces(&self, loan: &Loan, from: u32, most: usize) -> Result<Pieces, CuResult> {
         let device = loan.device.upgrade().ok_or(CuResult::INVALID_VALUE)?;
-        // Under the map's lock: what is in it is not released, and its context not destroyed, meanwhile.
+        // Under the map's lock, so that neither the region is released nor its context destroyed meanwhile.
         let memory = device.memory();
         let (_, region) = memory.exported(loan.base, loan.number).ok_or(CuResult::INVALID_VALUE)?;
         device.driver.ctx_push_current(region.context)?;
@@ -186,7 +191,7 @@ impl Lender for Exports {
             .take(most)
             .map(|chunk| match chunk.backing {
                 Backing::Device(handle) => Ok((device.driver.mem_export(handle)?, chunk.size)),
-                // It was pinned, so it is there as long as the client works.
+                // It stays on the GPU, so this happens only if the client has failed.
                 _ => Err(CuResult::INVALID_VALUE),
             })
             .collect();
@@ -201,7 +206,7 @@ mod tests {
     use std::cell::Cell;
 
     #[test]
-    fn an_export_costs_the_same_however_many_live() {
+    fn an_export_costs_the_same_however_many_exist() {
         let looks = |count: u64| {
             let (mut table, looks) = (Table::default(), Cell::new(0u64));
             for number in 0..count {
@@ -219,10 +224,10 @@ mod tests {
     }
 
     #[test]
-    fn those_that_are_gone_are_struck_off() {
+    fn rows_of_freed_allocations_are_removed() {
         let mut table = Table::default();
         for number in 0..100_000 {
-            // Only the last ten live.
+            // Only the last ten exist.
             table.row(number, |known, ()| known + 10 > number, || ());
             assert!(table.rows.len() <= FEW);
         }

@@ -1,26 +1,26 @@
-//! The 64 bytes of a CUipcMemHandle of ours.
+//! The 64 bytes of nvshare's CUipcMemHandle.
 //!
-//! An application sends them to another process as it likes, so whoever gets them must believe nothing: they name a
-//! channel ([`super::channel`]) and what to ask there, and hold nothing that is used as an address, an index or a
+//! The application sends them to another process by its own means, so they are not trusted: they name a
+//! socket ([`super::channel`]) and the request to send there, and contain nothing that is used as an address, an index or a
 //! size.
 
 use crate::cuda::abi::CUipcMemHandle;
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
 
-/// First eight bytes of every handle and message. The driver's own handles begin with numbers of its kernel module.
+/// The first eight bytes of every handle and message. The driver's own handles begin with other numbers.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshripc");
 
-/// What these bytes, and the messages of the channel, look like.
+/// The version of the handle's layout and of the channel's messages.
 pub const VERSION: u32 = 1;
 
-/// Shows that whoever asks for memory was given a handle to it. Drawn at random for each allocation.
+/// A secret in the handle, which proves that a process was given the handle. Random for each allocation.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub struct Key([u8; 16]);
 
 impl Key {
-    /// A new one.
+    /// A new random key.
     ///
     /// # Errors
     /// The kernel's.
@@ -28,7 +28,7 @@ impl Key {
         random().map(Self)
     }
 
-    /// Whether it is this one. Takes as long for each wrong one.
+    /// Whether both keys are equal, in constant time.
     pub fn is(&self, other: &Self) -> bool {
         self.0.iter().zip(other.0).fold(0, |differs, (ours, theirs)| differs | (ours ^ theirs)) == 0
     }
@@ -36,7 +36,7 @@ impl Key {
 
 impl fmt::Debug for Key {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Logs are read by others than those who may read the memory.
+        // Logs may be read by users who may not read the memory.
         out.write_str("Key(..)")
     }
 }
@@ -45,17 +45,17 @@ fn random<const N: usize>() -> std::io::Result<[u8; N]> {
     let mut bytes = [0; N];
     // SAFETY: writes at most as many bytes as the array has.
     let drawn = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
-    // Up to 256 bytes come whole, whatever signals come.
+    // Up to 256 bytes are not interrupted by signals.
     if drawn == N as isize { Ok(bytes) } else { Err(std::io::Error::last_os_error()) }
 }
 
-/// Whose memory it is: the channel's name.
+/// The process that exports memory; it determines the name of its socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Pod, Zeroable)]
 #[repr(C)]
 pub struct Exporter {
-    /// Drawn at random, so that nobody can wait at the name of a process to come.
+    /// Random, so that no other process can bind the name first.
     token: [u8; 12],
-    /// As that process sees itself: for people, and to find it in a list.
+    /// The process's id in its own namespace, for messages and for comparison.
     pub pid: u32,
 }
 
@@ -68,52 +68,52 @@ impl Exporter {
         Ok(Self { token: random()?, pid: std::process::id() })
     }
 
-    /// The abstract name of the socket where it can be asked.
+    /// The abstract name of its socket.
     pub fn socket_name(&self) -> String {
         let token: String = self.token.iter().map(|byte| format!("{byte:02x}")).collect();
         format!("nvshare-ipc-{}-{token}", self.pid)
     }
 }
 
-/// What a handle says.
+/// The contents of a handle.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct Handle {
     magic: u64,
     version: u32,
     zero: u32,
-    /// Whom to ask.
+    /// The process that exports the memory.
     pub exporter: Exporter,
-    /// Which of its allocations.
+    /// The number of the allocation.
     pub number: u64,
-    /// What shows that we may.
+    /// The allocation's key.
     pub key: Key,
     zeros: u64,
 }
 
-/// What 64 bytes are.
+/// The kinds of handles that an application may pass.
 #[derive(Debug)]
 pub enum Read {
-    /// A handle of ours.
+    /// A handle of nvshare.
     Ours(Handle),
-    /// One of another release of nvshare's, whose version this is; or ours with something changed.
+    /// A handle of another release of nvshare, which has this version, or a damaged one.
     Unreadable(u32),
-    /// Not ours: the driver's, or nothing.
+    /// Not a handle of nvshare: the driver's, or garbage.
     Foreign,
 }
 
 impl Handle {
-    /// The name of an allocation.
+    /// The handle of an allocation.
     pub fn new(exporter: Exporter, number: u64, key: Key) -> Self {
         Self { magic: MAGIC, version: VERSION, zero: 0, exporter, number, key, zeros: 0 }
     }
 
-    /// As the application gets it.
+    /// The bytes that the application gets.
     pub fn encode(&self) -> CUipcMemHandle {
         CUipcMemHandle { reserved: bytemuck::cast(*self) }
     }
 
-    /// Reads what an application hands in.
+    /// Reads the bytes that an application passes.
     pub fn decode(handle: &CUipcMemHandle) -> Read {
         let read: Self = bytemuck::pod_read_unaligned(&handle.reserved);
         match (read.magic, read.version, read.zero, read.zeros) {
@@ -135,7 +135,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_written_is_read(token: [u8; 12], pid: u32, number: u64, key: [u8; 16]) {
+        fn a_handle_is_decoded_as_it_was_encoded(token: [u8; 12], pid: u32, number: u64, key: [u8; 16]) {
             let written = handle(token, pid, number, key);
             let Read::Ours(read) = Handle::decode(&written.encode()) else { panic!("not read") };
             prop_assert_eq!((read.exporter, read.number), (written.exporter, number));
@@ -144,7 +144,7 @@ mod tests {
         }
 
         #[test]
-        fn what_others_made_is_left_alone(bytes in prop::array::uniform32(any::<u8>()), magic: u64) {
+        fn a_handle_of_another_origin_is_foreign(bytes in prop::array::uniform32(any::<u8>()), magic: u64) {
             let mut reserved = [0; 64];
             reserved[..32].copy_from_slice(&bytes);
             reserved[..8].copy_from_slice(&magic.to_le_bytes());
@@ -153,9 +153,9 @@ mod tests {
             prop_assert!(foreign);
         }
 
-        /// One changed byte is another handle, or none, and never the same one.
+        /// Changing one byte never yields the same handle.
         #[test]
-        fn no_byte_is_without_meaning(at in 0usize..64, change in 1u8.., key: [u8; 16]) {
+        fn every_byte_has_a_meaning(at in 0usize..64, change in 1u8.., key: [u8; 16]) {
             let written = handle([7; 12], 42, 3, key);
             let mut encoded = written.encode();
             encoded.reserved[at] ^= change;
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_one_that_a_socket_can_have() {
+    fn a_socket_name_is_short_enough_and_unique() {
         let mut exporter = Exporter::here().unwrap();
         exporter.pid = u32::MAX;
         assert!(exporter.socket_name().len() < 107, "{}", exporter.socket_name());
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_does_not_go_into_logs() {
+    fn a_key_is_not_printed() {
         assert_eq!(format!("{:?}", Key([7; 16])), "Key(..)");
     }
 }

@@ -12,10 +12,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
-/// An allocation of another process's, mapped here.
+/// An allocation of another process, mapped here.
 struct Import {
     handle: Handle,
-    /// The context that it goes with.
+    /// The context with which it is closed.
     context: CUcontext,
     mapping: Mapping,
     /// Where its allocation begins.
@@ -30,9 +30,9 @@ struct Import {
 #[derive(Default)]
 struct Imports {
     open: Vec<Import>,
-    /// Closed while a capture forbade to wait for the work that may use it.
+    /// Closed, and still mapped because the work that may use it was not waited for yet.
     closing: Vec<Import>,
-    /// The connection to each exporter, while something of it is open.
+    /// The connection to each exporter while memory of it is open.
     exporters: HashMap<Exporter, Weak<Connection>>,
 }
 
@@ -43,7 +43,7 @@ fn with<T>(action: impl FnOnce(&mut Imports) -> T) -> T {
     action(imports.get_or_insert_default())
 }
 
-/// Reserved addresses, and what is mapped there so far. Unmapped when dropped.
+/// Reserved addresses and the pieces mapped there so far. Unmapped and freed when dropped.
 struct Mapping {
     device: Arc<Device>,
     base: CUdeviceptr,
@@ -65,14 +65,14 @@ impl Mapping {
         let (driver, address) = (self.device.driver, self.base + at);
         let handle = driver.mem_import(fd.as_fd()).map_err(said("cuMemImportFromShareableHandle"))?;
         let mapped = driver.mem_map(address, size as usize, 0, handle, 0);
-        // The mapping keeps it.
+        // The mapping keeps the memory.
         let _ = driver.mem_release(handle);
         mapped.map_err(said("cuMemMap"))?;
         self.pieces.push((address, size));
         Ok(())
     }
 
-    /// Gives access to the GPU of the current context, and to the process's others where they can have it.
+    /// Gives access to the GPU of the context, and if possible to the process's other GPUs.
     fn allow(&self) -> Result<(), OpenError> {
         let (driver, own) = (self.device.driver, self.device.ordinal);
         let all: Vec<_> =
@@ -91,7 +91,10 @@ impl Drop for Mapping {
         let driver = self.device.driver;
         for (address, size) in &self.pieces {
             if let Err(result) = driver.mem_unmap(*address, *size as usize) {
-                tracing::debug!(gpu = %self.device.gpu, "memory of another process at {address:#x}: cuMemUnmap said {result}");
+                tracing::debug!(
+                    gpu = %self.device.gpu,
+                    "memory of another process at {address:#x} could not be unmapped: {result}"
+                );
             }
         }
         let _ = driver.mem_address_free(self.base, self.size as usize);
@@ -103,7 +106,7 @@ fn said(call: &'static str) -> impl Fn(CuResult) -> OpenError {
 }
 
 impl Imports {
-    /// Asks the exporter for an allocation, and maps it.
+    /// Requests an allocation from its exporter, and maps it.
     fn fetch(
         &mut self,
         device: &Arc<Device>,
@@ -128,14 +131,14 @@ impl Imports {
                 self.exporters.insert(handle.exporter, Arc::downgrade(&connection));
                 Ok((connection, extent, mapping))
             }
-            (Ok(_), None) => Err(OpenError::Nonsense("nothing came".into())),
+            (Ok(_), None) => Err(OpenError::Nonsense("it has no pieces".into())),
             (Err(error), mapping) => {
                 if !error.leaves_it_usable() {
-                    // A late answer would be taken for that to another question.
+                    // A late answer would be taken for the answer to another request.
                     self.exporters.remove(&handle.exporter);
                 }
                 if known.is_some() && mapping.is_none() && matches!(error, OpenError::HungUp(_)) {
-                    // It hung up long ago. Is it there at all?
+                    // The connection was closed some time ago: try a new one.
                     return self.fetch(device, handle);
                 }
                 Err(error)
@@ -144,10 +147,10 @@ impl Imports {
     }
 }
 
-/// cuIpcOpenMemHandle of a handle of ours, in a context of that GPU.
+/// cuIpcOpenMemHandle of nvshare's handle, in a context of that GPU.
 ///
 /// # Errors
-/// Why not; [`OpenError::cuda`] is what the application is told.
+/// [`OpenError::cuda`] is the result for the application.
 pub fn open(device: &Arc<Device>, context: CUcontext, handle: &Handle) -> Result<CUdeviceptr, OpenError> {
     sweep();
     with(|imports| {
@@ -187,7 +190,7 @@ pub fn open(device: &Arc<Device>, context: CUcontext, handle: &Handle) -> Result
     })
 }
 
-/// cuIpcCloseMemHandle. False if nothing of another nvshare process's is open there.
+/// cuIpcCloseMemHandle. False if no memory of another process under nvshare is open there.
 pub fn close(address: CUdeviceptr) -> bool {
     let closed = with(|imports| {
         let index = imports.open.iter().position(|import| import.address == address)?;
@@ -204,7 +207,7 @@ pub fn close(address: CUdeviceptr) -> bool {
     closed.is_some()
 }
 
-/// The allocation of another process's that an address lies in: where it begins, and its bytes.
+/// The allocation of another process that contains an address: its address and bytes.
 pub fn containing(address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
     with(|imports| {
         let inside = |import: &&Import| (import.address..import.address + import.bytes).contains(&address);
@@ -212,19 +215,20 @@ pub fn containing(address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
     })
 }
 
-/// Whether something is closed and still mapped: a capture was open, which forbids to wait for the work that may use
+/// Whether some memory is closed and still mapped, perhaps because an open capture forbids waiting for the work that may use
 /// it.
 static CLOSING: AtomicBool = AtomicBool::new(false);
 
-/// What is closed and still mapped.
+/// Memory that is closed and still mapped.
 pub struct Closing(Vec<Import>);
 
-/// Takes what is closed and still mapped, if there is any: for whoever then waits for the work that may use it.
+/// Takes the memory that is closed and still mapped, if there is any. The caller waits for the work that may use it.
 pub fn closing() -> Option<Closing> {
     if !CLOSING.swap(false, Ordering::AcqRel) {
         return None;
     }
-    // Not waited for: another thread may wait for an exporter with it. It will sweep, or the next call.
+    // The lock is not waited for, because another thread may hold it while it waits for an exporter. That thread or the next
+    // call will do this.
     match IMPORTS.try_lock().as_deref_mut() {
         Ok(Some(imports)) => Some(Closing(std::mem::take(&mut imports.closing))),
         _ => {
@@ -235,13 +239,13 @@ pub fn closing() -> Option<Closing> {
 }
 
 impl Closing {
-    /// Unmaps it: the work that may use it is done.
+    /// Unmaps it, after the work that may use it is done.
     pub fn end(self) {
         self.0.into_iter().for_each(Import::end);
     }
 }
 
-/// Unmaps what is closed, when the work that may use it is done. When a capture ends, the engine does that.
+/// Waits for the work that may use closed memory, and unmaps it. If a capture is open, the engine does that after its end.
 fn sweep() {
     let Some(closing) = closing() else { return };
     // Work of any GPU may use it.
@@ -256,13 +260,13 @@ fn sweep() {
 impl Import {
     fn end(self) {
         let Self { handle, mapping, connection, .. } = self;
-        // First here, then there: the exporter may think the memory free from then on.
+        // Unmap first: once it is told, the exporter may consider the memory free.
         drop(mapping);
         connection.close(&handle);
     }
 }
 
-/// A context ends, and what was opened in it too. Its work is done.
+/// Closes the memory that was opened in a context that was destroyed.
 pub fn context_ends(context: CUcontext) {
     let ended: Vec<_> = with(|imports| {
         let open = imports.open.extract_if(.., |import| import.context == context).collect::<Vec<_>>();
@@ -271,12 +275,12 @@ pub fn context_ends(context: CUcontext) {
     ended.into_iter().for_each(Import::end);
 }
 
-/// In a forked child: the exporters must learn when the parent has closed, or died.
+/// In a forked child: closes its copies of the connections, so that exporters notice when the parent closes them or ends.
 pub fn after_fork() {
-    // Held by a thread that the child does not have: then they learn it when the child ends.
+    // If the lock is held by a thread that exists only in the parent, the exporters notice it when the child ends.
     let Ok(imports) = IMPORTS.try_lock() else { return };
     for import in imports.iter().flat_map(|imports| imports.open.iter().chain(&imports.closing)) {
-        // SAFETY: the copy of a descriptor that nobody uses here: nothing of nvshare does anything in a child.
+        // SAFETY: the copy of a descriptor that is not used in the child, where nvshare is inactive.
         unsafe { libc::close(import.connection.raw()) };
     }
 }

@@ -1,29 +1,30 @@
 //! CUDA IPC: memory of one process in another (cuIpcGetMemHandle, cuIpcOpenMemHandle, cuIpcCloseMemHandle).
-//! PyTorch's multiprocessing passes tensors so, and NCCL its buffers.
+//! PyTorch's multiprocessing passes tensors in this way, and NCCL its buffers.
 //!
-//! The driver gives no such handle for memory of cuMemCreate, which all of ours is. But such memory can be exported as
-//! file descriptors, chunk by chunk, and every chunk is made so that it can. So a handle of ours is the name of a
-//! channel where those are to be had:
+//! The driver gives no such handle for memory of cuMemCreate, as all memory of nvshare is. But such memory can be exported as
+//! file descriptors, chunk by chunk, and nvshare creates every chunk with that property. So nvshare's handle names a
+//! socket from which another process gets the descriptors:
 //!
 //! ```text
-//!   the process whose memory it is                          one that opens it
+//!   the exporter                                            a process that opens the memory
 //!   cuIpcGetMemHandle: the region stays on the GPU
-//!     from now on; 64 bytes of ours ([`handle`])  ───────▶   cuIpcOpenMemHandle
-//!   "nvshare-ipc" ([`server`], [`exports`])       ◀───────   number and key ([`client`], [`imports`])
-//!     exports the chunks                          ───────▶   imports them, maps them side by side
-//!     counts who has it open                      ◀───────   cuIpcCloseMemHandle, or the end of the process
+//!     from now on; a handle of 64 bytes ([`handle`]) ────▶   cuIpcOpenMemHandle
+//!   thread "nvshare-ipc" ([`server`], [`exports`])  ◀─────   sends number and key ([`client`], [`imports`])
+//!     exports the chunks                            ─────▶   imports them, maps them contiguously
+//!     counts how often it is open                   ◀─────   cuIpcCloseMemHandle, or the end of the process
 //! ```
 //!
-//! Nothing of it is there before the first export. Handles that are not ours go to the driver as they are, and so do
-//! those of events, which need no memory of ours.
+//! Socket and thread exist only after the first export. Handles that are not nvshare's go to the driver unchanged, and so do
+//! handles of events, which involve no memory.
 //!
-//! **Who counts it.** NVML counts the memory for the exporter, and so do the books, as unmovable: other processes use
-//! it whenever they run, so it cannot be taken from under them. If the exporter frees it while others have it open,
-//! its addresses are free for its application and the memory stays, and is counted, until the last of them has
-//! closed it or died. If the exporter dies, the arbiter closes its books; what others still have open is then what
-//! NVML shows for them, which the arbiter counts as their context's. An opener books nothing.
+//! **Accounting.** NVML counts the memory for the exporter, and so does the exporter's account, as unmovable: other processes
+//! use it whenever they run, so it cannot be evicted. If the exporter frees it while other processes have it open,
+//! its application cannot use it any more, but the memory stays and counts until the last of them has
+//! closed it or ended. If the exporter ends, the arbiter closes its account; NVML then counts the memory for the processes
+//! that still have it open, and the arbiter counts it as part of their contexts. A process that opens memory does not account
+//! for it.
 //!
-//! **Who may.** Processes of the same user, or root, that show the allocation's key.
+//! **Permission.** Processes of the same user, or of root, that present the allocation's key.
 //!
 //! What it costs is in `docs/decisions/0008-ipc.md`.
 
@@ -43,13 +44,13 @@ use crate::memory::device::Device;
 use handle::{Handle, Read};
 use std::sync::Arc;
 
-/// cuIpcGetMemHandle. `None` if the address is none of ours. The caller is inside the gate.
+/// cuIpcGetMemHandle. `None` if the address is not nvshare's. The caller is inside the gate.
 pub fn get(devices: &[Arc<Device>], address: CUdeviceptr) -> Option<Result<CUipcMemHandle, CuResult>> {
     let handle = devices.iter().find_map(|device| exports::get(device, address))?;
     Some(handle.map(|handle| handle.encode()))
 }
 
-/// cuIpcOpenMemHandle, in a context. `None` if the handle is none of ours.
+/// cuIpcOpenMemHandle, in a context. `None` if the handle is not nvshare's.
 pub fn open(
     device: &Arc<Device>,
     context: CUcontext,
@@ -61,8 +62,8 @@ pub fn open(
         Read::Unreadable(version) => {
             tracing::warn!(
                 gpu = %device.gpu,
-                "cuIpcOpenMemHandle: a handle of version {version}, and this release of nvshare makes version {}, or it \
-                 was changed on its way; run the same release in both processes",
+                "cuIpcOpenMemHandle: the handle is of version {version}, and this release of nvshare reads version {}; run \
+                 the same release in both processes, and pass handles on unchanged",
                 handle::VERSION
             );
             return Some(Err(CuResult::INVALID_VALUE));
@@ -73,7 +74,7 @@ pub fn open(
         return Some(Err(CuResult::INVALID_VALUE));
     }
     if exports::this_process() == Some(handle.exporter) {
-        // As the driver says to a process that opens a handle of its own.
+        // As the driver answers a process that opens its own handle.
         return Some(Err(CuResult::INVALID_CONTEXT));
     }
     Some(imports::open(device, context, &handle).map_err(|error| {
@@ -83,7 +84,7 @@ pub fn open(
     }))
 }
 
-/// In a forked child: the GPU is the parent's.
+/// Closes the sockets in a forked child, where they belong to the parent.
 pub fn after_fork() {
     server::after_fork();
     imports::after_fork();

@@ -1,9 +1,9 @@
-//! The exporter's end of the channel: a thread that gives descriptors to whoever shows the key.
+//! The exporter's end of the channel: a thread that sends descriptors to processes that present the key.
 //!
-//! It believes nothing and waits for nobody. A connection that sends anything but a request, or does not take its
-//! answer, is closed; one that has opened nothing is closed after a while; and there is a bound to how many there
-//! are. Only processes of the same user, or of root, get a connection at all. But anybody can connect: what that costs is
-//! bounded too, in log lines and in time. After so many that were turned away, nobody is let in for a moment.
+//! It trusts no peer and waits for none. A connection that sends anything but a request, or does not receive its
+//! answer, is closed; one that has opened nothing is closed after a while; and the number of connections is bounded.
+//! Only processes of the same user, or of root, are served. Since any process can connect, the cost of refusing others is
+//! bounded too, in log lines and in time: after a number of refusals no connection is accepted for a moment.
 
 use crate::cuda::abi::CuResult;
 use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, RequestKind, descriptors, peer};
@@ -20,38 +20,38 @@ use nvshare::units::{MILLISECOND, Nanos};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
-/// Connections at a time: a process has one to each that it opened memory of.
+/// The most connections at a time. A process has one to each exporter whose memory it has open.
 const MOST_PEERS: usize = 128;
 
-/// How long one that has opened nothing may stay.
+/// How long a connection that has opened nothing may stay.
 const TIMEOUT: Nanos = 5_000 * MILLISECOND;
 
-/// Until descriptors are tried again when the process had none left.
+/// How long no connection is accepted after the process had no descriptors left.
 const RETRY_DELAY: Nanos = 100 * MILLISECOND;
 
-/// So many may be turned away one after the other, and then nobody is let in for so long.
+/// After so many refusals without a success, no connection is accepted for [`REST`].
 const TURNED_AWAY_AT_ONCE: u32 = 32;
 const REST: Nanos = 10 * MILLISECOND;
 
-/// What there is to give.
+/// The allocations that can be opened.
 pub trait Lender {
-    /// An allocation that somebody has open, until it is dropped.
+    /// An allocation that a process has open, until it is dropped.
     type Loan;
 
-    /// Somebody opens an allocation.
+    /// Opens an allocation for a process.
     ///
     /// # Errors
-    /// There is none of that number any more, or the key is wrong.
+    /// No allocation has that number any more, or the key is wrong.
     fn lend(&self, number: u64, key: &Key) -> Result<(Self::Loan, Extent), Refusal>;
 
-    /// Some of its pieces, `most` at most.
+    /// Its pieces from the number `from` on, at most `most`.
     ///
     /// # Errors
     /// The driver's.
     fn pieces(&self, loan: &Self::Loan, from: u32, most: usize) -> Result<Pieces, CuResult>;
 }
 
-/// The sockets of this process, for [`after_fork`]; no lock, because a forked child would find it held for ever.
+/// The sockets of this process, for [`after_fork`]. Without a lock, because in a forked child it might be held forever.
 static SOCKETS: [AtomicI32; MOST_PEERS + 1] = [const { AtomicI32::new(NONE) }; MOST_PEERS + 1];
 
 const NONE: i32 = -1;
@@ -73,37 +73,37 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Before it is closed: its number may be another's then.
+        // Before it is closed, after which its number may be reused.
         if let Some(entry) = self.entry {
             entry.store(NONE, Ordering::Release);
         }
     }
 }
 
-/// In a forked child: the thread that answers is not there, so nobody may think that somebody listens, or that this
-/// process still lives when it has ended.
+/// In a forked child, which does not have the server's thread: closes its copies of the sockets, so that peers do not connect
+/// in vain, and notice when the parent ends.
 pub fn after_fork() {
     for entry in &SOCKETS {
         let fd = entry.swap(NONE, Ordering::AcqRel);
         if fd >= 0 {
-            // SAFETY: the copy of a descriptor whose owner is a thread that this process does not have.
+            // SAFETY: the copy of a descriptor whose owner is a thread that exists only in the parent.
             unsafe { libc::close(fd) };
         }
     }
 }
 
-/// What strangers and broken peers can cause, by the lines that it is logged with.
+/// Refusals of strangers and of broken peers, whose log lines are limited.
 #[derive(Debug, Default)]
 struct Nuisances {
     other_user: LogLimit,
     nonsense: LogLimit,
     wrong_key: LogLimit,
-    /// Since somebody was served, or since the last rest.
+    /// Refusals since the last rest.
     turned_away: u32,
 }
 
 impl Nuisances {
-    /// Says what was not logged.
+    /// Logs how many lines were suppressed.
     fn sum_up(&mut self, time: Nanos) {
         for (limit, what) in [
             (&mut self.other_user, "processes of other users that asked for memory of this one"),
@@ -116,7 +116,7 @@ impl Nuisances {
         }
     }
 
-    /// When there is something to say.
+    /// When the next such line is due, ns.
     fn due(&self) -> Option<Nanos> {
         [&self.other_user, &self.nonsense, &self.wrong_key].into_iter().filter_map(LogLimit::due).min()
     }
@@ -129,7 +129,7 @@ struct Peer<L> {
     loans: Vec<(u64, L, Extent)>,
 }
 
-/// Opens the socket where a process can be asked.
+/// Opens the socket of an exporter.
 ///
 /// # Errors
 /// The system's.
@@ -138,11 +138,11 @@ pub fn open(exporter: &Exporter) -> nix::Result<Socket> {
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
     bind(listener.as_raw_fd(), &UnixAddr::new_abstract(exporter.socket_name().as_bytes())?)?;
     listen(&listener, Backlog::new(64).unwrap_or(Backlog::MAXCONN))?;
-    // Before there is a thread for it: a fork may come first.
+    // Registered before its thread starts, because the process may fork before that.
     Ok(Socket::new(listener))
 }
 
-/// Serves for ever.
+/// Serves forever.
 pub fn serve<L: Lender>(listener: Socket, lender: &L) {
     let mut server = Server { listener, peers: Vec::new(), retry_at: None, nuisances: Nuisances::default() };
     loop {
@@ -153,13 +153,13 @@ pub fn serve<L: Lender>(listener: Socket, lender: &L) {
 struct Server<L> {
     listener: Socket,
     peers: Vec<Peer<L>>,
-    /// No descriptors were left for a new connection, or too many were turned away: until when none is taken.
+    /// Until when no connection is accepted, because no descriptors were left or too many were refused, ns.
     retry_at: Option<Nanos>,
     nuisances: Nuisances,
 }
 
 impl<L> Server<L> {
-    /// Waits for something to do, and does it.
+    /// Waits for messages or connections, and handles them.
     fn round(&mut self, lender: &impl Lender<Loan = L>) {
         self.make_room();
         let time = now();
@@ -172,7 +172,7 @@ impl<L> Server<L> {
         let ends = self.peers.iter().filter(|peer| peer.loans.is_empty()).map(|peer| peer.since + TIMEOUT);
         let until = ends.chain(self.retry_at).chain(self.nuisances.due()).min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
-            // Rounded up, or the last millisecond is spent spinning.
+            // Rounded up, or the last millisecond would be spent polling.
             let left = until.saturating_sub(time).div_ceil(MILLISECOND);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
@@ -181,7 +181,7 @@ impl<L> Server<L> {
         let mut fds = vec![PollFd::new(self.listener.fd.as_fd(), interest)];
         fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.fd.as_fd(), PollFlags::POLLIN)));
         if poll(&mut fds, timeout).is_err() {
-            // A signal, or no memory in the kernel for a moment: nothing is known, so everybody is looked at.
+            // A signal, or the kernel had no memory: the state of the sockets is unknown, so all are tried.
             std::thread::yield_now();
         }
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
@@ -195,7 +195,7 @@ impl<L> Server<L> {
         }
     }
 
-    /// Closes what has opened nothing for too long, or is in the way of others.
+    /// Closes connections that have opened nothing for too long, or whose place is needed for others.
     fn make_room(&mut self) {
         let time = now();
         self.peers.retain(|peer| !peer.loans.is_empty() || peer.since + TIMEOUT > time);
@@ -203,7 +203,9 @@ impl<L> Server<L> {
             let idle = self.peers.iter().position(|peer| peer.loans.is_empty());
             match idle {
                 Some(index) => drop(self.peers.remove(index)),
-                None => tracing::debug!("{MOST_PEERS} processes have opened memory of this one: no more can"),
+                None => tracing::debug!(
+                    "{MOST_PEERS} processes have memory of this one open, which is the most: no other can open any"
+                ),
             }
         }
     }
@@ -211,13 +213,13 @@ impl<L> Server<L> {
     fn admit(&mut self) {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = match accept4(self.listener.fd.as_raw_fd(), flags) {
-            // SAFETY: it was just made, and nobody else knows it.
+            // SAFETY: a descriptor that was just opened and has no other owner.
             Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
             Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
                 self.retry_at = Some(now() + RETRY_DELAY);
                 return;
             }
-            // It has gone away again.
+            // The peer has closed the connection already.
             Err(_) => return,
         };
         match peer(&socket) {
@@ -229,7 +231,7 @@ impl<L> Server<L> {
                 if self.nuisances.other_user.allows(now()) {
                     tracing::warn!(
                         peer = pid,
-                        "a process of another user asks for memory of this one, and gets none"
+                        "a process of another user asked for GPU memory of this process and was refused"
                     );
                 }
             }
@@ -238,12 +240,12 @@ impl<L> Server<L> {
     }
 }
 
-/// Takes one message. False if the connection is to be closed.
+/// Handles one message. False if the connection must be closed.
 fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut Nuisances) -> bool {
-    // Room for more than a request, so that a longer message is seen as one.
+    // One byte longer than a request, so that a message that is too long is detected.
     let room = size_of::<Ask>() + 1;
     let (bytes, sent) = match receive(peer.socket.fd.as_fd(), room, MsgFlags::MSG_DONTWAIT) {
-        // Whoever has opened something before it ends is no nuisance.
+        // A peer that has opened something before it disconnects does not count as refused.
         Ok((bytes, _)) if bytes.is_empty() => {
             nuisances.turned_away += u32::from(peer.loans.is_empty());
             return false;
@@ -251,7 +253,7 @@ fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut N
         Ok(message) => message,
         Err(Errno::EAGAIN) => return true,
         Err(error) => {
-            // A request has no descriptors, and certainly not that many.
+            // A request has no descriptors; a message with more than can be received is refused.
             nuisances.turned_away += u32::from(error == Errno::ENOBUFS);
             return false;
         }
@@ -261,7 +263,7 @@ fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut N
         if nuisances.nonsense.allows(now()) {
             tracing::warn!(
                 peer = peer.pid,
-                "a message of {} B that is no request for memory: hanging up",
+                "a process sent {} B that are no request for GPU memory of this process: the connection is closed",
                 bytes.len()
             );
         }
@@ -290,7 +292,7 @@ fn answer<L>(
         if why == Refusal::Denied && nuisances.wrong_key.allows(now()) {
             tracing::warn!(
                 peer = peer.pid,
-                "a process asks for memory of this one with a wrong key, and gets none"
+                "a process asked for GPU memory of this process with a wrong key and was refused"
             );
         }
         let bytes = Answer::refused(why);
@@ -320,7 +322,7 @@ fn answer<L>(
         Err(result) => {
             let why = if result == CuResult::INVALID_VALUE { Refusal::Gone } else { Refusal::Driver(result) };
             let said = refused(why);
-            // A refused one is not open any more.
+            // After a refusal the allocation does not count as open.
             if let Some(index) = peer.loans.iter().rposition(|(number, ..)| *number == ask.number) {
                 peer.loans.remove(index);
             }

@@ -1,6 +1,6 @@
-//! The channel between real processes, with files in memory in place of memory of a GPU.
+//! The channel between real processes, with files in memory in place of GPU memory.
 //!
-//! An exporter is this test program once more, told by its environment to be one.
+//! The exporter is this test program, started again with an environment variable.
 
 use crate::cuda::abi::{CUipcMemHandle, CuResult};
 use crate::ipc::channel::{Answer, Ask, Extent, Pieces, Refusal, RequestKind};
@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 const ROLE: &str = "NVSHARE_TEST_ROLE";
 
-/// Lends allocations of as many pieces as their number says.
+/// Lends allocations, each with as many pieces as its number.
 struct Files {
     key: Key,
 }
@@ -78,7 +78,7 @@ fn hex(handle: &Handle) -> String {
     handle.encode().reserved.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the exporter does: serves, and says on request how many loans there are.
+/// The body of the exporter: serves, and prints the number of loans on request.
 #[test]
 fn be_an_exporter() {
     match std::env::var(ROLE).as_deref() {
@@ -100,15 +100,15 @@ fn be_an_exporter() {
                     server::after_fork();
                     let handle = hex(&Handle::new(exporter, 1, Key::draw().unwrap()));
                     nix::unistd::write(std::io::stdout(), format!("\n{handle}\n").as_bytes()).unwrap();
-                    // Until the test has ended, however it does.
+                    // Wait until the test has ended, in whatever way.
                     let stdout = std::io::stdout();
                     let mut listens = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
                     while poll(&mut listens, PollTimeout::NONE).is_err() {}
-                    // SAFETY: ends the process at once, and runs nothing of the parent's.
+                    // SAFETY: ends the process at once, without exit handlers.
                     unsafe { libc::_exit(0) }
                 }
                 nix::unistd::ForkResult::Parent { child } => {
-                    // Until the test has seen what it came for.
+                    // Wait until the test is done.
                     let _ = std::io::stdin().lines().next();
                     say(&child.to_string());
                     let _ = std::io::stdin().lines().next();
@@ -174,12 +174,12 @@ impl Other {
         }
     }
 
-    /// Until it knows of so many loans: what a connection's end says takes its way.
+    /// Waits until it has so many loans: it notices the end of a connection a little later.
     fn has_lent(&mut self, loans: i32) {
         nvshare_test_support::Patience::seconds(60).until("the loans are right", || self.ask() == loans);
     }
 
-    /// A signal takes its time: until it has, the process may yet answer.
+    /// Waits until the process is stopped: until then it may still answer.
     fn has_stopped(&self) {
         let stat = format!("/proc/{}/stat", self.process.id());
         nvshare_test_support::Patience::seconds(20).until("it has stopped", || {
@@ -201,7 +201,7 @@ impl Other {
         assert_eq!(open(&self.connect(), &self.handle(2)).unwrap().pieces, 2);
     }
 
-    /// A connection that sends what it likes.
+    /// A connection on which the test can send any bytes.
     fn hostile(&self) -> OwnedFd {
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         setsockopt(&fd, sockopt::ReceiveTimeout, &TimeVal::seconds(60)).unwrap();
@@ -218,7 +218,7 @@ impl Drop for Other {
     }
 }
 
-/// Opens an allocation, and looks at every piece.
+/// Opens an allocation, and checks every piece.
 fn open(connection: &Connection, handle: &Handle) -> Result<Extent, OpenError> {
     let mut seen = 0;
     let extent = connection.open(handle, |extent, at, fd, size| {
@@ -234,7 +234,7 @@ fn open(connection: &Connection, handle: &Handle) -> Result<Extent, OpenError> {
     Ok(extent)
 }
 
-/// Whether the other end has hung up, whatever it said before.
+/// Whether the other end has closed the connection, perhaps after other messages.
 fn hung_up(socket: &OwnedFd) -> bool {
     let mut bytes = [0; size_of::<Answer>()];
     loop {
@@ -266,7 +266,7 @@ fn three_hundred_pieces_come_in_their_order_and_the_loan_ends_with_the_close() {
 }
 
 #[test]
-fn what_cannot_be_mapped_is_not_open() {
+fn an_allocation_that_cannot_be_mapped_is_closed_again() {
     let mut other = Other::start("files");
     let connection = other.connect();
     let mut seen = 0;
@@ -297,7 +297,7 @@ fn a_wrong_key_opens_nothing() {
 }
 
 #[test]
-fn an_exporter_that_is_killed_in_the_middle_is_missed() {
+fn the_end_of_a_killed_exporter_is_noticed() {
     let mut other = Other::start("files");
     let (connection, handle) = (other.connect(), other.handle(300));
     let mut seen = 0;
@@ -316,7 +316,7 @@ fn an_exporter_that_is_killed_in_the_middle_is_missed() {
 }
 
 #[test]
-fn an_exporter_that_is_stopped_is_not_waited_for_for_ever() {
+fn a_stopped_exporter_is_not_waited_for_forever() {
     let mut other = Other::start("files");
     let connection = other.connect();
     other.signal(Signal::SIGSTOP);
@@ -332,7 +332,7 @@ fn an_exporter_that_is_stopped_is_not_waited_for_for_ever() {
 }
 
 #[test]
-fn nonsense_is_hung_up_on() {
+fn an_invalid_message_closes_the_connection() {
     let mut other = Other::start("files");
     let ask = Ask::new(RequestKind::Open, 3, other.handle.key, 0);
     let beyond = Ask::new(RequestKind::Open, 3, other.handle.key, u32::MAX);
@@ -346,7 +346,7 @@ fn nonsense_is_hung_up_on() {
         send(hostile.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL).unwrap();
         assert!(hung_up(&hostile), "after {} B", bytes.len());
     }
-    // Descriptors that nobody asked for.
+    // A request must not carry descriptors.
     let gift = File::open("/dev/null").unwrap();
     for count in [1, MOST_DESCRIPTORS, MOST_DESCRIPTORS + 1, 253] {
         let hostile = other.hostile();
@@ -357,9 +357,9 @@ fn nonsense_is_hung_up_on() {
     other.works();
 }
 
-/// A peer that asks and asks and does not listen; and others are served meanwhile.
+/// A peer that sends requests and receives no answers is disconnected, and others are served meanwhile.
 #[test]
-fn whoever_does_not_listen_is_hung_up_on() {
+fn a_peer_that_receives_no_answers_is_disconnected() {
     let mut other = Other::start("files");
     let hostile = other.hostile();
     let ask = Ask::new(RequestKind::Open, 64, other.handle.key, 0);
@@ -381,7 +381,7 @@ fn whoever_does_not_listen_is_hung_up_on() {
 }
 
 #[test]
-fn a_crowd_that_opens_nothing_keeps_nobody_out() {
+fn connections_that_open_nothing_keep_no_other_out() {
     let mut other = Other::start("files");
     let first = other.connect();
     open(&first, &other.handle(2)).unwrap();
@@ -392,13 +392,13 @@ fn a_crowd_that_opens_nothing_keeps_nobody_out() {
     other.has_lent(2);
 }
 
-/// Whoever floods an exporter must not fill its standard error, which may be a file on somebody's disk.
+/// A peer that floods an exporter must not fill its standard error, which may be a file.
 #[test]
 fn garbage_is_logged_a_few_times_and_counted() {
     let log = std::env::temp_dir().join(format!("nvshare-ipc-log-{}", std::process::id()));
     let mut other = Other::start_with("files", Some(File::create(&log).unwrap()));
     for _ in 0..1_000 {
-        // Some are turned away before they have said anything.
+        // Some are refused before they have sent anything.
         let _ = send(other.hostile().as_raw_fd(), b"garbage", MsgFlags::MSG_NOSIGNAL);
     }
     other.works();
@@ -406,20 +406,23 @@ fn garbage_is_logged_a_few_times_and_counted() {
     let said = || std::fs::read_to_string(&log).unwrap();
     nvshare_test_support::Patience::seconds(20)
         .until("the rest is counted", || said().contains("not logged"));
-    let lines = said().lines().filter(|line| line.contains("no request for memory: hanging up")).count();
+    let lines = said()
+        .lines()
+        .filter(|line| line.contains("no request for GPU memory of this process: the connection is closed"))
+        .count();
     assert!((1..=20).contains(&lines), "{lines} lines for 1000 messages");
     std::fs::remove_file(log).unwrap();
 }
 
-/// Needs root, to be somebody else in one thread.
+/// Needs root, to change the user of one thread.
 #[test]
-fn another_user_gets_nothing_and_is_not_believed() {
+fn another_user_is_refused_and_not_trusted() {
     if !nix::unistd::geteuid().is_root() {
         println!("not root: not tested");
         return;
     }
     let become_nobody = || {
-        // SAFETY: numbers; the system call itself changes this thread alone.
+        // SAFETY: the arguments are numbers; the raw system call changes only this thread.
         assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, -1, 65534, -1) }, 0);
     };
     let mut other = Other::start("files");
@@ -429,10 +432,10 @@ fn another_user_gets_nothing_and_is_not_believed() {
         Connection::to(&exporter).and_then(|connection| open(&connection, &handle))
     });
     let opened = opened.join().unwrap();
-    // Its thread alone is nobody, and root's process is trusted: but root hangs up.
+    // Only the connecting thread is another user; the exporter, root, closes the connection.
     assert!(matches!(opened, Err(OpenError::HungUp(_))), "{opened:?}");
     other.has_lent(0);
-    // A stranger at a name is not asked for anything.
+    // No request is sent to an exporter of another user.
     let stranger = Exporter::here().unwrap();
     let listening = std::thread::spawn(move || {
         become_nobody();
@@ -452,5 +455,5 @@ fn a_forked_child_does_not_listen() {
     let child = Pid::from_raw(other.ask());
     other.dies();
     assert!(matches!(Connection::to(&exporter), Err(OpenError::NoExporter)), "the child listens");
-    kill(child, None).expect("the child lives");
+    kill(child, None).expect("the child is alive");
 }

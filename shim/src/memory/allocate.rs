@@ -1,4 +1,4 @@
-//! cuMemAlloc: whether a client may have more memory, its addresses, and what stands behind them at first.
+//! cuMemAlloc: whether a client may have more memory, the addresses, and the memory first mapped there.
 
 use crate::cuda::abi::*;
 use crate::memory::CHUNK;
@@ -15,17 +15,17 @@ use nvshare::units::{
     GRANULE, Granules, MAX_GRANULES, MILLISECOND, Nanos, bytes_of, format_size, granules_for,
 };
 
-/// How long an allocation that cannot wait for its engine waits for other clients to give back memory that they have freed, ns.
+/// How long an allocation that cannot wait for its engine waits for other clients to give back their spares, ns.
 const SPARES_WAIT: Nanos = 10 * MILLISECOND;
 
 impl Device {
     /// cuMemAlloc.
     ///
     /// # Errors
-    /// As the driver's own: INVALID_VALUE for no bytes, OUT_OF_MEMORY for more than there can be.
+    /// As the driver's own: INVALID_VALUE for 0 bytes, OUT_OF_MEMORY for more than the limits allow.
     pub fn allocate(&self, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
         if bytes == 0 {
-            tracing::warn!(gpu = %self.gpu, "an allocation of 0 B is refused, as the driver refuses it: ask for one byte or more");
+            tracing::warn!(gpu = %self.gpu, "an allocation of 0 B is refused, as without nvshare: ask for one byte or more");
             return Err(CuResult::INVALID_VALUE);
         }
         let mut memory = self.memory();
@@ -52,8 +52,8 @@ impl Device {
         Ok(memory.take_small(bytes, context).expect("a new slab has room for a small allocation"))
     }
 
-    /// The most granules that this client's allocations may come to. As if it had the GPU to itself: what
-    /// other clients' contexts take of it meanwhile is made up for in host memory.
+    /// The most granules that this client may have allocated, as if it had the GPU to itself. If contexts of other
+    /// clients leave less, the difference lies in host memory.
     fn limit(&self) -> Granules {
         if self.oversubscribe {
             MAX_GRANULES
@@ -67,16 +67,16 @@ impl Device {
         self.books.page().view(self.books.slot()).context
     }
 
-    /// The client's memory limit: as it is now, since it may be changed at any time.
+    /// The client's present memory limit, which may be changed at any time.
     pub fn memory_limit(&self) -> MemoryLimit {
         self.books.page().memory_limit(self.books.slot())
     }
 
-    /// Whether `bytes` more are within the client's memory limit. Its allocations count, wherever they are, and its
-    /// context, so that the limits of clients that fit beside one another add up to what the GPU has.
+    /// Checks that `bytes` more are within the client's memory limit. Its allocations count, wherever their bytes are, and its
+    /// context too, so that clients fit on the GPU together if their limits add up to no more than the GPU has.
     ///
     /// # Errors
-    /// OUT_OF_MEMORY, said in the log.
+    /// OUT_OF_MEMORY; the log says why.
     pub fn within_limit(&self, bytes: u64) -> Result<(), CuResult> {
         let limit = self.memory_limit();
         let Some(granules) = limit.granules(self.books.page().capacity()) else { return Ok(()) };
@@ -95,7 +95,7 @@ impl Device {
         ))
     }
 
-    /// The client's memory limit for people, if it has one.
+    /// The client's memory limit for messages, if it has one.
     pub fn limit_text(&self) -> Option<String> {
         let limit = self.memory_limit();
         let size = format_size(bytes_of(limit.granules(self.books.page().capacity())?));
@@ -106,7 +106,7 @@ impl Device {
         })
     }
 
-    /// Says in the log why an allocation is refused.
+    /// Logs why an allocation is refused; returns OUT_OF_MEMORY.
     pub fn refuse(&self, bytes: u64, why: &str) -> CuResult {
         tracing::warn!(
             gpu = %self.gpu,
@@ -117,10 +117,10 @@ impl Device {
         CuResult::OUT_OF_MEMORY
     }
 
-    /// Whether the client may have `bytes` more: by its memory limit, and by what the GPU has.
+    /// Checks that the client may have `bytes` more, by its memory limit and by the size of the pool.
     ///
     /// # Errors
-    /// OUT_OF_MEMORY, said in the log; or what a process is told whose memory is lost.
+    /// OUT_OF_MEMORY, and the log says why; or the error of a failed process ([`state::intact`]).
     fn within_limits(&self, bytes: u64) -> Result<(), CuResult> {
         state::intact()?;
         self.within_limit(bytes)?;
@@ -139,10 +139,10 @@ impl Device {
         ))
     }
 
-    /// Addresses for `bytes`, if the GPU and the host can ever hold them.
+    /// Reserves addresses for `bytes`, if the limits allow them and the host could hold them.
     ///
     /// # Errors
-    /// OUT_OF_MEMORY, said in the log; or the driver's.
+    /// OUT_OF_MEMORY, and the log says why; or the driver's.
     pub fn reserve(&self, bytes: u64) -> Result<CUdeviceptr, CuResult> {
         self.within_limits(bytes)?;
         let size = whole_granules(bytes);
@@ -152,15 +152,15 @@ impl Device {
             .inspect_err(|_| self.host.uncommit(size))
     }
 
-    /// Backs a new region with GPU memory if the client runs and there is room. If not, shuts the gate
+    /// Backs a new region with GPU memory if the client runs and the pool has free granules. If not, shuts the gate
     /// before the application learns the address, and leaves the region to the engine.
     ///
-    /// While a capture is open the gate must stay open too: whoever captures goes through it to the
-    /// capture's end, and the engine, which waits for that end before it moves anything, would wait for ever.
-    /// So what finds no room then is mapped to host memory at once, and comes home later.
+    /// While a capture is open the gate must stay open: the capturing thread has to pass it to end the
+    /// capture, and the engine waits for the capture to end before it moves anything, so a shut gate would be a deadlock.
+    /// Memory for which there is no room then is mapped to host memory at once, and moves to the GPU later.
     ///
     /// # Errors
-    /// OUT_OF_MEMORY: a capture is open, and the host has no memory either. The region is gone.
+    /// OUT_OF_MEMORY if a capture is open and the host has no memory either. The region is removed.
     pub fn populate(&self, memory: &mut Memory, base: CUdeviceptr) -> Result<(), CuResult> {
         let Some(granules) = memory.region(base).map(Region::granules) else { return Ok(()) };
         let admitted = self.books.grow(granules);
@@ -183,11 +183,11 @@ impl Device {
         }
         Err(self.refuse(
             bytes_of(granules),
-            &format!("a graph is being captured, so it cannot wait for room on the GPU, and {error}"),
+            &format!("it cannot wait for room on the GPU while a graph is being captured, and {error}"),
         ))
     }
 
-    /// Takes what the pool has for a region's chunks, one after the other.
+    /// Backs a region's chunks one after the other, as long as the pool has granules.
     fn back(&self, memory: &mut Memory, base: CUdeviceptr) {
         let Some(region) = memory.region(base) else { return };
         let (places, in_one) = (region.missing(), region.is_untouched_allocation());
@@ -213,7 +213,7 @@ impl Device {
         self.open_all(memory, mapped);
     }
 
-    /// Takes granules of the pool, and has spares go for them if need be. False if there are none.
+    /// Takes granules from the pool, releasing spares to get them if necessary. False if there are not enough.
     fn take_over_spares(&self, memory: &mut Memory, granules: Granules) -> bool {
         let mut until = None;
         loop {
@@ -221,7 +221,7 @@ impl Device {
             if self.drop_oldest_spare(memory) > 0 {
                 continue;
             }
-            // While a capture is open nobody can wait for the engine; but others give spares back at once.
+            // While a capture is open, this thread cannot wait for the engine; but other clients give spares back quickly.
             let until = *until.get_or_insert_with(|| now() + SPARES_WAIT);
             if !captures::is_capturing() || now() >= until || !self.others_keep_spares() {
                 return false;
@@ -230,12 +230,13 @@ impl Device {
         }
     }
 
-    /// Whether other clients hold more than they need, which they give back when somebody lacks it.
+    /// Whether other clients hold spares, which they give back when another client lacks granules.
     fn others_keep_spares(&self) -> bool {
         !policy::spare_holders(&self.snapshot()).without(self.books.slot()).is_empty()
     }
 
-    /// Makes and maps a chunk. If the driver has no memory, spares go for it: something beside the pool may use the rest.
+    /// Creates and maps a chunk. If the driver has no memory for it, because something outside the pool uses some, releases
+    /// spares and tries again.
     fn make(
         &self,
         memory: &mut Memory,
@@ -250,11 +251,11 @@ impl Device {
         }
     }
 
-    /// Maps all that is missing to host memory, because threads must go on and there is no room on the GPU: it comes home
-    /// later. What the host holds the bytes of is not touched; nothing is, of a client that has not drained.
+    /// Maps all missing memory to host memory, because threads must go on and there is no room on the GPU. It moves to the GPU
+    /// later. Evicted chunks are not touched; a client that has not drained has none.
     ///
     /// # Errors
-    /// The host has no memory for it either. What could be mapped is.
+    /// The host has not enough memory. Chunks for which it has are mapped.
     pub fn back_all_by_host(&self, memory: &mut Memory) -> Result<(), SwapError> {
         for base in memory.missing() {
             self.back_by_host(memory, base)?;
@@ -262,7 +263,7 @@ impl Device {
         Ok(())
     }
 
-    /// Maps what is missing of a region to host memory.
+    /// Maps the missing chunks of a region to host memory.
     fn back_by_host(&self, memory: &mut Memory, base: CUdeviceptr) -> Result<(), SwapError> {
         for place in memory.region(base).map(Region::missing).unwrap_or_default() {
             if place.reservation {
@@ -272,16 +273,16 @@ impl Device {
             let handle = self.map(&place, true)?;
             memory.settle(place.address, Backing::Overflow(handle));
         }
-        // The engine brings it home when the capture is over.
+        // The engine moves it to the GPU when the capture is over.
         self.wake_engine();
         Ok(())
     }
 
-    /// Allocates by `attempt`; if there is no memory, again when what was freed before is given back. That it is free
-    /// has been said already (see [`Device::figures`]).
+    /// Allocates by `attempt`; if there is no memory, waits for deferred frees and tries again. Their memory is reported as
+    /// free already (see [`Device::figures`]).
     ///
     /// # Errors
-    /// What the last attempt said.
+    /// The error of the last attempt.
     pub fn once_freed<T>(&self, attempt: impl Fn() -> Result<T, CuResult>) -> Result<T, CuResult> {
         match attempt() {
             Err(CuResult::OUT_OF_MEMORY) if self.await_frees() => attempt(),

@@ -1,5 +1,5 @@
-//! What the books of many regions cost: everything that a switch does but the driver's part and the copies, on a page, a map
-//! and a pool of its own. `nvshare bench bookkeeping` prints it.
+//! Measures the bookkeeping of many regions: everything that a switch does except calls to the driver and copies, on a
+//! separate page, map and pool. `nvshare bench bookkeeping` prints it.
 
 use crate::cuda::abi::CUcontext;
 use crate::memory::host::{HostPool, HostPoolError};
@@ -11,7 +11,7 @@ use nvshare::units::{GRANULE, GpuUuid, Granules, Nanos, SECOND};
 use nvshare::{Client, Page};
 use std::sync::Arc;
 
-/// The thread's processor time, ns: other programs are not measured.
+/// The thread's CPU time, ns, so that other programs do not count.
 fn now() -> Nanos {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("Linux has this clock");
     time.tv_sec() as Nanos * SECOND + time.tv_nsec() as Nanos
@@ -20,10 +20,10 @@ fn now() -> Nanos {
 const CONTEXT: CUcontext = CUcontext(1);
 const BEGIN: u64 = 1 << 40;
 
-/// What it took to allocate so many regions of one granule, to evict them, to fill them and to free them, ns.
+/// The times to allocate, evict, fill and free `regions` regions of one granule, ns.
 ///
 /// # Errors
-/// There are no addresses for so much host memory. None of it is used.
+/// The kernel cannot map as many bytes of host memory. None of it is touched.
 pub fn measure(regions: Granules) -> Result<[Nanos; 4], HostPoolError> {
     let page: Arc<Page> = Page::on_heap(GpuUuid([0; 16]), regions).into();
     let slot = page.open_slot(Process { pid: 1, started: 1 }, "bookkeeping", 1);
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_of_it_is_walked_through() {
+    fn every_step_is_measured() {
         assert!(measure(500).unwrap().iter().all(|took| *took > 0));
     }
 }

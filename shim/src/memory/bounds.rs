@@ -1,14 +1,14 @@
 //! Where allocations end, for copies and memsets.
 //!
-//! The driver knows an allocation to the byte, and refuses a copy or a memset that reaches beyond its end before anything
-//! runs. Under nvshare an allocation lies in granules that nvshare maps, and for the driver all of a granule is there to be
-//! used. So the call that natively is an error would write into memory that another small allocation has, or that nobody has.
-//! The ends are looked up here instead, for what copies or sets one row of bytes. Kernels are not judged: natively
-//! they reach what lies in the same granule too.
+//! Natively the driver knows the size of an allocation to the byte, and refuses a copy or a memset that reaches beyond its end
+//! before anything runs. Under nvshare an allocation lies in granules that nvshare maps, and the driver accepts any address
+//! in a mapped granule. A call that is an error natively would then overwrite another small allocation, or unused memory. So
+//! nvshare checks calls that copy or set one contiguous range of bytes (rows with `checks` in `interpose/rows.rs`).
+//! Kernels are not checked: natively too they can access the rest of the granule.
 //!
-//! Every copy looks an end up, so the ends are kept apart from the map of memory ([`crate::memory::map`]), which is locked while
-//! memory is mapped. A look costs about 40 ns among few allocations and 55 ns among a thousand, and the looks of several threads
-//! do not wait for each other.
+//! Every copy makes this lookup, so the ends are kept apart from the map of memory ([`crate::memory::map`]), which is locked
+//! while memory is mapped. A lookup costs about 40 ns among few allocations and 55 ns among a thousand. Lookups of several
+//! threads do not wait for each other.
 
 use crate::cuda::abi::{CUdeviceptr, CuResult};
 use crate::cuda::driver::Driver;
@@ -17,29 +17,29 @@ use nvshare::units::format_size;
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
-/// Where an allocation ends, and where the memory ends that it lies in.
+/// Where an allocation ends, and where its region ends.
 #[derive(Clone, Copy)]
 struct End {
     bytes: CUdeviceptr,
     region: CUdeviceptr,
 }
 
-/// By where allocations begin.
+/// The ends, by the address at which the allocation begins.
 static ENDS: RwLock<BTreeMap<CUdeviceptr, End>> = RwLock::new(BTreeMap::new());
 
-/// An allocation is there: where it begins, its bytes, and where the region ends that it lies in.
+/// Records an allocation of `bytes` bytes at `base`, in a region that ends at `region_end`.
 pub fn add(base: CUdeviceptr, bytes: u64, region_end: CUdeviceptr) {
     let end = End { bytes: base + bytes, region: region_end };
     ENDS.write().unwrap_or_else(PoisonError::into_inner).insert(base, end);
 }
 
-/// An allocation is there no more.
+/// Drops the record of an allocation.
 pub fn remove(base: CUdeviceptr) {
     ENDS.write().unwrap_or_else(PoisonError::into_inner).remove(&base);
 }
 
-/// Begin and end of the allocation that a range overruns. The range begins in it, or between its end and the end of its region,
-/// and reaches beyond its end. `None` if no allocation is overrun.
+/// Begin and end of the allocation that a range overruns: the range begins in the allocation, or between the end of the
+/// allocation and the end of its region, and reaches beyond the end of the allocation. `None` if no allocation is overrun.
 fn overrun(address: CUdeviceptr, bytes: u64) -> Option<(CUdeviceptr, CUdeviceptr)> {
     let ends = ENDS.read().unwrap_or_else(PoisonError::into_inner);
     let (&base, &end) = ends.range(..=address).next_back()?;
@@ -47,7 +47,7 @@ fn overrun(address: CUdeviceptr, bytes: u64) -> Option<(CUdeviceptr, CUdeviceptr
     (bytes > 0 && address < end.region && beyond).then_some((base, end.bytes))
 }
 
-/// Refuses a call that copies or sets a range, as the driver does, if it reaches beyond the end of an allocation.
+/// CUDA_ERROR_INVALID_VALUE, as the driver answers, if the range of a copy or memset reaches beyond the end of an allocation.
 #[inline]
 pub fn refuse(call: &str, address: usize, bytes: usize) -> Option<CuResult> {
     if !state::enabled() {
@@ -64,12 +64,12 @@ fn refused(
     (address, bytes): (CUdeviceptr, u64),
     (base, end): (CUdeviceptr, CUdeviceptr),
 ) -> Option<CuResult> {
-    // A process that has broken down is told so, and without a context, or in one that is broken, the driver refuses the
-    // call for that.
+    // In a failed process, without a current context or in a broken one, the call gets that error instead, from the gate or
+    // from the driver.
     state::intact().ok()?;
     Driver::get().ok()?.ctx_intact().ok()?;
     tracing::warn!(
-        "{call}: {} at {address:#x} reach beyond the end of the allocation of {} at {base:#x}",
+        "{call} refused with CUDA_ERROR_INVALID_VALUE: {} at {address:#x} reach beyond the end of the allocation of {} at {base:#x}, as without nvshare",
         format_size(bytes),
         format_size(end - base)
     );
@@ -105,18 +105,18 @@ mod tests {
         }
         remove(small);
         remove(BASE);
-        assert_eq!(overrun(BASE, 1001), None, "what is freed is the driver's to judge");
+        assert_eq!(overrun(BASE, 1001), None, "freed memory is left to the driver");
     }
 
-    /// `cargo test --release -p nvshare-shim a_look -- --ignored --nocapture`
+    /// `cargo test --release -p nvshare-shim cost_of_a_lookup -- --ignored --nocapture`
     #[test]
     #[ignore = "measures"]
-    fn a_look_among_ten_thousand_allocations_takes_so_long() {
+    fn cost_of_a_lookup_among_ten_thousand_allocations() {
         const BASE: CUdeviceptr = 0x5000_0000_0000;
         for n in 0..10_000 {
             add(BASE + (n << 21), 1 << 20, BASE + ((n + 1) << 21));
         }
-        // The time that this thread has run, whatever else the machine does.
+        // The CPU time of this thread, so that other load does not count.
         let spent = || {
             let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
             // SAFETY: the place is a timespec of this function.
@@ -124,10 +124,10 @@ mod tests {
             time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
         };
         for allocations in [10, 1000, 10_000] {
-            let (looks, began) = (5_000_000_u64, spent());
+            let (lookups, began) = (5_000_000_u64, spent());
             let at = |n: &u64| BASE + ((n * 7919 % allocations) << 21);
-            let beyond = (0..looks).filter(|n| overrun(at(n), 4096).is_some()).count();
-            println!("{allocations}: {} ns, {beyond} beyond", (spent() - began) / looks);
+            let beyond = (0..lookups).filter(|n| overrun(at(n), 4096).is_some()).count();
+            println!("{allocations}: {} ns, {beyond} beyond", (spent() - began) / lookups);
         }
     }
 }

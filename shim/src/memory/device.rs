@@ -1,4 +1,4 @@
-//! One GPU of this process: its memory, its books, and what the application's threads do with them.
+//! One GPU of this process: its memory, its accounts, and the operations of the application's threads on them.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -15,33 +15,33 @@ use nvshare::snapshot::Snapshot;
 use nvshare::units::GpuUuid;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-/// What the engine and the application's threads share.
+/// One GPU: the state that the engine and the application's threads share.
 pub struct Device {
     /// The driver.
     pub driver: &'static Driver,
-    /// The GPU's ordinal, as this process's driver counts.
+    /// The GPU's ordinal in this process.
     pub ordinal: CUdevice,
     /// The GPU.
     pub gpu: GpuUuid,
-    /// What this client has and asks for.
+    /// The client's accounts in the page: what it has and what it asks for.
     pub books: Books<MappedPage>,
     /// Host memory for what is evicted.
     pub host: HostPool,
     /// The streams that may have work.
     pub streams: Arc<Streams>,
     pub(super) memory: Mutex<Memory>,
-    /// Memory moves no more.
+    /// Signalled when memory no longer moves.
     pub(super) settled: Condvar,
-    /// Other processes may be given our memory to map.
+    /// The GPU can export memory to other processes as file descriptors.
     pub exportable: bool,
-    /// More memory than there is may be allocated, and lies in host memory then.
+    /// The application may allocate more than the GPU has; the excess lies in host memory.
     pub(super) oversubscribe: bool,
     /// The context that the engine works in.
     pub engine_context: EngineContext,
 }
 
 impl Device {
-    /// The shared part of a client that has just registered.
+    /// The device of a client that has just registered.
     pub fn new(
         driver: &'static Driver,
         ordinal: CUdevice,
@@ -72,13 +72,13 @@ impl Device {
         nvshare::sync::lock(&self.memory)
     }
 
-    /// The map, in a moment when no memory moves.
+    /// The map; waits until no memory moves.
     pub fn memory_at_rest(&self) -> MutexGuard<'_, Memory> {
         let at_rest = self.settled.wait_while(self.memory(), |memory| memory.moving);
         at_rest.unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Memory begins to move, or has come to rest.
+    /// Records that memory begins to move, or no longer moves.
     pub fn set_moving(&self, moving: bool) {
         self.memory().moving = moving;
         if !moving {
@@ -86,29 +86,29 @@ impl Device {
         }
     }
 
-    /// Wakes the engine: something that it looks at has changed.
+    /// Wakes the engine, to check what has changed.
     pub fn wake_engine(&self) {
         self.books.page().ring(self.books.slot());
     }
 
-    /// What the page of the GPU says now.
+    /// A snapshot of the GPU's page.
     pub fn snapshot(&self) -> Snapshot {
         let page = self.books.page();
         Snapshot::take(page, page.admitted())
     }
 
-    /// Has the engine move what it has in `context` to a successor, and waits until it has.
+    /// Has the engine leave `context` for a successor, and waits until it has.
     pub fn leave_context(&self, context: CUcontext, successor: Successor) {
         self.engine_context.leave(context, successor, || self.wake_engine());
     }
 
-    /// The last context is gone: the engine ends.
+    /// Ends the engine, because the last context is gone.
     pub fn end_engine(&self) {
         self.engine_context.end();
         self.wake_engine();
     }
 
-    /// What the gang needs of this GPU.
+    /// This GPU as a member of the gang.
     pub fn gang_member(&self) -> gang::Member {
         gang::Member {
             gpu: self.gpu,
@@ -118,9 +118,9 @@ impl Device {
         }
     }
 
-    /// What this process is told about the GPU's memory.
+    /// The amounts of memory that this process is told the GPU has.
     pub fn figures(&self) -> MemoryInfo {
-        // Held, so that no free ends between the two looks.
+        // The lock is held so that no deferred free ends between the reads of the page and of the map.
         let memory = self.memory();
         let snapshot = Snapshot::take(self.books.page(), SlotSet::EMPTY);
         MemoryInfo::of(&snapshot, Some(self.books.slot()), self.memory_limit(), memory.deferred())

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 pub struct Attached {
     /// The GPU.
     pub device: Arc<Device>,
-    /// The contexts on it, green ones aside. Never empty while the GPU is in the list.
+    /// The contexts on it except green ones. Never empty while the GPU is in the list.
     pub contexts: Vec<CUcontext>,
     /// The thread that moves its memory.
     pub engine: Option<JoinHandle<()>>,
@@ -24,12 +24,12 @@ fn devices() -> MutexGuard<'static, Vec<Attached>> {
     nvshare::sync::lock(&DEVICES)
 }
 
-/// The process has attached to a GPU.
+/// Adds a GPU to which the process has attached.
 pub fn add(attached: Attached) {
     devices().push(attached);
 }
 
-/// Notes a context, if the process has attached to its GPU. Whether it has.
+/// Adds a context, if the process has attached to its GPU. False if it has not.
 pub fn add_context(context: CUcontext, device: CUdevice) -> bool {
     let mut devices = devices();
     let Some(attached) = devices.iter_mut().find(|attached| attached.device.ordinal == device) else {
@@ -42,15 +42,15 @@ pub fn add_context(context: CUcontext, device: CUdevice) -> bool {
     true
 }
 
-/// What is left of a GPU when one of its contexts has gone.
+/// What remains of a GPU in the process after a context was destroyed.
 pub enum Left {
     /// The GPU, and another context on it.
     Context(Arc<Device>, CUcontext),
-    /// That was the last context: the process is to detach from the GPU, which is in the list no more.
+    /// That was the last context: the GPU is removed from the list, and the process must detach from it.
     Nothing(Attached),
 }
 
-/// A context has gone. `None` if it is not known, or is a green one.
+/// Removes a context that was destroyed. `None` if it is not known, or is a green one.
 pub fn remove_context(context: CUcontext) -> Option<Left> {
     let mut devices = devices();
     let index = devices.iter().position(|attached| attached.contexts.contains(&context))?;
@@ -62,8 +62,8 @@ pub fn remove_context(context: CUcontext) -> Option<Left> {
     })
 }
 
-/// The GPU of a context that is about to end, and where its engine moves to. `None` if the context is not known, or is a
-/// green one.
+/// The GPU of a context that is about to be destroyed, and where its engine moves. `None` if the context is not known, or is
+/// a green one.
 pub fn ending(context: CUcontext) -> Option<(Arc<Device>, Successor)> {
     let devices = devices();
     let attached = devices.iter().find(|attached| attached.contexts.contains(&context))?;
@@ -71,8 +71,8 @@ pub fn ending(context: CUcontext) -> Option<(Arc<Device>, Successor)> {
     Some((attached.device.clone(), other.map_or(Successor::None, Successor::Context)))
 }
 
-/// The GPU of a context, and the context that memory belongs to which is allocated in it: itself, or the primary context of
-/// a green one.
+/// The GPU of a context, and the context to which memory allocated in it belongs: itself, or for a green context its
+/// primary context.
 pub fn known(context: CUcontext) -> Option<(Arc<Device>, CUcontext)> {
     let owner = green::owner_of(context);
     let devices = devices();
@@ -85,13 +85,13 @@ pub fn of_context(context: CUcontext) -> Option<Arc<Device>> {
     known(context).map(|(device, _)| device)
 }
 
-/// A green context by its own handle, and the GPU.
+/// A green context by its handle, and its GPU.
 pub fn green(handle: CUgreenCtx) -> Option<(Arc<Device>, Green)> {
     let green = green::by_handle(handle)?;
     Some((of_context(green.owner)?, green))
 }
 
-/// A green context was made of a context that is known.
+/// Adds a green context, if its primary context is known.
 pub fn green_made(green: Green) {
     if let Some(device) = of_context(green.owner)
         && green::add(green)
@@ -100,7 +100,7 @@ pub fn green_made(green: Green) {
     }
 }
 
-/// A green context was destroyed: its streams are detached.
+/// Removes a green context that was destroyed, and its streams.
 pub fn green_ended(green: &Green) {
     green::remove(green);
     all().iter().for_each(|device| device.streams.remove_green(green));
@@ -111,7 +111,7 @@ pub fn all() -> Vec<Arc<Device>> {
     devices().iter().map(|attached| attached.device.clone()).collect()
 }
 
-/// All contexts that the process has, green ones aside.
+/// All contexts of the process except green ones.
 pub fn contexts() -> Vec<CUcontext> {
     devices().iter().flat_map(|attached| attached.contexts.clone()).collect()
 }

@@ -1,7 +1,8 @@
-//! The context that a GPU's engine works in, and its way out of one that ends.
+//! The context that a GPU's engine works in, and how the engine leaves one that is about to be destroyed.
 //!
-//! The engine has streams and events in one context, and host memory is registered through one. Both must be out of a context
-//! before the driver destroys it. So whoever ends a context asks the engine to move to a *successor*, and waits.
+//! The engine has streams and events in one context, and host memory is registered through that context. Both must be removed
+//! from it before the driver destroys it. So a thread that destroys the context asks the engine to move to a *successor*, and
+//! waits.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -15,14 +16,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 pub enum Successor {
     /// To another context.
     Context(CUcontext),
-    /// Out of its context, which is the last one. It waits until it is known whether that one goes.
+    /// To none, because its context is the last one. The engine waits until it is known whether the driver destroys it.
     None,
 }
 
 /// Registers host memory with the driver.
 pub struct DriverPinner {
     driver: &'static Driver,
-    /// The registration is good in all contexts and goes with this one.
+    /// Registrations are valid in all contexts, and end with this one.
     context: Mutex<CUcontext>,
 }
 
@@ -39,7 +40,7 @@ impl DriverPinner {
 
 impl Pinner for Arc<DriverPinner> {
     fn pin(&self, address: *mut u8, length: usize) -> Result<(), PinError> {
-        let refused = |result: CuResult| PinError::new(format!("cuMemHostRegister said {result}"));
+        let refused = |result: CuResult| PinError::new(format!("cuMemHostRegister failed with {result}"));
         self.driver.ctx_push_current(*self.context()).map_err(refused)?;
         // SAFETY: the pool mapped this memory, keeps it while it is registered, and unpins it first.
         let pinned = unsafe { self.driver.mem_host_register(address, length, CU_MEMHOSTREGISTER_PORTABLE) };
@@ -55,29 +56,29 @@ impl Pinner for Arc<DriverPinner> {
     }
 }
 
-/// The context that an engine works in, and whoever waits for it to leave.
+/// The context that an engine works in, and the state of its move to another.
 pub struct EngineContext {
     pinner: Arc<DriverPinner>,
     moving: Mutex<Moving>,
     changed: Condvar,
-    /// The engine is to give everything back and end.
+    /// The engine must release everything and end.
     leaving: AtomicBool,
 }
 
-/// How far the engine has got on its way out of its context.
+/// The state of the engine's move out of its context.
 #[derive(Default)]
 struct Moving {
-    /// Where to move to.
+    /// Where the engine must move.
     successor: Option<Successor>,
-    /// It has nothing in any context.
+    /// The engine has left all contexts.
     is_out: bool,
-    /// Where it goes from there.
+    /// The context to which it moves after that.
     back: Option<CUcontext>,
     engine_ended: bool,
 }
 
 impl EngineContext {
-    /// Of an engine that works in the context of `pinner`.
+    /// For an engine that works in the context of `pinner`.
     pub fn new(pinner: Arc<DriverPinner>) -> Self {
         Self { pinner, moving: Mutex::default(), changed: Condvar::new(), leaving: AtomicBool::new(false) }
     }
@@ -86,23 +87,23 @@ impl EngineContext {
         nvshare::sync::lock(&self.moving)
     }
 
-    /// Where the engine is about to move to, because its own context will be destroyed.
+    /// Where the engine must move, if its context is about to be destroyed.
     pub fn successor(&self) -> Option<Successor> {
         self.moving().successor
     }
 
-    /// Whether the engine is to give everything back and end.
+    /// Whether the engine must release everything and end.
     pub fn is_leaving(&self) -> bool {
         self.leaving.load(Ordering::Acquire)
     }
 
-    /// Whether the engine has something to do that does not wait for memory on the GPU.
+    /// Whether the engine has a task that must not wait until the GPU has memory.
     pub fn is_called_away(&self) -> bool {
         self.is_leaving() || self.successor().is_some() || state::intact().is_err()
     }
 
-    /// Has the engine move what it has in `context` to a successor, and waits until it has. `wake` wakes the engine. Nothing to
-    /// do if it works in another context, or if it has ended.
+    /// Makes the engine move from `context` to a successor, and waits until it has. `wake` wakes the engine. Does nothing if
+    /// the engine works in another context or has ended.
     pub fn leave(&self, context: CUcontext, successor: Successor, wake: impl FnOnce()) {
         if *self.pinner.context() != context {
             return;
@@ -114,7 +115,7 @@ impl EngineContext {
         drop(self.changed.wait_while(self.moving(), waits));
     }
 
-    /// If the engine has left all contexts, it goes to this one: the one before is still there, or another is.
+    /// Makes an engine that has left all contexts move to this one: its former one, if that was not destroyed, or another.
     pub fn go_back(&self, context: CUcontext) {
         let mut moving = self.moving();
         if moving.successor == Some(Successor::None) {
@@ -123,14 +124,14 @@ impl EngineContext {
         }
     }
 
-    /// The last context is gone: the engine is to end. The caller wakes it.
+    /// Makes the engine end, because the last context is gone. The caller wakes it.
     pub fn end(&self) {
         let _moving = self.moving();
         self.leaving.store(true, Ordering::Release);
         self.changed.notify_all();
     }
 
-    /// The engine works in `context` now. The host memory is registered through it too.
+    /// The engine has moved to `context`: registers the host memory through it too.
     pub fn moved_to(&self, context: CUcontext, host: &HostPool) {
         host.repin(|| {
             *self.pinner.context() = context;
@@ -140,8 +141,8 @@ impl EngineContext {
         self.changed.notify_all();
     }
 
-    /// The engine has nothing in any context, and neither has the host memory, until it is known what becomes of the one
-    /// that it was in. The context to go to, unless the engine is to end.
+    /// Unregisters the host memory, and waits until it is known whether the driver has destroyed the last context. Returns the
+    /// context to which the engine moves; `None` if it must end.
     pub fn out_of_context(&self, host: &HostPool) -> Option<CUcontext> {
         let mut back = None;
         host.repin(|| {
@@ -157,7 +158,7 @@ impl EngineContext {
         back
     }
 
-    /// The engine has ended: nobody waits for it any more.
+    /// The engine has ended: wakes the threads that wait for it.
     pub fn engine_ended(&self) {
         self.moving().engine_ended = true;
         self.changed.notify_all();

@@ -5,27 +5,27 @@ use crate::cuda::abi::CuResult;
 /// Why memory could not be moved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SwapError {
-    /// The driver refused.
+    /// A call to the driver failed.
     Driver {
-        /// What was tried.
+        /// The call.
         call: &'static str,
-        /// What it said.
+        /// Its result.
         result: CuResult,
     },
-    /// There is no host memory for a copy, or in place of the GPU's. Waiting may mend it.
+    /// There is no host memory for a copy, or in place of GPU memory. It may help to wait.
     Host(String),
-    /// The GPU has no memory although the pool has. Waiting may mend it.
+    /// The GPU has no memory although the pool has granules. It may help to wait.
     Gpu(String),
-    /// The engine is wanted elsewhere: its context goes, or the process has broken down. Nothing is wrong here.
+    /// The engine must do something else first: its context is being destroyed, or the process has failed.
     Interrupted,
-    /// A bug of ours, or what the kernel refuses: the panic's message.
+    /// The engine panicked, because of a bug in nvshare or because the kernel refused something: the panic's message.
     Panic(String),
 }
 
 impl std::fmt::Display for SwapError {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Driver { call, result } => write!(out, "{call} said {result}"),
+            Self::Driver { call, result } => write!(out, "{call} failed with {result}"),
             Self::Host(why) => write!(out, "no host memory: {why}"),
             Self::Gpu(why) => write!(out, "no memory on the GPU: {why}"),
             Self::Interrupted => write!(out, "interrupted"),
@@ -34,7 +34,7 @@ impl std::fmt::Display for SwapError {
     }
 }
 
-/// Makes an error of what the driver said to `call`.
+/// Makes an error of the driver's result of `call`.
 pub fn driver_said(call: &'static str) -> impl Fn(CuResult) -> SwapError {
     move |result| SwapError::Driver { call, result }
 }
@@ -46,7 +46,7 @@ impl SwapError {
 }
 
 impl SwapError {
-    /// What the application is told.
+    /// The result that the application's calls return.
     pub fn cuda(&self) -> CuResult {
         match self {
             Self::Driver { result, .. } => *result,
@@ -55,9 +55,9 @@ impl SwapError {
         }
     }
 
-    /// Whether the process is ending, or its context, and nothing is wrong.
+    /// Whether the error only means that the process is exiting or that its context was destroyed.
     pub fn is_shutdown(&self) -> bool {
-        let farewells = [CuResult::DEINITIALIZED, CuResult::CONTEXT_IS_DESTROYED, CuResult::INVALID_CONTEXT];
-        matches!(self, Self::Driver { result, .. } if farewells.contains(result))
+        let shutdowns = [CuResult::DEINITIALIZED, CuResult::CONTEXT_IS_DESTROYED, CuResult::INVALID_CONTEXT];
+        matches!(self, Self::Driver { result, .. } if shutdowns.contains(result))
     }
 }

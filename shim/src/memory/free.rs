@@ -1,4 +1,4 @@
-//! cuMemFree, and what else gives memory back: when the work that may use it is done.
+//! cuMemFree and other ways to release memory, once the work that may use it is done.
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -7,15 +7,16 @@ use crate::memory::region::{Backing, Chunk, Kind, Region};
 use crate::memory::stale_objects;
 use crate::submit::drain::CompletionMarker;
 use crate::submit::{captures, gang, pass};
+use nvshare::units::format_size;
 use std::sync::MutexGuard;
 use std::time::Duration;
 
 impl Device {
-    /// cuMemFree. False if the address is none that this process got here.
+    /// cuMemFree. False if no allocation of nvshare begins at the address.
     ///
-    /// As the driver's own, it returns when the work that may use the memory is done. While a capture is
-    /// open there is no asking for that, and while memory moves the region is the engine's: the engine
-    /// finishes the free then.
+    /// Like the driver's own, it returns when the work that may use the memory is done. If a capture is
+    /// open, that cannot be queried, and while memory moves, only the engine may touch the region: in both cases the engine
+    /// finishes the free later.
     pub fn free(&self, base: CUdeviceptr) -> bool {
         let (allocation, busy) = {
             let mut memory = self.memory();
@@ -27,8 +28,8 @@ impl Device {
         true
     }
 
-    /// Frees what the caller knows to be unused, so that there is nothing to wait for. False as for
-    /// [`Device::free`].
+    /// Frees an allocation that the caller knows to be unused by the GPU, so that there is nothing to wait for. False as
+    /// for [`Device::free`].
     pub fn free_idle(&self, base: CUdeviceptr) -> bool {
         let mut memory = self.memory();
         let Some(allocation) = memory.begin_free(base) else { return false };
@@ -36,7 +37,7 @@ impl Device {
         true
     }
 
-    /// Finishes a free, or leaves it to the engine if the memory may be in use or moves.
+    /// Finishes a free, or defers it to the engine if the memory may be in use or moves.
     fn end_free(&self, mut memory: MutexGuard<'_, Memory>, allocation: Allocation, unused: bool) {
         if unused && !memory.moving {
             self.finish_free(&mut memory, allocation);
@@ -55,28 +56,28 @@ impl Device {
         }
     }
 
-    /// Waits for all work submitted so far, on whichever GPU: it may use this one's memory. False if an open
-    /// capture forbids to ask.
+    /// Waits for all work submitted so far on any GPU of the process, because it may use this GPU's memory. False if an open
+    /// capture forbids querying it.
     pub fn wait_for_work(&self) -> bool {
-        // Nothing is held while it waits: the work may be waiting for a thread that begins a capture.
+        // No lock is held while this waits: the work may be waiting for a thread that begins a capture.
         let Some(mut mark) = captures::with_no_capture(gang::mark) else { return false };
         if !self.await_mark(&mut mark) {
             return false;
         }
         // A broken context does no work any more, so its memory is not in use either.
         if let Some(result) = mark.broken() {
-            tracing::debug!(gpu = %self.gpu, "waiting for work: {result}");
+            tracing::debug!(gpu = %self.gpu, "a context is broken, so its work counts as done: {result}");
         }
         true
     }
 
-    /// Waits until a mark has passed. False if an open capture forbids to look.
+    /// Waits until a marker has passed. False if an open capture forbids querying it.
     pub fn await_mark(&self, mark: &mut CompletionMarker) -> bool {
         loop {
             mark.wait();
             match captures::with_no_capture(|| mark.look()) {
                 Some(true) => return true,
-                // A context that ends is waited for by the driver.
+                // All is marked and has passed, but a context is being destroyed with work that only the driver waits for.
                 Some(false) if mark.left() == 0 => std::thread::sleep(Duration::from_micros(100)),
                 Some(false) => {}
                 None => return false,
@@ -84,7 +85,7 @@ impl Device {
         }
     }
 
-    /// Finishes the frees that could not be finished at once.
+    /// Finishes the deferred frees.
     fn finish_deferred(&self) {
         let left = self.memory().left();
         if self.wait_for_work() {
@@ -92,7 +93,7 @@ impl Device {
         }
     }
 
-    /// Finishes the frees that were left when `left` was said. The work that may use their memory is done.
+    /// Finishes the deferred frees that `left` stands for. The work that may use their memory is done.
     pub fn finish_left(&self, left: Left) {
         let mut memory = self.memory();
         if memory.moving {
@@ -103,9 +104,9 @@ impl Device {
         returned.into_iter().for_each(|region| self.dispose(region));
     }
 
-    /// Waits until the frees have ended that were put off. False if there is none, or if they cannot end now.
+    /// Waits until the deferred frees have ended. False if there are none, or if they cannot end now.
     pub fn await_frees(&self) -> bool {
-        // Whoever is inside the gate would be waited for.
+        // A thread inside the gate would wait for an engine that waits for this thread.
         if pass::is_inside() || self.memory().deferred() == 0 {
             return false;
         }
@@ -114,34 +115,39 @@ impl Device {
         self.memory().deferred() == 0
     }
 
-    /// Releases a region that nothing uses any more.
+    /// Releases a region that is unused.
     pub fn dispose(&self, mut region: Region) {
         let granules = region.granules();
         let lost = region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Moving));
         self.release_chunks(&mut region);
         stale_objects::ended(&region);
         if !matches!(region.kind, Kind::Reservation) && !lost {
-            // Where something may still be mapped, the addresses are the process's for good.
+            // If a chunk was lost, it may still be mapped, so the addresses are not freed.
             self.free_addresses(&region);
             self.host.uncommit(region.size);
         }
         self.books.shrink(granules);
     }
 
-    /// Gives back what a region has, wherever it is.
+    /// Releases the memory of a region's chunks, on the GPU or the host.
     pub fn release_chunks(&self, region: &mut Region) {
         for chunk in std::mem::take(&mut region.chunks) {
             self.dispose_chunk(region, chunk);
         }
     }
 
-    /// Gives a region's addresses back, at which nothing is mapped any more.
+    /// Frees a region's addresses, at which nothing is mapped any more.
     pub fn free_addresses(&self, region: &Region) {
         if let Err(result) = self.driver.mem_address_free(region.base, region.size as usize)
             && result != CuResult::DEINITIALIZED
             && !self.engine_context.is_leaving()
         {
-            tracing::error!(gpu = %self.gpu, "the addresses at {:#x} could not be freed: {result}", region.base);
+            tracing::error!(
+                gpu = %self.gpu,
+                "{} of addresses at {:#x} could not be freed and stay reserved until the process ends: {result}",
+                format_size(region.size),
+                region.base
+            );
         }
     }
 
@@ -159,14 +165,14 @@ impl Device {
             Backing::Evicted(copy) => self.host.free(copy.memory),
             Backing::Booked => self.books.give(granules),
             Backing::Absent | Backing::Denied => {}
-            // Nothing is disposed of while memory moves, unless the engine has panicked: then nobody knows where it is.
+            // Regions are not released while memory moves, unless the engine has panicked: then the chunk's state is unknown.
             Backing::Moving => {}
         }
     }
 
-    /// A context is destroyed that was not the last one: its memory goes with it.
+    /// Releases the memory of a context that was destroyed and was not the last one.
     pub fn release_context(&self, context: CUcontext) {
-        // Nothing of it may be on its way.
+        // None of its memory may be moving.
         let regions = {
             let mut memory = self.memory_at_rest();
             self.drop_spares(&mut memory);

@@ -1,4 +1,4 @@
-//! Free room in a slab.
+//! The free bytes of a slab.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -33,7 +33,7 @@ impl Gaps {
         self.lengths.last().map_or(0, |(length, _)| *length)
     }
 
-    /// Takes `size` bytes from the smallest gap that has them.
+    /// Takes `size` bytes from the smallest gap that fits; returns their offset.
     pub(super) fn take(&mut self, size: u64) -> Option<u64> {
         let (length, offset) = *self.lengths.range((size, 0)..).next()?;
         self.remove(offset);

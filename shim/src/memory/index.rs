@@ -1,8 +1,7 @@
-//! The chunks by what can be done with them, so that nobody walks over all of them to find the next.
+//! The chunks by state, so that the next one to move is found without walking over all of them.
 //!
-//! Every change of a chunk goes through [`crate::memory::map::Memory::change`], which takes the chunk out of the index and
-//! puts it back in as what it has become. Finding the next chunk, and asking how many there are of a kind, costs the same
-//! however many there are.
+//! Every change of a chunk goes through [`crate::memory::map::Memory::change`], which updates the chunk's entries in the
+//! index. Finding the next chunk takes time logarithmic in the number of chunks, and counting those of a state constant time.
 
 use crate::cuda::abi::CUdeviceptr;
 use crate::memory::CHUNK;
@@ -11,39 +10,40 @@ use nvshare::units::Granules;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A chunk in the order in which chunks come in: room first, which is only ever in the GPU's memory and whose addresses
-/// are the highest; a region from its beginning.
-type ChunkMapping = (Reverse<CUdeviceptr>, CUdeviceptr);
+/// A chunk's position in the order of fills, by the base of its region and its own address. Regions with higher bases come
+/// first, so reservations come before all others: their addresses are the highest, and they cannot lie in host memory. Within a region
+/// chunks come from the beginning.
+type FillOrder = (Reverse<CUdeviceptr>, CUdeviceptr);
 
-/// What the index knows.
+/// The index.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Index {
-    /// Those that the GPU cannot use and that can be brought in. First those that are to be mapped to host memory: only
-    /// then does the rest fit.
-    missing: BTreeSet<(Reverse<bool>, ChunkMapping)>,
-    /// Of those, the ones with a copy in host memory that come home to the GPU, by size.
-    evicted: BTreeSet<(Granules, ChunkMapping)>,
-    /// Those that are mapped to host memory and may come home.
-    overflow: BTreeSet<ChunkMapping>,
+    /// Chunks that are not on the GPU and can be filled. First those that are to be filled in host memory, because the others
+    /// fit on the GPU only without them.
+    missing: BTreeSet<(Reverse<bool>, FillOrder)>,
+    /// Of `missing`, the chunks with a copy in host memory that are to be filled on the GPU, by size.
+    evicted: BTreeSet<(Granules, FillOrder)>,
+    /// Chunks that are mapped to host memory and may move to the GPU.
+    overflow: BTreeSet<FillOrder>,
     /// Granules that are mapped to host memory.
     overflowed: u64,
-    /// Those that the GPU cannot use, on their way or not.
+    /// How many chunks the GPU cannot use, including those that are being moved.
     unusable: usize,
-    /// Those that can be evicted, by what a copy of them takes; and how many granules each has.
+    /// Chunks that can be evicted, by the granules that a copy takes and by address; the value is the chunk's granules.
     by_need: BTreeMap<(Granules, CUdeviceptr), Granules>,
-    /// Granules of those.
+    /// The sum of the granules in `by_need`.
     evictable: u64,
-    /// Of those, the ones that need a copy.
+    /// Of `by_need`, the chunks that need a copy.
     resident: BTreeSet<CUdeviceptr>,
-    /// Those on the GPU that nobody has looked at since the client last ran, and that a look can take.
+    /// Chunks on the GPU that were not scanned since the client last ran, and that a scan can handle.
     unseen: BTreeSet<CUdeviceptr>,
-    /// Those that somebody has looked at since.
+    /// Chunks that were scanned since.
     seen: BTreeSet<CUdeviceptr>,
-    /// Room that waits for the GPU.
+    /// Reservations that wait for the GPU.
     reservations: BTreeSet<CUdeviceptr>,
 }
 
-/// Granules of host memory that an eviction of a chunk takes.
+/// Granules of host memory that evicting a chunk needs.
 fn need(chunk: &Chunk) -> Granules {
     match (&chunk.backing, chunk.seen) {
         (Backing::Booked, _) => 0,
@@ -52,12 +52,12 @@ fn need(chunk: &Chunk) -> Granules {
     }
 }
 
-/// Where the index has a chunk. A chunk that is in the map is unusable, missing, evictable, ... or none of that.
+/// A chunk's entries in the index: for each set the key, if the chunk is in it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Keys {
-    missing: Option<(Reverse<bool>, ChunkMapping)>,
-    evicted: Option<(Granules, ChunkMapping)>,
-    overflow: Option<ChunkMapping>,
+    missing: Option<(Reverse<bool>, FillOrder)>,
+    evicted: Option<(Granules, FillOrder)>,
+    overflow: Option<FillOrder>,
     overflowed: Granules,
     unusable: bool,
     by_need: Option<((Granules, CUdeviceptr), Granules)>,
@@ -68,7 +68,7 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Of a chunk of the region at `base`.
+    /// The entries of a chunk of the region at `base`.
     pub fn of(base: CUdeviceptr, is_reservation: bool, chunk: &Chunk) -> Self {
         let (address, granules) = (chunk.address, chunk.granules());
         let place = (Reverse(base), address);
@@ -103,17 +103,17 @@ fn change<T: Ord>(set: &mut BTreeSet<T>, before: Option<T>, after: Option<T>) {
 }
 
 impl Index {
-    /// A chunk of the region at `base` is there from now on as what it is.
+    /// Adds a chunk of the region at `base`.
     pub fn insert(&mut self, base: CUdeviceptr, is_reservation: bool, chunk: &Chunk) {
         self.change(Keys::default(), Keys::of(base, is_reservation, chunk));
     }
 
-    /// A chunk, as it was when it was inserted, is there no more.
+    /// Removes a chunk, whose state must be that of the last update.
     pub fn remove(&mut self, base: CUdeviceptr, is_reservation: bool, chunk: &Chunk) {
         self.change(Keys::of(base, is_reservation, chunk), Keys::default());
     }
 
-    /// What a chunk is has changed. Only what differs is touched.
+    /// Updates the entries of a chunk. Only those that differ are touched.
     pub fn change(&mut self, before: Keys, after: Keys) {
         change(&mut self.missing, before.missing, after.missing);
         change(&mut self.evicted, before.evicted, after.evicted);
@@ -136,22 +136,22 @@ impl Index {
         }
     }
 
-    /// The next one to bring in.
+    /// The next chunk to fill.
     pub fn next_missing(&self) -> Option<CUdeviceptr> {
         self.missing.first().map(|(_, (_, address))| *address)
     }
 
-    /// All that can be brought in.
+    /// All chunks that can be filled.
     pub fn missing(&self) -> impl Iterator<Item = CUdeviceptr> {
         self.missing.iter().map(|(_, (_, address))| *address)
     }
 
-    /// Those that are to be mapped to host memory when they are brought in.
+    /// The chunks that are to be filled in host memory.
     pub fn spilled(&self) -> impl Iterator<Item = CUdeviceptr> {
         self.missing.iter().take_while(|(Reverse(spill), _)| *spill).map(|(_, (_, address))| *address)
     }
 
-    /// The largest with a copy in host memory that has no more than `room` granules.
+    /// The largest chunk with a copy in host memory that has at most `room` granules.
     pub fn next_evicted(&self, room: Granules) -> Option<CUdeviceptr> {
         let (granules, _) = *self.evicted.iter().next()?;
         if granules > room {
@@ -161,7 +161,7 @@ impl Index {
         self.evicted.range(..after).next_back().map(|(_, (_, address))| *address)
     }
 
-    /// The next that is mapped to host memory and may come home.
+    /// The next chunk that is mapped to host memory and may move to the GPU.
     pub fn next_overflow(&self) -> Option<CUdeviceptr> {
         self.overflow.first().map(|(_, address)| *address)
     }
@@ -171,13 +171,13 @@ impl Index {
         Granules::try_from(self.overflowed).unwrap_or(Granules::MAX)
     }
 
-    /// Whether there is one that the GPU cannot use.
+    /// Whether there is a chunk that the GPU cannot use.
     pub fn is_missing(&self) -> bool {
         self.unusable > 0
     }
 
-    /// The next one to evict that takes at most `most` granules of host memory. Those that need no copy come first; then
-    /// from the end, because large allocations tend to lie there, and large chunks move best.
+    /// The next chunk to evict that needs at most `most` granules of host memory. Chunks that need no copy come first; then
+    /// those with the highest addresses, because large allocations tend to lie there, and large chunks move fastest.
     pub fn next_resident(&self, most: Granules) -> Option<CUdeviceptr> {
         let ((need, smallest), _) = self.by_need.first_key_value()?;
         if *need == 0 {
@@ -189,12 +189,13 @@ impl Index {
         self.by_need.range(..=(most, CUdeviceptr::MAX)).next_back().map(|((_, address), _)| *address)
     }
 
-    /// Granules that can be evicted with as much host memory as it takes.
+    /// Granules that can be evicted if there is enough host memory.
     pub fn evictable(&self) -> Granules {
         Granules::try_from(self.evictable).unwrap_or(Granules::MAX)
     }
 
-    /// Granules that can be evicted with so many granules of host memory: of the smallest chunks. A chunk goes whole.
+    /// Granules that can be evicted with `host` granules of host memory, taking the chunks that need least. Chunks are only
+    /// evicted whole.
     pub fn evictable_with(&self, host: Granules) -> Granules {
         let mut left = host;
         let fits = self.by_need.iter().take_while(|((need, _), _)| {
@@ -205,22 +206,22 @@ impl Index {
         fits.map(|(_, granules)| granules).sum()
     }
 
-    /// Granules of host memory that some chunk takes at least when it is evicted.
+    /// The least granules of host memory with which a chunk can be evicted.
     pub fn least_need(&self) -> Option<Granules> {
         self.by_need.first_key_value().map(|((need, _), _)| *need)
     }
 
-    /// Those on the GPU that nobody has looked at.
+    /// The chunks on the GPU that were not scanned.
     pub fn unseen(&self) -> impl Iterator<Item = CUdeviceptr> {
         self.unseen.iter().copied()
     }
 
-    /// Those that somebody has looked at.
+    /// The chunks that were scanned.
     pub fn seen(&self) -> Vec<CUdeviceptr> {
         self.seen.iter().copied().collect()
     }
 
-    /// Room that waits for the GPU.
+    /// Reservations that wait for the GPU.
     pub fn waiting_reservations(&self) -> Vec<CUdeviceptr> {
         self.reservations.iter().copied().collect()
     }

@@ -1,9 +1,10 @@
-//! Memory that the application has freed is kept for a moment, for the next allocation of its size
+//! Keeps memory that the application has freed for a short time, for the next allocation of its size
 //! ([`crate::memory::spares::Spares`]).
 //!
-//! It is in the books as what it is: granules that this client has on the GPU and that nothing needs. So others see it
-//! ([`policy::spare_holders`]), and this client gives it back: when anybody lacks granules, when it evicts, when it
-//! needs them itself, and in any case after a second (NVSHARE_KEEP_FREED). It is kept only while the client runs and nobody waits.
+//! The accounts show it as granules that the client has on the GPU and does not need, so other clients can see it
+//! ([`policy::spare_holders`]). The client gives it back when any client lacks granules, when it evicts, when it
+//! needs the granules itself, and after a second at the latest (NVSHARE_KEEP_FREED). Memory is kept only while the client runs
+//! and no client waits.
 
 use crate::cuda::abi::{CUcontext, CUdeviceptr};
 use crate::memory::device::Device;
@@ -21,7 +22,7 @@ fn life() -> Nanos {
 }
 
 impl Device {
-    /// Keeps a region that nothing uses any more, if it can be of use, or releases it.
+    /// Keeps an unused region as a spare if that is useful, or releases it.
     pub fn retire(&self, memory: &mut Memory, region: Region) {
         if !memory.open || !Spares::suits(&region) || !self.may_keep(memory, region.granules()) {
             return self.dispose(region);
@@ -35,8 +36,8 @@ impl Device {
         }
     }
 
-    /// Makes the room among the spares for one of so many granules. False if it is more than half of the pool, or if
-    /// anybody could use it now.
+    /// Whether a spare of `granules` may be kept; releases older ones to make place for it. False if it is more than half of
+    /// the pool, or if another client needs granules now.
     fn may_keep(&self, memory: &mut Memory, granules: Granules) -> bool {
         let snapshot = self.snapshot();
         let bound = snapshot.capacity / 2;
@@ -47,7 +48,7 @@ impl Device {
         true
     }
 
-    /// A spare of this size, as a new allocation of so many bytes, or as a slab. Its content is what was there.
+    /// Makes a spare of this size a new allocation of `bytes` bytes, or a slab. It keeps its former content.
     pub fn reuse(
         &self,
         memory: &mut Memory,
@@ -55,13 +56,13 @@ impl Device {
         bytes: Option<u64>,
         context: CUcontext,
     ) -> Option<CUdeviceptr> {
-        // While memory moves or the gate is shut, what is allocated is the engine's to fill.
+        // While memory moves or the gate is shut, only the engine may back new allocations.
         if !memory.open {
             return None;
         }
         let region = memory.spares.take(size, context)?;
         if self.host.commit(size).is_err() {
-            // The allocation is about to be refused, by whoever can say why.
+            // The caller will find that the allocation must be refused, and log why.
             self.release_spare(region);
             return None;
         }
@@ -71,7 +72,7 @@ impl Device {
         Some(base)
     }
 
-    /// Gives the oldest spare back. How many granules it was; 0 if there is none.
+    /// Gives back the oldest spare. Returns its granules; 0 if there is none.
     pub fn drop_oldest_spare(&self, memory: &mut Memory) -> Granules {
         let Some(region) = memory.spares.take_oldest() else { return 0 };
         let granules = region.granules();
@@ -79,7 +80,7 @@ impl Device {
         granules
     }
 
-    /// Gives all spares back. How many granules they were.
+    /// Gives back all spares. Returns their granules.
     pub fn drop_spares(&self, memory: &mut Memory) -> Granules {
         std::iter::from_fn(|| Some(self.drop_oldest_spare(memory)).filter(|granules| *granules > 0)).sum()
     }
@@ -89,10 +90,10 @@ impl Device {
         self.free_addresses(&region);
     }
 
-    /// Gives back what somebody lacks, or what nobody has asked for. When to look again, ns.
+    /// Gives back spares that are too old or that another client needs. Returns when to call again, ns.
     pub fn tidy_spares(&self) -> Option<Nanos> {
         loop {
-            // One at a time: the application's threads go on in between.
+            // The lock is released between two spares, so that the application's threads can go on.
             let mut memory = self.memory();
             let due = memory.spares.oldest().map(|since| since.saturating_add(life()));
             if due.is_none_or(|due| now() < due && !self.is_wanted()) {
@@ -103,7 +104,7 @@ impl Device {
         }
     }
 
-    /// Whether anybody could use a spare of this client's now.
+    /// Whether another client needs this one's spares now.
     fn is_wanted(&self) -> bool {
         policy::spares_are_wanted(&self.snapshot())
     }

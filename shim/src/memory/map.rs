@@ -4,13 +4,13 @@
 //! region consists of *chunks* of up to 64 MiB, the unit in which memory moves. There are regions of four
 //! kinds ([`Kind`]): one allocation; a *slab* of one granule that small allocations share; an *object*,
 //! physical memory that the application asked for by cuMemCreate and maps at addresses of its own, its
-//! *views*; and *room*, which the client has booked for memory that only the driver can place. This module
-//! is the map of all that and calls no driver: [`crate::memory::device`] and [`crate::memory::swap`] act, and write down
-//! here what they did.
+//! *views*; and a *reservation*, granules that the client takes for memory that only the driver can place. This module
+//! is the map of all that and never calls the driver: [`crate::memory::device`] and [`crate::memory::swap`] do, and record
+//! the result here.
 //!
-//! Every region has addresses of its own, its *home*, an object too: where its bytes are while nobody has
-//! mapped it, and from where it is copied. (Room has made-up ones, beyond what any GPU maps.) An object's
-//! handle, as the application sees it, is its home: physical memory comes and goes beneath it.
+//! Every region has an address range of its own, its *home*; an object too, because its bytes must be mapped somewhere to
+//! be copied while the application has not mapped it. (Reservations have invented addresses, beyond those that any GPU maps.) The
+//! handle of an object that the application gets is its home address, so the physical memory behind it can change.
 
 #[cfg(test)]
 mod tests;
@@ -31,13 +31,13 @@ pub const SMALL: u64 = 1 << 20;
 /// Alignment of every allocation, as the driver gives it.
 const ALIGNMENT: u64 = 512;
 
-/// What lies in host memory for want of room is one granule in at least so many of the youngest.
+/// Of the youngest memory, at most one granule in so many is filled in host memory ([`Memory::spill`]).
 const SPREAD: usize = 64;
 
-/// Where the made-up addresses of room begin: no GPU has so many.
+/// Where the invented addresses of reservations begin: no GPU has so many.
 const RESERVATIONS: CUdeviceptr = 1 << 62;
 
-/// One allocation of the application's.
+/// One allocation of the application.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Allocation {
     /// What cuMemAlloc returned.
@@ -46,7 +46,7 @@ pub struct Allocation {
     pub size: u64,
     /// The region it lies in, by its base.
     pub region: CUdeviceptr,
-    /// How many were made before it.
+    /// How many allocations were made before it.
     pub number: u64,
 }
 
@@ -54,7 +54,7 @@ pub struct Allocation {
 #[derive(Debug, Default)]
 pub struct Memory {
     regions: BTreeMap<CUdeviceptr, Region>,
-    /// The chunks by what can be done with them.
+    /// The chunks by state, to find the next one to move.
     index: Index,
     /// The slabs: context, length of the largest gap, and base.
     slabs: BTreeSet<(CUcontext, u64, CUdeviceptr)>,
@@ -62,33 +62,33 @@ pub struct Memory {
     /// Where objects are mapped: address, and the object's base.
     views: BTreeMap<CUdeviceptr, CUdeviceptr>,
     /// Allocations that the application has freed and the engine must release, because memory was
-    /// moving or because an open capture forbade to wait for their last use. Their regions live on.
+    /// moving or because an open capture forbade waiting for their last use. Their regions still exist.
     deferred_frees: Vec<Allocation>,
-    /// By what number other processes know an allocation, by its base; gone with the allocation.
+    /// The numbers by which other processes know allocations, by base address; removed with the allocation.
     exports: BTreeMap<CUdeviceptr, u64>,
-    /// Regions that the application has done with, and by now the last other process too. The engine
+    /// Regions that the application has freed and the last other process has closed since. The engine
     /// releases them.
     returned: Vec<CUdeviceptr>,
     /// Allocations made so far.
     made: u64,
-    /// Rooms made so far.
+    /// Reservations made so far.
     reservations: u64,
     /// Regions made so far.
     born: u64,
-    /// Times that frees which were left to the engine were taken out of their lists.
+    /// How often deferred frees were taken out of their lists.
     deferrals_taken: u64,
     /// The engine moves chunks, and nobody else may touch their backing.
     pub moving: bool,
-    /// The gate is open: what is allocated now must be usable, or shut it again.
+    /// The gate is open: a new allocation must be usable at once, or the gate be shut again.
     pub open: bool,
-    /// What the application has freed, for the next allocation. It is not in the map.
+    /// Freed regions kept for the next allocation. They are not in the map.
     pub spares: Spares,
-    /// Regions and chunks that were looked at so far.
+    /// Regions and chunks that were visited so far.
     #[cfg(test)]
     visits: std::cell::Cell<u64>,
 }
 
-/// What was left to the engine at a moment.
+/// The frees that were deferred to the engine at some moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Left {
     deferrals_taken: u64,
@@ -96,12 +96,12 @@ pub struct Left {
     returned: usize,
 }
 
-/// What freeing an allocation leaves to be done.
+/// What remains to be done after an allocation is freed.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Freed {
-    /// Others still live in its slab.
+    /// Nothing: its slab has other allocations, or another process has its region open.
     Nothing,
-    /// Its region is empty: release this region, by its base.
+    /// The region is unused: release the region with this base.
     Region(CUdeviceptr),
 }
 
@@ -112,12 +112,12 @@ impl Memory {
         self.add_allocation(base, requested, base);
     }
 
-    /// Makes a spare a region again: for one allocation of so many bytes, or a slab.
+    /// Puts a spare region back into the map: for one allocation of `requested` bytes, or as a slab.
     pub fn add_spare(&mut self, mut region: Region, requested: Option<u64>) {
         let base = region.base;
         region.abandoned = false;
         region.kind = if requested.is_some() { Kind::Whole } else { Kind::Slab(Gaps::new(region.size)) };
-        // What was seen in it was there before the application wrote to it.
+        // An earlier scan says nothing about what the application will write.
         region.chunks.iter_mut().for_each(|chunk| chunk.seen = None);
         self.insert(region);
         if let Some(bytes) = requested {
@@ -154,7 +154,7 @@ impl Memory {
         self.regions.insert(region.base, region);
     }
 
-    /// Takes a region out of the map, and whatever points to it but allocations and views.
+    /// Takes a region out of the map, the index and the slabs; not its allocations and views.
     fn take_region(&mut self, base: CUdeviceptr) -> Option<Region> {
         let region = self.regions.remove(&base)?;
         for chunk in &region.chunks {
@@ -167,7 +167,7 @@ impl Memory {
         Some(region)
     }
 
-    /// Counts a region or a chunk that is looked at, for tests.
+    /// Counts a visit of a region or a chunk, for tests.
     fn visit(&self) {
         #[cfg(test)]
         self.visits.set(self.visits.get() + 1);
@@ -185,7 +185,7 @@ impl Memory {
         Some(changed)
     }
 
-    /// The region that an address lies in, and the index of its chunk there.
+    /// The region that contains an address, and the index of the chunk in it.
     fn chunk(&self, address: CUdeviceptr) -> Option<(&Region, usize)> {
         self.visit();
         let (_, region) = self.regions.range(..=address).next_back()?;
@@ -203,7 +203,7 @@ impl Memory {
         self.insert(Region::new(base, size, CUcontext::NULL, Kind::Object(object)));
     }
 
-    /// Makes room of `size` bytes, and says by what base it goes.
+    /// Makes a reservation of `size` bytes; returns its base.
     pub fn add_reservation(&mut self, size: u64, context: CUcontext) -> CUdeviceptr {
         self.reservations += 1;
         let base = RESERVATIONS + (self.reservations << 44);
@@ -211,8 +211,8 @@ impl Memory {
         base
     }
 
-    /// Finds room for a small allocation in a slab of the context's: in the one with the smallest gap of those whose
-    /// largest has room.
+    /// Places a small allocation in a slab of the context: of the slabs whose largest gap fits it, in the one where that gap
+    /// is smallest.
     pub fn take_small(&mut self, requested: u64, context: CUcontext) -> Option<CUdeviceptr> {
         let size = requested.next_multiple_of(ALIGNMENT);
         let slabs = (context, size, 0)..=(context, CUdeviceptr::MAX, CUdeviceptr::MAX);
@@ -241,31 +241,31 @@ impl Memory {
         (address - allocation.base < allocation.size).then_some(*allocation)
     }
 
-    /// Whether an address is among those reserved for a region, in use or not, or kept.
+    /// Whether an address is in the range of a region or of a spare.
     pub fn covers(&self, address: CUdeviceptr) -> bool {
         self.overlaps(address, 1)
     }
 
-    /// The region whose reserved addresses one is among: where it begins, and bytes.
+    /// The region in whose range an address is: its base and bytes.
     pub fn around(&self, address: CUdeviceptr) -> Option<(CUdeviceptr, u64)> {
         let (_, region) = self.regions.range(..=address).next_back()?;
         (address - region.base < region.size).then_some((region.base, region.size))
     }
 
-    /// Whether any of a range of addresses is among those reserved for a region.
+    /// Whether a range of addresses overlaps that of a region or of a spare.
     pub fn overlaps(&self, address: CUdeviceptr, size: u64) -> bool {
         let last = self.regions.range(..address.saturating_add(size)).next_back();
         last.is_some_and(|(_, region)| address < region.base + region.size)
             || self.spares.overlap(address, size)
     }
 
-    /// Strikes an allocation off the list of those that can be freed or looked up. Its room in a slab
-    /// is not free before [`Memory::finish_free`]: the GPU may still use it.
+    /// Removes an allocation from those that can be freed or looked up. Its bytes in a slab stay in use until
+    /// [`Memory::finish_free`], because the GPU may still use them.
     pub fn begin_free(&mut self, base: CUdeviceptr) -> Option<Allocation> {
         self.remove_allocation(base)
     }
 
-    /// The allocation's last use is over.
+    /// The GPU no longer uses the allocation.
     pub fn finish_free(&mut self, allocation: Allocation) -> Freed {
         let base = allocation.region;
         let in_slab = self.change_gaps(base, |gaps| {
@@ -286,14 +286,13 @@ impl Memory {
         self.allocations.contains_key(&base).then(|| *self.exports.entry(base).or_insert_with(fresh))
     }
 
-    /// The allocation that begins there, if it is still the one that other processes know by this number,
-    /// and its region.
+    /// The allocation at `base` and its region, if other processes know that allocation by this number.
     pub fn exported(&self, base: CUdeviceptr, number: u64) -> Option<(Allocation, &Region)> {
         let allocation = self.allocations.get(&base).filter(|_| self.exports.get(&base) == Some(&number))?;
         Some((*allocation, self.regions.get(&allocation.region)?))
     }
 
-    /// Another process opens a region.
+    /// Another process has opened a region.
     pub fn lend(&mut self, region: CUdeviceptr) {
         if let Some(region) = self.regions.get_mut(&region) {
             region.lent += 1;
@@ -311,12 +310,12 @@ impl Memory {
         over
     }
 
-    /// Leaves the end of a free to the engine.
+    /// Defers the rest of a free to the engine.
     pub fn defer_free(&mut self, allocation: Allocation) {
         self.deferred_frees.push(allocation);
     }
 
-    /// What is left to the engine as yet.
+    /// The frees that are deferred to the engine now.
     pub fn left(&self) -> Left {
         Left {
             deferrals_taken: self.deferrals_taken,
@@ -325,8 +324,8 @@ impl Memory {
         }
     }
 
-    /// Of what was left when [`Memory::left`] said so: the frees to finish, which are the caller's then, and the regions that
-    /// nobody has open any more, neither here nor elsewhere. `None` if some of it was taken since.
+    /// Takes the deferred frees that [`Memory::left`] reported: the allocations to finish, and the regions that no process has
+    /// open any more. `None` if some were taken since.
     pub fn take_left(&mut self, left: Left) -> Option<(Vec<Allocation>, Vec<Region>)> {
         if left.deferrals_taken != self.deferrals_taken {
             return None;
@@ -341,23 +340,23 @@ impl Memory {
         Some((deferred_frees, bases.iter().filter_map(|base| release(base).flatten()).collect()))
     }
 
-    /// Whether a free is left to the engine.
+    /// Whether a free is deferred to the engine.
     pub fn has_deferred_frees(&self) -> bool {
         !self.deferred_frees.is_empty() || !self.returned.is_empty()
     }
 
-    /// Granules that the frees left to the engine will give back: the application has them no more.
+    /// Granules that the deferred frees will release.
     pub fn deferred(&self) -> Granules {
         let in_use = |base| self.regions.get(&base).is_some_and(|region| region.allocations > 0);
         let deferred_frees =
             self.deferred_frees.iter().map(|allocation| allocation.region).filter(|base| !in_use(*base));
-        // Several allocations may have been a slab's last.
+        // A set, because several deferred allocations may lie in the same slab.
         let going: BTreeSet<_> = deferred_frees.chain(self.returned.iter().copied()).collect();
         let going = going.iter().filter_map(|base| self.regions.get(base));
         going.filter(|region| region.lent == 0).map(Region::granules).sum()
     }
 
-    /// Takes a region out of the map that the application never got to know.
+    /// Takes out of the map a region whose address the application was never given, and its allocation.
     pub fn remove_unpublished(&mut self, region: CUdeviceptr) -> Option<Region> {
         self.remove_allocation(region);
         self.take_region(region)
@@ -373,7 +372,7 @@ impl Memory {
         self.regions.get(&base)
     }
 
-    /// All of a region's chunks stay on the GPU from now on, as far as they do not already: so many granules.
+    /// Keeps all chunks of a region on the GPU from now on. Returns the granules of those for which that is new.
     pub fn pin(&mut self, base: CUdeviceptr) -> Granules {
         let Some(region) = self.regions.get(&base) else { return 0 };
         let loose: Vec<_> =
@@ -403,7 +402,7 @@ impl Memory {
         }
     }
 
-    /// The views that lie in a range of addresses: the base of each one's object, and the view.
+    /// The views that overlap a range of addresses, each with the base of its object.
     pub fn views_in(&self, address: CUdeviceptr, size: u64) -> Vec<(CUdeviceptr, View)> {
         let before = self.views.range(..=address).next_back().map_or(address, |(first, _)| *first);
         self.views
@@ -416,14 +415,14 @@ impl Memory {
             .collect()
     }
 
-    /// A view, to write into.
+    /// The view that begins at an address.
     pub fn view_mut(&mut self, address: CUdeviceptr) -> Option<&mut View> {
         let object = self.views.get(&address)?;
         let views = &mut self.regions.get_mut(object)?.object_mut()?.views;
         views.iter_mut().find(|view| view.address == address)
     }
 
-    /// The application has unmapped an object. Its region, if nothing holds it any more.
+    /// The application has unmapped an object. Returns its region if it has no handle and no view left.
     pub fn remove_view(&mut self, address: CUdeviceptr) -> Option<Region> {
         let base = self.views.remove(&address)?;
         let object = self.regions.get_mut(&base)?.object_mut()?;
@@ -444,8 +443,8 @@ impl Memory {
         std::mem::take(&mut self.regions).into_values().collect()
     }
 
-    /// Takes out of the map all that goes with a context. What other processes have open stays, and is
-    /// nobody's here.
+    /// Takes the regions of a context out of the map and returns them. Regions that other processes have open stay, without a
+    /// context.
     pub fn remove_context(&mut self, context: CUcontext) -> Vec<Region> {
         let of_context = |region: &&Region| region.context == context;
         let bases: BTreeSet<_> = self.regions.values().filter(of_context).map(|region| region.base).collect();
@@ -470,18 +469,17 @@ impl Memory {
         go.into_iter().filter_map(|base| self.take_region(base)).collect()
     }
 
-    /// Puts a chunk where it now is. The chunk's region cannot have gone: while chunks move, regions
-    /// are only deferred_frees.
+    /// Records where a chunk is now. Its region still exists: while chunks move, frees are deferred.
     pub fn settle(&mut self, address: CUdeviceptr, backing: Backing) {
         self.change(address, |chunk| {
             chunk.backing = backing;
-            // It was chosen for one fill; the next one chooses anew.
+            // A chunk is chosen for host memory for one fill; the next fill chooses again.
             chunk.spill &= chunk.is_missing();
         });
     }
 
-    /// Takes a chunk away, marking it as moving. Also says what is known of its use, and whether it is to be mapped to
-    /// host memory.
+    /// Takes a chunk to be moved and marks it as moving. Returns where it is mapped, its backing, the granules in use, and
+    /// whether it is to be filled in host memory.
     fn take(&mut self, address: Option<CUdeviceptr>) -> Option<(ChunkMapping, Backing, InUse, bool)> {
         let address = address?;
         let (region, at) = self.chunk(address)?;
@@ -492,15 +490,14 @@ impl Memory {
         })
     }
 
-    /// Takes the next chunk that the GPU cannot use, marking it as moving. Also says whether it is to be
-    /// mapped to host memory: such chunks come first, because only then does the rest fit.
+    /// Takes the next chunk that the GPU cannot use and marks it as moving. Also returns whether it is to be filled in host
+    /// memory: such chunks come first, because the others fit on the GPU only without them.
     pub fn next_missing(&mut self) -> Option<(ChunkMapping, Backing, bool)> {
         let (place, backing, _, spill) = self.take(self.index.next_missing())?;
         Some((place, backing, spill))
     }
 
-    /// Takes a chunk that was evicted, is to come home to the GPU and has no more than `room` granules, marking it as
-    /// moving.
+    /// Takes the largest evicted chunk of at most `room` granules that is to be filled on the GPU, and marks it as moving.
     pub fn next_evicted(&mut self, room: Granules) -> Option<(ChunkMapping, HostCopy)> {
         match self.take(self.index.next_evicted(room))? {
             (place, Backing::Evicted(copy), ..) => Some((place, copy)),
@@ -508,7 +505,7 @@ impl Memory {
         }
     }
 
-    /// Takes the next chunk that is in host memory for want of room, marking it as moving.
+    /// Takes the next chunk that is mapped to host memory, and marks it as moving.
     pub fn next_overflow(&mut self) -> Option<(ChunkMapping, CUmemGenericAllocationHandle)> {
         match self.take(self.index.next_overflow())? {
             (place, Backing::Overflow(handle), ..) => Some((place, handle)),
@@ -516,34 +513,34 @@ impl Memory {
         }
     }
 
-    /// Chunks on the GPU that nobody has looked at since the client last ran: address and bytes. Such as a
-    /// look can take: [`crate::memory::CHUNK`] at most.
+    /// Chunks on the GPU that were not scanned since the client last ran: address and bytes. Only those that a scan can
+    /// handle, of at most [`crate::memory::CHUNK`] bytes.
     pub fn unseen(&self) -> Vec<(CUdeviceptr, u64)> {
         let chunk = |address| self.chunk(address).map(|(region, at)| (address, region.chunks[at].size));
         self.index.unseen().filter_map(chunk).collect()
     }
 
-    /// What a look at a chunk has found.
+    /// Records what a scan of a chunk has found.
     pub fn saw(&mut self, address: CUdeviceptr, in_use: InUse) {
         self.change(address, |chunk| chunk.seen = Some(in_use));
     }
 
-    /// The client runs: what was seen counts no more.
+    /// The client runs: earlier scans are no longer valid.
     pub fn unsee(&mut self) {
         for address in self.index.seen() {
             self.change(address, |chunk| chunk.seen = None);
         }
     }
 
-    /// Takes the next chunk to be evicted that needs at most `most` bytes of host memory, marking it as moving, and says
-    /// what of it is in use. Those that need no copy come first.
+    /// Takes the next chunk to be evicted that needs at most `most` bytes of host memory, and marks it as moving. Also returns
+    /// the granules in use. Chunks that need no copy come first.
     pub fn next_resident(&mut self, most: u64) -> Option<(ChunkMapping, Backing, InUse)> {
         let most = Granules::try_from(most / GRANULE).unwrap_or(Granules::MAX);
         let (place, backing, in_use, _) = self.take(self.index.next_resident(most))?;
         Some((place, backing, in_use))
     }
 
-    /// Granules that can be evicted with as much host memory as it takes.
+    /// Granules that can be evicted if there is enough host memory.
     pub fn evictable(&self) -> Granules {
         self.index.evictable()
     }
@@ -553,12 +550,12 @@ impl Memory {
         self.index.evictable_with(Granules::try_from(bytes / GRANULE).unwrap_or(Granules::MAX))
     }
 
-    /// Bytes of host memory that are needed at least to evict anything.
+    /// The least bytes of host memory with which a chunk can be evicted.
     pub fn least_need(&self) -> u64 {
         self.index.least_need().map_or(0, |granules| u64::from(granules) * GRANULE)
     }
 
-    /// There will be no room: whoever waits for it is told so.
+    /// Denies the reservations that wait: no room can be made for them, and the threads that wait get an error.
     pub fn deny_reservations(&mut self) {
         for address in self.index.waiting_reservations() {
             self.settle(address, Backing::Denied);
@@ -570,7 +567,7 @@ impl Memory {
         self.index.is_missing()
     }
 
-    /// The regions of which something is missing that has never been anywhere.
+    /// The regions that the GPU cannot use and whose missing chunks have never had memory.
     pub fn missing(&self) -> Vec<CUdeviceptr> {
         let new = |region: &&Region| {
             let mut out = region.chunks.iter().filter(|chunk| !chunk.backing.usable());
@@ -579,22 +576,21 @@ impl Memory {
         self.regions.values().filter(new).map(|region| region.base).collect()
     }
 
-    /// Granules that are mapped to host memory for want of room.
+    /// Granules that are mapped to host memory because they do not fit on the GPU.
     pub fn overflow(&self) -> Granules {
         self.index.overflowed()
     }
 
-    /// Chooses what is to be filled in host memory: `shortage` granules of those that are missing. Says how many
-    /// it found.
+    /// Chooses `shortage` granules of the missing ones to be filled in host memory. Returns how many it found.
     ///
-    /// They are spread evenly, so that a kernel that walks over them waits for the link here and there, and goes
-    /// on at full speed elsewhere meanwhile: 72 MiB in 9 GiB cost 1.1 ms that way, 1.4 ms in one piece
-    /// (tests/gpu/facts.cu, H200). And they are of the youngest memory, [`SPREAD`] granules for each: what a
-    /// program allocates last is mostly what it writes its results to, once each, and what it allocates first,
+    /// They are spread evenly, so that a kernel that reads all of the memory waits for the link in a few of its blocks
+    /// while the others run at full speed: 72 MiB in 9 GiB cost 1.1 ms that way, 1.4 ms in one piece
+    /// (tests/gpu/facts.cu, H200). They are chosen among the youngest memory, one in [`SPREAD`] granules: what a
+    /// program allocates last is mostly where it writes results, once each, and what it allocates first,
     /// parameters and inputs, it reads again and again.
     ///
-    /// What must be in one piece goes there as a whole, and only if nothing else is left: or the fill would wait for
-    /// room that cannot be.
+    /// Memory that must be one chunk is chosen whole, and only if no other is left: otherwise the fill would wait forever for
+    /// room that cannot be made.
     pub fn spill(&mut self, shortage: Granules) -> Granules {
         let chosen_before: Vec<_> = self.index.spilled().collect();
         for address in chosen_before {
@@ -634,7 +630,7 @@ impl Memory {
         spilled
     }
 
-    /// Makes a chunk of the granule at an address, which is to be filled in host memory.
+    /// Makes the granule at an address a chunk of its own, to be filled in host memory.
     fn spill_granule(&mut self, address: CUdeviceptr) {
         self.visit();
         let Some((base, region)) = self.regions.range_mut(..=address).next_back() else { return };

@@ -1,4 +1,4 @@
-//! Physical memory of a chunk: made, mapped at its addresses, unmapped and released. This calls the driver and nothing else.
+//! Physical memory of chunks: creating, mapping, unmapping and releasing it through the driver.
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -8,7 +8,7 @@ use crate::memory::region::{Backing, ChunkMapping};
 use nvshare::units::format_size;
 
 impl Device {
-    /// What a chunk is made as.
+    /// The properties with which a chunk's memory is created.
     fn prop(&self, place: &ChunkMapping, overflow: bool) -> CUmemAllocationProp {
         if overflow {
             let node =
@@ -18,17 +18,17 @@ impl Device {
         place.prop.unwrap_or_else(|| {
             let mut prop = CUmemAllocationProp::pinned(CUmemLocation::device(self.ordinal));
             if self.exportable {
-                // Costs nothing (docs/decisions/0008), and cuIpcGetMemHandle may come at any time.
+                // Costs nothing (docs/decisions/0008), and the application may call cuIpcGetMemHandle at any time.
                 prop.requested_handle_types = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
             }
             prop
         })
     }
 
-    /// Makes a chunk of GPU memory, or of host memory that the GPU can use, and maps it at its places.
+    /// Creates GPU memory for a chunk, or with `overflow` host memory that the GPU can use, and maps it at all its addresses.
     ///
     /// # Errors
-    /// The driver's; nothing is left behind.
+    /// The driver's; then nothing is mapped and the memory is released.
     pub fn map(
         &self,
         place: &ChunkMapping,
@@ -43,7 +43,7 @@ impl Device {
         Ok(handle)
     }
 
-    /// Maps physical memory at a chunk's places.
+    /// Maps physical memory at all addresses of a chunk.
     ///
     /// # Errors
     /// The driver's; nothing is mapped then.
@@ -89,7 +89,7 @@ impl Device {
         })
     }
 
-    /// Unmaps a chunk at all its places.
+    /// Unmaps a chunk at all its addresses.
     pub fn unmap(&self, place: &ChunkMapping) {
         for address in std::iter::once(place.address).chain(place.views.iter().map(|(address, _)| *address)) {
             self.report(place, self.driver.mem_unmap(address, place.size as usize));
@@ -106,18 +106,23 @@ impl Device {
         let Err(result) = released else { return };
         if self.engine_context.is_leaving() {
             // The driver may have released it with the last context.
-            tracing::debug!(gpu = %self.gpu, "{} at {:#x}: {result}", format_size(place.size), place.address);
+            tracing::debug!(
+                gpu = %self.gpu,
+                "{} at {:#x} could not be released, perhaps because its context is gone: {result}",
+                format_size(place.size),
+                place.address
+            );
         } else if result != CuResult::DEINITIALIZED {
             tracing::error!(
                 gpu = %self.gpu,
-                "{} at {:#x} could not be released: {result}",
+                "{} of GPU memory at {:#x} could not be released and may stay in use until the process ends: {result}",
                 format_size(place.size),
                 place.address
             );
         }
     }
 
-    /// Makes and maps a chunk to which nobody has access yet.
+    /// Creates and maps a chunk without access rights; [`Device::open_all`] gives them.
     pub(super) fn map_closed(&self, place: &ChunkMapping) -> Result<CUmemGenericAllocationHandle, CuResult> {
         let size = place.size as usize;
         let handle = self.driver.mem_create(size, &self.prop(place, false))?;
@@ -127,7 +132,7 @@ impl Device {
         Ok(handle)
     }
 
-    /// Gives access to chunks that lie side by side, in one call: that is the dearest part of mapping them.
+    /// Gives access to contiguous chunks in one call, because that call is the most expensive part of mapping them.
     pub(super) fn open_all(
         &self,
         memory: &mut Memory,

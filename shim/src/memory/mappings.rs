@@ -1,12 +1,13 @@
-//! Calls that concern a range of addresses, whatever is mapped there: cuMemUnmap and cuMemSetAccess.
+//! Calls on a range of addresses that may contain several mappings: cuMemUnmap and cuMemSetAccess.
 //!
-//! The driver takes mappings whole, and refuses a call before it changes anything. cuMemUnmap takes all mappings in a range
-//! of one reservation, however many holes are between them. cuMemSetAccess wants a range that begins and ends with a
-//! mapping, and then changes the rights of those before the first hole (tests/gpu/differential.py).
+//! The driver accepts only whole mappings, and refuses a call before it changes anything. cuMemUnmap unmaps all mappings in a
+//! range of one reservation, with any holes between them. cuMemSetAccess requires a range that begins and ends at the bounds of
+//! mappings, and then changes the rights of the mappings before the first hole (tests/gpu/differential.py).
 //!
-//! A range may hold views of several GPUs' objects ([`crate::memory::vmm`]), and between them mappings of the driver's own (of
-//! imported memory, say). And memory that is out is mapped nowhere, so the driver cannot be asked. So the whole range is
-//! judged here first; then the driver acts piece by piece; and if it refuses a piece after all, what was done is undone.
+//! A range may contain views of objects of several GPUs ([`crate::memory::vmm`]), and between them the driver's own mappings
+//! (of imported memory, for example). Evicted memory is mapped nowhere, so the driver cannot judge the range. Therefore the
+//! whole range is checked here first. Then the driver acts piece by piece, and if it refuses a piece, the earlier ones are
+//! undone.
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -17,19 +18,19 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// What becomes of a call.
+/// The outcome of a call.
 pub enum Verdict {
-    /// It was made, or refused.
+    /// It was made or refused, with this result.
     Answer(CuResult),
-    /// Only the driver can say, and only when memory is in place: to be asked again inside the gate.
+    /// Only the driver can decide, and only when memory is in place: call again inside the gate.
     InPlace,
 }
 
-/// The mapped part of an object in a view: where, bytes, and physical memory.
+/// A mapped chunk of an object in a view: address, bytes, and physical memory.
 type Piece = (CUdeviceptr, usize, CUmemGenericAllocationHandle);
 
-/// The maps of all GPUs, in a moment when no memory moves. None is held while another is waited for: memory of one GPU may
-/// not come to rest before that of another goes.
+/// The maps of all GPUs, locked while no memory moves. No lock is held while this waits for another GPU's memory: memory of
+/// one GPU may have to be evicted before that of another stops moving.
 fn maps_at_rest(devices: &[Arc<Device>]) -> Vec<MutexGuard<'_, Memory>> {
     loop {
         devices.iter().for_each(|device| drop(device.memory_at_rest()));
@@ -40,17 +41,17 @@ fn maps_at_rest(devices: &[Arc<Device>]) -> Vec<MutexGuard<'_, Memory>> {
     }
 }
 
-/// A range, and what is mapped there.
+/// A range, and the views in it.
 struct Mapped<'a> {
     devices: &'a [Arc<Device>],
     maps: Vec<MutexGuard<'a, Memory>>,
     range: Range<CUdeviceptr>,
-    /// By address: which GPU's, its object, and the view.
+    /// By address: index of the GPU, base of the object, and the view.
     views: Vec<(usize, CUdeviceptr, View)>,
 }
 
 impl<'a> Mapped<'a> {
-    /// `None` if nothing of ours is mapped there.
+    /// `None` if there is no view in the range.
     fn find(devices: &'a [Arc<Device>], address: CUdeviceptr, size: u64) -> Option<Self> {
         let is_there = |device: &Arc<Device>| !device.memory().views_in(address, size).is_empty();
         if !devices.iter().any(is_there) {
@@ -70,7 +71,7 @@ impl<'a> Mapped<'a> {
         self.devices[0].driver
     }
 
-    /// Whether the range takes a part of a view and leaves the rest.
+    /// Whether the range covers a view only in part.
     fn cuts(&self) -> bool {
         let Range { start, end } = self.range;
         self.views.iter().any(|(_, _, view)| view.address < start || view.address + view.size > end)
@@ -90,7 +91,7 @@ impl<'a> Mapped<'a> {
         gaps
     }
 
-    /// Whether the driver has something of its own mapped in all of the gaps.
+    /// Whether the driver has mappings of its own in all of the gaps.
     fn is_whole(&self) -> bool {
         let driver = self.driver();
         self.gaps().iter().all(|(at, bytes)| {
@@ -108,7 +109,7 @@ impl<'a> Mapped<'a> {
         ours.into_iter().find(|view| view.contains(&address)).or_else(of_driver)
     }
 
-    /// Whether the range takes a part of a mapping, a view or one of the driver's own, and leaves the rest.
+    /// Whether the range covers a mapping, a view or one of the driver's own, only in part.
     fn cuts_any(&self) -> bool {
         let Range { start, end } = self.range;
         self.cuts()
@@ -116,7 +117,7 @@ impl<'a> Mapped<'a> {
             || self.around(end - 1).is_some_and(|mapping| mapping.end > end)
     }
 
-    /// Leaves of the range the mappings that it begins with, up to the first hole.
+    /// Shortens the range to the mappings before the first hole.
     fn up_to_a_hole(&mut self) {
         let mut at = self.range.start;
         while at < self.range.end
@@ -134,15 +135,16 @@ impl<'a> Mapped<'a> {
         within.map(|(at, bytes, physical)| (view.address + at, bytes as usize, physical)).collect()
     }
 
-    /// Does something to the driver's own mappings and then to each piece of ours that is there now. If the driver refuses
-    /// a piece, undoes it for the pieces before, which have the rights of their view.
+    /// Calls `act` for the driver's own mappings, and then for each chunk of the views that is mapped now. If the driver
+    /// refuses one, calls `undo` for the chunks before it, with their view.
     fn each(
         &self,
         act: impl Fn(CUdeviceptr, usize) -> Result<(), CuResult>,
         undo: impl Fn(Piece, &View),
     ) -> Result<(), CuResult> {
         for (at, bytes) in self.gaps() {
-            // They are whole mappings of the driver's own, and holes: the first is refused if any is.
+            // These are the driver's own whole mappings and holes. If the driver refuses any, it refuses the first, so nothing
+            // has to be undone.
             act(at, bytes)?;
         }
         let all: Vec<_> = self
@@ -174,7 +176,7 @@ pub fn unmap(devices: &[Arc<Device>], address: CUdeviceptr, size: u64) -> Option
         });
         if let Err(result) = again {
             tracing::error!(
-                "memory at {at:#x} could not be mapped again after a cuMemUnmap was refused: {result}"
+                "cuMemUnmap of several mappings was refused in part, and the memory at {at:#x} could not be mapped again: {result}"
             );
         }
     };
@@ -189,8 +191,8 @@ pub fn unmap(devices: &[Arc<Device>], address: CUdeviceptr, size: u64) -> Option
     Some(CuResult::SUCCESS)
 }
 
-/// cuMemSetAccess. `None` if nothing of ours is mapped there. What the driver has not seen is let pass only where it is
-/// certain to agree, so whoever calls from `inside` the gate has it see all.
+/// cuMemSetAccess. `None` if there is no view in the range. Outside the gate some memory may not be mapped; then the call
+/// succeeds only if the driver would certainly accept it for that memory. `inside` the gate all memory is mapped.
 pub fn set_access(
     devices: &[Arc<Device>],
     (address, size): (CUdeviceptr, u64),
@@ -200,7 +202,7 @@ pub fn set_access(
     let mut mapped = Mapped::find(devices, address, size)?;
     if mapped.cuts() {
         tracing::warn!(
-            "cuMemSetAccess of {} at {address:#x} covers a mapping in part: nvshare gives access to whole ones",
+            "cuMemSetAccess of {} at {address:#x} is refused: it covers a mapping in part, and access is given to whole mappings",
             format_size(size)
         );
     }
@@ -242,7 +244,7 @@ fn is_access(flags: u32) -> bool {
     known.contains(&flags)
 }
 
-/// The rights that a view had, for those whose rights were to change.
+/// The former rights of a view, for the GPUs whose rights were to change.
 fn as_before(view: &View, changed: &[CUmemAccessDesc]) -> Vec<CUmemAccessDesc> {
     let had = |changed: &CUmemAccessDesc| {
         let known = view.access.iter().find(|known| known.location == changed.location).copied();
@@ -251,32 +253,32 @@ fn as_before(view: &View, changed: &[CUmemAccessDesc]) -> Vec<CUmemAccessDesc> {
     changed.iter().map(had).collect()
 }
 
-/// Ranges of addresses that the application has reserved: where they begin, and bytes.
+/// Ranges of addresses that the application has reserved: address and bytes.
 static RESERVED: Mutex<BTreeMap<CUdeviceptr, u64>> = Mutex::new(BTreeMap::new());
 
 fn reservations() -> MutexGuard<'static, BTreeMap<CUdeviceptr, u64>> {
     nvshare::sync::lock(&RESERVED)
 }
 
-/// The driver has reserved addresses.
+/// Records a range that the driver has reserved for the application.
 pub fn reserved(address: CUdeviceptr, size: u64) {
     reservations().insert(address, size);
 }
 
-/// The driver has given addresses back.
+/// Drops the record of a range that the driver has freed.
 pub fn freed(address: CUdeviceptr) {
     reservations().remove(&address);
 }
 
-/// Whether a range consists of granules of one range that the application has reserved.
+/// Whether a range consists of whole granules within one reservation of the application.
 fn is_reserved(address: CUdeviceptr, size: u64) -> bool {
     let reserved = reservations().range(..=address).next_back().map(|(base, size)| base + size);
     let within = reserved.is_some_and(|end| address.checked_add(size).is_some_and(|after| after <= end));
     within && address.is_multiple_of(GRANULE) && size.is_multiple_of(GRANULE)
 }
 
-/// Whether the driver is certain to map memory there, as far as addresses go, although it cannot be asked now: they lie in
-/// one range that was reserved, and nothing of its own is there.
+/// Whether the driver would accept a mapping at these addresses, although it cannot be asked now: they lie in one
+/// reservation, and the driver has nothing mapped there.
 pub fn is_free(device: &Device, address: CUdeviceptr, size: u64) -> bool {
     let granules = (0..size).step_by(GRANULE as usize);
     is_reserved(address, size)

@@ -4,22 +4,21 @@
 //! |---|---|
 //! | [`device`] | one GPU of this process: what its engine and the application's threads share |
 //! | [`devices`] | all of them, and the contexts on each |
-//! | [`map`], [`region`], `index`, `gaps` | what is allocated, and where each chunk's bytes are; calls no driver |
+//! | [`map`], [`region`], `index`, `gaps` | what is allocated, and where each chunk's bytes are; these never call the driver |
 //! | [`allocate`], [`free`] | cuMemAlloc and cuMemFree |
 //! | [`keep_freed`], [`spares`] | memory that was freed a moment ago, for the next allocation |
-//! | [`mapping`] | physical memory of a chunk, made and mapped |
+//! | [`mapping`] | physical memory of chunks: creating and mapping it |
 //! | [`vmm`], [`mappings`], [`stale_objects`] | memory that the application maps itself (cuMemCreate, cuMemMap) |
-//! | [`swap`], [`zero_scan`] | moving chunks between GPU and host; finding what holds nothing but zeros |
-//! | [`host`] | the pool of host memory for what is evicted |
-//! | [`engine_context`] | the context that the engine works in, and its way out of one that ends |
+//! | [`swap`], [`zero_scan`] | moving chunks between GPU and host; finding granules that are all zero |
+//! | [`host`] | the pool of host memory for evicted data |
+//! | [`engine_context`] | the context that the engine works in, and how it leaves one that is being destroyed |
 //! | [`bounds`] | where allocations end, for copies and memsets |
 //! | [`peer_access`], [`sync_memops`] | rights and attributes that the driver refuses for mapped memory |
 //! | [`unmovable`] | whether allocations are the driver's own, for tools that watch them |
-//! | [`bookkeeping`] | what the books of many regions cost: a measurement |
+//! | [`bookkeeping`] | a measurement of what the bookkeeping of many regions costs |
 //! | [`error`] | why memory could not be moved |
 //!
-//! May use `submit`, `cuda` and the files of the crate's root, and nothing above: neither the engine's phases nor the entry
-//! points are known here.
+//! May use `submit`, `cuda` and the files of the crate's root, and no room above: neither the engine nor the entry points.
 
 pub mod allocate;
 pub mod bookkeeping;
@@ -46,5 +45,6 @@ pub mod unmovable;
 pub mod vmm;
 pub mod zero_scan;
 
-/// Bytes in a full chunk. Larger ones map faster, smaller ones hand on sooner (docs/driver-facts.md).
+/// Bytes in a full chunk. Larger chunks map faster; smaller ones pass granules to the next client sooner
+/// (docs/driver-facts.md).
 pub const CHUNK: u64 = 64 << 20;

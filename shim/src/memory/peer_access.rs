@@ -1,8 +1,8 @@
-//! Which GPUs of the process may use the memory of which others.
+//! Which GPUs of the process may access the memory of which others.
 //!
-//! cuCtxEnablePeerAccess reaches memory of cuMemAlloc, and not memory that is mapped by hand, which all of ours
-//! is. So what the application enables is written down here, and given to each mapping: to those that are there
-//! at once, to others when they come.
+//! cuCtxEnablePeerAccess gives access to memory of cuMemAlloc, but not to memory mapped by cuMemMap, as all memory of nvshare
+//! is. So the access that the application enables is recorded here and set for each mapping: at once for existing mappings,
+//! and for later ones when they are made.
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -10,8 +10,8 @@ use crate::memory::devices;
 use crate::memory::region::{Backing, Kind};
 use std::sync::{Mutex, MutexGuard};
 
-/// A context whose memory another one may use. Rights to mappings are a GPU's, so a GPU has them for as long as any
-/// context on it does.
+/// A context (`owner`) whose memory another one (`user`) may access. Access to mappings is given to a GPU, so a GPU keeps it as
+/// long as any of its contexts has it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Pair {
     owner: (CUdevice, CUcontext),
@@ -30,7 +30,7 @@ fn pairs() -> MutexGuard<'static, Vec<Pair>> {
     nvshare::sync::lock(&PAIRS)
 }
 
-/// The other GPUs that may use the memory of this one.
+/// The other GPUs that may access the memory of this one.
 fn users_of(owner: CUdevice) -> Vec<CUdevice> {
     let mut users: Vec<_> =
         pairs().iter().filter(|pair| pair.owner.0 == owner).map(|pair| pair.user.0).collect();
@@ -39,14 +39,14 @@ fn users_of(owner: CUdevice) -> Vec<CUdevice> {
     users
 }
 
-/// The pair of a context that uses memory and of `peer`, if both are on GPUs that nvshare shares, and these are two.
+/// The pair of `user` and the owner `peer`, if they are on two different GPUs to which the process has attached.
 fn pair_of(user: CUcontext, peer: CUcontext) -> Option<Pair> {
     let ((user, context), owner) = (devices::known(user)?, devices::of_context(peer)?);
     let pair = Pair { owner: (owner.ordinal, peer), user: (user.ordinal, context) };
     (pair.owner.0 != pair.user.0).then_some(pair)
 }
 
-/// The driver has let a context use the memory of `peer`.
+/// Records that the driver has given a context access to the memory of `peer`, and gives it to the mappings.
 pub fn enabled(user: CUcontext, peer: CUcontext) {
     let Some(pair) = pair_of(user, peer) else { return };
     pairs().push(pair);
@@ -55,19 +55,19 @@ pub fn enabled(user: CUcontext, peer: CUcontext) {
     }
 }
 
-/// The driver lets a context use the memory of `peer` no more.
+/// Records that the driver has taken a context's access to the memory of `peer`, and takes it from the mappings.
 pub fn disabled(user: CUcontext, peer: CUcontext) {
     if let Some(pair) = pair_of(user, peer) {
         take_back(|known| *known == pair);
     }
 }
 
-/// A context is about to be destroyed: nobody uses its memory, and it uses nobody's.
+/// Takes all access to and by a context that was destroyed.
 pub fn context_ends(context: CUcontext) {
     take_back(|pair| pair.owner.1 == context || pair.user.1 == context);
 }
 
-/// Takes rights back that no context has any more.
+/// Takes from the mappings the access that no context has any more.
 fn take_back(is_over: impl Fn(&Pair) -> bool) {
     let (over, left): (Vec<_>, Vec<_>) = {
         let mut pairs = pairs();
@@ -82,23 +82,27 @@ fn take_back(is_over: impl Fn(&Pair) -> bool) {
 }
 
 impl Device {
-    /// Who may use this GPU's memory where nvshare has mapped it.
+    /// The access rights with which nvshare maps this GPU's memory.
     pub fn access(&self) -> Vec<CUmemAccessDesc> {
         std::iter::once(self.ordinal).chain(users_of(self.ordinal)).map(CUmemAccessDesc::read_write).collect()
     }
 
-    /// Lets another GPU use what is mapped now, or no more.
+    /// Sets another GPU's access to all memory that is mapped now.
     fn let_use(&self, user: CUdevice, flags: u32) {
         let access = [CUmemAccessDesc { location: CUmemLocation::device(user), flags }];
         let mut memory = self.memory_at_rest();
-        // Those have the rights that they were mapped with.
+        // Spares keep the access rights with which they were mapped, so they are released.
         self.drop_spares(&mut memory);
         let ours = memory.regions().filter(|region| matches!(region.kind, Kind::Whole | Kind::Slab(_)));
         for chunk in ours.flat_map(|region| &region.chunks) {
             if matches!(chunk.backing, Backing::Device(_) | Backing::Overflow(_))
                 && let Err(result) = self.driver.mem_set_access(chunk.address, chunk.size as usize, &access)
             {
-                tracing::warn!(gpu = %self.gpu, "device {user} cannot use the memory at {:#x}: {result}", chunk.address);
+                tracing::warn!(
+                    gpu = %self.gpu,
+                    "the access of device {user} to the memory at {:#x} could not be changed (cuMemSetAccess): {result}",
+                    chunk.address
+                );
             }
         }
     }

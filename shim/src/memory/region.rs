@@ -8,22 +8,22 @@ use crate::memory::gaps::Gaps;
 use crate::memory::host::HostMemory;
 use nvshare::units::{GRANULE, Granules};
 
-/// Objects of up to this many bytes that may be handed to another process are one chunk, since one handle is
-/// what is handed on. Larger ones move in chunks like any other memory, and are not handed on: XLA asks for most
-/// of the GPU in one object that could be.
+/// Objects of up to this many bytes that the application may export to another process are one chunk, because an export
+/// has one handle. Larger ones move in chunks like any other memory and cannot be exported: XLA asks for most
+/// of the GPU in one exportable object.
 pub const WHOLE: u64 = 512 << 20;
 
 /// Which granules of a chunk hold anything but zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InUse {
-    /// All, as far as anybody knows.
+    /// All of them, or not known.
     All,
-    /// A bit for each, the lowest for the first.
+    /// One bit per granule, the lowest for the first.
     Granules(u32),
 }
 
 impl InUse {
-    /// Bytes that a copy of them takes, for a chunk of `size` bytes.
+    /// Bytes in use of a chunk of `size` bytes.
     pub fn bytes(self, size: u64) -> u64 {
         match self {
             Self::All => size,
@@ -31,7 +31,7 @@ impl InUse {
         }
     }
 
-    /// What is to be copied: offset in the chunk, offset in the copy, and length of each run, in bytes.
+    /// The runs of granules in use: offset in the chunk, offset in the copy, and length of each, in bytes.
     pub fn runs(self, size: u64) -> Vec<(u64, u64, u64)> {
         let Self::Granules(bits) = self else { return vec![(0, 0, size)] };
         let mut runs: Vec<(u64, u64, u64)> = Vec::new();
@@ -47,7 +47,7 @@ impl InUse {
     }
 }
 
-/// A copy in host memory of what a chunk holds: of the granules in use, one after the other.
+/// A copy of a chunk in host memory: its granules in use, one after the other.
 #[derive(Debug)]
 pub struct HostCopy {
     /// The bytes.
@@ -57,8 +57,7 @@ pub struct HostCopy {
 }
 
 impl HostCopy {
-    /// What is to be copied, for a chunk of `size` bytes: offset in the chunk, where in host memory, and length of each
-    /// piece, in bytes.
+    /// The pieces to copy for a chunk of `size` bytes: offset in the chunk, host address, and length of each, in bytes.
     pub fn pieces(&self, size: u64) -> impl Iterator<Item = (u64, *mut u8, u64)> {
         self.in_use.runs(size).into_iter().flat_map(|(at, from, length)| {
             let mut done = 0;
@@ -73,24 +72,24 @@ impl HostCopy {
 /// Where a chunk's bytes are.
 #[derive(Debug)]
 pub enum Backing {
-    /// Nowhere: it was never used, or is all zero. Filling it copies nothing.
+    /// It has none: it was never used, or is all zero. Filling it copies nothing.
     Absent,
     /// On the GPU, counted as resident.
     Device(CUmemGenericAllocationHandle),
     /// In host memory, and nothing is mapped.
     Evicted(HostCopy),
-    /// In host memory that is mapped at the chunk's address: slow and usable.
+    /// In host memory that is mapped at the chunk's address: the GPU can use it, slowly.
     Overflow(CUmemGenericAllocationHandle),
-    /// A chunk of room: counted as resident, and nothing is there.
+    /// A chunk of a reservation: counted as resident, and nothing is mapped.
     Booked,
-    /// A chunk of room that there can be none for.
+    /// A chunk of a reservation for which no room can be made.
     Denied,
-    /// The engine has it, between two of these.
+    /// The swap engine is moving it from one of these states to another.
     Moving,
 }
 
 impl Backing {
-    /// Whether the GPU can use the chunk, or need not.
+    /// Whether the GPU can use the chunk, or never needs to.
     pub fn usable(&self) -> bool {
         matches!(self, Self::Device(_) | Self::Overflow(_) | Self::Booked | Self::Denied)
     }
@@ -105,11 +104,11 @@ pub struct Chunk {
     pub size: u64,
     /// Where its bytes are.
     pub backing: Backing,
-    /// It stays on the GPU: somebody else maps it too.
+    /// It stays on the GPU, because another process maps it too.
     pub pinned: bool,
-    /// It is to be filled in host memory, for want of room.
+    /// It is to be filled in host memory, because it does not fit on the GPU.
     pub(super) spill: bool,
-    /// What a look at it has found since the client last ran.
+    /// The result of a scan since the client last ran.
     pub(super) seen: Option<InUse>,
 }
 
@@ -127,7 +126,7 @@ impl Chunk {
         matches!(self.backing, Backing::Device(_) | Backing::Booked) && !self.pinned
     }
 
-    /// Whether the GPU cannot use it and it can be brought in.
+    /// Whether it is not on the GPU and can be filled.
     pub(super) fn is_missing(&self) -> bool {
         matches!(self.backing, Backing::Absent | Backing::Evicted(_))
     }
@@ -140,18 +139,18 @@ pub struct View {
     pub address: CUdeviceptr,
     /// Bytes, from the object's beginning.
     pub size: u64,
-    /// Who may use it there.
+    /// Which GPUs may access it there.
     pub access: Vec<CUmemAccessDesc>,
 }
 
-/// Physical memory that the application asked for.
+/// Physical memory that the application created by cuMemCreate.
 #[derive(Debug)]
 pub struct Object {
-    /// What it asked for.
+    /// The properties that it asked for.
     pub prop: CUmemAllocationProp,
-    /// Handles that it holds.
+    /// Handles to it that the application holds.
     pub references: u32,
-    /// Where it has mapped it.
+    /// Where the application has mapped it.
     pub views: Vec<View>,
 }
 
@@ -169,8 +168,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Whether a region of this kind and so many bytes is one chunk: what may be handed to another process as one
-    /// handle.
+    /// Whether a region of this kind and of `size` bytes is one chunk, because it may be exported as one handle.
     fn is_one_piece(&self, size: u64) -> bool {
         matches!(self, Self::Object(object) if object.prop.requested_handle_types != 0) && size <= WHOLE
     }
@@ -183,34 +181,34 @@ pub struct Region {
     pub base: CUdeviceptr,
     /// Bytes, a whole number of granules.
     pub size: u64,
-    /// The context that it goes with; null if it goes with none.
+    /// The context with which it is destroyed; null if with none.
     pub context: CUcontext,
-    /// Its pieces, by address.
+    /// Its chunks, by address.
     pub chunks: Vec<Chunk>,
     /// How many regions were made before it.
     pub born: u64,
-    /// Allocations in it that the application has.
+    /// Allocations in it that the application has not freed.
     pub(super) allocations: u32,
-    /// How often other processes have it open: it stays until they have closed it.
+    /// How often other processes have it open: it exists until they have closed it.
     pub(super) lent: u32,
-    /// The application has freed what was in it.
+    /// The application has freed it.
     pub(super) abandoned: bool,
     /// What it is for.
     pub kind: Kind,
 }
 
-/// Where a chunk is mapped, and as what.
+/// Where a chunk is mapped, and with which properties.
 #[derive(Debug, Clone)]
 pub struct ChunkMapping {
     /// At home.
     pub address: CUdeviceptr,
     /// Bytes.
     pub size: u64,
-    /// Where the application has mapped it, and for whom.
+    /// Where the application has mapped it, and which GPUs may access it there.
     pub views: Vec<(CUdeviceptr, Vec<CUmemAccessDesc>)>,
-    /// What the application asked for, if it asked for something in particular.
+    /// The properties of the object that it is a part of; `None` for other regions.
     pub prop: Option<CUmemAllocationProp>,
-    /// Nothing is mapped there: it is room.
+    /// It is a chunk of a reservation: nothing is mapped there.
     pub reservation: bool,
 }
 
@@ -230,13 +228,13 @@ impl Region {
         Self { base, size, context, chunks, born: 0, allocations: 0, lent: 0, abandoned: false, kind }
     }
 
-    /// Whether it is an allocation of which nothing is there yet: its chunks lie side by side, at no address but their own.
+    /// Whether it is one allocation of which no chunk has memory yet. Its chunks are contiguous and have no views.
     pub fn is_untouched_allocation(&self) -> bool {
         matches!(self.kind, Kind::Whole)
             && self.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Absent))
     }
 
-    /// Whether nothing is mapped there.
+    /// Whether it is a reservation, where nothing is ever mapped.
     pub(super) fn is_reservation(&self) -> bool {
         matches!(self.kind, Kind::Reservation)
     }
@@ -259,7 +257,7 @@ impl Region {
         self.chunks.iter().all(|chunk| chunk.backing.usable())
     }
 
-    /// Where the chunks are that the GPU cannot use.
+    /// The mappings of the chunks that the GPU cannot use.
     pub fn missing(&self) -> Vec<ChunkMapping> {
         self.chunks.iter().filter(|chunk| !chunk.backing.usable()).map(|chunk| self.place(chunk)).collect()
     }
@@ -269,7 +267,7 @@ impl Region {
         self.chunks.iter().any(|chunk| chunk.backing.usable())
     }
 
-    /// Whether only other processes keep it.
+    /// Whether the application no longer uses it, so that only other processes may have it open.
     pub(super) fn is_orphan(&self) -> bool {
         match &self.kind {
             Kind::Slab(gaps) => gaps.empty(),
@@ -277,7 +275,7 @@ impl Region {
         }
     }
 
-    /// Where one of its chunks is mapped.
+    /// The mapping of one of its chunks.
     pub fn place(&self, chunk: &Chunk) -> ChunkMapping {
         let (address, size) = (chunk.address, chunk.size);
         let offset = address - self.base;
@@ -292,7 +290,7 @@ impl Region {
         ChunkMapping { address, size, views, prop, reservation: matches!(self.kind, Kind::Reservation) }
     }
 
-    /// The object that it is.
+    /// Its object, if it is one.
     pub fn object_mut(&mut self) -> Option<&mut Object> {
         match &mut self.kind {
             Kind::Object(object) => Some(object),
@@ -300,7 +298,7 @@ impl Region {
         }
     }
 
-    /// The object that it is.
+    /// Its object, if it is one.
     pub fn object(&self) -> Option<&Object> {
         match &self.kind {
             Kind::Object(object) => Some(object),
@@ -308,20 +306,20 @@ impl Region {
         }
     }
 
-    /// The index of the chunk that an address lies in.
+    /// The index of the chunk that contains an address.
     pub(super) fn chunk_at(&self, address: CUdeviceptr) -> Option<usize> {
         let after = self.chunks.partition_point(|chunk| chunk.address <= address);
         let index = after.checked_sub(1)?;
         (address - self.chunks[index].address < self.chunks[index].size).then_some(index)
     }
 
-    /// Whether granules of it may lie in host memory, for want of room.
+    /// Whether single granules of it may be filled in host memory.
     pub(super) fn may_spill(&self) -> bool {
         !matches!(self.kind, Kind::Reservation) && !self.kind.is_one_piece(self.size)
     }
 
-    /// Cuts the chunk at `index` so that the granule at `offset` bytes in it is a chunk of its own, and
-    /// returns which ones it has become, and which of them that is.
+    /// Cuts the chunk at `index` so that the granule at `offset` bytes in it is a chunk of its own. Returns the indices of the
+    /// chunks it was cut into, and the index of that granule.
     pub(super) fn cut_out(&mut self, index: usize, offset: u64) -> (std::ops::Range<usize>, usize) {
         let before = self.chunks.len();
         let mut at = index;
@@ -369,7 +367,7 @@ impl Region {
     }
 }
 
-/// The part of a region that the GPU has now: offset, bytes, and physical memory of each chunk.
+/// The chunks of a region that are mapped now: offset in the region, bytes, and physical memory of each.
 pub fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericAllocationHandle)> {
     region.chunks.iter().filter_map(|chunk| match chunk.backing {
         Backing::Device(handle) | Backing::Overflow(handle) => {

@@ -1,28 +1,29 @@
-//! Handles of objects (cuMemCreate) whose memory is gone.
+//! Handles of objects (cuMemCreate) whose memory has been released.
 //!
-//! The driver follows whatever it is given as a handle, and would crash on an address, which is what ours are. So a handle that
-//! was ours is never given to it. Memory goes with the last release of its handle, or, before that, with the last context or when
-//! an engine cannot go on; then the application still has its references, and each of its releases succeeds, as natively.
+//! The driver dereferences handles, and nvshare's handles are addresses, on which it would crash. So a former handle of
+//! nvshare is never passed to the driver. An object's memory is released with the last reference to it, or earlier with the
+//! last context or when an engine fails. In the latter cases the application still has references, and each release of one
+//! succeeds, as it does without nvshare.
 
 use crate::cuda::abi::{CUmemGenericAllocationHandle, CuResult};
 use crate::memory::region::Region;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
-/// The handles, and how many references the application still has to each. Addresses come again, so there are no more of
-/// these than there were objects at a time.
+/// The handles, and how many references the application still has to each. Addresses are reused, so there are never more
+/// of these than there were objects at one time.
 static GONE: Mutex<BTreeMap<CUmemGenericAllocationHandle, u32>> = Mutex::new(BTreeMap::new());
 
 fn gone() -> MutexGuard<'static, BTreeMap<CUmemGenericAllocationHandle, u32>> {
     nvshare::sync::lock(&GONE)
 }
 
-/// Whether a handle was one of ours, and its memory is gone.
+/// Whether a handle is that of an object whose memory has been released.
 pub fn is_stale(handle: CUmemGenericAllocationHandle) -> bool {
     gone().contains_key(&handle)
 }
 
-/// cuMemRelease of a handle whose memory is gone. `None` if it is no such handle.
+/// cuMemRelease of such a handle. `None` if it is not one.
 pub fn release(handle: CUmemGenericAllocationHandle) -> Option<CuResult> {
     let mut gone = gone();
     let references = gone.get_mut(&handle)?;
@@ -31,14 +32,14 @@ pub fn release(handle: CUmemGenericAllocationHandle) -> Option<CuResult> {
     Some(if left.is_some() { CuResult::SUCCESS } else { CuResult::INVALID_VALUE })
 }
 
-/// A region is gone. If it was an object, so is the memory behind its handle.
+/// Records the handle of a released region, if it was an object.
 pub fn ended(region: &Region) {
     if let Some(object) = region.object() {
         gone().insert(region.base, object.references);
     }
 }
 
-/// A new object has this handle.
+/// Drops the record of a handle that a new object has.
 pub fn reused(handle: CUmemGenericAllocationHandle) {
     gone().remove(&handle);
 }

@@ -2,18 +2,18 @@
 //!
 //! Up to [`DEPTH`] copies are in flight, so that the link never waits for a mapping: while one chunk is
 //! copied, the one before it is unmapped and released, or the one after it created and mapped. Each
-//! chunk's granules go to the pool, or come from it, as its turn comes, and so the client that fills
-//! follows the client that evicts at a distance of a few chunks.
+//! chunk's granules go back to the pool, or are taken from it, one chunk at a time. So the client that fills
+//! runs only a few chunks behind the client that evicts.
 //!
-//! What holds nothing but zeros is not copied: before anything goes out, the GPU itself looks at all of it
-//! ([`crate::memory::zero_scan`]), once for each time that the client ran. Such chunks are dropped, and come back as fresh
-//! memory, which is zero (docs/driver-facts.md); of others only the granules in use travel.
+//! Granules that hold only zeros are not copied. Before an eviction the GPU itself scans the chunks
+//! ([`crate::memory::zero_scan`]), once after each time the client ran. A chunk that is all zero is dropped, and comes back
+//! as fresh memory, which is zero (docs/driver-facts.md). Of other chunks only the granules in use are copied.
 //!
-//! What the GPU cannot have, because the contexts of others have taken the room, is mapped to host memory
-//! ([`Backing::Overflow`]): the GPU uses it over the link. It comes home at the first fill that has room.
+//! Memory that does not fit on the GPU, because contexts of other clients have grown, is mapped to host memory
+//! ([`Backing::Overflow`]), which the GPU uses over the link. It returns to the GPU at the first fill that has room.
 //!
-//! A chunk on its way is [`Backing::Moving`] and belongs to this engine alone; the map is locked only
-//! for the moments between.
+//! A chunk that is being moved is [`Backing::Moving`], and only the swap engine touches it. The map is locked only
+//! to take a chunk out and to put it back.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -32,21 +32,21 @@ use std::time::Duration;
 /// Copies in flight. On an H100 (PCIe 5), eight switch at 39.6 GiB/s and four at 38.9 (docs/benchmarks.md).
 const DEPTH: usize = 8;
 
-/// How long a forecast waits for the GPU.
+/// How long a forecast waits for the GPU's answer.
 const FORECAST_WAIT: Nanos = 5 * MILLISECOND;
 
-/// How long a fill tries again when the driver has no memory although the pool had room, before it lets others go first.
+/// How long a fill retries when the driver has no memory although the pool had room. Then the client gives up its turn.
 const CREATE_TIMEOUT: Nanos = 5 * SECOND;
 
-/// The events before a copy and behind it.
+/// The events recorded before and after a copy.
 #[derive(Clone, Copy)]
 struct Ends {
     begin: CUevent,
     end: CUevent,
 }
 
-/// A stream, and the events of each copy in flight and of one more, in the current context.
-fn lines(driver: &Driver) -> Result<(CUstream, Vec<Ends>), SwapError> {
+/// Creates, in the current context, a stream, and events for [`DEPTH`] copies in flight and one more.
+fn stream_and_events(driver: &Driver) -> Result<(CUstream, Vec<Ends>), SwapError> {
     let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).map_err(driver_said("cuStreamCreate"))?;
     let event = || driver.event_create(CU_EVENT_BLOCKING_SYNC).map_err(driver_said("cuEventCreate"));
     let events =
@@ -54,16 +54,16 @@ fn lines(driver: &Driver) -> Result<(CUstream, Vec<Ends>), SwapError> {
     Ok((stream, events))
 }
 
-/// What it comes to that host memory could not be mapped.
-fn for_want_of_host_memory(error: SwapError) -> SwapError {
+/// The error for host memory that the driver would not map for the GPU.
+fn no_host_memory(error: SwapError) -> SwapError {
     if error.is_out_of_memory() {
-        SwapError::Host("the driver gives none that the GPU can use".into())
+        SwapError::Host("the driver cannot allocate host memory that the GPU can use".into())
     } else {
         error
     }
 }
 
-/// A copy in flight, and what becomes of its chunk.
+/// A copy in flight, and the state of its chunk afterwards.
 struct InFlight {
     place: ChunkMapping,
     ends: Ends,
@@ -71,39 +71,39 @@ struct InFlight {
 }
 
 enum Transfer {
-    /// Comes in; the host copy is free when it is there.
+    /// To the GPU; the host copy is freed afterwards.
     In { handle: CUmemGenericAllocationHandle, overflow: bool, source: Option<HostCopy> },
-    /// Goes out; the GPU memory is free when it is gone.
+    /// To the host; the GPU memory is freed afterwards.
     Out { handle: CUmemGenericAllocationHandle, target: HostCopy },
 }
 
-/// Looks for granules that are all zero.
+/// The scan for granules that are all zero.
 enum ZeroScan {
-    /// Nothing was evicted yet.
+    /// Not needed yet: nothing was evicted.
     NotTried,
     Loading(Loading),
     Ready(Scanner),
-    /// The driver cannot compile the kernel: everything is copied.
+    /// The driver cannot compile the kernel: all granules are copied.
     Unavailable,
 }
 
-/// What a forecast waits for.
-enum Asked {
-    /// Whether the GPU comes to anything beside the application's work: it looks at nothing.
-    Whether(Scan),
-    /// What it finds in memory, which counts as moving meanwhile.
-    What(Scan),
+/// A scan that a forecast waits for.
+enum PendingScan {
+    /// A scan of no chunks, to see whether the GPU runs anything beside the application's work.
+    Probe(Scan),
+    /// A scan of memory. The memory counts as moving until the scan ends.
+    Memory(Scan),
 }
 
-impl Asked {
+impl PendingScan {
     fn scan(&self) -> &Scan {
-        let (Self::Whether(scan) | Self::What(scan)) = self;
+        let (Self::Probe(scan) | Self::Memory(scan)) = self;
         scan
     }
 
-    /// Whether memory is being looked at.
+    /// Whether memory is being scanned.
     fn holds_memory(&self) -> bool {
-        matches!(self, Self::What(..))
+        matches!(self, Self::Memory(..))
     }
 }
 
@@ -113,26 +113,26 @@ pub struct Swap {
     stream: CUstream,
     events: Vec<Ends>,
     in_flight: VecDeque<InFlight>,
-    /// How long copies have taken since memory last began to move, by the GPU's clock, ns.
+    /// How long the copies of the present fill, prefetch or eviction have taken, by the GPU's clock, ns.
     copying: Nanos,
     zero_scan: ZeroScan,
-    /// What is under way for a forecast.
-    asked: Option<Asked>,
-    /// When the GPU was last seen to have come to nothing but a look, and nobody has made use of that since.
-    came: Option<Nanos>,
-    /// What a forecast came to whose caller was gone by then.
-    foreseen: Option<u64>,
-    /// No work of the client is under way: what it has may be moved to other memory.
+    /// The scan that a forecast waits for.
+    pending: Option<PendingScan>,
+    /// When a probe was last seen to have ended ([`PendingScan::Probe`]), if no forecast has used that yet.
+    probed: Option<Nanos>,
+    /// The result of a forecast that ended after its caller had stopped waiting, bytes.
+    forecast: Option<u64>,
+    /// No work of the client is under way: memory that it uses may be replaced by other memory.
     pub quiet: bool,
 }
 
 impl Swap {
-    /// An engine whose streams belong to the context that is current.
+    /// A swap engine whose stream and events belong to the current context.
     ///
     /// # Errors
     /// The driver's.
     pub fn new(device: Arc<Device>) -> Result<Self, SwapError> {
-        let (stream, events) = lines(device.driver)?;
+        let (stream, events) = stream_and_events(device.driver)?;
         Ok(Self {
             device,
             stream,
@@ -140,39 +140,39 @@ impl Swap {
             in_flight: VecDeque::new(),
             copying: 0,
             zero_scan: ZeroScan::NotTried,
-            asked: None,
-            came: None,
-            foreseen: None,
+            pending: None,
+            probed: None,
+            forecast: None,
             quiet: true,
         })
     }
 
-    /// Makes the stream and the events anew in `context`, which becomes current.
+    /// Destroys the stream and the events and creates new ones in `context`, which becomes current.
     ///
     /// # Errors
     /// The driver's.
     pub fn move_to(&mut self, context: CUcontext) -> Result<(), SwapError> {
         self.leave();
         self.device.driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"))?;
-        (self.stream, self.events) = lines(self.device.driver)?;
+        (self.stream, self.events) = stream_and_events(self.device.driver)?;
         Ok(())
     }
 
-    /// Gives the stream and the events back.
+    /// Destroys the stream and the events.
     pub fn destroy(mut self) {
         self.leave();
     }
 
-    /// Gives the stream and the events back, if it has any. The context may end then.
+    /// Destroys the stream and the events, if there are any. The context may be destroyed afterwards.
     pub fn leave(&mut self) {
         if self.stream.is_null() {
             return;
         }
         let _ = self.finish();
-        let _ = self.answer();
+        let _ = self.finish_scan();
         match std::mem::replace(&mut self.zero_scan, ZeroScan::NotTried) {
             ZeroScan::Ready(scanner) => scanner.destroy(),
-            // It is waited for.
+            // Dropping it waits for its thread.
             ZeroScan::Loading(loading) => drop(loading),
             ZeroScan::NotTried | ZeroScan::Unavailable => {}
         }
@@ -205,7 +205,7 @@ impl Swap {
         let recorded = copied.and_then(|()| driver.event_record(ends.end, self.stream));
         self.in_flight.push_back(InFlight { place, ends, transfer });
         if let Err(result) = recorded {
-            // The chunk goes back to where it was: its bytes are still there.
+            // The chunk keeps its former backing: its bytes are still there.
             let failed = self.in_flight.pop_back().expect("just pushed");
             self.events.push(failed.ends);
             self.undo(failed);
@@ -217,7 +217,7 @@ impl Swap {
         Ok(())
     }
 
-    /// A copy that did not happen: the bytes are where they were.
+    /// Restores the state of a chunk whose copy failed: its bytes are where they were.
     fn undo(&self, failed: InFlight) {
         let backing = match failed.transfer {
             Transfer::In { handle, overflow, source } => {
@@ -235,7 +235,7 @@ impl Swap {
         self.device.memory().settle(failed.place.address, backing);
     }
 
-    /// Waits for the oldest copy in flight, and writes down where its chunk is now.
+    /// Waits for the oldest copy in flight, and records where its chunk is now.
     fn retire(&mut self) -> Result<(), SwapError> {
         let Some(oldest) = self.in_flight.pop_front() else { return Ok(()) };
         let driver = self.device.driver;
@@ -257,14 +257,16 @@ impl Swap {
                     self.device.host.free(source.memory);
                 }
             }
-            Transfer::Out { handle, target } => self.gone(&place, handle, Backing::Evicted(target)),
+            Transfer::Out { handle, target } => {
+                self.release_resident(&place, handle, Backing::Evicted(target))
+            }
         }
         Ok(())
     }
 
-    /// A chunk's bytes are elsewhere, or nowhere: its GPU memory goes back to the pool.
-    fn gone(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle, backing: Backing) {
-        // Released first and counted after: the GPU never holds more than the books say.
+    /// Gives a chunk's GPU memory back to the pool: its bytes have been copied out, or are all zero.
+    fn release_resident(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle, backing: Backing) {
+        // Release first, then account: the GPU never holds more than the accounts say.
         self.device.release(place, handle);
         self.device.memory().settle(place.address, backing);
         self.device.books.give(place.granules());
@@ -273,30 +275,30 @@ impl Swap {
     fn finish(&mut self) -> Result<(), SwapError> {
         let mut result = Ok(());
         while !self.in_flight.is_empty() {
-            // Every chunk must end somewhere; the first failure is the one to tell.
+            // Every chunk must get a final state; the first failure is the one to report.
             result = result.and(self.retire());
         }
         result
     }
 
-    /// Moves memory by what `act` does, which counts the bytes. What came of it when all copies are through, the bytes, and how
-    /// long it took, ns.
+    /// Runs `act`, which moves memory and counts the bytes, and waits for its copies. Returns its result, the bytes moved, and
+    /// the time it took, ns.
     fn moving<T>(
         &mut self,
         act: impl FnOnce(&mut Self, &mut u64) -> Result<T, SwapError>,
     ) -> (Result<T, SwapError>, u64, Nanos) {
         let (began, mut moved) = (now(), 0);
         self.copying = 0;
-        self.foreseen = None;
+        self.forecast = None;
         self.device.set_moving(true);
         let acted = act(self, &mut moved);
         let acted = self.finish().and(acted);
-        self.device.set_moving(self.asked.as_ref().is_some_and(Asked::holds_memory));
+        self.device.set_moving(self.pending.as_ref().is_some_and(PendingScan::holds_memory));
         (acted, moved, now() - began)
     }
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
-        // Something found no room: what nobody needs must not be in its way.
+        // A fill means that memory is wanted: release freed memory that was kept for reuse.
         self.device.drop_spares(&mut self.device.memory());
         let mut refused = None;
         self.spill()?;
@@ -308,11 +310,11 @@ impl Swap {
             };
             match if spill { TakeOutcome::Ready } else { self.take_for_chunk(place.granules()) } {
                 TakeOutcome::Ready => {}
-                // Less is usable than when the fill began.
+                // The GPU has less usable memory than when the fill began.
                 TakeOutcome::TooLarge => {
                     self.device.memory().settle(place.address, backing);
                     if self.spill()? == 0 {
-                        // Only room is missing, which nothing but the GPU can give.
+                        // Only reservations are missing, which cannot lie in host memory.
                         self.device.memory().deny_reservations();
                     }
                     continue;
@@ -335,14 +337,15 @@ impl Swap {
             let handle = match self.device.map(&place, spill) {
                 Ok(handle) => handle,
                 Err(error) => {
-                    // Given back before the next try: what is booked and not there hides somebody's
-                    // context from the arbiter, which would then never make the room.
+                    // Return the granules before the retry. The arbiter estimates the size of contexts from memory that is in
+                    // use and not accounted for; granules that are accounted for and not in use would hide a context, and
+                    // the arbiter would never make room for it.
                     self.device.memory().settle(place.address, backing);
                     if !spill {
                         self.device.books.give(place.granules());
                     }
                     if spill {
-                        return Err(for_want_of_host_memory(error));
+                        return Err(no_host_memory(error));
                     }
                     self.try_again(error, place.size, &mut refused)?;
                     continue;
@@ -357,8 +360,8 @@ impl Swap {
         }
     }
 
-    /// Brings in what was evicted and fits in free room. What has no bytes to copy is left for the fill, which is
-    /// quick with it.
+    /// Fills evicted chunks that fit in free granules of the pool. Chunks with nothing to copy are left for the fill, for
+    /// which they cost little.
     fn prefetch_some(&mut self, moved: &mut u64) -> Result<(), SwapError> {
         loop {
             let room = self.device.books.ahead();
@@ -374,21 +377,21 @@ impl Swap {
                     self.launch(place, Transfer::In { handle, overflow: false, source: Some(copy) })?;
                 }
                 Err(error) => {
-                    // Nothing is lost: its turn will come.
+                    // Nothing is lost: the fill will bring it in.
                     self.device.memory().settle(place.address, Backing::Evicted(copy));
                     self.device.books.give(place.granules());
-                    tracing::debug!(gpu = %self.device.gpu, "nothing more ahead of its turn: {error}");
+                    tracing::debug!(gpu = %self.device.gpu, "prefetch stopped, the next fill loads the rest: {error}");
                     return Ok(());
                 }
             }
         }
     }
 
-    /// Granules that the client needs and the GPU cannot give it whoever else makes room.
+    /// Granules of the client's demand that do not fit on the GPU even if every other client is evicted.
     fn shortage(&self) -> Granules {
         let books = &self.device.books;
         let overflowed = self.device.memory().overflow();
-        // What is on its way there is as good as there: or as much again would follow it.
+        // Count transfers to host memory that are already in flight, or the same shortage would be spilled twice.
         let under_way = self.in_flight.iter().map(|flight| match flight.transfer {
             Transfer::In { overflow: true, .. } => flight.place.granules(),
             _ => 0,
@@ -397,10 +400,10 @@ impl Swap {
         books.demand().saturating_sub(spilled).saturating_sub(books.usable())
     }
 
-    /// Chooses what goes to host memory for want of room; says how many granules.
+    /// Chooses the chunks to fill in host memory because the GPU has no room for them; returns how many granules.
     ///
     /// # Errors
-    /// The host has no memory for so many.
+    /// The host has not enough memory.
     fn spill(&self) -> Result<Granules, SwapError> {
         let shortage = self.shortage();
         let mut memory = self.device.memory();
@@ -411,17 +414,17 @@ impl Swap {
             self.device.host.spare(bytes).map_err(|error| SwapError::Host(error.to_string()))?;
             tracing::info!(
                 gpu = %self.device.gpu,
-                "{} more than the GPU has left for this process: they are used from host memory, over the link",
+                "this process needs {} more than the GPU has left for it: it uses as much host memory over the link, which is slower",
                 format_size(bytes)
             );
         }
         Ok(spilled)
     }
 
-    /// Room for a chunk of this size. Waits for the pool as long as the pool can ever have it.
+    /// Takes granules for a chunk from the pool. Waits while other clients can still free as many.
     fn take_for_chunk(&self, granules: Granules) -> TakeOutcome {
         let books = &self.device.books;
-        // As long as there is room, nothing more need be known.
+        // The common case: free granules, so that nothing else need be checked.
         if books.admitted() && books.try_take(granules).is_ok() {
             return TakeOutcome::Ready;
         }
@@ -443,7 +446,7 @@ impl Swap {
         }
     }
 
-    /// Brings what lies in host memory back to the GPU, as far as it can have room there. All else is in place.
+    /// Moves chunks that are mapped to host memory back to the GPU, as far as there is room. All other chunks are in place.
     fn bring_home(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
         if !self.quiet || self.device.memory().overflow() == 0 {
             return Ok(Fill::Complete);
@@ -464,7 +467,7 @@ impl Swap {
                     break;
                 }
             }
-            // A place to copy it to while it is still mapped at its own.
+            // Copy it to a temporary address while it is still mapped at its own.
             let size = place.size as usize;
             let began = now();
             let arrived = driver
@@ -491,7 +494,7 @@ impl Swap {
                     if let Err(error) = self.device.map_at(&place, handle) {
                         let _ = driver.mem_release(handle);
                         self.device.books.give(place.granules());
-                        // Where it was, its bytes still are.
+                        // Its bytes are still in host memory.
                         let back = self.device.map_at(&place, host);
                         settle(Backing::Overflow(host));
                         back?;
@@ -518,36 +521,36 @@ impl Swap {
         Ok(Fill::Complete)
     }
 
-    /// The driver had no room that the pool had: a context grew that is not counted yet, or a program uses
-    /// the GPU beside nvshare. Waits a little.
+    /// Waits 20 ms after the driver refused memory although the pool had granules: a context has grown and is not counted
+    /// yet, or another program uses the GPU without nvshare. `refused` is when the first such refusal was, ns.
     ///
     /// # Errors
-    /// That went on for too long, or something else is wrong.
+    /// The driver has refused for [`CREATE_TIMEOUT`], or the error is another.
     fn try_again(&self, error: SwapError, size: u64, refused: &mut Option<Nanos>) -> Result<(), SwapError> {
         if !error.is_out_of_memory() {
             return Err(error);
         }
         let why = || {
             format!(
-                "the GPU has no room for {} that the pool had: a context has grown, or another program uses the GPU beside nvshare",
+                "the GPU has no {} that should be free: a CUDA context has grown, or a program uses the GPU without nvshare (see nvidia-smi)",
                 format_size(size)
             )
         };
         let since = *refused.get_or_insert_with(|| {
-            tracing::warn!(gpu = %self.device.gpu, "{}; trying again for {}", why(), format_nanos(CREATE_TIMEOUT));
+            tracing::warn!(gpu = %self.device.gpu, "{}; retrying for {}", why(), format_nanos(CREATE_TIMEOUT));
             now()
         });
         if now() - since >= CREATE_TIMEOUT {
             return Err(SwapError::Gpu(why()));
         }
-        // Nothing announces that memory outside the books was freed.
+        // Nothing signals that memory outside nvshare's accounts was freed.
         std::thread::sleep(Duration::from_millis(20));
         Ok(())
     }
 
-    /// Evicts so many granules, as far as there is host memory for them: when there is none for a chunk, smaller ones go.
+    /// Evicts `granules`, as far as there is host memory: if a chunk does not fit in it, smaller chunks are evicted instead.
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
-        self.look()?;
+        self.scan_unseen()?;
         let spare = self.device.drop_spares(&mut self.device.memory());
         let (mut left, mut most, mut refused) = (granules.saturating_sub(spare), u64::MAX, None);
         let resident = self.device.books.resident();
@@ -571,7 +574,7 @@ impl Swap {
             };
             let bytes = in_use.bytes(place.size);
             if bytes == 0 {
-                self.gone(&place, handle, Backing::Absent);
+                self.release_resident(&place, handle, Backing::Absent);
                 left = left.saturating_sub(place.granules());
                 leaving += place.granules();
                 continue;
@@ -580,7 +583,7 @@ impl Swap {
                 Ok(memory) => HostCopy { memory, in_use },
                 Err(error) => {
                     self.device.memory().settle(place.address, Backing::Device(handle));
-                    // Less each time, so this ends.
+                    // Smaller each time, so the loop ends.
                     most = error.left().min(bytes - GRANULE);
                     refused = Some(SwapError::Host(error.to_string()));
                     continue;
@@ -594,9 +597,9 @@ impl Swap {
         refused.filter(|_| left > 0).map_or(Ok(()), Err)
     }
 
-    /// Finds out what of the client's memory is in use, where that is not known. Only while none of its work
-    /// is under way: whoever evicts has drained.
-    fn look(&mut self) -> Result<(), SwapError> {
+    /// Scans the chunks that were not scanned since the client last ran. None of the client's work may be under way: the
+    /// engine drains before it evicts.
+    fn scan_unseen(&mut self) -> Result<(), SwapError> {
         let unseen = self.device.memory().unseen();
         let Some(seen) = self.scan(&unseen)? else { return Ok(()) };
         let mut memory = self.device.memory();
@@ -607,65 +610,65 @@ impl Swap {
         Ok(())
     }
 
-    /// A bit for each granule of each chunk that is in use; `None` if there is no telling.
+    /// For each chunk a bit for each granule that is in use; `None` if the GPU cannot scan.
     fn scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Vec<u32>>, SwapError> {
         if chunks.is_empty() {
             return Ok(None);
         }
-        match (self.ask(chunks)?, &mut self.zero_scan) {
+        match (self.submit_scan(chunks)?, &mut self.zero_scan) {
             (Some(scan), ZeroScan::Ready(scanner)) => scanner.finish(scan).map(Some),
             _ => Ok(None),
         }
     }
 
-    /// Has the GPU look at chunks, if it can; at none, so that it is known when it has come to it.
-    fn ask(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan>, SwapError> {
-        self.open_eyes();
+    /// Submits a scan of chunks, if the GPU can scan; with no chunks, a probe of when the GPU runs it.
+    fn submit_scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan>, SwapError> {
+        self.load_scanner();
         let ZeroScan::Ready(scanner) = &mut self.zero_scan else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
     }
 
-    fn open_eyes(&mut self) {
+    fn load_scanner(&mut self) {
         if matches!(self.zero_scan, ZeroScan::NotTried) {
             let driver = self.device.driver;
             let context = driver.ctx_current().unwrap_or(CUcontext::NULL);
             match Loading::begin(driver, context) {
                 Ok(loading) => self.zero_scan = ZeroScan::Loading(loading),
-                Err(error) => return self.stay_blind(&error),
+                Err(error) => return self.scan_unavailable(&error),
             }
         }
         let ZeroScan::Loading(loading) = &mut self.zero_scan else { return };
         match loading.look() {
             Some(Ok(scanner)) => self.zero_scan = ZeroScan::Ready(scanner),
-            Some(Err(error)) => self.stay_blind(&error),
+            Some(Err(error)) => self.scan_unavailable(&error),
             None => {}
         }
     }
 
-    fn stay_blind(&mut self, why: &dyn std::fmt::Display) {
-        tracing::info!(gpu = %self.device.gpu, "memory that is all zero will be copied like any other: {why}");
+    fn scan_unavailable(&mut self, why: &dyn std::fmt::Display) {
+        tracing::info!(gpu = %self.device.gpu, "cannot scan for memory that is all zero, so it is copied like any other: {why}");
         self.zero_scan = ZeroScan::Unavailable;
     }
 
-    /// Bytes that an eviction of everything would copy, as things stand: for making host memory ahead of
-    /// need. The application's work goes on meanwhile, so this is no more than a forecast; but nothing may be
-    /// unmapped while the GPU looks at it, so frees wait as they do while memory moves.
+    /// Bytes that evicting everything would copy now, so that host memory can be allocated before it is needed. The
+    /// application's work continues, so this is only a forecast. Nothing may be unmapped while the GPU scans it, so frees wait
+    /// as they do while memory moves.
     ///
-    /// `None` if the GPU has not come to it yet: the application's work may take long, or never end. Then nothing is held
-    /// back: memory is looked at only when the GPU has just come to something else. Ask again.
+    /// `None` if the GPU has not run the scan yet, because the application's work takes long or never ends; call again. Frees
+    /// do not wait for that: memory is scanned only if the GPU has just run a probe.
     pub fn forecast(&mut self) -> Option<u64> {
-        if let Some(bytes) = self.foreseen.take() {
+        if let Some(bytes) = self.forecast.take() {
             return Some(bytes);
         }
         let until = now() + FORECAST_WAIT;
-        if !self.asked.as_ref().is_some_and(Asked::holds_memory) {
-            if !self.gpu_comes(until)? {
+        if !self.pending.as_ref().is_some_and(PendingScan::holds_memory) {
+            if !self.probe(until)? {
                 return Some(self.unseen_bytes());
             }
             self.device.set_moving(true);
             let chunks = self.device.memory().unseen();
-            match self.ask(&chunks) {
-                Ok(Some(scan)) => self.asked = Some(Asked::What(scan)),
+            match self.submit_scan(&chunks) {
+                Ok(Some(scan)) => self.pending = Some(PendingScan::Memory(scan)),
                 Ok(None) | Err(_) => {
                     self.device.set_moving(false);
                     return Some(self.unseen_bytes());
@@ -673,21 +676,21 @@ impl Swap {
             }
         }
         self.is_answered(until).then_some(())?;
-        Some(self.answer().unwrap_or_else(|| self.unseen_bytes()))
+        Some(self.finish_scan().unwrap_or_else(|| self.unseen_bytes()))
     }
 
-    /// Whether the GPU has just come to something beside the application's work; `None` if not, by then, ns. False if it cannot
-    /// be asked.
-    fn gpu_comes(&mut self, until: Nanos) -> Option<bool> {
-        if self.came.take().is_some_and(|came| now() - came < FORECAST_WAIT) {
+    /// Whether the GPU has just run a probe beside the application's work; `None` if not until `until`, ns. False if the GPU
+    /// cannot scan.
+    fn probe(&mut self, until: Nanos) -> Option<bool> {
+        if self.probed.take().is_some_and(|ended| now() - ended < FORECAST_WAIT) {
             return Some(true);
         }
-        if self.asked.is_none() {
-            let Ok(Some(scan)) = self.ask(&[]) else { return Some(false) };
-            self.asked = Some(Asked::Whether(scan));
+        if self.pending.is_none() {
+            let Ok(Some(scan)) = self.submit_scan(&[]) else { return Some(false) };
+            self.pending = Some(PendingScan::Probe(scan));
         }
         self.is_answered(until).then(|| {
-            self.answer();
+            self.finish_scan();
             true
         })
     }
@@ -696,10 +699,10 @@ impl Swap {
         self.device.memory().unseen().iter().map(|(_, size)| size).sum()
     }
 
-    /// Waits for the answer until then, ns. Whether it is there.
+    /// Waits for the pending scan until `until`, ns. Whether it has ended.
     fn is_answered(&self, until: Nanos) -> bool {
-        let Some(asked) = &self.asked else { return true };
-        while !asked.scan().is_answered(self.device.driver) {
+        let Some(pending) = &self.pending else { return true };
+        while !pending.scan().is_answered(self.device.driver) {
             if now() >= until {
                 return false;
             }
@@ -708,28 +711,28 @@ impl Swap {
         true
     }
 
-    /// Ends a look whose answer is there, whether or not anybody asks for the forecast again: as long as memory is looked at it
-    /// counts as moving, and threads of the application wait. False if the GPU has not come to it yet.
+    /// Ends a pending scan that the GPU has run, even if nobody asks for the forecast again: memory counts as moving while it
+    /// is scanned, and threads of the application wait. False if memory is still being scanned.
     pub fn end_forecast(&mut self) -> bool {
-        let Some(asked) = &self.asked else { return true };
-        let holds_memory = asked.holds_memory();
-        if !asked.scan().is_answered(self.device.driver) {
+        let Some(pending) = &self.pending else { return true };
+        let holds_memory = pending.holds_memory();
+        if !pending.scan().is_answered(self.device.driver) {
             return !holds_memory;
         }
-        let bytes = self.answer();
+        let bytes = self.finish_scan();
         if holds_memory {
-            self.foreseen = Some(bytes.unwrap_or_else(|| self.unseen_bytes()));
+            self.forecast = Some(bytes.unwrap_or_else(|| self.unseen_bytes()));
         } else {
-            self.came = Some(now());
+            self.probed = Some(now());
         }
         true
     }
 
-    /// Waits for what is under way. Bytes that are in use, if that was asked and there is telling.
-    fn answer(&mut self) -> Option<u64> {
-        let asked = self.asked.take()?;
-        let held = asked.holds_memory();
-        let (Asked::Whether(scan) | Asked::What(scan)) = asked;
+    /// Waits for the pending scan. The bytes in use, if it was a scan of memory and succeeded.
+    fn finish_scan(&mut self) -> Option<u64> {
+        let pending = self.pending.take()?;
+        let held = pending.holds_memory();
+        let (PendingScan::Probe(scan) | PendingScan::Memory(scan)) = pending;
         let seen = match &mut self.zero_scan {
             ZeroScan::Ready(scanner) => scanner.finish(scan).ok(),
             _ => None,
@@ -754,15 +757,15 @@ impl Swap {
     }
 }
 
-/// Whether a chunk can go to the GPU.
+/// Whether the pool has granules for a chunk.
 enum TakeOutcome {
     /// Its granules are taken.
     Ready,
-    /// Not before something else goes to host memory.
+    /// The client's memory does not fit on the GPU: some must be spilled to host memory first.
     TooLarge,
-    /// The client may load no more.
+    /// The client is no longer admitted.
     Recalled,
-    /// The engine has something else to do, and tries again.
+    /// The engine is called to another task, and will fill again afterwards.
     Interrupted,
 }
 
@@ -771,7 +774,7 @@ impl Runtime for Swap {
 
     fn fill(&mut self) -> Result<Fill, SwapError> {
         let (filled, moved, took) = self.moving(Self::fill_all);
-        // The time spent waiting for the other side's memory, while copies may be in flight, is the other side's.
+        // Only the time of the copies counts, not the time waiting for another client to evict.
         self.device.books.copied(Direction::In, moved, self.copying);
         if moved > 0 {
             self.log("filled", moved, took);
@@ -781,7 +784,7 @@ impl Runtime for Swap {
 
     fn prefetch(&mut self) -> Result<(), SwapError> {
         let (fetched, moved, took) = self.moving(Self::prefetch_some);
-        // Others use the GPU and the link meanwhile: how long it took says nothing of the link.
+        // Other clients use the GPU and the link meanwhile, so the time taken says nothing about the bandwidth of the link.
         self.device.books.moved(Direction::In, moved);
         if moved > 0 {
             self.log("prefetched", moved, took);
@@ -791,7 +794,7 @@ impl Runtime for Swap {
 
     fn evict(&mut self, granules: Granules) -> Result<(), SwapError> {
         let (evicted, moved, took) = self.moving(|swap, moved| swap.evict_some(granules, moved));
-        // Not the time spent making host memory, which each process does once, and looking for zeros.
+        // Only the time of the copies counts, not that of allocating host memory (once per process) and of scanning.
         self.device.books.copied(Direction::Out, moved, self.copying);
         self.log("evicted", moved, took);
         evicted

@@ -1,9 +1,9 @@
-//! Synchronous memory operations: cuMemcpy and cuMemset that may return before they are done must not, for memory that a
-//! network card reads or writes beside them (`CU_POINTER_ATTRIBUTE_SYNC_MEMOPS`).
+//! Synchronous memory operations (`CU_POINTER_ATTRIBUTE_SYNC_MEMOPS`): on memory with this attribute cuMemcpy and cuMemset
+//! return only when they are done, because a network card may access the memory too.
 //!
-//! For memory that is mapped by hand, which all of nvshare's is, the driver refuses that attribute. It has a flag of
-//! contexts that says the same of all memory (CUDA 12.1), and that is set in its place, in every context: what is submitted
-//! in any of them may concern the memory. The application does not see the flag unless it has set it itself.
+//! The driver refuses the attribute for memory mapped by cuMemMap, as all memory of nvshare is. Instead nvshare sets a
+//! context flag with the same effect for all memory (CUDA 12.1), in every context, because operations of any context may
+//! use the memory. The application does not see the flag unless it has set it itself.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -15,21 +15,21 @@ use std::sync::{Mutex, MutexGuard};
 /// Whether any allocation was made synchronous.
 static ANY: AtomicBool = AtomicBool::new(false);
 
-/// The contexts that have the flag from here, and not from the application.
+/// The contexts in which nvshare, and not the application, has set the flag.
 static FLAGGED: Mutex<Vec<CUcontext>> = Mutex::new(Vec::new());
 
 fn flagged() -> MutexGuard<'static, Vec<CUcontext>> {
     nvshare::sync::lock(&FLAGGED)
 }
 
-/// Where the allocations begin that the application has made synchronous.
+/// The base addresses of the allocations for which the application has set the attribute.
 static MEMORY: Mutex<BTreeSet<CUdeviceptr>> = Mutex::new(BTreeSet::new());
 
 fn memory() -> MutexGuard<'static, BTreeSet<CUdeviceptr>> {
     nvshare::sync::lock(&MEMORY)
 }
 
-/// Has synchronous operations on an allocation be so, or no longer.
+/// Sets or clears the attribute of an allocation. The contexts' flags are never cleared.
 ///
 /// # Errors
 /// The driver's: it has no such flag.
@@ -44,12 +44,12 @@ pub fn set(base: CUdeviceptr, on: bool) -> Result<(), CuResult> {
     Ok(())
 }
 
-/// Whether synchronous operations on an allocation are so.
+/// Whether the attribute of an allocation is set.
 pub fn is_set(base: CUdeviceptr) -> bool {
     ANY.load(Ordering::Acquire) && memory().contains(&base)
 }
 
-/// A new allocation begins there.
+/// Clears the attribute of a new allocation.
 pub fn allocated(base: CUdeviceptr) {
     let _ = set(base, false);
 }
@@ -71,7 +71,7 @@ fn flag(context: CUcontext) -> Result<(), CuResult> {
         Ok(false) => {}
         Err(result) => {
             tracing::warn!(
-                "memory cannot be made synchronous (CU_POINTER_ATTRIBUTE_SYNC_MEMOPS): this driver's contexts have no such flag ({result}); CUDA 12.1 has"
+                "CU_POINTER_ATTRIBUTE_SYNC_MEMOPS cannot be set: nvshare needs a context flag for it that this driver does not have ({result}); a driver of CUDA 12.1 or newer has it"
             );
             return Err(result);
         }
@@ -79,19 +79,19 @@ fn flag(context: CUcontext) -> Result<(), CuResult> {
     Ok(())
 }
 
-/// A context was made: synchronous operations are so in it too.
+/// Sets the flag in a new context, if any allocation has had the attribute.
 pub fn context_made(context: CUcontext) {
     if ANY.load(Ordering::Acquire) {
         let _ = flag(context);
     }
 }
 
-/// A context is about to be destroyed: another may have its name.
+/// Drops the record of a context that is destroyed, because its handle may be reused.
 pub fn context_ends(context: CUcontext) {
     flagged().retain(|known| *known != context);
 }
 
-/// Whether the current context has the flag from here.
+/// Whether nvshare, and not the application, has set the flag of the current context.
 pub fn is_flagged() -> bool {
     ANY.load(Ordering::Acquire) && current().is_some_and(|context| flagged().contains(&context))
 }

@@ -1,9 +1,10 @@
-//! Allocations that are the driver's own, for tools that watch them.
+//! Allocations that the driver makes itself, for tools that watch them.
 //!
-//! compute-sanitizer knows where an allocation ends because it sees the driver make it. What nvshare maps consists of whole
-//! granules, so it would find no overrun that ends in one, and cuda-gdb reads no memory that is out. With such a tool
-//! attached, cuMemAlloc, cuMemAllocPitch and cuMemAllocAsync are the driver's ([`crate::process::reservation`] counts them):
-//! what they give cannot move, and others wait while there is no room beside it. NVSHARE_UNMOVABLE decides it without a tool.
+//! compute-sanitizer knows where an allocation ends because it observes the driver's allocation. nvshare maps whole
+//! granules, so the tool would not find an overrun within the last granule; and cuda-gdb cannot read evicted memory. With
+//! such a tool attached, cuMemAlloc, cuMemAllocPitch and cuMemAllocAsync go to the driver ([`crate::process::reservation`]
+//! accounts for them). That memory cannot move, so other clients wait if they do not fit beside it. NVSHARE_UNMOVABLE
+//! decides regardless of tools.
 
 use crate::cuda::library::library;
 use crate::settings::settings;
@@ -12,13 +13,12 @@ use std::sync::OnceLock;
 
 static WANTED: OnceLock<bool> = OnceLock::new();
 
-/// Whether allocations are to be the driver's own.
+/// Whether the driver makes allocations itself.
 pub fn wanted() -> bool {
     WANTED.get().copied().unwrap_or(false)
 }
 
-/// cuInit was called, and a tool that goes by CUDA_INJECTION64_PATH is loaded. Says in the log what was decided, if it is
-/// unusual.
+/// Decides it, after cuInit: by then a tool of CUDA_INJECTION64_PATH is loaded. Logs the decision if it is not the default.
 pub fn decide() {
     let chosen = settings().ok().and_then(|settings| settings.unmovable);
     WANTED.get_or_init(|| {
@@ -31,13 +31,13 @@ pub fn decide() {
             },
         };
         tracing::warn!(
-            "{why}: this process's allocations are the driver's own, so that overruns are found; they cannot move, and others wait while there is no room beside them. NVSHARE_UNMOVABLE=0 makes them movable"
+            "{why}: this process's allocations are the driver's own, so that the tool finds overruns; they cannot move, so other processes wait if they do not fit beside them. NVSHARE_UNMOVABLE=0 makes them movable"
         );
         true
     });
 }
 
-/// The tool that watches this process's allocations, and how it is known.
+/// The tool that watches this process's allocations, and how it was detected, as text.
 fn tool() -> Option<String> {
     by_environment(std::env::vars_os())
         .or_else(|| loaded(is_of_sanitizer).then(|| "compute-sanitizer's library is loaded".into()))
@@ -51,16 +51,16 @@ fn by_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Opti
         (path || name.starts_with("NV_SANITIZER_INJECTION_"))
             .then(|| format!("compute-sanitizer is attached ({name} is set)"))
     };
-    // Sorted, so that it says the same each time.
+    // The least one, so that the message does not depend on the order of the environment.
     variables.filter_map(attached).min()
 }
 
-/// Whether a library's path is that of the sanitizer, or of a tool that is built on its interface.
+/// Whether a path is that of compute-sanitizer's library, or of a tool that uses its interface.
 fn is_of_sanitizer(path: &str) -> bool {
     path.rsplit('/').next().is_some_and(|file| file.starts_with("libsanitizer-"))
 }
 
-/// Whether a library whose path fits is loaded.
+/// Whether a library is loaded whose path satisfies `fits`.
 fn loaded(fits: fn(&str) -> bool) -> bool {
     unsafe extern "C" fn look(info: *mut libc::dl_phdr_info, _size: usize, fits: *mut c_void) -> c_int {
         // SAFETY: the C library passes a description of a loaded object, whose name is a C string or null, and the pointer
@@ -75,7 +75,7 @@ fn loaded(fits: fn(&str) -> bool) -> bool {
     unsafe { libc::dl_iterate_phdr(Some(look), (&raw mut fits).cast()) != 0 }
 }
 
-/// Whether cuda-gdb has told the driver that it is there.
+/// Whether cuda-gdb has set the driver's variable that says so.
 fn is_debugged() -> bool {
     library().and_then(|library| library.symbol(c"cudbgIpcFlag")).is_some_and(|flag| {
         // SAFETY: the driver's variable of that name, a word (cudadebugger.h).

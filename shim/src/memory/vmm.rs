@@ -1,18 +1,18 @@
 //! Memory that the application maps itself: cuMemCreate, cuMemMap, cuMemSetAccess, cuMemUnmap, cuMemRelease.
-//! PyTorch's expandable segments and XLA's allocator work so.
+//! PyTorch's expandable segments and XLA's allocator use these.
 //!
-//! What cuMemCreate returns under nvshare is a handle to an *object* of ours ([`crate::memory::map`]): physical
-//! memory comes and goes beneath it. The object is mapped at a home of its own, from where it is copied, and
-//! at each address that the application maps it to, its *views*, for whom the application gave access. A
-//! chunk that leaves is unmapped everywhere; one that comes is mapped everywhere again.
+//! Under nvshare cuMemCreate returns a handle to an *object* of nvshare's ([`crate::memory::map`]), whose physical
+//! memory can be replaced. The object is mapped at a home address of its own, from which it is copied, and
+//! at each address at which the application maps it, its *views*, with the access rights that the application has set. A
+//! chunk that is evicted is unmapped everywhere; when it is filled it is mapped everywhere again.
 //!
-//! Mapping and unmapping need no turn on the GPU: while the memory is out they are written down, and what is
-//! written down is done when it comes. Only a moment in which memory moves is waited for. What the driver would refuse is
-//! refused at once all the same, before anything has changed ([`crate::memory::mappings`]); where only the driver can tell, memory
-//! comes in first, and it is asked.
+//! Mapping and unmapping need no turn on the GPU: while the memory is evicted, they are only recorded, and
+//! carried out when it is filled. These calls wait only while memory is moving. A call that the driver would refuse is
+//! refused at once, before anything has changed ([`crate::memory::mappings`]). If only the driver can decide, the memory is
+//! filled first, and then the driver is called.
 //!
-//! Memory that another process may map as well cannot be taken from under it, so from the moment in which a
-//! descriptor of it leaves the process it stays on the GPU, and the books say so.
+//! Memory that another process may map cannot be evicted, so as soon as a
+//! descriptor of it leaves the process, it stays on the GPU and is accounted for as such.
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -26,8 +26,8 @@ impl Device {
     /// cuMemCreate, for memory of this GPU.
     ///
     /// # Errors
-    /// As the driver's own: INVALID_VALUE for a size that is not whole granules, OUT_OF_MEMORY for more than
-    /// there can be, and whatever it says about properties that it does not have.
+    /// As the driver's own: INVALID_VALUE for a size that is not a multiple of the granule, OUT_OF_MEMORY for more than
+    /// the limits allow, and the driver's error for properties that it does not support.
     pub fn create_object(
         &self,
         size: u64,
@@ -37,7 +37,7 @@ impl Device {
             return Err(CuResult::INVALID_VALUE);
         }
         self.can_be(&prop)?;
-        // Before what is left is looked at, so that two at once do not both have the last of it.
+        // The lock is taken before the limits are checked, so that two threads cannot both get the last granules.
         let mut memory = self.memory();
         let base = self.reserve(size)?;
         stale_objects::reused(base);
@@ -46,8 +46,8 @@ impl Device {
         Ok(base)
     }
 
-    /// Asks the driver whether there is memory of these properties. It may be out of memory, which says
-    /// nothing about them; and of plain memory everybody knows.
+    /// Asks the driver whether it supports these properties, unless they are those of plain memory. If the driver is out of
+    /// memory, they count as supported.
     fn can_be(&self, prop: &CUmemAllocationProp) -> Result<(), CuResult> {
         if prop.requested_handle_types == 0 && prop.alloc_flags.is_plain() {
             return Ok(());
@@ -59,7 +59,7 @@ impl Device {
         }
     }
 
-    /// cuMemRelease. `None` if the handle is none of ours.
+    /// cuMemRelease. `None` if the handle is not nvshare's.
     pub fn release_object(&self, handle: CUmemGenericAllocationHandle) -> Option<CuResult> {
         let mut memory = self.memory_at_rest();
         let object = memory.object(handle)?.object_mut()?;
@@ -76,8 +76,8 @@ impl Device {
         Some(CuResult::SUCCESS)
     }
 
-    /// cuMemMap, of an object to addresses where nothing `overlaps`. `None` if the handle is none of ours. Whoever calls from
-    /// `inside` the gate has the driver see all of the memory.
+    /// cuMemMap of an object. `overlaps` says whether something is mapped at the addresses already; `inside` the gate all
+    /// memory is in place, so that the driver judges the call. `None` if the handle is not nvshare's.
     pub fn map_object(
         &self,
         (address, size): (CUdeviceptr, u64),
@@ -90,7 +90,7 @@ impl Device {
         let mut memory = self.memory_at_rest();
         let region = memory.object(handle)?;
         if offset != 0 {
-            // So says the driver too, of memory on a GPU (tests/gpu/facts.cu).
+            // As the driver answers for memory on a GPU (tests/gpu/facts.cu).
             return Some(Verdict::Answer(CuResult::NOT_SUPPORTED));
         }
         let dead = region.object().is_none_or(|object| object.references == 0);
@@ -98,7 +98,7 @@ impl Device {
             return Some(Verdict::Answer(CuResult::INVALID_VALUE));
         }
         if size > region.size {
-            // So the driver says before it looks at the addresses.
+            // As the driver answers before it checks the addresses.
             return Some(Verdict::Answer(CuResult::NOT_SUPPORTED));
         }
         if overlaps {
@@ -107,7 +107,7 @@ impl Device {
         if size < region.size && !region.chunks.iter().any(|chunk| chunk.address - region.base == size) {
             tracing::warn!(
                 gpu = %self.gpu,
-                "cuMemMap of the first {} of {}: nvshare maps memory whole, or in pieces of 64 MiB",
+                "cuMemMap of the first {} of {} is refused with CUDA_ERROR_NOT_SUPPORTED: nvshare maps an object whole, or a multiple of 64 MiB of it",
                 format_size(size),
                 format_size(region.size)
             );
@@ -136,21 +136,21 @@ impl Device {
         !self.memory().views_in(address, size).is_empty()
     }
 
-    /// Whether something of ours is mapped in a range: then its addresses cannot be freed, as the driver would say
-    /// if it knew, wherever the memory is now.
+    /// Whether an object is mapped in a range, evicted or not: then its addresses cannot be freed. The driver would refuse that
+    /// too, but does not see evicted memory.
     pub fn has_mapped(&self, address: CUdeviceptr, size: u64) -> bool {
         let mapped = self.is_mapped(address, size);
         if mapped {
             tracing::warn!(
                 gpu = %self.gpu,
-                "cuMemAddressFree of {} at {address:#x}: memory is mapped there; unmap it first",
+                "cuMemAddressFree of {} at {address:#x} is refused, as without nvshare: memory is mapped there; unmap it first",
                 format_size(size)
             );
         }
         mapped
     }
 
-    /// cuMemRetainAllocationHandle. `None` if nothing of ours is mapped there.
+    /// cuMemRetainAllocationHandle. `None` if no object is mapped there.
     pub fn retain_object(&self, address: CUdeviceptr) -> Option<CUmemGenericAllocationHandle> {
         let mut memory = self.memory();
         let (object, _) = memory.views_in(address, 1).into_iter().next()?;
@@ -158,13 +158,13 @@ impl Device {
         Some(object)
     }
 
-    /// cuMemGetAllocationPropertiesFromHandle. `None` if the handle is none of ours.
+    /// cuMemGetAllocationPropertiesFromHandle. `None` if the handle is not nvshare's.
     pub fn object_prop(&self, handle: CUmemGenericAllocationHandle) -> Option<CUmemAllocationProp> {
         Some(self.memory().object(handle)?.object()?.prop)
     }
 
-    /// Makes a call that hands an object on by handles of these `types`, with the driver's own handle to it. If the driver
-    /// does, the object stays on the GPU from now on. The caller is inside the gate. `None` if the handle is none of ours.
+    /// Makes a `call` that exports an object by handles of these `types`, passing it the driver's handle. If the call
+    /// succeeds, the object stays on the GPU from now on. The caller is inside the gate. `None` if the handle is not nvshare's.
     pub fn hand_on(
         &self,
         handle: CUmemGenericAllocationHandle,
@@ -174,23 +174,23 @@ impl Device {
         let mut memory = self.memory_at_rest();
         let region = memory.object(handle)?;
         if types & !region.object()?.prop.requested_handle_types != 0 {
-            // As the driver says.
+            // As the driver answers.
             return Some(CuResult::INVALID_VALUE);
         }
         Some(match region.chunks.as_slice() {
             [Chunk { backing: Backing::Device(physical), .. }] => {
-                // It cannot leave meanwhile: the map is locked.
+                // It cannot be evicted meanwhile, because the map is locked.
                 let result = call(*physical);
                 if result.is_success() {
                     self.books.pin(memory.pin(handle));
                 }
                 result
             }
-            // Too large for one piece, or not on the GPU.
+            // More than one chunk, or not on the GPU.
             _ => {
                 tracing::warn!(
                     gpu = %self.gpu,
-                    "{} cannot be handed to another process: nvshare hands on what cuMemCreate made with a handle type, up to {}, and has on the GPU",
+                    "{} cannot be exported to another process (CUDA_ERROR_NOT_SUPPORTED): nvshare exports memory that cuMemCreate made with a handle type, of up to {}, if it is on the GPU and not in host memory",
                     format_size(region.size),
                     format_size(crate::memory::region::WHOLE)
                 );
@@ -199,20 +199,20 @@ impl Device {
         })
     }
 
-    /// Fixes the region of the allocation that `address` lies in on the GPU, for as long as it lives, so that
-    /// others can map it too. The caller is inside the gate, so all of it is in place.
+    /// Keeps the region of the allocation that contains `address` on the GPU, as long as it exists, so that
+    /// other processes can map it too. The caller is inside the gate, so all of it is in place.
     ///
     /// # Errors
-    /// INVALID_VALUE if no allocation of ours is there; NOT_SUPPORTED if part of it lies in host memory for
-    /// want of room, or if this GPU's memory cannot be handed to other processes.
+    /// INVALID_VALUE if there is no allocation of nvshare's; NOT_SUPPORTED if part of it is mapped to host memory,
+    /// or if this GPU's memory cannot be exported.
     pub fn share(&self, address: CUdeviceptr) -> Result<Allocation, CuResult> {
         self.share_if(address, || Ok(()))
     }
 
-    /// The same, if a call that hands the memory on is made.
+    /// The same, if `call`, which exports the memory, succeeds.
     ///
     /// # Errors
-    /// Also what the call says; nothing is pinned then.
+    /// Also those of the call.
     pub fn share_if(
         &self,
         address: CUdeviceptr,

@@ -1,15 +1,15 @@
-//! Finds the granules that hold nothing but zeros, so that they are never copied: a framework that takes most of the
-//! GPU for itself and uses a little of it switches at the cost of what it uses.
+//! Finds the granules that hold only zeros, so that they are never copied: a framework that allocates most of the
+//! GPU and uses a little of it then switches at the cost of what it uses.
 //!
-//! The GPU looks, at the speed of its memory (16 GiB in 4 ms, docs/driver-facts.md), with a kernel that comes as PTX text
-//! (`zero_scan.ptx`) and that the driver compiles. What to look at and what was found stand in one table in pinned host
-//! memory, because on a full GPU there may be no room for even that. One launch looks at any number of chunks.
+//! The GPU scans at the speed of its memory (16 GiB in 4 ms, docs/driver-facts.md), with a kernel that is stored as PTX text
+//! (`zero_scan.ptx`) and compiled by the driver. The chunks to scan and the results are in one table in pinned host
+//! memory, because a full GPU may have no room even for that. One launch scans any number of chunks.
 //!
-//! A wrong "all zero" loses an application's data, a wrong "in use" costs a copy of two MiB. So a granule is zero only
-//! where the kernel has said so, after it has seen all of it: whatever else becomes of a scan, memory counts as in use.
+//! A wrong "all zero" loses an application's data, a wrong "in use" costs a copy of 2 MiB. So a granule counts as zero only
+//! if the kernel has read all of it and written so; in every other case it counts as in use.
 //!
-//! A scan is an answer about a moment. Between it and the moment when the memory is taken away nothing may write:
-//! the gate is shut, and the work that was submitted is done.
+//! A result is valid only for the moment of the scan. Until the memory is evicted nothing may write to it:
+//! the gate is shut, and the submitted work is done.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -35,12 +35,12 @@ const KERNEL: &CStr = c"nvshare_zero_granules";
 /// Threads of a block, as the kernel requires.
 const THREADS: u32 = 256;
 
-/// Granules of an entry of the table, as the kernel has it.
+/// Granules of one entry of the table, as in the kernel.
 const SLOTS: usize = 32;
 const _: () =
     assert!(CHUNK == SLOTS as u64 * GRANULE, "a chunk has an entry, and a bit of a u32 for each granule");
 
-/// Chunks for which a table has room at least: 16 GiB of full ones.
+/// The least capacity of a table, in chunks: 16 GiB of full ones.
 const LEAST: usize = 256;
 
 /// Bytes of a page of host memory.
@@ -49,7 +49,7 @@ const PAGE: usize = 4096;
 /// What the kernel writes for a granule that is all zero.
 const ZERO: u8 = 1;
 
-/// What host and kernel tell each other about a chunk.
+/// One chunk in the table: the host writes address and granules, the kernel writes a byte for each granule.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 struct Entry {
@@ -59,8 +59,8 @@ struct Entry {
 }
 
 impl Entry {
-    /// A question about a chunk; `None` if this is no chunk.
-    fn ask(address: CUdeviceptr, size: u64) -> Option<Self> {
+    /// An entry for a chunk that is to be scanned; `None` if it is not one to [`CHUNK`] bytes of whole granules.
+    fn new(address: CUdeviceptr, size: u64) -> Option<Self> {
         let whole = address.is_multiple_of(GRANULE) && size.is_multiple_of(GRANULE);
         (whole && (GRANULE..=CHUNK).contains(&size)).then_some(Self {
             address,
@@ -69,13 +69,13 @@ impl Entry {
         })
     }
 
-    /// The answer: bit i is set unless granule i is known to be all zero.
+    /// The result: bit i is set unless granule i is known to be all zero.
     fn in_use(&self) -> u32 {
         (0..self.granules as usize).filter(|i| self.zero[*i] != ZERO).fold(0, |bits, i| bits | 1 << i)
     }
 }
 
-/// Pinned memory for the entries of a scan, and the event that says that they are answered.
+/// Pinned memory for the entries of a scan, and the event that passes when the scan is done.
 struct Table {
     host: NonNull<c_void>,
     device: CUdeviceptr,
@@ -98,45 +98,45 @@ impl Table {
         }
     }
 
-    /// Whole pages.
+    /// Bytes for so many entries, whole pages.
     fn bytes(capacity: usize) -> usize {
         (capacity * size_of::<Entry>()).next_multiple_of(PAGE)
     }
 
-    /// They begin at a page.
+    /// The entries, which begin at a page boundary.
     fn entries(&self) -> *mut Entry {
         self.host.as_ptr().cast()
     }
 
     fn write(&mut self, entries: &[Entry]) {
         assert!(entries.len() <= self.capacity);
-        // SAFETY: there is room; and no kernel uses the table, because it was spare (see `Scanner::spare`).
+        // SAFETY: the table has the capacity, and no kernel uses it, because it was spare (see `Scanner::spare`).
         unsafe { self.entries().copy_from_nonoverlapping(entries.as_ptr(), entries.len()) };
     }
 
-    /// The first entries. To be called when the kernel is done with them.
+    /// Reads the first entries, after the kernel is done.
     fn read(&self, entries: usize) -> Vec<Entry> {
         assert!(entries <= self.capacity);
-        // SAFETY: `write` has written these, and any bytes that the kernel wrote are good ones.
+        // SAFETY: `write` has initialised these, and every byte that the kernel may write is a valid value.
         (0..entries).map(|index| unsafe { self.entries().add(index).read_volatile() }).collect()
     }
 
     fn destroy(self, driver: &Driver) {
         let _ = driver.event_destroy(self.answered);
-        // SAFETY: it was spare.
+        // SAFETY: no kernel uses it, because it was spare.
         unsafe { driver.mem_free_host(self.host, Self::bytes(self.capacity)) };
     }
 }
 
-/// A question that is under way. Its table is pinned until it is finished, or until its context ends.
-#[must_use = "the answer is in Scanner::finish"]
+/// A scan in progress. Its table stays pinned until the scan is finished, or until its context is destroyed.
+#[must_use = "the result comes from Scanner::finish"]
 pub struct Scan {
     table: Table,
     chunks: usize,
 }
 
 impl Scan {
-    /// Whether the answer is there, or will never be.
+    /// Whether the scan is done, or can never be.
     pub fn is_answered(&self, driver: &Driver) -> bool {
         driver.event_is_past(self.table.answered)
     }
@@ -155,14 +155,15 @@ impl Scanner {
     /// Loads the kernel into the current context. The first time in a process, the driver loads its compiler for that.
     ///
     /// # Errors
-    /// The driver's; one without its compiler cannot. Then everything is in use, as far as anybody knows.
+    /// The driver's, for example if its compiler is not installed. Then all memory counts as in use.
     pub fn new(driver: &'static Driver) -> Result<Self, SwapError> {
         let module = driver.module_load_ptx(PTX).map_err(driver_said("cuModuleLoadData"))?;
         let begun = driver.module_function(module, KERNEL).map_err(driver_said("cuModuleGetFunction"));
         let begun = begun.and_then(|kernel| Ok((kernel, Table::new(driver, LEAST)?)));
         match begun {
             Ok((kernel, table)) => {
-                // The driver may load a kernel at its first launch; older ones have no call for it, and do it above.
+                // A driver with lazy loading would load the kernel at its first launch. Older drivers have no such call, and
+                // have loaded it with the module.
                 let _ = driver.func_load(kernel);
                 Ok(Self { driver, module, kernel, spare: vec![table] })
             }
@@ -173,23 +174,23 @@ impl Scanner {
         }
     }
 
-    /// Asks about chunks, address and bytes of each: whole granules, [`CHUNK`] at most. The GPU looks when `stream`
-    /// gets there. Several questions may be under way.
+    /// Submits a scan of chunks to `stream`, given the address and bytes of each: whole granules, [`CHUNK`] at most. Several
+    /// scans may be in progress.
     ///
-    /// All of the memory must be mapped, and stay so until the answer is there: an access to any other breaks the
-    /// context, the application's.
+    /// All of the memory must be mapped until the scan is done: an access to unmapped memory would break the application's
+    /// context.
     ///
     /// # Errors
-    /// The driver's, CUDA_ERROR_INVALID_VALUE for what is no chunk. Nothing is being looked at then.
+    /// The driver's, or CUDA_ERROR_INVALID_VALUE for what is not a chunk. No scan is in progress then.
     pub fn scan(&mut self, chunks: &[(CUdeviceptr, u64)], stream: CUstream) -> Result<Scan, SwapError> {
         let no_chunk = || SwapError::Driver { call: "a scan", result: CuResult::INVALID_VALUE };
-        let entries = chunks.iter().map(|(address, size)| Entry::ask(*address, *size));
+        let entries = chunks.iter().map(|(address, size)| Entry::new(*address, *size));
         let entries: Vec<_> = entries.collect::<Option<_>>().ok_or_else(no_chunk)?;
         let slots = u32::try_from(entries.len() * SLOTS).map_err(|_| no_chunk())?;
         let mut table = self.table(entries.len())?;
         table.write(&entries);
-        // SAFETY: the kernel's two parameters. It uses the table, which is in nobody else's hands until the event
-        // below has passed, and the memory, for which the caller answers.
+        // SAFETY: these are the kernel's two parameters. It accesses the table, which nothing else uses until the event
+        // below has passed, and the memory, for which the caller is responsible.
         let launched = unsafe {
             let parameters = [table.device, u64::from(slots)];
             self.driver.launch(self.kernel, slots.max(1), THREADS, stream, parameters)
@@ -198,13 +199,14 @@ impl Scanner {
             self.spare.push(table);
             return Err(driver_said("cuLaunchKernel")(result));
         }
-        // Without its event nobody will know when the table is free again: it goes with the context.
+        // If recording fails, it is unknown when the kernel is done with the table: it is not reused, and the driver frees it
+        // with the context.
         self.driver.event_record(table.answered, stream).map_err(driver_said("cuEventRecord"))?;
         Ok(Scan { table, chunks: entries.len() })
     }
 
-    /// Waits for the answer: for each chunk, in the order of the question, a bit for each granule, the lowest for the
-    /// first. It is clear if the granule is all zero.
+    /// Waits for a scan. The result is for each chunk, in the order in which they were passed, a bit for each granule, the
+    /// lowest for the first. The bit is clear if the granule is all zero.
     ///
     /// # Errors
     /// The driver's: the context is broken.
@@ -224,7 +226,7 @@ impl Scanner {
         }
     }
 
-    /// Gives everything back, in the context that it was made in. All scans must be finished.
+    /// Releases everything. The context in which it was made must be current, and all scans finished.
     pub fn destroy(self) {
         for table in self.spare {
             table.destroy(self.driver);
@@ -233,47 +235,48 @@ impl Scanner {
     }
 }
 
-// SAFETY: the pinned memory of a table is the scanner's alone, and is read and written by whoever has the scanner.
+// SAFETY: the pinned memory of a table belongs to the scanner, and is accessed only through it.
 unsafe impl Send for Scanner {}
 
-/// How long an engine waits for the kernel to be loaded: the driver's compiler takes tenths of a second for it, once in a
-/// machine's life with each driver.
+/// How long an engine waits for the kernel to be loaded: the driver's compiler takes some tenths of a second for it, once per
+/// machine and driver, because the driver caches the result.
 const LOADED_WITHIN: Duration = Duration::from_secs(2);
 
-/// How long a context does not end because a kernel is being loaded into it. It is longer than any compiler takes: what takes
-/// longer waits for the dynamic loader's lock, which was free a moment ago, and whoever took it may be the one who ends the
-/// context.
+/// How long the end of a context is delayed because a kernel is being loaded into it. No compilation takes so long: a load that
+/// does is waiting for the dynamic loader's lock, which was free when it began, and the thread that holds the lock may be the
+/// one that destroys the context.
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(30);
 
-/// The kernel, as it is being loaded.
+/// The kernel while it is being loaded.
 ///
-/// The driver opens its compiler for that, which is a library, and so needs the dynamic loader's lock. A library that does
-/// CUDA work in a constructor holds that lock while it waits at the gate for this client's next turn. So a thread of its own
-/// loads the kernel; the engine waits for it once, and until it is there copies zeros like anything else.
+/// To compile it the driver opens its compiler, which is a library, and so needs the dynamic loader's lock. An application's
+/// library that does CUDA work in a constructor holds that lock while it waits at the gate for this client's next turn. So a
+/// separate thread loads the kernel. The engine waits for that thread once, and until the kernel is loaded, copies zeros like
+/// other data.
 ///
-/// The library may also end its context in the constructor. So the thread does not begin before the lock is free, and until
-/// then it can be told not to.
+/// That library may also destroy its context in the constructor. So the thread does not begin to load before the lock is
+/// free, and until then it can be cancelled.
 pub struct Loading {
     loaded: Receiver<Result<Scanner, SwapError>>,
     step: Arc<AtomicU8>,
     waited: bool,
 }
 
-/// The thread has made no call of the driver's yet.
+/// The thread has not called the driver yet.
 const WAITS: u8 = 0;
 /// The driver loads the kernel, or has loaded it.
 const LOADS: u8 = 1;
-/// The thread is to make no call of the driver's.
+/// The thread must not call the driver.
 const GIVEN_UP: u8 = 2;
 
-/// Goes from one step to another, if that is the one.
+/// Changes the step from `from` to `to`. False if it is another.
 fn go(step: &AtomicU8, from: u8, to: u8) -> bool {
     step.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
 }
 
 /// Waits until the dynamic loader's lock is free.
 fn await_loader() {
-    // SAFETY: without a name it is the program itself, which stays.
+    // SAFETY: without a name this opens the program itself, which is never unloaded.
     unsafe { libc::dlclose(libc::dlopen(std::ptr::null(), libc::RTLD_LAZY)) };
 }
 
@@ -287,7 +290,7 @@ impl Loading {
         let step = Arc::new(AtomicU8::new(WAITS));
         let begins = step.clone();
         std::thread::Builder::new().name("nvshare-scan".into()).spawn(move || {
-            // The application's signals are for its own threads, and their captures none of this one's business.
+            // The application's signals are for its own threads.
             let _ = nix::sys::signal::SigSet::all().thread_set_mask();
             await_loader();
             if !go(&begins, WAITS, LOADS) {
@@ -295,13 +298,13 @@ impl Loading {
             }
             let _ = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
             let current = driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"));
-            // Whoever does not wait any more has given the context up: the kernel goes with it.
+            // If the receiver is gone, so is the context, and the kernel with it.
             let _ = tell.send(current.and_then(|()| Scanner::new(driver)));
         })?;
         Ok(Self { loaded, step, waited: false })
     }
 
-    /// The kernel, or why there is none; `None` if it is not there yet.
+    /// The loaded kernel, or why it cannot be loaded; `None` if it is not loaded yet. The first call waits for it.
     pub fn look(&mut self) -> Option<Result<Scanner, SwapError>> {
         let patience = if self.waited { Duration::ZERO } else { LOADED_WITHIN };
         self.waited = true;
@@ -316,8 +319,8 @@ impl Loading {
 }
 
 impl Drop for Loading {
-    /// Waits until nothing is loaded any more, and gives the kernel back if nobody has it. The context may end only then: the
-    /// driver would go on in memory that it has freed.
+    /// Cancels the load, or waits for it and unloads the kernel. The context may be destroyed only after that: otherwise the
+    /// driver would go on loading into memory that it has freed.
     fn drop(&mut self) {
         if go(&self.step, WAITS, GIVEN_UP) {
             return;
@@ -326,7 +329,7 @@ impl Drop for Loading {
             Ok(Ok(scanner)) => scanner.destroy(),
             Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {}
             Err(RecvTimeoutError::Timeout) => tracing::error!(
-                "a context ends although the driver has been loading a kernel into it for {} s; the driver may crash",
+                "a context is being destroyed although the driver has been loading nvshare's kernel into it for {} s; the driver may crash",
                 GIVEN_UP_WITHIN.as_secs()
             ),
         }

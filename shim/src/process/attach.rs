@@ -1,7 +1,7 @@
-//! How this process joins those that share a GPU, and leaves them: cuInit, the first context, the last one, a fork.
+//! How this process becomes a client of a GPU and ceases to be one: cuInit, the first context, the last one, a fork.
 //!
-//! Nothing of nvshare exists before the first context: no thread, no connection, and a gate that stands open because there is
-//! nothing to guard.
+//! Before the first context nvshare has no thread and no connection in the process, and the gate is open, because there is
+//! no memory to guard.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -26,16 +26,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-/// A client without an engine: it has registered, and holds nothing.
+/// A client that has registered and has neither an engine nor memory yet.
 pub type UnattachedClient = Client<MappedPage>;
 
-/// How many GPUs this process has attached to; for a forked child, which can take no lock.
+/// How many GPUs this process has attached to. An atomic, because a forked child cannot take a lock.
 static ATTACHED: AtomicU32 = AtomicU32::new(0);
 
-/// cuInit was called: is there an arbiter?
+/// Called by cuInit: reads the settings, and checks that an arbiter answers.
 ///
 /// # Errors
-/// SYSTEM_NOT_READY without one, INVALID_VALUE for settings that make no sense. The log says why.
+/// SYSTEM_NOT_READY without an arbiter, INVALID_VALUE for invalid settings. The log says why.
 pub fn initialise() -> Result<(), CuResult> {
     crate::log::initialise();
     thread::at_end(&[captures::thread_ended, flow::thread_ended, pools_thread_ended]);
@@ -46,10 +46,10 @@ pub fn initialise() -> Result<(), CuResult> {
     unmovable::decide();
     static ATFORK: OnceLock<()> = OnceLock::new();
     ATFORK.get_or_init(|| {
-        // SAFETY: the handler stores into atomics, closes descriptors, and wakes nobody's futex but its own, all of which is
+        // SAFETY: the handler stores into atomics, closes descriptors, and wakes futexes of its own process, all of which are
         // allowed after a fork.
         unsafe { libc::pthread_atfork(None, None, Some(after_fork)) };
-        // The driver's own exit handler is from cuInit: this one comes just before it.
+        // The driver has registered its exit handler in cuInit, so this one runs just before it.
         // SAFETY: the handler stores into an atomic.
         unsafe { libc::atexit(state::set_exiting) };
     });
@@ -60,8 +60,8 @@ pub fn initialise() -> Result<(), CuResult> {
     }
 }
 
-/// A thread has ended: its own default streams went with it, and with them the order of what was freed there. Other threads'
-/// captures are not this one's business: to look at an event would ruin one, and the answer would be wrong.
+/// Tells the pools that a thread and its own default streams have ended. In the relaxed mode, because otherwise querying an
+/// event would invalidate captures of other threads and fail.
 fn pools_thread_ended(thread: ThreadId) {
     if let Ok(driver) = Driver::get() {
         driver.relaxed(|| async_pool::thread_ended(thread));
@@ -70,7 +70,9 @@ fn pools_thread_ended(thread: ThreadId) {
 
 fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<(), CuResult> {
     if policy == OnMissingArbiter::Passthrough && matches!(error, RegisterError::NoArbiter { .. }) {
-        tracing::warn!("{error}; going on without nvshare, as NVSHARE_ON_MISSING_ARBITER=passthrough says");
+        tracing::warn!(
+            "{error}; this process goes on without nvshare, because NVSHARE_ON_MISSING_ARBITER=passthrough is set"
+        );
         state::set_passthrough();
         return Ok(());
     }
@@ -83,17 +85,17 @@ extern "C" fn after_fork() {
     if ATTACHED.load(Ordering::Relaxed) > 0 {
         state::set_forked();
         host::after_fork();
-        // The child has the parent's gate and none of its engines.
+        // The child has a copy of the parent's gate, perhaps shut, and no engine that could open it.
         gate().open();
     }
 }
 
-/// Makes this process a client of a GPU, which holds nothing yet.
+/// Registers this process as a client of a GPU.
 ///
 /// # Errors
 /// The arbiter gives no slot.
 pub fn register(gpu: GpuUuid) -> Result<UnattachedClient, RegisterError> {
-    // cuInit fails if the settings make no sense.
+    // With invalid settings cuInit has failed already.
     let (hello, timeout) = match settings() {
         Ok(settings) => (Hello::new(gpu, &settings.name).with(settings.shares), settings.connect_timeout),
         Err(_) => (Hello::new(gpu, ""), Duration::ZERO),
@@ -103,13 +105,13 @@ pub fn register(gpu: GpuUuid) -> Result<UnattachedClient, RegisterError> {
     Ok(client.telling(registration.private_phase))
 }
 
-/// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. Taken before the list of
-/// GPUs ([`devices`]), which nobody holds meanwhile: the process's other GPUs, and the threads at the gate, do not wait for
-/// that answer.
+/// Held while the process attaches to a GPU, which takes as long as the arbiter takes to answer. It comes before the lock of
+/// the list of GPUs ([`devices`]), which is not held meanwhile, so that neither the process's other GPUs nor the threads at
+/// the gate wait for the arbiter.
 static ATTACHING: Mutex<()> = Mutex::new(());
 
-/// A context was made on a GPU. The first one attaches the process to it, as the client that it has registered for it
-/// if it has.
+/// Records a context that was created on a GPU. The first one attaches the process to the GPU, as `client` if the process has
+/// registered already.
 ///
 /// # Errors
 /// SYSTEM_NOT_READY if the arbiter gives no slot; the log says why. The caller destroys the context.
@@ -133,7 +135,9 @@ pub fn context_made(
         CuResult::SYSTEM_NOT_READY
     })?;
     let uuid = driver.device_uuid(device).inspect_err(|result| {
-        tracing::error!("device {device}: the driver does not tell its UUID: {result}");
+        tracing::error!(
+            "this process cannot use device {device}: the driver does not return its UUID (cuDeviceGetUuid): {result}"
+        );
     })?;
     let gpu = GpuUuid(uuid.bytes);
     let settings = settings().map_err(|_| CuResult::INVALID_VALUE)?;
@@ -155,7 +159,10 @@ pub fn context_made(
     let engine = match engine::start(device.clone(), client, context) {
         Ok(engine) => engine,
         Err(error) => {
-            tracing::error!(%gpu, "no thread for the engine: {error}");
+            tracing::error!(
+                %gpu,
+                "this process cannot use the GPU (CUDA_ERROR_SYSTEM_NOT_READY): a thread could not be started: {error}. Look at ulimit -u and the control group's pids.max"
+            );
             ATTACHED.fetch_sub(1, Ordering::AcqRel);
             gang::leave(gpu);
             return Err(CuResult::SYSTEM_NOT_READY);
@@ -165,8 +172,8 @@ pub fn context_made(
     Ok(())
 }
 
-/// A context was destroyed, and nothing of nvshare's was left in it. Its memory goes with it; the last one detaches the
-/// process.
+/// Releases the memory of a context that was destroyed; nvshare has left it before. After the last one the process detaches
+/// from the GPU.
 pub fn context_ended(context: CUcontext) {
     peer_access::context_ends(context);
     sync_memops::context_ends(context);
@@ -186,7 +193,7 @@ pub fn context_ended(context: CUcontext) {
     }
 }
 
-/// A green context was destroyed: its streams are detached, and captures in them are over.
+/// Records that a green context was destroyed: its streams are detached, and captures in them have ended.
 pub fn green_ended(green: &Green) {
     devices::green_ended(green);
     captures::captures_ended(|_, context| context == green.context);
@@ -198,7 +205,7 @@ fn detach(Attached { device, engine, .. }: Attached, context: CUcontext) {
     if let Some(engine) = engine
         && engine.join().is_err()
     {
-        tracing::error!(gpu = %device.gpu, "the engine ended with a panic");
+        tracing::error!(gpu = %device.gpu, "nvshare's engine ended with a panic; this is a bug in nvshare");
     }
     async_pool::device_ended(device.ordinal, context);
     reservation::context_ended();

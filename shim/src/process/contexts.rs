@@ -1,27 +1,27 @@
-//! How contexts come and go.
+//! How contexts are created and destroyed.
 //!
-//! **A context ends** when the driver says so, and not before: it may refuse, as for a primary context, or end one later
-//! than the call, as for one that is retained or attached to more often. But what nvshare has in a context must be out of it
-//! before the driver destroys it, because a handle that went with its context may crash the driver. So it is taken out
-//! first, in a way that can be undone:
+//! **A context ends** only when the driver has destroyed it. The driver may refuse to, as for a primary context, or do so
+//! later, as for a context that is retained or attached more than once. But nvshare must have left the context
+//! before the driver destroys it, because using a handle that was destroyed with its context may crash the driver. So nvshare
+//! leaves the context first, in a way that can be undone:
 //!
 //! ```text
-//!   take out                         the driver         ended                        not ended
-//!   engine: to another context, or   destroys,          memory of the context is     engine: back
-//!     out of all of them             or refuses         released, captures are over  streams tracked again
-//!   streams and events: forgotten,                      after the last: detach
-//!     what they had to do is done
+//!   leave                            the driver         destroyed                    not destroyed
+//!   engine: moves to another         destroys it,       memory of the context is     engine moves back,
+//!     context, or leaves all         or refuses         released, captures end;      streams are tracked again
+//!   streams and events: dropped,                        after the last: detach
+//!     after their work is done
 //! ```
 //!
-//! **A primary context** is retained and released, by the application, by libraries, by green contexts. nvshare counts that to
-//! know the last release, and then looks whether the context is still there, since others may count where nobody sees it. A
-//! reset ends the context and leaves the count: who has retained it releases it later, and if somebody retains it before,
-//! there is a new one.
+//! **A primary context** is retained and released by the application, by libraries and by green contexts. nvshare counts this
+//! to know the last release, and then asks the driver whether the context still exists, because nvshare may have missed a
+//! retain. A reset destroys the context and leaves the count: each retain still has to be released, and a retain in
+//! between creates a new context.
 //!
-//! **A context that was made where nobody saw it** (by a function of cuGetExportTable, or with a driver newer than the table)
-//! is known from its first use on: when it becomes current, or when something is made in it.
+//! **A context whose creation nvshare did not see** (by a function of cuGetExportTable, or with a driver newer than the table)
+//! is recorded at its first use: when it becomes current, or when something is created in it.
 //!
-//! On one GPU only one context comes or goes at a time.
+//! On one GPU only one context is created or destroyed at a time.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -35,10 +35,10 @@ use crate::{async_pool, state};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// A lock for each GPU, made once.
+/// A lock for each GPU, created at its first use.
 static COMING_AND_GOING: Mutex<Vec<(CUdevice, &'static Mutex<()>)>> = Mutex::new(Vec::new());
 
-/// Keeps other threads from making or ending a context on a GPU.
+/// Keeps other threads from creating or destroying a context on a GPU.
 pub fn one_at_a_time(device: CUdevice) -> MutexGuard<'static, ()> {
     let lock = {
         let mut all = nvshare::sync::lock(&COMING_AND_GOING);
@@ -54,10 +54,10 @@ pub fn one_at_a_time(device: CUdevice) -> MutexGuard<'static, ()> {
     nvshare::sync::lock(lock)
 }
 
-/// A context was made on a GPU, by the client that the process has registered for it if it has.
+/// Records a context that was created on a GPU, with the `client` that the process has registered if it has.
 ///
 /// # Errors
-/// The process cannot take part; the log says why.
+/// The process cannot attach; the log says why.
 pub fn noted(
     context: CUcontext,
     device: CUdevice,
@@ -68,7 +68,7 @@ pub fn noted(
     Ok(())
 }
 
-/// Ends a context with `call`, if the driver does: `has_ended` says whether it did, by what the call returned.
+/// Makes a `call` that may destroy a context. `has_ended` says by its result whether it has.
 pub fn end(
     context: CUcontext,
     call: impl FnOnce() -> CuResult,
@@ -98,7 +98,7 @@ pub fn end(
     result
 }
 
-/// Waits for the work of a context. False if an open capture forbids to ask; the driver ends that with the context.
+/// Waits for the work of a context. False if an open capture forbids querying it; the driver ends the capture with the context.
 fn await_context(device: &Device, context: CUcontext) -> bool {
     let mark = || device.streams.mark_context(device.driver, context);
     let Some(mut mark) = captures::with_no_capture(mark) else { return false };
@@ -107,14 +107,14 @@ fn await_context(device: &Device, context: CUcontext) -> bool {
     }
     // A broken context does no work any more.
     if let Some(result) = mark.broken() {
-        tracing::debug!(gpu = %device.gpu, "waiting for the work of a context that ends: {result}");
+        tracing::debug!(gpu = %device.gpu, "a context that is being destroyed is broken, so its work counts as done: {result}");
     }
     true
 }
 
 // --- Contexts that the application makes --------------------------------------------------------
 
-/// How often contexts were attached to beyond the first time (cuCtxAttach).
+/// For each context the number of cuCtxAttach calls that were not detached.
 static ATTACHMENTS: Mutex<Option<HashMap<CUcontext, u32>>> = Mutex::new(None);
 
 fn attachments<T>(action: impl FnOnce(&mut HashMap<CUcontext, u32>) -> T) -> T {
@@ -122,7 +122,7 @@ fn attachments<T>(action: impl FnOnce(&mut HashMap<CUcontext, u32>) -> T) -> T {
     action(attachments.get_or_insert_default())
 }
 
-/// cuCtxAttach was made.
+/// Counts a cuCtxAttach.
 pub fn attached(context: CUcontext) {
     attachments(|all| *all.entry(context).or_default() += 1);
 }
@@ -160,7 +160,7 @@ pub fn detach(context: CUcontext, call: impl FnOnce() -> CuResult) -> CuResult {
 
 // --- Primary contexts ---------------------------------------------------------------------------
 
-/// Makes a call that releases the primary context of a GPU once. The caller keeps others from making and ending contexts.
+/// Makes a `call` that releases the primary context of a GPU once. The caller holds [`one_at_a_time`].
 pub fn release(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
     let result = match primary::last_release(device) {
         Some(context) => end(context, call, |result| result.is_success() && !primary::is_active(device)),
@@ -172,15 +172,15 @@ pub fn release(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
     result
 }
 
-/// Makes a call that resets the primary context of a GPU: it ends, and is retained as often as before.
+/// Makes a `call` that resets the primary context of a GPU: the context is destroyed, and its count stays.
 pub fn reset(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
     let _one = one_at_a_time(device);
     reset_alone(device, call)
 }
 
-/// The same by the older form of the call, which the CUDA runtime makes in cudaDeviceReset: afterwards the context is retained
-/// once less (tests/gpu/contexts_odd.cu). If that should not be so, the count here is too low, which is safe: whoever
-/// takes a release for the last one asks the driver whether it was.
+/// The same for the older form of the call, which the CUDA runtime makes in cudaDeviceReset: it also decreases the count by
+/// one (tests/gpu/contexts_odd.cu). If a driver should not do that, the count here is too low, which is safe: at a release
+/// that seems to be the last, the driver is asked whether the context still exists.
 pub fn reset_and_release(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
     let _one = one_at_a_time(device);
     let result = reset_alone(device, call);
@@ -197,28 +197,28 @@ fn reset_alone(device: CUdevice, call: impl FnOnce() -> CuResult) -> CuResult {
     }
 }
 
-// --- Contexts that nobody saw being made --------------------------------------------------------
+// --- Contexts whose creation nvshare did not see ------------------------------------------------
 
-/// The GPU of the current context, and the context that memory belongs to which is allocated now: the current one, or the
-/// primary context of a green one.
+/// The GPU of the current context, and the context to which memory allocated now belongs: the current one, or for a green
+/// context its primary context.
 pub fn current() -> Option<(Arc<Device>, CUcontext)> {
     let context = Driver::get().ok()?.ctx_current().ok().filter(|context| !context.is_null())?;
     devices::known(context).or_else(|| adopt(context))
 }
 
 /// The same, unless the context is broken: work in it has failed, and the driver answers nearly every call with that error,
-/// whatever the arguments are (docs/driver-facts.md). It is to answer such a call itself.
+/// whatever the arguments (docs/driver-facts.md). Such a call must go to the driver.
 pub fn current_intact() -> Option<(Arc<Device>, CUcontext)> {
     current().filter(|(device, _)| device.driver.ctx_intact().is_ok())
 }
 
-/// Whether the current context is broken, so that the driver is to answer.
+/// Whether the current context is broken, so that calls must go to the driver.
 pub fn is_broken() -> bool {
     current().is_some_and(|(device, _)| device.driver.ctx_intact().is_err())
 }
 
-/// Takes note of the current context, which is not known. `None` if the driver says that it is none, or if the process
-/// cannot take part: the log says why.
+/// Records the current context, which is not known yet. `None` if the driver says that it is not a valid context, or if the
+/// process cannot attach; then the log says why.
 #[cold]
 pub fn adopt(context: CUcontext) -> Option<(Arc<Device>, CUcontext)> {
     if !state::enabled() {
@@ -226,7 +226,7 @@ pub fn adopt(context: CUcontext) -> Option<(Arc<Device>, CUcontext)> {
     }
     let driver = Driver::get().ok()?;
     let device = driver.ctx_device().ok()?;
-    // A primary context that was reset can be current, and is none.
+    // A primary context that was reset may still be current although it does not exist. Creating an event fails then.
     driver.event_create(CU_EVENT_DISABLE_TIMING).and_then(|event| driver.event_destroy(event)).ok()?;
     match driver.stream_contexts(CUstream::LEGACY) {
         Ok((owner, green)) if !green.is_null() => {
@@ -236,16 +236,16 @@ pub fn adopt(context: CUcontext) -> Option<(Arc<Device>, CUcontext)> {
         _ => noted(context, device, None).ok()?,
     }
     let known = devices::known(context)?;
-    tracing::debug!(gpu = %known.0.gpu, "a context that nobody saw being made is in use");
+    tracing::debug!(gpu = %known.0.gpu, "recorded a context whose creation nvshare did not see");
     Some(known)
 }
 
 // --- Green contexts -----------------------------------------------------------------------------
 
-/// A green context was made, and retains the primary context of its GPU.
+/// Records a green context that was created. It retains the primary context of its GPU.
 ///
 /// # Errors
-/// The process cannot take part. The caller destroys it.
+/// The process cannot attach. The caller destroys the green context.
 pub fn green_made(
     green: CUgreenCtx,
     device: CUdevice,
@@ -253,7 +253,7 @@ pub fn green_made(
 ) -> Result<(), CuResult> {
     let driver = Driver::get().map_err(|_| CuResult::NOT_INITIALIZED)?;
     let context = driver.ctx_from_green(green)?;
-    // Which it is: nobody else says so, and it cannot end meanwhile.
+    // The only way to get the handle of its primary context, which exists as long as the green context does.
     let owner = driver.primary_ctx_retain(device)?;
     let _ = driver.primary_ctx_release(device);
     noted(owner, device, client)?;
@@ -278,7 +278,7 @@ pub fn green_destroy(handle: CUgreenCtx, call: impl FnOnce() -> CuResult) -> CuR
     result
 }
 
-/// The GPU of a green context, and the green context. It is noted if it is not known.
+/// The GPU of a green context, and the green context. It is recorded if it is not known yet.
 pub fn green(handle: CUgreenCtx) -> Option<(Arc<Device>, Green)> {
     devices::green(handle).or_else(|| {
         let driver = Driver::get().ok()?;

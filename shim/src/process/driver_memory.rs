@@ -1,4 +1,4 @@
-//! Calls for which the driver places memory, of the application's or of its own ([`crate::process::reservation`]).
+//! Calls in which the driver places memory, for the application or for itself ([`crate::process::reservation`]).
 
 use crate::cuda::abi::CuResult;
 use crate::process::contexts;
@@ -7,8 +7,9 @@ use crate::state;
 use crate::submit::pass;
 use nvshare::units::GRANULE;
 
-/// Makes a call that allocates `bytes` of memory that cannot move, with room for it. On success `handle`
-/// says by what the memory goes. Less than a granule is left to the context's account.
+/// Makes a call that allocates `bytes` of memory that cannot move, with a reservation for them. On success `handle`
+/// returns the handle under which the reservation is kept. Less than a granule needs no reservation: it counts as part of the
+/// context.
 pub fn reserve(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() -> u64) -> CuResult {
     let reservation = match contexts::current() {
         Some((device, context)) if bytes >= GRANULE => {
@@ -26,10 +27,11 @@ pub fn reserve(bytes: u64, call: impl Fn() -> CuResult, handle: impl FnOnce() ->
     result
 }
 
-/// Makes a call for which the driver may need memory of its own. The caller is outside the gate.
+/// Makes a call for which the driver may need memory of its own; if it finds none, repeats it with a reservation. The caller
+/// is outside the gate.
 pub fn with_room(call: impl Fn() -> CuResult) -> CuResult {
     let result = call();
-    // A call within a call cannot wait for the gate that it is inside of.
+    // A call within another call is inside the gate, and cannot wait for it.
     if result != CuResult::OUT_OF_MEMORY || !state::enabled() || pass::is_inside() {
         return result;
     }

@@ -1,8 +1,8 @@
 //! The engine: one thread per GPU that walks the client through its phases.
 //!
-//! It sleeps on the slot's doorbell, which rings for everything that concerns it: a decision of another
-//! client's, a thread at the gate, an allocation that found no room, a capture that ended. While nobody
-//! else wants the GPU it never wakes.
+//! It sleeps on the slot's doorbell, which rings for every event that concerns it: a decision published by another
+//! client, a thread that waits at the gate, an allocation that found no room, a capture that ended. While no other
+//! client wants the GPU, it never wakes.
 
 mod ending;
 mod giving_way;
@@ -44,40 +44,40 @@ pub fn start(
     std::thread::Builder::new().name(THREAD.into()).spawn(move || {
         // The application's signals are for its own threads.
         let _ = nix::sys::signal::SigSet::all().thread_set_mask();
-        // It looks at work in flight at moments that it chooses to the microsecond.
+        // It polls work in flight at intervals of tens of microseconds.
         let _ = nix::sys::prctl::set_timerslack(1_000);
         ending::run_to_the_end(device, client, context);
     })
 }
 
-/// What the engine's thread is called.
+/// The name of the engine's thread.
 pub const THREAD: &str = "nvshare";
 
-/// How often a client with memory in host memory looks whether the GPU has room for it again.
+/// How often a client that uses host memory in place of GPU memory checks whether the GPU has room again.
 const OVERFLOW_POLL_INTERVAL: Nanos = 500 * MILLISECOND;
 
-/// How often an engine looks whether the work is done that may use what was freed.
+/// How often an engine checks whether the work that may use freed memory is done.
 const TIDY_POLL_INTERVAL: Nanos = 5 * MILLISECOND;
 
-/// The longest rest between two tries to bring home what lies in host memory, of a client that cannot be drained.
-const COMES_HOME_REST: Nanos = 60 * SECOND;
+/// The longest pause between two attempts to move memory from the host back to the GPU, for a client whose drains fail.
+const RETURN_PAUSE: Nanos = 60 * SECOND;
 
-/// A sleep until then, ns, and no longer than until `again`.
+/// The earlier of two times, ns.
 fn by(until: Option<Nanos>, again: Nanos) -> Option<Nanos> {
     Some(until.map_or(again, |until| until.min(again)))
 }
 
-/// What becomes of memory that lies in host memory for want of room.
+/// Whether memory that is mapped to the host can move back to the GPU.
 enum Overflow {
-    ComesHome,
-    /// Until somebody looks again, ns.
+    Returns,
+    /// Not now; check again at this time, ns.
     Stays(Nanos),
 }
 
-/// Whether a client that waits still makes something of its turn.
+/// Whether a client in the queue still needs its turn.
 enum Turn {
     Wanted,
-    /// Nobody stands at the gate yet; look again at this time, ns.
+    /// No thread waits at the gate yet; check again at this time, ns.
     Look(Nanos),
     NotWanted,
 }
@@ -88,21 +88,22 @@ struct Engine {
     swap: Swap,
     idle: Idle,
     flow_control: bool,
-    /// When it was last through with draining, ns.
+    /// When the last drain ended, ns.
     drained_at: Nanos,
+    /// A thread allocates host memory.
     growing: Arc<AtomicBool>,
-    /// The demand that host memory was last made for, granules.
+    /// The demand for which host memory was last allocated, granules.
     grown_for: Granules,
-    /// There is no host memory for what it should evict.
+    /// The state of evictions and fills that found no host memory.
     host_shortage: HostShortage,
-    /// It gives way, or tries to.
+    /// The drain in progress.
     giving_way: Option<GivingWay>,
-    /// The end of the work that may use what was freed, and what that is.
-    burial: Option<(Option<CompletionMarker>, Left)>,
-    /// The same, for memory of other processes that was closed.
+    /// Deferred frees that wait for work in flight, and the marker of that work if it could be made.
+    freeing: Option<(Option<CompletionMarker>, Left)>,
+    /// The same for memory of other processes that was closed.
     closing: Option<(Option<CompletionMarker>, Closing)>,
-    /// What lies in host memory is not tried to bring home before, ns, and how long after that again.
-    comes_home: (Nanos, Nanos),
+    /// When memory mapped to the host may next be moved back to the GPU, ns, and the pause after that attempt, ns.
+    returns: (Nanos, Nanos),
 }
 
 impl Engine {
@@ -118,17 +119,17 @@ impl Engine {
             growing,
             grown_for: 0,
             giving_way: None,
-            burial: None,
+            freeing: None,
             closing: None,
-            comes_home: (0, OVERFLOW_POLL_INTERVAL),
+            returns: (0, OVERFLOW_POLL_INTERVAL),
             host_shortage: HostShortage::default(),
         }
     }
 
-    /// Walks the client through its phases, until its last context goes.
+    /// Walks the client through its phases, until its last context is destroyed.
     ///
     /// # Errors
-    /// Why it cannot any more: memory could not be moved, or the process breaks down for the sake of another GPU.
+    /// Memory could not be moved, or the engine of another GPU of the process has failed.
     fn run(&mut self) -> Result<(), SwapError> {
         loop {
             if self.device.engine_context.is_leaving() {
@@ -141,7 +142,7 @@ impl Engine {
             }
             match self.client.poll(&mut self.swap) {
                 Ok(Next::Open) => self.open(),
-                // Recalled while it made use of the GPU: it has more to do, as far as anybody knows yet.
+                // Recalled while it used the GPU: assume that it has more work.
                 Ok(Next::Yield) => self.give_way(true),
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
                 Err(SwapError::Interrupted) => {}
@@ -159,12 +160,12 @@ impl Engine {
         self.device.books.slot()
     }
 
-    /// The context that the engine lives in may be destroyed. If others of the process go on, everything that is bound to
-    /// it is made anew in one of those. If not, it is given back, and made anew in the same one if that stays after all.
-    /// Nothing is being copied now.
+    /// Leaves the engine's context, which is about to be destroyed. If the process has another context on this GPU, the
+    /// streams and events are created there. If not, they are destroyed, and created again in the same context if the driver
+    /// does not destroy it. No copy is in flight.
     fn move_to(&mut self, successor: Successor) -> Result<(), SwapError> {
         self.idle.drop_markers();
-        self.burial = None;
+        self.freeing = None;
         if let Some((mark, _)) = &mut self.closing {
             *mark = None;
         }
@@ -178,7 +179,7 @@ impl Engine {
             }
             Successor::None => {
                 self.await_growing();
-                // Nobody would hear that others want them, until the driver has decided.
+                // Until the driver has decided, the engine cannot react when other clients need these granules.
                 self.device.drop_spares(&mut self.device.memory());
                 self.swap.leave();
                 let _ = self.device.driver.ctx_set_current(CUcontext::NULL);
@@ -191,15 +192,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Waits for the thread that makes host memory.
+    /// Waits for the thread that allocates host memory.
     fn await_growing(&self) {
         while self.growing.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
     }
 
-    /// All memory is in place. Under the map's lock, because an allocation must not slip in between the
-    /// last look and the gate (I2).
+    /// All memory is in place: opens the gate. The map is locked from the last check until the gate is open, so that no
+    /// allocation can add missing memory in between.
     fn open(&mut self) {
         self.limit();
         let mut memory = self.device.memory();
@@ -218,10 +219,10 @@ impl Engine {
         tracing::trace!(gpu = %self.device.gpu, "running");
     }
 
-    /// Something may be due that the page does not know of; if not, sleep.
+    /// Does what is due and is not recorded in the page; if nothing is, sleeps.
     fn rest(&mut self, seen: u32, until: Option<Nanos>) {
-        // Everything that a ring announces is looked at here, after `seen` was read: a ring that came
-        // before that is not waited for, so what it announced must not be missed.
+        // Every condition that rings the doorbell is checked here, after `seen` was read: an earlier ring does not end
+        // the sleep, so its condition must be found now.
         if self.device.engine_context.is_leaving() || self.device.engine_context.successor().is_some() {
             return;
         }
@@ -245,7 +246,7 @@ impl Engine {
                 }
                 let until = if self.grow_host_pool() { until } else { by(until, now() + TIDY_POLL_INTERVAL) };
                 let until = match self.overflow_look() {
-                    Some(Overflow::ComesHome) => return self.give_way(true),
+                    Some(Overflow::Returns) => return self.give_way(true),
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
@@ -285,7 +286,7 @@ impl Engine {
         self.page().wait_doorbell(self.slot(), seen, until);
     }
 
-    /// While its slice can end, the work in flight is held to the drain target.
+    /// While the slice can end, limits the work in flight so that a drain takes no longer than the drain target.
     fn limit(&self) {
         let target = self.page().settings().drain_target;
         if target == 0 || !self.flow_control {
@@ -295,7 +296,7 @@ impl Engine {
         flow::limit(self.device.gpu, policy::earliest_end(&snapshot, self.slot()), target);
     }
 
-    /// An allocation found no room, and shut the gate.
+    /// Whether an allocation found no room and shut the gate; then the client fills again.
     fn grown(&mut self) -> bool {
         let mut memory = self.device.memory();
         if memory.is_missing() {
@@ -306,80 +307,79 @@ impl Engine {
             return true;
         }
         if memory.open && !gang::is_ready(self.device.gpu) {
-            // An allocation shut the gate, and was freed before it was filled.
+            // An allocation shut the gate and was freed before it was filled.
             gang::ready(self.device.gpu);
         }
         false
     }
 
-    /// What of it lies in host memory can come home when the GPU has room for it again: then the client
-    /// drains, and fills anew.
+    /// Whether memory that is mapped to the host can move back, because the GPU has room again. To do so, the client drains
+    /// and fills. `None` if there is no such memory.
     fn overflow_look(&self) -> Option<Overflow> {
         let overflow = self.device.memory().overflow();
         if overflow == 0 {
             return None;
         }
         let books = &self.device.books;
-        let fits = books.demand() <= books.usable() && now() >= self.comes_home.0;
+        let fits = books.demand() <= books.usable() && now() >= self.returns.0;
         let room = fits && captures::with_no_capture(|| ()).is_some();
-        // Nothing announces that a context has ended, or that room was given back.
-        Some(if room { Overflow::ComesHome } else { Overflow::Stays(now() + OVERFLOW_POLL_INTERVAL) })
+        // Nothing signals that a context has ended or that a reservation was released, so this is polled.
+        Some(if room { Overflow::Returns } else { Overflow::Stays(now() + OVERFLOW_POLL_INTERVAL) })
     }
 
-    /// Finishes what was freed, and closed, when the work is done that may use it. False if that is to be looked at again
-    /// soon. Nothing is waited for: the work may never end.
+    /// Releases memory that was freed or closed, once the work that may use it is done. False if this must be checked again
+    /// soon. It never waits, because the work may never end.
     fn tidy_up(&mut self) -> bool {
-        // Also when nobody asks for the forecast any more: the client may have shrunk, others may have gone, or it waits.
-        let seen = self.swap.end_forecast();
+        // Even if no forecast is needed any more: the client may have freed memory, others may have ended, or it waits.
+        let scanned = self.swap.end_forecast();
         if self.giving_way.is_some() {
-            // When it has drained. Until then it alone marks the work in flight.
-            return seen;
+            // Done after the drain. Until then only the drain makes markers of the work in flight.
+            return scanned;
         }
-        let buried = self.finish_deferred() && seen;
+        let freed = self.finish_deferred() && scanned;
         if self.closing.is_none()
             && let Some(closing) = crate::ipc::closing()
         {
             self.closing = Some((None, closing));
         }
-        let Some((mark, closing)) = self.closing.take() else { return buried };
+        let Some((mark, closing)) = self.closing.take() else { return freed };
         match done(mark) {
             Done::Yes => closing.end(),
             Done::No(mark) => {
                 self.closing = Some((Some(mark), closing));
                 return false;
             }
-            // The end of the capture rings.
+            // The end of the capture rings the doorbell.
             Done::Capturing => self.closing = Some((None, closing)),
         }
-        buried
+        freed
     }
 
-    /// The same, for what was freed.
+    /// The same for deferred frees only.
     fn finish_deferred(&mut self) -> bool {
-        if self.burial.is_none() {
+        if self.freeing.is_none() {
             let memory = self.device.memory();
             if !memory.has_deferred_frees() || memory.moving {
                 return true;
             }
-            self.burial = Some((None, memory.left()));
+            self.freeing = Some((None, memory.left()));
         }
-        let Some((mark, left)) = self.burial.take() else { return true };
+        let Some((mark, left)) = self.freeing.take() else { return true };
         match done(mark) {
             Done::Yes => {
                 self.device.finish_left(left);
                 !self.device.memory().has_deferred_frees()
             }
             Done::No(mark) => {
-                self.burial = Some((Some(mark), left));
+                self.freeing = Some((Some(mark), left));
                 false
             }
             Done::Capturing => true,
         }
     }
 
-    /// Host memory for what may have to go out, made before it has to. Only where memory is short: a
-    /// process that fits beside all others never pins any.
-    /// False if that is to be looked at again soon.
+    /// Allocates host memory before evictions need it. Only if the clients' demands exceed the GPU: a process that fits
+    /// beside all others never pins host memory. False if this must be checked again soon.
     fn grow_host_pool(&mut self) -> bool {
         let snapshot = self.device.snapshot();
         let wanted: u64 = snapshot.clients().map(|(_, view)| u64::from(view.demand)).sum();
@@ -387,7 +387,8 @@ impl Engine {
         if wanted <= u64::from(snapshot.usable()) || self.grown_for == demand {
             return true;
         }
-        // What is all zero will not be copied, so no memory is made for it. What nobody has used yet will be.
+        // Memory that is all zero needs no host memory, so a running client asks the GPU how much is in use. A client that
+        // waits may use all that it has asked for.
         let bytes = match self.client.phase() {
             Phase::Running => match self.swap.forecast() {
                 Some(bytes) => bytes,
@@ -406,14 +407,17 @@ impl Engine {
         }
         let (device, growing) = (self.device.clone(), self.growing.clone());
         let grown = std::thread::Builder::new().name("nvshare-host".into()).spawn(move || {
-            // As the engine's own thread: registering memory here must not ruin a capture elsewhere.
+            // As in the engine's thread: registering memory must not invalidate a capture of another thread.
             let _ = device.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
             let began = now();
             match device.host.ensure(bytes) {
                 Ok(()) => {
                     tracing::debug!(gpu = %device.gpu, "host memory ready in {}", format_nanos(now() - began))
                 }
-                Err(error) => tracing::warn!(gpu = %device.gpu, "host memory ahead of need: {error}"),
+                Err(error) => tracing::warn!(
+                    gpu = %device.gpu,
+                    "less host memory than this process may need when another takes its turn: {error}"
+                ),
             }
             growing.store(false, Ordering::Release);
         });
@@ -422,26 +426,26 @@ impl Engine {
         }
     }
 
-    /// There is no memory to move to: not on the host for what should go out, or neither there nor on the GPU for what
-    /// should come in. Everything is where it was, so nothing is lost: others go on, and this client too if it can.
+    /// An eviction found no host memory, or a fill found neither GPU nor host memory. All data is where it was, so nothing
+    /// is lost: other clients go on, and this one too if it can.
     fn no_memory(&mut self, why: &str) {
         if self.client.phase() != Phase::Filling {
             return self.host_shortage.cannot_evict(&self.device, why);
         }
         self.host_shortage.cannot_fill(&self.device, why);
         if self.client.has_work() {
-            // It drains first.
+            // Drain first.
             return self.give_way(false);
         }
         gang::out(self.device.gpu);
         self.client.withdraw();
     }
 
-    /// The last context goes: everything back.
+    /// The last context is being destroyed: releases everything.
     fn leave(mut self) {
         self.drain_for_good();
         self.idle.drop_markers();
-        (self.burial, self.closing) = (None, None);
+        (self.freeing, self.closing) = (None, None);
         let regions = {
             let mut memory = self.device.memory();
             memory.open = false;
@@ -460,13 +464,13 @@ impl Engine {
 /// Whether the work that may use some memory is done.
 enum Done {
     Yes,
-    /// It will be when this has passed.
+    /// It will be when this marker has passed.
     No(CompletionMarker),
-    /// A capture is open, which forbids to ask. Its end rings.
+    /// Unknown, because an open capture forbids querying. The end of the capture rings the doorbell.
     Capturing,
 }
 
-/// Looks whether all work is done that was submitted when the mark was made; now, if there is none.
+/// Whether the work before a marker is done; without a marker, the work submitted until now.
 fn done(mark: Option<CompletionMarker>) -> Done {
     let Some(mut mark) = mark.or_else(|| captures::with_no_capture(gang::mark)) else {
         return Done::Capturing;

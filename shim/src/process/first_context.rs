@@ -1,35 +1,36 @@
-//! Room for a context on a GPU that others have filled.
+//! Granules for a process's first context on a GPU that other processes have filled.
 //!
-//! The driver makes a context in memory of its own and knows nobody whom it could ask to make room, so it says
-//! OUT_OF_MEMORY, and most applications end there. What the other clients have can move; only, a process asks for it as
-//! a client, and becomes one when it has a context. So whoever finds no memory for its first context registers before
-//! it has one, takes *room* in the calling thread (granules like any others, for which it waits its turn, and behind
-//! which nothing is mapped), and makes the call again. With the context it attaches by the very same slot; without, it
-//! leaves.
+//! The driver allocates a context in its own memory and cannot ask other processes to make room. It returns
+//! OUT_OF_MEMORY, and most applications then exit. The memory of other clients could be evicted, but only a client can ask for
+//! that, and normally a process becomes one when it has a context. So a process that finds no memory for its first context
+//! registers before it has one, makes a reservation in the calling thread (granules for which it waits for its turn, and
+//! at which nothing is mapped), and repeats the call. If that succeeds, it attaches with the same slot; if not, it
+//! gives up the slot.
 //!
-//! A process that has attached to the GPU already takes room as for anything else that the driver places
+//! A process that has attached to the GPU already makes a reservation as for other memory that the driver places
 //! ([`crate::process::reservation`]).
 //!
-//! **From room to context.** While the room is held it hides the context: the arbiter counts as a context what the
-//! process has on the GPU beyond its granules. So the granules are given back, and for a moment the pool shows as free
-//! what is not. The client keeps its right to as many until the arbiter has seen the context
-//! ([`FirstContext::hand_over`]), and as a right counts as something lacking, those who are not admitted go on making room
-//! for it: who is admitted beside it may find the driver short once or twice, and not until the arbiter looks. The
-//! client's slice never begins, so none ends meanwhile.
+//! **From reservation to context.** The arbiter counts as a context the memory that a process has on the GPU beyond its
+//! granules, so as long as the reservation is held, the context is not seen. Therefore the granules are given back, and for a
+//! moment the pool shows granules as free that the context occupies. The client keeps its demand for as many until the
+//! arbiter has counted the context ([`FirstContext::hand_over`]). Because the demand counts as missing memory, clients that are
+//! not admitted go on evicting for it. A client that is admitted beside this one may therefore find the driver short of
+//! memory once or twice, but does not have to wait for the arbiter. The slice of this client never begins, so it cannot end
+//! meanwhile.
 //!
-//! **Several GPUs.** This asks for one GPU while the process may have others, whatever their order ([`nvshare::gang_order`]),
-//! and still nobody blocks anybody:
+//! **Several GPUs.** This waits for one GPU while the process may hold others, whatever their order
+//! ([`nvshare::gang_order`]). There is no deadlock, because:
 //!
-//! - What is held here is held only until a call of the driver's returns and the arbiter has looked, or for a bounded
-//!   while without an arbiter. Nothing else is waited for with it in hand, so whoever waits for this GPU waits for
-//!   no other because of it.
-//! - What the process has of its other GPUs does not depend on what is waited for here. This GPU is none of those that
-//!   it must have to run, its engines know nothing of it, and so each of its slices ends as if nobody waited here. For
-//!   that the waiting thread keeps from nothing that a drain waits for: it is outside the gate, it has no lock but
-//!   [`MAKING`], which no engine takes, and no capture is open or can begin, since one that waits for
-//!   this thread would never end.
+//! - The granules are held only until a call to the driver returns and the arbiter has counted the context, or for a bounded
+//!   time without an arbiter. The process waits for nothing else while it holds them, so a client that waits for this GPU does
+//!   not wait for any other GPU because of it.
+//! - Giving up the process's other GPUs does not depend on the wait here. This GPU is not yet one of those that
+//!   the process must have to run, and the engines of the others do not know of it, so their slices end as usual. The waiting
+//!   thread holds nothing for which a drain waits: it is outside the gate, holds no lock except
+//!   [`MAKING`], which no engine takes, and no capture is open or can begin (a capture that waited for
+//!   this thread would never end).
 //!
-//! So an edge of "waits for" ends here or begins here, and no chain goes through.
+//! So in the graph of who waits for whom, a path may begin or end here, but none passes through.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -50,31 +51,30 @@ use nvshare::{Books, Client, Fill, Phase, Runtime};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 
-/// A client without an engine: it has registered, and holds nothing.
+/// A client that has registered and has neither an engine nor memory yet.
 pub type UnattachedClient = Client<MappedPage>;
 
-/// Granules that are taken at a time, as others give them back.
+/// How many granules are taken from the pool at a time, while other clients give them back.
 const CHUNK: Granules = 32;
 
-/// How long the right to what was given back is kept for an arbiter that does not look. One that is there looks twice
-/// as often at least.
+/// How long the client keeps its demand if the arbiter does not count the context. A running arbiter does so at least
+/// twice in that time.
 const SEEN_WITHIN: Nanos = 2 * SECOND;
 
-/// Between two looks whether the arbiter has looked.
+/// The interval at which it is checked whether the arbiter has counted the context.
 const POLL_INTERVAL: Nanos = 10 * MILLISECOND;
 
-/// One at a time: the next one finds the process attached, or more room.
+/// Held by a thread that makes a first context. The next thread may find the process attached, or more memory.
 static MAKING: Mutex<()> = Mutex::new(());
 
-/// What became of a context on `device`, given that the driver said `result` to the first `call` for it. Makes room and
-/// the call again if the driver had no memory. With the first context of the process comes the client that attaches by
-/// it.
+/// The result of a `call` that creates a context on `device` and has returned `result` the first time. If the driver had no
+/// memory, makes room and repeats the call. For a first context it also returns the client with which the process attaches.
 pub fn with_room(
     result: CuResult,
     device: CUdevice,
     call: impl Fn() -> CuResult,
 ) -> (CuResult, Option<UnattachedClient>) {
-    // A call within a call cannot wait: a drain would wait for it.
+    // A call within another call cannot wait for a turn, because a drain would wait for the outer call.
     if result != CuResult::OUT_OF_MEMORY || !state::enabled() || pass::is_inside() {
         return (result, None);
     }
@@ -96,7 +96,7 @@ fn make_first(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Optio
     let Some(hold) = CaptureHold::unless_capturing() else {
         refuse(
             gpu,
-            "none can be made while a graph is being captured on another GPU; make the context before or after",
+            "no room can be made for it while a graph is being captured on another GPU; create the context before or after the capture",
         );
         return nothing;
     };
@@ -108,7 +108,7 @@ fn make_first(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Optio
     let client = match attach::register(gpu) {
         Ok(client) => client,
         Err(error) => {
-            refuse(gpu, &format!("none can be made: {error}"));
+            refuse(gpu, &format!("no room can be made for it: {error}"));
             return nothing;
         }
     };
@@ -120,7 +120,7 @@ fn make_first(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Optio
         tracing::info!(
             %gpu,
             slot = client.books().slot().get(),
-            "the GPU was full: made this process's context after {}, with {held} of room, which was back after another {}",
+            "the GPU was full: this process's context was created after {}, in {held} reserved for it, which were returned after another {}",
             format_nanos(ready - began),
             format_nanos(now() - ready)
         );
@@ -132,7 +132,7 @@ fn make_first(device: CUdevice, call: impl Fn() -> CuResult) -> (CuResult, Optio
         refuse(
             gpu,
             &format!(
-                "{held} of room did not do; of the pool's {} the contexts of other processes and memory that cannot move take {}. End a process on this GPU (`nvshare status` lists them), or start this one on another",
+                "{held} reserved for it were not enough; of the pool's {} the contexts of other processes and memory that cannot move take {}. End a process on this GPU (`nvshare status` lists them), or start this one on another",
                 format_size(bytes_of(pool)),
                 format_size(bytes_of(pool - movable))
             ),
@@ -149,8 +149,8 @@ fn refuse(gpu: GpuUuid, why: &str) {
     );
 }
 
-/// Takes granules, and moves nothing. Whoever needs room can do with less than it asked for: what the GPU cannot have,
-/// because a context was made or grew meanwhile, is not waited for.
+/// A runtime that takes granules and moves nothing. If the GPU has fewer usable granules than the reservation asks for,
+/// because a context was created or has grown meanwhile, the reservation becomes smaller instead of waiting.
 struct ReservationRuntime(Books<MappedPage>);
 
 impl ReservationRuntime {
@@ -185,7 +185,7 @@ impl Runtime for ReservationRuntime {
     }
 }
 
-/// A client that has registered to make its context.
+/// A client that has registered before its context exists.
 struct FirstContext {
     client: UnattachedClient,
     books: Books<MappedPage>,
@@ -198,7 +198,7 @@ impl FirstContext {
         Self { runtime: ReservationRuntime(books.clone()), client, books }
     }
 
-    /// Makes the call with more and more room, up to all that takes turns.
+    /// Repeats the call with larger and larger reservations, up to all usable granules.
     fn make(&mut self, call: impl Fn() -> CuResult) -> CuResult {
         let gpu = self.books.page().gpu();
         let mut tried = 0;
@@ -209,8 +209,8 @@ impl FirstContext {
             }
             self.hold(granules);
             tried = self.books.resident();
-            let room = format_size(bytes_of(tried));
-            tracing::debug!(%gpu, "the driver is out of memory for a context: made room for {room}, trying again");
+            let reserved = format_size(bytes_of(tried));
+            tracing::debug!(%gpu, "the driver is out of memory for a context: reserved {reserved}, trying again");
             let result = call();
             if result != CuResult::OUT_OF_MEMORY {
                 return result;
@@ -219,7 +219,7 @@ impl FirstContext {
         CuResult::OUT_OF_MEMORY
     }
 
-    /// Waits for its turn, and until it has so many granules, or as many as the GPU can have.
+    /// Waits for the client's turn, and until it has `granules`, or as many as the GPU has usable.
     fn hold(&mut self, granules: Granules) {
         self.books.grow(granules.saturating_sub(self.books.demand()));
         self.client.request();
@@ -230,30 +230,30 @@ impl FirstContext {
                 Next::Sleep { seen, until } => {
                     self.books.page().wait_doorbell(self.books.slot(), seen, until);
                 }
-                // Recalled as it asked for more: nothing of its own is under way.
+                // Recalled when it asked for more: it has no work to drain.
                 Next::Yield => self.client.release(true),
-                // The slice does not begin, so that it does not end in the middle of the driver's call.
+                // The slice is not begun, so that it cannot end during the driver's call.
                 Next::Open => {}
             }
         }
     }
 
-    /// Gives the room back, and with it the right to run, as soon as the arbiter has counted the context.
+    /// Gives the granules back, and the demand too as soon as the arbiter has counted the context.
     fn hand_over(mut self) -> UnattachedClient {
         let (page, slot) = (self.books.page(), self.books.slot());
         let (counted, until) = (page.view(slot).context, now() + SEEN_WITHIN);
         self.books.give(self.books.resident());
         loop {
             let (seen, time) = (page.doorbell(slot), now());
-            // What the process has beyond its granules is more now: the next sample shows more.
+            // The arbiter's next sample finds that the process has more memory than granules, and counts it.
             if page.view(slot).context > counted {
                 break;
             }
-            // Recalled, because a context grew elsewhere: there is nothing left to keep.
+            // If it was recalled, because another context has grown, there is nothing left to keep.
             if time >= until || !self.books.admitted() {
                 tracing::debug!(
                     gpu = %page.gpu(),
-                    "the arbiter has not counted this process's context yet: until it has, others may find less memory than the pool shows"
+                    "the arbiter has not counted this process's context yet: until it has, other processes may find less memory than the pool shows"
                 );
                 break;
             }

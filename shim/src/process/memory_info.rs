@@ -1,8 +1,8 @@
-//! Whoever asks how much memory there is gets the same figures ([`nvshare::memory_info`]), whether from cuMemGetInfo,
-//! cuDeviceTotalMem or NVML, before the process has a context and after.
+//! How much memory a GPU has for this process ([`nvshare::memory_info`]): cuMemGetInfo, cuDeviceTotalMem and NVML report the
+//! same numbers, before the process has a context and after.
 //!
-//! Before the process has attached, its figures come from the same page: it asks the arbiter to see it
-//! ([`register::look`]), once for each GPU. It takes no slot for that, and whoever never asks connects to nobody.
+//! Before the process has attached, the numbers come from the same page, which it asks the arbiter to show
+//! ([`register::look`]), once for each GPU. That takes no slot, and a process that never queries memory never connects.
 
 use crate::cuda::abi::CUdevice;
 use crate::cuda::driver::Driver;
@@ -19,40 +19,40 @@ use nvshare::units::{GpuUuid, Nanos, SECOND};
 use std::sync::Mutex;
 use std::time::Duration;
 
-/// The figures of a GPU of the driver's, if it has a pool.
+/// The numbers of a GPU by the driver's ordinal, if it has a pool.
 pub fn of_device(device: CUdevice) -> Option<MemoryInfo> {
     if let Some(device) = devices::of_device(device) {
         return Some(device.figures());
     }
     let uuid = Driver::get().ok()?.device_uuid(device).ok()?;
-    // cuInit has found an arbiter: if it is gone now, another one is about to come.
+    // cuInit has found an arbiter, so if none answers now, one is probably being restarted: wait for it.
     of_gpu(GpuUuid(uuid.bytes), settings().ok()?.connect_timeout)
 }
 
-/// The figures of a GPU, if it has a pool. Waits so long for an arbiter that may be starting.
+/// The numbers of a GPU, if it has a pool. Waits up to `patience` for an arbiter that may be starting.
 pub fn of_gpu(gpu: GpuUuid, patience: Duration) -> Option<MemoryInfo> {
     if let Some(device) = devices::of_gpu(gpu) {
         return Some(device.figures());
     }
-    // What it will register with. If that makes no sense, cuInit fails and says so.
+    // The memory limit with which the process will register. If the settings are invalid, cuInit fails and says so.
     let limit = settings().map(|settings| settings.shares.memory_limit).unwrap_or_default();
     seen(gpu, patience).map(|page| MemoryInfo::of(&Snapshot::take(&page, SlotSet::EMPTY), None, limit, 0))
 }
 
-/// What this process has seen of a GPU before it attached.
+/// The page of a GPU that was shown to this process before it attached.
 struct Seen {
     gpu: GpuUuid,
-    /// Who has seen it. A child of fork has its parent's list and none of its mappings.
+    /// The process to which it was shown. A forked child has its parent's list but not its mappings.
     pid: u32,
-    /// `None` if the arbiter will not show it, however often it is asked.
+    /// `None` if the arbiter refuses to show it.
     page: Option<MappedPage>,
 }
 
-/// An arbiter that has not been seen for this long has perhaps a successor with another page.
+/// If an arbiter's heartbeat is older than this, it may have a successor with another page.
 const ARBITER_SEEN_WITHIN: Nanos = 5 * SECOND;
 
 impl Seen {
-    /// A page that has no client goes with its arbiter, and the next one makes another: looks whether it has.
+    /// Checks whether a new arbiter has a new page: a page without clients is not taken over by the next arbiter.
     fn renew(&mut self) {
         let Some(page) = &self.page else { return };
         let (_, _, heartbeat) = page.arbiter();
@@ -69,9 +69,10 @@ static SEEN: Mutex<Vec<Seen>> = Mutex::new(Vec::new());
 
 fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
     let pid = std::process::id();
-    // Whoever forks may have held the lock in another thread, so nobody may wait for it: then the arbiter is asked.
+    // In a forked child the lock may be held by a thread that does not exist, so this never waits for it, and asks the arbiter
+    // instead.
     if let Ok(mut seen) = SEEN.try_lock() {
-        leak_those_of_others(&mut seen, pid);
+        leak_pages_of_parent(&mut seen, pid);
         if let Some(seen) = seen.iter_mut().find(|seen| seen.gpu == gpu) {
             seen.renew();
             return seen.page.clone();
@@ -81,12 +82,12 @@ fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
         Ok(page) => Some(page),
         Err(error) => {
             crate::log::initialise();
-            let nobody = matches!(error, RegisterError::NoArbiter { .. });
-            if nobody {
-                tracing::info!(%gpu, "how large its pool is cannot be said: {error}");
+            let no_arbiter = matches!(error, RegisterError::NoArbiter { .. });
+            if no_arbiter {
+                tracing::info!(%gpu, "pool size unknown, so the size of the whole GPU is reported: {error}");
                 return None;
             }
-            tracing::warn!(%gpu, "how large its pool is cannot be said, what the driver says is taken for it: {error}");
+            tracing::warn!(%gpu, "pool size unknown, so the size of the whole GPU is reported: {error}");
             None
         }
     };
@@ -96,8 +97,8 @@ fn seen(gpu: GpuUuid, patience: Duration) -> Option<MappedPage> {
     page
 }
 
-/// Something else may be mapped by now where a parent's page was: it must be neither read nor unmapped.
-fn leak_those_of_others(seen: &mut Vec<Seen>, pid: u32) {
+/// Drops a parent's pages without unmapping them: something else may be mapped at their addresses in this process.
+fn leak_pages_of_parent(seen: &mut Vec<Seen>, pid: u32) {
     while let Some(index) = seen.iter().position(|seen| seen.pid != pid) {
         std::mem::forget(seen.swap_remove(index));
     }

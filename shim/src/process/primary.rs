@@ -1,7 +1,7 @@
-//! How often the primary context of each GPU is retained: by the application, by libraries, by green contexts.
+//! Counts how often the primary context of each GPU is retained: by the application, by libraries, by green contexts.
 //!
-//! Counted to know the last release. Others may count where nobody sees it, so the driver is asked then whether the context is
-//! still there ([`is_active`]).
+//! The count tells which release is the last. nvshare may have missed a retain, so after such a release the driver is asked
+//! whether the context still exists ([`is_active`]).
 
 use crate::cuda::abi::{CUcontext, CUdevice};
 use crate::cuda::driver::Driver;
@@ -24,17 +24,17 @@ pub fn is_primary(context: CUcontext) -> bool {
     primaries().iter().any(|primary| primary.context == context)
 }
 
-/// The primary context of a GPU was retained once more.
+/// Counts a retain of the primary context of a GPU.
 pub fn retained(device: CUdevice, context: CUcontext) {
     let mut primaries = primaries();
     match primaries.iter_mut().find(|primary| primary.device == device) {
-        // After a reset it may be another.
+        // After a reset the context may have another handle.
         Some(primary) => (primary.context, primary.retained) = (context, primary.retained + 1),
         None => primaries.push(Primary { device, context, retained: 1 }),
     }
 }
 
-/// Whether the GPU has a primary context now, as far as the driver says.
+/// Whether the GPU has a primary context now. False if the driver cannot tell.
 pub fn is_active(device: CUdevice) -> bool {
     Driver::get().is_ok_and(|driver| driver.primary_ctx_is_active(device) == Ok(true))
 }
@@ -51,7 +51,7 @@ pub fn last_release(device: CUdevice) -> Option<CUcontext> {
     (primary.retained <= 1).then_some(primary.context)
 }
 
-/// The primary context of a GPU was released once.
+/// Counts a release of the primary context of a GPU.
 pub fn released(device: CUdevice) {
     if let Some(primary) = primaries().iter_mut().find(|primary| primary.device == device) {
         primary.retained = primary.retained.saturating_sub(1);

@@ -1,17 +1,18 @@
-//! Room for what only the driver can place: arrays, managed memory, modules, streams, contexts.
+//! Reservations of GPU memory that only the driver can place: arrays, managed memory, modules, streams, contexts.
 //!
-//! The pool's granules are all given out, in the end, so the driver must find some that nobody uses when it
-//! needs memory of its own. *Room* is granules that the client takes from the pool like any others, waiting
-//! for its turn if it must, and behind which nothing is mapped.
+//! Clients may have taken all of the pool's granules, so when the driver needs memory of its own, unused granules must be
+//! found for it. A reservation is granules that the client takes from the pool like any others, waiting
+//! for its turn if necessary, and at which nothing is mapped (a region of its own in [`crate::memory::map`]).
 //!
-//! - Memory that the application asks the driver for, and that the shim cannot make movable
-//!   ([`crate::process::driver_memory::reserve`]): its room is taken before the call and kept until the memory is freed. It
-//!   counts as memory that cannot move.
-//! - What the driver takes for itself in passing ([`crate::process::driver_memory::with_room`]): nobody can say how much that
-//!   will be, so the call is made first; if it fails for want of memory, room is made, and the call is made again. The room
-//!   is given back afterwards, and the arbiter sees what became of it as part of the context.
+//! - Memory that the application requests from the driver and that the shim cannot make movable
+//!   ([`crate::process::driver_memory::reserve`]): the reservation is made before the call and kept until the memory is freed.
+//!   It counts as memory that cannot move.
+//! - Memory that the driver allocates for itself during a call ([`crate::process::driver_memory::with_room`]): its amount is
+//!   not known, so the call is made first. If it fails because there is no memory, granules are reserved and the call
+//!   is repeated. Then the reservation is released, and the arbiter counts the memory that the driver took as part of
+//!   the context.
 //!
-//! A process's first context on a GPU comes before all this: see [`crate::process::first_context`].
+//! The first context of a process on a GPU needs another way: see [`crate::process::first_context`].
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -21,23 +22,23 @@ use nvshare::units::{Granules, bytes_of, format_size, granules_for};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// Bytes of room that are tried one after the other for a call that found no memory: a stream, a module, a
-/// context, something large.
+/// Bytes that are reserved in turn for a call that found no memory: enough for a stream or a module, for a
+/// context, for something large.
 pub const TRIES: [u64; 3] = [64 << 20, 512 << 20, 2 << 30];
 
-/// Granules of the client's behind which nothing is mapped. Given back when dropped.
+/// Granules of the client at which nothing is mapped. Released when dropped.
 pub struct Reservation {
     device: Arc<Device>,
     base: CUdeviceptr,
 }
 
 impl Reservation {
-    /// Takes `bytes` of room, rounded up to granules, waiting for the client's turn. It goes with `context`
-    /// at the latest. What is `asked` for by the application counts against the client's memory limit; what the driver
-    /// needs in passing does not.
+    /// Reserves `bytes`, rounded up to granules, waiting for the client's turn. The reservation ends with `context`
+    /// at the latest. If the application has `asked` for the memory, it counts against the client's memory limit; memory that
+    /// the driver needs for itself does not.
     ///
     /// # Errors
-    /// OUT_OF_MEMORY: the GPU can never have so much, or not before an open capture ends, or the client may not.
+    /// OUT_OF_MEMORY: the GPU can never have so much, or cannot while a capture is open, or the client's limit forbids it.
     pub fn take(device: Arc<Device>, bytes: u64, context: CUcontext, asked: bool) -> Result<Self, CuResult> {
         let granules = granules_for(bytes);
         let left = left(&device);
@@ -45,7 +46,7 @@ impl Reservation {
             return Err(device.refuse(
                 bytes,
                 &format!(
-                    "the GPU has {} left for what only the driver can place",
+                    "the GPU has {} left for memory that only the driver can place (arrays, managed memory, modules)",
                     format_size(bytes_of(left))
                 ),
             ));
@@ -61,18 +62,16 @@ impl Reservation {
         };
         let reservation = Self { device, base };
         loop {
-            // The gate is open when all that the client has is in place.
+            // When the gate is open, all of the client's memory is in place, this reservation included.
             let _pass = pass::enter_query()?;
             let mut memory = reservation.device.memory();
-            // The context may have gone meanwhile, and the room with it.
+            // The context may have been destroyed meanwhile, and the reservation with it.
             let region = memory.region(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
             if region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Denied)) {
-                return Err(reservation
-                    .device
-                    .refuse(bytes, "there is no room on the GPU that it could have"));
+                return Err(reservation.device.refuse(bytes, "no room can be made for it on the GPU"));
             }
             if region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Booked)) {
-                // From now on nobody takes it away.
+                // From now on it cannot be evicted.
                 reservation.device.books.pin(memory.pin(base));
                 drop(memory);
                 return Ok(reservation);
@@ -81,13 +80,13 @@ impl Reservation {
     }
 }
 
-/// Granules of the GPU that the client could have beside what it has.
+/// Granules that the client could have beyond its demand.
 fn left(device: &Device) -> Granules {
     device.books.usable().saturating_sub(device.books.demand())
 }
 
 impl Reservation {
-    /// Whether its context has taken it along.
+    /// Whether it has ended with its context.
     fn has_gone(&self) -> bool {
         self.device.memory().region(self.base).is_none()
     }
@@ -102,26 +101,26 @@ impl Drop for Reservation {
     }
 }
 
-/// The room of what the driver has placed, by the driver's handle or address.
+/// The reservations for memory that the driver has placed, by the driver's handle or address.
 static KEPT: Mutex<Option<HashMap<u64, Reservation>>> = Mutex::new(None);
 
 fn kept() -> MutexGuard<'static, Option<HashMap<u64, Reservation>>> {
     nvshare::sync::lock(&KEPT)
 }
 
-/// Keeps a reservation for what the driver has placed, which goes by this handle, until [`release`].
+/// Keeps the reservation for memory that the driver has placed under this handle, until [`release`].
 pub fn keep(handle: u64, reservation: Reservation) {
     let before = kept().get_or_insert_default().insert(handle, reservation);
     drop(before);
 }
 
-/// What went by this handle is freed.
+/// Releases the reservation for a handle whose memory was freed.
 pub fn release(handle: u64) {
     let reservation = kept().as_mut().and_then(|kept| kept.remove(&handle));
     drop(reservation);
 }
 
-/// A context has gone, and with it what the driver had placed there.
+/// Drops the reservations that have ended with a context.
 pub fn context_ended() {
     let gone: Vec<Reservation> = match kept().as_mut() {
         Some(kept) => kept
@@ -133,8 +132,8 @@ pub fn context_ended() {
     drop(gone);
 }
 
-/// Makes a call with more and more room on a GPU, for which the driver found no memory: at most all that the client
-/// could have. The room goes with `context` at the latest.
+/// Repeats a call for which the driver found no memory, with larger and larger reservations, up to all granules that the
+/// client could have. The reservation ends with `context` at the latest.
 #[cold]
 pub fn make_room(device: &Arc<Device>, context: CUcontext, call: impl Fn() -> CuResult) -> CuResult {
     for attempt in TRIES {
@@ -143,7 +142,7 @@ pub fn make_room(device: &Arc<Device>, context: CUcontext, call: impl Fn() -> Cu
             break;
         }
         let Ok(_reservation) = Reservation::take(device.clone(), bytes, context, false) else { break };
-        tracing::debug!(gpu = %device.gpu, "the driver is out of memory: made room for {}, trying again", format_size(bytes));
+        tracing::debug!(gpu = %device.gpu, "the driver is out of memory: reserved {}, trying again", format_size(bytes));
         let result = call();
         if result != CuResult::OUT_OF_MEMORY || bytes < attempt {
             return result;

@@ -1,11 +1,11 @@
-//! How a capture begins: inside the gate, in a moment when no engine wants to drain.
+//! How a capture begins: inside the gate, while no engine wants to drain.
 
 use crate::cuda::abi::{CUstream, CuResult};
 use crate::submit::captures::Beginning;
 use crate::submit::gate::gate;
 use crate::submit::pass::enter_query;
 
-/// Begins a capture of a stream with `call`, in a moment when nobody wants to drain.
+/// Begins a capture of a stream with `call`; waits until no engine wants to drain.
 pub fn begin_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     let (_pass, beginning) = loop {
         match enter_query() {

@@ -1,8 +1,8 @@
-//! The captures that are open, and what may be done beside them.
+//! The captures that are open, and operations that are possible beside them.
 //!
-//! While a stream records a graph, nothing may be asked of it and no event may mark it, and some calls of any thread ruin the
-//! recording (docs/decisions/0025-beside-an-open-capture.md). So a drain waits for the end of the captures or keeps new ones
-//! from beginning ([`CaptureHold`]), and what cannot wait is done only where it is safe.
+//! A stream that captures a graph can be neither queried nor marked by an event, and some calls of any thread invalidate the
+//! capture (docs/decisions/0025-beside-an-open-capture.md). So a drain waits for the end of the captures and keeps new ones
+//! from beginning ([`CaptureHold`]), and operations that cannot wait are done only where they are safe.
 //!
 //! How a capture begins is in [`crate::submit::capture_begin`].
 
@@ -18,15 +18,14 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard};
 
-/// The streams that capture. A thread's own default stream is one for each thread and context, whatever handle or entry
-/// point names it.
+/// The streams that capture.
 #[derive(Default)]
 struct Captures {
-    /// Those that began, each from its beginning to its end.
+    /// The streams in which a capture was begun and has not ended.
     open: HashMap<Queue, Capture>,
-    /// Those that joined one of them, as they came; until none is open.
+    /// The streams that have joined a capture, with the work that they had before. Cleared when no capture is open.
     joined: HashMap<Queue, WorkBefore>,
-    /// Threads that may be having a stream join one at this moment.
+    /// How many threads are making calls by which a stream may join a capture.
     joining: u32,
 }
 
@@ -41,7 +40,7 @@ impl Captures {
         !self.open.is_empty()
     }
 
-    /// What work a stream had before it captured.
+    /// The work that a stream had before it captured.
     fn work_before(&self, stream: CUstream) -> WorkBefore {
         let queue = Queue::of(stream, false);
         let open = self.open.get(&queue).map(|capture| &capture.before);
@@ -51,10 +50,10 @@ impl Captures {
 
 static CAPTURING: LazyLock<Mutex<Captures>> = LazyLock::new(Mutex::default);
 
-/// How many.
+/// How many captures are open.
 static CAPTURES: AtomicU32 = AtomicU32::new(0);
 
-/// Engines that want to drain: no new capture begins. A word to sleep on.
+/// How many holds there are: while there is one, no new capture begins. Threads that want to begin one sleep on this word.
 static HOLD_CAPTURES: AtomicU32 = AtomicU32::new(0);
 
 fn capturing() -> MutexGuard<'static, Captures> {
@@ -66,13 +65,13 @@ pub fn is_capturing() -> bool {
     CAPTURES.load(Ordering::SeqCst) > 0
 }
 
-/// Refuses a call that is not safe while a stream captures, as the driver does, which invalidates the capture too. What is
-/// refused depends on the mode of the capture, on the thread that began it, and on the calling thread's own mode. So the
-/// driver itself is asked, by a call that it refuses alike and that does nothing else: whether an event has happened that was
-/// never recorded. To make an event and to destroy it is safe.
+/// Refuses a call that is unsafe while a stream captures, as the driver does; like the driver, it also invalidates the capture.
+/// Whether the driver refuses depends on the mode of the capture, on the thread that began it, and on the calling thread's own
+/// mode. So this makes a call to the driver that is refused under the same conditions and has no other effect: a query of an
+/// event that was never recorded. Creating and destroying an event is safe.
 ///
 /// # Errors
-/// What the driver says.
+/// The driver's.
 pub fn refuse_unsafe() -> Result<(), CuResult> {
     if !is_capturing() {
         return Ok(());
@@ -87,18 +86,19 @@ pub fn refuse_unsafe() -> Result<(), CuResult> {
     }
 }
 
-/// The set of captures, held by whoever begins one: no engine begins to hold captures back meanwhile.
+/// The locked set of captures, held while a capture begins.
 pub struct Beginning(MutexGuard<'static, Captures>);
 
 impl Beginning {
-    /// Takes the set, to begin a capture. If an engine holds captures back, waits for a while instead and gives `None`; the
-    /// caller then comes again. A stream that forks into another's capture belongs to an open one, so it is let through.
+    /// Locks the set, to begin a capture. If an engine holds back captures, leaves the gate (`inside`), waits for a while and
+    /// returns `None`; the caller then tries again. While a capture is open, others are let through, because a capture that
+    /// begins in another stream may be needed to end the open one.
     pub fn unless_held(inside: impl Drop, is_open: impl FnOnce() -> bool) -> Option<(impl Drop, Self)> {
-        // Held while it is looked whether to begin: see CaptureHold::unless_capturing.
+        // Locked before the hold is read: see CaptureHold::unless_capturing.
         let set = capturing();
         let hold = HOLD_CAPTURES.load(Ordering::SeqCst);
         let held = hold != 0 && CAPTURES.load(Ordering::SeqCst) == 0;
-        // An allocation may have closed the gate behind this thread: see close_unless_capturing.
+        // An allocation may have shut the gate after this thread passed it: see close_unless_capturing.
         if !held && is_open() {
             return Some((inside, Self(set)));
         }
@@ -125,13 +125,13 @@ impl Beginning {
     }
 }
 
-/// What work a stream has, by its explicit name, that is about to capture: afterwards nobody can ask.
+/// The work of a stream that is about to capture, by its explicit handle. After that it cannot be queried.
 fn work_before(stream: CUstream) -> WorkBefore {
     let Ok(driver) = Driver::get() else { return WorkBefore::Unknown };
     if stream.is_default() {
         return WorkBefore::Unknown;
     }
-    // It may capture already: then the call fails, or changes nothing.
+    // If it captures already, the call fails or changes nothing.
     let status = driver.stream_capture_status(stream);
     let context = driver.stream_ctx(stream);
     match (status, context) {
@@ -142,24 +142,24 @@ fn work_before(stream: CUstream) -> WorkBefore {
     }
 }
 
-/// Whether the driver says that a stream, by its explicit name, captures.
+/// Whether the driver says that a stream captures, by its explicit handle.
 fn captures(stream: CUstream) -> bool {
     let status = Driver::get().map(|driver| driver.stream_capture_status(stream));
     matches!(status, Ok(Ok(status)) if status != CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
-/// What work a stream that captures had before.
+/// The work that a capturing stream had before its capture.
 pub fn work_before_capture(stream: CUstream) -> WorkBefore {
     capturing().work_before(stream)
 }
 
-/// Lets a stream wait for an event with `call`. If that is one of a capture, the stream takes part in it from then on.
+/// Makes a stream wait for an event with `call`. If the event belongs to a capture, the stream joins it.
 pub fn join_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     if CAPTURES.load(Ordering::SeqCst) == 0 {
         return call();
     }
-    // A stream that somebody marks does not begin to capture meanwhile. The set is not held for that: the driver may block in
-    // these calls, until a thread goes on that wants the set.
+    // `joining` keeps other threads from marking streams meanwhile ([`mark_beside_captures`]). The set is not locked for that,
+    // because the driver may block in these calls until another thread goes on, and that thread may need the set.
     let _joining = Joining::begin();
     let stream = stream.named(per_thread);
     let captured = captures(stream);
@@ -171,7 +171,7 @@ pub fn join_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> C
     result
 }
 
-/// A stream may join a capture, until dropped.
+/// Counts as a thread that may have a stream join a capture, until dropped.
 struct Joining(());
 
 impl Joining {
@@ -187,9 +187,9 @@ impl Drop for Joining {
     }
 }
 
-/// Ends the capture of a stream with `call`. The driver may refuse: another thread has begun the capture, or the stream
-/// captures nothing or for another. The capture then goes on, unless the driver says that the stream captures no more,
-/// as for a capture that was invalidated.
+/// Ends the capture of a stream with `call`. The driver may refuse, because another thread has begun the capture, or because
+/// the stream does not capture or has only joined a capture. The capture then goes on, unless the driver says that the stream
+/// does not capture any more, as after a capture that was invalidated.
 pub fn end_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> CuResult) -> CuResult {
     let result = call();
     if result.is_success() || !captures(stream.named(per_thread)) {
@@ -199,18 +199,18 @@ pub fn end_capture(stream: CUstream, per_thread: bool, call: impl FnOnce() -> Cu
     result
 }
 
-/// A stream that the application made is destroyed, and a capture of it has ended with it.
+/// Ends the capture of a stream that was destroyed.
 pub fn stream_ended(stream: CUstream) {
     let ended = Queue::of(stream, false);
     captures_ended(|queue, _| *queue == ended);
 }
 
-/// A thread ends, and its own default streams with it.
+/// Ends the captures of the own default streams of a thread that has ended.
 pub fn thread_ended(thread: ThreadId) {
     captures_ended(|queue, _| queue.is_of_thread(thread));
 }
 
-/// Captures are over that nobody has ended: their stream, their context or their thread is gone.
+/// Removes the captures that have ended, also because their stream, context or thread is gone.
 pub fn captures_ended(is_over: impl Fn(&Queue, CUcontext) -> bool) {
     let over = {
         let mut set = capturing();
@@ -223,13 +223,13 @@ pub fn captures_ended(is_over: impl Fn(&Queue, CUcontext) -> bool) {
     };
     if over > 0 {
         CAPTURES.fetch_sub(over as u32, Ordering::SeqCst);
-        // An engine may have put off a free, or a drain, until now.
+        // An engine may have deferred a free or a drain until now.
         gang::wake_engines();
     }
 }
 
-/// Closes the gate, because a GPU has more memory than is in place, unless a capture is open; none can begin
-/// once it is closed. Whether it did.
+/// Shuts the gate, because some memory of a GPU is not in place, unless a capture is open. Returns whether it did. No capture
+/// can begin while the gate is shut.
 pub fn close_unless_capturing(gpu: GpuUuid) -> bool {
     let set = capturing();
     let none = !set.are_open();
@@ -239,24 +239,24 @@ pub fn close_unless_capturing(gpu: GpuUuid) -> bool {
     none
 }
 
-/// Runs `action` while no capture is open and none can begin, or not at all. The action waits for nothing: threads that
-/// begin or end a capture, allocate or free are held meanwhile.
+/// Runs `action` if no capture is open, and keeps captures from beginning meanwhile. The action must not block: threads that
+/// begin or end a capture, allocate or free wait for it.
 pub fn with_no_capture<T>(action: impl FnOnce() -> T) -> Option<T> {
     let set = capturing();
     (!set.are_open()).then(action)
 }
 
-/// The end of all work so far, although captures are open, if that can be told without ruining one. The gate is shut, and
-/// nobody is inside.
+/// Marks the end of all work so far although captures are open. `None` if that would invalidate one. The gate is shut, and
+/// no thread is inside.
 ///
-/// Nothing of a stream that captures is on its way to the GPU but what it had before, and that was marked. All others can be
-/// asked and marked by a thread in the relaxed mode.
+/// The only work of a capturing stream is what it had before the capture, and that was marked then. All other streams can be
+/// queried and marked by a thread in the relaxed capture mode.
 pub fn mark_beside_captures() -> Option<CompletionMarker> {
     let set = capturing();
     (set.joining == 0).then(|| gang::mark_beside(|stream| set.work_before(stream)))?
 }
 
-/// Looks whether such a mark has passed. `None` if that cannot be told any more: a capture has come that forbids it.
+/// Whether such a marker has passed. `None` if that cannot be determined any more, because a capture has begun that forbids it.
 pub fn look_beside_captures(mark: &mut CompletionMarker) -> Option<bool> {
     let set = capturing();
     if set.are_open() && !mark.is_complete() && !gang::may_mark_defaults() {
@@ -265,32 +265,33 @@ pub fn look_beside_captures(mark: &mut CompletionMarker) -> Option<bool> {
     Some(mark.look())
 }
 
-/// When the latest of the captures that are open began, ns.
+/// When the latest of the open captures began, ns.
 pub fn latest_capture() -> Option<Nanos> {
     capturing().open.values().map(|capture| capture.since).max()
 }
 
-/// Keeps new captures from beginning, but for those that belong to an open one.
+/// Keeps new captures from beginning, unless one is open.
 pub struct CaptureHold(());
 
 impl CaptureHold {
-    /// Begins to. Waits for nothing: whoever drains leaves the gate open while a capture [is](CaptureHold::is_broken), so
-    /// that it can end, and looks again when one has ended, which rings the engines.
+    /// Begins a hold. Does not wait for open captures: an engine that drains leaves the gate open while a capture
+    /// [is open](CaptureHold::is_broken), so that it can end, and checks again when one has ended, which wakes the engines.
     pub fn begin() -> Self {
         HOLD_CAPTURES.fetch_add(1, Ordering::SeqCst);
         Self(())
     }
 
-    /// Keeps new captures from beginning, or nothing if one is open, for whoever cannot wait for its end: it may be
-    /// the caller's own.
+    /// Begins a hold, or returns `None` if a capture is open. For a caller that cannot wait for the capture's end, because it
+    /// may be its own.
     pub fn unless_capturing() -> Option<Self> {
         HOLD_CAPTURES.fetch_add(1, Ordering::SeqCst);
         let hold = Self(());
-        // Whoever begins one has the set for all of that: it is in there now, or finds the hold.
+        // A thread that begins a capture keeps the set locked from reading the hold until the capture is in the set. So this
+        // either finds that capture, or the thread will find the hold.
         with_no_capture(|| hold)
     }
 
-    /// Whether a capture is open: still, or because it slipped in.
+    /// Whether a capture is open: an earlier one, or one that began just before the hold.
     pub fn is_broken(&self) -> bool {
         CAPTURES.load(Ordering::SeqCst) > 0
     }
@@ -303,7 +304,7 @@ impl Drop for CaptureHold {
     }
 }
 
-/// Wakes whoever waits to begin a capture: the process has failed, and is told so.
+/// Wakes the threads that wait to begin a capture: the process has failed, and their calls return its error.
 pub fn wake_beginners() {
     nvshare::sync::unpark_all(&HOLD_CAPTURES);
 }

@@ -1,29 +1,29 @@
 //! Draining: waiting for the work that the application has submitted.
 //!
-//! Never by cuCtxSynchronize, which ruins a capture (docs/driver-facts.md), but by events, in two steps, so that nothing has to be
-//! written down at a launch:
+//! cuCtxSynchronize is never used, because it invalidates captures (docs/driver-facts.md). A drain waits for events instead,
+//! recorded in two steps, so that launches need no bookkeeping:
 //!
-//! 1. Each stream that the application has made, and that has work, gets an event.
-//! 2. When those have passed, the legacy default stream of each context gets one: it comes after all earlier work of every
-//!    blocking stream of the context, the threads' own default streams among them, which only their threads can name.
+//! 1. Each stream that the application has created and that has work gets an event.
+//! 2. When those have passed, the legacy default stream of each context gets one. It comes after all earlier work of every
+//!    blocking stream of the context, including the per-thread default streams, which only their own threads can name.
 //!
-//! An event in the legacy stream is a barrier: later work of all blocking streams waits for it. Made in the first step, it
-//! would keep out what the work in front of it may be waiting for: the copy that a resident kernel spins for, in another
-//! stream. So it comes when no stream that is known has work. (What tells how a stream's work gets on while it goes on is an
-//! event in that stream alone, too: [`crate::submit::flow`].)
+//! An event in the legacy stream is a barrier: later work of all blocking streams waits for it. Recorded in the first step, it
+//! could block a submission for which earlier work waits, such as a copy in another stream for which a resident kernel spins.
+//! So it is recorded only when no known stream has work. (For the same reason the progress of a stream that keeps working is
+//! measured by events in that stream only: [`crate::submit::flow`].)
 //!
-//! While a stream captures nothing may be asked of it, and it can be marked by no event: that would be a part of its graph. The
-//! legacy stream may not be used at all while a blocking stream captures. So a mark is usually neither made nor looked at
-//! meanwhile; [`Streams::mark_beside`] makes one where it can be done ([`crate::submit::captures`]).
+//! A stream that captures can be neither queried nor marked: the event would become part of its graph. The
+//! legacy stream may not be used at all while a blocking stream captures. So usually markers are neither made nor polled
+//! during a capture; [`Streams::mark_beside`] makes one where that is possible ([`crate::submit::captures`]).
 //!
-//! A green context has default streams of its own, and is current to one thread at a time; so it is marked as a whole
-//! (cuGreenCtxRecordEvent) from its primary context, and the streams that were made in it by themselves besides.
+//! A green context has default streams of its own, and can be current to only one thread at a time. So it is marked as a whole
+//! (cuGreenCtxRecordEvent) from its primary context; the streams created in it are marked separately as well.
 //!
-//! Streams that a library makes by functions of cuGetExportTable are seen by nobody. Those that block the legacy stream, and
-//! those of green contexts, are waited for all the same.
+//! Streams that a library creates through cuGetExportTable are not seen. Those that block the legacy stream, and
+//! those of green contexts, are waited for nevertheless.
 //!
-//! Several threads may wait at a time, an engine and those that free memory: none takes an event away from
-//! another that still needs it.
+//! Several threads may wait at the same time (an engine, and threads that free memory). They share events, and none destroys
+//! an event that another still needs.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -32,19 +32,19 @@ use nvshare::units::Nanos;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
-/// A stream that the application has made.
+/// A stream that the application has created.
 #[derive(Debug, Clone, Copy)]
 pub struct Tracked {
     stream: CUstream,
-    /// Where it is marked: its context, or the primary context of its green one.
+    /// The context in which it is marked: its own, or the primary context of its green context.
     context: CUcontext,
-    /// The green context that it is of.
+    /// Its green context, or null.
     green: CUgreenCtx,
-    /// The legacy stream waits for it.
+    /// Whether the legacy stream waits for it.
     blocking: bool,
 }
 
-/// The streams that a process has, and the contexts whose default streams count too.
+/// The streams of a process on one GPU, and the contexts, whose default streams count too.
 #[derive(Default)]
 pub struct Streams {
     tracked: Mutex<Tracking>,
@@ -54,23 +54,23 @@ pub struct Streams {
 struct Tracking {
     contexts: Vec<CUcontext>,
     greens: Vec<Green>,
-    /// Streams that the application has made.
+    /// Streams that the application has created.
     streams: Vec<Tracked>,
-    /// The ends of streams that were destroyed with work in them.
+    /// Markers of the ends of streams that were destroyed with work in them.
     orphans: Vec<Arc<StreamMarker>>,
-    /// So many of them had not come when that was last looked at.
+    /// How many of those had not passed when they were last polled.
     orphans_ahead: usize,
 }
 
 impl Tracking {
-    /// Lets those ends go that have come.
+    /// Drops the markers of destroyed streams that have passed.
     fn drop_past_orphans(&mut self) {
         self.orphans.retain(|end| !end.is_past());
         self.orphans_ahead = self.orphans.len();
     }
 
-    /// Remembers the end of a stream. Most processes make and destroy streams and never drain, so those that have come go
-    /// whenever there are twice as many as had not: each is looked at twice, on average.
+    /// Keeps the marker of a destroyed stream. A process may create and destroy streams and never drain, so passed markers are
+    /// dropped whenever there are twice as many as were left the last time: each is polled twice, on average.
     fn add_orphan(&mut self, end: StreamMarker) {
         if self.orphans.len() >= 2 * self.orphans_ahead + FEW_ORPHANS {
             self.drop_past_orphans();
@@ -79,21 +79,21 @@ impl Tracking {
     }
 }
 
-/// As many ends of destroyed streams as nobody needs to look through.
+/// Up to so many markers of destroyed streams are kept without polling them.
 const FEW_ORPHANS: usize = 16;
 
-/// What is known of a context that is about to end.
+/// The streams and green contexts of a context that is about to be destroyed.
 pub struct Parted {
     greens: Vec<Green>,
     streams: Vec<Tracked>,
-    /// Ends of streams that were destroyed.
+    /// Markers of destroyed streams.
     orphans: Vec<Arc<StreamMarker>>,
-    /// Its work may still be under way.
+    /// Its work may not have ended.
     busy: bool,
 }
 
-/// Contexts that are about to end with work that nobody can mark any more: the driver waits for it. Until then no mark has
-/// passed.
+/// How many contexts are being destroyed whose work may not have ended. It cannot be marked any more; the driver waits for it.
+/// Until then no marker counts as passed.
 static ENDING_BUSY: AtomicU32 = AtomicU32::new(0);
 
 impl Drop for Parted {
@@ -104,9 +104,9 @@ impl Drop for Parted {
     }
 }
 
-/// Whether a context is there. Who uses it or its events reads this meanwhile, and who destroys it writes: an event that
-/// went with its context is never given to the driver again, for which the handle may be another's. Of a green context the
-/// primary one's is taken first.
+/// Whether a context exists. A thread that uses the context or its events holds the read lock, a thread that destroys it the
+/// write lock. So an event that was destroyed with its context is never passed to the driver, where the handle may be
+/// reused. The lock of a primary context is taken before those of its green contexts.
 type Life = Arc<RwLock<bool>>;
 
 static LIVES: Mutex<Vec<(CUcontext, Life)>> = Mutex::new(Vec::new());
@@ -126,8 +126,8 @@ fn alive(life: &Life) -> Option<RwLockReadGuard<'_, bool>> {
     alive.then_some(alive)
 }
 
-/// Ends a context with `call`, which says whether it has ended, while nobody uses an event of it. The same handle may be
-/// another context's afterwards.
+/// Destroys a context with `call`, which also returns whether the context is gone, while no thread uses an event of it. The
+/// handle may belong to another context afterwards.
 pub fn end_life<T>(context: CUcontext, call: impl FnOnce() -> (T, bool)) -> (T, bool) {
     let life = life(context);
     let mut alive = life.write().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -139,7 +139,7 @@ pub fn end_life<T>(context: CUcontext, call: impl FnOnce() -> (T, bool)) -> (T, 
     (result, ended)
 }
 
-/// An event at the end of a stream's work so far. Given back when dropped.
+/// An event at the end of a stream's work so far. Destroyed when dropped.
 pub struct StreamMarker {
     driver: &'static Driver,
     context: CUcontext,
@@ -148,7 +148,7 @@ pub struct StreamMarker {
 }
 
 impl StreamMarker {
-    /// Of a stream of the context that is current; timed or not.
+    /// Records it in a stream of `context`, which is current; with a timestamp if `timed`.
     ///
     /// # Errors
     /// The driver's.
@@ -164,7 +164,8 @@ impl StreamMarker {
         Ok(Self { driver, context, life: life.clone(), event })
     }
 
-    /// An event, recorded or given back. The context is there, and stays so meanwhile.
+    /// Creates an event and records it with `record`; destroys it if that fails. The caller keeps the context from being
+    /// destroyed.
     fn recorded(
         driver: &'static Driver,
         timed: bool,
@@ -177,17 +178,17 @@ impl StreamMarker {
         })
     }
 
-    /// Whether it has come, or can never come.
+    /// Whether it has passed, or can never pass.
     pub fn is_past(&self) -> bool {
         alive(&self.life).is_none_or(|_there| self.driver.event_is_past(self.event))
     }
 
-    /// Waits until it has come.
+    /// Waits until it has passed.
     fn wait(&self) -> Result<(), CuResult> {
         alive(&self.life).map_or(Ok(()), |_there| self.driver.event_synchronize(self.event))
     }
 
-    /// The GPU's time since an earlier one of the same stream, ns, if both are timed and past. `None` if there is no telling.
+    /// The GPU's time since an earlier marker of the same stream, ns. `None` unless both are timed and have passed.
     pub fn since(&self, earlier: &Self) -> Option<Nanos> {
         let _there = alive(&self.life)?;
         let milliseconds = self.driver.event_elapsed_ms(earlier.event, self.event).ok()?;
@@ -203,19 +204,19 @@ impl Drop for StreamMarker {
     }
 }
 
-/// What work a stream had when it began to capture, or joined a capture.
+/// The work that a stream had when it began to capture or joined a capture.
 #[derive(Clone)]
 pub enum WorkBefore {
     /// It was idle.
     None,
-    /// Its end.
+    /// It had work, which ends at this marker.
     Until(Arc<StreamMarker>),
-    /// That could not be told.
+    /// Not known.
     Unknown,
 }
 
 impl WorkBefore {
-    /// That of a stream that is not a default one, and that does not capture yet, marked from its context.
+    /// The work of a stream of `context` that does not capture yet and is not a default stream.
     pub fn of(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Self {
         match driver.stream_query(stream) {
             Ok(()) => Self::None,
@@ -227,19 +228,20 @@ impl WorkBefore {
     }
 }
 
-/// A moment in everything that was submitted, or somewhat later.
+/// Marks the end of all work submitted until it was made, or until somewhat later.
 #[derive(Default)]
 pub struct CompletionMarker {
+    /// The markers that have not passed yet.
     ends: Vec<Arc<StreamMarker>>,
-    /// Contexts whose legacy streams are to be marked when the ends have passed.
+    /// Contexts whose legacy streams are to be marked when `ends` have passed.
     legacy: Vec<Later>,
-    /// Green contexts that are to be marked as a whole, at the same moment.
+    /// Green contexts that are to be marked as a whole then.
     greens: Vec<(Later, Green, Life)>,
-    /// What the driver said of a context that cannot be marked: it does no work any more.
+    /// The driver's error for a context that cannot be marked, because it is broken and does no work any more.
     broken: Option<CuResult>,
 }
 
-/// A context to be marked in, which may have gone by then.
+/// A context that is to be marked later, and may have been destroyed by then.
 struct Later {
     driver: &'static Driver,
     context: CUcontext,
@@ -255,14 +257,13 @@ impl Later {
         (Self::new(driver, green.owner), *green, life(green.context))
     }
 
-    /// Marks what has been submitted to the legacy stream, and to the streams that it waits for. `None` if the context has
-    /// gone.
+    /// Marks the work submitted to the legacy stream and to the streams for which it waits. `None` if the context is gone.
     fn legacy(&self) -> Option<Result<StreamMarker, CuResult>> {
         let _there = alive(&self.life)?;
         Some(self.end(|event| self.driver.event_record(event, CUstream::LEGACY)))
     }
 
-    /// Marks what has been submitted in a green context of it, in whichever stream. `None` if either has gone.
+    /// Marks the work submitted to all streams of one of its green contexts. `None` if either context is gone.
     fn green(&self, green: &Green, life: &Life) -> Option<Result<StreamMarker, CuResult>> {
         let _both = (alive(&self.life)?, alive(life)?);
         Some(self.end(|event| self.driver.green_ctx_record_event(green.green, event)))
@@ -280,7 +281,7 @@ impl Later {
 pub struct Current<'a>(&'a Driver);
 
 impl<'a> Current<'a> {
-    /// Makes it current.
+    /// Makes `context` current.
     ///
     /// # Errors
     /// The driver's: the context is gone or broken.
@@ -297,7 +298,7 @@ impl Drop for Current<'_> {
 }
 
 impl Parted {
-    /// The context is gone, and its green ones with it.
+    /// The context is gone, and its green contexts with it.
     pub fn gone(self) {
         self.greens.iter().for_each(|green| _ = end_life(green.context, || ((), true)));
     }
@@ -308,7 +309,7 @@ impl Streams {
         nvshare::sync::lock(&self.tracked)
     }
 
-    /// A context whose default streams may have work.
+    /// Adds a context, whose default streams may have work.
     pub fn add_context(&self, context: CUcontext) {
         let mut tracking = self.tracking();
         if !tracking.contexts.contains(&context) {
@@ -316,7 +317,7 @@ impl Streams {
         }
     }
 
-    /// The same, of a green context.
+    /// Adds a green context.
     pub fn add_green(&self, green: Green) {
         let mut tracking = self.tracking();
         if !tracking.greens.contains(&green) {
@@ -324,8 +325,8 @@ impl Streams {
         }
     }
 
-    /// A green context is about to be destroyed. Its work goes on, so its end is remembered. It stays known for as long as
-    /// it is there.
+    /// Marks the end of a green context that is about to be destroyed, because its work goes on. [`Streams::remove_green`]
+    /// follows when it is destroyed.
     pub fn mark_green(&self, driver: &'static Driver, green: &Green) {
         let (later, green, life) = Later::of_green(driver, green);
         if let Some(Ok(end)) = later.green(&green, &life) {
@@ -333,15 +334,15 @@ impl Streams {
         }
     }
 
-    /// A green context was destroyed: its streams are detached, and can do no more.
+    /// A green context was destroyed: its streams are detached and do no more work.
     pub fn remove_green(&self, green: &Green) {
         let mut tracking = self.tracking();
         tracking.greens.retain(|known| known != green);
         tracking.streams.retain(|known| known.green != green.green);
     }
 
-    /// A context is about to go, and its green contexts and streams with it. All its work is done, or, if it may be `busy`, the
-    /// driver will wait for it.
+    /// Takes out a context that is about to be destroyed, with its green contexts and streams. Its work is done, unless `busy`:
+    /// then the driver will wait for it.
     pub fn part(&self, context: CUcontext, busy: bool) -> Parted {
         let mut tracking = self.tracking();
         if busy {
@@ -354,7 +355,7 @@ impl Streams {
         Parted { greens, streams, orphans, busy }
     }
 
-    /// The context did not go.
+    /// Puts a context back that was not destroyed.
     pub fn rejoin(&self, context: CUcontext, mut parted: Parted) {
         self.add_context(context);
         let mut tracking = self.tracking();
@@ -363,29 +364,29 @@ impl Streams {
         tracking.orphans.append(&mut parted.orphans);
     }
 
-    /// A stream was made, in a context or in a green one of it. In a green one the legacy stream of the context waits for
-    /// no stream.
+    /// Adds a stream that was created in a context, or in one of its green contexts. The legacy stream does not wait for
+    /// streams of green contexts.
     pub fn add(&self, stream: CUstream, context: CUcontext, green: CUgreenCtx, flags: u32) {
         let blocking = green.is_null() && flags & CU_STREAM_NON_BLOCKING == 0;
         self.tracking().streams.push(Tracked { stream, context, green, blocking });
     }
 
-    /// A stream is about to be destroyed. Its work goes on, so its end is remembered, unless the legacy stream waits for it. An
-    /// event in a stream that captures would become a part of the graph, and never come: such a stream has the work that it had
-    /// `before` it captured. What was known of it, if anything.
+    /// Removes a stream that is about to be destroyed. Its work goes on, so its end is marked, unless the legacy stream waits
+    /// for it. In a stream that captures, the event would become part of the graph and never pass; the only work of such a
+    /// stream is what it had `before` the capture. Returns the stream, if it was known.
     pub fn remove(
         &self,
         driver: &'static Driver,
         stream: CUstream,
         before: impl FnOnce() -> WorkBefore,
     ) -> Option<Tracked> {
-        // A stream that is not known may have gone with its context. The driver destroys it by its handle all the same, and may
-        // crash on it in any other call.
+        // An unknown stream may have been destroyed with its context. The driver accepts such a handle when it destroys it,
+        // but may crash on it in any other call.
         if !self.tracking().streams.iter().any(|known| known.stream == stream) {
             return None;
         }
         let captures = driver.stream_capture_status(stream) != Ok(CU_STREAM_CAPTURE_STATUS_NONE);
-        // Before the lock here: whoever marks beside a capture has the set of captures first.
+        // Called before the lock is taken: the lock of the captures comes first in the order of locks.
         let before = if captures { before() } else { WorkBefore::Unknown };
         let mut tracking = self.tracking();
         let index = tracking.streams.iter().position(|known| known.stream == stream)?;
@@ -407,18 +408,18 @@ impl Streams {
         Some(tracked)
     }
 
-    /// A stream was not destroyed after all.
+    /// Puts a stream back that was not destroyed.
     pub fn put_back(&self, stream: Tracked) {
         self.tracking().streams.push(stream);
     }
 
-    /// Marks the present end of everything. No capture is open.
+    /// Marks the end of all work submitted so far. No capture may be open.
     pub fn mark(&self, driver: &'static Driver) -> CompletionMarker {
         self.mark_those(driver, |_| true, |_| true)
     }
 
-    /// Marks the present end of everything although captures are open, if that can be done without ruining one. `before` tells
-    /// of a stream that captures what work it had before. No stream begins or joins a capture meanwhile.
+    /// Marks the end of all work submitted so far although captures are open. `None` if that would invalidate a capture.
+    /// `before` returns the work that a capturing stream had before its capture. No stream begins or joins a capture meanwhile.
     pub fn mark_beside(
         &self,
         driver: &'static Driver,
@@ -430,7 +431,7 @@ impl Streams {
             for Tracked { stream, .. } in &tracking.streams {
                 match driver.stream_capture_status(*stream) {
                     Ok(CU_STREAM_CAPTURE_STATUS_NONE) => continue,
-                    // Its context is broken: it does no work any more, captured or not.
+                    // Its context is broken, so it does no work any more.
                     Err(result) if !result.is_of_capture() => continue,
                     _ => {}
                 }
@@ -450,16 +451,16 @@ impl Streams {
         Some(mark)
     }
 
-    /// Whether the second step of a mark ruins no capture: none of a blocking stream is open. To mark a green context as a whole
-    /// would ruin those of its streams.
+    /// Whether the second step of a marker invalidates no capture: no blocking stream captures, and there is no green context,
+    /// because marking one as a whole would invalidate the captures of its streams.
     pub fn may_mark_defaults(&self, driver: &'static Driver) -> bool {
         let tracking = self.tracking();
-        // The driver answers with an error if the legacy stream may not be used now, and ruins nothing.
+        // If the legacy stream may not be used now, the driver answers with an error and invalidates nothing.
         let status = |context: &CUcontext| {
             let _current = Current::new(driver, *context)?;
             driver.stream_capture_status(CUstream::LEGACY)
         };
-        // A context that is broken does no work any more.
+        // A broken context does no work any more.
         let usable = |context| match status(context) {
             Ok(status) => status == CU_STREAM_CAPTURE_STATUS_NONE,
             Err(result) => !result.is_of_capture(),
@@ -467,7 +468,7 @@ impl Streams {
         tracking.greens.is_empty() && tracking.contexts.iter().all(usable)
     }
 
-    /// Marks the present end of all work in a context and its green ones.
+    /// Marks the end of all work submitted so far in a context and its green contexts.
     pub fn mark_context(&self, driver: &'static Driver, context: CUcontext) -> CompletionMarker {
         self.mark_those(driver, |known| known == context, |_| true)
     }
@@ -492,7 +493,7 @@ impl Streams {
         for Tracked { stream, context, .. } in
             tracking.streams.iter().filter(|tracked| which(tracked.context) && streams(tracked.stream))
         {
-            // To ask costs less than an event, and most streams of most programs have no work.
+            // A query costs less than an event, and most streams have no work.
             if driver.stream_query(*stream) == Err(CuResult::NOT_READY) {
                 mark.add(end_of(driver, *context, *stream));
             }
@@ -501,7 +502,7 @@ impl Streams {
     }
 }
 
-/// The end of a stream's work so far, marked from this context.
+/// Marks the end of a stream's work so far, with `context` made current.
 fn end_of(driver: &'static Driver, context: CUcontext, stream: CUstream) -> Result<StreamMarker, CuResult> {
     let _current = Current::new(driver, context)?;
     StreamMarker::record(driver, context, stream, false)
@@ -515,7 +516,8 @@ impl CompletionMarker {
         }
     }
 
-    /// Whether everything before it is done, or can never be. No capture is open.
+    /// Whether all work before it is done, or can never be done. Makes the markers of the second step when it is time. No
+    /// capture may be open.
     pub fn look(&mut self) -> bool {
         self.ends.retain(|end| !end.is_past());
         if self.ends.is_empty() && !self.is_complete() {
@@ -525,23 +527,23 @@ impl CompletionMarker {
         self.ends.is_empty() && ENDING_BUSY.load(Ordering::Acquire) == 0
     }
 
-    /// Whether what is marked already is done. Marks nothing more.
+    /// Whether the work that is marked so far is done. Makes no further marker.
     pub fn has_passed(&mut self) -> bool {
         self.ends.retain(|end| !end.is_past());
         self.ends.is_empty()
     }
 
-    /// Whether it marks nothing more.
+    /// Whether it will make no further marker.
     pub fn is_complete(&self) -> bool {
         self.legacy.is_empty() && self.greens.is_empty()
     }
 
-    /// How much of it is not done yet, in no unit: it gets less, and none means that all is done.
+    /// How many markers have not passed or are not made yet. It decreases, and 0 means that all is done.
     pub fn left(&self) -> usize {
         self.ends.len() + self.legacy.len() + self.greens.len()
     }
 
-    /// The default streams, and whatever stream of a green context is not known.
+    /// Marks the default streams, and green contexts as a whole.
     fn mark_defaults(&mut self) {
         let (legacy, greens) = (std::mem::take(&mut self.legacy), std::mem::take(&mut self.greens));
         legacy.iter().filter_map(Later::legacy).for_each(|end| self.add(end));
@@ -551,13 +553,13 @@ impl CompletionMarker {
             .for_each(|end| self.add(end));
     }
 
-    /// What the driver said of a context that is broken, whose work will never be done. All other is, once
+    /// The driver's error for a broken context, whose work will never be done. The work of all other contexts is done when
     /// [`CompletionMarker::look`] says so.
     pub fn broken(&self) -> Option<CuResult> {
         self.broken
     }
 
-    /// Waits for what is marked already. [`CompletionMarker::look`] says whether that was all.
+    /// Waits for the work that is marked so far. [`CompletionMarker::look`] says whether that was all.
     pub fn wait(&mut self) {
         for end in self.ends.drain(..) {
             if let Err(result) = end.wait() {
@@ -566,7 +568,7 @@ impl CompletionMarker {
         }
     }
 
-    /// This moment in one GPU's work, and that one in another's.
+    /// A marker of the work of both.
     pub fn and(mut self, other: Self) -> Self {
         self.ends.extend(other.ends);
         self.legacy.extend(other.legacy);

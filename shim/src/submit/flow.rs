@@ -1,13 +1,14 @@
-//! Flow control: how much work is in flight, so that a drain is short.
+//! Flow control: limits the work in flight, so that a drain is short.
 //!
-//! Launches are asynchronous, and the driver takes hundreds of them ahead of the GPU: of kernels of 3 ms, seconds. A
-//! client whose slice may end must not have more in flight than takes the *drain target*, and the GPU must never wait
-//! for the client. So, while its slice can end ([`nvshare::policy::earliest_end`]), every submission passes here
-//! ([`Gate::limit`](nvshare::gate::Gate::limit)); while everybody's memory fits, none does, and nothing is paid.
+//! Launches are asynchronous, and the driver queues hundreds of them: with kernels of 3 ms that is seconds of work. A
+//! client whose slice may end must not have more work in flight than the GPU can do in the *drain target*, and yet the GPU
+//! must never run out of work. So while its slice can end ([`nvshare::policy::earliest_end`]), every submission passes here
+//! ([`Gate::limit`](nvshare::gate::Gate::limit)). While the memory of all clients fits on the GPU, no submission does, and
+//! flow control costs nothing.
 //!
-//! Each [`Queue`] is looked at by itself: a stream does its work in order, streams do theirs side by side, and what is in
-//! flight in one says nothing of another. A drain takes as long as the longest queue. How much a queue may have in flight is
-//! for its pace to say ([`nvshare::pace`]); a marker is an event.
+//! Each [`Queue`] is limited separately: a stream does its work in order, streams run concurrently, and the work in flight in
+//! one says nothing about another. A drain takes as long as the longest queue. How much a queue may have in flight is decided
+//! by its pace ([`nvshare::pace`]), whose markers are events here.
 
 use crate::cuda::abi::*;
 use crate::submit::captures;
@@ -36,22 +37,23 @@ impl Marker for StreamMarker {
 /// The pace of each queue, and when the slice of each of the process's GPUs can end.
 #[derive(Default)]
 struct Flow {
-    /// While one of them can: how long a drain may take, and when it can, ns.
+    /// While a slice can end: the drain target, and the earliest end of a slice, ns.
     limit: Option<(Nanos, Nanos)>,
     paces: FxHashMap<Queue, Pace<StreamMarker>>,
-    /// Of the slice that is over, until it is drained.
+    /// The paces of the slice that has ended, until it is drained.
     over: FxHashMap<Queue, Pace<StreamMarker>>,
-    /// Of the queues that were used in the slice before: as it was when that was drained.
+    /// The cost estimates of the queues that were used in the previous slice, from the end of that slice.
     costs: FxHashMap<Queue, CostEstimate>,
+    /// When the slice of each GPU can end, for those that can, ns.
     ends: Vec<(GpuUuid, Nanos)>,
 }
 
 static FLOW: LazyLock<Mutex<Flow>> = LazyLock::new(Mutex::default);
 static CHANGED: Condvar = Condvar::new();
 
-/// Threads that wait here.
+/// How many threads wait here.
 static HELD: AtomicU32 = AtomicU32::new(0);
-/// How often a thread has.
+/// How often a thread has waited here.
 static HOLDS: AtomicU64 = AtomicU64::new(0);
 
 fn flow() -> MutexGuard<'static, Flow> {
@@ -77,21 +79,21 @@ impl Flow {
     }
 }
 
-/// Says when the slice of a GPU can end, ns, or that it cannot. Called by the GPU's engine, while it runs, and before the
-/// gate opens: of threads that stand before it, each could have launched for seconds a moment later.
+/// Sets when the slice of a GPU can end, ns, or that it cannot. The GPU's engine calls it while the client runs, and before it
+/// opens the gate: otherwise each waiting thread could at once submit seconds of work.
 pub fn limit(gpu: GpuUuid, end: Option<Nanos>, target: Nanos) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
     flow.ends.extend(end.map(|end| (gpu, end)));
     let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return flow.stop() };
-    // No mark is made here: the threads that submit may keep the driver to themselves for seconds.
+    // No marker is made here, because submitting threads may hold the driver's locks for seconds.
     if flow.limit.replace((target, until)).is_none() {
         gate().limit();
     }
     flow.paces.values_mut().for_each(|pace| pace.limit(until));
 }
 
-/// The slice of this GPU is over, or the process uses it no more.
+/// The slice of this GPU has ended, or the process does not use the GPU any more.
 pub fn end(gpu: GpuUuid) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
@@ -100,32 +102,32 @@ pub fn end(gpu: GpuUuid) {
     }
 }
 
-/// How long the work of the slice that is over takes from this time on, ns, by what is known of it; 0 if nothing is.
+/// An estimate of how long the work of the slice that has ended takes from `time` on, ns; 0 if unknown.
 pub fn foreseen(time: Nanos) -> Nanos {
     let mut flow = flow();
     let backlog = |pace: &mut Pace<StreamMarker>| {
-        // What a capture forbids to look at is thought to be as it was.
+        // If a capture forbids querying the markers, the last known state is used.
         let _ = captures::with_no_capture(|| pace.look(time));
         pace.cost().get().map_or(0, |each| pace.backlog(each, time))
     };
     flow.over.values_mut().map(backlog).max().unwrap_or(0)
 }
 
-/// All work of the process is done, and no capture is open: its last marks say what it took.
+/// All work of the process is done: its last markers give the cost estimates for the next slice.
 pub fn drained() {
     let mut flow = flow();
     let over = std::mem::take(&mut flow.over);
     flow.costs.extend(over.into_iter().map(|(queue, pace)| (queue, pace.drained(now()))));
 }
 
-/// A context is about to be destroyed, and its events with it: the marks mean nothing any more.
+/// Drops all markers, because a context is about to be destroyed with its events.
 pub fn drop_markers() {
     let mut flow = flow();
     flow.paces.clear();
     flow.over.clear();
 }
 
-/// A stream is about to be destroyed: its handle may come back as another's.
+/// Drops the state of a stream that is about to be destroyed, because its handle may be reused.
 pub fn drop_stream(stream: CUstream) {
     let mut flow = flow();
     let is_other = |queue: &Queue| !queue.is_stream(stream);
@@ -134,7 +136,7 @@ pub fn drop_stream(stream: CUstream) {
     flow.costs.retain(|queue, _| is_other(queue));
 }
 
-/// A thread ends, and its own default streams with it.
+/// Drops the state of the own default streams of a thread that has ended.
 pub fn thread_ended(thread: ThreadId) {
     let mut flow = flow();
     let is_other = |queue: &Queue| !queue.is_of_thread(thread);
@@ -143,7 +145,7 @@ pub fn thread_ended(thread: ThreadId) {
     flow.costs.retain(|queue, _| is_other(queue));
 }
 
-/// Waits until a submission to a queue may go. Outside the gate: it may be shut meanwhile.
+/// Waits until a submission to a queue is admitted. Called outside the gate, which may be shut meanwhile.
 #[cold]
 pub fn pace(queue: Queue) {
     let mut flow = flow();
@@ -151,8 +153,8 @@ pub fn pace(queue: Queue) {
         if pace.has_credit() {
             return;
         }
-        // Nothing is counted while a capture is open: what is captured is no work yet, and to ask whether an event has
-        // passed would ruin it.
+        // Submissions are not counted while a capture is open: captured calls submit no work, and querying an event would
+        // invalidate the capture.
         let Some(turn) = captures::with_no_capture(|| pace.next(now())) else { return };
         match turn {
             Admission::Go => return,
@@ -161,7 +163,7 @@ pub fn pace(queue: Queue) {
                 drop(flow);
                 let Some(mark) = captures::with_no_capture(|| queue.end()).flatten() else { return };
                 flow = self::flow();
-                // Else one may have begun meanwhile: the mark is as good as none.
+                // If a capture has begun meanwhile, the marker is dropped.
                 let _ = captures::with_no_capture(|| {
                     if let Some(pace) = flow.pace(queue) {
                         pace.marked(count, mark);
@@ -183,7 +185,7 @@ pub fn pace(queue: Queue) {
 }
 
 /// Whether a thread waits here.
-pub fn holds_somebody() -> bool {
+pub fn is_holding() -> bool {
     HELD.load(Ordering::Relaxed) > 0
 }
 

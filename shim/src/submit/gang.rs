@@ -1,12 +1,12 @@
-//! The GPUs of this process together: its gate is open when it has all of them, and work on one may use the
+//! The GPUs of this process as a gang: the process's gate is open when it has all of them, because work on one GPU may use the
 //! memory of another.
 //!
-//! Each GPU's engine says here what it has ([`GpuState`]), and asks what that means for it ([`nvshare::gang_order`]).
-//! Whoever changes a stage rings the other engines: one may ask now, or must give up, or is cut off.
+//! Each GPU's engine records its state here ([`GpuState`]), and asks what it may do ([`nvshare::gang_order`]).
+//! A change of state rings the doorbells of the other engines: one may now ask for its GPU, or must give it up.
 //!
-//! **Locks.** [`GANG`] is the innermost: a GPU's map of memory and the set of captures may be held when it
-//! is taken, and nothing is waited for while it is held. That the gate opens and shuts under it is what keeps
-//! one engine from opening it in the moment in which another GPU's memory goes.
+//! **Locks.** [`GANG`] is the innermost lock: a GPU's map of memory and the set of captures may be held when it
+//! is taken, and no thread blocks while it holds it. The gate is opened and shut under it, so that
+//! no engine can open the gate at the moment when another GPU's memory is evicted.
 
 use crate::cuda::abi::CUstream;
 use crate::cuda::driver::Driver;
@@ -25,7 +25,7 @@ pub struct Member {
     pub gpu: GpuUuid,
     /// The driver.
     pub driver: &'static Driver,
-    /// What this client has and asks for.
+    /// The client's accounts.
     pub books: Books<MappedPage>,
     /// The streams that may have work.
     pub streams: Arc<Streams>,
@@ -51,14 +51,14 @@ fn gang() -> MutexGuard<'static, Gang> {
 }
 
 impl Gang {
-    /// Writes down what the process has of a GPU, shuts or opens the gate, and tells the other engines.
+    /// Sets the state of a GPU, opens or shuts the gate accordingly, and wakes the other engines.
     fn set(&mut self, gpu: GpuUuid, stage: GpuState) {
         if self.order.set(gpu, stage) {
             self.changed(gpu);
         }
     }
 
-    /// What the process has of this GPU has changed, or of others too.
+    /// Opens or shuts the gate after the state of this GPU, and perhaps of others, has changed, and wakes the other engines.
     fn changed(&mut self, gpu: GpuUuid) {
         if self.order.complete() {
             self.begin(gpu);
@@ -69,8 +69,8 @@ impl Gang {
         self.wake_all_but(gpu);
     }
 
-    /// The process runs from now on, and so do its slices. If it could not run for a while, those of the GPUs
-    /// that it had meanwhile begin anew where nobody waits.
+    /// The process runs from now on: begins its slices. A slice that has begun earlier on a GPU that the process kept while it
+    /// could not run begins again if no client waits there.
     fn begin(&self, gpu: GpuUuid) {
         if self.members.iter().all(|member| member.books.slice_has_begun()) {
             return;
@@ -90,21 +90,21 @@ impl Gang {
     }
 }
 
-/// Wakes all engines of the process: something has changed that concerns them all.
+/// Wakes all engines of the process.
 pub fn wake_engines() {
     gang().members.iter().for_each(|member| member.wake_engine());
 }
 
-/// The process begins to use a GPU. Nobody goes in before it has that one too.
+/// Adds a GPU to the gang. The gate stays shut until the process has this one too.
 pub fn join(member: Member) {
     let mut gang = gang();
     gang.order.join(member.gpu);
     gang.members.push(member);
-    // No GPU of the process is ready whose engine has not said so.
+    // A GPU is not ready until its engine has said so.
     gate().close();
 }
 
-/// The process uses a GPU no more, and no engine is there to ask for it.
+/// Removes a GPU from the gang, because its engine has ended.
 pub fn leave(gpu: GpuUuid) {
     let mut gang = gang();
     gang.order.leave(gpu);
@@ -115,45 +115,46 @@ pub fn leave(gpu: GpuUuid) {
     }
 }
 
-/// A GPU is the process's, with all memory in place: it runs, if it has the others too.
+/// The process has a GPU with all memory in place. It runs if it has its other GPUs too.
 pub fn ready(gpu: GpuUuid) {
     gang().set(gpu, GpuState::Ready);
 }
 
-/// A GPU that is the process's has more memory now than is in place: nobody more goes in.
+/// Some memory on a GPU that the process has is not in place: shuts the gate.
 pub fn growing(gpu: GpuUuid) {
     let mut gang = gang();
     match gang.order.state(gpu) {
         GpuState::Ready => gang.set(gpu, GpuState::Growing),
         GpuState::Draining | GpuState::DrainPaused => gang.set(gpu, GpuState::DrainingIncomplete),
-        // One that was given up fills all that is missing when it comes back.
+        // A GPU that was given up gets all missing memory when it is filled again.
         _ => {}
     }
 }
 
-/// Others have the GPU that the process asked for.
+/// The process waits for a GPU that other clients have.
 pub fn waiting(gpu: GpuUuid) {
     gang().set(gpu, GpuState::Waiting);
 }
 
-/// The process does not have a GPU, and does not wait for it: nobody more goes in.
+/// The process neither has a GPU nor waits for it: shuts the gate.
 pub fn out(gpu: GpuUuid) {
     gang().set(gpu, GpuState::Out);
 }
 
-/// A GPU is to be given up: nobody more goes in. Its memory is all in place, or not. Those inside may still be there.
+/// The process drains a GPU: shuts the gate; threads may still be inside. `incomplete` says that some of its memory is not in
+/// place.
 pub fn drain(gpu: GpuUuid, incomplete: bool) {
     let mut gang = gang();
     let stage = if incomplete { GpuState::DrainingIncomplete } else { GpuState::Draining };
     if gang.order.set(gpu, stage) {
         gang.wake_all_but(gpu);
     }
-    // Also if it is closed already: another engine may be in the middle of closing it, with its barrier still to come.
+    // Also if it is shut already: another engine may be shutting it and not have executed its memory barrier yet.
     gate().close();
 }
 
-/// The work of the process on all GPUs is done, as far as a drain that began with [`drain`] knows: the GPU is given up. False
-/// if threads were let in meanwhile; then nothing is known.
+/// A drain that began with [`drain`] has found all work done: the GPU is given up. False if threads were let in meanwhile, so
+/// that there may be new work.
 pub fn drained(gpu: GpuUuid) -> bool {
     let mut gang = gang();
     let is = matches!(gang.order.state(gpu), GpuState::Draining | GpuState::DrainingIncomplete);
@@ -163,8 +164,8 @@ pub fn drained(gpu: GpuUuid) -> bool {
     is
 }
 
-/// A drain is put off, and with it those of the process's other GPUs: threads go in, if all memory of the process is in
-/// place. The caller holds the map of this GPU's memory, in which nothing is missing.
+/// Pauses a drain, and with it those of the process's other GPUs: the gate opens if all memory of the process is in
+/// place. The caller holds the lock of this GPU's map, in which no memory is missing.
 pub fn pause_drain(gpu: GpuUuid) {
     let mut gang = gang();
     gang.order.set(gpu, GpuState::DrainPaused);
@@ -172,17 +173,17 @@ pub fn pause_drain(gpu: GpuUuid) {
     gang.changed(gpu);
 }
 
-/// Whether the process may have work that uses a GPU's memory: it has that one, or is about to give it up.
+/// Whether the process may have work that uses a GPU's memory: it has the GPU, or is draining it.
 pub fn has(gpu: GpuUuid) -> bool {
     !matches!(gang().order.state(gpu), GpuState::Out | GpuState::Waiting)
 }
 
-/// Whether a drain is put off.
+/// Whether the drain of a GPU is paused.
 pub fn is_paused(gpu: GpuUuid) -> bool {
     gang().order.state(gpu) == GpuState::DrainPaused
 }
 
-/// Whether a GPU is the process's, with all memory in place.
+/// Whether the process has a GPU with all memory in place.
 pub fn is_ready(gpu: GpuUuid) -> bool {
     gang().order.state(gpu) == GpuState::Ready
 }
@@ -202,15 +203,15 @@ pub fn waits_beyond(gpu: GpuUuid) -> bool {
     gang().order.waits_beyond(gpu)
 }
 
-/// Marks the present end of all work of the process, on every GPU: a kernel or a copy on one may use memory of
-/// another. No capture is open.
+/// Marks the end of all work of the process so far on every GPU, because work on one may use memory of
+/// another. No capture may be open.
 pub fn mark() -> CompletionMarker {
     let members = gang().members.clone();
     let marks = members.iter().map(|member| member.streams.mark(member.driver));
     marks.reduce(CompletionMarker::and).unwrap_or_default()
 }
 
-/// The same although captures are open, if that can be done: see [`Streams::mark_beside`].
+/// The same although captures are open, if possible: see [`Streams::mark_beside`].
 ///
 /// [`Streams::mark_beside`]: crate::submit::drain::Streams::mark_beside
 pub fn mark_beside(before: impl Fn(CUstream) -> WorkBefore) -> Option<CompletionMarker> {
@@ -221,7 +222,7 @@ pub fn mark_beside(before: impl Fn(CUstream) -> WorkBefore) -> Option<Completion
         .map(|marks| marks.into_iter().reduce(CompletionMarker::and).unwrap_or_default())
 }
 
-/// Whether a mark may be finished although captures are open: see [`Streams::may_mark_defaults`].
+/// Whether the second step of a marker is possible although captures are open: see [`Streams::may_mark_defaults`].
 ///
 /// [`Streams::may_mark_defaults`]: crate::submit::drain::Streams::may_mark_defaults
 pub fn may_mark_defaults() -> bool {

@@ -1,5 +1,5 @@
-//! The gate of this process ([`nvshare::gate`]). It stands open until the process attaches to a GPU, because there is nothing
-//! to guard before.
+//! The gate of this process ([`nvshare::gate`]). It is open until the process attaches to a GPU, because before that there is
+//! no memory to guard.
 
 use nvshare::gate::Gate;
 use std::sync::LazyLock;

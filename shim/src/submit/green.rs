@@ -1,29 +1,29 @@
-//! The green contexts of this process, and the primary context that each is made of.
+//! The green contexts of this process, and the primary context of each.
 
 use crate::cuda::abi::{CUcontext, CUgreenCtx};
 use std::sync::{PoisonError, RwLock};
 
-/// A green context: a part of the GPU's multiprocessors, with streams of its own and all else of a primary context.
+/// A green context: a part of the GPU's multiprocessors with streams of its own. All other objects are the primary context's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Green {
     /// The green context.
     pub green: CUgreenCtx,
-    /// The context by which it is used.
+    /// The context handle by which it is used.
     pub context: CUcontext,
-    /// The primary context that it was made of, whose memory, events and modules it uses.
+    /// Its primary context, whose memory, events and modules it uses.
     pub owner: CUcontext,
 }
 
-/// All of them.
+/// All green contexts.
 static GREENS: RwLock<Vec<Green>> = RwLock::new(Vec::new());
 
-/// Looks for one.
+/// Finds a green context.
 fn find(which: impl Fn(&Green) -> bool) -> Option<Green> {
     let greens = GREENS.read().unwrap_or_else(PoisonError::into_inner);
     greens.iter().copied().find(which)
 }
 
-/// One was made. False if it is known already.
+/// Adds one. False if it is known already.
 pub fn add(green: Green) -> bool {
     let mut greens = GREENS.write().unwrap_or_else(PoisonError::into_inner);
     let new = !greens.contains(&green);
@@ -33,28 +33,29 @@ pub fn add(green: Green) -> bool {
     new
 }
 
-/// One was destroyed.
+/// Removes one that was destroyed.
 pub fn remove(green: &Green) {
     GREENS.write().unwrap_or_else(PoisonError::into_inner).retain(|known| known != green);
 }
 
-/// A primary context has ended, and its green contexts with it: removes and returns them.
+/// Removes and returns the green contexts of a primary context that was destroyed.
 pub fn remove_of(owner: CUcontext) -> Vec<Green> {
     let mut greens = GREENS.write().unwrap_or_else(PoisonError::into_inner);
     greens.extract_if(.., |green| green.owner == owner).collect()
 }
 
-/// A green context by its own handle.
+/// The green context with this handle.
 pub fn by_handle(handle: CUgreenCtx) -> Option<Green> {
     find(|green| green.green == handle)
 }
 
-/// The green context that a context stands for, or null.
+/// The green context that has this context handle, or null.
 pub fn of_context(context: CUcontext) -> CUgreenCtx {
     find(|green| green.context == context).map_or(CUgreenCtx::NULL, |green| green.green)
 }
 
-/// The context that memory, events and modules belong to which are made in a context: the primary context of a green one.
+/// The context to which memory, events and modules created in a context belong: its primary context if it is a green one, else
+/// itself.
 pub fn owner_of(context: CUcontext) -> CUcontext {
     find(|green| green.context == context).map_or(context, |green| green.owner)
 }

@@ -1,17 +1,17 @@
-//! Work on its way to the GPU: threads pass the gate, and a drain waits for what they have submitted.
+//! Submission of work to the GPU: threads pass the gate to submit, and a drain waits for the work that they have submitted.
 //!
 //! | file | what it holds |
 //! |---|---|
-//! | [`pass`] | how a thread goes through the gate, and comes out |
+//! | [`pass`] | how a thread passes the gate, and leaves it |
 //! | [`flow`] | flow control: how much work may be in flight |
-//! | [`queue`] | the name of a stream, as flow control and captures count |
-//! | [`captures`], [`capture_begin`] | graphs that are being recorded |
-//! | [`drain`] | markers behind all submitted work, and waiting for them |
+//! | [`queue`] | identifies a stream, for flow control and captures |
+//! | [`captures`], [`capture_begin`] | captures of graphs |
+//! | [`drain`] | markers of the end of all submitted work, and waiting for them |
 //! | [`green`] | green contexts, and the primary context of each |
 //! | [`gang`] | the GPUs of this process together: the gate is open when it has all of them |
 //! | [`gate`] | the process's gate |
 //!
-//! May use `cuda` and the files of the crate's root, and nothing above.
+//! May use `cuda` and the files of the crate's root, and no room above.
 
 pub mod capture_begin;
 pub mod captures;

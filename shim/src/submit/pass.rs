@@ -1,8 +1,8 @@
 //! How a thread passes the gate to submit work, and what that costs it.
 //!
-//! A thread has a *lane* of the gate ([`nvshare::gate`]). The fast way in is two loads and two stores to that lane. The slow way
-//! is for a thread without a lane, for a gate that is shut, for flow control ([`crate::submit::flow`]), and for a process whose
-//! memory is lost.
+//! A thread has a *lane* of the gate ([`nvshare::gate`]). The fast path takes two loads and two stores to that lane. The slow
+//! path is for a thread without a lane, for a gate that is shut, for flow control ([`crate::submit::flow`]), and for a process
+//! whose memory is lost.
 
 use crate::cuda::abi::CuResult;
 use crate::submit::gate::gate;
@@ -14,8 +14,8 @@ use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 thread_local! {
-    /// This thread's lane, or null before its first pass. Apart from its owner below, because a plain
-    /// pointer can be read without asking whether it was initialised or destroyed.
+    /// This thread's lane, or null before its first pass. Separate from its owner below, because a plain
+    /// pointer can be read without checking whether it is initialised or destroyed.
     static LANE: Cell<*const Lane> = const { Cell::new(std::ptr::null()) };
     static OWNER: RefCell<Option<LaneOwner>> = const { RefCell::new(None) };
 }
@@ -29,16 +29,16 @@ impl Drop for LaneOwner {
     }
 }
 
-/// Leave to be inside; ends when dropped.
+/// Permission to be inside the gate; the thread leaves when it is dropped.
 ///
-/// Points to a lane; or one byte further, if the lane ends with the pass; or is [`Pass::OUTSIDE`].
+/// It is a pointer to the lane, or one byte further if the lane exists only for this pass ([`LATE`]), or [`Pass::OUTSIDE`].
 pub struct Pass(*const Lane);
 
-/// A bit of a pass: a thread whose thread-locals are gone has a lane for each pass.
+/// A bit of a pass: the lane exists only for this pass, because the thread's thread-locals are destroyed.
 const LATE: usize = 1;
 
 impl Pass {
-    /// Of a call that the gate does not hold: in a process without nvshare, or in the middle of another call.
+    /// The pass of a call that does not use the gate: in a process without nvshare, or within another call.
     const OUTSIDE: Self = Self(std::ptr::without_provenance(LATE));
 }
 
@@ -48,7 +48,7 @@ impl Drop for Pass {
         if self.0.addr() & LATE != 0 {
             return self.end_late();
         }
-        // SAFETY: the lane lives as long as its thread, and a pass stays in its thread.
+        // SAFETY: the lane exists as long as its thread, and a pass stays in its thread.
         gate().leave(unsafe { &*self.0 });
     }
 }
@@ -62,7 +62,7 @@ impl Pass {
             return;
         }
         LANE.set(std::ptr::null());
-        // SAFETY: the reference that `own_lane` keeps for this pass alone.
+        // SAFETY: the reference that `own_lane` has leaked for this pass.
         let lane = unsafe { Arc::from_raw(lane) };
         gate().leave(&lane);
         gate().retire(lane);
@@ -70,24 +70,23 @@ impl Pass {
     }
 }
 
-/// Whether this thread is inside the gate, in the middle of a call.
+/// Whether this thread is inside the gate, within a call.
 pub fn is_inside() -> bool {
     let lane = LANE.get();
-    // SAFETY: the lane lives as long as its thread.
+    // SAFETY: the lane exists as long as its thread.
     !lane.is_null() && unsafe { &*lane }.inside()
 }
 
-/// Goes through the gate to submit work to a queue of the GPU's, waiting while memory is out, or while too much of that queue's
-/// work is in flight.
+/// Passes the gate to submit work to a queue. Waits while memory is evicted, or while too much work of that queue is in flight.
 ///
 /// # Errors
-/// What the driver's call must return instead: memory could not be moved, and data is lost.
+/// The result that the call must return without being made: memory could not be moved, and data is lost.
 #[inline]
 pub fn enter(queue: impl Fn() -> Queue) -> Result<Pass, CuResult> {
     try_enter_fast().map_or_else(|| enter_slow(&|| flow::pace(queue())), Ok)
 }
 
-/// Goes through the gate for a call that wants memory mapped and submits nothing.
+/// Passes the gate for a call that needs memory mapped and submits nothing.
 ///
 /// # Errors
 /// As [`enter`].
@@ -96,7 +95,7 @@ pub fn enter_query() -> Result<Pass, CuResult> {
     try_enter_fast().map_or_else(|| enter_slow(&|| ()), Ok)
 }
 
-/// Through a gate that is open to all, from outside.
+/// Passes a gate that is open without a limit, from outside. `None` if the slow path is needed.
 #[inline]
 fn try_enter_fast() -> Option<Pass> {
     let lane = LANE.get();
@@ -114,22 +113,22 @@ fn try_enter_fast() -> Option<Pass> {
 #[inline(never)]
 fn enter_slow(keep_pace: &dyn Fn()) -> Result<Pass, CuResult> {
     if !state::enabled() || is_inside() {
-        // Inside: a call within a call, of a driver callback or of a library that wraps the driver.
+        // Inside: a call within another call, from a callback of the driver or a library that wraps the driver.
         return Ok(Pass::OUTSIDE);
     }
     if state::driver_has_gone() {
-        // Nobody opens the gate any more.
+        // The engines have ended, so the gate is not opened any more.
         return Err(CuResult::DEINITIALIZED);
     }
     let (lane, late) = own_lane();
-    // SAFETY: a lane of this thread's lives as long as the thread, and one that ends with the pass at least as long.
+    // SAFETY: a thread's lane exists as long as the thread, and a lane made for this pass as long as the pass.
     gate().enter(unsafe { &*lane }, keep_pace, gang::wake_engines);
     let pass = Pass(lane.map_addr(|address| address | if late { LATE } else { 0 }));
-    // A gate that has failed lets everybody in, to be told so here.
+    // A gate that has failed lets every thread in, so that it returns this error.
     state::intact().map(|()| pass)
 }
 
-/// This thread's lane, and whether it ends with the pass: nobody would give it back, because the thread-locals are gone.
+/// This thread's lane, and whether it exists only for this pass, because the thread-locals that would retire it are destroyed.
 fn own_lane() -> (*const Lane, bool) {
     let known = LANE.get();
     if !known.is_null() {
@@ -140,6 +139,6 @@ fn own_lane() -> (*const Lane, bool) {
     LANE.set(pointer);
     let mut lane = Some(lane);
     let _ = OWNER.try_with(|owner| *owner.borrow_mut() = lane.take().map(LaneOwner));
-    // Without an owner, the pass keeps the reference.
+    // Without an owner, the reference is leaked, and the pass gets it back.
     (pointer, lane.map(Arc::into_raw).is_some())
 }

@@ -1,4 +1,4 @@
-//! A name for what does its work in order.
+//! Identifies a stream.
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
@@ -6,7 +6,7 @@ use crate::submit::drain::{Current, StreamMarker};
 use crate::submit::green;
 use crate::thread::ThreadId;
 
-/// What does its work in order: a stream, by an explicit name, and for default streams of which context, or which thread.
+/// A stream: its explicit handle; for a default stream also its context, and its thread if it is a thread's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Queue {
     stream: CUstream,
@@ -15,19 +15,19 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// That of the stream that a call names, whose default stream is the thread's own or not.
+    /// The stream that a call names. `per_thread` says whether null means the thread's own default stream.
     pub fn of(stream: CUstream, per_thread: bool) -> Self {
         let stream = stream.named(per_thread);
         let context = || Driver::get().ok()?.ctx_current().ok();
         Self { stream, context: stream.is_default().then(context).flatten(), thread: stream.thread() }
     }
 
-    /// Whether a stream of the application's goes by this name.
+    /// Whether it has this handle.
     pub fn is_stream(&self, stream: CUstream) -> bool {
         self.stream == stream
     }
 
-    /// Whether it is a thread's own default stream, and which thread's.
+    /// Whether it is this thread's own default stream.
     pub fn is_of_thread(&self, thread: ThreadId) -> bool {
         self.thread == Some(thread)
     }
@@ -37,10 +37,10 @@ impl Queue {
         self.context.or_else(|| Driver::get().ok()?.stream_ctx(self.stream).ok())
     }
 
-    /// Its present end. `None` if it has none: the stream or its context is broken, or there is no such stream.
+    /// Marks the end of its work so far. `None` if that fails: the stream or its context is broken, or there is no such stream.
     pub fn end(&self) -> Option<StreamMarker> {
         let driver = Driver::get().ok()?;
-        // A green context may be current to another thread now. Its streams can be marked from its primary one.
+        // A green context may be current to another thread now, but its streams can be marked from its primary context.
         let context = self.context.or_else(|| Some(green::owner_of(self.context()?)))?;
         let _current = Current::new(driver, context).ok()?;
         StreamMarker::record(driver, context, self.stream, true).ok()

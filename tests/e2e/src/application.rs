@@ -202,7 +202,7 @@ impl Application {
     #[track_caller]
     pub fn ends_well(self) -> String {
         let said = self.end();
-        assert!(!said.contains("ERROR"), "{said}");
+        assert!(!said.contains(" ERROR "), "{said}");
         said
     }
 

@@ -76,7 +76,7 @@ fn a_log_level_that_is_none_is_told_and_the_log_still_warns() {
     assert_eq!(application.call("free 12345"), INVALID_VALUE);
     application.works();
     let said = application.end();
-    assert!(said.contains("NVSHARE_LOG='chatty'") && said.contains("write error, warn"), "{said}");
+    assert!(said.contains("NVSHARE_LOG='chatty'") && said.contains("set it to error, warn"), "{said}");
     assert!(said.contains("cuMemFree"), "the warning is lost: {said}");
 }
 

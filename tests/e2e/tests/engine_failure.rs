@@ -60,7 +60,7 @@ impl Broken {
         self.process.stderr.take().unwrap().read_to_string(&mut log).unwrap();
         assert!(self.process.wait().unwrap().success(), "{log}");
         let errors: Vec<_> =
-            log.lines().filter(|line| line.contains("ERROR") || line.contains("panick")).collect();
+            log.lines().filter(|line| line.contains(" ERROR ") || line.contains("panick")).collect();
         assert_eq!(errors.len(), 1, "one line says what happened: {log}");
         errors[0].to_owned()
     }

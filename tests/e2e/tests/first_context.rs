@@ -81,7 +81,7 @@ fn initialised(node: &Node) -> Application {
 /// Its log has no failure in it, nor a fill that found no memory where the books had some.
 fn ends_well(application: Application) -> String {
     let said = application.ends_well();
-    assert!(!said.contains("that the pool had"), "{said}");
+    assert!(!said.contains("that should be free"), "{said}");
     said
 }
 
@@ -92,7 +92,7 @@ fn first_context_on_a_full_gpu(make: &str) {
     holder.does("create");
     counted(&node, &[CONTEXT]);
     let held = Data::new(&mut holder, CARD - CONTEXT, 1);
-    // 64 MiB of room are not enough for it.
+    // A reservation of 64 MiB is not enough for it.
     let mut late = initialised(&node);
     late.does(make);
     assert_eq!(gpu(&node, 0).clients.len(), 2, "it has attached by the slot that it took for this");
@@ -106,7 +106,7 @@ fn first_context_on_a_full_gpu(make: &str) {
     }
     counted(&node, &[2 * CONTEXT]);
     let said = ends_well(late);
-    assert!(said.contains("made this process's context"), "{said}");
+    assert!(said.contains("this process's context was created"), "{said}");
     held.is_right(&mut holder);
     ends_well(holder);
     balances(&node);
@@ -167,7 +167,7 @@ fn a_context_that_nobody_can_make_room_for_is_refused() {
         "ERROR",
         "GPU-",
         "first context",
-        "56.00 MiB of room",
+        "56.00 MiB reserved for it",
         "200.00 MiB",
         "End a process",
     ]);

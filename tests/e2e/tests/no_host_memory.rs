@@ -98,9 +98,9 @@ fn who_cannot_evict_goes_on_and_so_does_the_waiter() {
     let name = one.application.client();
     let said = one.application.end();
     let lines = |part: &str| said.lines().filter(|line| line.contains(&name) && line.contains(part)).count();
-    assert_eq!(lines("ERROR"), 1, "{said}");
-    assert_eq!(lines("stay on the GPU, and others have only the rest of it"), 1, "{said}");
-    assert!(lines("RLIMIT_DATA") > 0 && lines("can make room again") == 1, "{said}");
+    assert_eq!(lines(" ERROR "), 1, "{said}");
+    assert_eq!(lines("cannot be evicted and stay on the GPU"), 1, "{said}");
+    assert!(lines("RLIMIT_DATA") > 0 && lines("can evict its memory again") == 1, "{said}");
     balances(&node);
 }
 

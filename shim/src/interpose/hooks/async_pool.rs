@@ -1,12 +1,12 @@
-//! Stream-ordered memory and its pools: what is said to the application. What is done is in [`crate::async_pool`].
+//! The entry points of stream-ordered memory and its pools. The implementation is in [`crate::async_pool`].
 //!
-//! Which calls are the driver's own:
-//! - those in a stream that captures: they become nodes of a graph, whose memory the driver makes at its launch;
-//! - those of a pool whose memory cannot come from here ([`async_pool::gpu_of`]), and frees of what it gave;
-//! - whatever makes no sense: the driver says it best.
+//! These calls go to the driver:
+//! - those in a stream that captures: they become nodes of a graph, whose memory the driver allocates at its launch;
+//! - those of a pool that nvshare does not serve ([`async_pool::gpu_of`]), and frees of its memory;
+//! - invalid calls, for which the driver returns the right error.
 //!
-//! Freeing in a capture what was allocated outside is among these last. The driver refuses it with INVALID_VALUE, as
-//! it does without nvshare: a free node must free what an allocation node made.
+//! Freeing during a capture memory that was allocated outside it is such an invalid call: the driver refuses it with
+//! INVALID_VALUE, as without nvshare, because a free node must free memory of an allocation node.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -24,7 +24,7 @@ use nvshare::units::format_size;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// A call that the driver answers, and that may give it work.
+/// Passes the gate and makes a call to the driver, which may submit work.
 fn by_the_driver((stream, per_thread): (CUstream, bool), call: impl FnOnce() -> CuResult) -> CuResult {
     match pass::enter(|| Queue::of(stream, per_thread)) {
         Ok(_pass) => call(),
@@ -32,24 +32,24 @@ fn by_the_driver((stream, per_thread): (CUstream, bool), call: impl FnOnce() -> 
     }
 }
 
-/// The driver made stream-ordered memory itself, in a pool of its own or for a graph: it cannot be moved.
+/// Logs stream-ordered memory that the driver has allocated, in a pool of its own or for a graph.
 fn made_unmovable(result: CuResult, bytes: usize) -> CuResult {
     if result.is_success() {
         tracing::debug!(
-            "{} of stream-ordered memory is the driver's own and cannot be moved",
+            "the driver has allocated {} of stream-ordered memory itself, which nvshare cannot move",
             format_size(bytes as u64)
         );
     }
     result
 }
 
-/// Where an allocation is to come from.
+/// Where an allocation comes from.
 enum Source {
-    /// Our pool.
+    /// A pool that nvshare serves.
     Ours(Arc<Device>, CUmemoryPool, StreamRef),
     /// A pool that the driver serves: other processes may open its memory, or a tool watches this process.
     DriversPool,
-    /// A node of a graph, or a call that makes no sense.
+    /// The driver: a node of a graph, or an invalid call.
     Driver,
 }
 
@@ -81,14 +81,14 @@ unsafe fn allocate(
         let source = if sensible { source(stream.0, stream.1, pool) } else { Source::Driver };
         let (device, pool, place) = match source {
             Source::Ours(device, pool, place) => (device, pool, place),
-            // Counted before it is there: others must not be promised the same memory.
+            // Reserved before the call, so that no other client takes the same granules.
             Source::DriversPool => {
                 // SAFETY: the caller's promise; the driver has written through it by then.
                 return made_unmovable(driver_memory::reserve(bytes as u64, own, || unsafe { *dptr }), bytes);
             }
             Source::Driver => return made_unmovable(own(), bytes),
         };
-        // As the driver does: what is refused is at address 0.
+        // As the driver does: a refused allocation is at address 0.
         // SAFETY: the caller's promise, and it is not null.
         unsafe { dptr.write(0) };
         if let Err(refused) = captures::refuse_unsafe() {
@@ -126,8 +126,8 @@ fn free(dptr: CUdeviceptr, stream: CUstream, per_thread: bool, own: impl FnOnce(
         });
         if result == CuResult::INVALID_VALUE {
             tracing::warn!(
-                "cuMemFreeAsync({dptr:#x}): no allocation begins there that can be freed in this stream; it was never \
-                 made, is freed already, or the stream captures and no node of the graph made it"
+                "cuMemFreeAsync({dptr:#x}) is refused, as without nvshare: no allocation begins there that can be freed in \
+                 this stream; it was never made, is freed already, or the stream captures and no node of the graph made it"
             );
         }
         result
@@ -190,7 +190,7 @@ pub unsafe fn cuMemFreeAsync_ptsz(dptr: CUdeviceptr, stream: CUstream) -> CuResu
     free(dptr, stream, true, || unsafe { driver_calls::cuMemFreeAsync_ptsz(dptr, stream) })
 }
 
-/// Whether a pool's memory can come from here: plain memory of a GPU that no other process opens.
+/// Whether nvshare can serve a pool: plain memory of a GPU that other processes cannot open.
 fn is_plain(props: &CUmemPoolProps) -> bool {
     props.kind == CU_MEM_ALLOCATION_TYPE_PINNED
         && props.handle_types == 0
@@ -224,7 +224,7 @@ pub unsafe fn cuMemPoolDestroy(pool: CUmemoryPool) -> CuResult {
     })
 }
 
-/// The GPU of a pool of ours.
+/// The GPU of a pool that nvshare serves.
 fn ours(pool: CUmemoryPool) -> Option<Arc<Device>> {
     async_pool::gpu_of(Driver::get().ok()?, pool)
 }
@@ -270,19 +270,19 @@ pub unsafe fn cuMemPoolSetAttribute(
     attribute: CUmemPool_attribute,
     value: *mut c_void,
 ) -> CuResult {
-    // The driver says what is allowed, and remembers it for whoever asks.
+    // The driver checks and stores the value, and answers queries of it.
     // SAFETY: the caller's arguments.
     let result = unsafe { driver_calls::cuMemPoolSetAttribute(pool, attribute, value) };
     guarded(|| {
         if result.is_success() && ours(pool).is_some() {
-            // SAFETY: the driver has just read the value, four bytes of a switch or eight of an amount.
+            // SAFETY: the driver has just read the value, four bytes for a switch or eight for an amount.
             let value = unsafe {
                 match attribute {
                     CU_MEMPOOL_ATTR_REUSE_FOLLOW_EVENT_DEPENDENCIES
                     | CU_MEMPOOL_ATTR_REUSE_ALLOW_OPPORTUNISTIC
                     | CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES => u64::from(*value.cast::<u32>()),
                     CU_MEMPOOL_ATTR_RELEASE_THRESHOLD..=CU_MEMPOOL_ATTR_USED_MEM_HIGH => *value.cast::<u64>(),
-                    // None of ours, and of a size that is not known here.
+                    // Not used here, and of unknown size.
                     _ => return result,
                 }
             };
@@ -292,8 +292,8 @@ pub unsafe fn cuMemPoolSetAttribute(
     })
 }
 
-/// The driver remembers who may use a pool's memory, and tells it to who asks. The memory itself is not shown to
-/// other GPUs yet.
+/// The driver stores the access rights of a pool, and answers queries of them. nvshare does not give other GPUs access to a
+/// pool's memory yet.
 pub unsafe fn cuMemPoolSetAccess(pool: CUmemoryPool, map: *const CUmemAccessDesc, count: usize) -> CuResult {
     // SAFETY: the caller's arguments.
     let result = unsafe { driver_calls::cuMemPoolSetAccess(pool, map, count) };
@@ -311,8 +311,8 @@ pub unsafe fn cuMemPoolSetAccess(pool: CUmemoryPool, map: *const CUmemAccessDesc
             if let Some(access) = map.iter().find(other) {
                 tracing::warn!(
                     gpu = %device.gpu,
-                    "cuMemPoolSetAccess: device {} will not see this pool's memory, which nvshare maps on its own GPU \
-                     only; copy it there with cuMemcpyPeerAsync, or allocate with cuMemAlloc",
+                    "cuMemPoolSetAccess: device {} will have no access to this pool's memory, which nvshare maps on its own \
+                     GPU only; copy it there with cuMemcpyPeerAsync, or allocate with cuMemAlloc",
                     access.location.id
                 );
             }

@@ -1,4 +1,4 @@
-//! How the recording of a graph begins and ends, and how a stream joins one.
+//! How captures begin and end, and how a stream joins one.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -8,7 +8,7 @@ use crate::interpose::driver_calls;
 use crate::submit::{capture_begin, captures};
 use std::ffi::c_void;
 
-/// Entry points that begin or end a capture of their stream, or have it join one, each in the form for the legacy default
+/// Entry points that begin or end a capture of their stream, or make it join one, each in the form for the legacy default
 /// stream and in that for a thread's own.
 macro_rules! captures {
     ($($module:ident::$action:ident $name:ident / $per_thread:ident (stream $(, $arg:ident: $ty:ty)*);)*) => {

@@ -1,4 +1,4 @@
-//! How contexts are made and ended, made current, and opened to one another.
+//! How contexts are created, destroyed and made current, and given access to one another's memory.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -11,8 +11,8 @@ use crate::process::{contexts, driver_memory, first_context, primary};
 use crate::state;
 use std::ffi::c_void;
 
-/// Makes or retains a context on a GPU with `call`, and room for it if the GPU is full. On success the process takes `note` of
-/// it; if that fails, because the process cannot take part, the context is undone.
+/// Creates or retains a context on a GPU with `call`, making room for it if the GPU is full. On success `note` records it; if
+/// that fails, because the process cannot attach, `undo` destroys or releases it.
 fn make_context(
     device: CUdevice,
     call: impl Fn() -> CuResult,
@@ -38,7 +38,7 @@ fn make_context(
 /// The same for cuCtxCreate.
 ///
 /// # Safety
-/// `call` writes a context there if it succeeds.
+/// `call` writes to `context` if it succeeds.
 unsafe fn create_context(
     context: *const CUcontext,
     device: CUdevice,
@@ -50,12 +50,12 @@ unsafe fn create_context(
         device,
         call,
         |client| contexts::noted(made(), device, client),
-        // SAFETY: nobody else knows of it yet.
+        // SAFETY: the application does not know of it yet.
         || unsafe { driver_calls::cuCtxDestroy_v2(made()) },
     )
 }
 
-/// The driver has made a context current. One that nobody saw being made is known from now on.
+/// Records the context that the driver has made current, if its creation was not seen.
 fn made_current(result: CuResult) -> CuResult {
     if result.is_success() {
         let _ = guarded(|| {
@@ -76,11 +76,11 @@ pub unsafe fn cuDevicePrimaryCtxRetain(ctx: *mut CUcontext, dev: CUdevice) -> Cu
         primary::retained(dev, context);
         Ok(())
     };
-    // SAFETY: it was retained here.
+    // SAFETY: undoes the retain above.
     make_context(dev, retain, note, || unsafe { driver_calls::cuDevicePrimaryCtxRelease_v2(dev) })
 }
 
-/// Entry points that end a context, or may: what each does, given how the driver is called.
+/// Entry points that destroy a context, or may: each passes its argument and the driver's call to an action.
 macro_rules! ends_context {
     ($($name:ident ($arg:ident: $ty:ty) => $action:expr;)*) => {
         $(
@@ -204,7 +204,7 @@ pub unsafe fn cuGreenCtxCreate(
     let create = || unsafe { driver_calls::cuGreenCtxCreate(ctx, desc, dev, flags) };
     // SAFETY: on success the driver has written the green context.
     let made = || unsafe { *ctx };
-    // SAFETY: nobody else knows of it yet.
+    // SAFETY: the application does not know of it yet.
     make_context(
         dev,
         create,

@@ -16,8 +16,8 @@ pub unsafe fn cuIpcGetMemHandle(handle: *mut CUipcMemHandle, dptr: CUdeviceptr) 
             Ok(pass) => pass,
             Err(result) => return result,
         };
-        // The driver gives no handle for stream-ordered memory, but for pools that are made for it, and those are
-        // its own.
+        // The driver gives handles for stream-ordered memory only if its pool was created for that, and such pools are the
+        // driver's own.
         let ours = match async_pool::find(dptr) {
             _ if handle.is_null() || contexts::is_broken() => None,
             Some(_) => Some(Err(CuResult::INVALID_VALUE)),

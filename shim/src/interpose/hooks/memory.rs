@@ -1,4 +1,4 @@
-//! cuInit, cuMemAlloc, cuMemFree, and how much memory there is.
+//! cuInit, cuMemAlloc, cuMemFree, and queries of how much memory there is.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -21,10 +21,10 @@ pub unsafe fn cuInit(flags: u32) -> CuResult {
     })
 }
 
-/// Every row of a pitched allocation begins at a multiple of this, as the driver's own do on all recent GPUs.
+/// Every row of a pitched allocation begins at a multiple of so many bytes, as with the driver on all recent GPUs.
 const PITCH_ALIGNMENT: usize = 512;
 
-/// What the pools do not use makes room.
+/// Allocates memory. If there is none, releases the unused memory of pools and tries again.
 fn allocate(device: &Device, bytes: u64, context: CUcontext) -> Result<CUdeviceptr, CuResult> {
     device.once_freed(|| match device.allocate(bytes, context) {
         Err(CuResult::OUT_OF_MEMORY) if async_pool::reclaim(device) => device.allocate(bytes, context),
@@ -49,10 +49,10 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         if dptr.is_null() {
             return CuResult::INVALID_VALUE;
         }
-        // As the driver does: what is refused is at address 0.
+        // As the driver does: a refused allocation is at address 0.
         // SAFETY: the caller's pointer to where the address goes, not null.
         unsafe { dptr.write(0) };
-        // Nothing is refused for being nothing.
+        // As the driver does: 0 bytes are refused for that reason, before a capture is considered.
         if bytesize > 0
             && let Err(refused) = captures::refuse_unsafe()
         {
@@ -92,14 +92,15 @@ pub unsafe fn cuMemAllocPitch_v2(
             return CuResult::INVALID_VALUE;
         }
         let row = width.checked_next_multiple_of(PITCH_ALIGNMENT).unwrap_or(0);
-        // SAFETY: the caller's pointer to where the pitch goes, not null. The driver says it of what it then refuses too.
+        // As the driver does, also for an allocation that it refuses afterwards.
+        // SAFETY: the caller's pointer to where the pitch goes, not null.
         unsafe { pitch.write(if height == 0 { 0 } else { row }) };
         let Some(bytes) = row.checked_mul(height) else {
             tracing::warn!(
                 gpu = %device.gpu,
-                "cuMemAllocPitch: {height} rows of {width} B are more than an address can count; the width is in bytes"
+                "cuMemAllocPitch is refused: {height} rows of {width} B are more than 2^64 B; the width is in bytes"
             );
-            // What wraps to nothing is nothing to the driver.
+            // As the driver does, whose product wraps around.
             return match row.wrapping_mul(height) {
                 0 => CuResult::INVALID_VALUE,
                 _ => CuResult::OUT_OF_MEMORY,
@@ -138,7 +139,7 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
             return broken;
         }
         if contexts::is_broken() {
-            // Nothing is freed: it goes with the context.
+            // Nothing is freed now: the memory is released with the context.
             // SAFETY: the caller's arguments.
             return unsafe { driver_calls::cuMemFree_v2(dptr) };
         }
@@ -165,18 +166,18 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
         if result == CuResult::INVALID_VALUE {
             match super::pointers::Allocated::at(dptr) {
                 Some(_) if crate::ipc::containing(dptr).is_some() => tracing::warn!(
-                    "cuMemFree({dptr:#x}): it is another process's memory; close it by cuIpcCloseMemHandle"
+                    "cuMemFree({dptr:#x}) is refused, as without nvshare: it is memory of another process; close it by cuIpcCloseMemHandle"
                 ),
                 Some(known) if known.is_mapped() => tracing::warn!(
-                    "cuMemFree({dptr:#x}): the process has mapped memory there; unmap it by cuMemUnmap"
+                    "cuMemFree({dptr:#x}) is refused, as without nvshare: the memory there was mapped by cuMemMap; unmap it by cuMemUnmap"
                 ),
                 Some(allocation) => tracing::warn!(
-                    "cuMemFree({dptr:#x}): it lies inside the allocation of {} at {:#x}; free that address",
+                    "cuMemFree({dptr:#x}) is refused, as without nvshare: it lies inside the allocation of {} at {:#x}; free that address",
                     nvshare::units::format_size(allocation.size),
                     allocation.base
                 ),
                 None => tracing::warn!(
-                    "cuMemFree({dptr:#x}): no allocation begins there; it was never made, or is freed already"
+                    "cuMemFree({dptr:#x}) is refused, as without nvshare: no allocation begins there; it was never made, or is freed already"
                 ),
             }
         }
@@ -184,13 +185,13 @@ pub unsafe fn cuMemFree_v2(dptr: CUdeviceptr) -> CuResult {
     })
 }
 
-/// A figure in a form of 32 bits: as much as it can tell.
+/// Bytes as a 32-bit number, or the largest such number if they are more.
 fn in_32_bits(bytes: u64) -> u32 {
     bytes.try_into().unwrap_or(u32::MAX)
 }
 
-/// Answers with what the current context's GPU has, or has the driver answer. The driver writes what it is given a place
-/// for.
+/// Reports free and total memory of the current context's GPU, or has the driver answer if the GPU is not known. Each pointer
+/// may be null, as with the driver.
 fn tell_memory<T>(
     [free, total]: [*mut T; 2],
     figure: impl Fn(u64) -> T,
@@ -220,7 +221,7 @@ pub unsafe fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CuResult {
 }
 
 pub unsafe fn cuMemGetInfo(free: *mut u32, total: *mut u32) -> CuResult {
-    // Today's drivers refuse it in any context that can be made.
+    // Present drivers refuse this old form in any context.
     // SAFETY: the caller's arguments.
     match unsafe { driver_calls::cuMemGetInfo(free, total) } {
         CuResult::SUCCESS => tell_memory([free, total], in_32_bits, || CuResult::SUCCESS),
@@ -228,7 +229,7 @@ pub unsafe fn cuMemGetInfo(free: *mut u32, total: *mut u32) -> CuResult {
     }
 }
 
-/// The driver has answered for the card; what the client has of it may be less.
+/// Replaces the driver's answer for the whole GPU by the client's total, which may be less.
 fn told_total(result: CuResult, dev: CUdevice, correct: impl FnOnce(u64)) -> CuResult {
     guarded(|| {
         if result.is_success()

@@ -1,7 +1,7 @@
-//! What nvshare does at the entry points that need more than the gate, by families of the driver's functions.
+//! The entry points that need more than the gate, by families of the driver's functions.
 //!
 //! Each function has the signature of the driver's entry point of that name, and is called in its place. None may
-//! unwind into C: whatever could panic runs inside [`guard::guarded`].
+//! unwind into C: code that could panic runs inside [`guard::guarded`].
 //!
 //! | file | entry points |
 //! |---|---|
@@ -11,7 +11,7 @@
 //! | [`async_pool`] | stream-ordered memory and its pools |
 //! | [`unmovable`] | memory that only the driver can place: arrays, managed memory |
 //! | [`ipc`] | memory of other processes |
-//! | [`context`], [`stream`], [`capture`] | contexts, streams, recordings of graphs |
+//! | [`context`], [`stream`], [`capture`] | contexts, streams, captures of graphs |
 
 #![allow(missing_docs)]
 

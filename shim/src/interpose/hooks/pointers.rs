@@ -1,9 +1,9 @@
-//! What the application is told about a pointer.
+//! Attributes of pointers.
 //!
-//! An allocation consists of chunks that nvshare maps by hand, some of them perhaps in host memory, and it may have a
-//! granule that it fills in part. What the driver says of such a mapping is not what it would say of an allocation of its
-//! own: the context, where the memory is, where it begins and ends, how it can be handed on. The answers here are those of
-//! the driver's own allocations. What nvshare does not know better is the driver's to answer.
+//! An allocation consists of chunks that nvshare maps by cuMemMap, some perhaps to host memory, and its last granule may be used
+//! only in part. For such mappings the driver's answers differ from those for its own allocations: the context, where the
+//! memory is, where it begins and ends, how it can be exported. nvshare answers as the driver does for its own allocations.
+//! For all other attributes and pointers the driver answers.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -18,20 +18,20 @@ use crate::submit::pass;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// What nvshare knows about an address of an allocation.
+/// The allocation or mapping that contains an address.
 pub(super) struct Allocated {
     pub(super) base: CUdeviceptr,
     pub(super) size: u64,
     kind: AllocatedBy,
 }
 
-/// Where an allocation came from.
+/// The call that made it.
 enum AllocatedBy {
     /// cuMemAlloc.
     Plain(Plain),
     /// cuMemAllocAsync.
     Pool { pool: CUmemoryPool, device: Option<CUdevice>, segment: (CUdeviceptr, u64) },
-    /// cuMemMap, of an object on this GPU that can be handed on so; whether this GPU may use it there.
+    /// cuMemMap, of an object on this GPU that can be exported by these types of handles; `usable` if this GPU has access.
     Mapped { device: CUdevice, handle_types: u32, object: CUdeviceptr, usable: bool },
     /// cuIpcOpenMemHandle.
     Imported,
@@ -40,20 +40,20 @@ enum AllocatedBy {
 struct Plain {
     device: Arc<Device>,
     context: CUcontext,
-    /// Where its chunk's addresses begin and end: several small allocations share one.
+    /// Address and bytes of its region, which several small allocations share.
     mapping: (CUdeviceptr, u64),
     number: u64,
     block: u64,
 }
 
-/// An answer, as wide as the driver's: it writes booleans as words too.
+/// The value of an attribute, as wide as the driver writes it; booleans are 32 bits.
 enum Answer {
     Word(u32),
     Long(u64),
 }
 
 impl Allocated {
-    /// What is known about the allocation that an address lies in. `None` if it lies in none.
+    /// The allocation that contains an address. `None` if there is none.
     pub(super) fn at(address: CUdeviceptr) -> Option<Self> {
         match async_pool::find(address) {
             Some(async_pool::Found::Live(base, size, pool)) => {
@@ -89,7 +89,7 @@ impl Allocated {
         Some(Self { base: allocation.base, size: allocation.size, kind: AllocatedBy::Plain(plain) })
     }
 
-    /// For the driver, a mapping is what an allocation is elsewhere.
+    /// For memory that the application maps itself, the driver's answers are about the mapping.
     fn mapped(device: &Arc<Device>, address: CUdeviceptr) -> Option<Self> {
         let memory = device.memory();
         let (object, view) = memory.views_in(address, 1).into_iter().next()?;
@@ -116,12 +116,12 @@ impl Allocated {
         }
     }
 
-    /// Whether its GPU may use it: what is mapped without rights has no address for it.
+    /// Whether its GPU has access to it.
     fn is_usable(&self) -> bool {
         !matches!(self.kind, AllocatedBy::Mapped { usable: false, .. })
     }
 
-    /// Whether it can be made synchronous.
+    /// Whether CU_POINTER_ATTRIBUTE_SYNC_MEMOPS can be set for it.
     fn can_be_synchronous(&self) -> bool {
         matches!(self.kind, AllocatedBy::Plain(_) | AllocatedBy::Pool { .. })
     }
@@ -131,7 +131,7 @@ impl Allocated {
         matches!(self.kind, AllocatedBy::Mapped { .. })
     }
 
-    /// What is to be said of an attribute. `None` if that is the driver's to say.
+    /// The value of an attribute. `None` if the driver is to answer.
     fn answer(&self, attribute: CUpointer_attribute, address: CUdeviceptr) -> Option<Answer> {
         let plain = match &self.kind {
             AllocatedBy::Plain(plain) => Some(plain),
@@ -140,7 +140,7 @@ impl Allocated {
         Some(match (attribute, &self.kind) {
             (CU_POINTER_ATTRIBUTE_MEMORY_TYPE, _) => Answer::Word(CU_MEMORYTYPE_DEVICE),
             (CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, _) => Answer::Word(self.device()? as u32),
-            // Where the current context sees it: the driver knows whether there is one.
+            // The address in the current context; without a context the driver answers.
             (CU_POINTER_ATTRIBUTE_DEVICE_POINTER, _) if self.is_usable() && has_context() => {
                 Answer::Long(address)
             }
@@ -162,9 +162,9 @@ impl Allocated {
             (CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES, AllocatedBy::Mapped { handle_types, .. }) => {
                 Answer::Long((*handle_types).into())
             }
-            // Always, for the driver. Of memory that came back a moment ago it has been seen to say that it is not.
+            // The driver answers 1, except that it has been seen to answer 0 for memory that was just filled again.
             (CU_POINTER_ATTRIBUTE_SYNC_MEMOPS, AllocatedBy::Mapped { .. }) => Answer::Word(1),
-            // Its range is that of the addresses which the application has reserved.
+            // The driver answers all others; its range is that of the application's reservation.
             (_, AllocatedBy::Mapped { .. }) => return None,
             (CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, _) => Answer::Long(self.base),
             (CU_POINTER_ATTRIBUTE_RANGE_SIZE, _) => Answer::Long(self.size),
@@ -176,7 +176,7 @@ impl Allocated {
                 Answer::Word(sync_memops::is_set(self.base).into())
             }
             (CU_POINTER_ATTRIBUTE_CONTEXT, _) => Answer::Long(plain?.context.0 as u64),
-            // For the driver, no memory of cuMemCreate can be; what was allocated can.
+            // The driver would answer 0, as for all memory of cuMemCreate; for its own allocations it answers 1.
             (CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE, _) => {
                 Answer::Word(plain?.device.exportable.into())
             }
@@ -188,12 +188,12 @@ impl Allocated {
         })
     }
 
-    /// Writes what is to be said of an attribute. False if that is the driver's to say.
+    /// Writes the value of an attribute. False if the driver is to answer.
     ///
     /// # Safety
     /// `data` points to where the value of this attribute goes.
     unsafe fn write(&self, data: *mut c_void, attribute: CUpointer_attribute, address: CUdeviceptr) -> bool {
-        // SAFETY: the caller's promise, and the answer is as wide as the attribute is. It may not be aligned.
+        // SAFETY: the caller's promise, and the value is as wide as the attribute. The pointer need not be aligned.
         unsafe {
             match self.answer(attribute, address) {
                 Some(Answer::Word(value)) => data.cast::<u32>().write_unaligned(value),
@@ -204,7 +204,8 @@ impl Allocated {
         true
     }
 
-    /// The driver has told of an attribute. Tokens for GPUDirect RDMA make the memory synchronous.
+    /// Called after the driver has answered: as in the driver, querying the tokens for GPUDirect RDMA sets
+    /// CU_POINTER_ATTRIBUTE_SYNC_MEMOPS.
     fn told(&self, attribute: CUpointer_attribute) {
         if attribute == CU_POINTER_ATTRIBUTE_P2P_TOKENS && self.can_be_synchronous() {
             let _ = relaxed(|| sync_memops::set(self.base, true));
@@ -218,18 +219,18 @@ fn has_context() -> bool {
     current().is_some_and(|context| !context.is_null())
 }
 
-/// A number for what is known by its address: unique while it lives, and none of the driver's own.
+/// An identifier of what begins at an address: unique while that exists, and different from the driver's.
 fn by_address(address: CUdeviceptr) -> u64 {
     1 << 63 | address
 }
 
-/// A number that is unique in the process, and none of the driver's own.
+/// An identifier that is unique in the process, and different from the driver's.
 fn unique(device: &Device, number: u64) -> u64 {
     1 << 62 | (device.ordinal as u64) << 48 | number
 }
 
-/// What the driver is to be asked about: memory that nvshare has mapped and nobody has allocated is unknown to the
-/// application.
+/// The address to pass to the driver: an unknown one instead of an address that nvshare has mapped and the application has not
+/// allocated.
 fn as_known(address: CUdeviceptr, known: Option<&Allocated>) -> CUdeviceptr {
     let ours = || devices::all().iter().any(|device| device.memory().covers(address));
     if known.is_none() && ours() { NOBODYS } else { address }
@@ -286,7 +287,7 @@ pub unsafe fn cuPointerGetAttributes(
                 let (attribute, data) = unsafe { (*attributes.add(index), *data.add(index)) };
                 let Some(known) = &known else {
                     if asked != ptr && attribute == CU_POINTER_ATTRIBUTE_HOST_POINTER {
-                        // What the driver does not know may be the host's.
+                        // For an address that the driver does not know, it answers that the host may have it.
                         // SAFETY: as above; an address is eight bytes.
                         unsafe { data.cast::<u64>().write_unaligned(ptr) };
                     }
@@ -335,7 +336,7 @@ pub unsafe fn cuMemGetAddressRange_v2(
     guarded(|| {
         let known = Allocated::at(dptr);
         let asked = match &known {
-            // For the driver nothing is there that its GPU may not use.
+            // As the driver does, which does not find memory to which its GPU has no access.
             Some(known) if !known.is_usable() => NOBODYS,
             known => as_known(dptr, known.as_ref()),
         };
@@ -366,7 +367,7 @@ pub unsafe fn cuMemGetAccess(flags: *mut u64, location: *const CUmemLocation, pt
         let known = Allocated::at(ptr);
         // SAFETY: the caller's arguments.
         let result = unsafe { driver_calls::cuMemGetAccess(flags, location, as_known(ptr, known.as_ref())) };
-        // Only what the application has mapped itself has rights. The driver answers 0 for an allocation of its own.
+        // Only mappings of the application have access rights. For its own allocations the driver answers 0.
         if result.is_success() && known.is_some_and(|known| !known.is_mapped()) {
             // SAFETY: the driver has just written there.
             unsafe { flags.write_unaligned(0) };

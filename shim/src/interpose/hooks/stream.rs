@@ -1,4 +1,4 @@
-//! How streams are made and destroyed.
+//! How streams are created and destroyed.
 
 #![allow(non_snake_case, clippy::missing_safety_doc, missing_docs)]
 
@@ -22,8 +22,8 @@ fn stream_made(result: CuResult, stream: *const CUstream, flags: u32) -> CuResul
     result
 }
 
-/// Destroys a stream with `call`. What it has to do goes on, so its end is marked first, while it can be. If the driver
-/// refuses, the stream is tracked as before.
+/// Destroys a stream with `call`. Its work goes on, so its end is marked before. If the driver refuses, the stream is tracked
+/// again.
 fn destroy_stream(stream: CUstream, call: impl FnOnce() -> CuResult) -> CuResult {
     if state::driver_has_gone() {
         return call();

@@ -8,8 +8,8 @@ use crate::interpose::driver_calls;
 use crate::process::driver_memory::reserve;
 use crate::process::reservation::release;
 
-/// Bytes of one element of an array's channel, by `CUarray_format`. Formats of whole blocks count as what
-/// their block takes per element; what is not listed as 4.
+/// Bytes of one channel of an array's element, by `CUarray_format`: 4 for every format that is not listed, which also covers
+/// the block-compressed formats.
 fn format_bytes(format: u32) -> u64 {
     match format {
         0x01 | 0x08 => 1,
@@ -18,7 +18,7 @@ fn format_bytes(format: u32) -> u64 {
     }
 }
 
-/// Arrays that get their memory elsewhere: sparse ones, and those that are mapped later.
+/// Flags of arrays whose memory is allocated separately: sparse ones, and those that are mapped later.
 const CUDA_ARRAY3D_SPARSE: u32 = 0x40;
 const CUDA_ARRAY3D_DEFERRED_MAPPING: u32 = 0x80;
 
@@ -39,7 +39,7 @@ unsafe fn array_3d_bytes(desc: *const CUDA_ARRAY3D_DESCRIPTOR) -> u64 {
         .map_or(0, |desc| array_bytes([desc.width, desc.height, desc.depth], desc.format, desc.channels))
 }
 
-/// Makes an array of so many bytes.
+/// Creates an array of `bytes` bytes.
 ///
 /// # Safety
 /// `call` writes a handle to `array` if it succeeds.
@@ -74,7 +74,7 @@ pub unsafe fn cuMipmappedArrayCreate(
     unsafe { make(bytes, array, || driver_calls::cuMipmappedArrayCreate(array, desc, levels)) }
 }
 
-/// The driver has freed what went by this handle, or has not.
+/// Releases the reservation for a handle, if the driver has freed its memory.
 fn freed(result: CuResult, handle: u64) -> CuResult {
     guarded(|| {
         if result.is_success() {
@@ -96,16 +96,17 @@ pub unsafe fn cuMipmappedArrayDestroy(array: CUarray) -> CuResult {
 
 pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: u32) -> CuResult {
     guarded(|| {
-        // A page that the GPU touches and has no room for is an illegal address (tests/gpu/facts.cu), so
-        // there must be some. An application may ask for more than the GPU has: the driver pages that itself.
+        // If the GPU accesses a page of managed memory and has no room for any, the access is an illegal address
+        // (tests/gpu/facts.cu), so room is reserved. The application may ask for more than the GPU has, because the driver pages;
+        // then all that is left is reserved.
         let device = crate::process::contexts::current_intact().map(|(device, _)| device);
         let left = device.as_ref().map_or(0, |device| {
             nvshare::units::bytes_of(device.books.usable().saturating_sub(device.books.demand()))
         });
-        // Its memory limit knows no such thing: what lies beyond it is refused, wherever it would be.
+        // The client's memory limit counts all of it, wherever it would lie.
         if let Some(Err(refused)) = device.map(|device| device.within_limit(bytesize as u64)) {
             if !dptr.is_null() {
-                // As the driver does.
+                // As the driver does when it refuses.
                 // SAFETY: the caller's pointer to where the address goes, not null.
                 unsafe { dptr.write(0) };
             }

@@ -10,15 +10,15 @@ use crate::memory::{devices, stale_objects};
 use crate::submit::pass;
 use std::ffi::c_void;
 
-/// Whether any of a range is memory that the application has not mapped itself, whose mappings are nvshare's. The driver
-/// takes no allocation apart.
+/// Whether a range overlaps allocations, whose mappings belong to nvshare. Like the driver, nvshare refuses to change
+/// mappings of allocations.
 fn is_allocated(address: CUdeviceptr, size: usize) -> bool {
     devices::all().iter().any(|device| device.memory().overlaps(address, size as u64))
         || crate::ipc::containing(address).is_some()
 }
 
-/// Makes a call that changes the mappings of a range, and that only memory that is in place can be asked about, from inside
-/// the gate, if it must be.
+/// Makes a call that changes the mappings of a range. If only the driver can judge it ([`Verdict::InPlace`]), repeats it inside
+/// the gate, where all memory is in place.
 fn judged(
     (address, size): (CUdeviceptr, usize),
     ask: impl Fn(bool) -> Option<Verdict>,
@@ -30,7 +30,7 @@ fn judged(
         }
         let inside = || match relaxed(|| ask(true)) {
             Some(Verdict::Answer(result)) => result,
-            // It has gone meanwhile.
+            // The memory was unmapped meanwhile.
             _ => CuResult::INVALID_VALUE,
         };
         match relaxed(|| ask(false)) {
@@ -41,7 +41,7 @@ fn judged(
     })
 }
 
-/// Asks each GPU of the process whether it concerns it, and the driver if none says so.
+/// Makes a call with the GPU that it concerns, which `ask` finds; with the driver if it concerns none.
 fn ours(
     ask: impl Fn(&crate::memory::device::Device) -> Option<CuResult>,
     driver: impl FnOnce() -> CuResult,
@@ -52,7 +52,7 @@ fn ours(
     })
 }
 
-/// The same, for a call that changes the mappings of a range.
+/// The same for a call on a range of addresses, which is refused if it overlaps allocations.
 fn ours_in(
     (address, size): (CUdeviceptr, usize),
     ask: impl Fn(&crate::memory::device::Device) -> Option<CuResult>,
@@ -197,7 +197,7 @@ pub unsafe fn cuMemRetainAllocationHandle(
                 return CuResult::SUCCESS;
             }
             if is_allocated(address, 1) {
-                // The driver has no handle for memory of cuMemAlloc, and the application none for what nvshare maps.
+                // Like the driver, nvshare gives no handle for memory of cuMemAlloc.
                 return CuResult::INVALID_VALUE;
             }
         }
@@ -225,9 +225,9 @@ pub unsafe fn cuMemGetAllocationPropertiesFromHandle(
     })
 }
 
-/// Makes a call with the driver's handle behind one that the application has: its memory leaves the process, and
-/// stays where it is if the driver agrees, unless it was not made to be handed on by `types` of handles. Others' handles are
-/// as they are.
+/// Makes a `call` that exports memory, passing the driver's handle in place of nvshare's. If it succeeds, the memory stays on
+/// the GPU. It is refused if the memory was not created for export by handles of these `types`. Other handles are passed
+/// unchanged.
 fn handing_on(
     handle: CUmemGenericAllocationHandle,
     types: u32,
@@ -304,7 +304,7 @@ pub unsafe fn cuMemGetHandleForAddressRange(
             device.memory().containing(ptr).is_some()
         };
         match devices::all().iter().find(|device| is_its(device)) {
-            // A network card may write there from now on.
+            // A network card may access it from now on, so it must stay on the GPU.
             Some(device) => {
                 device.share_if(ptr, || driver().ok()).map_or_else(|result| result, |_| CuResult::SUCCESS)
             }

@@ -1,33 +1,33 @@
-//! How much host memory this process may take, so that an allocation is refused in time instead of a
-//! process killed too late.
+//! How much host memory this process may take, so that an allocation is refused now, instead of a
+//! process being killed later.
 //!
-//! Four bounds, and the tightest one holds: what the user set, what the process's own limits allow
+//! There are four bounds, and the tightest one applies: what the user set, what the process's own limits allow
 //! (`RLIMIT_AS`, `RLIMIT_DATA`), what the control group still allows (v2 `memory.max` and v1
 //! `memory.limit_in_bytes`, of the group and of every group above it), and what the machine has left
-//! (`MemAvailable`). The last two are shared with other processes, and keep a reserve for everybody.
+//! (`MemAvailable`). The last two are shared with other processes, so a reserve is subtracted from them.
 //!
-//! A group's usage counts the page cache, and a job that has read its data set is at the limit for that
-//! alone. The kernel drops such pages before it kills, so the inactive ones do not count here (as they do
-//! not count in Kubernetes' working set).
+//! A group's usage includes the page cache, so a job that has read its data set may be at the limit for that
+//! reason alone. The kernel drops such pages before it kills a process, so inactive page cache does not count here (nor
+//! does it in Kubernetes' working set).
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-/// A control group that bounds memory, by a name that all of its processes find.
+/// A control group that limits memory, by an identifier that all of its processes compute alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Group(pub(super) u16);
 
 impl Group {
-    /// From a number that tells groups apart. Two groups may come to the same name: then they count each other's
-    /// promises as their own, and promise too little.
+    /// From a number that identifies the group. Two groups may get the same identifier: then they subtract each other's
+    /// promises and promise too little, which is safe.
     pub fn new(number: u64) -> Self {
-        // Zero is for none.
+        // Zero means no group.
         Self((number % u64::from(u16::MAX)) as u16 + 1)
     }
 }
 
-/// Who takes memory below a bound.
+/// Who shares a bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharers {
     /// One pool of this process.
@@ -36,29 +36,29 @@ pub enum Sharers {
     Process,
     /// The processes of a control group.
     Group(Group),
-    /// Everybody.
+    /// All processes of the machine.
     Machine,
 }
 
-/// Bytes that may still be taken, and what sets the bound.
+/// One limit: bytes that may still be taken, and where the limit comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostLimits {
     /// Bytes left.
     pub bytes: u64,
-    /// Who else takes of them.
+    /// Who shares them.
     pub sharers: Sharers,
-    /// For a person: where the bound comes from.
+    /// Where the limit comes from, for messages.
     pub bound: String,
 }
 
-/// The least that is left for others, in bytes; 5 % of a bound if that is more.
+/// The least reserve that is left for other processes, in bytes; 5 % of the limit if that is more.
 pub(super) const RESERVE: u64 = 256 << 20;
 
 fn less_reserve(limit: u64, used: u64) -> u64 {
     limit.saturating_sub(used).saturating_sub(RESERVE.max(limit / 20))
 }
 
-/// From here on a limit in version 1 means "none": the kernel writes the largest multiple of a page there.
+/// A limit of cgroup v1 from this value on means "none": the kernel writes the largest multiple of a page.
 const UNLIMITED: u64 = 1 << 62;
 
 fn number(path: &Path) -> Option<u64> {
@@ -66,17 +66,17 @@ fn number(path: &Path) -> Option<u64> {
 }
 
 impl HostLimits {
-    /// What the process's limits, the control groups and the machine leave, read below `root` (`/` but in tests).
-    /// Groups come from the process's own up to the root.
+    /// What the process's limits, the control groups and the machine leave, read below `root` (`/` except in tests).
+    /// The groups are ordered from the process's own up to the root.
     pub fn probe(root: &Path) -> Vec<Self> {
         process(root).into_iter().chain(groups(root)).chain(machine(root)).collect()
     }
 }
 
-/// The least that is left of a limit of the process's own, bytes: the application's own allocations, and threads.
+/// Bytes that are left below a limit of the process, for the application's own allocations and threads.
 const OWN_RESERVE: u64 = 64 << 20;
 
-/// What the limits of the process leave. `RLIMIT_DATA` counts private writable memory, which ours is too.
+/// What the limits of the process leave. `RLIMIT_DATA` counts private writable memory, so it counts this pool's.
 fn process(root: &Path) -> Vec<HostLimits> {
     let read = |path| fs::read_to_string(root.join(path)).ok();
     let (Some(limits), Some(status)) = (read("proc/self/limits"), read("proc/self/status")) else {
@@ -130,8 +130,8 @@ fn groups(root: &Path) -> Vec<HostLimits> {
             continue;
         };
         let base = root.join(base);
-        // In a container the path is the host's, and only the mount's root is there. A process moved out
-        // of its namespace's root sees `/../..`, which would lead out of the mount.
+        // In a container the path may be that of the host, of which only the mount's root exists. A process outside the root of
+        // its cgroup namespace sees `/../..`, which would lead out of the mount.
         let own: PathBuf =
             Path::new(path).components().filter(|part| matches!(part, Component::Normal(_))).collect();
         for group in own.ancestors().map(|part| base.join(part)) {
@@ -150,12 +150,12 @@ fn groups(root: &Path) -> Vec<HostLimits> {
     left
 }
 
-/// What the processes of a group call it, in whichever namespace each of them is: paths differ, the directory is one.
+/// The identifier of a group. Its path differs between namespaces, so it is made of the directory's inode and device.
 fn named(group: &Path) -> Group {
     Group::new(fs::metadata(group).map_or(0, |directory| directory.ino() ^ directory.dev().rotate_left(32)))
 }
 
-/// Bytes of page cache that the group can lose at once.
+/// Bytes of page cache that the kernel can drop at once.
 fn inactive(group: &Path, name: &str) -> u64 {
     let Ok(text) = fs::read_to_string(group.join("memory.stat")) else { return 0 };
     let mut fields = text.lines().filter_map(|line| line.split_once(' '));

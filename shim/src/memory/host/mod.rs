@@ -1,29 +1,29 @@
-//! Host memory for what is evicted: huge pages, touched by several threads, registered with the driver,
+//! Host memory for evicted data: huge pages, touched by several threads, registered with the driver,
 //! and kept between switches.
 //!
 //! cuMemHostAlloc takes 0.36 to 0.57 s per GiB. An anonymous mapping with MADV_HUGEPAGE that eight
-//! threads touch and cuMemHostRegister then pins takes 0.05 s, at the same copy speed (docs/driver-facts.md).
-//! The pool grows by *arenas*, and a block lies in one. One thread at a time *resizes* the pool, and does
-//! the slow part outside the lock: blocks come and go meanwhile, and who waits for a block gets the first
-//! that fits, be it new or just given back.
+//! threads touch and cuMemHostRegister then pins takes 0.05 s per GiB, at the same copy speed (docs/driver-facts.md).
+//! The pool grows by *arenas*; a block lies in one arena. One thread at a time *resizes* the pool, and does
+//! the slow part outside the lock. Blocks are allocated and freed meanwhile, and a thread that waits for a block gets
+//! the first that fits, new or just freed.
 //!
 //! MADV_DONTFORK, because data loaders fork, and pinned pages must not be copied on write.
-//! MADV_DONTDUMP, because a core file need not hold everybody's tensors. A child that forked calls
-//! [`after_fork`]: its copy of the books describes memory that it does not have.
+//! MADV_DONTDUMP, because a core file need not contain evicted data. A forked child calls
+//! [`after_fork`]: its copy of the pool's state describes memory that it does not have.
 //!
-//! What the application may need one day is *committed* when it allocates: if host memory could not hold
-//! it, the allocation is refused then, and nobody is killed for it later. A commitment holds however the pool's
-//! free memory lies: what is asked for comes in several blocks if it must, and an arena that the kernel does not map as
-//! a whole is made smaller.
+//! When the application allocates GPU memory, the same amount of host memory is *committed* (promised, not allocated). If
+//! host memory could not hold it, the allocation is refused, so that no process is killed for lack of memory later. Free
+//! memory in pieces does not break a commitment: an allocation may consist of several blocks, and an arena
+//! that the kernel cannot map in one piece is made smaller.
 //!
-//! An arena is held to the same bound, measured anew, and again and again while its pages are put in place, since others
-//! may have taken what was there when the promise was made, or take it at this moment ([`promises::step`]). Then there
-//! is less, and the caller may try again.
+//! A new arena is checked against the same bound, measured again before it is mapped and repeatedly while its pages are
+//! touched ([`promises::step`]), because other processes may have taken the memory since the promise or may be taking it
+//! now. Then the arena is smaller than wanted, and the caller may try again.
 //!
-//! The bound is on the pool as a whole: what the machine leaves now plus what the pool holds now. This sum
-//! stays as it is while the pool grows and shrinks, so it can be kept for a while, which the first term
-//! alone could not. It is measured while nobody resizes, because an arena in the making is in neither. What other pools
-//! have promised and do not hold is taken off ([`promises`]).
+//! The bound is on the pool as a whole: what the machine has left now plus what the pool holds now. This sum
+//! stays the same while the pool grows and shrinks, so it can be cached; the first term alone could not.
+//! It is measured while no thread resizes, because an arena that is being made is in neither term. Memory that other pools
+//! have promised and do not hold yet is subtracted ([`promises`]).
 
 mod limits;
 mod prefault;
@@ -41,17 +41,17 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-/// How long a measured bound is believed.
+/// How long a measured bound is used.
 const BELIEVED: Nanos = SECOND;
 
-/// So close to the bound it is measured each time.
+/// If less than this many bytes would remain below the bound, the bound is measured each time.
 const NEAR: u64 = 1 << 30;
 
-/// Counts the forks that this process is the child of. A pool of an earlier count is the parent's.
+/// How many forks lie between the first process and this one. A pool with another count belongs to a parent.
 static FORKS: AtomicU32 = AtomicU32::new(0);
 
-/// For the child of a fork, before it does anything else: the pools that exist are its parent's. They
-/// refuse everything from now on, and leave memory and driver alone when they are dropped. Two atomic
+/// For the child of a fork, before it does anything else: the existing pools belong to its parent. They
+/// refuse every request from now on, and neither unmap memory nor call the driver when they are dropped. Two atomic
 /// writes and no lock, so a fork handler may call it.
 pub fn after_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
@@ -66,7 +66,7 @@ pub trait Pinner: Send + Sync {
     /// Why it could not be.
     fn pin(&self, address: *mut u8, length: usize) -> Result<(), PinError>;
 
-    /// Takes a registration back, before the memory goes.
+    /// Unregisters memory, before it is unmapped.
     fn unpin(&self, address: *mut u8, length: usize);
 }
 
@@ -101,7 +101,7 @@ pub enum HostPoolError {
         wanted: u64,
         /// Bytes that are free in the pool.
         left: u64,
-        /// What it said.
+        /// The kernel's error.
         why: String,
     },
 }
@@ -111,7 +111,7 @@ impl std::fmt::Display for HostPoolError {
         match self {
             Self::Bound { wanted, left, bound } => write!(
                 out,
-                "host memory for evicted data has {} left and {} are wanted; the bound is {bound}. Free host memory, raise the limit, or run fewer jobs",
+                "host memory for evicted data has {} left and {} are needed; the bound is {bound}. Free host memory, raise that limit, or run fewer jobs",
                 format_size(*left),
                 format_size(*wanted)
             ),
@@ -131,7 +131,7 @@ impl std::fmt::Display for HostPoolError {
 impl std::error::Error for HostPoolError {}
 
 impl HostPoolError {
-    /// Bytes that can be had all the same, at this moment.
+    /// Bytes that could be allocated instead, at that moment.
     pub fn left(&self) -> u64 {
         match self {
             Self::Bound { left, .. } | Self::Map { left, .. } => *left,
@@ -147,12 +147,12 @@ pub struct HostPoolConfig {
     pub limit: Option<u64>,
     /// Bytes of an arena.
     pub arena: usize,
-    /// What arenas are a multiple of, bytes, unless the bound is nearer: a pool that grew by each small
-    /// allocation would have no arena for a block that is larger than one of them.
+    /// Arenas are a multiple of this, bytes, unless the bound allows less: in a pool that grew by each small
+    /// allocation, larger requests would have to be served in many pieces.
     pub step: u64,
     /// Threads that touch a new arena.
     pub threads: usize,
-    /// What machine, control groups and process leave at this moment.
+    /// Measures how much the machine, the control groups and the process's limits leave.
     pub limits: Arc<dyn Fn() -> Vec<HostLimits> + Send + Sync>,
 }
 
@@ -169,19 +169,19 @@ impl Default for HostPoolConfig {
     }
 }
 
-/// A piece of an arena. Not `Clone`: whoever has it owns the bytes.
+/// A piece of an arena. Not `Clone`: it owns the bytes.
 #[derive(Debug)]
 struct HostBlock {
     address: NonNull<u8>,
     length: usize,
 }
 
-// SAFETY: a block is plain memory that its holder alone uses, from whichever thread.
+// SAFETY: a block is plain memory that only its holder uses, from any thread.
 unsafe impl Send for HostBlock {}
 // SAFETY: a shared block hands out nothing but its address.
 unsafe impl Sync for HostBlock {}
 
-/// Memory of the pool: whole granules, in one block or in several. Not `Clone`: whoever has it owns the bytes.
+/// Memory of the pool: whole granules, in one block or in several. Not `Clone`: it owns the bytes.
 #[derive(Debug)]
 pub struct HostMemory {
     blocks: Vec<HostBlock>,
@@ -193,7 +193,7 @@ impl HostMemory {
         self.blocks.iter().map(|block| block.length as u64).sum()
     }
 
-    /// Where `length` bytes from the byte `from` lie: address and length of each piece, in order.
+    /// The pieces of the `length` bytes that begin at byte `from`: address and length of each, in order.
     pub fn pieces(&self, from: u64, length: u64) -> impl Iterator<Item = (*mut u8, u64)> {
         let (mut skip, mut left) = (from, length);
         self.blocks.iter().filter_map(move |block| {
@@ -225,11 +225,11 @@ impl HostMemory {
     }
 }
 
-/// A mapping of the pool's.
+/// One mapping of the pool.
 struct Arena {
     length: usize,
     pinned: bool,
-    /// Address and length of what is free, apart from each other.
+    /// Address and length of each free piece. No two pieces touch.
     free: BTreeMap<usize, usize>,
 }
 
@@ -239,10 +239,10 @@ impl Arena {
     }
 }
 
-/// A free piece: whether it is not pinned, its length and its address. In order: pinned memory first, and the smallest.
+/// A free piece: whether it is not pinned, its length and its address. The order is: pinned memory first, then by length.
 type Gap = (bool, usize, usize);
 
-/// What the pool may hold in all, by each of the limits, as if other pools were promised nothing.
+/// How many bytes the pool may hold in total by each limit, before the promises of other pools are subtracted.
 #[derive(Debug, Clone)]
 struct Bound {
     measured: Nanos,
@@ -250,7 +250,7 @@ struct Bound {
 }
 
 impl Bound {
-    /// The limit that leaves least: of all, or of those that are shared with others.
+    /// The limit that leaves the fewest bytes.
     fn tightest(limits: &[HostLimits]) -> HostLimits {
         let none = HostLimits { bytes: u64::MAX, sharers: Sharers::Machine, bound: "nothing".into() };
         limits.iter().min_by_key(|limits| limits.bytes).cloned().unwrap_or(none)
@@ -261,7 +261,7 @@ impl Bound {
 struct State {
     /// By address.
     arenas: BTreeMap<usize, Arena>,
-    /// What is free in all of them.
+    /// The free pieces of all arenas.
     gaps: BTreeSet<Gap>,
     /// Bytes of all arenas.
     capacity: u64,
@@ -286,7 +286,7 @@ impl State {
         self.free += length as u64;
     }
 
-    /// Takes an arena away that has no block in use.
+    /// Removes an arena that has no block in use.
     fn remove(&mut self, begin: usize) -> Option<Arena> {
         let arena = self.arenas.remove(&begin)?;
         self.gaps.remove(&(!arena.pinned, arena.length, begin));
@@ -295,8 +295,8 @@ impl State {
         Some(arena)
     }
 
-    /// So many bytes: from the smallest gap that fits, so that the large ones last; if none does, from the largest
-    /// ones. Pinned memory first.
+    /// Takes `length` bytes: from the smallest gap that fits, to keep the large ones; if none fits, from the largest
+    /// gaps. Pinned memory first. `None` if fewer are free.
     fn take(&mut self, length: usize) -> Option<HostMemory> {
         if self.free < length as u64 {
             return None;
@@ -313,7 +313,7 @@ impl State {
         Some(HostMemory { blocks })
     }
 
-    /// The smallest gap of `length`, or the largest that there is.
+    /// The smallest gap of at least `length` bytes, or else the largest gap.
     fn gap_for(&self, length: usize) -> Option<Gap> {
         let kinds = [false, true];
         let of = |unpinned: bool, from| (unpinned, from, 0)..=(unpinned, usize::MAX, usize::MAX);
@@ -322,7 +322,7 @@ impl State {
         fits.or_else(largest).copied()
     }
 
-    /// Takes so many bytes from the beginning of a gap.
+    /// Takes `taken` bytes from the beginning of a gap.
     fn shorten(&mut self, gap: Gap, taken: usize) {
         let (unpinned, size, address) = gap;
         self.gaps.remove(&gap);
@@ -335,7 +335,7 @@ impl State {
         }
     }
 
-    /// Takes a block back. False if it lies in no arena.
+    /// Adds a freed block to the gaps. False if it lies in no arena.
     fn give(&mut self, block: &HostBlock) -> bool {
         let (mut begin, mut length) = (block.address.as_ptr() as usize, block.length);
         let found = self.arenas.range_mut(..=begin).next_back();
@@ -358,7 +358,7 @@ impl State {
         true
     }
 
-    /// An arena is registered, or no more.
+    /// Records whether an arena is pinned.
     fn set_pinned(&mut self, begin: usize, pinned: bool) {
         let Some(arena) = self.arenas.get_mut(&begin) else { return };
         for (address, length) in &arena.free {
@@ -381,12 +381,12 @@ pub struct HostPool {
     changed: Condvar,
 }
 
-/// For a pool that is no client's.
+/// Pinner and board of a pool that belongs to no client.
 struct Nobody;
 
 impl Pinner for Nobody {
     fn pin(&self, _address: *mut u8, _length: usize) -> Result<(), PinError> {
-        Err(PinError::new("no GPU copies it".into()))
+        Err(PinError::new("this pool belongs to no GPU".into()))
     }
 
     fn unpin(&self, _address: *mut u8, _length: usize) {}
@@ -418,10 +418,10 @@ impl HostPool {
         Self { config, pinner, promises, forks, state: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// A pool with one arena of `bytes` that has no memory: to measure what its books cost.
+    /// A pool with one arena of `bytes` that is never touched: to measure the cost of its bookkeeping.
     ///
     /// # Errors
-    /// The kernel has no addresses for it.
+    /// The kernel cannot map it.
     pub fn untouched(bytes: u64) -> Result<Self, HostPoolError> {
         let pool = Self::new(HostPoolConfig::default(), Box::new(Nobody), Box::new(Nobody));
         let (address, length) = pool.map(bytes)?;
@@ -449,7 +449,8 @@ impl HostPool {
         Resizing(self)
     }
 
-    /// Checked before the lock is touched: in a child, a thread that is not there may hold it.
+    /// Whether the pool belongs to a parent process. Checked before the lock is taken: in a forked child, the lock may be held
+    /// by a thread that exists only in the parent.
     fn forked(&self) -> bool {
         self.forks != FORKS.load(Ordering::Relaxed)
     }
@@ -468,12 +469,13 @@ impl HostPool {
         if self.forked() { 0 } else { self.state().free }
     }
 
-    /// Reserves room for `bytes` that may one day be evicted, without taking it.
+    /// Promises host memory for `bytes` that may be evicted later, without allocating it.
     ///
-    /// Reads no file but once a second and near the bound; near the bound it waits for the end of a resize.
+    /// Measures the bound, which reads files, at most once a second unless the bound is near; then it also waits for the end of
+    /// a resize.
     ///
     /// # Errors
-    /// The bound would be passed.
+    /// The promises would exceed the bound.
     pub fn commit(&self, bytes: u64) -> Result<(), HostPoolError> {
         self.ours()?;
         let measured = self.believed(bytes);
@@ -481,7 +483,8 @@ impl HostPool {
         let mut state = self.state();
         let before = state.committed;
         state.committed = before.saturating_add(bytes);
-        // Published first: of two that promise at a time, one at least sees the other.
+        // Publish before reading the promises of others: of two pools that promise at the same time, at least one then sees
+        // the other's promise.
         self.publish(&state);
         let tightest = self.beside_others(&bound);
         if state.committed > tightest.bytes {
@@ -493,17 +496,17 @@ impl HostPool {
         Ok(())
     }
 
-    /// The bound as it was last measured, if that is not long ago and `bytes` more stay far from it.
+    /// The cached bound, if it is recent and `bytes` more stay far below it.
     fn believed(&self, bytes: u64) -> Option<Bound> {
         let state = self.state();
         let bound = state.bound.as_ref()?;
-        // While somebody resizes there is nothing to measure, and an old bound must do.
+        // During a resize the bound cannot be measured, so the cached one is used.
         let fresh = now().saturating_sub(bound.measured) < BELIEVED || state.resizing;
         let wanted = state.committed.saturating_add(bytes).saturating_add(NEAR);
         (fresh && wanted <= self.beside_others(bound).bytes).then(|| bound.clone())
     }
 
-    /// What the pool may hold beside what others were promised.
+    /// The tightest limit after subtracting the promises of other pools.
     fn beside_others(&self, bound: &Bound) -> HostLimits {
         let others = self.promises.others();
         let less = |limits: &HostLimits| {
@@ -517,13 +520,13 @@ impl HostPool {
         Bound::tightest(&bound.limits.iter().map(less).collect::<Vec<_>>())
     }
 
-    /// Tells others what this pool has promised and does not hold.
+    /// Publishes how much this pool has promised and does not hold, for other pools.
     fn publish(&self, state: &State) {
         let limits = state.bound.as_ref().map_or(&[] as &[_], |bound| bound.limits.as_slice());
         self.promises.publish(state.committed.saturating_sub(state.capacity), limits);
     }
 
-    /// Takes a reservation back.
+    /// Takes back a promise of [`HostPool::commit`].
     pub fn uncommit(&self, bytes: u64) {
         if !self.forked() {
             let mut state = self.state();
@@ -532,7 +535,8 @@ impl HostPool {
         }
     }
 
-    /// Looks at the machine. The books are the machine's while nobody else resizes.
+    /// Measures the bound. The caller has the right to resize, so that every arena is counted either as held by the pool or as
+    /// free on the machine.
     fn measure(&self, _resizing: &Resizing<'_>) -> Bound {
         let mut limits = (self.config.limits)();
         let mut state = self.state();
@@ -548,7 +552,7 @@ impl HostPool {
         bound
     }
 
-    /// Grows until the pool has `bytes` in all, or all that the bound allows.
+    /// Grows until the pool has `bytes` in total, or as many as the bound allows.
     ///
     /// # Errors
     /// The bound is reached, or the kernel refused.
@@ -570,7 +574,7 @@ impl HostPool {
         }
     }
 
-    /// Grows until `most` bytes are free, or as many as the bound allows, but not for fewer than `least`.
+    /// Grows until `most` bytes are free, or as many as the bound allows; not at all if those are fewer than `least`.
     ///
     /// # Errors
     /// There cannot be `least` bytes, or the kernel refused.
@@ -590,11 +594,11 @@ impl HostPool {
         self.ensure(capacity.saturating_add(most.saturating_sub(free)))
     }
 
-    /// Whether the bounds leave `bytes` outside the pool: host memory that somebody else makes for what the pool has
-    /// promised.
+    /// Checks that the bounds leave `bytes` outside the pool, for memory that the pool has promised and the driver will
+    /// allocate.
     ///
     /// # Errors
-    /// They do not.
+    /// They leave fewer.
     pub fn spare(&self, bytes: u64) -> Result<(), HostPoolError> {
         self.ours()?;
         let resizing = self.resize();
@@ -613,10 +617,10 @@ impl HostPool {
         Ok(())
     }
 
-    /// `length` bytes, rounded up to whole granules. Their content is what was there before.
+    /// Allocates `length` bytes, rounded up to whole granules. The content is undefined.
     ///
     /// # Errors
-    /// There are not so many free, and the bound or the kernel gives no more.
+    /// Not enough bytes are free, and the bound or the kernel allows no more.
     pub fn alloc(&self, length: u64) -> Result<HostMemory, HostPoolError> {
         self.ours()?;
         let rounded = length.max(1).checked_next_multiple_of(GRANULE);
@@ -644,7 +648,7 @@ impl HostPool {
                 let left = left.saturating_add(free);
                 return Err(HostPoolError::Bound { wanted: length as u64, left, bound: bound.bound });
             }
-            // Somebody waits for this: nothing is made for him that nobody may ever want.
+            // The caller waits for this, so grow by what is missing or promised, and no more.
             self.grow(&resizing, missing.max(self.arena_for(promised, left)))?;
         }
     }
@@ -661,7 +665,7 @@ impl HostPool {
         left - left % GRANULE
     }
 
-    /// Takes memory back. It stays for the next one.
+    /// Frees memory. It stays in the pool.
     pub fn free(&self, memory: HostMemory) {
         if self.forked() {
             return;
@@ -669,7 +673,10 @@ impl HostPool {
         let mut state = self.state();
         for block in &memory.blocks {
             if !state.give(block) {
-                tracing::error!("a host block at {:p} is in no arena: it is leaked", block.address);
+                tracing::error!(
+                    "freed host memory at {:p} does not belong to the pool, so it is leaked; this is a bug in nvshare",
+                    block.address
+                );
             }
         }
         if state.waiting > 0 {
@@ -677,7 +684,7 @@ impl HostPool {
         }
     }
 
-    /// Gives unused arenas back to the kernel, as many as leave the pool with `keep` bytes or more.
+    /// Unmaps unused arenas, as long as the pool keeps at least `keep` bytes.
     pub fn trim(&self, keep: u64) {
         if !self.forked() {
             self.release(&self.resize(), keep);
@@ -702,13 +709,14 @@ impl HostPool {
         gone.iter().for_each(|(begin, arena)| self.unmap(*begin, arena));
     }
 
-    /// Registers everything anew after `change`, which moves the pinner to another context, or says that there is none any
-    /// more. The caller sees to it that nothing is being copied. What cannot be registered again is used all the same.
+    /// Unregisters all arenas, calls `change`, which moves the pinner to another context, and registers them again unless it
+    /// returns false (there is no context any more). The caller ensures that no copy is in flight. An arena that cannot be
+    /// registered is still used.
     pub fn repin(&self, change: impl FnOnce() -> bool) {
         if self.forked() {
             return;
         }
-        // Nobody makes or releases an arena meanwhile.
+        // No other thread adds or removes an arena meanwhile.
         let _resizing = self.resize();
         let arenas: Vec<_> =
             self.state().arenas.iter().map(|(begin, arena)| (*begin, arena.length, arena.pinned)).collect();
@@ -722,7 +730,7 @@ impl HostPool {
         }
     }
 
-    /// Registers memory. Whether it could be; if not, says so once.
+    /// Registers memory. False if that fails, which is logged once.
     fn pin(&self, address: *mut u8, length: usize) -> bool {
         let Err(PinError(why)) = self.pinner.pin(address, length) else { return true };
         if !std::mem::replace(&mut self.state().warned, true) {
@@ -739,15 +747,18 @@ impl HostPool {
         if arena.pinned {
             self.pinner.unpin(address, arena.length);
         }
-        // SAFETY: the arena is out of the pool with no block of it in use, so nobody knows the memory.
+        // SAFETY: the arena is no longer in the pool and none of its blocks is in use.
         if unsafe { libc::munmap(address.cast(), arena.length) } != 0 {
             let error = std::io::Error::last_os_error();
-            tracing::error!("{} of host memory stays mapped: {error}", format_size(arena.length as u64));
+            tracing::error!(
+                "{} of host memory could not be unmapped and stay in use until the process ends: {error}",
+                format_size(arena.length as u64)
+            );
         }
     }
 
-    /// Makes an arena of `length` bytes, outside the lock, or a smaller one: what the kernel maps, and what the bound
-    /// still allows while the pages come.
+    /// Makes an arena of `length` bytes without holding the lock. It is smaller if the kernel cannot map as much in one piece,
+    /// or if the bound allows less while the pages are touched.
     fn grow(&self, resizing: &Resizing<'_>, length: u64) -> Result<(), HostPoolError> {
         let began = now();
         let (address, mapped) = self.map(length)?;
@@ -783,7 +794,7 @@ impl HostPool {
         Ok(())
     }
 
-    /// Maps as much of `length` as the kernel gives in one piece: half as much, and half of that, if it must be.
+    /// Maps `length` bytes in one piece; if the kernel refuses, half as much, and so on.
     fn map(&self, length: u64) -> Result<(NonNull<u8>, usize), HostPoolError> {
         let mut bytes = length;
         loop {
@@ -801,10 +812,10 @@ impl HostPool {
         }
     }
 
-    /// What those limits leave now that others draw on too: while an arena is made, others may make one.
+    /// What the limits shared with other processes leave now: other processes may be growing too while an arena is made.
     fn shared_left(&self) -> HostLimits {
         let mut limits = (self.config.limits)();
-        // The mapping itself counts against the process's own already.
+        // The process's own limits already count the mapping as a whole.
         limits.retain(|limits| matches!(limits.sharers, Sharers::Group(_) | Sharers::Machine));
         Bound::tightest(&limits)
     }
@@ -815,7 +826,7 @@ impl Drop for HostPool {
         if self.forked() {
             return;
         }
-        // What a block still uses stays mapped: its holder may yet touch it.
+        // Arenas with a block in use stay mapped: the block's holder may still access it.
         let arenas = std::mem::take(&mut *self.state()).arenas;
         for (begin, arena) in arenas.iter().filter(|(_, arena)| arena.unused()) {
             self.unmap(*begin, arena);

@@ -1,9 +1,9 @@
-//! Fresh memory with its pages in place. The kernel clears pages no faster than one core each, so
-//! several threads touch a new mapping.
+//! Maps host memory and touches all of its pages. The kernel clears pages at the speed of the one core that touches
+//! them, so several threads touch a new mapping.
 //!
-//! The threads belong to a program that knows nothing of them: every signal is blocked in them from their
-//! first instruction on, so that its handlers never run there, and they leave a real-time class that they
-//! would inherit.
+//! The application does not know of these threads: every signal is blocked in them from their
+//! first instruction on, so that the application's handlers never run there, and they leave a real-time scheduling class that
+//! they would inherit.
 
 use nix::sys::signal::{SigSet, SigmaskHow};
 use nvshare::units::GRANULE;
@@ -12,16 +12,16 @@ use std::sync::Mutex;
 use std::{io, thread};
 
 const HUGE: usize = GRANULE as usize;
-/// The smallest page there is: where huge pages are off, each one wants its own touch.
+/// The smallest page size: if huge pages are off, each such page must be touched.
 const PAGE: usize = 4096;
-/// What a thread takes at a time: small, so that all end together; whole huge pages, so that no two
-/// threads fault on the same one.
+/// Bytes that a thread takes at a time: few, so that all threads end at about the same time; whole huge pages, so that no two
+/// threads fault on the same page.
 const STRIPE: usize = 16 * HUGE;
 
-/// Maps `length` bytes, aligned to a huge page, that neither a child nor a core file gets.
+/// Maps `length` bytes, aligned to a huge page, that are neither inherited by a forked child nor written to a core file.
 pub fn map(length: usize) -> io::Result<NonNull<u8>> {
     let whole = length.checked_add(HUGE).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing of ours.
+    // SAFETY: a new anonymous mapping at an address that the kernel chooses.
     let raw = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -48,12 +48,12 @@ pub fn map(length: usize) -> io::Result<NonNull<u8>> {
             libc::munmap(address.byte_add(length), tail);
         }
     }
-    // SAFETY: the aligned piece is ours and nobody else knows it yet.
+    // SAFETY: the aligned piece is part of the mapping just made.
     unsafe {
-        // A kernel that takes neither advice costs speed, or room in a core file.
+        // Without these two, copies are slower and core files larger.
         libc::madvise(address, length, libc::MADV_HUGEPAGE);
         libc::madvise(address, length, libc::MADV_DONTDUMP);
-        // Without this one a fork could leave the GPU copying to pages that are the child's now.
+        // Without this one, the parent could get new pages on a write after a fork, and the GPU would go on using the old ones.
         if libc::madvise(address, length, libc::MADV_DONTFORK) != 0 {
             let error = io::Error::last_os_error();
             libc::munmap(address, length);
@@ -63,20 +63,20 @@ pub fn map(length: usize) -> io::Result<NonNull<u8>> {
     NonNull::new(address.cast()).ok_or_else(|| io::Error::other("a mapping at address 0"))
 }
 
-/// How far the touching has got.
+/// How much of a mapping has been touched, as offsets and bytes.
 struct Progress<P> {
-    /// Everything before it is claimed by some thread.
+    /// Everything before this offset is claimed by some thread.
     next: usize,
-    /// So far it may go before `permit` is asked again.
+    /// Up to this offset bytes may be claimed before `permit` is called again.
     allowed: usize,
-    /// Claimed and not yet touched.
+    /// Bytes that are claimed and not touched yet.
     unfinished: usize,
     end: usize,
     permit: P,
 }
 
 impl<P: FnMut(u64) -> u64> Progress<P> {
-    /// The next piece for a thread that is through with `finished` bytes: where it begins and ends.
+    /// The next piece, its begin and end, for a thread that has finished `finished` bytes.
     fn claim(&mut self, finished: usize) -> Option<(usize, usize)> {
         self.unfinished -= finished;
         if self.next < self.end && self.next >= self.allowed {
@@ -94,12 +94,11 @@ impl<P: FnMut(u64) -> u64> Progress<P> {
     }
 }
 
-/// Puts a page behind every address of a new mapping, with up to `threads` threads, this one among them:
-/// what a thread that could not be made leaves undone, the others do.
+/// Touches all pages of a new mapping, with up to `threads` threads including this one. If a thread cannot be started, the
+/// others do its part.
 ///
-/// `permit` says how many further bytes may be touched before it is asked again, whole granules, and is told how many
-/// were claimed and are not touched yet. If it says none, that is the end. Returns how many bytes have their pages, from
-/// the beginning.
+/// `permit` gets the number of bytes that are claimed and not touched yet, and returns how many further bytes may be touched
+/// before it is called again, whole granules; 0 ends it. Returns how many bytes from the beginning have been touched.
 pub fn prefault(
     address: NonNull<u8>,
     length: usize,
@@ -113,7 +112,7 @@ pub fn prefault(
         let mut finished = 0;
         while let Some((from, to)) = claim(finished) {
             for offset in (from..to).step_by(PAGE) {
-                // SAFETY: inside the mapping, which nobody else knows yet.
+                // SAFETY: inside the mapping, which nothing else uses yet.
                 unsafe { ((begin + offset) as *mut u8).write_volatile(0) };
             }
             finished = to - from;
@@ -121,7 +120,7 @@ pub fn prefault(
     };
     let helpers = threads.min(length.div_ceil(STRIPE)).saturating_sub(1);
     thread::scope(|scope| {
-        // A new thread begins with the mask of the one that makes it.
+        // A new thread inherits the signal mask of the thread that starts it.
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
         for _ in 0..helpers {
             let helper = thread::Builder::new().name("nvshare-touch".into()).spawn_scoped(scope, || {
@@ -140,10 +139,10 @@ pub fn prefault(
     progress.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()).end
 }
 
-/// Gives the end of a mapping back, from `kept` bytes on.
+/// Unmaps the end of a mapping, from `kept` bytes on.
 pub fn cut(address: NonNull<u8>, kept: usize, length: usize) {
     if kept < length {
-        // SAFETY: the end of a mapping that nobody else knows yet.
+        // SAFETY: the end of a mapping that nothing else uses yet.
         unsafe { libc::munmap(address.as_ptr().byte_add(kept).cast(), length - kept) };
     }
 }
@@ -152,7 +151,7 @@ fn leave_realtime() {
     // SAFETY: all-zero parameters are valid ones, and 0 is the calling thread.
     unsafe {
         let parameters: libc::sched_param = std::mem::zeroed();
-        // Going down needs no privilege; where it fails all the same, the inherited class works too.
+        // Leaving the class needs no privilege; if it fails nevertheless, the inherited class works too.
         libc::sched_setscheduler(0, libc::SCHED_OTHER, &parameters);
     }
 }
@@ -199,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_for_the_alignment_is_given_back() {
+    fn the_bytes_cut_off_for_the_alignment_are_unmapped() {
         let size = || {
             let text = std::fs::read_to_string("/proc/self/status").unwrap();
             let line = text.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
@@ -209,7 +208,7 @@ mod tests {
         for _ in 0..2000 {
             unmap(map(HUGE).unwrap(), HUGE);
         }
-        // Without the cut 4 GiB would be left; other tests come and go with less.
+        // Without the cut 4 GiB would be left mapped; other tests that run meanwhile map less.
         assert!(size() < before + (2 << 30));
     }
 
@@ -238,7 +237,7 @@ mod tests {
     fn helpers() -> Vec<u64> {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let mask = |task: io::Result<std::fs::DirEntry>| {
-            // It may have ended since.
+            // The thread may have ended meanwhile.
             let text = std::fs::read_to_string(task.ok()?.path().join("status")).ok()?;
             text.starts_with("Name:\tnvshare-touch\n").then_some(())?;
             let mask = text.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
@@ -273,13 +272,13 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_that_cannot_be_is_an_error() {
+    fn an_impossible_mapping_is_an_error() {
         assert!(map(usize::MAX - 4096).is_err());
         assert!(map(1 << 60).is_err());
     }
 
     #[test]
-    fn touching_ends_where_it_is_permitted_to() {
+    fn touching_ends_where_the_permit_ends() {
         for threads in [1, 4] {
             let length = 4 * STRIPE;
             let address = map(length).unwrap();

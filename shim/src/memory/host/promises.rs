@@ -1,16 +1,17 @@
-//! Promises of host memory, counted together.
+//! Promises of host memory, counted over all pools.
 //!
-//! Several pools draw on the same memory: those of one process (one for each GPU), and those of other
-//! processes of the same control group or the same machine. What one of them has promised to its application and does
-//! not hold yet is free memory to a measurement, so each of them would promise it again. So each publishes how
-//! much that is, and takes off what the others have published: the pools of this process in a counter, other processes
-//! in their rows of the control page ([`nvshare::page`]). A row goes with its client, and its promise with it.
+//! Several pools use the same memory: those of one process (one per GPU), and those of other
+//! processes in the same control group or on the same machine. Memory that a pool has promised to its application and does
+//! not hold yet is measured as free, so every pool would promise it again. Therefore each pool publishes how much that is,
+//! and subtracts what the others have published: pools of the same process in a counter, other processes
+//! in their rows of the control page ([`nvshare::page`]). A client's promise is removed with its row.
 //!
-//! A promise is published before the others' are looked at. Of two that promise at a time, at least one sees the other.
-//! Both may, and both refuse: what is refused by mistake can be asked for again, what is promised twice can not be had.
+//! A pool publishes its promise before it reads the others'. So of two pools that promise at the same time at least one sees
+//! the other. If both do, both refuse, which is the safer error: a refused allocation can be repeated, memory that is
+//! promised twice does not exist.
 //!
-//! Clients of other GPUs that are other processes are not seen. They may be promised the same memory; making it is
-//! safe all the same ([`step`]), and who cannot evict says so and goes on.
+//! Processes that are clients of other GPUs only are not seen, so the same memory may be promised to them too. Allocating it
+//! is still safe ([`step`]), and a client that cannot evict for lack of host memory says so and goes on.
 
 use crate::memory::host::limits::{Group, HostLimits, Sharers};
 use nvshare::Books;
@@ -18,12 +19,12 @@ use nvshare::map::MappedPage;
 use nvshare::units::{GRANULE, Granules, bytes_of};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a pool has promised and does not hold, and the groups that it draws on: one word in the page.
+/// How much a pool has promised and does not hold, and the control groups whose memory it uses: one word in the page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Promise {
     /// Granules that were promised and are not held yet.
     pub granules: Granules,
-    /// The innermost and the outermost of the groups that bound the process.
+    /// The innermost and the outermost of the groups that limit the process.
     pub groups: [Option<Group>; 2],
 }
 
@@ -42,7 +43,7 @@ impl From<Promise> for u64 {
 }
 
 impl Promise {
-    /// Of so many bytes, for a process with these limits.
+    /// A promise of `bytes`, for a process with these limits.
     pub fn new(bytes: u64, limits: &[HostLimits]) -> Self {
         let mut groups = limits.iter().filter_map(|limits| match limits.sharers {
             Sharers::Group(group) => Some(group),
@@ -61,12 +62,12 @@ impl Promise {
     }
 }
 
-/// Where promises are published, and those of other processes found.
+/// Where promises are published and those of other processes are read.
 pub trait Board: Send + Sync {
-    /// Publishes this pool's.
+    /// Publishes this pool's promise.
     fn publish(&self, promise: Promise);
 
-    /// What other processes have published.
+    /// The promises of other processes.
     fn others(&self) -> Vec<Promise>;
 
     /// Bytes that all pools of this process have promised and do not hold.
@@ -85,7 +86,7 @@ impl Board for Books<MappedPage> {
     }
 }
 
-/// See [`Board::of_process`]. A forked child has other pools.
+/// See [`Board::of_process`]. Zero again in a forked child, whose pools are new.
 static OF_THIS_PROCESS: AtomicU64 = AtomicU64::new(0);
 
 /// For the child of a fork.
@@ -106,14 +107,14 @@ impl Promises {
         Self { board, mine: AtomicU64::new(0) }
     }
 
-    /// This pool has promised so many bytes and does not hold them. One thread at a time.
+    /// Publishes that this pool has promised `bytes` that it does not hold. Only one thread at a time may call it.
     pub fn publish(&self, bytes: u64, limits: &[HostLimits]) {
         let before = self.mine.swap(bytes, Ordering::SeqCst);
         self.board.of_process().fetch_add(bytes.wrapping_sub(before), Ordering::SeqCst);
         self.board.publish(Promise::new(bytes, limits));
     }
 
-    /// What others were promised.
+    /// The promises of other pools.
     pub fn others(&self) -> Others {
         let all = self.board.of_process().load(Ordering::SeqCst);
         let here = all.saturating_sub(self.mine.load(Ordering::SeqCst));
@@ -121,16 +122,16 @@ impl Promises {
     }
 }
 
-/// What other pools were promised and do not hold.
+/// How much other pools have promised and do not hold.
 pub struct Others {
-    /// Bytes, of pools of this process.
+    /// Bytes, by other pools of this process.
     here: u64,
-    /// Of other processes.
+    /// By other processes.
     elsewhere: Vec<Promise>,
 }
 
 impl Others {
-    /// Bytes of it below a limit that these share.
+    /// Bytes of those promises that count against a limit with these sharers.
     pub fn below(&self, sharers: Sharers) -> u64 {
         let drawn = self.elsewhere.iter().filter(|promise| promise.draws_on(sharers));
         let elsewhere: u64 = drawn.map(|promise| bytes_of(promise.granules)).sum();
@@ -138,14 +139,15 @@ impl Others {
     }
 }
 
-/// Most processes that make host memory at a time, by which [`step`] is safe: all clients of a GPU, and some.
+/// The number of processes that may allocate host memory at the same time so that [`step`] is safe: more than a GPU has
+/// clients.
 const MAKERS: u64 = 64;
 
-/// Bytes that may be taken of `left` before what is left is measured anew: so few that all who have measured the same
-/// can take as much each.
+/// Bytes that may be taken of `left` before it is measured again: so few that [`MAKERS`] processes that have measured the
+/// same `left` can each take as many.
 pub fn step(left: u64) -> u64 {
     let part = left / MAKERS;
-    // Below, the reserve that every bound keeps makes up for it.
+    // With little left, each takes one granule; the reserve of every bound covers the excess.
     (part - part % GRANULE).max(GRANULE).min(left - left % GRANULE)
 }
 

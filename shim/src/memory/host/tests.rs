@@ -30,12 +30,12 @@ impl Pinner for Count {
     }
 }
 
-/// A machine without limits, so that a test asks nothing of the one it runs on.
+/// A configuration without limits, so that a test does not depend on the machine.
 fn config(arena: usize, limit: Option<u64>) -> HostPoolConfig {
     HostPoolConfig { limit, arena, step: GRANULE, threads: 2, limits: Arc::new(Vec::new) }
 }
 
-/// The pool of a client that nobody shares memory with.
+/// The board of a client that shares memory with no other.
 #[derive(Default)]
 struct Alone(AtomicU64);
 
@@ -67,7 +67,7 @@ impl HostMemory {
     }
 }
 
-/// What is in use, in order of address; fails where two blocks share a byte.
+/// The blocks in use, in order of address; fails if two overlap.
 fn spans<'a>(memory: impl IntoIterator<Item = &'a HostMemory>) -> Vec<(usize, usize)> {
     let blocks = memory.into_iter().flat_map(|memory| &memory.blocks);
     let mut spans: Vec<_> = blocks.map(|block| (block.address.as_ptr() as usize, block.length)).collect();
@@ -77,7 +77,7 @@ fn spans<'a>(memory: impl IntoIterator<Item = &'a HostMemory>) -> Vec<(usize, us
     spans
 }
 
-/// Free and used bytes are the capacity, free extents do not touch, and all is free when none is used.
+/// Checks that free and used bytes add up to the capacity, that no two gaps touch, and that all is free when nothing is used.
 fn audit(pool: &HostPool, blocks: &[HostMemory]) {
     let used: usize = spans(blocks).iter().map(|(_, length)| length).sum();
     let state = pool.state();
@@ -98,7 +98,7 @@ fn audit(pool: &HostPool, blocks: &[HostMemory]) {
 }
 
 #[test]
-fn any_history_of_blocks_keeps_the_books() {
+fn any_sequence_of_allocations_and_frees_keeps_the_pool_consistent() {
     let limit = 40 * GRANULE;
     for seed in 1..=60u64 {
         let (pool, count) = pool(8 * BLOCK, Some(limit));
@@ -170,9 +170,9 @@ fn the_last_arena_is_smaller_and_the_bound_is_not_passed() {
     audit(&pool, &blocks);
 }
 
-/// What was promised is there, however what is free lies: no further byte is taken for it.
+/// Promised memory can be allocated even if the free memory is in pieces, and the pool does not grow for it.
 #[test]
-fn a_promise_holds_however_the_free_memory_lies() {
+fn a_promise_holds_however_fragmented_the_free_memory_is() {
     let (pool, count) = pool(4 * BLOCK, Some(16 * GRANULE));
     pool.commit(16 * GRANULE).unwrap();
     pool.ensure(16 * GRANULE).unwrap();
@@ -217,7 +217,7 @@ fn memory_in_several_blocks_is_one_range_of_bytes() {
 }
 
 #[test]
-fn trimming_keeps_what_it_was_told_to_and_what_is_in_use() {
+fn trimming_keeps_the_requested_bytes_and_blocks_in_use() {
     let (pool, count) = pool(4 * BLOCK, None);
     pool.ensure(16 * GRANULE).unwrap();
     let block = pool.alloc(GRANULE).unwrap();
@@ -244,7 +244,7 @@ fn a_commitment_past_the_bound_is_refused_with_the_bound_in_it() {
     assert_eq!(pool.capacity(), 0, "committing takes nothing");
 }
 
-/// A machine that has `free` bytes to give beyond the reserve.
+/// A machine that has `free` bytes left beyond the reserve.
 struct Machine(PathBuf);
 
 impl Machine {
@@ -292,22 +292,22 @@ fn growing_does_not_move_the_bound() {
 }
 
 #[test]
-fn the_machine_is_not_asked_each_time_but_near_the_bound_and_for_an_arena() {
+fn the_bound_is_cached_except_near_it_and_for_an_arena() {
     let machine = Machine::new("asked", 4096 * MIB);
     let pool = machine.pool();
     pool.commit(2 * MIB).unwrap();
-    // Far from the bound: what was measured just now is believed.
+    // Far from the bound a recent measurement is used.
     machine.has(0);
     pool.commit(2 * MIB).unwrap();
-    // An old measurement is not.
+    // An old measurement is not used.
     pool.state().bound.as_mut().unwrap().measured -= 2 * BELIEVED;
     assert!(pool.commit(2 * MIB).is_err());
-    // Near the bound no measurement is.
+    // Near the bound none is used.
     machine.has(512 * MIB);
     pool.commit(2 * MIB).unwrap();
     machine.has(0);
     assert!(pool.commit(2 * MIB).is_err());
-    // Others took what was promised: no block rather than a killed process.
+    // Others have taken what was promised: the allocation fails, so that no process is killed.
     assert!(matches!(pool.alloc(GRANULE), Err(HostPoolError::Bound { left: 0, .. })));
     machine.has(16 * MIB);
     pool.free(pool.alloc(GRANULE).unwrap());
@@ -315,7 +315,7 @@ fn the_machine_is_not_asked_each_time_but_near_the_bound_and_for_an_arena() {
 }
 
 #[test]
-fn memory_that_cannot_be_pinned_is_used_all_the_same() {
+fn memory_that_cannot_be_pinned_is_still_used() {
     let count = Count { refuse: true, ..Count::default() };
     let pool = pool_of(config(2 * BLOCK, None), count.clone());
     let blocks = [pool.alloc(2 * GRANULE).unwrap(), pool.alloc(2 * GRANULE).unwrap()];
@@ -332,7 +332,7 @@ fn memory_that_cannot_be_pinned_is_used_all_the_same() {
 }
 
 #[test]
-fn a_failed_pin_is_told_once_with_the_limit_and_the_remedy() {
+fn a_failed_pin_is_logged_once_with_the_limit_and_the_remedy() {
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<String>>>);
     impl tracing::field::Visit for Log {
@@ -400,7 +400,7 @@ fn threads_share_it() {
     assert_eq!(count.pinned.load(Ordering::Relaxed), 16 * BLOCK);
 }
 
-/// Pins at the pace of a test.
+/// A pinner that blocks until the test lets it go on.
 struct Slow {
     entered: mpsc::Sender<()>,
     go: Mutex<mpsc::Receiver<()>>,
@@ -411,7 +411,7 @@ impl Pinner for Slow {
     fn pin(&self, _address: *mut u8, _length: usize) -> Result<(), PinError> {
         if self.held.load(Ordering::Acquire) {
             self.entered.send(()).unwrap();
-            // Not for ever: a test that fails lets it go, or is stuck and must come to its end.
+            // Not forever: if the test fails, this thread must end too.
             let _ = self.go.lock().unwrap().recv_timeout(Duration::from_secs(10));
         }
         Ok(())
@@ -433,11 +433,11 @@ fn blocks_come_and_go_while_the_pool_grows() {
         let go = go;
         scope.spawn(|| pool.ensure(8 * GRANULE).unwrap());
         pinning.recv().unwrap();
-        // The new arena is in the making and stays so.
+        // The new arena is being made, and the pinner keeps it so.
         let all = pool.alloc(4 * GRANULE).unwrap();
         pool.commit(GRANULE).unwrap();
         pool.uncommit(GRANULE);
-        // Who finds nothing waits for the arena, or for what comes back before it is ready.
+        // An allocation that finds nothing waits for the arena, or for a block that is freed before that.
         let (done, got) = mpsc::channel();
         let waiter = &pool;
         scope.spawn(move || done.send(waiter.alloc(GRANULE).unwrap()).unwrap());
@@ -461,7 +461,7 @@ fn arenas_are_made_in_steps_up_to_the_bound() {
 }
 
 #[test]
-fn what_was_registered_is_registered_anew() {
+fn arenas_are_registered_again_in_another_context() {
     let (pool, count) = pool(2 * BLOCK, None);
     pool.commit(4 * GRANULE).unwrap();
     let used = pool.alloc(GRANULE).unwrap();
@@ -505,7 +505,7 @@ fn a_child_has_neither_the_memory_nor_the_pool() {
     let child = unsafe { libc::fork() };
     if child == 0 {
         after_fork();
-        // The lock is held, as it may be at any fork: whoever touches it hangs, and the alarm ends it.
+        // The lock is held, as it may be at any fork: an attempt to take it hangs, and the alarm ends the child.
         // SAFETY: as above.
         unsafe { libc::alarm(10) };
         let mut resident = 0;
@@ -535,7 +535,7 @@ fn a_child_has_neither_the_memory_nor_the_pool() {
     pool.free(pool.alloc(2 * GRANULE).expect("the parent goes on"));
 }
 
-/// The rows of a page that several clients publish in.
+/// The rows of a page in which several clients publish.
 #[derive(Clone, Default)]
 struct Rows(Arc<Mutex<BTreeMap<u32, promises::Promise>>>);
 
@@ -556,9 +556,9 @@ impl Board for Row {
     }
 }
 
-/// Four clients of one machine, each within its bound: all that they are promised is there.
+/// Four clients of one machine, each within its bound: the memory promised to them all exists.
 #[test]
-fn what_several_are_promised_is_counted_together() {
+fn promises_of_several_clients_are_counted_together() {
     let machine = Machine::new("together", 40 * MIB);
     let rows = Rows::default();
     let pools: Vec<_> =
@@ -570,21 +570,21 @@ fn what_several_are_promised_is_counted_together() {
     assert_eq!(error.left(), 4 * MIB, "{error:?}");
     assert!(error.to_string().contains("other jobs were promised 36.00 MiB"), "{error}");
     pools[3].commit(4 * MIB).unwrap();
-    // What is made is measured, and promised no more.
+    // Memory that is allocated is measured, and no longer counts as promised.
     pools[0].ensure(12 * MIB).unwrap();
     machine.has(28 * MIB);
     assert!(pools[3].commit(2 * MIB).is_err());
     pools[0].free(pools[0].alloc(12 * MIB).unwrap());
     pools[1].uncommit(6 * MIB);
     pools[3].commit(6 * MIB).unwrap();
-    // Who dies leaves its row, and its memory.
+    // A client that ends leaves its row and its memory.
     rows.0.lock().unwrap().remove(&2);
     pools[3].commit(12 * MIB).unwrap();
 }
 
 /// The pools of one process for its GPUs.
 #[test]
-fn what_a_process_is_promised_on_several_gpus_is_counted_together() {
+fn promises_of_a_process_on_several_gpus_are_counted_together() {
     static PROMISED: AtomicU64 = AtomicU64::new(0);
     struct Gpu;
     impl Board for Gpu {
@@ -606,7 +606,7 @@ fn what_a_process_is_promised_on_several_gpus_is_counted_together() {
     second.commit(30 * MIB).unwrap();
 }
 
-/// While an arena is made, somebody else takes what was measured before: the arena is as large as there is memory for.
+/// While an arena is made, another process takes memory that was measured before: the arena becomes as large as possible.
 #[test]
 fn an_arena_ends_where_the_memory_does() {
     let looks = Arc::new(AtomicU64::new(0));
@@ -618,7 +618,7 @@ fn an_arena_ends_where_the_memory_does() {
     });
     let count = Count::default();
     let pool = pool_of(HostPoolConfig { limits, threads: 1, ..config(64 * BLOCK, None) }, count.clone());
-    // It measures 20 MiB, and less by a granule each time that it has taken one: what it leaves it cannot have.
+    // The first measurement is 20 MiB, and each later one is less by a granule.
     let error = pool.make_free(2 * MIB, 40 * MIB).unwrap_err();
     assert!(matches!(error, HostPoolError::Bound { left, .. } if left == 16 * MIB), "{error:?}");
     assert_eq!((pool.capacity(), count.pinned.load(Ordering::Relaxed) as u64), (16 * MIB, 16 * MIB));
@@ -628,8 +628,8 @@ fn an_arena_ends_where_the_memory_does() {
     audit(&pool, &[]);
 }
 
-/// The kernel maps no large piece any more (RLIMIT_AS, RLIMIT_DATA): several small ones do.
+/// If the kernel maps no large piece (RLIMIT_AS, RLIMIT_DATA), several small arenas are made.
 #[test]
-fn what_is_not_mapped_as_a_whole_is_mapped_in_pieces() {
+fn an_arena_that_cannot_be_mapped_whole_is_made_in_pieces() {
     assert!(matches!(pool(BLOCK, None).0.map(1 << 60), Ok((_, length)) if length < 1 << 47));
 }

@@ -4,14 +4,14 @@ use crate::memory::region::WHOLE;
 
 const CONTEXT: CUcontext = CUcontext(1);
 
-/// Takes all that is left to the engine.
+/// Takes all deferred frees.
 fn left(memory: &mut Memory) -> (Vec<Allocation>, Vec<Region>) {
-    memory.take_left(memory.left()).expect("nobody has taken it")
+    memory.take_left(memory.left()).expect("none were taken since")
 }
 
-/// A free that comes after the mark is not covered by it, and a mark covers nothing that somebody else has taken since.
+/// Frees that are deferred after [`Memory::left`] are not taken, and none can be taken twice.
 #[test]
-fn what_is_left_to_the_engine_is_taken_as_far_as_it_was_marked() {
+fn deferred_frees_are_taken_as_far_as_they_were_reported() {
     let mut memory = Memory::default();
     let allocations: Vec<_> = [1 << 30, 2 << 30]
         .map(|base| {
@@ -49,7 +49,7 @@ fn addresses_find_their_allocation() {
 }
 
 #[test]
-fn small_ones_share_a_slab_and_the_last_one_takes_it_down() {
+fn small_allocations_share_a_slab_and_the_last_one_releases_it() {
     let mut memory = Memory::default();
     assert_eq!(memory.take_small(1, CONTEXT), None);
     memory.add_slab(0x4000_0000, CONTEXT);
@@ -65,7 +65,7 @@ fn small_ones_share_a_slab_and_the_last_one_takes_it_down() {
 }
 
 #[test]
-fn gaps_grow_together() {
+fn adjacent_gaps_are_merged() {
     let mut gaps = Gaps::new(4096);
     let offsets: Vec<_> = (0..8).map(|_| gaps.take(512).unwrap()).collect();
     assert_eq!(gaps.take(1), None);
@@ -78,7 +78,7 @@ fn gaps_grow_together() {
 }
 
 #[test]
-fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
+fn a_deferred_free_is_gone_for_the_application_and_not_for_the_engine() {
     let mut memory = Memory::default();
     memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
     let allocation = memory.begin_free(1 << 30).unwrap();
@@ -90,7 +90,7 @@ fn a_freed_allocation_is_gone_for_the_application_and_not_for_the_engine() {
 }
 
 #[test]
-fn what_is_deferred_is_what_the_frees_will_give_back() {
+fn deferred_granules_are_those_that_the_frees_will_release() {
     let mut memory = Memory::default();
     memory.add_whole(1 << 30, 3 * GRANULE, 3 * GRANULE, CONTEXT);
     memory.add_slab(1 << 31, CONTEXT);
@@ -112,12 +112,12 @@ fn what_is_deferred_is_what_the_frees_will_give_back() {
     }
     assert_eq!(memory.deferred(), 0);
     assert!(memory.take_back(1 << 30));
-    assert_eq!(memory.deferred(), 3, "and has done with it");
+    assert_eq!(memory.deferred(), 3, "and has closed it");
     assert_eq!((left(&mut memory).1.len(), memory.deferred()), (1, 0));
 }
 
 #[test]
-fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
+fn a_region_open_elsewhere_outlives_its_free_but_its_export_number_does_not() {
     let mut memory = Memory::default();
     memory.add_whole(1 << 30, GRANULE, GRANULE, CONTEXT);
     assert_eq!(memory.export(1 << 30, || 7), Some(7));
@@ -140,7 +140,7 @@ fn what_others_have_open_outlives_its_free_and_its_number_does_not() {
 }
 
 #[test]
-fn a_slab_that_others_have_open_can_be_used_again() {
+fn a_slab_open_elsewhere_can_be_reused() {
     let mut memory = Memory::default();
     memory.add_slab(1 << 30, CONTEXT);
     let free = |memory: &mut Memory| {
@@ -162,7 +162,7 @@ fn a_slab_that_others_have_open_can_be_used_again() {
 }
 
 #[test]
-fn what_others_have_open_outlives_its_context() {
+fn a_region_open_elsewhere_outlives_its_context() {
     let mut memory = Memory::default();
     memory.add_slab(1 << 30, CONTEXT);
     memory.take_small(1, CONTEXT).unwrap();
@@ -175,14 +175,14 @@ fn what_others_have_open_outlives_its_context() {
     assert_eq!(left(&mut memory).1.len(), 1);
 }
 
-/// The addresses of the chunks that are to lie in host memory.
+/// The addresses of the chunks that are to be filled in host memory.
 fn spilled(memory: &Memory) -> Vec<CUdeviceptr> {
     let chunks = memory.regions().flat_map(|region| &region.chunks);
     chunks.filter(|chunk| chunk.spill).map(|chunk| chunk.address).collect()
 }
 
 #[test]
-fn only_what_is_in_use_is_copied_and_neighbours_go_together() {
+fn only_granules_in_use_are_copied_and_adjacent_ones_in_one_run() {
     assert_eq!(InUse::All.runs(CHUNK), [(0, 0, CHUNK)]);
     let in_use = InUse::Granules(0b1011_0110);
     let runs = in_use.runs(8 * GRANULE);
@@ -199,7 +199,7 @@ fn only_what_is_in_use_is_copied_and_neighbours_go_together() {
 }
 
 #[test]
-fn what_spills_is_spread_over_what_is_missing_granule_by_granule() {
+fn spilled_granules_are_spread_evenly_over_the_missing_ones() {
     let mut memory = Memory::default();
     let (first, second) = (1 << 40, 1 << 41);
     memory.add_whole(first, CHUNK, CHUNK, CONTEXT);
@@ -214,32 +214,32 @@ fn what_spills_is_spread_over_what_is_missing_granule_by_granule() {
         assert!(chunks.windows(2).all(|pair| pair[0].address + pair[0].size == pair[1].address));
         assert!(chunks.iter().all(|chunk| !chunk.spill || chunk.size == GRANULE));
     }
-    // They come first, or the rest would wait for room that cannot be.
+    // They are filled first, or the rest would wait for room that cannot be made.
     for address in [at(second, 8), at(second, 24), at(first, 8), at(first, 24)] {
         let (place, _, spill) = memory.next_missing().unwrap();
         assert_eq!((place.address, place.size, spill), (address, GRANULE, true));
     }
     assert!(!memory.next_missing().unwrap().2);
-    // Whoever is asked for more than is missing gives what there is, and chooses anew.
+    // If more is asked for than is missing, all missing granules are chosen; each call chooses again.
     assert!(memory.spill(1000) < 64);
 }
 
 #[test]
-fn the_youngest_memory_spills_wherever_it_lies() {
+fn the_youngest_memory_is_spilled_at_whatever_address() {
     let mut memory = Memory::default();
     let (parameters, results) = (1 << 41, 1 << 40);
     memory.add_whole(parameters, 8 * CHUNK, 8 * CHUNK, CONTEXT);
     memory.add_whole(results, 8 * CHUNK, 8 * CHUNK, CONTEXT);
     assert_eq!(memory.spill(2), 2);
-    // One in 64 of what was made last, though it lies before the other.
+    // One in 64 granules of the youngest region, although its address is lower.
     assert_eq!(spilled(&memory), [results + 32 * GRANULE, results + 96 * GRANULE]);
-    // More than a 64th of it takes older memory too.
+    // For more than a 64th of it, older memory is spilled too.
     assert_eq!(memory.spill(8), 8);
     assert_eq!(spilled(&memory).iter().filter(|address| **address >= parameters).count(), 4);
 }
 
 #[test]
-fn room_never_spills_and_what_is_handed_on_whole_only_if_nothing_else_can() {
+fn a_reservation_is_never_spilled_and_exportable_objects_only_if_nothing_else_is_left() {
     let mut memory = Memory::default();
     memory.add_reservation(4 * GRANULE, CONTEXT);
     let mut prop = CUmemAllocationProp::pinned(crate::cuda::abi::CUmemLocation::device(0));
@@ -256,7 +256,7 @@ fn room_never_spills_and_what_is_handed_on_whole_only_if_nothing_else_can() {
 }
 
 #[test]
-fn an_object_lives_while_it_is_held_or_mapped() {
+fn an_object_exists_while_it_has_a_handle_or_a_view() {
     let mut memory = Memory::default();
     let (object, view) = (1 << 40, 1 << 50);
     memory.add_object(
@@ -278,8 +278,8 @@ fn an_object_lives_while_it_is_held_or_mapped() {
     assert!(memory.object(object).is_none());
 }
 
-/// Walks `count` regions of one granule out and in as the engine does, with a look at all that it asks in between. How
-/// many regions and chunks were looked at, for each of them.
+/// Evicts and fills `count` regions of one granule as the engine does, with all of its queries in between. Returns how
+/// many regions and chunks were visited for each of them.
 fn visits_of_a_switch(count: u64) -> u64 {
     let mut memory = Memory::default();
     for index in 0..count {
@@ -307,15 +307,15 @@ fn visits_of_a_switch(count: u64) -> u64 {
 }
 
 #[test]
-fn a_switch_looks_at_each_region_so_many_times_however_many_there_are() {
+fn a_switch_visits_each_region_equally_often_however_many_there_are() {
     let few = visits_of_a_switch(100);
     assert!(few < 20, "{few}");
     assert_eq!(visits_of_a_switch(10_000), few);
 }
 
-/// Whatever has happened to the chunks, the index says of them what they are.
+/// After any sequence of changes the index is the same as one built from the chunks.
 #[test]
-fn the_index_is_what_the_chunks_are() {
+fn the_index_agrees_with_the_chunks() {
     let fresh = |memory: &Memory| {
         let mut index = Index::default();
         for region in memory.regions.values() {

@@ -18,10 +18,10 @@ fn an_entry_is_what_the_kernel_reads() {
 }
 
 #[test]
-fn a_question_is_about_whole_granules_of_one_chunk() {
+fn an_entry_is_for_whole_granules_of_at_most_a_chunk() {
     let at = 7 * CHUNK;
     for size in [GRANULE, 3 * GRANULE, CHUNK] {
-        assert_eq!(Entry::ask(at, size).unwrap().granules, size / GRANULE);
+        assert_eq!(Entry::new(at, size).unwrap().granules, size / GRANULE);
     }
     for (address, size) in [
         (at, 0),
@@ -31,20 +31,20 @@ fn a_question_is_about_whole_granules_of_one_chunk() {
         (at, u64::MAX),
         (at + 512, GRANULE),
     ] {
-        assert!(Entry::ask(address, size).is_none(), "{address:x} {size}");
+        assert!(Entry::new(address, size).is_none(), "{address:x} {size}");
     }
 }
 
 #[test]
-fn what_nobody_called_zero_is_in_use() {
-    let mut entry = Entry::ask(CHUNK, CHUNK).unwrap();
+fn granules_that_were_not_found_zero_are_in_use() {
+    let mut entry = Entry::new(CHUNK, CHUNK).unwrap();
     assert_eq!(entry.in_use(), u32::MAX, "no answer");
     entry.zero = [ZERO; SLOTS];
     assert_eq!(entry.in_use(), 0);
     entry.zero[31] = 0;
     entry.zero[4] = 0xff;
     assert_eq!(entry.in_use(), 1 << 31 | 1 << 4);
-    let mut entry = Entry::ask(CHUNK, 3 * GRANULE).unwrap();
+    let mut entry = Entry::new(CHUNK, 3 * GRANULE).unwrap();
     assert_eq!(entry.in_use(), 0b111);
     entry.zero[1] = ZERO;
     assert_eq!(entry.in_use(), 0b101, "and nothing of what lies behind the chunk");
@@ -91,7 +91,7 @@ fn chunk(driver: &Driver, stream: CUstream, granules: u64) -> (CUdeviceptr, u64)
     (address, size)
 }
 
-/// Asks, and waits for the answer.
+/// Scans, and waits for the result.
 fn answer(
     scanner: &mut Scanner,
     chunks: &[(CUdeviceptr, u64)],
@@ -114,7 +114,7 @@ fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
                 chunk(driver, stream, granules),
             );
             driver.memset_d8_async(dense.0, 0x5a, dense.1 as usize, stream).unwrap();
-            // One byte in each second granule or so: the first, the last, one amid, one at an odd place.
+            // One byte in about every second granule: its first, its last, one in the middle, one at an odd offset.
             let mut bits = 0u32;
             for granule in (0..granules).filter(|granule| granules == 1 || granule % 2 == 1) {
                 let somewhere = dice.below(GRANULE);
@@ -127,7 +127,7 @@ fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
             expected.extend([0, bits, (u64::from(u32::MAX) >> (32 - granules)) as u32]);
         }
         assert_eq!(answer(&mut scanner, &chunks, stream).unwrap(), expected);
-        // The other way round, in a table that has answers from before.
+        // The complement, in a table that still has the previous results.
         chunks.reverse();
         expected.reverse();
         assert_eq!(answer(&mut scanner, &chunks, stream).unwrap(), expected);
@@ -137,8 +137,8 @@ fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
 }
 
 #[test]
-fn an_answer_is_of_the_moment_in_its_stream() {
-    on_a_gpu("an_answer_is_of_the_moment_in_its_stream", &[], |driver, stream| {
+fn a_scan_sees_the_work_before_it_in_its_stream() {
+    on_a_gpu("a_scan_sees_the_work_before_it_in_its_stream", &[], |driver, stream| {
         let mut scanner = Scanner::new(driver).unwrap();
         let chunk = chunk(driver, stream, 4);
         let before = scanner.scan(&[chunk], stream).unwrap();
@@ -150,8 +150,8 @@ fn an_answer_is_of_the_moment_in_its_stream() {
 }
 
 #[test]
-fn more_chunks_than_a_table_holds_are_one_question() {
-    on_a_gpu("more_chunks_than_a_table_holds_are_one_question", &[], |driver, stream| {
+fn more_chunks_than_a_table_holds_are_one_scan() {
+    on_a_gpu("more_chunks_than_a_table_holds_are_one_scan", &[], |driver, stream| {
         let mut scanner = Scanner::new(driver).unwrap();
         let (base, _) = chunk(driver, stream, 32);
         driver.memset_d8_async(base + 5 * GRANULE, 1, 1, stream).unwrap();
@@ -204,9 +204,9 @@ fn a_driver_that_cannot_compile_is_an_error_and_no_harm() {
 }
 
 #[test]
-fn a_failed_launch_answers_nothing_and_leaves_the_table() {
+fn a_failed_launch_is_an_error_and_its_table_is_reused() {
     let refused = [("NVSHARE_SIM_FAIL", "cuLaunchKernel:1:701")];
-    on_a_gpu("a_failed_launch_answers_nothing_and_leaves_the_table", &refused, |driver, stream| {
+    on_a_gpu("a_failed_launch_is_an_error_and_its_table_is_reused", &refused, |driver, stream| {
         let mut scanner = Scanner::new(driver).unwrap();
         let chunk = chunk(driver, stream, 1);
         let failed = answer(&mut scanner, &[chunk], stream);
@@ -219,8 +219,8 @@ fn a_failed_launch_answers_nothing_and_leaves_the_table() {
 }
 
 #[test]
-fn what_is_not_there_has_no_answer() {
-    on_a_gpu("what_is_not_there_has_no_answer", &[], |driver, stream| {
+fn unmapped_memory_has_no_result() {
+    on_a_gpu("unmapped_memory_has_no_result", &[], |driver, stream| {
         let mut scanner = Scanner::new(driver).unwrap();
         let there = chunk(driver, stream, 1);
         let gone = driver.mem_address_reserve(GRANULE as usize, 0, 0, 0).unwrap();

@@ -1,7 +1,7 @@
-//! How an engine ends: as its last context goes, or because it cannot go on.
+//! How an engine ends: because its last context is destroyed, or because of an error.
 //!
-//! Whatever ends it, nobody waits for it any more. If it was not to end, memory that is out will not come back, so the
-//! process's calls fail from then on, and the others get the room.
+//! In either case no thread waits for it afterwards. After an error evicted memory cannot come back, so the process's CUDA
+//! calls fail from then on, and the other clients get its granules.
 
 use crate::cuda::abi::*;
 use crate::memory::device::Device;
@@ -22,10 +22,10 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
-/// The work in flight has so long to end before its memory goes, when an engine cannot go on.
+/// How long a failed engine waits for work in flight before it releases the memory.
 const LAST_WORK: Nanos = 10 * SECOND;
 
-/// The engine's thread.
+/// The body of the engine's thread.
 pub fn run_to_the_end(device: Arc<Device>, client: Client<MappedPage>, context: CUcontext) {
     keep_panics();
     ENGINE.set(true);
@@ -36,16 +36,20 @@ pub fn run_to_the_end(device: Arc<Device>, client: Client<MappedPage>, context: 
         Ok(Err(error)) => error,
         Err(panic) => SwapError::Panic(said(panic.as_ref())),
     };
-    // A second panic must not leave anybody waiting either.
+    // Nor must a second panic leave a thread waiting.
     let failed = panic::catch_unwind(AssertUnwindSafe(|| fail(&device, &error)));
     if let Err(panic) = failed {
-        tracing::error!(gpu = %device.gpu, "while giving its memory up: {}", said(panic.as_ref()));
+        tracing::error!(
+            gpu = %device.gpu,
+            "nvshare panicked while it released this process's memory on the GPU: {}",
+            said(panic.as_ref())
+        );
     }
 }
 
-/// Walks the client through its phases until its last context goes.
+/// Walks the client through its phases until its last context is destroyed.
 fn walk(device: Arc<Device>, client: Client<MappedPage>, context: CUcontext) -> Result<(), SwapError> {
-    // What the engine does is never meant for a graph that some other thread captures.
+    // The engine's calls must neither become part of a capture of another thread nor invalidate it.
     let _ = device.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
     let current = device.driver.ctx_set_current(context);
     current.map_err(|result| SwapError::Driver { call: "cuCtxSetCurrent", result })?;
@@ -57,22 +61,22 @@ fn walk(device: Arc<Device>, client: Client<MappedPage>, context: CUcontext) -> 
     Ok(())
 }
 
-/// The engine cannot go on: says so, has the process's calls fail, and gives its memory and its slot up.
+/// After an error: logs it, makes the process's calls fail, and gives up its memory and its slot.
 fn fail(device: &Arc<Device>, error: &SwapError) {
     let (gpu, result) = (device.gpu, error.cuda());
-    // Another GPU's engine has said it.
+    // Another GPU's engine has logged it.
     let told = state::intact().is_err();
     if error.is_shutdown() {
         tracing::debug!(%gpu, "the engine ends: {error}");
     } else if !told {
         tracing::error!(
             %gpu,
-            "memory cannot be moved any more, every CUDA call of this process fails from now on ({result}): {error}"
+            "memory cannot be moved any more, every CUDA call of this process fails from now on ({result}): {error}. Start the process again; other processes go on"
         );
     }
     if result == CuResult::DEINITIALIZED {
-        // The process is ending. Exit handlers may still make calls, and wait for other threads that do: the driver answers
-        // them all, and no memory is in the way. The arbiter closes the books.
+        // The process is exiting. Exit handlers may still make calls, or wait for threads that do, so the gate must let them
+        // through: the driver answers them. The arbiter closes the client's accounts.
         return gang::leave(gpu);
     }
     fail_process(gpu, result);
@@ -80,13 +84,13 @@ fn fail(device: &Arc<Device>, error: &SwapError) {
     give_up(device);
 }
 
-/// Nobody submits any more. What was submitted may use the memory: it has a while to end.
+/// Waits for the work that may use the memory, but no longer than [`LAST_WORK`]. No thread submits any more.
 fn await_last_work(device: &Device) {
     let until = now() + LAST_WORK;
     if !gate().vacated(until) {
         return;
     }
-    // This GPU is none of those any more that the process has together.
+    // This GPU has left the gang already, so it is marked separately.
     let all = || gang::mark().and(device.streams.mark(device.driver));
     let Some(mut mark) = captures::with_no_capture(all) else { return };
     while !mark.look() && now() < until {
@@ -94,8 +98,8 @@ fn await_last_work(device: &Device) {
     }
 }
 
-/// Gives all memory back, but what was on its way when a panic came: nobody knows where that is, so it is the process's until
-/// it ends.
+/// Releases all memory except chunks that were being moved when a panic came: their state is unknown, so they stay
+/// counted as the process's until it ends.
 fn give_up(device: &Arc<Device>) {
     let regions = {
         let mut memory = device.memory();
@@ -112,7 +116,7 @@ fn give_up(device: &Arc<Device>) {
     device.books.end(lost);
 }
 
-/// Says, however the engine ends, that it has.
+/// Announces that the engine has ended, in whatever way.
 struct Ended(Arc<Device>);
 
 impl Drop for Ended {
@@ -123,12 +127,13 @@ impl Drop for Ended {
 }
 
 thread_local! {
-    /// This thread is an engine. A plain value: the application's threads ask for it to their very end.
+    /// Whether this thread is an engine. A plain value without a destructor: the application's threads may read it even while
+    /// their thread-locals are being destroyed.
     static ENGINE: Cell<bool> = const { Cell::new(false) };
     static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-/// Has a panic of an engine be told in the log, in one line with what follows from it, and not by the panic itself.
+/// Installs a panic hook that keeps an engine's panic for the log, in one line with its consequences, and prints nothing.
 fn keep_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -150,8 +155,8 @@ fn said(panic: &(dyn Any + Send)) -> String {
     if kept.is_empty() { payload().unwrap_or("for no known reason").to_owned() } else { kept }
 }
 
-/// Memory of a GPU cannot be moved any more: every call that uses a GPU returns `result` from now on. Whoever waits for an
-/// engine is woken. The process's other GPUs are of no use to it.
+/// Makes every call of the process that uses a GPU return `result` from now on, because memory of one GPU cannot be moved any
+/// more. Wakes the threads that wait for an engine, and the engines of the process's other GPUs, which end too.
 fn fail_process(gpu: GpuUuid, result: CuResult) {
     state::set_failed(result);
     gate().fail();

@@ -1,24 +1,24 @@
-//! Giving way: the gate is shut, the work in flight is waited for, and if it does not end because it waits for threads
-//! at the gate, the gate opens again and all that is tried later ([`nvshare::drain_backoff`]).
+//! Giving way, that is, draining: the engine shuts the gate and waits for the work in flight. If the work does not end because
+//! it waits for threads at the gate, the engine opens the gate again and drains later ([`nvshare::drain_backoff`]).
 //!
 //! ```text
 //!               no capture is open,
-//!               or one is for long         nothing ends, and threads stand at the gate
+//!               or one is for long         no work ends, and threads wait at the gate
 //!   Capturing ─────────────────────▶ Shut ────────────────────────────────────────────▶ Paused
 //!       ▲                           │   ▲                                                 │
-//!       └────── one has begun ──────┘   └─────────── what stood still has ended ──────────┘
-//!                                   └──▶ all is done: the client has drained
+//!       └──── a capture begins ─────┘   └────────────── that work has ended ──────────────┘
+//!                                   └──▶ all work is done: the client has drained
 //! ```
 //!
-//! All memory is in place until the end, so nothing is lost by opening the gate. The engine looks again and again, and sleeps
-//! on its doorbell in between: whatever else it has to do is done meanwhile, and nothing here waits without a bound.
+//! All memory stays in place until the end, so the gate can be opened at any time. The engine polls, and sleeps
+//! on its doorbell in between, so it does its other tasks meanwhile and never blocks here without a bound.
 //!
-//! A capture that is open is waited for, since most end soon. One that stays open may wait for another process, or for a person;
-//! then the client drains beside it, if all work in flight can be told without ruining the capture
+//! The engine waits for an open capture, because most end soon. A capture that stays open may be waiting for another process
+//! or for a user. Then the client drains beside it, if all work in flight can be marked without invalidating the capture
 //! ([`captures::mark_beside_captures`]).
 //!
-//! A process drains each of its GPUs by itself, and for each waits for the work on all of them. So one drain that is
-//! put off puts off the others ([`gang::pause_drain`]).
+//! A process drains each of its GPUs separately, and each drain waits for the work on all of them. So a drain that is
+//! paused pauses the others ([`gang::pause_drain`]).
 
 use crate::process::engine::Engine;
 use crate::settings::settings;
@@ -31,39 +31,42 @@ use nvshare::page::Stall;
 use nvshare::sync::now;
 use nvshare::units::{MILLISECOND, Nanos, SECOND, format_nanos};
 
-/// Between two looks at work in flight, a part of the time that it has been waited for already,
+/// The interval between two polls of work in flight is the time waited so far divided by this,
 const PART: Nanos = 64;
-/// and no less than this: a look takes a microsecond or two.
+/// but no less than this, because a poll takes a microsecond or two,
 const SHORTEST_POLL_INTERVAL: Nanos = 20_000;
-/// No drain that is within its target ends later for it than by this,
+/// no more than this during the first [`USUAL`] of a drain,
 const USUAL_POLL_INTERVAL: Nanos = MILLISECOND / 4;
 const USUAL: Nanos = 100 * MILLISECOND;
-/// and one that takes long, by this.
+/// and no more than this later.
 const LONGEST_POLL_INTERVAL: Nanos = 10 * MILLISECOND;
 
-/// Work that has not ended for so long is said to be endless, and a capture to be open for long.
+/// Work that has not ended for so long is reported as endless, and a capture as open for long.
 const LONG: Nanos = 2 * SECOND;
 
-/// A capture is waited for until it has been open for so long, if the client can drain beside it.
+/// How long the engine waits for an open capture, from its beginning, before it tries to drain beside it.
 const CAPTURE_WAIT: Nanos = SECOND;
 
-/// Threads that were let in keep no pace for so long: what the work waits for may come after many submissions.
+/// How long flow control does not limit threads that a paused drain has let in: the submission for which the work waits may
+/// come after many others.
 const FREE: Nanos = 50 * MILLISECOND;
 
-/// A client that gives way.
+/// A drain in progress.
 pub struct GivingWay {
-    /// It has more to do, as far as anybody knows.
+    /// The client is expected to have more work.
     more: bool,
-    /// Its last context goes, and captures are no matter any more.
+    /// The last context is being destroyed, so captures need not be protected any more.
     leaves: bool,
+    /// When the drain began, ns.
     began: Nanos,
+    /// How long the slice was, ns.
     ran: Nanos,
     backoff: DrainBackoff,
     state: State,
 }
 
 enum State {
-    /// A capture is open, and the gate too.
+    /// Waiting for a capture to end; the gate is open.
     Capturing {
         hold: CaptureHold,
         since: Nanos,
@@ -76,30 +79,32 @@ enum State {
 struct Shut {
     /// Captures may be open.
     beside_captures: bool,
-    /// When something was last seen to end, or the gate was shut.
+    /// When some work was last seen to end, or else when the gate was shut, ns.
     progress: Nanos,
-    /// Since when threads stand before it.
+    /// Since when threads wait at the gate, ns.
     standing: Option<Nanos>,
-    /// The end of all work, once nobody is inside.
+    /// The end of all work; made when no thread is inside the gate.
     mark: Option<CompletionMarker>,
+    /// How much of the marked work was left at the last poll ([`CompletionMarker::left`]).
     left: usize,
 }
 
-/// The gate is open, for a while.
+/// The gate is open again for a while.
 struct Paused {
+    /// Since when it is open, ns.
     since: Nanos,
-    /// It is not shut again before.
+    /// It is not shut again before this time, ns.
     until: Nanos,
-    /// What stood still. `None` if a capture forbade to mark it as yet.
+    /// The work that did not end. `None` if a capture has prevented marking it so far.
     mark: Option<CompletionMarker>,
-    /// It has ended, so long after threads went on, ns.
+    /// How long after the gate was opened that work ended, ns.
     ended: Option<Nanos>,
 }
 
-/// What comes of a look.
+/// The result of a poll.
 pub enum Look {
     Drained,
-    /// Look again at this time, ns, or when the doorbell rings.
+    /// Poll again at this time, ns, or when the doorbell rings.
     Again(Nanos),
 }
 
@@ -110,7 +115,7 @@ fn again(since: Nanos, time: Nanos) -> Look {
 }
 
 impl GivingWay {
-    /// The context in which the marks were made goes: make them anew.
+    /// Drops the markers, because the context in which they were made is being destroyed; they are made again.
     pub(super) fn drop_markers(&mut self) {
         match &mut self.state {
             State::Capturing { .. } => {}
@@ -121,7 +126,7 @@ impl GivingWay {
 }
 
 impl Engine {
-    /// Begins to give way. With `more` to do it asks for the GPU again at once.
+    /// Begins a drain. If the client has `more` work, it asks for the GPU again right after it.
     pub(super) fn give_way(&mut self, more: bool) {
         let ran = self.client.drain();
         self.begin_giving_way(more, ran, false);
@@ -130,10 +135,10 @@ impl Engine {
         }
     }
 
-    /// The last context goes: waits until all work is done, and lets threads go on in between as ever.
+    /// Drains because the last context is being destroyed, and waits until that is done. The drain may still pause.
     pub(super) fn drain_for_good(&mut self) {
         if !gang::has(self.device.gpu) {
-            // It has drained, or never run.
+            // Already drained, or it has never run.
             return gang::out(self.device.gpu);
         }
         self.begin_giving_way(false, 0, true);
@@ -168,7 +173,7 @@ impl Engine {
     fn shut_gate(&mut self, beside_captures: bool) -> State {
         let since = now();
         {
-            // Under the map's lock: an allocation may shut the gate meanwhile, and have its memory missing (I2).
+            // Under the map's lock, because an allocation without room may be shutting the gate at the same time.
             let memory = self.device.memory();
             gang::drain(self.device.gpu, memory.is_missing());
         }
@@ -183,13 +188,13 @@ impl Engine {
         }
     }
 
-    /// Lets threads in again: all memory is in place, if need be in host memory. False if the host has none for what was
-    /// allocated meanwhile.
+    /// Opens the gate again. Memory that was allocated meanwhile is mapped to host memory first; false if the host has not
+    /// enough, so that the gate stays shut.
     fn open_again(&mut self) -> bool {
         let mut memory = self.device.memory();
         if memory.is_missing() {
             if let Err(error) = self.device.back_all_by_host(&mut memory) {
-                tracing::debug!(gpu = %self.device.gpu, "the gate stays shut in the middle of a drain: {error}");
+                tracing::debug!(gpu = %self.device.gpu, "a drain cannot be paused, so the gate stays shut: {error}");
             }
             if memory.is_missing() {
                 return false;
@@ -200,7 +205,7 @@ impl Engine {
         true
     }
 
-    /// Looks how far it has come with giving way, and does what is due.
+    /// Polls the drain, and takes the steps that are due.
     pub(super) fn look_drained(&mut self) -> Look {
         loop {
             let Some(mut giving_way) = self.giving_way.take() else { return Look::Again(Nanos::MAX) };
@@ -223,7 +228,7 @@ impl Engine {
                     self.foresee();
                 }
                 Step::ShutBesideCaptures => {
-                    // Before the hold ends that kept new captures from beginning.
+                    // The gate is shut before the hold, which keeps new captures from beginning, ends.
                     giving_way.state = self.shut_gate(true);
                     tracing::debug!(gpu = %self.device.gpu, "a capture stays open: draining beside it");
                     self.giving_way = Some(giving_way);
@@ -258,7 +263,7 @@ impl Engine {
         let open_since = captures::latest_capture().map_or(since, |latest| latest.min(since));
         let beside = open_since + CAPTURE_WAIT;
         if time < beside {
-            // The end of a capture rings.
+            // The end of a capture rings the doorbell.
             return Step::Look(Look::Again(beside));
         }
         if captures::mark_beside_captures().is_some() {
@@ -272,7 +277,7 @@ impl Engine {
 
     fn look_at_work(&mut self, shut: &mut Shut, stand: Nanos, leaves: bool) -> Step {
         if gang::is_paused(self.device.gpu) {
-            // Another GPU's drain stood still.
+            // The drain of another GPU of the process was paused.
             return Step::Pause(shut.mark.take());
         }
         let time = now();
@@ -283,7 +288,7 @@ impl Engine {
                 (false, false) => captures::with_no_capture(gang::mark),
             };
             if shut.mark.is_none() && self.open_again() {
-                // A capture has begun before the gate was shut, or is one beside which nothing can be marked.
+                // A capture began before the gate was shut, or one is open beside which no marker can be made.
                 return Step::Capture;
             }
         }
@@ -317,14 +322,14 @@ impl Engine {
         Step::Look(again(shut.progress, time))
     }
 
-    /// All that was marked is done. Whether the client has drained: threads may have been let in by another engine.
+    /// Whether the client has drained, now that the marked work is done: another engine may have let threads in.
     fn is_drained(&mut self, mark: &CompletionMarker) -> bool {
         if let Some(result) = mark.broken() {
-            // The application's own calls will tell it: its context is broken. There is no work left to
-            // wait for, and its memory can go.
-            tracing::debug!(gpu = %self.device.gpu, "while draining: {result}");
+            // The context is broken, which the application learns from its own calls. There is no work left to
+            // wait for, and the memory can be evicted.
+            tracing::debug!(gpu = %self.device.gpu, "a context is broken, so its work counts as drained: {result}");
         }
-        // Under the map's lock: what is allocated from now on is not to be mapped.
+        // Under the map's lock, so that memory allocated from now on is not mapped.
         let mut memory = self.device.memory();
         let drained = gang::drained(self.device.gpu);
         if drained {
@@ -340,13 +345,13 @@ impl Engine {
             paused.mark = captures::with_no_capture(gang::mark);
         }
         let went_on = time.saturating_sub(paused.since);
-        // No more than what was marked already: an event in the legacy stream, now, would keep others out.
+        // Only what is marked already: an event in the legacy stream would now block work that threads submit.
         let mark = paused.mark.as_mut();
         if mark.is_some_and(CompletionMarker::has_passed) {
             paused.ended.get_or_insert(went_on);
         }
         if !open || (paused.mark.is_none() && went_on >= LONG) {
-            // An allocation found no room, or another GPU is given up, or a capture forbids to know any more.
+            // An allocation found no room, another GPU is being given up, or a capture has prevented marking for long.
             return Step::Shut;
         }
         if let Some(took) = paused.ended {
@@ -366,7 +371,7 @@ impl Engine {
         Step::Look(again(paused.since, time))
     }
 
-    /// Threads that go on in the middle of a drain keep the pace, so that they don't make it longer.
+    /// Limits the submissions of threads that run during a paused drain, so that they do not make it longer.
     fn keep_pace(&self, since: Nanos) {
         let target = self.page().settings().drain_target;
         if target > 0 && settings().is_ok_and(|settings| settings.flow_control) {
@@ -374,24 +379,24 @@ impl Engine {
         }
     }
 
-    /// Nobody needs what it has any more: it runs on, if it can run.
+    /// Ends a paused drain if no other client needs this one's memory any more: the client runs on. False if not.
     pub(super) fn resume_if_not_needed(&mut self) -> bool {
         let gpu = self.device.gpu;
         let paused = matches!(&self.giving_way, Some(GivingWay { state: State::Paused(_), .. }));
         if !paused || self.client.is_needed() || gang::must_give_up(gpu) {
             return false;
         }
-        tracing::debug!(%gpu, "its work did not end, and nobody waits for it any more: going on");
+        tracing::debug!(%gpu, "the drain is given up: the work did not end, and no other process waits for the GPU any more");
         self.giving_way = None;
         self.host_shortage.drain_stall_ends(&self.device);
-        // If it was for the sake of what lies in host memory, that is tried again, and more and more seldom.
-        let rest = self.comes_home.1;
-        self.comes_home = (now() + rest, (2 * rest).min(super::COMES_HOME_REST));
+        // If the drain was to move memory from the host back to the GPU, that is tried again after a longer pause.
+        let rest = self.returns.1;
+        self.returns = (now() + rest, (2 * rest).min(super::RETURN_PAUSE));
         self.client.resume();
         true
     }
 
-    /// It has drained: lets others run.
+    /// The client has drained: other clients may run.
     pub(super) fn gave_way(&mut self) {
         let Some(GivingWay { more, began, ran, .. }) = self.giving_way.take() else { return };
         self.host_shortage.drain_stall_ends(&self.device);
@@ -403,7 +408,7 @@ impl Engine {
             "drained in {} after a slice of {}", format_nanos(took), format_nanos(ran)
         );
         self.drained_at = drained;
-        self.comes_home = (0, super::OVERFLOW_POLL_INTERVAL);
+        self.returns = (0, super::OVERFLOW_POLL_INTERVAL);
         flow::drained();
         self.swap.quiet = true;
         crate::async_pool::drained(&self.device);
@@ -413,15 +418,16 @@ impl Engine {
     }
 }
 
-/// What a look leads to.
+/// The next step of a drain.
 enum Step {
+    /// None: poll again later.
     Look(Look),
     /// Wait for the end of a capture.
     Capture,
-    /// Shut the gate, and try.
+    /// Shut the gate and wait for the work.
     Shut,
     /// The same, although a capture is open.
     ShutBesideCaptures,
-    /// The gate is open again, behind this mark if there is one.
+    /// The gate is open again, until the work before this marker has ended.
     Pause(Option<CompletionMarker>),
 }

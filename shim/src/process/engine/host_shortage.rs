@@ -1,14 +1,14 @@
-//! A client that cannot make room, because the host has no memory for its data.
+//! A client that cannot evict, because the host has no memory for its data.
 //!
-//! What it cannot evict stays on the GPU, and counts as memory that cannot move ([`nvshare::Books::pin`]): so it runs
-//! beside whoever comes, nobody asks for that memory, and the others have the rest of the GPU, and use host memory for
-//! what they lack then. The client is named ([`Stall::NoHostMemory`]) and goes on.
+//! Memory that it cannot evict stays on the GPU and counts as memory that cannot move ([`nvshare::Books::pin`]). So the client
+//! runs beside every other client, none of which asks for that memory; the others share the rest of the GPU, and use host
+//! memory for what does not fit there. The client is reported as stalled ([`Stall::NoHostMemory`]) and goes on.
 //!
-//! It tries again: not by evicting, for which it would have to stop, but by making host memory ahead, in a thread of its
-//! own, less and less often. For as much as it has made, its memory can move again.
+//! It retries, with growing pauses. It does not evict to do so, because it would have to stop for that: a separate thread
+//! allocates host memory in advance. As much of its memory as then fits in host memory can move again.
 //!
-//! The same happens to a client that comes in and would have to use host memory for what the GPU cannot give it: it
-//! stands back, and asks again later.
+//! A client that fills and needs host memory for what does not fit on the GPU, but finds none, gives up its turn and asks
+//! again later.
 
 use crate::cuda::abi::CU_STREAM_CAPTURE_MODE_RELAXED;
 use crate::memory::device::Device;
@@ -18,9 +18,9 @@ use nvshare::units::{Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nano
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How soon it is tried again first. Twice as long each time after.
+/// The pause before the first retry. It doubles with each further one.
 const FIRST: Nanos = 500 * MILLISECOND;
-/// And how soon at the latest.
+/// The longest pause.
 const LAST: Nanos = 30 * SECOND;
 
 /// Pauses between attempts that get longer.
@@ -37,25 +37,27 @@ impl Pause {
     }
 }
 
-/// What the want of host memory has come to.
+/// The state of a client that lacks host memory.
 #[derive(Default)]
 pub struct HostShortage {
-    /// Granules that count as memory that cannot move.
+    /// Granules on the GPU that count as memory that cannot move.
     held: Granules,
-    /// When that began, ns.
+    /// Since when there are any, ns.
     since: Nanos,
+    /// Until the next attempt to allocate host memory for evictions.
     evicts: Pause,
-    /// A thread makes host memory.
+    /// A thread allocates host memory.
     making: Arc<AtomicBool>,
-    /// It has, since somebody last looked.
+    /// That thread has ended since the last call of [`HostShortage::look`].
     made: Arc<AtomicBool>,
-    /// It stood back instead of coming in.
+    /// The client has given up its turn, because a fill found no memory.
     stands_back: bool,
+    /// Until the client asks for the GPU again.
     fills: Pause,
 }
 
 impl HostShortage {
-    /// An eviction found no host memory: what the client still has on the GPU stays there.
+    /// An eviction found no host memory: the client's memory on the GPU stays there.
     pub fn cannot_evict(&mut self, device: &Arc<Device>, why: &str) {
         let books = &device.books;
         let stays = device.memory().evictable().saturating_sub(self.held);
@@ -63,7 +65,7 @@ impl HostShortage {
             self.since = now();
             tracing::error!(
                 gpu = %device.gpu,
-                "{} stay on the GPU, and others have only the rest of it: {why}. This process goes on, and will make room when there is host memory",
+                "{} of this process cannot be evicted and stay on the GPU, so other processes have only the rest of it: {why}. This process goes on, and makes room as soon as there is host memory",
                 format_size(bytes_of(stays))
             );
         }
@@ -73,14 +75,14 @@ impl HostShortage {
         books.pin(stays);
     }
 
-    /// A fill needs host memory in place of the GPU's, and found none. The client has given its turn up.
+    /// A fill needed host memory in place of GPU memory and found none. The client gives up its turn.
     pub fn cannot_fill(&mut self, device: &Arc<Device>, why: &str) {
         self.fills.begin();
         device.books.stalled(Stall::NoHostMemory);
         if !std::mem::replace(&mut self.stands_back, true) {
             tracing::error!(
                 gpu = %device.gpu,
-                "this process waits, because its memory finds no place: {why}. It will ask for the GPU again and again"
+                "this process waits, because its memory fits neither on the GPU nor in host memory: {why}. It goes on trying"
             );
         }
     }
@@ -89,14 +91,14 @@ impl HostShortage {
     pub fn filled(&mut self, device: &Device) {
         if std::mem::take(&mut self.stands_back) {
             self.fills = Pause::default();
-            tracing::warn!(gpu = %device.gpu, "its memory has found a place: this process runs again");
+            tracing::warn!(gpu = %device.gpu, "this process runs again: there is room for its memory now");
             if self.held == 0 {
                 device.books.stall_ended();
             }
         }
     }
 
-    /// The client can drain, or need not any more: it is stalled no longer, unless for want of host memory.
+    /// The client can drain, or need not any more: it is no longer stalled, unless it lacks host memory.
     pub fn drain_stall_ends(&self, device: &Device) {
         if self.held > 0 || self.stands_back {
             device.books.stalled(Stall::NoHostMemory);
@@ -105,17 +107,17 @@ impl HostShortage {
         }
     }
 
-    /// When the client may ask for the GPU again, ns, if that is not now.
+    /// When the client may ask for the GPU again, ns; `None` if now.
     pub fn asks_at(&self) -> Option<Nanos> {
         (self.stands_back && now() < self.fills.until).then_some(self.fills.until)
     }
 
-    /// Tries again what is due. When something is due next, ns.
+    /// Retries what is due. Returns when to call again, ns.
     pub fn look(&mut self, device: &Arc<Device>) -> Option<Nanos> {
         if self.held == 0 {
             return None;
         }
-        // Something else may have been said meanwhile, and be over.
+        // Another stall may have been reported meanwhile and have ended.
         device.books.stalled(Stall::NoHostMemory);
         if self.made.swap(false, Ordering::AcqRel) {
             self.evicts.begin();
@@ -126,7 +128,7 @@ impl HostShortage {
             return None;
         }
         if self.making.load(Ordering::Acquire) {
-            // It rings when it has.
+            // That thread rings the doorbell when it ends.
             return None;
         }
         if now() < self.evicts.until {
@@ -136,8 +138,8 @@ impl HostShortage {
         None
     }
 
-    /// What has host memory to go to now may move again, and what the application has freed is not held. A chunk moves
-    /// whole, so host memory that is too small for any does not count.
+    /// Counts memory as movable again, as far as there is host memory for it or the application has freed it. A chunk moves
+    /// whole, so host memory that is too small for any chunk does not count.
     fn release(&mut self, device: &Device) {
         let stays = {
             let memory = device.memory();
@@ -155,16 +157,16 @@ impl HostShortage {
         if !self.stands_back {
             device.books.stall_ended();
         }
-        // As loud as its beginning, or a log without it would tell of a fault that goes on.
+        // At the level of a warning: a log that shows only the beginning would seem to say that the shortage goes on.
         tracing::warn!(
             gpu = %device.gpu,
-            "its memory can make room again: for {} there was no host memory",
+            "this process can evict its memory again: there was no host memory for {}",
             format_nanos(now() - self.since)
         );
     }
 
-    /// Makes host memory for what the client has, if there is any for a part of it. In a thread, because it takes its time;
-    /// if the process can have none, here.
+    /// Allocates host memory for the client's memory, or for a part of it. In a separate thread, because that takes long;
+    /// in this one if no thread can be started.
     fn make(&self, device: &Arc<Device>) {
         let (least, all) = {
             let memory = device.memory();
@@ -172,11 +174,11 @@ impl HostShortage {
         };
         let (device, making, made) = (device.clone(), self.making.clone(), self.made.clone());
         let make = move || {
-            // Registering memory here must not ruin a capture elsewhere.
+            // Registering memory must not invalidate a capture of another thread.
             let _ = device.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
-            // What would be of no use is left to others.
+            // Less than the smallest chunk needs would be of no use, and is left to other processes.
             if device.host.make_free(least, all).is_ok() {
-                tracing::debug!(gpu = %device.gpu, "made host memory for what could not go out");
+                tracing::debug!(gpu = %device.gpu, "allocated host memory for memory that could not be evicted");
             }
             made.store(true, Ordering::Release);
             making.store(false, Ordering::Release);

@@ -70,7 +70,7 @@ impl Idle {
         let followed = time.saturating_sub(self.looked) <= interval;
         self.looked = time;
         // Whoever stands before the gate is about to have all GPUs.
-        if passes == self.passes && !gate.occupied() && gate.waiting() == 0 && !flow::holds_somebody() {
+        if passes == self.passes && !gate.occupied() && gate.waiting() == 0 && !flow::is_holding() {
             return false;
         }
         self.returns();
