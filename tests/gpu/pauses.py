@@ -140,8 +140,8 @@ def job(mib, seed):
 
 
 def iterations(times, begin, end):
-    """How many iterations lie between two moments; of one that does in part, that part. `times` are when each began, and
-    when the last one ended."""
+    """How many iterations lie between two moments; an iteration that lies there in part counts as that part. `times` are
+    when each began, and when the last one ended."""
     return sum(
         max(0.0, min(end, after) - max(begin, before)) / (after - before) for before, after in zip(times, times[1:])
     )
@@ -162,8 +162,8 @@ def bars(pause_ms, seconds):
     return first if seconds >= FIRST_S else None, whole if seconds >= WHOLE_S else None
 
 
-def verdict(met, bar):
-    return "no bar" if bar is None else f"bar {bar}: {'met' if met else 'MISSED'}"
+def verdict(ratio, bar):
+    return "no bar" if bar is None else f"bar {bar}: {'met' if ratio >= bar else 'MISSED'}"
 
 
 def gave_way_after(done, pid, stopped, asked):
@@ -178,7 +178,8 @@ def sleep_until(moment):
 
 
 def log_of(a_job):
-    """The lines of the log of a process that goes on writing it: the place in the file is the process's own too."""
+    """The lines of the log of a process that still writes it. Opened anew, because a seek in `log` would move the place
+    at which the process writes."""
     with open(f"/proc/self/fd/{a_job.log.fileno()}", errors="replace") as log:
         return log.read().splitlines()
 
@@ -269,18 +270,20 @@ def pauses(pair, pause_ms, native):
     else:
         alone, alone_moved = native, None
     begin = soon()
-    until, early = begin + options.seconds, min(FIRST_S, options.seconds)
+    until, early = begin + options.seconds, min(float(FIRST_S), options.seconds)
     both, books = pair.run(pair.jobs, pause_ms, begin, until, [begin + early])
     right = pair.right(f"pause of {pause_ms} ms")
-    done = [one for each in pair.jobs for one in slices(log_of(each)) if begin <= one.ended <= until]
+    done = [one for each in pair.jobs for one in slices(log_of(each)) if begin <= one.began and one.ended <= until]
 
-    # A job begins when it is told, or late: both have begun when the later one has.
+    # The figures count from when the later of the two has begun.
     begin = max(each["times"][0] for each in both)
-    parts, moved = [], []
-    for seconds, book in zip((early, options.seconds), books[1:]):
-        parts.append([iterations(each["times"], begin, begin + seconds) / seconds / rate(alone["times"]) for each in both])
-        moved.append({what: book[what] - books[0][what] for what in book})
-    ratios, limits = [sum(part) for part in parts], bars(pause_ms, options.seconds)
+    windows = []
+    for seconds, bar, book in zip((early, options.seconds), bars(pause_ms, options.seconds), books[1:]):
+        each = [iterations(one["times"], begin, begin + seconds) / seconds / rate(alone["times"]) for one in both]
+        moved = {what: book[what] - books[0][what] for what in book}
+        windows.append({"seconds": seconds, "ratio": sum(each), "bar": bar, "each": each, **moved})
+    if early == options.seconds:
+        windows.pop()
     say(
         "pauses",
         pause_ms=pause_ms,
@@ -290,10 +293,7 @@ def pauses(pair, pause_ms, native):
         alone_step_s=round(alone["step_s"], 5),
         alone_moved=alone_moved,
         step_s=[round(each["step_s"], 5) for each in both],
-        first_seconds=early,
-        first={"ratio": round(ratios[0], 4), "each": [round(part, 4) for part in parts[0]], **moved[0]},
-        seconds=options.seconds,
-        whole={"ratio": round(ratios[1], 4), "each": [round(part, 4) for part in parts[1]], **moved[1]},
+        windows=windows,
         slice_p50_s=round(percentile([one.ran for one in done], 50), 4) if done else None,
         slice_max_s=round(max((one.ran for one in done), default=0), 4),
         drain_p99_s=round(percentile([one.drained for one in done], 99), 5) if done else None,
@@ -306,11 +306,13 @@ def pauses(pair, pause_ms, native):
         slices=[[one.pid, one.began, one.ran, one.drained] for one in done],
     )
     line = f"pause {pause_ms:4} ms: alone {rate(alone['times']):.3f} iterations/s; together"
-    for ratio, bar, seconds in zip(ratios, limits, (early, options.seconds)):
-        line += f" {ratio:.3f} x in {seconds:g} s ({verdict(bar and ratio >= bar, bar)}),"
-    shares = "/".join(f"{part / max(ratios[1], 1e-9) * 100:.0f}" for part in parts[1])
-    bytes_in, bytes_out = (moved[1][what] / GIB for what in ("bytes_in", "bytes_out"))
-    line += f" of which {shares} %; {moved[0]['yields']} and {moved[1]['yields']} switches, {bytes_in:.1f} GiB in, {bytes_out:.1f} out"
+    for one in windows:
+        shares = "/".join(f"{part / max(one['ratio'], 1e-9) * 100:.0f}" for part in one["each"])
+        line += (
+            f" {one['ratio']:.3f} x in {one['seconds']:g} s ({verdict(one['ratio'], one['bar'])}; {shares} %, {one['yields']} switches, "
+            f"{one['bytes_in'] / GIB:.1f} GiB in, {one['bytes_out'] / GIB:.1f} out),"
+        )
+    line = line.rstrip(",")
     return right, line
 
 
@@ -352,7 +354,7 @@ def natively(options, wanted):
         for pause_ms in wanted:
             begin = soon()
             alone[pause_ms] = ask(a_job, "run", kernels, pause_ms, begin, begin + options.alone_seconds, patience=options.alone_seconds + 180)
-        # What runs alone says how long a step is that has just been calibrated.
+        # Whether a step of so many kernels takes as long as it is meant to.
         begin = soon()
         step = ask(a_job, "run", kernels, 0, begin, begin + 1)
         right = ready["right"] and ask(a_job, "check")["right"]
