@@ -20,8 +20,8 @@
 //! anything, and tries later. So it waits for the threads inside only until a given time ([`Gate::vacated`]).
 
 use crate::sync::{
-    Arc, AtomicU32, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, lock, now, park, park_until,
-    register_barriers, unpark_all,
+    Arc, AtomicU32, AtomicU64, Mutex, MutexGuard, Ordering, heavy_barrier, light_barrier, lock, now, park,
+    park_until, register_barriers, unpark_all,
 };
 use crate::units::Nanos;
 
@@ -72,6 +72,8 @@ pub struct Gate {
     state: AtomicU32,
     /// Threads that stand before the shut gate.
     waiting: AtomicU32,
+    /// When the first of the threads that wait began to, ns.
+    waiting_since: AtomicU64,
     lanes: Mutex<Lanes>,
 }
 
@@ -85,7 +87,12 @@ impl Gate {
     /// A gate that is shut, with no thread inside: nothing runs before the client is admitted.
     pub fn new() -> Self {
         register_barriers();
-        Self { state: AtomicU32::new(0), waiting: AtomicU32::new(0), lanes: Mutex::new(Lanes::default()) }
+        Self {
+            state: AtomicU32::new(0),
+            waiting: AtomicU32::new(0),
+            waiting_since: AtomicU64::new(0),
+            lanes: Mutex::new(Lanes::default()),
+        }
     }
 
     fn lanes(&self) -> MutexGuard<'_, Lanes> {
@@ -147,7 +154,9 @@ impl Gate {
             if is_open(state) {
                 continue;
             }
-            self.waiting.fetch_add(1, Ordering::AcqRel);
+            if self.waiting.fetch_add(1, Ordering::AcqRel) == 0 {
+                self.waiting_since.store(now(), Ordering::Relaxed);
+            }
             wake_engine();
             park(&self.state, state);
             self.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -230,6 +239,12 @@ impl Gate {
     /// How many threads stand before the shut gate.
     pub fn waiting(&self) -> u32 {
         self.waiting.load(Ordering::Acquire)
+    }
+
+    /// When the first of the threads that wait began to, CLOCK_MONOTONIC ns; of no meaning if none waits. A thread counts as
+    /// waiting a moment before it writes this.
+    pub fn waiting_since(&self) -> Nanos {
+        self.waiting_since.load(Ordering::Relaxed)
     }
 
     /// A number that changes when a thread goes in or comes out: the sum of all lanes' counters, modulo 2^32. It tells whether

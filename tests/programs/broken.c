@@ -37,22 +37,22 @@ static int line_of_input(void) {
 int main(int argc, char **argv) {
     size_t bytes = (argc > 1 ? strtoul(argv[1], NULL, 10) : 40) << 20;
     CUcontext context;
-    CUdeviceptr memory, other;
-    CUstream stream;
+    CUdeviceptr memory = 0, other;
+    CUstream stream = NULL;
     unsigned word = 7;
     CHECK(cuInit(0));
     CHECK(cuCtxCreate_v2(&context, 0, 0));
-    CHECK(cuMemAlloc_v2(&memory, bytes));
-    CHECK(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
     int said = 0;
-    CUresult failed;
-    do {
+    /* An engine that cannot begin says so at some time from here on. */
+    CUresult failed = cuMemAlloc_v2(&memory, bytes);
+    if (!failed) CHECK(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
+    while (!failed) {
         if (line_of_input()) forbid_membarrier();
         failed = cuMemsetD32Async(memory, word, bytes / 4, stream);
         if (!failed && !said++) SAY("ready");
         CHECK(cuStreamSynchronize(stream));
         usleep(1000);
-    } while (!failed);
+    }
     SAY("failed %d", failed);
     struct {
         const char *name;

@@ -251,7 +251,7 @@ impl Engine {
                     None => until,
                 };
                 match policy::needed(&self.device.snapshot()) {
-                    None => by(until, self.note_use()),
+                    None => until,
                     Some(switch) => match self.look_idle(switch) {
                         Use::Idle => return self.give_way(false),
                         Use::Look(again) => by(until, again),

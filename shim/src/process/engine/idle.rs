@@ -12,10 +12,7 @@ use crate::submit::{flow, gang};
 use nvshare::pauses::Pauses;
 use nvshare::policy;
 use nvshare::sync::now;
-use nvshare::units::{MILLISECOND, Nanos, SECOND, format_nanos};
-
-/// While nobody needs the GPU, the time of the last pass is known this exactly: it says whose memory was used last.
-const LAST_USE: Nanos = SECOND;
+use nvshare::units::{MILLISECOND, Nanos, format_nanos};
 
 /// What a holder makes of its GPU while somebody needs it.
 pub(super) enum Use {
@@ -60,7 +57,10 @@ impl Idle {
     /// Threads are back at the gate: the pause, if there was one, is over.
     pub fn returns(&mut self) {
         if let Some(since) = self.paused.take() {
-            self.pauses.observe(now().saturating_sub(since));
+            // The engine may have moved memory since they came.
+            let came = gate().waiting_since();
+            let end = if gate().waiting() > 0 && came > since { came } else { now() };
+            self.pauses.observe(end.saturating_sub(since));
         }
     }
 
@@ -121,13 +121,6 @@ impl Engine {
         tracing::debug!(gpu = %self.device.gpu, "idle for {}: giving way", format_nanos(time - since));
         self.client.idle(since, self.idle.pauses.expected(time - since));
         Use::Idle
-    }
-
-    /// While nobody needs the GPU: when it was last used is seen to, and when that is to be looked at again, ns.
-    pub(super) fn note_use(&mut self) -> Nanos {
-        let time = now();
-        self.idle.sees_passes(time, 0);
-        time + LAST_USE
     }
 
     /// A client whose slice was over is back in the queue before its threads are back at the gate: they were waiting
