@@ -23,6 +23,10 @@ const ONE: u32 = 256;
 /// So many pauses count; with each further one all count less.
 const MEMORY: u32 = 32;
 
+/// How long a pause is worth waiting for of a client that has not paused before, ns: little, and enough for the pause of most
+/// trainings.
+const FIRST: Nanos = 15 * MILLISECOND;
+
 /// The latest pauses of one client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Pauses {
@@ -55,10 +59,13 @@ impl Pauses {
         self.counts[bucket(pause)] += ONE;
     }
 
-    /// How long a holder should keep the GPU in a pause of which nobody knows how long it will be, ns: 0 if none was
-    /// counted, or if it pays to give way at once. Giving way costs a switch, of `switch` ns. Twice as long as the pauses that
+    /// How long a holder should keep the GPU in a pause of which nobody knows how long it will be, ns: 0 if it
+    /// pays to give way at once, and a little if no pause was counted yet. Giving way costs a switch, of `switch` ns. Twice as long as the pauses that
     /// are worth it, because nobody measures a pause to the millisecond, and at most `switch`.
     pub fn worth_waiting(&self, switch: Nanos) -> Nanos {
+        if self.counts.iter().all(|count| *count == 0) {
+            return FIRST.min(switch);
+        }
         let cost = |time: Nanos| -> u128 {
             let each = self.counts.iter().enumerate().map(|(bucket, count)| {
                 let costs = if longest(bucket) <= time {
@@ -101,7 +108,8 @@ mod tests {
 
     #[test]
     fn nothing_is_known_of_the_first_pause() {
-        assert_eq!(Pauses::default().worth_waiting(SECOND), 0);
+        assert_eq!(Pauses::default().worth_waiting(SECOND), FIRST);
+        assert_eq!(Pauses::default().worth_waiting(MILLISECOND), MILLISECOND);
         assert_eq!(Pauses::default().expected(0), 0);
     }
 
