@@ -163,6 +163,43 @@ fn who_is_next_brings_in_what_finds_room_ahead_of_its_turn() {
     assert!(first.len() > 3 && second.len() > 3);
 }
 
+/// Six equals of which three fit at once, for four minutes: they are equal in every window of time. Windows of as many
+/// turns as there are contenders would say that they are not, because the turns of three overlap.
+#[test]
+fn equals_of_whom_several_run_at_once_are_equal() {
+    let class = "[[clients]]\nname = \"equal\"\ncount = 6\nmemory = \"20MiB\"\n";
+    let work = "work = { kind = \"batch\", iteration = \"10ms\", gpu_time = \"1h\" }\n";
+    let scenario = Scenario::parse(&small("until = \"4min\"", &format!("{class}{work}"))).unwrap();
+    let Report { fairness, time, .. } = report(&scenario, 1);
+    assert_eq!((fairness.window_seconds, fairness.time_windows), (120.0, 2));
+    assert!(fairness.time_least.is_some_and(|least| least > 0.99), "{fairness:?}");
+    assert_eq!((fairness.least, fairness.windows), (None, 0));
+    assert!(time.busy > 0.5 && time.kept == 0.0 && time.idle == 0.0, "{time:?}");
+    assert!((time.busy + time.switching - 1.0).abs() < 1e-12, "{time:?}");
+}
+
+/// One client has work for 1 s in each 4 s, alone on the GPU: the rest is idle and nobody waits. Another one that
+/// waits gets the GPU in each pause when the grace is over; until then the GPU is kept.
+#[test]
+fn a_gpu_without_work_is_idle_and_one_that_is_kept_is_kept() {
+    let class = |name: &str, work: &str| {
+        format!("[[clients]]\nname = \"{name}\"\nmemory = \"60MiB\"\nwork = {{ {work} }}\n")
+    };
+    let training = "kind = \"training\", iteration = \"10ms\", iterations = 100, pause = \"3s\", rounds = 10";
+    let alone = report(&Scenario::parse(&small("", &class("first", training))).unwrap(), 1);
+    assert!((alone.time.idle - alone.seconds.recip() * 27.0).abs() < 0.08, "{:?}", alone.time);
+    assert_eq!(alone.time.kept, 0.0);
+    // Pauses of 3 s are never worth a wait, but the grace is.
+    let batch = "kind = \"batch\", iteration = \"10ms\", gpu_time = \"20s\"";
+    let policy = "[policy]\nidle_grace = \"500ms\"";
+    let clients = class("first", training) + &class("second", batch);
+    let both = report(&Scenario::parse(&small(policy, &clients)).unwrap(), 1);
+    let kept = both.time.kept * both.seconds;
+    assert!((2.0..=5.0).contains(&kept), "at most 0.5 s of each of ten pauses, and {kept} s");
+    let sum = both.time.busy + both.time.switching + both.time.kept + both.time.idle;
+    assert!((sum - 1.0).abs() < 1e-12, "{:?}", both.time);
+}
+
 #[test]
 fn priority_decides_whose_turn_comes_sooner() {
     let job = |priority: &str| job(priority, 60, 1_000, &format!("priority = \"{priority}\""));
@@ -293,6 +330,9 @@ proptest! {
         let all = outcome.time as f64 / 1e9 * outcome.gpus.len() as f64;
         prop_assert!(report.gpu_seconds <= all * 1.000_001 + 1e-6);
         prop_assert!(report.utilisation <= 1.0);
+        for gpu in &outcome.gpus {
+            prop_assert_eq!(gpu.time.total(), outcome.time, "{:?}", gpu.time);
+        }
     }
 
     /// Who fits together runs together.
@@ -332,6 +372,8 @@ proptest! {
             prop_assert_eq!(row.finished, 1, "{:?}", row);
             prop_assert!((row.gpu_seconds - *ms as f64 * *many as f64 / 1e3).abs() < 1e-6);
         }
-        prop_assert!(report.utilisation <= 1.0);
+        for gpu in &outcome.gpus {
+            prop_assert_eq!(gpu.time.total(), outcome.time, "{:?}", gpu.time);
+        }
     }
 }

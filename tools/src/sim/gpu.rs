@@ -5,8 +5,9 @@
 //! moves memory as the swap engine does: chunk by chunk, each way over the link at once, granules taken before a chunk
 //! comes in and given back when it has gone out. A switch is nowhere written down: it is what comes of that.
 
+use super::fairness::Turn;
 use super::job::Job;
-use super::metrics::{ClientMetrics, GpuMetrics, State};
+use super::metrics::{ClientMetrics, GpuMetrics, START, State, Use};
 use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
@@ -68,8 +69,8 @@ struct Client {
     submitted: Nanos,
     /// That work is done; it has drained then.
     drained_at: Option<Nanos>,
-    /// GPU time that it had before its present slice.
-    had: Nanos,
+    /// When its present turn began to run, and the GPU time that it had had by then.
+    turn: Option<(Nanos, Nanos)>,
     /// It has used up its turn, as far as it had come when it began to drain.
     turn_over: bool,
     pauses: Pauses,
@@ -122,7 +123,7 @@ impl Gpu {
     /// An empty one.
     pub fn new(machine: &std::sync::Arc<Machine>) -> Self {
         let snapshot = Snapshot {
-            now: 0,
+            now: START,
             capacity: machine.capacity,
             free: machine.capacity as i32,
             admitted: SlotSet::EMPTY,
@@ -175,7 +176,7 @@ impl Gpu {
             ready_at: None,
             submitted: 0,
             drained_at: None,
-            had: 0,
+            turn: None,
             turn_over: false,
             pauses: Pauses::default(),
             drain_keeps: 0,
@@ -246,17 +247,61 @@ impl Gpu {
         }
     }
 
+    /// Whether a client wants the GPU, or keeps it from others in a pause.
+    fn contends(&self, slot: SlotIndex) -> bool {
+        match self.snapshot.view(slot).phase {
+            Phase::Running | Phase::Draining if !self.client(slot).task.has_work() => {
+                policy::awaited(&self.snapshot)
+            }
+            phase => phase.wants_gpu() || phase == Phase::Draining,
+        }
+    }
+
+    /// What the GPU's time goes to.
+    fn use_of_time(&self) -> Use {
+        let view = |slot: SlotIndex| self.snapshot.view(slot);
+        let switches = |slot: SlotIndex| match view(slot).phase {
+            Phase::Filling => self.snapshot.admitted.contains(slot),
+            phase => phase == Phase::Draining,
+        };
+        if self.slots().any(|slot| self.computes(slot)) {
+            Use::Busy
+        } else if self.slots().any(switches) {
+            Use::Switching
+        } else if self.slots().any(|slot| view(slot).phase == Phase::Running)
+            && policy::awaited(&self.snapshot)
+        {
+            Use::Kept
+        } else if self.slots().any(|slot| self.moves(slot) || self.client(slot).task.has_work()) {
+            Use::Switching
+        } else {
+            Use::Idle
+        }
+    }
+
     /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
     fn reckon(&mut self, now: Nanos) {
-        let elapsed = now - std::mem::replace(&mut self.snapshot.now, now);
-        let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
-        if elapsed == 0 || computing.is_empty() {
+        let time = std::mem::replace(&mut self.snapshot.now, now)..now;
+        if time.is_empty() {
             return;
         }
-        self.tally.computed(now - elapsed..now);
+        let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
+        let k = computing.len();
+        let rate = |slot: &SlotIndex| {
+            let weight = self.client(*slot).task.tally.weight;
+            (slot.get(), 1.0 / (k as f64 * f64::from(weight)))
+        };
+        let rates: Vec<(usize, f64)> = computing.iter().map(rate).collect();
+        let contenders: SlotSet = self.slots().filter(|slot| self.contends(*slot)).collect();
+        self.tally.spend(self.use_of_time(), time.clone(), contenders.bits(), &rates);
+        if computing.is_empty() {
+            return;
+        }
+        let elapsed = time.end - time.start;
+        self.tally.computed(time);
         for slot in &computing {
             let (worth, of) = self.worth(*slot);
-            let done = (u128::from(elapsed) * worth / (of * computing.len() as u128)) as Nanos;
+            let done = (u128::from(elapsed) * worth / (of * k as u128)) as Nanos;
             let client = self.client_mut(*slot);
             client.submitted = client.submitted.saturating_sub(done);
             client.task.works(done, now);
@@ -388,9 +433,12 @@ impl Gpu {
     }
 
     /// It runs on though its turn is over: the next one begins.
-    fn begin_next_turn(&mut self, slot: SlotIndex) {
+    fn begin_next_turn(&mut self, slot: SlotIndex, now: Nanos) {
         if let Some(turn) = policy::next_turn(&self.snapshot, slot) {
+            self.end_turn(slot, now);
             self.takes_ticket(slot);
+            let client = self.client_mut(slot);
+            client.turn = Some((now, client.task.tally.gpu));
             let view = self.view_mut(slot);
             (view.turn_start, view.turn_used, view.credit) = (turn.turn_start, turn.turn_used, 0);
             view.consecutive_slices += 1;
@@ -405,7 +453,7 @@ impl Gpu {
         }
         self.client_mut(slot).decided = now;
         self.decide();
-        self.begin_next_turn(slot);
+        self.begin_next_turn(slot, now);
         true
     }
 
@@ -415,7 +463,7 @@ impl Gpu {
         if let Some(since) = client.wait_since.take() {
             client.task.tally.waits.push(now - since);
             client.task.tally.slices += 1;
-            client.had = client.task.tally.gpu;
+            client.turn.get_or_insert((now, client.task.tally.gpu));
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
@@ -483,7 +531,6 @@ impl Gpu {
         let pauses = (client.drain_keeps > now && !client.task.is_over()).then_some(client.drain_keeps);
         client.withdraws = pauses;
         let more = client.task.has_work() || pauses.is_some();
-        let time = (client.task.tally.gpu - client.had) as f64 / f64::from(client.task.tally.weight);
         let turn_over = client.turn_over;
         let view = self.view_mut(slot);
         view.consecutive_slices = match (more, turn_over) {
@@ -491,13 +538,14 @@ impl Gpu {
             (true, false) => view.consecutive_slices,
             (false, _) => 0,
         };
-        let contenders = self.snapshot.clients().filter(|(_, view)| view.phase.wants_gpu());
-        let contenders: SlotSet = contenders.map(|(slot, _)| slot).collect();
         if more {
-            self.tally.fairness.slice(slot.get(), time, contenders.bits());
+            if turn_over {
+                self.end_turn(slot, now);
+            }
             self.queue(slot, turn_over, now);
         } else {
-            self.tally.fairness.interrupt();
+            self.client_mut(slot).turn = None;
+            self.tally.turns.interrupt();
             let idle_since = self.client(slot).task.idle_since;
             let view = self.view_mut(slot);
             if view.idle_since != idle_since {
@@ -506,6 +554,29 @@ impl Gpu {
             self.enter(slot, Phase::Idle, now);
             self.decide();
         }
+    }
+
+    /// Counts a turn that is used up.
+    fn end_turn(&mut self, slot: SlotIndex, now: Nanos) {
+        let client = self.client_mut(slot);
+        let gpu = client.task.tally.gpu;
+        let Some((begun, had)) = client.turn.take() else { return };
+        let own = self.snapshot.view(slot);
+        let others = || self.slots().filter(|other| *other != slot);
+        let contenders = others().filter(|other| self.contends(*other));
+        let shares = |view: &SlotView| (view.weight, view.priority);
+        let runs =
+            |other: SlotIndex| matches!(self.snapshot.view(other).phase, Phase::Running | Phase::Draining);
+        let turn = Turn {
+            seat: slot.get(),
+            begun,
+            ended: now,
+            time: gpu - had,
+            equals: contenders.clone().all(|other| shares(self.snapshot.view(other)) == shares(own)),
+            contenders: contenders.collect::<SlotSet>().bits(),
+            alone: !others().any(runs),
+        };
+        self.tally.turns.turn(turn);
     }
 
     /// It has nothing to do any more, and its memory and its context go.
@@ -518,7 +589,7 @@ impl Gpu {
             client.task.tally.finished = Some(now);
             gone.push(client.task.tally);
         }
-        self.tally.fairness.interrupt();
+        self.tally.left(slot.get());
         self.decide();
     }
 
@@ -632,6 +703,7 @@ impl Gpu {
     /// Those who are still there at the end, and what they have come to.
     pub fn close(&mut self, now: Nanos) -> Vec<ClientMetrics> {
         self.reckon(now);
+        self.tally.finish(now);
         let slots: Vec<SlotIndex> = self.slots().collect();
         let close = |slot: SlotIndex| {
             let client = self.clients[slot.get()].as_mut()?;

@@ -6,12 +6,14 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`scenario`], `quantity` | the file |
-//! | `random`, `task` | what clients do, and when they come |
+//! | `random`, `job`, `task` | what clients do, and when they come |
 //! | `gpu` | a GPU under nvshare: the snapshot, the phases, the link |
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
-//! | `metrics`, [`report`], [`timeline_svg`] | what is counted, and how it is told |
+//! | `metrics`, `fairness` | what is counted |
+//! | [`report`], [`table`], [`timeline_svg`] | how it is told |
 
+mod fairness;
 mod gpu;
 mod job;
 mod metrics;
