@@ -8,6 +8,7 @@
 use super::fairness::Turn;
 use super::job::Job;
 use super::metrics::{ClientMetrics, GpuMetrics, START, State, Use};
+use super::observed::Observed;
 use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
@@ -111,7 +112,7 @@ impl Link {
 #[derive(Debug)]
 pub struct Gpu {
     machine: std::sync::Arc<Machine>,
-    snapshot: Snapshot,
+    snapshot: Observed,
     clients: Vec<Option<Client>>,
     next_ticket: u64,
     to_gpu: Link,
@@ -135,7 +136,7 @@ impl Gpu {
         };
         Self {
             machine: machine.clone(),
-            snapshot,
+            snapshot: snapshot.into(),
             clients: Vec::new(),
             next_ticket: 1,
             to_gpu: Link::default(),
@@ -207,9 +208,12 @@ impl Gpu {
 
     /// As [`nvshare::Page::decide`]. True if it changed something.
     fn decide(&mut self) -> bool {
-        let admitted = policy::admit(&self.snapshot);
-        let before = std::mem::replace(&mut self.snapshot.admitted, admitted);
-        before != admitted
+        let admitted = self.snapshot.admit();
+        if admitted == self.snapshot.admitted {
+            return false;
+        }
+        self.snapshot.admitted = admitted;
+        true
     }
 
     fn enter(&mut self, slot: SlotIndex, phase: Phase, now: Nanos) {
@@ -250,29 +254,25 @@ impl Gpu {
     /// Whether a client wants the GPU, or keeps it from others in a pause.
     fn contends(&self, slot: SlotIndex) -> bool {
         match self.snapshot.view(slot).phase {
-            Phase::Running | Phase::Draining if !self.client(slot).task.has_work() => {
-                policy::awaited(&self.snapshot)
-            }
+            Phase::Running | Phase::Draining if !self.client(slot).task.has_work() => self.snapshot.awaited(),
             phase => phase.wants_gpu() || phase == Phase::Draining,
         }
     }
 
     /// What the GPU's time goes to.
     fn use_of_time(&self) -> Use {
-        let view = |slot: SlotIndex| self.snapshot.view(slot);
-        let switches = |slot: SlotIndex| match view(slot).phase {
-            Phase::Filling => self.snapshot.admitted.contains(slot),
-            phase => phase == Phase::Draining,
-        };
-        if self.slots().any(|slot| self.computes(slot)) {
+        let phase = |slot: SlotIndex| self.snapshot.view(slot).phase;
+        let any = |which: &dyn Fn(SlotIndex) -> bool| self.slots().any(which);
+        let moves = any(&|slot| self.moves(slot));
+        let fills = any(&|slot| phase(slot) == Phase::Filling && self.snapshot.admitted.contains(slot));
+        let drains = any(&|slot| phase(slot) == Phase::Draining || self.client(slot).ready_at.is_some());
+        if any(&|slot| self.computes(slot)) {
             Use::Busy
-        } else if self.slots().any(switches) {
+        } else if drains || (fills && moves) {
             Use::Switching
-        } else if self.slots().any(|slot| view(slot).phase == Phase::Running)
-            && policy::awaited(&self.snapshot)
-        {
+        } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some() {
             Use::Kept
-        } else if self.slots().any(|slot| self.moves(slot) || self.client(slot).task.has_work()) {
+        } else if moves || any(&|slot| self.client(slot).task.has_work()) {
             Use::Switching
         } else {
             Use::Idle
@@ -326,7 +326,7 @@ impl Gpu {
     /// As [`nvshare::client::Client::poll`], one [`step`] at a time. True if it went along one.
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
-        let awaited = policy::needed(&self.snapshot).is_some();
+        let awaited = self.snapshot.needed().is_some();
         let client = self.client_mut(slot);
         client.task.collect(now);
         client.watch_pause(phase, awaited, now);
@@ -398,7 +398,7 @@ impl Gpu {
                 true
             }
             Action::Serve => {
-                let share = policy::evict_share(&self.snapshot, slot);
+                let share = self.snapshot.evict_share(slot);
                 if share > 0 {
                     // A whole chunk, so it may be a little more. Who else could make room is asked anew after it.
                     let all = self.snapshot.view(slot).evictable();
@@ -447,7 +447,7 @@ impl Gpu {
     }
 
     fn end_of_slice(&mut self, slot: SlotIndex, now: Nanos) -> bool {
-        let due = policy::next_decision(&self.snapshot, self.client(slot).decided);
+        let due = self.snapshot.next_decision(self.client(slot).decided);
         if due.is_none_or(|due| due > now) {
             return false;
         }
@@ -467,7 +467,7 @@ impl Gpu {
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
-        if policy::awaited(&self.snapshot) {
+        if self.snapshot.awaited() {
             self.decide();
         }
     }
@@ -495,7 +495,7 @@ impl Gpu {
 
     /// Until when it keeps the GPU without work, while somebody waits.
     fn keeps_until(&self, slot: SlotIndex) -> Option<Nanos> {
-        let switch = policy::needed(&self.snapshot)?;
+        let switch = self.snapshot.needed()?;
         let client = self.client(slot);
         let grace = self.snapshot.settings.idle_grace;
         let kept = client.pauses.worth_waiting(switch);
@@ -663,7 +663,7 @@ impl Gpu {
         let wanted = match self.snapshot.view(slot).phase {
             Phase::Filling if self.snapshot.admitted.contains(slot) => self.missing(slot),
             Phase::Waiting if self.client(slot).evicting == 0 => {
-                policy::prefetch(&self.snapshot, slot).min(self.missing(slot))
+                self.snapshot.prefetch(slot).min(self.missing(slot))
             }
             _ => 0,
         };
@@ -681,7 +681,7 @@ impl Gpu {
                 let (worth, of) = self.worth(slot);
                 self.snapshot.now.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
             };
-            let decision = || policy::next_decision(&self.snapshot, client.decided);
+            let decision = || self.snapshot.next_decision(client.decided);
             let phase = self.snapshot.view(slot).phase;
             let [first, second] = match phase {
                 Phase::Running if client.task.has_work() => [Some(takes(client.task.left())), decision()],

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`scenario`], `quantity` | the file |
 //! | `random`, `job`, `task` | what clients do, and when they come |
-//! | `gpu` | a GPU under nvshare: the snapshot, the phases, the link |
+//! | `gpu`, `observed` | a GPU under nvshare: the phases, the link; the snapshot, and what the policy says of it |
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
 //! | `metrics`, `fairness` | what is counted |
@@ -17,6 +17,7 @@ mod fairness;
 mod gpu;
 mod job;
 mod metrics;
+mod observed;
 mod paging;
 mod quantity;
 mod random;

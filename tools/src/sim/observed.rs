@@ -1,0 +1,89 @@
+//! A GPU's snapshot, with what the policy says of it: each question is put once for each change, however many clients ask.
+//!
+//! Every client of a real GPU asks the policy for itself. Here all see the same snapshot at the same moment, so the answer to
+//! one is the answer to all: whom to admit, when slices end, who must
+//! evict, who is the first waiter.
+
+use nvshare::policy;
+use nvshare::slot::{SlotIndex, SlotSet};
+use nvshare::snapshot::Snapshot;
+use nvshare::units::{Granules, Nanos};
+use std::cell::OnceCell;
+use std::ops::{Deref, DerefMut};
+
+/// The snapshot. Whoever changes anything in it forgets the answers.
+#[derive(Debug)]
+pub struct Observed {
+    snapshot: Snapshot,
+    answers: Answers,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    admit: OnceCell<SlotSet>,
+    awaited: OnceCell<bool>,
+    first_waiter: OnceCell<Option<SlotIndex>>,
+    slice_ends: OnceCell<Vec<Nanos>>,
+    evictors: OnceCell<SlotSet>,
+    needed: OnceCell<Option<Nanos>>,
+}
+
+impl From<Snapshot> for Observed {
+    fn from(snapshot: Snapshot) -> Self {
+        Self { snapshot, answers: Answers::default() }
+    }
+}
+
+impl Deref for Observed {
+    type Target = Snapshot;
+
+    fn deref(&self) -> &Snapshot {
+        &self.snapshot
+    }
+}
+
+impl DerefMut for Observed {
+    fn deref_mut(&mut self) -> &mut Snapshot {
+        self.answers = Answers::default();
+        &mut self.snapshot
+    }
+}
+
+impl Observed {
+    /// As [`policy::admit`].
+    pub fn admit(&self) -> SlotSet {
+        *self.answers.admit.get_or_init(|| policy::admit(&self.snapshot))
+    }
+
+    /// As [`policy::awaited`].
+    pub fn awaited(&self) -> bool {
+        *self.answers.awaited.get_or_init(|| policy::awaited(&self.snapshot))
+    }
+
+    /// As [`policy::first_waiter`].
+    pub fn first_waiter(&self) -> Option<SlotIndex> {
+        *self.answers.first_waiter.get_or_init(|| policy::first_waiter(&self.snapshot))
+    }
+
+    /// As [`policy::needed`].
+    pub fn needed(&self) -> Option<Nanos> {
+        *self.answers.needed.get_or_init(|| policy::needed(&self.snapshot))
+    }
+
+    /// As [`policy::next_decision`].
+    pub fn next_decision(&self, decided: Nanos) -> Option<Nanos> {
+        let ends = self.answers.slice_ends.get_or_init(|| policy::slice_ends(&self.snapshot).collect());
+        ends.iter().copied().filter(|end| *end > decided).min()
+    }
+
+    /// As [`policy::evict_share`].
+    pub fn evict_share(&self, slot: SlotIndex) -> Granules {
+        let evictors = self.answers.evictors.get_or_init(|| policy::evictors(&self.snapshot));
+        if evictors.contains(slot) { policy::evict_share(&self.snapshot, slot) } else { 0 }
+    }
+
+    /// As [`policy::prefetch`].
+    pub fn prefetch(&self, slot: SlotIndex) -> Granules {
+        if self.first_waiter() == Some(slot) { policy::prefetch(&self.snapshot, slot) } else { 0 }
+    }
+}
