@@ -2,10 +2,10 @@
 //!
 //! - [`TimeWindows`]: over windows of [`WINDOW`]. It holds for any schedule: several clients that run at once, any weights,
 //!   turns that are interrupted. A client counts in a window if it contended throughout.
-//! - [`TurnWindows`]: over as many turns, one after the other, as there are contenders. It shows what time windows hide,
-//!   turns that become longer from one to the next. It means nothing where turns overlap or are interrupted (a window of n
-//!   turns then is no round of n clients) or where weights or priorities differ (then not everybody has one turn in n), so
-//!   it looks at no such turns.
+//! - [`TurnWindows`]: over rounds, in which each contender has one turn, one after the other. It shows what time windows
+//!   hide: turns that become longer from one to the next. It means nothing where turns overlap or are interrupted, where a
+//!   client that lags has several in a row, or where weights or priorities differ, so it looks at no such turns; whether
+//!   those are fair is for time windows to say.
 //!
 //! (Jain, Chiu and Hawe, "A quantitative measure of fairness and discrimination for resource allocation in shared computer
 //! systems", 1984.)
@@ -140,7 +140,7 @@ pub struct Turn {
     pub alone: bool,
 }
 
-/// The share that equals got of a GPU in any window of as many turns, one after the other, as they are.
+/// How equal the turns of a round are: of as many turns, one after the other, as there are contenders, one of each.
 #[derive(Debug, Default)]
 pub struct TurnWindows {
     /// Who contended, as bits; a window lies within one such time.
@@ -175,10 +175,9 @@ impl TurnWindows {
         if self.window.len() > n {
             self.window.pop_front();
         }
-        if self.window.len() == n {
-            let mut shares = [0.0; SEATS];
-            self.window.iter().for_each(|(seat, time)| shares[*seat] += time);
-            self.indices.add(jain(shares.iter().copied().filter(|share| *share > 0.0), n));
+        let seats = self.window.iter().fold(0u64, |seats, (seat, _)| seats | 1 << seat);
+        if seats.count_ones() as usize == n {
+            self.indices.add(jain(self.window.iter().map(|(_, time)| *time), n));
         }
     }
 }
@@ -207,8 +206,20 @@ mod tests {
         turns.turn(turn(2, 20, 0b111));
         turns.turn(turn(0, 30, 0b111));
         assert_eq!(turns.indices.least, Some(1.0));
-        turns.turn(turn(0, 40, 0b111));
-        assert!(turns.indices.least.is_some_and(|least| least < 0.61), "two of three, one twice");
+        turns.turn(turn(1, 40, 0b111));
+        turns.turn(Turn { time: 20, ..turn(2, 50, 0b111) });
+        assert_eq!(turns.indices.least, Some(16.0 / 18.0), "one has had a turn twice as long");
+    }
+
+    #[test]
+    fn a_round_has_a_turn_of_each() {
+        let mut turns = TurnWindows::default();
+        for (index, seat) in [0, 1, 0, 1, 1, 2, 2, 0].into_iter().enumerate() {
+            turns.turn(turn(seat, 10 * index as Nanos, 0b111));
+        }
+        assert_eq!(turns.indices.windows, 0);
+        turns.turn(turn(1, 80, 0b111));
+        assert_eq!((turns.indices.windows, turns.indices.least), (1, Some(1.0)));
     }
 
     #[test]

@@ -83,6 +83,8 @@ struct Client {
     paused: Option<Nanos>,
     /// Since when it has run without interruption.
     running_since: Nanos,
+    /// It has run since it last drained: work that it submitted may be on the GPU.
+    undrained: bool,
 }
 
 /// A chunk on its way.
@@ -184,6 +186,7 @@ impl Gpu {
             withdraws: None,
             paused: None,
             running_since: now,
+            undrained: false,
         });
         self.tally.came(self.snapshot.occupied.len());
         self.decide();
@@ -221,7 +224,7 @@ impl Gpu {
         let client = self.client_mut(slot);
         client.decided = 0;
         client.ready_at = None;
-        client.show(phase, now);
+        client.show(phase, false, now);
     }
 
     /// Granules of a client's memory that the GPU cannot give it whoever makes room: used over the link.
@@ -246,7 +249,8 @@ impl Gpu {
     fn computes(&self, slot: SlotIndex) -> bool {
         match self.snapshot.view(slot).phase {
             Phase::Running => self.client(slot).task.left() > 0,
-            Phase::Draining => self.client(slot).submitted > 0,
+            // One that fills while its earlier work is still under way has grown.
+            Phase::Draining | Phase::Filling => self.client(slot).submitted > 0,
             _ => false,
         }
     }
@@ -331,7 +335,7 @@ impl Gpu {
         client.task.collect(now);
         client.watch_pause(phase, awaited, now);
         if phase == Phase::Running {
-            client.show(phase, now);
+            client.show(phase, awaited, now);
         }
         let admitted = self.snapshot.admitted.contains(slot);
         let client = self.client(slot);
@@ -343,9 +347,7 @@ impl Gpu {
         if busy {
             return false;
         }
-        // Nothing grows here, so a client that fills has no work in flight.
-        let in_flight = matches!(phase, Phase::Running | Phase::Draining);
-        match step(phase, Facts { admitted, in_flight }) {
+        match step(phase, Facts { admitted, in_flight: client.undrained }) {
             Action::StartFilling => {
                 self.enter(slot, Phase::Filling, now);
                 true
@@ -356,7 +358,8 @@ impl Gpu {
             }
             Action::Fill if self.missing(slot) == 0 => match client.ready_at {
                 None => {
-                    self.client_mut(slot).ready_at = Some(now + self.machine.switch);
+                    let switch = if client.undrained { 0 } else { self.machine.switch };
+                    self.client_mut(slot).ready_at = Some(now + switch);
                     true
                 }
                 Some(ready) if ready <= now => {
@@ -370,7 +373,7 @@ impl Gpu {
                 true
             }
             Action::Run if !client.task.has_work() => self.without_work(slot, now, gone),
-            Action::Run => self.end_of_slice(slot, now),
+            Action::Run => self.grow(slot, now) || self.end_of_slice(slot, now),
             Action::AwaitDrain if client.submitted == 0 => match client.drained_at {
                 None => {
                     self.client_mut(slot).drained_at = Some(now + self.machine.drain);
@@ -457,9 +460,37 @@ impl Gpu {
         true
     }
 
+    /// Its memory grows, if it is to grow now: at once where there is room; else it fills, while its work in flight goes on,
+    /// as [`nvshare::Client::refill`] has it. True if it grew.
+    fn grow(&mut self, slot: SlotIndex, now: Nanos) -> bool {
+        let client = self.client_mut(slot);
+        let more = client.task.grow();
+        if more == 0 {
+            return false;
+        }
+        client.absent += more;
+        self.view_mut(slot).demand += more;
+        self.decide();
+        let missing = self.missing(slot);
+        if self.snapshot.admitted.contains(slot) && i64::from(missing) <= i64::from(self.snapshot.free) {
+            self.view_mut(slot).resident += missing;
+            self.snapshot.free -= missing as i32;
+            let client = self.client_mut(slot);
+            client.absent = client.absent.saturating_sub(missing);
+        } else {
+            let client = self.client_mut(slot);
+            client.submitted = client.task.submitted();
+            self.enter(slot, Phase::Filling, now);
+        }
+        true
+    }
+
     fn begin_running(&mut self, slot: SlotIndex, now: Nanos) {
         let client = self.client_mut(slot);
-        client.running_since = now;
+        client.submitted = 0;
+        if !std::mem::replace(&mut client.undrained, true) {
+            client.running_since = now;
+        }
         if let Some(since) = client.wait_since.take() {
             client.task.tally.waits.push(now - since);
             client.task.tally.slices += 1;
@@ -510,13 +541,16 @@ impl Gpu {
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
         let end = policy::end_slice(&self.snapshot, slot);
+        let running = self.snapshot.view(slot).phase == Phase::Running;
         let keeps = self.keeps_until(slot).unwrap_or(0);
         self.client_mut(slot).drain_keeps = keeps;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
         let client = self.client_mut(slot);
         client.turn_over = end.used_up;
-        client.submitted = client.task.submitted();
+        if running {
+            client.submitted = client.task.submitted();
+        }
         client.drained_at = None;
         client.task.tally.yields += 1;
         self.enter(slot, Phase::Draining, now);
@@ -526,6 +560,7 @@ impl Gpu {
     fn drained(&mut self, slot: SlotIndex, now: Nanos) {
         let client = self.client_mut(slot);
         client.submitted = 0;
+        client.undrained = false;
         client.task.tally.ran += now - client.running_since;
         // In a pause that it would have kept the GPU for, it wants its next turn.
         let pauses = (client.drain_keeps > now && !client.task.is_over()).then_some(client.drain_keeps);
@@ -605,7 +640,7 @@ impl Gpu {
             let client = self.client_mut(slot);
             client.evicting -= granules;
             if client.evicting == 0 {
-                client.show(phase, now);
+                client.show(phase, false, now);
             }
         }
         came || went.is_some()
@@ -688,7 +723,7 @@ impl Gpu {
                 Phase::Running => [self.keeps_until(slot), decision()],
                 Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
-                Phase::Filling => [client.ready_at, None],
+                Phase::Filling => [client.ready_at, (client.submitted > 0).then(|| takes(client.submitted))],
                 // It decides when its thread has moved what it moves.
                 Phase::Waiting if !self.moves(slot) => [decision(), client.withdraws_at()],
                 _ => [None, None],
@@ -708,7 +743,7 @@ impl Gpu {
         let close = |slot: SlotIndex| {
             let client = self.clients[slot.get()].as_mut()?;
             client.task.tally.becomes(State::Idle, now);
-            if matches!(self.snapshot.view(slot).phase, Phase::Running | Phase::Draining) {
+            if client.undrained {
                 client.task.tally.ran += now - client.running_since;
             }
             Some(client.task.tally.clone())
@@ -741,12 +776,13 @@ impl Client {
         }
     }
 
-    fn show(&mut self, phase: Phase, now: Nanos) {
+    fn show(&mut self, phase: Phase, awaited: bool, now: Nanos) {
         let state = match phase {
             Phase::Waiting => State::Waiting,
             Phase::Filling => State::Filling,
             Phase::Running if self.task.has_work() => State::Running,
             Phase::Draining => State::Draining,
+            Phase::Running if awaited => State::Kept,
             // It may run, and has nothing to do.
             Phase::Running | Phase::Idle | Phase::Leaving => State::Idle,
         };

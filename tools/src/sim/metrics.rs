@@ -19,6 +19,8 @@ pub enum State {
     Filling,
     /// It has the GPU and works.
     Running,
+    /// It pauses, and keeps the GPU while others wait.
+    Kept,
     /// It gives way, and its work in flight goes on.
     Draining,
     /// It makes room.
@@ -51,7 +53,7 @@ pub struct ClientMetrics {
     /// Time that it held the GPU.
     pub ran: Nanos,
     pub waits: Vec<Nanos>,
-    /// Times from a request to its answer, and the GPU time that the requests needed.
+    /// Times from a request to its answer, and the time that these would have taken alone.
     pub answers: Vec<Nanos>,
     pub needed: Nanos,
     pub slices: u64,
@@ -89,10 +91,10 @@ impl ClientMetrics {
         }
     }
 
-    /// A request of so much GPU time was answered so long after it came.
-    pub fn answered(&mut self, took: Nanos, size: Nanos) {
+    /// A request that takes so long alone was answered so long after it came.
+    pub fn answered(&mut self, took: Nanos, alone: Nanos) {
         self.answers.push(took);
-        self.needed = self.needed.saturating_add(size);
+        self.needed = self.needed.saturating_add(alone);
     }
 
     /// The same, with times that count from [`START`].

@@ -87,3 +87,35 @@ impl Observed {
         if self.first_waiter() == Some(slot) { policy::prefetch(&self.snapshot, slot) } else { 0 }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nvshare::page::{Phase, Settings};
+    use nvshare::slot::SLOTS;
+    use nvshare::snapshot::SlotView;
+
+    #[test]
+    fn a_change_makes_it_ask_again() {
+        let mut observed = Observed::from(Snapshot {
+            now: 1,
+            capacity: 10,
+            free: 10,
+            admitted: SlotSet::EMPTY,
+            occupied: SlotSet::EMPTY,
+            settings: Settings::default(),
+            bandwidth_in: 1,
+            bandwidth_out: 1,
+            slots: [SlotView::default(); SLOTS],
+        });
+        assert_eq!((observed.admit(), observed.first_waiter()), (SlotSet::EMPTY, None));
+        let slot = SlotIndex::new(3).unwrap();
+        observed.occupied = observed.occupied.with(slot);
+        observed.slots[3] = SlotView { phase: Phase::Waiting, demand: 5, weight: 100, ..SlotView::default() };
+        assert_eq!(observed.first_waiter(), Some(slot));
+        assert_eq!((observed.awaited(), observed.prefetch(slot)), (true, 5));
+        observed.admitted = observed.admit();
+        assert_eq!((observed.admitted, observed.first_waiter()), (SlotSet::EMPTY.with(slot), None));
+        assert_eq!((observed.awaited(), observed.prefetch(slot)), (false, 0));
+    }
+}

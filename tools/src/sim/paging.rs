@@ -318,7 +318,8 @@ impl Gpu {
             return true;
         }
         if idle {
-            self.clients[at].task.tally.becomes(State::Idle, now);
+            let state = if self.queue.is_empty() { State::Idle } else { State::Kept };
+            self.clients[at].task.tally.becomes(state, now);
             return false;
         }
         self.begin_iteration(at, now);

@@ -60,9 +60,9 @@ pub struct Fairness {
     pub time_mean: Option<f64>,
     /// How many windows of time there were with at least two such contenders.
     pub time_windows: u64,
-    /// Of the least fair window of n turns of n contenders, one after the other and of equal shares.
+    /// Of the least even round: n turns of n contenders of equal shares, one after the other.
     pub least: Option<f64>,
-    /// How many windows of turns there were.
+    /// How many rounds there were, each of n turns that follow one another.
     pub windows: u64,
 }
 

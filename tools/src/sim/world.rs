@@ -212,6 +212,7 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
                 gpu: class.gpu,
                 vgpus: class.vgpus,
                 memory: granules_for(memory.0),
+                grows: class.grows.map(|grows| (granules_for(grows.to.0), grows.over.0)),
                 weight: class.weight,
                 priority: class.priority.0,
                 iteration,
