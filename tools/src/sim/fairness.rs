@@ -295,8 +295,8 @@ mod tests {
     #[test]
     fn a_day_without_contenders_is_passed_over_at_once() {
         let mut windows = TimeWindows::default();
-        windows.spend(0..1_000_000_007 * WINDOW, 0b1, &[(0, 1.0)]);
-        windows.spend(1_000_000_007 * WINDOW..1_000_000_009 * WINDOW, 0b11, &[(0, 0.5), (1, 0.5)]);
+        windows.spend(0..100_000_007 * WINDOW, 0b1, &[(0, 1.0)]);
+        windows.spend(100_000_007 * WINDOW..100_000_009 * WINDOW, 0b11, &[(0, 0.5), (1, 0.5)]);
         assert_eq!(windows.indices.windows, 2);
     }
 }
