@@ -66,8 +66,11 @@ impl Page {
     /// The clients that a decision rings. `before` were admitted by the decision before it.
     fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
         let changed = before.difference(snapshot.admitted);
-        let spare_holders =
-            if policy::spares_are_wanted(snapshot) { policy::spare_holders(snapshot) } else { SlotSet::EMPTY };
+        let spare_holders = if policy::spares_are_wanted(snapshot) {
+            policy::spare_holders(snapshot)
+        } else {
+            SlotSet::EMPTY
+        };
         let evicting = policy::evictors(snapshot);
         let mut concerned = changed.bits() | spare_holders.bits() | evicting.bits();
         let first = policy::first_waiter(snapshot);

@@ -37,7 +37,7 @@ mod room;
 mod slice;
 
 pub use fair_share::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn};
-pub use room::{evict_share, evictors, spare_holders, lacking, needed, prefetch, spares_are_wanted};
+pub use room::{evict_share, evictors, lacking, needed, prefetch, spare_holders, spares_are_wanted};
 pub use slice::{MOST_SHARES, quantum, turn_length};
 
 use crate::page::Phase;

@@ -1,7 +1,7 @@
 //! How fairly a GPU was shared, measured in two ways, both with Jain's index over GPU time per weight.
 //!
 //! - [`TimeWindows`]: over windows of [`WINDOW`]. It holds for any schedule: several clients that run at once, any weights,
-//!   turns that are interrupted. A client counts in a window if it contended throughout.
+//!   turns that are interrupted. A client counts in a window if it contended throughout, but for a hundredth ([`MOST_AWAY`]).
 //! - [`TurnWindows`]: over rounds, in which each contender has one turn, one after the other. It shows what time windows
 //!   hide: turns that become longer from one to the next. It means nothing where turns overlap or are interrupted, where a
 //!   client that lags has several in a row, or where weights or priorities differ, so it looks at no such turns; whether
@@ -17,6 +17,10 @@ use std::ops::Range;
 /// How long a window of time is, ns: two rounds at the deadline of a minute that is the default. A simulation that is
 /// shorter has one window, all of it.
 pub const WINDOW: Nanos = 120 * SECOND;
+
+/// A client that contended in all but this part of a window contended throughout: short pauses between its turns change
+/// nothing in what it should have.
+pub const MOST_AWAY: Nanos = 100;
 
 /// Clients of a GPU are known by a seat below this, which no two have at a time.
 pub const SEATS: usize = 64;
@@ -60,8 +64,8 @@ impl Indices {
 pub struct TimeWindows {
     /// When the present window began.
     begun: Nanos,
-    /// The seats of those who have contended in all of it so far, as bits.
-    throughout: u64,
+    /// Time in this window in which the client did not contend, by seat.
+    away: [Nanos; SEATS],
     /// Seats whose client has left since time was last spent.
     vacated: u64,
     /// GPU time per weight in this window, by seat.
@@ -71,7 +75,7 @@ pub struct TimeWindows {
 
 impl Default for TimeWindows {
     fn default() -> Self {
-        Self { begun: 0, throughout: u64::MAX, vacated: 0, time: [0.0; SEATS], indices: Indices::default() }
+        Self { begun: 0, away: [0; SEATS], vacated: 0, time: [0.0; SEATS], indices: Indices::default() }
     }
 }
 
@@ -89,8 +93,14 @@ impl TimeWindows {
             let end = self.begun + WINDOW;
             let to = time.end.min(end);
             let others_in_seats = if from == self.begun { 0 } else { self.vacated };
-            self.throughout &= contenders & !others_in_seats;
             self.vacated = 0;
+            for (seat, away) in self.away.iter_mut().enumerate() {
+                if others_in_seats >> seat & 1 == 1 {
+                    *away = WINDOW;
+                } else if contenders >> seat & 1 == 0 {
+                    *away += to - from;
+                }
+            }
             for (seat, rate) in rates {
                 self.time[*seat] += rate * (to - from) as f64;
             }
@@ -106,11 +116,11 @@ impl TimeWindows {
     }
 
     fn close(&mut self, end: Nanos) {
-        let n = self.throughout.count_ones() as usize;
+        let most = (end - self.begun) / MOST_AWAY;
+        let shares = || (0..SEATS).filter(|seat| self.away[*seat] <= most).map(|seat| self.time[seat]);
+        let n = shares().count();
         if n >= 2 {
-            let shares =
-                (0..SEATS).filter(|seat| self.throughout >> seat & 1 == 1).map(|seat| self.time[seat]);
-            self.indices.add(jain(shares, n));
+            self.indices.add(jain(shares(), n));
         }
         *self = Self { begun: end, indices: self.indices, ..Self::default() };
     }
@@ -264,16 +274,22 @@ mod tests {
     #[test]
     fn only_who_contends_throughout_a_window_counts_in_it() {
         let mut windows = TimeWindows::default();
-        windows.spend(0..10, 0b011, &[(0, 1.0)]);
-        // The second one has nothing to do for a moment.
-        windows.spend(10..20, 0b101, &[(0, 1.0)]);
-        windows.spend(20..WINDOW, 0b111, &[(0, 1.0)]);
+        let away = WINDOW / MOST_AWAY;
+        // The second and the third one have nothing to do for a little too long.
+        windows.spend(0..away + 1, 0b101, &[(0, 1.0)]);
+        windows.spend(away + 1..2 * away + 2, 0b011, &[(0, 1.0)]);
+        windows.spend(2 * away + 2..WINDOW, 0b111, &[(0, 1.0)]);
         assert_eq!(windows.indices.windows, 0, "the first one alone");
         // Another client in the same seat, without any time between the two.
         windows.spend(WINDOW..WINDOW + 10, 0b011, &[(1, 1.0)]);
         windows.vacate(1);
         windows.spend(WINDOW + 10..2 * WINDOW, 0b011, &[(0, 1.0)]);
         assert_eq!(windows.indices.windows, 0);
+        // For a shorter time that is no matter.
+        let mut shortly = TimeWindows::default();
+        shortly.spend(0..away, 0b01, &[(0, 1.0)]);
+        shortly.spend(away..WINDOW, 0b11, &[(1, 1.0)]);
+        assert_eq!(shortly.indices.windows, 1);
         // Where one window ends and the next begins that is no interruption.
         windows.vacate(1);
         windows.spend(2 * WINDOW..3 * WINDOW, 0b011, &[(0, 0.5), (1, 0.5)]);

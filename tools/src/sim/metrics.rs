@@ -118,7 +118,11 @@ impl ClientMetrics {
             && before != State::Idle
             && let Some(segments) = &mut self.segments
         {
-            segments.push(Segment { from: since, to: now, state: before });
+            match segments.last_mut() {
+                // It was something else for no time in between.
+                Some(last) if last.to == since && last.state == before => last.to = now,
+                _ => segments.push(Segment { from: since, to: now, state: before }),
+            }
         }
         self.state = (state, now);
     }
