@@ -83,7 +83,7 @@ fn the_picture_is_of_every_client_and_every_state() {
     for number in 1..=4 {
         assert!(svg.contains(&format!(">job {number}</text>")), "job {number} has no lane");
     }
-    for state in ["idle", "waiting", "filling", "running", "draining", "evicting"] {
+    for state in ["idle", "waiting", "filling", "running", "kept", "draining", "evicting"] {
         assert!(svg.contains(&format!(">{state}</text>")), "{state} is not in the legend");
     }
     // The legend has one each; the lanes have many.
@@ -91,6 +91,21 @@ fn the_picture_is_of_every_client_and_every_state() {
         assert!(svg.matches(color).count() > 4, "{color} is nowhere drawn");
     }
     assert_eq!(svg.matches("<text").count(), svg.matches("</text>").count());
+}
+
+/// Of two that take turns one pauses, and is drawn as keeping the GPU then; and whoever is not done at the end is marked.
+#[test]
+fn the_picture_shows_pauses_that_others_wait_for_and_who_is_unfinished() {
+    let pauses = "work = { kind = \"batch\", iteration = \"10ms\", gpu_time = \"1h\", pause = \"3ms\", pause_every = 10 }";
+    let pausing = format!("[[clients]]\nname = \"pausing\"\nmemory = \"60MiB\"\n{pauses}\n");
+    let text = small("until = \"20s\"", &format!("{pausing}{}", job("done", 60, 300, "")));
+    let scenario = Scenario::parse(&text).unwrap();
+    let outcome = world::simulate(&scenario, 1, true);
+    let kept = outcome.clients[0].segments.iter().flatten().filter(|segment| segment.state == State::Kept);
+    assert_eq!(kept.map(|segment| segment.to - segment.from).sum::<Nanos>(), outcome.gpus[0].time.kept);
+    assert!(outcome.gpus[0].time.kept > 30_000_000, "{:?}", outcome.gpus[0].time);
+    let svg = timeline_svg::draw(&scenario, &outcome);
+    assert_eq!(svg.matches(">unfinished</text>").count(), 1);
 }
 
 /// Alone on the GPU it keeps the right to run between its requests, and does not run then.
@@ -163,6 +178,96 @@ fn who_is_next_brings_in_what_finds_room_ahead_of_its_turn() {
     assert!(first.len() > 3 && second.len() > 3);
 }
 
+/// Six equals of which three fit at once, for four minutes: they are equal in every window of time. Windows of as many
+/// turns as there are contenders would say that they are not, because the turns of three overlap.
+#[test]
+fn equals_of_whom_several_run_at_once_are_equal() {
+    let class = "[[clients]]\nname = \"equal\"\ncount = 6\nmemory = \"20MiB\"\n";
+    let work = "work = { kind = \"batch\", iteration = \"10ms\", gpu_time = \"1h\" }\n";
+    let scenario = Scenario::parse(&small("until = \"4min\"", &format!("{class}{work}"))).unwrap();
+    let Report { fairness, time, .. } = report(&scenario, 1);
+    assert_eq!((fairness.window_seconds, fairness.time_windows), (120.0, 2));
+    assert!(fairness.time_least.is_some_and(|least| least > 0.99), "{fairness:?}");
+    assert_eq!((fairness.least, fairness.windows), (None, 0));
+    assert!(time.busy > 0.5 && time.kept == 0.0 && time.idle == 0.0, "{time:?}");
+    assert!((time.busy + time.switching - 1.0).abs() < 1e-12, "{time:?}");
+}
+
+/// One client has work for 1 s in each 4 s, alone on the GPU: the rest is idle and nobody waits. Another one that
+/// waits gets the GPU in each pause when the grace is over; until then the GPU is kept.
+#[test]
+fn a_gpu_without_work_is_idle_and_one_that_is_kept_is_kept() {
+    let class = |name: &str, work: &str| {
+        format!("[[clients]]\nname = \"{name}\"\nmemory = \"60MiB\"\nwork = {{ {work} }}\n")
+    };
+    let training = "kind = \"training\", iteration = \"10ms\", iterations = 100, pause = \"3s\", rounds = 10";
+    let alone = report(&Scenario::parse(&small("", &class("first", training))).unwrap(), 1);
+    assert!((alone.time.idle - alone.seconds.recip() * 27.0).abs() < 0.08, "{:?}", alone.time);
+    assert_eq!(alone.time.kept, 0.0);
+    // Pauses of 3 s are never worth a wait, but the grace is.
+    let batch = "kind = \"batch\", iteration = \"10ms\", gpu_time = \"20s\"";
+    let policy = "[policy]\nidle_grace = \"500ms\"";
+    let clients = class("first", training) + &class("second", batch);
+    let both = report(&Scenario::parse(&small(policy, &clients)).unwrap(), 1);
+    let kept = both.time.kept * both.seconds;
+    assert!((2.0..=5.0).contains(&kept), "at most 0.5 s of each of ten pauses, and {kept} s");
+    let sum = both.time.busy + both.time.switching + both.time.kept + both.time.idle;
+    assert!((sum - 1.0).abs() < 1e-12, "{:?}", both.time);
+}
+
+/// 100 iterations of 10 ms and a pause of 30 ms after every tenth but the last: 1.27 s, which alone is no slowdown.
+#[test]
+fn a_batch_job_pauses_after_so_many_iterations() {
+    let work = "work = { kind = \"batch\", iteration = \"10ms\", iterations = 100, pause = \"30ms\", pause_every = 10 }";
+    let text = small("", &format!("[[clients]]\nname = \"a\"\nmemory = \"8MiB\"\n{work}\n"));
+    let report = report(&Scenario::parse(&text).unwrap(), 1);
+    let row = row(&report, "a");
+    assert_eq!((row.answer.count, row.answer.max, row.slowdown, row.gpu_seconds), (1, 1.27, 1.0, 1.0));
+    assert!((report.time.idle - 0.27 / 1.27).abs() < 1e-9, "{:?}", report.time);
+    let error = Scenario::parse(&text.replace("pause = \"30ms\", ", "")).unwrap_err();
+    assert!(error.contains("work.pause"), "{error}");
+}
+
+#[test]
+fn the_first_request_comes_after_an_interval_unless_it_is_to_come_at_once() {
+    let first = |work: &str| {
+        let text = small("", &format!("[[clients]]\nname = \"a\"\nmemory = \"8MiB\"\nwork = {{ {work} }}\n"));
+        let outcome = world::simulate(&Scenario::parse(&text).unwrap(), 1, true);
+        outcome.clients[0].segments.iter().flatten().find(|it| it.state == State::Running).unwrap().from
+    };
+    let interactive = "kind = \"interactive\", burst = \"1ms\", every = \"2s\", requests = 2";
+    assert_eq!(first(interactive), 2 * SECOND);
+    assert_eq!(first(&format!("{interactive}, first = \"at-once\"")), 0);
+    let training = "kind = \"training\", iteration = \"1ms\", iterations = 5, pause = \"3s\", rounds = 2";
+    assert_eq!(first(training), 3 * SECOND);
+    assert_eq!(first(&format!("{training}, first = \"at-once\"")), 0);
+}
+
+/// It needs 20 MiB and after 16 steps 52. Alone it takes room at once and nothing moves. Beside another one of 40 MiB there
+/// is room for 4 MiB, and the next step makes it fill, while an iteration that it has submitted goes on.
+#[test]
+fn a_client_that_grows_fills_with_work_in_flight() {
+    let grower = "[[clients]]\nname = \"grower\"\nmemory = \"20MiB\"\nin_flight = 2\ngrows = { to = \"52MiB\", over = \"1s\" }\nwork = { kind = \"batch\", iteration = \"10ms\", iterations = 200 }\n";
+    let run = |clients: &str| {
+        let scenario = Scenario::parse(&small("", clients)).unwrap_or_else(|error| panic!("{error}"));
+        world::simulate(&scenario, 1, true)
+    };
+    let alone = run(grower);
+    assert_eq!((alone.time, alone.clients[0].bytes_in, alone.clients[0].waits.len()), (2 * SECOND, 0, 1));
+    let both = run(&format!("{grower}{}", job("other", 40, 200, "")));
+    assert_eq!((both.clients[0].gpu, both.clients[1].gpu), (2 * SECOND, 2 * SECOND));
+    assert!(both.clients[0].bytes_in > 0 && both.clients[1].bytes_out > 0, "they take turns in the end");
+    let segments: Vec<_> = both.clients[0].segments.iter().flatten().collect();
+    let grew =
+        segments.windows(2).find(|two| two[0].state == State::Running && two[1].state == State::Filling);
+    let filling = grew.expect("from running it goes on to fill")[1];
+    assert!(filling.from < SECOND, "{filling:?}");
+    let other = both.clients[1].segments.iter().flatten();
+    assert!(other.clone().any(|it| it.state == State::Evicting && it.from >= filling.from), "it makes room");
+    let refused = Scenario::parse(&small("", &grower.replace("52MiB", "66MiB"))).unwrap_err();
+    assert!(refused.contains("grows.to") && refused.contains("64.00 MiB"), "{refused}");
+}
+
 #[test]
 fn priority_decides_whose_turn_comes_sooner() {
     let job = |priority: &str| job(priority, 60, 1_000, &format!("priority = \"{priority}\""));
@@ -213,17 +318,24 @@ fn errors_name_the_place_and_what_is_expected() {
 type Draw = (u64, bool, u64, u64, u64);
 
 fn scenario(policy: &str, memory: u64, clients: &[Draw]) -> Scenario {
+    of_draws(policy, memory, clients, false)
+}
+
+/// With `more`, some batch jobs pause and some clients grow.
+fn of_draws(policy: &str, memory: u64, clients: &[Draw], more: bool) -> Scenario {
     let class = |(index, (size, batch, ms, many, from)): (usize, &Draw)| {
         let work = if *batch {
-            format!("kind = \"batch\", iteration = \"{ms}ms\", iterations = {many}")
+            let pauses = if more && many % 2 == 0 { ", pause = \"7ms\", pause_every = 3" } else { "" };
+            format!("kind = \"batch\", iteration = \"{ms}ms\", iterations = {many}{pauses}")
         } else {
             format!(
                 "kind = \"interactive\", burst = \"{ms}ms\", poisson = \"{}ms\", requests = {many}",
                 7 * ms
             )
         };
+        let grows = if more && ms % 2 == 0 { "grows = { to = \"70MiB\", over = \"300ms\" }\n" } else { "" };
         format!(
-            "[[clients]]\nname = \"{index}\"\nmemory = \"{size}MiB\"\narrival = {{ from = \"{from}ms\" }}\nwork = {{ {work} }}\n"
+            "[[clients]]\nname = \"{index}\"\nmemory = \"{size}MiB\"\n{grows}arrival = {{ from = \"{from}ms\" }}\nwork = {{ {work} }}\n"
         )
     };
     let clients: String = clients.iter().enumerate().map(class).collect();
@@ -279,9 +391,15 @@ proptest! {
 
     /// Everybody is done in the end, and gets all that it needs and no more; no second is handed out twice.
     #[test]
-    fn work_is_conserved(fixed in any::<bool>(), memory in 80u64..200, clients in draws(), seed in any::<u64>()) {
+    fn work_is_conserved(
+        fixed in any::<bool>(),
+        more in any::<bool>(),
+        memory in 80u64..200,
+        clients in draws(),
+        seed in any::<u64>(),
+    ) {
         let policy = if fixed { "quantum = \"30ms\"" } else { "min = \"20ms\"" };
-        let scenario = scenario(policy, memory, &clients);
+        let scenario = of_draws(policy, memory, &clients, more);
         let outcome = world::simulate(&scenario, seed, false);
         let report = Report::of(&scenario, seed, &outcome);
         for (row, (_, _, ms, many, _)) in report.classes.iter().zip(&clients) {
@@ -293,6 +411,9 @@ proptest! {
         let all = outcome.time as f64 / 1e9 * outcome.gpus.len() as f64;
         prop_assert!(report.gpu_seconds <= all * 1.000_001 + 1e-6);
         prop_assert!(report.utilisation <= 1.0);
+        for gpu in &outcome.gpus {
+            prop_assert_eq!(gpu.time.total(), outcome.time, "{:?}", gpu.time);
+        }
     }
 
     /// Who fits together runs together.
@@ -332,6 +453,8 @@ proptest! {
             prop_assert_eq!(row.finished, 1, "{:?}", row);
             prop_assert!((row.gpu_seconds - *ms as f64 * *many as f64 / 1e3).abs() < 1e-6);
         }
-        prop_assert!(report.utilisation <= 1.0);
+        for gpu in &outcome.gpus {
+            prop_assert_eq!(gpu.time.total(), outcome.time, "{:?}", gpu.time);
+        }
     }
 }

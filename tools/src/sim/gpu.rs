@@ -5,8 +5,10 @@
 //! moves memory as the swap engine does: chunk by chunk, each way over the link at once, granules taken before a chunk
 //! comes in and given back when it has gone out. A switch is nowhere written down: it is what comes of that.
 
+use super::fairness::Turn;
 use super::job::Job;
-use super::metrics::{ClientMetrics, GpuMetrics, State};
+use super::metrics::{ClientMetrics, GpuMetrics, START, State, Use};
+use super::observed::Observed;
 use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
@@ -68,8 +70,8 @@ struct Client {
     submitted: Nanos,
     /// That work is done; it has drained then.
     drained_at: Option<Nanos>,
-    /// GPU time that it had before its present slice.
-    had: Nanos,
+    /// When its present turn began to run, and the GPU time that it had had by then.
+    turn: Option<(Nanos, Nanos)>,
     /// It has used up its turn, as far as it had come when it began to drain.
     turn_over: bool,
     pauses: Pauses,
@@ -81,6 +83,8 @@ struct Client {
     paused: Option<Nanos>,
     /// Since when it has run without interruption.
     running_since: Nanos,
+    /// It has run since it last drained: work that it submitted may be on the GPU.
+    undrained: bool,
 }
 
 /// A chunk on its way.
@@ -110,7 +114,7 @@ impl Link {
 #[derive(Debug)]
 pub struct Gpu {
     machine: std::sync::Arc<Machine>,
-    snapshot: Snapshot,
+    snapshot: Observed,
     clients: Vec<Option<Client>>,
     next_ticket: u64,
     to_gpu: Link,
@@ -122,7 +126,7 @@ impl Gpu {
     /// An empty one.
     pub fn new(machine: &std::sync::Arc<Machine>) -> Self {
         let snapshot = Snapshot {
-            now: 0,
+            now: START,
             capacity: machine.capacity,
             free: machine.capacity as i32,
             admitted: SlotSet::EMPTY,
@@ -134,7 +138,7 @@ impl Gpu {
         };
         Self {
             machine: machine.clone(),
-            snapshot,
+            snapshot: snapshot.into(),
             clients: Vec::new(),
             next_ticket: 1,
             to_gpu: Link::default(),
@@ -175,13 +179,14 @@ impl Gpu {
             ready_at: None,
             submitted: 0,
             drained_at: None,
-            had: 0,
+            turn: None,
             turn_over: false,
             pauses: Pauses::default(),
             drain_keeps: 0,
             withdraws: None,
             paused: None,
             running_since: now,
+            undrained: false,
         });
         self.tally.came(self.snapshot.occupied.len());
         self.decide();
@@ -206,9 +211,12 @@ impl Gpu {
 
     /// As [`nvshare::Page::decide`]. True if it changed something.
     fn decide(&mut self) -> bool {
-        let admitted = policy::admit(&self.snapshot);
-        let before = std::mem::replace(&mut self.snapshot.admitted, admitted);
-        before != admitted
+        let admitted = self.snapshot.admit();
+        if admitted == self.snapshot.admitted {
+            return false;
+        }
+        self.snapshot.admitted = admitted;
+        true
     }
 
     fn enter(&mut self, slot: SlotIndex, phase: Phase, now: Nanos) {
@@ -216,7 +224,7 @@ impl Gpu {
         let client = self.client_mut(slot);
         client.decided = 0;
         client.ready_at = None;
-        client.show(phase, now);
+        client.show(phase, false, now);
     }
 
     /// Granules of a client's memory that the GPU cannot give it whoever makes room: used over the link.
@@ -241,22 +249,63 @@ impl Gpu {
     fn computes(&self, slot: SlotIndex) -> bool {
         match self.snapshot.view(slot).phase {
             Phase::Running => self.client(slot).task.left() > 0,
-            Phase::Draining => self.client(slot).submitted > 0,
+            // One that fills while its earlier work is still under way has grown.
+            Phase::Draining | Phase::Filling => self.client(slot).submitted > 0,
             _ => false,
+        }
+    }
+
+    /// Whether a client wants the GPU, or keeps it from others in a pause.
+    fn contends(&self, slot: SlotIndex) -> bool {
+        match self.snapshot.view(slot).phase {
+            Phase::Running | Phase::Draining if !self.client(slot).task.has_work() => self.snapshot.awaited(),
+            phase => phase.wants_gpu() || phase == Phase::Draining,
+        }
+    }
+
+    /// What the GPU's time goes to.
+    fn use_of_time(&self) -> Use {
+        let phase = |slot: SlotIndex| self.snapshot.view(slot).phase;
+        let any = |which: &dyn Fn(SlotIndex) -> bool| self.slots().any(which);
+        let moves = any(&|slot| self.moves(slot));
+        let fills = any(&|slot| phase(slot) == Phase::Filling && self.snapshot.admitted.contains(slot));
+        let drains = any(&|slot| phase(slot) == Phase::Draining || self.client(slot).ready_at.is_some());
+        if any(&|slot| self.computes(slot)) {
+            Use::Busy
+        } else if drains || (fills && moves) {
+            Use::Switching
+        } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some() {
+            Use::Kept
+        } else if moves || any(&|slot| self.client(slot).task.has_work()) {
+            Use::Switching
+        } else {
+            Use::Idle
         }
     }
 
     /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
     fn reckon(&mut self, now: Nanos) {
-        let elapsed = now - std::mem::replace(&mut self.snapshot.now, now);
-        let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
-        if elapsed == 0 || computing.is_empty() {
+        let time = std::mem::replace(&mut self.snapshot.now, now)..now;
+        if time.is_empty() {
             return;
         }
-        self.tally.computed(now - elapsed..now);
+        let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
+        let k = computing.len();
+        let rate = |slot: &SlotIndex| {
+            let weight = self.client(*slot).task.tally.weight;
+            (slot.get(), 1.0 / (k as f64 * f64::from(weight)))
+        };
+        let rates: Vec<(usize, f64)> = computing.iter().map(rate).collect();
+        let contenders: SlotSet = self.slots().filter(|slot| self.contends(*slot)).collect();
+        self.tally.spend(self.use_of_time(), time.clone(), contenders.bits(), &rates);
+        if computing.is_empty() {
+            return;
+        }
+        let elapsed = time.end - time.start;
+        self.tally.computed(time);
         for slot in &computing {
             let (worth, of) = self.worth(*slot);
-            let done = (u128::from(elapsed) * worth / (of * computing.len() as u128)) as Nanos;
+            let done = (u128::from(elapsed) * worth / (of * k as u128)) as Nanos;
             let client = self.client_mut(*slot);
             client.submitted = client.submitted.saturating_sub(done);
             client.task.works(done, now);
@@ -281,12 +330,12 @@ impl Gpu {
     /// As [`nvshare::client::Client::poll`], one [`step`] at a time. True if it went along one.
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
-        let awaited = policy::needed(&self.snapshot).is_some();
+        let awaited = self.snapshot.needed().is_some();
         let client = self.client_mut(slot);
         client.task.collect(now);
         client.watch_pause(phase, awaited, now);
         if phase == Phase::Running {
-            client.show(phase, now);
+            client.show(phase, awaited, now);
         }
         let admitted = self.snapshot.admitted.contains(slot);
         let client = self.client(slot);
@@ -298,9 +347,7 @@ impl Gpu {
         if busy {
             return false;
         }
-        // Nothing grows here, so a client that fills has no work in flight.
-        let in_flight = matches!(phase, Phase::Running | Phase::Draining);
-        match step(phase, Facts { admitted, in_flight }) {
+        match step(phase, Facts { admitted, in_flight: client.undrained }) {
             Action::StartFilling => {
                 self.enter(slot, Phase::Filling, now);
                 true
@@ -311,7 +358,8 @@ impl Gpu {
             }
             Action::Fill if self.missing(slot) == 0 => match client.ready_at {
                 None => {
-                    self.client_mut(slot).ready_at = Some(now + self.machine.switch);
+                    let switch = if client.undrained { 0 } else { self.machine.switch };
+                    self.client_mut(slot).ready_at = Some(now + switch);
                     true
                 }
                 Some(ready) if ready <= now => {
@@ -325,7 +373,7 @@ impl Gpu {
                 true
             }
             Action::Run if !client.task.has_work() => self.without_work(slot, now, gone),
-            Action::Run => self.end_of_slice(slot, now),
+            Action::Run => self.grow(slot, now) || self.end_of_slice(slot, now),
             Action::AwaitDrain if client.submitted == 0 => match client.drained_at {
                 None => {
                     self.client_mut(slot).drained_at = Some(now + self.machine.drain);
@@ -353,7 +401,7 @@ impl Gpu {
                 true
             }
             Action::Serve => {
-                let share = policy::evict_share(&self.snapshot, slot);
+                let share = self.snapshot.evict_share(slot);
                 if share > 0 {
                     // A whole chunk, so it may be a little more. Who else could make room is asked anew after it.
                     let all = self.snapshot.view(slot).evictable();
@@ -388,9 +436,12 @@ impl Gpu {
     }
 
     /// It runs on though its turn is over: the next one begins.
-    fn begin_next_turn(&mut self, slot: SlotIndex) {
+    fn begin_next_turn(&mut self, slot: SlotIndex, now: Nanos) {
         if let Some(turn) = policy::next_turn(&self.snapshot, slot) {
+            self.end_turn(slot, now);
             self.takes_ticket(slot);
+            let client = self.client_mut(slot);
+            client.turn = Some((now, client.task.tally.gpu));
             let view = self.view_mut(slot);
             (view.turn_start, view.turn_used, view.credit) = (turn.turn_start, turn.turn_used, 0);
             view.consecutive_slices += 1;
@@ -399,27 +450,55 @@ impl Gpu {
     }
 
     fn end_of_slice(&mut self, slot: SlotIndex, now: Nanos) -> bool {
-        let due = policy::next_decision(&self.snapshot, self.client(slot).decided);
+        let due = self.snapshot.next_decision(self.client(slot).decided);
         if due.is_none_or(|due| due > now) {
             return false;
         }
         self.client_mut(slot).decided = now;
         self.decide();
-        self.begin_next_turn(slot);
+        self.begin_next_turn(slot, now);
+        true
+    }
+
+    /// Its memory grows, if it is to grow now: at once where there is room; else it fills, while its work in flight goes on,
+    /// as [`nvshare::Client::refill`] has it. True if it grew.
+    fn grow(&mut self, slot: SlotIndex, now: Nanos) -> bool {
+        let client = self.client_mut(slot);
+        let more = client.task.grow();
+        if more == 0 {
+            return false;
+        }
+        client.absent += more;
+        self.view_mut(slot).demand += more;
+        self.decide();
+        let missing = self.missing(slot);
+        if self.snapshot.admitted.contains(slot) && i64::from(missing) <= i64::from(self.snapshot.free) {
+            self.view_mut(slot).resident += missing;
+            self.snapshot.free -= missing as i32;
+            let client = self.client_mut(slot);
+            client.absent = client.absent.saturating_sub(missing);
+        } else {
+            let client = self.client_mut(slot);
+            client.submitted = client.task.submitted();
+            self.enter(slot, Phase::Filling, now);
+        }
         true
     }
 
     fn begin_running(&mut self, slot: SlotIndex, now: Nanos) {
         let client = self.client_mut(slot);
-        client.running_since = now;
+        client.submitted = 0;
+        if !std::mem::replace(&mut client.undrained, true) {
+            client.running_since = now;
+        }
         if let Some(since) = client.wait_since.take() {
             client.task.tally.waits.push(now - since);
             client.task.tally.slices += 1;
-            client.had = client.task.tally.gpu;
+            client.turn.get_or_insert((now, client.task.tally.gpu));
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
-        if policy::awaited(&self.snapshot) {
+        if self.snapshot.awaited() {
             self.decide();
         }
     }
@@ -447,7 +526,7 @@ impl Gpu {
 
     /// Until when it keeps the GPU without work, while somebody waits.
     fn keeps_until(&self, slot: SlotIndex) -> Option<Nanos> {
-        let switch = policy::needed(&self.snapshot)?;
+        let switch = self.snapshot.needed()?;
         let client = self.client(slot);
         let grace = self.snapshot.settings.idle_grace;
         let kept = client.pauses.worth_waiting(switch);
@@ -462,13 +541,16 @@ impl Gpu {
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
         let end = policy::end_slice(&self.snapshot, slot);
+        let running = self.snapshot.view(slot).phase == Phase::Running;
         let keeps = self.keeps_until(slot).unwrap_or(0);
         self.client_mut(slot).drain_keeps = keeps;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
         let client = self.client_mut(slot);
         client.turn_over = end.used_up;
-        client.submitted = client.task.submitted();
+        if running {
+            client.submitted = client.task.submitted();
+        }
         client.drained_at = None;
         client.task.tally.yields += 1;
         self.enter(slot, Phase::Draining, now);
@@ -478,12 +560,12 @@ impl Gpu {
     fn drained(&mut self, slot: SlotIndex, now: Nanos) {
         let client = self.client_mut(slot);
         client.submitted = 0;
+        client.undrained = false;
         client.task.tally.ran += now - client.running_since;
         // In a pause that it would have kept the GPU for, it wants its next turn.
         let pauses = (client.drain_keeps > now && !client.task.is_over()).then_some(client.drain_keeps);
         client.withdraws = pauses;
         let more = client.task.has_work() || pauses.is_some();
-        let time = (client.task.tally.gpu - client.had) as f64 / f64::from(client.task.tally.weight);
         let turn_over = client.turn_over;
         let view = self.view_mut(slot);
         view.consecutive_slices = match (more, turn_over) {
@@ -491,13 +573,14 @@ impl Gpu {
             (true, false) => view.consecutive_slices,
             (false, _) => 0,
         };
-        let contenders = self.snapshot.clients().filter(|(_, view)| view.phase.wants_gpu());
-        let contenders: SlotSet = contenders.map(|(slot, _)| slot).collect();
         if more {
-            self.tally.fairness.slice(slot.get(), time, contenders.bits());
+            if turn_over {
+                self.end_turn(slot, now);
+            }
             self.queue(slot, turn_over, now);
         } else {
-            self.tally.fairness.interrupt();
+            self.client_mut(slot).turn = None;
+            self.tally.turns.interrupt();
             let idle_since = self.client(slot).task.idle_since;
             let view = self.view_mut(slot);
             if view.idle_since != idle_since {
@@ -506,6 +589,29 @@ impl Gpu {
             self.enter(slot, Phase::Idle, now);
             self.decide();
         }
+    }
+
+    /// Counts a turn that is used up.
+    fn end_turn(&mut self, slot: SlotIndex, now: Nanos) {
+        let client = self.client_mut(slot);
+        let gpu = client.task.tally.gpu;
+        let Some((begun, had)) = client.turn.take() else { return };
+        let own = self.snapshot.view(slot);
+        let others = || self.slots().filter(|other| *other != slot);
+        let contenders = others().filter(|other| self.contends(*other));
+        let shares = |view: &SlotView| (view.weight, view.priority);
+        let runs =
+            |other: SlotIndex| matches!(self.snapshot.view(other).phase, Phase::Running | Phase::Draining);
+        let turn = Turn {
+            seat: slot.get(),
+            begun,
+            ended: now,
+            time: gpu - had,
+            equals: contenders.clone().all(|other| shares(self.snapshot.view(other)) == shares(own)),
+            contenders: contenders.collect::<SlotSet>().bits(),
+            alone: !others().any(runs),
+        };
+        self.tally.turns.turn(turn);
     }
 
     /// It has nothing to do any more, and its memory and its context go.
@@ -518,7 +624,7 @@ impl Gpu {
             client.task.tally.finished = Some(now);
             gone.push(client.task.tally);
         }
-        self.tally.fairness.interrupt();
+        self.tally.left(slot.get());
         self.decide();
     }
 
@@ -534,7 +640,7 @@ impl Gpu {
             let client = self.client_mut(slot);
             client.evicting -= granules;
             if client.evicting == 0 {
-                client.show(phase, now);
+                client.show(phase, false, now);
             }
         }
         came || went.is_some()
@@ -592,7 +698,7 @@ impl Gpu {
         let wanted = match self.snapshot.view(slot).phase {
             Phase::Filling if self.snapshot.admitted.contains(slot) => self.missing(slot),
             Phase::Waiting if self.client(slot).evicting == 0 => {
-                policy::prefetch(&self.snapshot, slot).min(self.missing(slot))
+                self.snapshot.prefetch(slot).min(self.missing(slot))
             }
             _ => 0,
         };
@@ -610,14 +716,14 @@ impl Gpu {
                 let (worth, of) = self.worth(slot);
                 self.snapshot.now.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
             };
-            let decision = || policy::next_decision(&self.snapshot, client.decided);
+            let decision = || self.snapshot.next_decision(client.decided);
             let phase = self.snapshot.view(slot).phase;
             let [first, second] = match phase {
                 Phase::Running if client.task.has_work() => [Some(takes(client.task.left())), decision()],
                 Phase::Running => [self.keeps_until(slot), decision()],
                 Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
-                Phase::Filling => [client.ready_at, None],
+                Phase::Filling => [client.ready_at, (client.submitted > 0).then(|| takes(client.submitted))],
                 // It decides when its thread has moved what it moves.
                 Phase::Waiting if !self.moves(slot) => [decision(), client.withdraws_at()],
                 _ => [None, None],
@@ -632,11 +738,12 @@ impl Gpu {
     /// Those who are still there at the end, and what they have come to.
     pub fn close(&mut self, now: Nanos) -> Vec<ClientMetrics> {
         self.reckon(now);
+        self.tally.finish(now);
         let slots: Vec<SlotIndex> = self.slots().collect();
         let close = |slot: SlotIndex| {
             let client = self.clients[slot.get()].as_mut()?;
             client.task.tally.becomes(State::Idle, now);
-            if matches!(self.snapshot.view(slot).phase, Phase::Running | Phase::Draining) {
+            if client.undrained {
                 client.task.tally.ran += now - client.running_since;
             }
             Some(client.task.tally.clone())
@@ -669,12 +776,13 @@ impl Client {
         }
     }
 
-    fn show(&mut self, phase: Phase, now: Nanos) {
+    fn show(&mut self, phase: Phase, awaited: bool, now: Nanos) {
         let state = match phase {
             Phase::Waiting => State::Waiting,
             Phase::Filling => State::Filling,
             Phase::Running if self.task.has_work() => State::Running,
             Phase::Draining => State::Draining,
+            Phase::Running if awaited => State::Kept,
             // It may run, and has nothing to do.
             Phase::Running | Phase::Idle | Phase::Leaving => State::Idle,
         };

@@ -1,8 +1,8 @@
 //! What a client needs, and what it will do: its requests for GPU time, as they come.
 
-use super::quantity::Span;
+use super::quantity::{Span, Time};
 use super::random::Chance;
-use super::scenario::{Class, Work};
+use super::scenario::{Class, First, Work};
 use nvshare::shares::Priority;
 use nvshare::units::{Granules, Nanos};
 use std::sync::Arc;
@@ -18,7 +18,10 @@ pub struct Job {
     /// The one GPU that it is on, if it is not placed.
     pub gpu: Option<usize>,
     pub vgpus: usize,
+    /// What it needs when it comes.
     pub memory: Granules,
+    /// What its memory grows to, and in which GPU time, ns.
+    pub grows: Option<(Granules, Nanos)>,
     pub weight: u32,
     pub priority: Priority,
     pub iteration: Nanos,
@@ -26,6 +29,15 @@ pub struct Job {
     pub buffers: usize,
     pub walks: Arc<Vec<Vec<usize>>>,
     pub requests: Requests,
+}
+
+/// The time between two requests of an interactive client, ns.
+fn interval(every: Option<Time>, poisson: Option<Time>, chance: &mut Chance) -> Nanos {
+    match (every, poisson) {
+        (Some(every), _) => every.0,
+        (None, Some(mean)) => chance.exponential(mean.0),
+        (None, None) => Nanos::MAX,
+    }
 }
 
 /// The requests of one client, as they come.
@@ -56,8 +68,22 @@ impl Requests {
         };
         // Its own stream, so that what it draws depends on nobody's turns.
         let (seed, stream) = (chance.unit().to_bits(), chance.unit().to_bits());
-        let next = (left > 0).then_some(arrives);
-        Self { work: class.work.clone(), chance: Chance::new(seed, stream), next, left, until }
+        let mut requests =
+            Self { work: class.work.clone(), chance: Chance::new(seed, stream), next: None, left, until };
+        let first = requests.first_interval();
+        requests.comes(arrives.saturating_add(first));
+        requests
+    }
+
+    /// How long after its arrival a client's first request comes.
+    fn first_interval(&mut self) -> Nanos {
+        match &self.work {
+            Work::Training { first: First::AfterInterval, pause, .. } => pause.draw(&mut self.chance),
+            Work::Interactive { first: First::AfterInterval, every, poisson, .. } => {
+                interval(*every, *poisson, &mut self.chance)
+            }
+            _ => 0,
+        }
     }
 
     /// When the next one comes; not known before the present one is done where pauses lie between them.
@@ -71,7 +97,7 @@ impl Requests {
         self.left -= 1;
         self.next = None;
         let size = match &self.work {
-            Work::Batch { iteration, iterations, gpu_time } => match (iterations, gpu_time) {
+            Work::Batch { iteration, iterations, gpu_time, .. } => match (iterations, gpu_time) {
                 (Some(iterations), _) => iteration.0.saturating_mul(*iterations),
                 (None, Some(span)) => {
                     span.draw(&mut self.chance).div_ceil(iteration.0).saturating_mul(iteration.0)
@@ -81,16 +107,30 @@ impl Requests {
             Work::Training { iteration, iterations, .. } => iteration.0.saturating_mul(*iterations),
             Work::Interactive { burst, every, poisson, .. } => {
                 let size = burst.draw(&mut self.chance);
-                let distance = match (every, poisson) {
-                    (Some(every), _) => every.0,
-                    (None, Some(mean)) => self.chance.exponential(mean.0),
-                    (None, None) => Nanos::MAX,
-                };
+                let distance = interval(*every, *poisson, &mut self.chance);
                 self.comes(came.saturating_add(distance));
                 size
             }
         };
         Some((came, size.max(1)))
+    }
+
+    /// GPU time between two pauses within a request, ns, if it has any.
+    pub fn pause_every(&self) -> Option<Nanos> {
+        match &self.work {
+            Work::Batch { iteration, pause_every: Some(every), .. } => {
+                Some(iteration.0.saturating_mul(*every))
+            }
+            _ => None,
+        }
+    }
+
+    /// How long the next pause within a request is, ns.
+    pub fn pause(&mut self) -> Nanos {
+        match &self.work {
+            Work::Batch { pause: Some(pause), .. } => pause.draw(&mut self.chance),
+            _ => 0,
+        }
     }
 
     fn comes(&mut self, at: Nanos) {

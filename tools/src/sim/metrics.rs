@@ -1,9 +1,12 @@
 //! What is counted while the simulation runs.
 
-use nvshare::units::Nanos;
+use super::fairness::{TimeWindows, TurnWindows};
+use nvshare::units::{Nanos, SECOND};
 use nvshare::usage;
-use std::collections::VecDeque;
 use std::ops::Range;
+
+/// When the clock starts, ns. A page says "never" with 0, so nothing may happen at 0. Results count from here.
+pub const START: Nanos = SECOND;
 
 /// What a client is doing, as the picture shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,6 +19,8 @@ pub enum State {
     Filling,
     /// It has the GPU and works.
     Running,
+    /// It pauses, and keeps the GPU while others wait.
+    Kept,
     /// It gives way, and its work in flight goes on.
     Draining,
     /// It makes room.
@@ -48,7 +53,7 @@ pub struct ClientMetrics {
     /// Time that it held the GPU.
     pub ran: Nanos,
     pub waits: Vec<Nanos>,
-    /// Times from a request to its answer, and the GPU time that the requests needed.
+    /// Times from a request to its answer, and the time that these would have taken alone.
     pub answers: Vec<Nanos>,
     pub needed: Nanos,
     pub slices: u64,
@@ -86,10 +91,21 @@ impl ClientMetrics {
         }
     }
 
-    /// A request of so much GPU time was answered so long after it came.
-    pub fn answered(&mut self, took: Nanos, size: Nanos) {
+    /// A request that takes so long alone was answered so long after it came.
+    pub fn answered(&mut self, took: Nanos, alone: Nanos) {
         self.answers.push(took);
-        self.needed = self.needed.saturating_add(size);
+        self.needed = self.needed.saturating_add(alone);
+    }
+
+    /// The same, with times that count from [`START`].
+    pub fn counted_from_start(mut self) -> Self {
+        self.arrived -= START;
+        self.finished = self.finished.map(|time| time - START);
+        for segment in self.segments.iter_mut().flatten() {
+            segment.from -= START;
+            segment.to -= START;
+        }
+        self
     }
 
     /// From now on it does this.
@@ -102,73 +118,92 @@ impl ClientMetrics {
             && before != State::Idle
             && let Some(segments) = &mut self.segments
         {
-            segments.push(Segment { from: since, to: now, state: before });
+            match segments.last_mut() {
+                // It was something else for no time in between.
+                Some(last) if last.to == since && last.state == before => last.to = now,
+                _ => segments.push(Segment { from: since, to: now, state: before }),
+            }
         }
         self.state = (state, now);
     }
 }
 
-/// The share that contenders got of a GPU, over any window of as many slices as there were contenders.
-#[derive(Debug, Default)]
-pub struct Fairness {
-    /// Who contended, as bits; a window lies within one such time.
-    contenders: u64,
-    /// Whose slice, and GPU time over weight.
-    window: VecDeque<(usize, f64)>,
-    /// The least fair window.
-    pub least: Option<f64>,
-    pub windows: u64,
+/// What a GPU spends time on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Something computes.
+    Busy,
+    /// Nothing computes, and memory moves, or a drain or what a switch costs beside its copies is under way.
+    Switching,
+    /// Nothing computes, because the holder pauses and keeps the GPU while others wait.
+    Kept,
+    /// Nobody has anything to do.
+    Idle,
 }
 
-impl Fairness {
-    /// Who was there is not the same as before.
-    pub fn interrupt(&mut self) {
-        self.window.clear();
+/// What a GPU spent its time on, ns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TimeUse {
+    pub busy: Nanos,
+    pub switching: Nanos,
+    pub kept: Nanos,
+    pub idle: Nanos,
+}
+
+impl TimeUse {
+    pub fn spend(&mut self, on: Use, time: Nanos) {
+        *match on {
+            Use::Busy => &mut self.busy,
+            Use::Switching => &mut self.switching,
+            Use::Kept => &mut self.kept,
+            Use::Idle => &mut self.idle,
+        } += time;
     }
 
-    /// A slice of the client in `slot` is over, with so much GPU time for its weight, while those in `contenders`
-    /// wanted the GPU too.
-    pub fn slice(&mut self, slot: usize, time: f64, contenders: u64) {
-        let contenders = contenders | 1 << slot;
-        if contenders != self.contenders {
-            self.window.clear();
-            self.contenders = contenders;
-        }
-        let n = contenders.count_ones() as usize;
-        if n < 2 {
-            return;
-        }
-        self.window.push_back((slot, time));
-        if self.window.len() > n {
-            self.window.pop_front();
-        }
-        if self.window.len() == n {
-            let mut shares = [0.0; 64];
-            self.window.iter().for_each(|(slot, time)| shares[*slot] += time);
-            let index = jain(shares.iter().copied().filter(|share| *share > 0.0), n);
-            self.least = Some(self.least.map_or(index, |least: f64| least.min(index)));
-            self.windows += 1;
-        }
+    /// Adds another GPU's.
+    pub fn and(&mut self, other: Self) {
+        self.busy += other.busy;
+        self.switching += other.switching;
+        self.kept += other.kept;
+        self.idle += other.idle;
+    }
+
+    /// All of it.
+    pub fn total(&self) -> Nanos {
+        self.busy + self.switching + self.kept + self.idle
     }
 }
 
 /// What one GPU came to.
 #[derive(Debug, Default)]
 pub struct GpuMetrics {
-    /// Time in which something computed.
-    pub busy: Nanos,
-    /// The same, faded, and when it was that.
+    /// What its time was spent on.
+    pub time: TimeUse,
+    /// The time that something was on the GPU, faded, and when it was that.
     usage: (Nanos, Nanos),
     /// How fairly turns were taken.
-    pub fairness: Fairness,
+    pub turns: TurnWindows,
+    /// How fairly the GPU was shared in windows of time.
+    pub windows: TimeWindows,
     /// The most clients at once.
     pub most_clients: usize,
 }
 
 impl GpuMetrics {
-    /// Something computed all the time.
+    /// In all of `time` it did this; those in `contenders` (bits of seats) contended, and each seat in `rates` had so much
+    /// GPU time per weight in each ns.
+    pub fn spend(&mut self, on: Use, time: Range<Nanos>, contenders: u64, rates: &[(usize, f64)]) {
+        self.time.spend(on, time.end - time.start);
+        self.windows.spend(time.start - START..time.end - START, contenders, rates);
+    }
+
+    /// The simulation ends.
+    pub fn finish(&mut self, now: Nanos) {
+        self.windows.finish(now - START);
+    }
+
+    /// Something was on the GPU all the time.
     pub fn computed(&mut self, time: Range<Nanos>) {
-        self.busy += time.end - time.start;
         let (usage, at) = self.usage;
         self.usage = (usage::slice_over(usage, at, time.start, time.end).usage, time.end);
     }
@@ -176,43 +211,17 @@ impl GpuMetrics {
     /// A client has come; so many are there.
     pub fn came(&mut self, clients: usize) {
         self.most_clients = self.most_clients.max(clients);
-        self.fairness.interrupt();
+        self.turns.interrupt();
     }
 
-    /// GPU time used lately, ns, as [`fair`] reckons it.
+    /// The client in this seat has left.
+    pub fn left(&mut self, seat: usize) {
+        self.turns.interrupt();
+        self.windows.vacate(seat);
+    }
+
+    /// GPU time used lately, ns, as [`nvshare::usage`] has it.
     pub fn usage(&self) -> Nanos {
         self.usage.0
-    }
-}
-
-/// Jain's index of `n` shares, of which those that are not 0 are given: 1 when all are equal, 1/n when one has all.
-pub fn jain(shares: impl Iterator<Item = f64>, n: usize) -> f64 {
-    let (sum, squares) =
-        shares.fold((0.0, 0.0), |(sum, squares), share| (sum + share, squares + share * share));
-    if squares == 0.0 { 1.0 } else { sum * sum / (n as f64 * squares) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn jains_index() {
-        assert_eq!(jain([3.0, 3.0].into_iter(), 2), 1.0);
-        assert_eq!(jain([3.0].into_iter(), 4), 0.25);
-        assert!((jain([1.0, 2.0, 3.0].into_iter(), 3) - 36.0 / 42.0).abs() < 1e-12);
-    }
-
-    #[test]
-    fn a_window_is_of_one_set_of_contenders() {
-        let mut fairness = Fairness::default();
-        fairness.slice(0, 1.0, 0b11);
-        fairness.slice(1, 1.0, 0b111);
-        assert_eq!(fairness.least, None, "a third one has come");
-        fairness.slice(2, 1.0, 0b111);
-        fairness.slice(0, 1.0, 0b111);
-        assert_eq!(fairness.least, Some(1.0));
-        fairness.slice(0, 1.0, 0b111);
-        assert!(fairness.least.is_some_and(|least| least < 0.61), "two of three, one twice");
     }
 }

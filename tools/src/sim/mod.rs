@@ -6,15 +6,18 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`scenario`], `quantity` | the file |
-//! | `random`, `task` | what clients do, and when they come |
-//! | `gpu` | a GPU under nvshare: the snapshot, the phases, the link |
+//! | `random`, `job`, `task` | what clients do, and when they come |
+//! | `gpu`, `observed` | a GPU under nvshare: the phases, the link; the snapshot, and what the policy says of it |
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
-//! | `metrics`, [`report`], [`timeline_svg`] | what is counted, and how it is told |
+//! | `metrics`, `fairness` | what is counted |
+//! | [`report`], [`table`], [`timeline_svg`] | how it is told |
 
+mod fairness;
 mod gpu;
 mod job;
 mod metrics;
+mod observed;
 mod paging;
 mod quantity;
 mod random;

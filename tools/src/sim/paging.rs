@@ -6,8 +6,9 @@
 //! that is used all the time goes as soon as any other. Every iteration's walk is done page by page, so thrashing is
 //! nowhere written down: it is what comes of a walk over a little more than fits.
 
+use super::fairness::{SEATS, Turn};
 use super::job::Job;
-use super::metrics::{ClientMetrics, GpuMetrics, State};
+use super::metrics::{ClientMetrics, GpuMetrics, START, State, Use};
 use super::scenario::{Order, Paging, Scenario};
 use super::task::Task;
 use nvshare::placement::Load;
@@ -44,6 +45,8 @@ type PageOf = (u64, u32);
 struct Client {
     /// Its number on this GPU, never used again.
     id: u64,
+    /// What it is known by in windows of fairness: a number that no other client has meanwhile.
+    seat: usize,
     task: Task,
     /// For each of its pages, when it came in or was last used; 0: it is not on the GPU.
     pages: Vec<u64>,
@@ -57,8 +60,23 @@ struct Client {
 struct Holder {
     id: u64,
     since: Nanos,
-    /// The end of the iteration that is under way, and its GPU time as if nothing faulted.
-    iteration: Option<(Nanos, Nanos)>,
+    iteration: Option<Iteration>,
+}
+
+/// An iteration that is under way.
+#[derive(Debug, Clone, Copy)]
+struct Iteration {
+    begun: Nanos,
+    end: Nanos,
+    /// Its GPU time as if nothing faulted.
+    work: Nanos,
+}
+
+impl Iteration {
+    /// What part of its time it computes in; in the rest pages fault.
+    fn computing(&self) -> f64 {
+        self.work as f64 / (self.end - self.begun).max(1) as f64
+    }
 }
 
 /// A GPU.
@@ -76,6 +94,8 @@ pub struct Gpu {
     resident: usize,
     stamp: u64,
     next_id: u64,
+    /// Up to when the use of time is reckoned.
+    now: Nanos,
     pub tally: GpuMetrics,
 }
 
@@ -92,6 +112,7 @@ impl Gpu {
             resident: 0,
             stamp: 0,
             next_id: 0,
+            now: START,
             tally: GpuMetrics::default(),
         }
     }
@@ -104,11 +125,14 @@ impl Gpu {
 
     /// A client comes.
     pub fn arrive(&mut self, job: Job, tally: ClientMetrics, now: Nanos) {
+        self.reckon(now);
         let id = self.next_id;
         self.next_id += 1;
+        let seat = (0..SEATS).find(|seat| self.clients.iter().all(|client| client.seat != *seat));
+        let seat = seat.expect("placement leaves a seat");
         let pages = vec![0; job.memory as usize];
         let task = Task::new(job, tally, now);
-        self.clients.push(Client { id, task, pages, walk: 0, wait_since: now, had: 0 });
+        self.clients.push(Client { id, seat, task, pages, walk: 0, wait_since: now, had: 0 });
         self.tally.came(self.clients.len());
         // Its context drives out what is there.
         while self.resident > self.room() {
@@ -180,6 +204,7 @@ impl Gpu {
 
     /// Does all that is due by `now`.
     pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) {
+        self.reckon(now);
         loop {
             for client in &mut self.clients {
                 client.task.collect(now);
@@ -191,6 +216,33 @@ impl Gpu {
                 return;
             }
         }
+    }
+
+    /// Says what the time up to `now` went to. An iteration's faults are spread over all of it.
+    fn reckon(&mut self, now: Nanos) {
+        let time = std::mem::replace(&mut self.now, now)..now;
+        if time.is_empty() {
+            return;
+        }
+        let waits = !self.queue.is_empty();
+        let contends = |client: &&Client| client.task.has_work() || (waits && self.holds(client.id));
+        let contenders = self.clients.iter().filter(contends).fold(0, |bits, client| bits | 1 << client.seat);
+        let on = match &self.holder {
+            Some(Holder { id, iteration: Some(iteration), .. }) => {
+                let client = &self.clients[self.at(*id)];
+                let computing = iteration.computing();
+                let rate = (client.seat, computing / f64::from(client.task.tally.weight));
+                let busy = ((time.end - time.start) as f64 * computing) as Nanos;
+                let faults = time.start..time.end - busy.min(time.end - time.start);
+                self.tally.spend(Use::Switching, faults.clone(), contenders, &[rate]);
+                self.tally.spend(Use::Busy, faults.end..time.end, contenders, &[rate]);
+                return;
+            }
+            Some(_) if waits => Use::Kept,
+            None if waits => Use::Switching,
+            _ => Use::Idle,
+        };
+        self.tally.spend(on, time, contenders, &[]);
     }
 
     fn holds(&self, id: u64) -> bool {
@@ -229,9 +281,9 @@ impl Gpu {
     fn end_iteration(&mut self, now: Nanos) -> bool {
         let Some(holder) = &mut self.holder else { return false };
         let id = holder.id;
-        let Some((_, work)) = holder.iteration.take_if(|(end, _)| *end <= now) else { return false };
+        let Some(done) = holder.iteration.take_if(|iteration| iteration.end <= now) else { return false };
         let at = self.at(id);
-        self.clients[at].task.works(work, now);
+        self.clients[at].task.works(done.work, now);
         true
     }
 
@@ -246,22 +298,28 @@ impl Gpu {
         if (idle && (task.is_over() || quiet <= now)) || (!idle && over) {
             self.holder = None;
             self.free_at = now + self.machine.switch;
-            let waiting = self.queue.iter().fold(0u64, |bits, id| bits | 1 << (self.at(*id) % 64));
+            let waiting = || self.queue.iter().map(|id| &self.clients[self.at(*id)]);
+            let contenders = waiting().fold(0, |bits, client| bits | 1 << client.seat);
+            let weight = self.clients[at].task.tally.weight;
+            let equals = waiting().all(|client| client.task.tally.weight == weight);
             let client = &mut self.clients[at];
             client.task.tally.yields += u64::from(!client.task.is_over());
             client.task.tally.ran += now - since;
-            let time = (client.task.tally.gpu - client.had) as f64;
+            let time = client.task.tally.gpu - client.had;
+            let turn =
+                Turn { seat: client.seat, begun: since, ended: now, time, contenders, equals, alone: true };
             client.task.tally.becomes(State::Idle, now);
             if idle {
-                self.tally.fairness.interrupt();
+                self.tally.turns.interrupt();
             } else {
-                self.tally.fairness.slice(at % 64, time, waiting);
+                self.tally.turns.turn(turn);
             }
             self.leave(now, gone);
             return true;
         }
         if idle {
-            self.clients[at].task.tally.becomes(State::Idle, now);
+            let state = if self.queue.is_empty() { State::Idle } else { State::Kept };
+            self.clients[at].task.tally.becomes(state, now);
             return false;
         }
         self.begin_iteration(at, now);
@@ -279,7 +337,7 @@ impl Gpu {
         let whole = work + took;
         self.tally.computed(now..now + whole);
         if let Some(holder) = &mut self.holder {
-            holder.iteration = Some((now + whole, work));
+            holder.iteration = Some(Iteration { begun: now, end: now + whole, work });
         }
     }
 
@@ -292,7 +350,7 @@ impl Gpu {
             client.task.tally.becomes(State::Idle, now);
             client.task.tally.finished = Some(now);
             gone.push(client.task.tally);
-            self.tally.fairness.interrupt();
+            self.tally.left(client.seat);
         }
     }
 
@@ -300,7 +358,7 @@ impl Gpu {
     pub fn next(&self) -> Option<Nanos> {
         let requests = self.clients.iter().filter_map(|client| client.task.next_request()).min();
         let lock = match &self.holder {
-            Some(Holder { iteration: Some((end, _)), .. }) => Some(*end),
+            Some(Holder { iteration: Some(iteration), .. }) => Some(iteration.end),
             Some(Holder { id, since, iteration: None }) => {
                 let task = &self.clients[self.at(*id)].task;
                 Some(task.idle_since.max(*since) + self.machine.paging.idle_release.0)
@@ -313,10 +371,11 @@ impl Gpu {
 
     /// Those who are still there at the end, and what they have come to.
     pub fn close(&mut self, now: Nanos) -> Vec<ClientMetrics> {
-        if let Some(Holder { id, since, iteration }) = self.holder.take() {
+        self.reckon(now);
+        self.tally.finish(now);
+        if let Some(Holder { id, since, .. }) = self.holder.take() {
             let at = self.at(id);
             self.clients[at].task.tally.ran += now.saturating_sub(since);
-            self.tally.busy -= iteration.map_or(0, |(end, _)| end.saturating_sub(now));
         }
         let close = |client: &mut Client| {
             client.task.tally.becomes(State::Idle, now);

@@ -1,6 +1,7 @@
 //! What a simulation came to, as figures: the same for the table, for JSON and for tests.
 
-use super::metrics::ClientMetrics;
+use super::fairness::{Indices, WINDOW};
+use super::metrics::{ClientMetrics, GpuMetrics, TimeUse};
 use super::scenario::{Mode, Scenario};
 use super::world::Outcome;
 use crate::bench::stats::percentile;
@@ -20,8 +21,10 @@ pub struct Report {
     pub seconds: f64,
     /// GPU time handed out, s, as if alone.
     pub gpu_seconds: f64,
-    /// GPU time that something computed in, of all GPUs' time.
+    /// The part of all GPUs' time in which something computed, as `time.busy`.
     pub utilisation: f64,
+    /// What all GPUs spent their time on.
+    pub time: TimeShares,
     /// Times that somebody gave way.
     pub switches: u64,
     /// Bytes copied to GPUs.
@@ -32,7 +35,7 @@ pub struct Report {
     pub unplaced: u64,
     /// Times that the clock jumped.
     pub events: u64,
-    /// How fairly turns were taken.
+    /// How fairly GPUs were shared.
     pub fairness: Fairness,
     /// Each class.
     pub classes: Vec<Row>,
@@ -45,13 +48,65 @@ pub struct Report {
 /// More clients than that are told of by class alone.
 pub const MOST_CLIENTS: usize = 1_000;
 
-/// Jain's index over GPU time per weight, in windows of as many slices as contenders.
+/// How fairly a GPU was shared, or all of them: Jain's index over GPU time per weight, from 1/n to 1. `null` where there is
+/// no window.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Fairness {
-    /// Of the least fair window; `null` where nobody took turns.
+    /// How long a window of time is, s.
+    pub window_seconds: f64,
+    /// Of the least fair window of time, among those who contended throughout.
+    pub time_least: Option<f64>,
+    /// On average over windows of time.
+    pub time_mean: Option<f64>,
+    /// How many windows of time there were with at least two such contenders.
+    pub time_windows: u64,
+    /// Of the least even round: n turns of n contenders of equal shares, one after the other.
     pub least: Option<f64>,
-    /// How many windows there were.
+    /// How many rounds there were, each of n turns that follow one another.
     pub windows: u64,
+}
+
+impl Fairness {
+    fn of<'a>(gpus: impl Iterator<Item = &'a GpuMetrics>, time: Nanos) -> Self {
+        let (mut windows, mut turns) = (Indices::default(), Indices::default());
+        for gpu in gpus {
+            windows.and(gpu.windows.indices);
+            turns.and(gpu.turns.indices);
+        }
+        Self {
+            window_seconds: seconds(time.min(WINDOW)),
+            time_least: windows.least,
+            time_mean: windows.mean(),
+            time_windows: windows.windows,
+            least: turns.least,
+            windows: turns.windows,
+        }
+    }
+}
+
+/// What GPUs spent their time on, as parts of it: they add up to 1, or are 0 if there was no time.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct TimeShares {
+    /// Something computed.
+    pub busy: f64,
+    /// Nothing computed, and memory moved, or a drain or a switch was under way.
+    pub switching: f64,
+    /// Nothing computed, because the holder paused and kept the GPU while others waited.
+    pub kept: f64,
+    /// Nobody had anything to do.
+    pub idle: f64,
+}
+
+impl TimeShares {
+    fn of(time: TimeUse) -> Self {
+        let part = |part: Nanos| part as f64 / time.total().max(1) as f64;
+        Self {
+            busy: part(time.busy),
+            switching: part(time.switching),
+            kept: part(time.kept),
+            idle: part(time.idle),
+        }
+    }
 }
 
 /// A client, or all of a class.
@@ -109,10 +164,12 @@ pub struct Gpu {
     pub gpu: usize,
     /// The most clients at once.
     pub most_clients: usize,
-    /// Time in which something computed, of all.
+    /// The part of its time in which something computed, as `time.busy`.
     pub utilisation: f64,
-    /// The least fair window's index.
-    pub fairness: Option<f64>,
+    /// What its time was spent on.
+    pub time: TimeShares,
+    /// How fairly it was shared.
+    pub fairness: Fairness,
 }
 
 impl Report {
@@ -135,9 +192,9 @@ impl Report {
             };
             Row::of(name, Some(tally.place), &[tally])
         };
-        let busy: f64 = outcome.gpus.iter().map(|gpu| seconds(gpu.busy)).sum();
-        let share = |busy: f64, gpus: usize| if time == 0 { 0.0 } else { busy / seconds(time) / gpus as f64 };
-        let least = outcome.gpus.iter().filter_map(|gpu| gpu.fairness.least).min_by(f64::total_cmp);
+        let mut spent = TimeUse::default();
+        outcome.gpus.iter().for_each(|gpu| spent.and(gpu.time));
+        let spent = TimeShares::of(spent);
         Self {
             scenario: scenario.name.clone(),
             mode: match scenario.policy.mode {
@@ -147,13 +204,14 @@ impl Report {
             seed,
             seconds: seconds(time),
             gpu_seconds: all.iter().map(|tally| seconds(tally.gpu)).sum(),
-            utilisation: share(busy, outcome.gpus.len()),
+            utilisation: spent.busy,
+            time: spent,
             switches: all.iter().map(|tally| tally.yields).sum(),
             bytes_in: all.iter().map(|tally| tally.bytes_in).sum(),
             bytes_out: all.iter().map(|tally| tally.bytes_out).sum(),
             unplaced: outcome.unplaced,
             events: outcome.events,
-            fairness: Fairness { least, windows: outcome.gpus.iter().map(|gpu| gpu.fairness.windows).sum() },
+            fairness: Fairness::of(outcome.gpus.iter(), time),
             classes: scenario.clients.iter().enumerate().map(|(index, it)| class(index, &it.name)).collect(),
             clients: if all.len() > MOST_CLIENTS {
                 Vec::new()
@@ -167,8 +225,9 @@ impl Report {
                 .map(|(index, gpu)| Gpu {
                     gpu: index,
                     most_clients: gpu.most_clients,
-                    utilisation: share(seconds(gpu.busy), 1),
-                    fairness: gpu.fairness.least,
+                    utilisation: TimeShares::of(gpu.time).busy,
+                    time: TimeShares::of(gpu.time),
+                    fairness: Fairness::of(std::iter::once(gpu), time),
                 })
                 .collect(),
         }

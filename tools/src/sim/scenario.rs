@@ -241,6 +241,8 @@ pub struct Class {
     pub arrival: Arrival,
     /// What they do.
     pub work: Work,
+    /// How its memory grows while it runs.
+    pub grows: Option<Growth>,
     /// How many iterations are submitted at once: what a drain must wait for.
     #[serde(default = "one")]
     pub in_flight: u64,
@@ -250,6 +252,16 @@ pub struct Class {
     /// Which buffers an iteration walks over, abreast; one iteration after the other: Unified Memory alone.
     #[serde(default)]
     pub walks: Vec<Vec<usize>>,
+}
+
+/// `grows`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Growth {
+    /// What memory grows to.
+    pub to: Size,
+    /// In which GPU time of the client, from its first on.
+    pub over: Time,
 }
 
 /// `memory`
@@ -290,6 +302,17 @@ impl Default for Arrival {
     }
 }
 
+/// `work.first`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum First {
+    /// When an interval, drawn like all that follow, has passed since the client came.
+    #[default]
+    AfterInterval,
+    /// When the client comes.
+    AtOnce,
+}
+
 /// `work`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
@@ -302,6 +325,10 @@ pub enum Work {
         iterations: Option<u64>,
         /// In place of a number of iterations: the GPU time, alone.
         gpu_time: Option<Span>,
+        /// Without work for the GPU, each time.
+        pause: Option<Span>,
+        /// So many iterations lie between two pauses.
+        pause_every: Option<u64>,
     },
     /// Batches with pauses between them.
     Training {
@@ -315,6 +342,9 @@ pub enum Work {
         rounds: Option<u64>,
         /// No round begins after so long.
         lifetime: Option<Span>,
+        /// When the first round begins.
+        #[serde(default)]
+        first: First,
     },
     /// Requests that come from outside, whether the one before is answered or not.
     Interactive {
@@ -328,6 +358,9 @@ pub enum Work {
         requests: Option<u64>,
         /// None comes after so long.
         lifetime: Option<Span>,
+        /// When the first one comes.
+        #[serde(default)]
+        first: First,
     },
 }
 
@@ -436,16 +469,27 @@ impl Scenario {
         holds((1..=1_000_000).contains(&class.in_flight), "in_flight", "1 to 1000000")?;
         holds(!class.memory.all().is_empty(), "memory", "at least one size")?;
         let most = u64::from(self.capacity()) * GRANULE;
-        let fits = class.memory.all().iter().all(|size| {
+        let fits = |size: &Size| {
             granules_for(size.0).saturating_add(granules_for(self.gpus.context.0)) <= self.capacity()
-        });
+        };
         let expected = format!(
             "with its context at most the pool's {} (gpus.memory less gpus.headroom)",
             nvshare::units::format_size(most)
         );
         // Unified Memory can be larger than the GPU, and so can memory that is used over the link.
         let larger = self.policy.mode == Mode::DemandPaging || self.gpus.overflow.is_some();
-        holds(fits || larger, "memory", &format!("{expected}, or gpus.overflow,"))?;
+        let expected = format!("{expected}, or gpus.overflow,");
+        holds(class.memory.all().iter().all(fits) || larger, "memory", &expected)?;
+        if let Some(grows) = &class.grows {
+            holds(class.memory.all().iter().all(|size| size.0 < grows.to.0), "grows.to", "more than memory")?;
+            holds(fits(&grows.to) || larger, "grows.to", &expected)?;
+            holds(grows.over.0 > 0, "grows.over", "more than 0")?;
+            holds(
+                self.policy.mode == Mode::Nvshare,
+                "grows",
+                "none, because policy.mode is \"demand-paging\",",
+            )?;
+        }
         holds(
             class.arrival.every.is_none() || class.arrival.poisson.is_none(),
             "arrival",
@@ -461,8 +505,14 @@ impl Scenario {
             "lists of buffers, each less than buffers,",
         )?;
         match &class.work {
-            Work::Batch { iteration, iterations, gpu_time } => {
+            Work::Batch { iteration, iterations, gpu_time, pause, pause_every } => {
                 holds(iteration.0 > 0, "work.iteration", "more than 0")?;
+                holds(
+                    pause.is_some() == pause_every.is_some(),
+                    "work.pause",
+                    "pause and pause_every, or neither",
+                )?;
+                holds(pause_every.is_none_or(|every| every > 0), "work.pause_every", "more than 0")?;
                 holds(
                     iterations.is_some() != gpu_time.is_some(),
                     "work.iterations",

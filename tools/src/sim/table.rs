@@ -1,6 +1,6 @@
 //! A report for the terminal.
 
-use super::report::{Report, Row, Spread};
+use super::report::{Fairness, Report, Row, Spread, TimeShares};
 use crate::digits::{significant, time};
 use crate::layout::{self, Column, figures, words};
 use comfy_table::presets;
@@ -39,19 +39,17 @@ pub fn of(report: &Report, width: usize) -> String {
     }
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     let table = layout::table(&columns, &cells, presets::NOTHING, width);
-    let fairness = report.fairness.least.map_or("nobody took turns".into(), |least| {
-        format!("Jain's index {least:.3} in the least fair of {} windows", report.fairness.windows)
-    });
+    let fairness = fairness(&report.fairness).unwrap_or("nobody contended throughout a window".into());
     let unplaced = match report.unplaced {
         0 => String::new(),
         many => format!(" {many} clients found no place."),
     };
     let head = format!("{} ({}, seed {})", report.scenario, report.mode, report.seed);
     let body = format!(
-        "{} simulated; {} of GPU time handed out, GPUs busy {:.1} %; {} switches, {} in, {} out; {fairness}.{unplaced}",
+        "{} simulated; {} of GPU time handed out; GPUs {}; {} switches, {} in, {} out; {fairness}.{unplaced}",
         time(report.seconds),
         time(report.gpu_seconds),
-        100.0 * report.utilisation,
+        shares(&report.time),
         report.switches,
         format_size(report.bytes_in),
         format_size(report.bytes_out),
@@ -94,19 +92,33 @@ fn finish(row: &Row) -> String {
     }
 }
 
+/// What GPUs spent their time on.
+fn shares(time: &TimeShares) -> String {
+    let parts =
+        [("busy", time.busy), ("switching", time.switching), ("kept", time.kept), ("idle", time.idle)];
+    parts.map(|(name, part)| format!("{name} {:.1} %", 100.0 * part)).join(", ")
+}
+
+/// How fairly GPUs were shared, if that can be said.
+fn fairness(fairness: &Fairness) -> Option<String> {
+    let windows = fairness.time_least.map(|least| {
+        let (mean, many) = (fairness.time_mean.unwrap_or(least), fairness.time_windows);
+        let length = time(fairness.window_seconds);
+        format!("at least {least:.3} ({mean:.3} on average) in {many} windows of {length}")
+    });
+    let turns = fairness.least.map(|least| format!("at least {least:.3} over any round of turns"));
+    let parts: Vec<String> = [windows, turns].into_iter().flatten().collect();
+    (!parts.is_empty()).then(|| format!("Jain's index {}", parts.join(", ")))
+}
+
 fn gpus(report: &Report, width: usize) -> String {
     if report.gpus.len() > MOST_ROWS {
         return String::new();
     }
     let line = |gpu: &super::report::Gpu| {
-        let fairness =
-            gpu.fairness.map_or(String::new(), |index| format!(", Jain's index at least {index:.3}"));
-        let line = format!(
-            "GPU {}: busy {:.1} %, at most {} clients{fairness}",
-            gpu.gpu,
-            100.0 * gpu.utilisation,
-            gpu.most_clients
-        );
+        let fairness = fairness(&gpu.fairness).map_or(String::new(), |fairness| format!("; {fairness}"));
+        let line =
+            format!("GPU {}: {}; at most {} clients{fairness}", gpu.gpu, shares(&gpu.time), gpu.most_clients);
         layout::paragraph(&line, "  ", width) + "\n"
     };
     report.gpus.iter().map(line).collect::<String>() + "\n"

@@ -17,11 +17,12 @@ const GAP: f64 = 26.0;
 /// What is narrower is drawn with its neighbour.
 const HAIR: f64 = 0.2;
 
-const LEGEND: [(State, &str, &str); 6] = [
+const LEGEND: [(State, &str, &str); 7] = [
     (State::Idle, "idle", "#fff"),
     (State::Waiting, "waiting", "#d9d9d9"),
     (State::Filling, "filling", "#4e9bd6"),
     (State::Running, "running", "#3a9d5d"),
+    (State::Kept, "kept", "#a58fc9"),
     (State::Draining, "draining", "#e0b83c"),
     (State::Evicting, "evicting", "#c9583e"),
 ];
@@ -36,7 +37,8 @@ pub fn draw(scenario: &Scenario, outcome: &Outcome) -> String {
     gpus.dedup();
     let height = TOP + lanes.len() as f64 * LANE + gpus.len() as f64 * GAP + 50.0;
     let mut out = String::new();
-    let full = LEFT + WIDTH + 30.0;
+    let unfinished = lanes.iter().any(|tally| tally.finished.is_none());
+    let full = LEFT + WIDTH + if unfinished { 75.0 } else { 30.0 };
     // Writing to a string cannot fail.
     let _ = writeln!(
         out,
@@ -75,6 +77,10 @@ pub fn draw(scenario: &Scenario, outcome: &Outcome) -> String {
                 LEFT + from,
                 to - from
             );
+        }
+        if tally.finished.is_none() {
+            let _ =
+                writeln!(out, r#"<text x="{:.0}" y="{:.1}">unfinished</text>"#, LEFT + WIDTH + 8.0, y + 10.0);
         }
         y += LANE;
     }

@@ -1,7 +1,7 @@
 //! All GPUs, the clock, and where clients are placed.
 
 use super::job::{Job, Requests};
-use super::metrics::{ClientMetrics, GpuMetrics};
+use super::metrics::{ClientMetrics, GpuMetrics, START};
 use super::random::Chance;
 use super::scenario::{Class, Mode, Scenario, Work};
 use super::{gpu, paging};
@@ -62,8 +62,8 @@ const MOST_AT_ONCE: u64 = 10_000_000;
 pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
     let mut arrivals = arrivals(scenario, seed).into_iter().peekable();
     let mut world = World::of(scenario, record);
-    let until = scenario.until.map_or(Nanos::MAX, |time| time.0);
-    let (mut now, mut events, mut standing) = (0, 0, 0u64);
+    let until = scenario.until.map_or(Nanos::MAX, |time| START.saturating_add(time.0));
+    let (mut now, mut events, mut standing) = (START, 0, 0u64);
     loop {
         let due = world.due.peek().map(|Reverse((time, _))| *time);
         let arrival = arrivals.peek().map(|job: &Job| job.arrives);
@@ -73,7 +73,7 @@ pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
             break;
         }
         standing = if time > now { 0 } else { standing + 1 };
-        assert!(standing < MOST_AT_ONCE, "the simulator's clock stands still at {now} ns");
+        assert!(standing < MOST_AT_ONCE, "the simulator's clock stands still at {} ns", now - START);
         now = time;
         events += 1;
         if due == Some(time) {
@@ -96,8 +96,10 @@ pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
             gpus.push(std::mem::take(&mut gpu.tally));
         });
     }
+    let mut clients: Vec<ClientMetrics> =
+        clients.into_iter().map(ClientMetrics::counted_from_start).collect();
     clients.sort_by_key(|client| (client.class, client.number, client.part));
-    Outcome { time: now, clients, gpus, unplaced, events }
+    Outcome { time: now - START, clients, gpus, unplaced, events }
 }
 
 impl World {
@@ -189,7 +191,7 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
     let mut chance = Chance::new(seed, index as u64);
     let walks = if class.walks.is_empty() { vec![(0..class.buffers).collect()] } else { class.walks.clone() };
     let walks = Arc::new(walks);
-    let mut arrives = class.arrival.from.0;
+    let mut arrives = START.saturating_add(class.arrival.from.0);
     (1..=class.count)
         .map(|number| {
             match (class.arrival.every, class.arrival.poisson) {
@@ -210,6 +212,7 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
                 gpu: class.gpu,
                 vgpus: class.vgpus,
                 memory: granules_for(memory.0),
+                grows: class.grows.map(|grows| (granules_for(grows.to.0), grows.over.0)),
                 weight: class.weight,
                 priority: class.priority.0,
                 iteration,
