@@ -264,6 +264,20 @@ fn a_client_that_grows_fills_with_work_in_flight() {
     assert!(filling.from < SECOND, "{filling:?}");
     let other = both.clients[1].segments.iter().flatten();
     assert!(other.clone().any(|it| it.state == State::Evicting && it.from >= filling.from), "it makes room");
+    // One that is idle has what the grower needs. Its eviction takes less time than the work in flight, so none is lost.
+    let idle = "[[clients]]\nname = \"idle\"\nmemory = \"40MiB\"\nwork = { kind = \"interactive\", burst = \"1ms\", every = \"1h\", first = \"at-once\", requests = 2 }\n";
+    let beside = run(&format!("{grower}{idle}"));
+    assert!(beside.clients[1].bytes_out > 0);
+    let finished = beside.clients[0].finished.unwrap();
+    assert!((2_001_000_000..2_003_000_000).contains(&finished), "{finished} ns");
+    // It came later, and the other one's turn is not over, so it is recalled when it has grown, and drains.
+    let clients = format!("{}{grower}", job("other", 40, 200, ""));
+    let scenario = Scenario::parse(&small("[policy]\nquantum = \"10s\"", &clients)).unwrap();
+    let later = world::simulate(&scenario, 1, true);
+    let segments: Vec<_> = later.clients[1].segments.iter().flatten().collect();
+    let recalled = segments.windows(2).find(|two| two[0].state == State::Running).unwrap()[1];
+    assert_eq!(recalled.state, State::Draining);
+    assert!(recalled.to - recalled.from >= 20_000_000, "an iteration at half the speed: {recalled:?}");
     let refused = Scenario::parse(&small("", &grower.replace("52MiB", "66MiB"))).unwrap_err();
     assert!(refused.contains("grows.to") && refused.contains("64.00 MiB"), "{refused}");
 }
