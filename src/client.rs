@@ -397,7 +397,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         own.turn_used.store(end.turn_used as u64, Ordering::Relaxed);
         own.last_ran.store(snapshot.now, Ordering::Relaxed);
         add(&own.yields, 1);
-        self.turn_over = end.used_up;
+        // Who gives way though nobody recalled it leaves the rest of its turn.
+        self.turn_over = end.used_up || self.books.admitted();
         self.enter(Phase::Draining);
         end.ran
     }
@@ -682,9 +683,31 @@ mod tests {
             page.set_shares(slot, Shares { priority, ..Shares::default() });
             assert_ne!(page.doorbell(slot), seen, "it is rung");
             waiter.poll(&mut its_moves).unwrap();
-            assert_eq!(deadline(&page), right, "{priority}");
+            // The holder has run for a moment, so that the waiter lags a little.
+            assert!(deadline(&page).abs_diff(right) < SECOND, "{priority}");
         }
         assert_eq!(waiter.phase(), Phase::Waiting);
+    }
+
+    /// They take turns by themselves, with no time to any of them.
+    #[test]
+    fn who_gives_the_gpu_up_by_itself_stands_behind_those_who_wait() {
+        let page = page(4);
+        page.set_settings(Settings { deadline: 0, ..page.settings() });
+        let mut clients = [client(&page, 3), client(&page, 3)];
+        let (holder, moves) = &mut clients[0];
+        holder.acquire(moves).unwrap();
+        clients[1].0.request();
+        for turn in 0..6 {
+            clients[turn % 2].0.release(true);
+            assert!(clients[(turn + 1) % 2].0.books().admitted(), "turn {turn}");
+            // The one makes room, and the other fills.
+            for index in [turn % 2, (turn + 1) % 2] {
+                let (client, moves) = &mut clients[index];
+                client.poll(moves).unwrap();
+            }
+            assert!(clients[(turn + 1) % 2].0.books().begin_slice());
+        }
     }
 
     /// The granule that it could not release stays in the books, as one that cannot move.

@@ -35,16 +35,16 @@ mod fair_share;
 mod order;
 mod room;
 mod slice;
+mod turn;
 
-pub use fair_share::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn};
 pub use room::{evict_share, evictors, lacking, needed, prefetch, spare_holders, spares_are_wanted};
 pub use slice::{MOST_SHARES, quantum, turn_length};
+pub use turn::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn};
 
 use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
-use fair_share::has_credit;
 use order::{Order, Place};
 
 /// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
@@ -167,7 +167,7 @@ pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let after = |time| view.slice_start.saturating_add(time);
     // Who came with a credit has it before another one who did so interrupts it.
     let credit =
-        if has_credit(view) { view.credit.saturating_sub(view.turn_used.max(0) as Nanos) } else { 0 };
+        if view.has_credit() { view.credit.saturating_sub(view.turn_used.max(0) as Nanos) } else { 0 };
     let (switch, most) = (quantum(snapshot, hurried), turn_left(snapshot, holder, hurried));
     // An interruption costs one switch there and a part of one back.
     let least = (switch.saturating_mul(3) / 2).max(credit).min(most);

@@ -65,6 +65,11 @@ impl SlotView {
         self.demand.saturating_sub(self.unmovable)
     }
 
+    /// Whether it came with a lag, and has not used up a turn since: it takes no turns with the others.
+    pub fn has_credit(&self) -> bool {
+        self.credit > 0 && self.consecutive_slices == 0
+    }
+
     /// Granules that it can make room with.
     pub fn evictable(&self) -> Granules {
         self.resident.saturating_sub(self.unmovable)

@@ -85,7 +85,7 @@ pub(super) fn next_uses(snapshot: &Snapshot) -> [Nanos; SLOTS] {
             uses[slot.get()] = view.pause.max(snapshot.now.saturating_sub(view.idle_since));
         }
     }
-    queue.sort_unstable_by_key(|slot| order.place(*slot));
+    queue.sort_by_cached_key(|slot| order.place(*slot));
     let turn = turn_distance(snapshot);
     for (turns, slot) in queue.into_iter().enumerate() {
         uses[slot.get()] = turn.saturating_mul(turns as u64);

@@ -1,7 +1,6 @@
 //! How long clients run: the quantum, which a switch must be worth, and turns, which grow while they are used up.
 
 use crate::page::Quantum;
-use crate::policy::fair_share::has_credit;
 use crate::policy::{copy_time, switch_time};
 use crate::slot::SlotIndex;
 use crate::snapshot::{SlotView, Snapshot};
@@ -33,7 +32,7 @@ fn contenders(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, &SlotView
 
 /// Those of them who take turns: not who has come with a credit, and has not used up a turn since.
 fn rotation(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, &SlotView)> {
-    contenders(snapshot).filter(|(_, view)| !has_credit(view))
+    contenders(snapshot).filter(|(_, view)| !view.has_credit())
 }
 
 /// The weight whose turns are the shortest: the least, or a tenth of the largest if that is more.
@@ -105,11 +104,11 @@ fn within_deadline(snapshot: &Snapshot) -> Nanos {
     u64::try_from(time / u128::from(others)).unwrap_or(u64::MAX)
 }
 
-/// How long it takes, ns, until all others who take turns have had one of the shortest, with the switches.
+/// How long it takes, ns, until all others who want the GPU have had one of the shortest turns, with the switches.
 pub(super) fn round(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
     let (weight, turn, switch) =
         (shortest_weight(snapshot), shortest_turn(snapshot), common_switch_time(snapshot));
-    rotation(snapshot)
+    contenders(snapshot)
         .filter(|(other, _)| *other != slot)
         .map(|(_, view)| scaled(turn, turn_weight(view, weight), weight).saturating_add(switch))
         .fold(0, Nanos::saturating_add)

@@ -4,7 +4,6 @@
 //! The policy decides, as it does everywhere; what is made here is what clients do with its decisions, as
 //! [`crate::client`] has it: they run until they are recalled, drain, queue again, and fill when it is their turn.
 
-use super::fair_share::CREDIT;
 use super::slice::{MOST_SHARES, scaled};
 use super::*;
 use crate::page::{Page, Quantum, Settings};
