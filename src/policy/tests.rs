@@ -822,7 +822,8 @@ proptest! {
         let mut snapshot = snapshot;
         snapshot.settings.quantum = Quantum::Fixed(1_000);
         for view in &mut snapshot.slots {
-            (view.weight, view.deadline) = (100, u64::MAX);
+            // So those who wait stand in the order of their tickets, as those do who run.
+            (view.weight, view.deadline, view.priority) = (100, u64::MAX, Priority::Normal);
             (view.virtual_time, view.turn_start, view.turn_used, view.credit) = (0, 0, 0, 0);
         }
         let chosen = admit(&snapshot, now);
