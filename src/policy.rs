@@ -165,12 +165,9 @@ pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     };
     let hurried = waiters(snapshot).min_by_key(|slot| hurry(*slot))?;
     let after = |time| view.slice_start.saturating_add(time);
-    // Who came with a credit has it before another one who did so interrupts it.
-    let credit =
-        if view.has_credit() { view.credit.saturating_sub(view.turn_used.max(0) as Nanos) } else { 0 };
     let (switch, most) = (quantum(snapshot, hurried), turn_left(snapshot, holder, hurried));
     // An interruption costs one switch there and a part of one back.
-    let least = (switch.saturating_mul(3) / 2).max(credit).min(most);
+    let least = (switch.saturating_mul(3) / 2).min(most);
     let end = snapshot.view(hurried).deadline.clamp(after(least), after(most));
     // And what would be left of the turn is worth coming back for.
     let end = if after(most).saturating_sub(end) < switch { after(most) } else { end };

@@ -179,7 +179,7 @@ fn bound(jobs: &[Job], quantum: Quantum, deadline: Nanos, index: usize) -> Nanos
         Priority::Low => 2 * far,
     };
     // An interruption is worth a quantum and a half, and what is left of a turn is not broken off for less than one.
-    let runs = (quantum * 3 / 2).max(CREDIT) + quantum;
+    let runs = quantum * 3 / 2 + quantum;
     until_deadline + (n - 1) * (runs + fill + DRAIN)
 }
 
