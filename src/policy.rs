@@ -2,20 +2,30 @@
 //! arbiter and the simulator.
 //!
 //! - Everybody's memory fits: all run at once, and nothing ever switches.
-//! - It does not fit: slices that are not over go on; then waiters in the order of their deadlines; then
-//!   those whose slice is over. Whoever does not fit beside the ones before is passed over, and a
-//!   smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first
-//!   waiter, and such a slice is protected from everybody but that one (`Rank`).
+//! - It does not fit: slices that are not over go on; then waiters, and those whose turn is over, by their place: deadlines that
+//!   have passed, lag, the order in which they came (`order`). Whoever does not fit beside the ones before is passed over, and
+//!   a smaller one behind may fill the gap. It delays nobody: who fills a gap came after the first waiter, and such a slice is
+//!   protected from everybody but that one (`Rank`).
 //! - The first waiter may fill what room is left while others run ([`prefetch`]).
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //! - What a client has whose drain stands still is asked for last, and who fits beside it goes ahead of who does not.
 //!
-//! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`deadline`]): nothing for one of high priority, D,
-//! a setting, for a normal one, 2 x D for one of low priority. Who begins to wait after it has come stands behind the
-//! waiter, of whatever priority: no deadline is earlier than the moment at which its owner begins to wait. So from then on
-//! each of the n - 1 others runs before it at most once; and whoever runs while the deadline of the first waiter is past
-//! runs for the quantum at most. So a wait is at most P + (n - 1) x (longest quantum + longest fill + longest drain).
+//! | module | what it holds |
+//! |---|---|
+//! | `fair_share` | virtual time: who has had less than its share |
+//! | `turn` | what a client writes down when it begins to wait, when a slice ends, and when it runs on |
+//! | `slice` | how long slices and turns are |
+//! | `order` | who is served before whom |
+//! | `room` | who makes room, and how much |
+//!
+//! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`enter_queue`]): nothing for one of high priority; for a
+//! normal one D, a setting (up to ten times, for a weight of less than a tenth of the largest), and twice a round of the others'
+//! shortest turns; twice that for one of low priority. Who begins to wait after it has come stands behind the waiter, of
+//! whatever priority: no deadline is earlier than the moment at which its owner begins to wait. So from then on each of the
+//! n - 1 others runs before it at most once. Whoever runs while the deadline of a waiter is past runs for one and a half quanta,
+//! or to the end of its turn if less than a quantum of that would be left. So a wait is at most
+//! P + (n - 1) x (2.5 x longest quantum + longest fill + longest drain).
 //!
 //! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
 //! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
@@ -24,7 +34,7 @@
 //! one above, and for the GPU i it is
 //!
 //! ```text
-//! W(i) = (n - 1) x (longest quantum + longest fill + longest drain + sum of W(j) + longest fill on j),
+//! W(i) = (n - 1) x (2.5 x longest quantum + longest fill + longest drain + sum of W(j) + longest fill on j),
 //!        over all j after i of which some process has i and j
 //! ```
 //!

@@ -1,9 +1,6 @@
-//! What a client has used of the GPU lately, and what it may expect for it: light users before heavy ones.
-//!
-//! *Usage* is GPU time that fades: a second that lies [`HALF_LIFE`] back counts half. It is a client's alone, divided by
-//! its *weight* when clients are compared. Whoever runs all the time comes to `HALF_LIFE / ln 2`, and no further, so
-//! nobody pays for what was long ago. (Decayed usage over weight is how Unix schedulers since 4.3BSD, and batch systems
-//! after them, tell light users from heavy ones; [`crate::policy::deadline`] says what becomes of it here.)
+//! How busy something has been lately, as a time that fades: a second that lies [`HALF_LIFE`] back counts half. Where new clients
+//! are placed depends on it ([`crate::placement`]). Also the bounds of a client's weight. What a client may expect against
+//! others is another matter ([`crate::policy`]).
 
 use crate::units::{Nanos, SECOND};
 
