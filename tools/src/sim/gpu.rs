@@ -75,8 +75,6 @@ struct Client {
     /// It has used up its turn, as far as it had come when it began to drain.
     turn_over: bool,
     pauses: Pauses,
-    /// Until when it would have kept the GPU without work when it began to drain.
-    drain_keeps: Nanos,
     /// When it takes its request back unless it has work again.
     withdraws: Option<Nanos>,
     /// Since when it has nothing to do, while somebody waits or since it gave way.
@@ -182,7 +180,6 @@ impl Gpu {
             turn: None,
             turn_over: false,
             pauses: Pauses::default(),
-            drain_keeps: 0,
             withdraws: None,
             paused: None,
             running_since: now,
@@ -542,8 +539,6 @@ impl Gpu {
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
         let end = policy::end_slice(&self.snapshot, slot);
         let running = self.snapshot.view(slot).phase == Phase::Running;
-        let keeps = self.keeps_until(slot).unwrap_or(0);
-        self.client_mut(slot).drain_keeps = keeps;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
         let client = self.client_mut(slot);
@@ -558,12 +553,13 @@ impl Gpu {
 
     /// Draining -> Waiting or Idle.
     fn drained(&mut self, slot: SlotIndex, now: Nanos) {
+        let keeps = self.keeps_until(slot).unwrap_or(0);
         let client = self.client_mut(slot);
         client.submitted = 0;
         client.undrained = false;
         client.task.tally.ran += now - client.running_since;
         // In a pause that it would have kept the GPU for, it wants its next turn.
-        let pauses = (client.drain_keeps > now && !client.task.is_over()).then_some(client.drain_keeps);
+        let pauses = (keeps > now && !client.task.is_over()).then_some(keeps);
         client.withdraws = pauses;
         let more = client.task.has_work() || pauses.is_some();
         let turn_over = client.turn_over;
