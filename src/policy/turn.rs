@@ -55,8 +55,10 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
         let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0));
         return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
     };
-    let owes = mean.saturating_add(debt(snapshot, slot, far));
-    let virtual_time = view.virtual_time.clamp(mean.saturating_sub(CREDIT), owes);
+    let debt = debt(snapshot, slot, far);
+    // Who has waited all the time keeps its lag: it was not away.
+    let lag = if view.phase == Phase::Idle { CREDIT } else { debt.max(CREDIT) };
+    let virtual_time = view.virtual_time.clamp(mean.saturating_sub(lag), mean.saturating_add(debt));
     let light = view.phase == Phase::Idle || view.has_credit();
     let lag = mean.saturating_sub(virtual_time);
     let credit = if light && lag >= LEAST_CREDIT { lag } else { 0 };
