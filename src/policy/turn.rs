@@ -61,7 +61,7 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let virtual_time = view.virtual_time.clamp(mean.saturating_sub(lag), mean.saturating_add(debt));
     let light = view.phase == Phase::Idle || view.has_credit();
     let lag = mean.saturating_sub(virtual_time);
-    let credit = if light && lag >= LEAST_CREDIT { lag } else { 0 };
+    let credit = if light && lag >= LEAST_CREDIT { lag.min(CREDIT) } else { 0 };
     let deadline = snapshot.now.saturating_add(distance(view.priority, far, credit));
     Entry { virtual_time, credit, deadline }
 }
