@@ -244,8 +244,9 @@ fn copy_time(granules: Granules, bandwidth: u64) -> Nanos {
     u64::try_from(ns).unwrap_or(u64::MAX)
 }
 
-#[cfg(all(test, not(loom)))]
+// Safe code, for which Miri would take hours.
+#[cfg(all(test, not(loom), not(miri)))]
 mod tests;
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(loom), not(miri)))]
 mod waits;

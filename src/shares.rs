@@ -1,7 +1,7 @@
 //! A client's shares: how much of a GPU it gets in comparison with others.
 //!
 //! - Its *weight* sets the length of its slices in proportion to others', and how much its usage counts ([`crate::usage`]).
-//! - Its *priority* sets how soon its turn comes ([`crate::policy::deadline`]).
+//! - Its *priority* sets how soon its turn comes ([`crate::policy::enter_queue`]).
 //! - Its *memory limit* is the most memory that its allocations and its context may have. It sees a GPU of that size.
 //!
 //! The arbiter writes them into the client's row: at registration those that the client asks for, and later those that an

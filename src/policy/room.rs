@@ -58,7 +58,7 @@ pub fn needed(snapshot: &Snapshot) -> Option<Nanos> {
 
 /// Granules that a client must evict now: its share of what the admitted ones lack.
 ///
-/// Clients that are not admitted make room in this order: the one that needs its memory last evicts first ([`next_uses`]).
+/// Clients that are not admitted make room in this order: the one that needs its memory last evicts first (`next_uses`).
 /// A client that still drains will evict when it has, and keeps its place, unless its drain stands still.
 /// When nothing is lacking, the last in the queue makes room for the first.
 pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {

@@ -39,7 +39,7 @@ pub struct Entry {
 
 /// What the client in `slot` writes down that begins to wait now.
 ///
-/// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a [`round`] of the
+/// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a round of the
 /// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle, and has not used up a
 /// turn since, is served the sooner the more it lags, and at once with a quarter of [`CREDIT`].
 pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {

@@ -58,7 +58,11 @@ fn modules(source: &Path) -> BTreeMap<Module, String> {
 
 /// A file's code, without comments and without a module of tests at its end.
 fn code(text: &str) -> String {
-    const TESTS: [&str; 2] = ["\n#[cfg(test)]\nmod ", "\n#[cfg(all(test, not(loom)))]\nmod "];
+    const TESTS: [&str; 3] = [
+        "\n#[cfg(test)]\nmod ",
+        "\n#[cfg(all(test, not(loom)))]\nmod ",
+        "\n#[cfg(all(test, not(loom), not(miri)))]\nmod ",
+    ];
     let tests = TESTS.iter().filter_map(|begin| text.find(begin)).min().unwrap_or(text.len());
     let line = |line: &str| line.split("//").next().unwrap().to_owned();
     text[..tests].lines().map(line).collect::<Vec<_>>().join("\n")
