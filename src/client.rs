@@ -417,8 +417,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Whether an admitted client lacks granules, or a client waits for its turn.
     pub fn is_needed(&self) -> bool {
-        let snapshot = self.look();
-        policy::lacking(&snapshot) > 0 || policy::awaited(&snapshot)
+        policy::spares_are_wanted(&self.look())
     }
 
     /// Draining -> Waiting, if there is `more` to do: at the end of the queue if it has used up its turn, else where it stood

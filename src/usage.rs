@@ -51,11 +51,6 @@ pub fn slice_over(usage: Nanos, last_ran: Nanos, slice_start: Nanos, now: Nanos)
     Slice { ran, usage: after_running(faded(usage, rested), ran) }
 }
 
-/// Slices that a client has used up one after the other, after one more: it has `more` to do, or begins anew.
-pub fn consecutive_slices(used_up: u32, more: bool) -> u32 {
-    if more { used_up.saturating_add(1) } else { 0 }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;

@@ -79,10 +79,13 @@ pub(crate) fn mean(snapshot: &Snapshot, except: Option<SlotIndex>) -> Option<Nan
     (weights > 0).then(|| (sum / weights) as Nanos)
 }
 
+/// How long the client's slice has lasted that is not over, ns.
+pub(super) fn ran(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    slice_begun(snapshot.view(slot)).map_or(0, |begun| snapshot.now.saturating_sub(begun))
+}
+
 /// What the client in `slot` has used of its turn, ns, its present slice included.
 pub(super) fn used_of_turn(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    let view = snapshot.view(slot);
-    let ran = slice_begun(view).map_or(0, |begun| snapshot.now.saturating_sub(begun));
-    let ran = i64::try_from(ran).unwrap_or(i64::MAX);
-    view.turn_used.saturating_add(ran).max(0) as Nanos
+    let ran = i64::try_from(ran(snapshot, slot)).unwrap_or(i64::MAX);
+    snapshot.view(slot).turn_used.saturating_add(ran).max(0) as Nanos
 }

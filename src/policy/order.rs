@@ -88,6 +88,6 @@ impl<'a> Order<'a> {
 }
 
 /// Whether a client that runs, or has just given way, has used up its turn.
-fn turn_is_over(snapshot: &Snapshot, slot: SlotIndex) -> bool {
+pub(super) fn turn_is_over(snapshot: &Snapshot, slot: SlotIndex) -> bool {
     used_of_turn(snapshot, slot) >= turn_length(snapshot, slot)
 }

@@ -8,9 +8,9 @@
 //! for ever.
 
 use crate::page::Phase;
-use crate::policy::fair_share::{mean, slice_begun, used_of_turn, virtual_time};
-use crate::policy::order::Order;
-use crate::policy::slice::{round, times_lighter, turn_length};
+use crate::policy::fair_share::{mean, ran, slice_begun, used_of_turn, virtual_time};
+use crate::policy::order::{Order, turn_is_over};
+use crate::policy::slice::{round, times_lighter};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::snapshot::Snapshot;
@@ -40,8 +40,8 @@ pub struct Entry {
 /// What the client in `slot` writes down that begins to wait now.
 ///
 /// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a round of the
-/// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle, and has not used up a
-/// turn since, is served the sooner the more it lags, and at once with a quarter of [`CREDIT`].
+/// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle and lags has
+/// a nearer deadline, and one that lags by a quarter of [`CREDIT`] has it now.
 pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let view = snapshot.view(slot);
     let far = {
@@ -116,13 +116,11 @@ pub struct SliceEnd {
 
 /// The slice of the client in `slot` ends now.
 pub fn end_slice(snapshot: &Snapshot, slot: SlotIndex) -> SliceEnd {
-    let view = snapshot.view(slot);
-    let ran = slice_begun(view).map_or(0, |begun| snapshot.now.saturating_sub(begun));
     SliceEnd {
-        ran,
+        ran: ran(snapshot, slot),
         virtual_time: virtual_time(snapshot, slot),
         turn_used: used_of_turn(snapshot, slot) as i64,
-        used_up: used_of_turn(snapshot, slot) >= turn_length(snapshot, slot),
+        used_up: turn_is_over(snapshot, slot),
     }
 }
 
@@ -139,14 +137,13 @@ pub struct NextTurn {
 /// it lags, and there would be nothing in a switch to somebody who doesn't.
 pub fn next_turn(snapshot: &Snapshot, slot: SlotIndex) -> Option<NextTurn> {
     let view = snapshot.view(slot);
-    let begun = slice_begun(view).filter(|_| view.phase == Phase::Running)?;
-    let over =
-        snapshot.admitted.contains(slot) && used_of_turn(snapshot, slot) >= turn_length(snapshot, slot);
-    if !over {
+    let runs =
+        view.phase == Phase::Running && slice_begun(view).is_some() && snapshot.admitted.contains(slot);
+    if !runs || !turn_is_over(snapshot, slot) {
         return None;
     }
+    let ran = i64::try_from(ran(snapshot, slot)).unwrap_or(i64::MAX);
     let order = Order::of(snapshot);
-    let ran = i64::try_from(snapshot.now.saturating_sub(begun)).unwrap_or(i64::MAX);
     let first = order.first_waiter()?;
     (order.place(slot) < order.place(first))
         .then(|| NextTurn { turn_start: virtual_time(snapshot, slot), turn_used: -ran })
