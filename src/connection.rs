@@ -187,7 +187,12 @@ pub(crate) fn ask(
         granted if granted == wanted => {
             Ok(Response::Answered(Answer { reply: reply.into(), sent, connection }))
         }
-        Status::Welcome | Status::Shown | Status::Changed | Status::Attached | Status::Asked => {
+        Status::Welcome
+        | Status::Shown
+        | Status::Changed
+        | Status::Attached
+        | Status::Asked
+        | Status::Ganged => {
             Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")))
         }
         _ => Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),

@@ -1,15 +1,18 @@
-//! Which of its GPUs a process may ask for, and which it must give up.
+//! Which of its GPUs a process, or a gang of processes, may ask for, and which it must give up.
 //!
-//! A process with several GPUs runs only when it has all of them, because any call may use any of them. If two such processes
-//! took GPUs in any order, each might hold one that the other waits for. So all processes take GPUs in the same order, by
-//! UUID. (Ordered acquisition of locks prevents a circular wait in the same way.) A process
+//! A process with several GPUs runs only when it has all of them, because any call may use any of them. A *gang* is a set of
+//! processes that wait for each other's work, such as the ranks of a training: it runs only when each of them has its GPUs,
+//! because else the work of one would hold a GPU and wait for another that cannot run. If two of them took GPUs in any order,
+//! each might hold one that the other waits for. So all take GPUs in the same order, by UUID, and by slot where several
+//! processes of a gang use one GPU. (Ordered acquisition of locks prevents a circular wait in the same way.) A process or a
+//! gang
 //!
 //! - asks for a GPU only while it has all the ones before it ([`GangOrder::may_ask`]), and keeps those meanwhile;
 //! - gives up a GPU when it waits for one before it ([`GangOrder::must_give_up`]): because it lost that one, or
 //!   because it came to use that one later.
 //!
-//! So a process that waits for a GPU holds only GPUs that come before it. The process that has that GPU either runs, and its
-//! slice ends, or waits for a GPU that comes later still. Such a chain cannot close, and the last process in it waits for
+//! So whoever waits for a GPU holds only GPUs that come before it. The holder of that GPU either runs, and its
+//! slice ends, or waits for a GPU that comes later still. Such a chain cannot close, and the last one in it waits for
 //! no other. [`crate::policy`] has a bound on how long the wait is. A process keeps the GPUs that it has until it has all,
 //! because else it would never run beside others that need only one of its GPUs; the same bound says what that costs the
 //! others.
@@ -17,14 +20,24 @@
 //! While the process has some GPUs and waits for the next, its slices on those have not begun. A slice that has begun and
 //! loses a later GPU is given up: the process cannot run, so it is idle on the earlier one ([`GangOrder::waits_beyond`]).
 //!
+//! A process of a gang sees what the others have in memory that they share ([`crate::gang_page`]), a moment after they have it.
+//! That delays an answer and changes none: what has been seen of the others is as good as a step of theirs that comes later.
+//! How the processes stop together is in [`crate::gang_cut`].
+//!
+//! **Who blocks for ever.** A process that waits for a GPU where a client's work does not end ([`GangOrder::is_blocked`]) does
+//! not keep its other GPUs from those who wait for them: that work may be waiting for one of those.
+//!
 //! This module knows neither gates nor drivers. The shim acts on its answers.
 
+use crate::slot::SlotIndex;
 use crate::units::GpuUuid;
+use std::cmp::Ordering;
 
 /// What a process has of one GPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum GpuState {
     /// It has nothing and waits for nothing: idle, or about to be admitted.
+    #[default]
     Out,
     /// It is not admitted any more, and all its memory is still in place: the process waits for its work there.
     Draining,
@@ -41,49 +54,88 @@ pub enum GpuState {
     Ready,
 }
 
-/// The GPUs of one process.
+/// A place in the order: a GPU, and the slot of a process there.
+pub type Seat = (GpuUuid, SlotIndex);
+
+/// The GPUs of one process, and those of the other processes of its gang.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct GangOrder {
-    members: Vec<(GpuUuid, GpuState)>,
+    /// This process's.
+    members: Vec<(Seat, GpuState)>,
+    /// The other processes'.
+    others: Vec<(Seat, GpuState)>,
+    /// The seats that wait for a client whose work does not end.
+    blocked: Vec<Seat>,
 }
 
 impl GangOrder {
     /// An order without GPUs.
     pub const fn new() -> Self {
-        Self { members: Vec::new() }
+        Self { members: Vec::new(), others: Vec::new(), blocked: Vec::new() }
     }
 
-    /// The process begins to use a GPU.
-    pub fn join(&mut self, gpu: GpuUuid) {
-        self.members.push((gpu, GpuState::Out));
-        self.members.sort_unstable_by_key(|(gpu, _)| *gpu);
+    /// The process begins to use a GPU, where it has this slot.
+    pub fn join(&mut self, gpu: GpuUuid, slot: SlotIndex) {
+        self.members.push(((gpu, slot), GpuState::Out));
     }
 
     /// The process no longer uses a GPU.
     pub fn leave(&mut self, gpu: GpuUuid) {
-        self.members.retain(|(member, _)| *member != gpu);
+        self.members.retain(|((member, _), _)| *member != gpu);
+        self.blocked.retain(|(member, _)| *member != gpu);
     }
 
     /// Writes what the process has of a GPU now. True if that has changed; false also for a GPU that the process does not
     /// use.
     pub fn set(&mut self, gpu: GpuUuid, state: GpuState) -> bool {
-        let Some((_, present)) = self.members.iter_mut().find(|(member, _)| *member == gpu) else {
+        let Some((_, present)) = self.members.iter_mut().find(|((member, _), _)| *member == gpu) else {
             return false;
         };
         std::mem::replace(present, state) != state
     }
 
+    /// Writes what the other processes of the gang have, and which of their seats are blocked.
+    pub fn see(&mut self, others: impl IntoIterator<Item = (Seat, GpuState, bool)>) {
+        self.others.clear();
+        let own = |seat: &Seat| self.members.iter().any(|(member, _)| member == seat);
+        self.blocked.retain(own);
+        for (seat, state, blocked) in others {
+            self.others.push((seat, state));
+            self.blocked.extend(blocked.then_some(seat));
+        }
+    }
+
+    /// Writes whether the process waits for a GPU where a client's work does not end. True if that has changed.
+    pub fn block(&mut self, gpu: GpuUuid, blocked: bool) -> bool {
+        let Some(seat) = self.seat(gpu) else { return false };
+        let before = self.blocked.contains(&seat);
+        self.blocked.retain(|known| *known != seat);
+        self.blocked.extend(blocked.then_some(seat));
+        before != blocked
+    }
+
     /// What the process has of a GPU; [`GpuState::Out`] of one that it does not use.
     pub fn state(&self, gpu: GpuUuid) -> GpuState {
-        self.members.iter().find(|(member, _)| *member == gpu).map_or(GpuState::Out, |(_, state)| *state)
+        self.members.iter().find(|((member, _), _)| *member == gpu).map_or(GpuState::Out, |(_, state)| *state)
+    }
+
+    fn seat(&self, gpu: GpuUuid) -> Option<Seat> {
+        self.members.iter().map(|(seat, _)| *seat).find(|(member, _)| *member == gpu)
+    }
+
+    /// The states of the seats on one side of this process's on a GPU.
+    fn those(&self, gpu: GpuUuid, side: Ordering) -> impl Iterator<Item = GpuState> {
+        let seat = self.seat(gpu);
+        let all = self.members.iter().chain(&self.others);
+        all.filter(move |(other, _)| seat.is_some_and(|seat| other.cmp(&seat) == side)).map(|(_, state)| *state)
     }
 
     fn before(&self, gpu: GpuUuid) -> impl Iterator<Item = GpuState> {
-        self.members.iter().filter(move |(member, _)| *member < gpu).map(|(_, state)| *state)
+        self.those(gpu, Ordering::Less)
     }
 
     fn after(&self, gpu: GpuUuid) -> impl Iterator<Item = GpuState> {
-        self.members.iter().filter(move |(member, _)| *member > gpu).map(|(_, state)| *state)
+        self.those(gpu, Ordering::Greater)
     }
 
     /// Whether the process may ask for a GPU: it has all GPUs before it.
@@ -101,7 +153,19 @@ impl GangOrder {
         self.after(gpu).any(|state| state == GpuState::Waiting)
     }
 
-    /// Whether the process may run: of every GPU that it uses, it is admitted or its drain is paused.
+    /// Whether the gang waits, for a GPU other than this one, for a client whose work does not end.
+    pub fn is_blocked(&self, gpu: GpuUuid) -> bool {
+        let seat = self.seat(gpu);
+        self.blocked.iter().any(|blocked| Some(*blocked) != seat)
+    }
+
+    /// What the process has of each of its GPUs.
+    pub fn members(&self) -> impl Iterator<Item = (Seat, GpuState)> {
+        self.members.iter().copied()
+    }
+
+    /// Whether the process may run as far as its own GPUs are concerned: of every GPU that it uses, it is admitted or its
+    /// drain is paused.
     pub fn complete(&self) -> bool {
         self.members.iter().all(|(_, state)| matches!(state, GpuState::Ready | GpuState::DrainPaused))
     }

@@ -11,7 +11,8 @@
 //! | [`policy`], [`snapshot`] | which clients run, for how long, and which make room: pure functions of a snapshot |
 //! | [`shares`], [`usage`] | a client's weight, priority and memory limit; the GPU time that it has used lately |
 //! | [`gate`], [`drain_backoff`] | threads pass the gate to submit work; how long it stays shut for a drain that stands still |
-//! | [`gang_order`] | which of its GPUs a process may ask for, and which it must give up |
+//! | [`gang_order`] | which of its GPUs a process or a gang of processes may ask for, and which it must give up |
+//! | [`gang_cut`], [`gang_page`] | how processes that wait for each other stop together; what they show each other |
 //! | [`pace`] | how much work a stream may have in flight |
 //! | [`stream_arena`] | blocks of memory that become free in the order of streams |
 //! | [`memory_info`] | what a process is told about a GPU's memory |
@@ -26,6 +27,7 @@
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`map`], [`sealed`], [`record`] | the mapped page, the memory that it is in, and what one arbiter writes down for the next |
 //! | [`change`] | how a client's shares are changed while it runs |
+//! | [`membership`] | how a client joins a gang of processes that wait for each other |
 //! | [`standard_error`] | log lines that do no harm to the application |
 //! | [`paths`], [`runtime_dir`] | the files in the runtime directory, and whose arbiter is believed there |
 //! | [`log_limit`] | a bound on log lines that a stranger can cause |
@@ -45,7 +47,9 @@ pub mod audit;
 pub mod books;
 pub mod client;
 pub mod drain_backoff;
+pub mod gang_cut;
 pub mod gang_order;
+pub mod gang_page;
 pub mod gate;
 pub mod lock;
 pub mod lock_word;
@@ -74,6 +78,8 @@ pub mod change;
 mod connection;
 #[cfg(not(loom))]
 pub mod map;
+#[cfg(not(loom))]
+pub mod membership;
 #[cfg(not(loom))]
 pub mod paths;
 #[cfg(not(loom))]

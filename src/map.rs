@@ -10,6 +10,7 @@
 //!
 //! A process that only looks has a read-only descriptor. Its mapping is read-only, too: a store into it is a fault.
 
+use crate::gang_page::{GANG_PAGE_BYTES, GangPage};
 use crate::page::{PAGE_BYTES, Page, PageError};
 use crate::sealed;
 use crate::units::{GpuUuid, Granules};
@@ -69,14 +70,7 @@ impl MappedPage {
         if found < PAGE_BYTES as u64 {
             return Err(PageError::Short { found }.into());
         }
-        let mut options = MmapOptions::new();
-        options.len(PAGE_BYTES);
-        let reads = sealed::is_read_only(&file);
-        let memory = if reads { options.map_raw_read_only(&file) } else { options.map_raw(&file) }?;
-        // A child of fork is no client: it must not even see the page.
-        #[cfg(not(miri))]
-        memory.advise(memmap2::Advice::DontFork)?;
-        Ok(Self { mapping: Arc::new(memory) })
+        Ok(Self { mapping: Arc::new(map_file(&file, PAGE_BYTES)?) })
     }
 
     /// Where the mapping begins, to tell whether it is still there after a fork.
@@ -93,6 +87,72 @@ impl Deref for MappedPage {
         // long as `self`, and consists of atomics, for which any bits and any concurrent writer are
         // allowed.
         unsafe { &*self.mapping.as_mut_ptr().cast::<Page>() }
+    }
+}
+
+/// Maps the first `bytes` bytes of a file.
+fn map_file(file: &File, bytes: usize) -> io::Result<MmapRaw> {
+    let mut options = MmapOptions::new();
+    options.len(bytes);
+    let reads = sealed::is_read_only(file);
+    let memory = if reads { options.map_raw_read_only(file) } else { options.map_raw(file) }?;
+    // A child of fork is no client: it must not even see the page.
+    #[cfg(not(miri))]
+    memory.advise(memmap2::Advice::DontFork)?;
+    Ok(memory)
+}
+
+/// The gangs' page in shared memory. Clones share the mapping.
+#[derive(Clone)]
+pub struct MappedGangPage {
+    mapping: Arc<MmapRaw>,
+    identity: sealed::Identity,
+}
+
+impl MappedGangPage {
+    /// Makes the page in sealed memory, with a column for each GPU.
+    ///
+    /// # Errors
+    /// There is no memory for it, or the kernel will not map it.
+    pub fn create(gpus: impl IntoIterator<Item = GpuUuid>) -> io::Result<(File, Self)> {
+        let file = sealed::create("nvshare:gangs", GANG_PAGE_BYTES)?;
+        let page = Self::map(&file)?;
+        page.initialise(gpus);
+        Ok((file, page))
+    }
+
+    /// Maps a page that the arbiter sent.
+    ///
+    /// # Errors
+    /// It cannot be mapped, others could shorten it, or it is not a page of this layout.
+    pub fn open(fd: impl AsFd) -> io::Result<Self> {
+        let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, why.to_owned());
+        let file = File::from(fd.as_fd().try_clone_to_owned()?);
+        if !sealed::is_sealed(&file) || file.metadata()?.len() != GANG_PAGE_BYTES as u64 {
+            return Err(invalid("it is not sealed memory of the gangs' page's size"));
+        }
+        let page = Self::map(&file)?;
+        if page.is_valid() { Ok(page) } else { Err(invalid("it is no page of gangs of this release")) }
+    }
+
+    fn map(file: &File) -> io::Result<Self> {
+        let identity = sealed::Identity::of(file)?;
+        Ok(Self { mapping: Arc::new(map_file(file, GANG_PAGE_BYTES)?), identity })
+    }
+
+    /// Whether both are mappings of the same page.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.identity == other.identity
+    }
+}
+
+impl Deref for MappedGangPage {
+    type Target = GangPage;
+
+    fn deref(&self) -> &GangPage {
+        // SAFETY: the mapping is GANG_PAGE_BYTES long, and its file cannot be shortened (`create` and `open` checked). It is
+        // aligned to a memory page, lives as long as `self`, and consists of atomics, and of padding that nobody accesses.
+        unsafe { &*self.mapping.as_mut_ptr().cast::<GangPage>() }
     }
 }
 

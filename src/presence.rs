@@ -29,7 +29,7 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::socket::MsgFlags;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Once;
+use std::sync::{Once, OnceLock};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
@@ -70,6 +70,15 @@ impl Presence {
     fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         std::iter::once(self.connection).chain(self.sent.iter().copied())
     }
+}
+
+/// What is called when the process is known to a later arbiter, in the thread that keeps the descriptors.
+static ON_ATTACH: OnceLock<fn()> = OnceLock::new();
+
+/// Has `hook` called whenever the process has made itself known to a later arbiter, once for each GPU. Only the first hook
+/// counts.
+pub fn on_attach(hook: fn()) {
+    let _ = ON_ATTACH.set(hook);
 }
 
 /// Keeps the descriptors until the process ends or runs another program, or the arbiter says that the slot is closed.
@@ -161,7 +170,10 @@ fn stay(presence: Presence, tell: &Sender<Table>) {
         }
         drop(connection);
         match attach(&presence, &sent) {
-            Some(next) => connection = next,
+            Some(next) => {
+                connection = next;
+                ON_ATTACH.get().into_iter().for_each(|hook| hook());
+            }
             None => break,
         }
         if table == Table::Shared {

@@ -5,6 +5,7 @@
 //! | [`Hello`] | a process | asks for a slot, or only for the page |
 //! | [`Change`] | anybody | changes a running client's shares |
 //! | [`Attach`] | a client | makes itself known to an arbiter that began later |
+//! | [`GangRequest`] | a client | joins a gang of processes, or leaves it |
 //! | [`Told`] | a client | answers [`Status::Asked`] with its phase |
 //! | [`Reply`] | the arbiter | answers each of them |
 //!
@@ -36,8 +37,11 @@ pub const ATTACH_MAGIC: u64 = u64::from_le_bytes(*b"nvattach");
 /// First eight bytes of a [`Told`].
 pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
 
+/// First eight bytes of a [`GangRequest`].
+pub const GANG_MAGIC: u64 = u64::from_le_bytes(*b"nvgang??");
+
 /// The magics with which a message to the arbiter may begin.
-const TALK_MAGICS: [u64; 4] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC];
+const TALK_MAGICS: [u64; 5] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC, GANG_MAGIC];
 
 /// Bytes that a reply has for its sentence.
 const TEXT_BYTES: usize = 256;
@@ -194,6 +198,9 @@ pub enum Status {
     Closed = 10,
     /// The arbiter asks the client for its phase, over the connection that the client keeps.
     Asked = 11,
+    /// The client has joined or left a gang. The slot's index is that of its GPU's column in the gangs' page, whose
+    /// descriptor comes with the reply.
+    Ganged = 12,
 }
 
 impl Status {
@@ -210,6 +217,7 @@ impl Status {
             Self::Attached,
             Self::Closed,
             Self::Asked,
+            Self::Ganged,
         ]
         .into_iter()
         .find(|status| *status as u32 == word)
@@ -248,6 +256,11 @@ impl Reply {
     /// Says that the client was taken over.
     pub fn attached(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Attached, "") }
+    }
+
+    /// Says that the client has joined or left a gang, and which column of the gangs' page its GPU has.
+    pub fn ganged(column: usize) -> Self {
+        Self { slot: column as u32, ..*Self::refuse(Status::Ganged, "") }
     }
 
     /// Asks the client for its phase.
@@ -441,6 +454,8 @@ pub enum Message {
     Change(Change, SlotIndex, SharesUpdate),
     /// A client that was there before the arbiter makes itself known.
     Attach(Attach, SlotIndex),
+    /// A client joins or leaves a gang.
+    Gang(GangRequest, SlotIndex),
 }
 
 impl Message {
@@ -455,7 +470,81 @@ impl Message {
         if bytes.starts_with(&ATTACH_MAGIC.to_le_bytes()) {
             return Attach::read(bytes).map(|(attach, slot)| Self::Attach(attach, slot));
         }
+        if bytes.starts_with(&GANG_MAGIC.to_le_bytes()) {
+            return GangRequest::read(bytes).map(|(request, slot)| Self::Gang(request, slot));
+        }
         Hello::read(bytes).map(Self::Hello)
+    }
+}
+
+/// What the processes of a gang have in common and others have not: a digest of the unique id of a communicator, of the names
+/// of two processes that have memory of each other open, or of a name that the user has given.
+pub type GangKey = [u8; 16];
+
+/// A client's request to belong to the gang of all processes with a key, or not to any more. A client may have several keys,
+/// and whoever shares a member is one gang.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct GangRequest {
+    magic: u64,
+    layout_version: u32,
+    /// 1 to join, 0 to leave.
+    joins: u32,
+    /// The client's GPU.
+    pub gpu: [u8; 16],
+    /// Its slot.
+    slot: u32,
+    /// Its pid, as the page has it.
+    pub pid: u32,
+    /// How many owners its slot has had, as the page has it.
+    pub generation: u32,
+    /// How many processes there must be before they are a gang; 0 if any two are.
+    pub size: u32,
+    /// What they have in common.
+    pub key: GangKey,
+}
+
+impl GangRequest {
+    /// The request of the client that has this slot: to join, or to leave.
+    pub fn new(gpu: GpuUuid, slot: SlotIndex, owner: Owner, key: GangKey, size: u32, joins: bool) -> Self {
+        Self {
+            magic: GANG_MAGIC,
+            layout_version: LAYOUT_VERSION,
+            joins: joins.into(),
+            gpu: gpu.0,
+            slot: slot.get() as u32,
+            pid: owner.pid,
+            generation: owner.generation,
+            size,
+            key,
+        }
+    }
+
+    /// Whether the client joins; else it leaves.
+    pub fn joins(&self) -> bool {
+        self.joins == 1
+    }
+
+    /// Reads a message that came over a socket, and the slot that it names.
+    ///
+    /// # Errors
+    /// The reply that refuses it, and says why.
+    pub fn read(bytes: &[u8]) -> Result<(Self, SlotIndex), Box<Reply>> {
+        let malformed = |why: &str| Reply::refuse(Status::Malformed, why);
+        check_release(bytes)?;
+        let request: Self = bytemuck::try_pod_read_unaligned(bytes).map_err(|_| {
+            malformed(&format!(
+                "a request about gangs has {} bytes and this message has {}",
+                size_of::<Self>(),
+                bytes.len()
+            ))
+        })?;
+        if request.magic != GANG_MAGIC || request.joins > 1 {
+            return Err(malformed("this is not a request about gangs (wrong magic, or neither joins nor leaves)"));
+        }
+        let slot = SlotIndex::new(request.slot as usize)
+            .ok_or_else(|| malformed(&format!("there is no slot {}", request.slot)))?;
+        Ok((request, slot))
     }
 }
 

@@ -26,6 +26,7 @@
 //! | coming and going | contexts of one GPU are created and destroyed one at a time | `process/contexts.rs` |
 //! | `MAKING` | making the first context on a full GPU | `process/first_context.rs` |
 //! | `ATTACHING` | attaching to a GPU, while the arbiter answers | `process/attach.rs` |
+//! | `process/membership.rs`' `KEYS` | what the process has in common with others, while the arbiter answers | `process/membership.rs` |
 //! | `KEPT` | reservations for memory that the driver has placed; no thread blocks while it holds this | `process/reservation.rs` |
 //! | pools | all pools of stream-ordered memory | `async_pool/mod.rs` |
 //! | map of a GPU's memory | `Device::memory` | `memory/device.rs` |

@@ -35,6 +35,8 @@ pub struct Settings {
     pub unmovable: Option<bool>,
     /// NVSHARE_KEEP_FREED: how long memory that the application has freed is kept for its next allocation.
     pub keep_freed: Duration,
+    /// NVSHARE_GANG: the name of the processes that this one waits for and that wait for it, and how many they are with it.
+    pub gang: Option<(String, u32)>,
     /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: the shares with which the process registers.
     pub shares: Shares,
 }
@@ -124,6 +126,13 @@ impl Settings {
                 Duration::from_secs(1),
                 seconds,
             )?,
+            gang: parse(
+                get("NVSHARE_GANG").filter(|text| !text.is_empty()),
+                "NVSHARE_GANG",
+                "write the name of a job and the number of its processes on this machine, such as training:2",
+                None,
+                |text| nvshare::membership::parse_name(text).map(Some),
+            )?,
             shares: Shares {
                 weight: parse(
                     get("NVSHARE_WEIGHT"),
@@ -197,6 +206,9 @@ mod tests {
             ("NVSHARE_FLOW_CONTROL", "on"),
             ("NVSHARE_UNMOVABLE", "yes"),
             ("NVSHARE_KEEP_FREED", "-1"),
+            ("NVSHARE_GANG", "training"),
+            ("NVSHARE_GANG", ":2"),
+            ("NVSHARE_GANG", "training:1"),
             ("NVSHARE_WEIGHT", "0"),
             ("NVSHARE_WEIGHT", "1001"),
             ("NVSHARE_PRIORITY", "urgent"),
@@ -218,6 +230,8 @@ mod tests {
         assert_eq!(read("NVSHARE_HOST_MEMORY", "1GiB").unwrap().host_memory, Some(1 << 30));
         assert_eq!(read("NVSHARE_UNMOVABLE", "1").unwrap().unmovable, Some(true));
         assert_eq!(read("NVSHARE_UNMOVABLE", "auto").unwrap().unmovable, None);
+        assert_eq!(read("NVSHARE_GANG", "a:b:2").unwrap().gang, Some(("a:b".into(), 2)));
+        assert_eq!(read("NVSHARE_GANG", "").unwrap().gang, None);
         assert_eq!(read("NVSHARE_CLIENT_NAME", "job 7").unwrap().name, "job 7");
         assert_eq!(
             read("NVSHARE_WEIGHT", "300").unwrap().shares,

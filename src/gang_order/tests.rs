@@ -5,10 +5,14 @@ fn gpu(number: usize) -> GpuUuid {
     GpuUuid([number as u8; 16])
 }
 
+fn slot() -> SlotIndex {
+    SlotIndex::new(0).unwrap()
+}
+
 /// An order of the GPUs 0, 1 and 2, which the process has begun to use in another order.
 fn three() -> GangOrder {
     let mut order = GangOrder::new();
-    [2, 0, 1].into_iter().for_each(|number| order.join(gpu(number)));
+    [2, 0, 1].into_iter().for_each(|number| order.join(gpu(number), slot()));
     order
 }
 
@@ -51,7 +55,7 @@ fn no_gpu_is_all_there_is_to_have() {
     let mut order = GangOrder::new();
     assert!(order.complete());
     assert!(!order.set(gpu(0), GpuState::Ready), "it has not joined");
-    order.join(gpu(0));
+    order.join(gpu(0), slot());
     assert!(!order.complete());
 }
 
@@ -109,7 +113,7 @@ impl Machine {
                 let mut step = self.clone();
                 let process = &mut step.processes[index];
                 let number = process.to_join.pop_front().expect("there is a next one");
-                process.order.join(gpu(number));
+                process.order.join(gpu(number), slot());
                 process.joined.push(number);
                 steps.push(step);
             }

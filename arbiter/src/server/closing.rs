@@ -40,6 +40,7 @@ pub(super) fn close(state: &mut State, id: ClientId, why: &str) {
     }
     state.gpus[gpu].tracker.slot_closed(slot);
     state.overdue.remove(gpu, slot);
+    state.gangs.ended(id);
 }
 
 /// A client's pidfd reports.

@@ -4,7 +4,7 @@ use super::connections::Connections;
 use super::error::{StartError, failed};
 use super::poller::Token;
 use super::state::State;
-use super::{closing, unresponsive};
+use super::{closing, gangs, unresponsive};
 use crate::gpu_lock::GpuLock;
 use crate::stall_log::StallLog;
 use nix::sys::signal::Signal;
@@ -107,6 +107,7 @@ impl Server {
         self.connections.close_timed_out(time);
         state.log_limits.log_suppressed(time);
         state.restore_pages(time);
+        gangs::restore(state);
         closing::ask_leaving(state, time);
         closing::close_ended(state);
         for gpu in &state.gpus {

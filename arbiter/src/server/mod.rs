@@ -15,6 +15,7 @@ mod closing;
 mod connections;
 mod error;
 mod event_loop;
+mod gangs;
 mod log_limits;
 mod overdue;
 mod pending_connections;

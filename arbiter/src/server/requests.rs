@@ -1,5 +1,5 @@
-//! What processes may ask for with their first message: a slot, a look at a page, a change of a client's shares, or, of a
-//! client that registered with an arbiter before this one, to be known again.
+//! What processes may ask for with their first message: a slot, a look at a page, a change of a client's shares, that a client
+//! joins a gang or leaves it, or, of a client that registered with an arbiter before this one, to be known again.
 
 use super::clients::RegisteredClient;
 use super::log_limits::Nuisance;
@@ -11,7 +11,8 @@ use crate::client_lock::ClientRecord;
 use crate::permission;
 use nvshare::slot::SlotIndex;
 use nvshare::units::GpuUuid;
-use nvshare::wire::{Attach, Change, Hello, Message, Reply, RequestKind, SharesUpdate, Status};
+use nvshare::gang_page::Place;
+use nvshare::wire::{Attach, Change, GangRequest, Hello, Message, Reply, RequestKind, SharesUpdate, Status};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// Connections that one client may keep. It needs one.
@@ -46,6 +47,7 @@ pub(super) fn serve(
         Message::Change(request, slot, edit) => change_shares(state, peer, &request, slot, edit)
             .map(|reply| Answer::without_client(reply, Vec::new())),
         Message::Attach(request, slot) => attach(state, &request, slot, sent),
+        Message::Gang(request, slot) => gang(state, peer, &request, slot),
     }
     .map_err(|refusal| (Nuisance::Request, refusal))
 }
@@ -89,6 +91,41 @@ fn attach(state: &State, request: &Attach, slot: SlotIndex, sent: &[OwnedFd]) ->
     }
     tracing::info!(%gpu, slot = slot.get(), pid = request.pid, "is there still");
     Ok(Answer { reply: Reply::attached(slot), sent: Vec::new(), client: Some(id) })
+}
+
+/// Lets a client join a gang, or leave it, for a user who may.
+fn gang(state: &mut State, peer: Peer, request: &GangRequest, slot: SlotIndex) -> Result<Answer, Box<Reply>> {
+    let index = state.index_of(GpuUuid(request.gpu))?;
+    let gpu = state.gpus[index].served.gpu;
+    let refuse = |why: &str| Reply::refuse(Status::Refused, why);
+    let known = state.clients.in_slot(index, slot).and_then(|(id, client)| {
+        let record = client.lock.as_ref()?.record;
+        ((record.pid, record.generation) == (request.pid, request.generation)).then_some((id, record))
+    });
+    let (id, record) =
+        known.ok_or_else(|| refuse(&format!("slot {} of {gpu} is not that client's any more", slot.get())))?;
+    permission::may_change(peer.user, Some(record.uid), nix::unistd::geteuid().as_raw())
+        .map_err(|why| refuse(&why))?;
+    let place = Place::new(index, slot).ok_or_else(|| {
+        refuse(&format!("{gpu} is one of too many GPUs: clients of the first {} may join gangs", nvshare::gang_page::COLUMNS))
+    })?;
+    let (before, key) = (state.gangs.of(id), request.key);
+    if !request.joins() {
+        state.gangs.leave(id, key);
+    } else if !state.gangs.join(id, place, record.process(), key, request.size) {
+        return Err(refuse("that client has as many communicators, names and peers as one may have"));
+    }
+    let after = state.gangs.of(id);
+    if before != after {
+        tracing::info!(%gpu, slot = slot.get(), pid = record.pid, gang = after, "is in a gang with others, or in none any more");
+    }
+    let (count, size) = state.gangs.count(&key);
+    if size > 0 && count > size as usize && request.joins() {
+        tracing::warn!(%gpu, slot = slot.get(), pid = record.pid, "{count} processes have joined a gang of {size} (NVSHARE_GANG): give two jobs two names");
+    }
+    let page = state.gangs.file.as_fd().try_clone_to_owned();
+    let page = page.map_err(|error| refuse(&format!("the arbiter has no descriptor left: {error}")))?;
+    Ok(Answer::without_client(Reply::ganged(index), vec![page]))
 }
 
 /// Changes a client's shares, for a user who may.

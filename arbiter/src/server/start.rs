@@ -4,6 +4,7 @@ use super::clients::Clients;
 use super::connections::Connections;
 use super::error::{StartError, failed};
 use super::event_loop::Server;
+use super::gangs::Gangs;
 use super::log_limits::LogLimits;
 use super::overdue::OverdueClients;
 use super::poller::{Poller, Token};
@@ -17,6 +18,7 @@ use crate::pages::{self, Succession, Survivor};
 use crate::process;
 use crate::sampling::{Gpu, Source, Tracker};
 use crate::stall_log::StallLog;
+use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nvshare::paths;
@@ -63,7 +65,12 @@ impl Server {
         }
         let listener = listener.into_open()?;
         poller.add(&listener, Token::Listener).map_err(not_watched())?;
+        let gangs = Gangs::new(gpus.iter().map(|gpu| gpu.uuid)).map_err(|error| {
+            let cause = error.raw_os_error().map_or(Errno::ENOMEM, Errno::from_raw);
+            failed("no memory for the page of gangs")(cause)
+        })?;
         let state = State {
+            gangs,
             dir,
             poller,
             gpus: served,

@@ -2,6 +2,7 @@
 //! of this folder are functions of it.
 
 use super::clients::{Clients, RegisteredClient};
+use super::gangs::Gangs;
 use super::log_limits::{LogLimits, Nuisance};
 use super::overdue::OverdueClients;
 use super::poller::{ClientId, Poller};
@@ -23,6 +24,7 @@ pub(super) struct State {
     pub poller: Poller,
     pub gpus: Vec<ServedGpu>,
     pub clients: Clients,
+    pub gangs: Gangs,
     pub sampler: Sampler,
     pub log_limits: LogLimits,
     pub overdue: OverdueClients,

@@ -5,7 +5,7 @@
 //! this only adds a reference. It is never closed, because addresses in it are kept. Symbols are looked
 //! up with the C library's own dlsym, because the dynamic linker resolves `dlsym` to the shim's.
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -102,6 +102,37 @@ pub fn real_symbol(name: &CStr) -> Option<usize> {
         // SAFETY: C strings. dlvsym isn't interposed, and looks at no more than the loaded libraries.
         .map(|version| unsafe { libc::dlvsym(libc::RTLD_NEXT, name.as_ptr(), version.as_ptr()) } as usize)
         .find(|address| *address != 0)
+}
+
+/// The address of a symbol in the first library that is loaded and exports it, other than `not`. For a function that the caller
+/// of the shim's would have found without the shim, in a library whose name is not known.
+pub fn loaded_symbol(name: &CStr, not: usize) -> Option<usize> {
+    unsafe extern "C" fn list(
+        info: *mut libc::dl_phdr_info,
+        _size: libc::size_t,
+        paths: *mut c_void,
+    ) -> libc::c_int {
+        // SAFETY: the C library passes the object's description, and what is passed below.
+        let (paths, path) = unsafe { (&mut *paths.cast::<Vec<CString>>(), (*info).dlpi_name) };
+        if !path.is_null() {
+            // SAFETY: the object's path, a C string.
+            paths.push(unsafe { CStr::from_ptr(path) }.to_owned());
+        }
+        0
+    }
+    let mut paths: Vec<CString> = Vec::new();
+    // SAFETY: the callback takes what is passed here. It opens nothing, because the dynamic linker holds a lock meanwhile.
+    unsafe { libc::dl_iterate_phdr(Some(list), (&raw mut paths).cast()) };
+    paths.iter().filter(|path| !path.is_empty()).find_map(|path| {
+        let flags = libc::RTLD_LAZY | libc::RTLD_LOCAL | libc::RTLD_NOLOAD;
+        // SAFETY: a C string. Opening what is loaded runs no code of it, and only adds a reference.
+        let handle = unsafe { libc::dlopen(path.as_ptr(), flags) };
+        let handle = NonZeroUsize::new(handle as usize)?;
+        let address = Library(handle).symbol(name);
+        // SAFETY: as above; the application has its own reference.
+        unsafe { libc::dlclose(handle.get() as *mut c_void) };
+        address.filter(|address| *address != not)
+    })
 }
 
 /// Used if the C library has no dlsym, which should not happen: finds nothing.

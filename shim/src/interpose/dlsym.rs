@@ -1,5 +1,5 @@
-//! `dlsym`, by which programs find the entry points of the driver and of NVML at run time. It returns the hooks of
-//! [`crate::interpose::entry_points`] and [`crate::interpose::nvml`].
+//! `dlsym`, by which programs find the entry points of the driver, of NVML and of NCCL at run time. It returns the hooks of
+//! [`crate::interpose::entry_points`], [`crate::interpose::nvml`] and [`crate::interpose::nccl`].
 //!
 //! The shim's exported `dlsym` sees every lookup of the process, CUDA's or not, so:
 //!
@@ -8,7 +8,7 @@
 //!   unless the filter has an answer, control *jumps* to the C library's dlsym with registers and stack
 //!   unchanged. (On architectures other than x86-64 it is a call, and RTLD_NEXT is relative to the shim.)
 //! - It must work before anything is initialised, in constructors of other libraries or under a malloc that looks up the
-//!   next malloc. For names that are not CUDA's or NVML's the filter neither allocates nor takes a lock.
+//!   next malloc. For names that are not CUDA's, NVML's or NCCL's the filter neither allocates nor takes a lock.
 //! - It may replace only these libraries' own symbols. Other libraries export `cu...` names too: wrappers, stubs, or
 //!   unrelated functions. So the C library is asked first, and a hook is returned only instead
 //!   of the address that `libcuda.so.1` (or `libnvidia-ml.so.1`) has for that name.
@@ -22,7 +22,7 @@
 
 use crate::cuda::library::{Dlsym, real_dlsym};
 use crate::interpose::hook::Hooked;
-use crate::interpose::{entry_points, nvml};
+use crate::interpose::{entry_points, nccl, nvml};
 use crate::state;
 use std::ffi::{CStr, c_char, c_void};
 
@@ -92,7 +92,7 @@ extern "C" fn filter(handle: *mut c_void, name: *const c_char) -> Verdict {
         && unsafe {
             match *name as u8 {
                 b'c' => *name.add(1) == b'u' as c_char,
-                b'n' => *name.add(1) == b'v' as c_char,
+                b'n' => *name.add(1) == b'v' as c_char || *name.add(1) == b'c' as c_char,
                 _ => false,
             }
         };
@@ -136,11 +136,10 @@ impl World for Process {
 
 /// The hook with which to answer a lookup, or `None` if the C library should answer it.
 fn substitute(handle: usize, name: &CStr, world: &impl World) -> Option<usize> {
-    let name_of_nvml = name.to_bytes().starts_with(b"nv");
-    let hooked = if name_of_nvml {
-        nvml::by_export(name.to_bytes())?
-    } else {
-        entry_points::by_export(name.to_bytes())?.hooked?
+    let hooked = match name.to_bytes() {
+        nvml if nvml.starts_with(b"nv") => nvml::by_export(nvml)?,
+        nccl if nccl.starts_with(b"nc") => nccl::by_export(nccl)?,
+        driver => entry_points::by_export(driver)?.hooked?,
     };
     if handle == libc::RTLD_DEFAULT as usize || !world.enabled() {
         return None;

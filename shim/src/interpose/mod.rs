@@ -9,6 +9,7 @@
 //! | [`dlsym`], [`proc_address`] | how programs find entry points |
 //! | [`deepbind`] | libraries loaded with a flag by which they would find the driver's functions instead |
 //! | [`nvml`] | the functions of NVML that report memory |
+//! | [`nccl`] | the functions of NCCL that make communicators, by which those who wait for each other are known |
 //! | [`probe`] | functions for tests and benchmarks |
 //! | [`hook`] | types that these share |
 //!
@@ -20,6 +21,7 @@ pub mod driver_calls;
 pub mod entry_points;
 pub mod hook;
 pub mod hooks;
+pub mod nccl;
 pub mod nvml;
 pub mod probe;
 pub mod proc_address;

@@ -84,6 +84,19 @@ pub fn open(
     }))
 }
 
+/// What identifies this process to those who open its memory; `None` before it has exported any.
+pub fn this_process() -> Option<[u8; 16]> {
+    exports::this_process().map(bytemuck::cast)
+}
+
+/// What identifies the process that has made a handle; `None` if it is not nvshare's.
+pub fn exporter(handle: &CUipcMemHandle) -> Option<[u8; 16]> {
+    match Handle::decode(handle) {
+        Read::Ours(handle) => Some(bytemuck::cast(handle.exporter)),
+        Read::Unreadable(_) | Read::Foreign => None,
+    }
+}
+
 /// Closes the sockets in a forked child, where they belong to the parent.
 pub fn after_fork() {
     server::after_fork();

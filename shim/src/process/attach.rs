@@ -10,7 +10,7 @@ use crate::memory::devices::{self, Attached, Left};
 use crate::memory::engine_context::DriverPinner;
 use crate::memory::host::{self, HostPool, HostPoolConfig};
 use crate::memory::{peer_access, sync_memops, unmovable};
-use crate::process::{engine, reservation};
+use crate::process::{engine, membership, reservation};
 use crate::settings::{OnMissingArbiter, settings};
 use crate::submit::gate::gate;
 use crate::submit::green::{self, Green};
@@ -169,6 +169,7 @@ pub fn context_made(
         }
     };
     devices::add(Attached { device, contexts: vec![context], engine: Some(engine) });
+    membership::attached();
     Ok(())
 }
 

@@ -19,14 +19,13 @@ use crate::memory::swap::Swap;
 use crate::process::engine::host_shortage::HostShortage;
 use crate::state;
 use crate::submit::drain::CompletionMarker;
-use crate::submit::gate::gate;
 use crate::submit::{captures, flow, gang};
 use giving_way::{GivingWay, Look};
 use idle::{Idle, Use};
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
 use nvshare::sync::now;
-use nvshare::units::{Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos};
+use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{Client, Phase, policy};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +57,12 @@ const OVERFLOW_POLL_INTERVAL: Nanos = 500 * MILLISECOND;
 
 /// How often an engine checks whether the work that may use freed memory is done.
 const TIDY_POLL_INTERVAL: Nanos = 5 * MILLISECOND;
+
+/// How often a process that waits for one of several GPUs checks whether a client there cannot give way.
+const STUCK_POLL_INTERVAL: Nanos = 500 * MILLISECOND;
+
+/// What a switch on another GPU of the gang is taken to cost, ns: that of some GiB over PCIe.
+const UNKNOWN_SWITCH: Nanos = 300 * MILLISECOND;
 
 /// The longest pause between two attempts to move memory from the host back to the GPU, for a client whose drains fail.
 const RETURN_PAUSE: Nanos = 60 * SECOND;
@@ -94,6 +99,8 @@ struct Engine {
     growing: Arc<AtomicBool>,
     /// The demand for which host memory was last allocated, granules.
     grown_for: Granules,
+    /// The members of the gang on this GPU do not fit there together.
+    too_large: bool,
     /// The state of evictions and fills that found no host memory.
     host_shortage: HostShortage,
     /// The drain in progress.
@@ -118,6 +125,7 @@ impl Engine {
             drained_at: 0,
             growing,
             grown_for: 0,
+            too_large: false,
             giving_way: None,
             freeing: None,
             closing: None,
@@ -230,9 +238,10 @@ impl Engine {
         let gpu = self.device.gpu;
         let host_shortage = self.host_shortage.look(&self.device);
         let spares = self.device.tidy_spares();
+        let of_gang = self.update_gang();
         let until = match self.client.phase() {
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
-            Phase::Idle if gate().waiting() > 0 && gang::may_ask(gpu) => {
+            Phase::Idle if gang::is_wanted() && gang::may_ask(gpu) => {
                 self.idle.returns();
                 return self.client.request();
             }
@@ -240,6 +249,9 @@ impl Engine {
                 self.limit();
                 if gang::must_give_up(gpu) {
                     return self.give_way(false);
+                }
+                if gang::is_called_to_drain() {
+                    return self.give_way(true);
                 }
                 if self.grown() {
                     return;
@@ -250,7 +262,7 @@ impl Engine {
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
-                match policy::needed(&self.device.snapshot()) {
+                match self.needed_switch() {
                     None => until,
                     Some(switch) => match self.look_idle(switch) {
                         Use::Idle => return self.give_way(false),
@@ -282,8 +294,47 @@ impl Engine {
             }
             _ => until,
         };
-        let until = [host_shortage, spares].into_iter().flatten().fold(until, by);
+        let until = [host_shortage, spares, of_gang].into_iter().flatten().fold(until, by);
         self.page().wait_doorbell(self.slot(), seen, until);
+    }
+
+    /// Tells the other processes of the gang what they must know of this GPU, and looks what they have. Returns when to look
+    /// again at the latest, ns, if ever.
+    fn update_gang(&mut self) -> Option<Nanos> {
+        let gpu = self.device.gpu;
+        if !gang::is_shared() {
+            return gang::update(gpu, gang::Report::default());
+        }
+        let (snapshot, phase) = (self.device.snapshot(), self.client.phase());
+        let needed = match phase {
+            Phase::Running => policy::needed(&snapshot).is_some(),
+            Phase::Draining => self.client.is_needed(),
+            _ => false,
+        };
+        let beside = gang::beside(gpu);
+        let movable = |slot| u64::from(snapshot.view(slot).movable());
+        let together: u64 = beside.with(self.slot()).iter().map(movable).sum();
+        let too_large = !beside.is_empty() && together > u64::from(snapshot.usable());
+        let stuck = snapshot.clients().any(|(slot, view)| slot != self.slot() && view.stuck);
+        let blocked = phase == Phase::Waiting && stuck && !snapshot.admitted.contains(self.slot());
+        if too_large && !self.too_large {
+            tracing::warn!(
+                %gpu,
+                "the processes that wait for each other on this GPU need {} together and there are {}: they take turns, and are slow or stand still while one waits for another. Put them on different GPUs, or make them smaller",
+                format_size(together.saturating_mul(GRANULE)), format_size(bytes_of(snapshot.usable()))
+            );
+        }
+        self.too_large = too_large;
+        let again = gang::update(gpu, gang::Report { needed, too_large, blocked });
+        // Nothing rings when a client's work has not ended for long.
+        let watch = (phase == Phase::Waiting).then(|| now() + STUCK_POLL_INTERVAL);
+        [again, watch].into_iter().flatten().min()
+    }
+
+    /// How long the switch takes for which somebody needs this GPU, or another one of the gang, ns. `None` if nobody does.
+    fn needed_switch(&self) -> Option<Nanos> {
+        let own = policy::needed(&self.device.snapshot());
+        own.or_else(|| gang::others_are_needed().then_some(UNKNOWN_SWITCH))
     }
 
     /// While the slice can end, limits the work in flight so that a drain takes no longer than the drain target.

@@ -7,6 +7,7 @@
 //! | [`engine`] | the thread that walks the client through its phases, drains and fills |
 //! | [`reservation`], [`driver_memory`] | granules for memory that only the driver can place, and the calls that need them |
 //! | [`first_context`] | granules for a process's first context on a GPU that other processes have filled |
+//! | [`membership`] | what the process has in common with others that it waits for |
 //! | [`memory_info`] | how much memory there is, for all calls that query it |
 //!
 //! May use all rooms but `interpose`.
@@ -16,6 +17,7 @@ pub mod contexts;
 pub mod driver_memory;
 pub mod engine;
 pub mod first_context;
+pub mod membership;
 pub mod memory_info;
 pub mod primary;
 pub mod reservation;

@@ -1,8 +1,12 @@
-//! The GPUs of this process as a gang: the process's gate is open when it has all of them, because work on one GPU may use the
-//! memory of another.
+//! The GPUs of this process, and the gang that it belongs to: the process's gate is open when it has all its GPUs, because work
+//! on one GPU may use the memory of another, and when the other processes of its gang have theirs.
 //!
 //! Each GPU's engine records its state here ([`GpuState`]), and asks what it may do ([`nvshare::gang_order`]).
-//! A change of state rings the doorbells of the other engines: one may now ask for its GPU, or must give it up.
+//! A change of state rings the doorbells of the other engines: one may now ask for its GPU, or must give it up. The other
+//! processes of a gang see it in memory that they share ([`crate::submit::gang_seats`]), and how they stop together is
+//! in [`nvshare::gang_cut`]. A process that belongs to no gang has nobody to wait for, and does the same.
+//!
+//! What the others show decides when this process runs, and never whether its memory may move: that depends on its own states.
 //!
 //! **Locks.** [`GANG`] is the innermost lock: a GPU's map of memory and the set of captures may be held when it
 //! is taken, and no thread blocks while it holds it. The gate is opened and shut under it, so that
@@ -11,11 +15,15 @@
 use crate::cuda::abi::CUstream;
 use crate::cuda::driver::Driver;
 use crate::submit::drain::{CompletionMarker, Streams, WorkBefore};
+use crate::submit::gang_seats::Seats;
 use crate::submit::gate::gate;
 use nvshare::Books;
+use nvshare::gang_cut::{self, Cut, Row, Stage};
 use nvshare::gang_order::{GangOrder, GpuState};
-use nvshare::map::MappedPage;
-use nvshare::units::GpuUuid;
+use nvshare::gang_page::Place;
+use nvshare::map::{MappedGangPage, MappedPage};
+use nvshare::slot::SlotSet;
+use nvshare::units::{GpuUuid, Nanos};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What the gang needs of a GPU of the process.
@@ -38,13 +46,57 @@ impl Member {
     }
 }
 
-#[derive(Default)]
+/// What an engine knows of its GPU that the other processes of the gang must know.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Report {
+    /// A client that is not admitted needs the GPU.
+    pub needed: bool,
+    /// The members of the gang on this GPU do not fit there together.
+    pub too_large: bool,
+    /// The process waits for this GPU, and a client whose work does not end is in its way.
+    pub blocked: bool,
+}
+
+/// How a drain stands whose work is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drained {
+    /// The GPU is given up.
+    Yes,
+    /// The other processes of the gang have not drained yet; the memory stays in place.
+    OthersWork,
+    /// Threads were let in meanwhile, so that there may be new work.
+    No,
+}
+
 struct Gang {
     order: GangOrder,
     members: Vec<Member>,
+    /// How far this process is in a cut of its gang. A process without a gang makes its cuts alone.
+    cut: Cut,
+    /// The gate has been open since the process last drained.
+    works: bool,
+    /// In stage Let: the work for whose end the threads go on is this process's.
+    stands: bool,
+    endless: bool,
+    idle: bool,
+    reports: Vec<(GpuUuid, Report)>,
+    seats: Seats,
+    /// What the other processes showed at the last look.
+    others: Vec<Row>,
 }
 
-static GANG: Mutex<Gang> = Mutex::new(Gang { order: GangOrder::new(), members: Vec::new() });
+static GANG: Mutex<Gang> = Mutex::new(Gang {
+    order: GangOrder::new(),
+    members: Vec::new(),
+    cut: Cut { stage: Stage::Left, number: 0 },
+    works: false,
+    stands: false,
+    endless: false,
+    idle: false,
+    reports: Vec::new(),
+    seats: Seats::new(),
+    others: Vec::new(),
+});
 
 fn gang() -> MutexGuard<'static, Gang> {
     nvshare::sync::lock(&GANG)
@@ -60,18 +112,81 @@ impl Gang {
 
     /// Opens or shuts the gate after the state of this GPU, and perhaps of others, has changed, and wakes the other engines.
     fn changed(&mut self, gpu: GpuUuid) {
-        if self.order.complete() {
-            self.begin(gpu);
+        self.open_or_shut(Some(gpu));
+        self.wake_all_but(gpu);
+    }
+
+    /// Opens or shuts the gate. `changes` is the GPU whose engine will look at its slice in any case.
+    fn open_or_shut(&mut self, changes: Option<GpuUuid>) {
+        self.look();
+        if self.order.complete() && self.others_let_it_run() {
+            self.begin(changes);
             gate().open();
         } else if gate().is_open() {
             gate().close();
         }
-        self.wake_all_but(gpu);
+        self.show();
+    }
+
+    /// Whether the gate may open as far as the other processes of the gang are concerned.
+    fn others_let_it_run(&mut self) -> bool {
+        if self.order.members().any(|(_, state)| state == GpuState::DrainPaused) {
+            return true;
+        }
+        let before = self.works;
+        if !before {
+            // Shown before the others are looked at, so that a cut that begins now either is seen here or sees this.
+            self.works = true;
+            self.show();
+            self.look();
+        }
+        self.works = before || gang_cut::may_run(self.cut, &self.others, false);
+        let may = self.works && gang_cut::may_run(self.cut, &self.others, before);
+        if may {
+            (self.cut, self.idle, self.endless) = (gang_cut::run_on(self.cut), false, false);
+        }
+        may
+    }
+
+    /// Looks at what the other processes show. They are none if the members on one GPU do not fit there together.
+    fn look(&mut self) {
+        if self.seats.is_empty() && self.others.is_empty() {
+            return;
+        }
+        let rows = self.seats.look();
+        let apart = self.reports.iter().any(|(_, report)| report.too_large)
+            || rows.iter().any(|(_, row)| row.too_large);
+        let rows = if apart { Vec::new() } else { rows };
+        self.order.see(rows.iter().map(|(seat, row)| (*seat, row.state, row.blocked)));
+        self.others = rows.into_iter().map(|(_, row)| row).collect();
+    }
+
+    /// Shows the other processes what they must know of this one.
+    fn show(&mut self) {
+        if self.seats.is_empty() {
+            return;
+        }
+        let common = Row {
+            state: GpuState::Out,
+            cut: self.cut,
+            works: self.works,
+            wants: gate().waiting() > 0,
+            idle: self.idle,
+            stands: self.stands,
+            endless: self.endless,
+            ..Row::default()
+        };
+        let (order, reports) = (&self.order, &self.reports);
+        self.seats.show(|gpu| {
+            let report = reports.iter().find(|(of, _)| *of == gpu).map(|(_, report)| *report).unwrap_or_default();
+            let Report { needed, too_large, blocked } = report;
+            Row { state: order.state(gpu), needed, too_large, blocked, ..common }
+        });
     }
 
     /// The process runs from now on: begins its slices. A slice that has begun earlier on a GPU that the process kept while it
     /// could not run begins again if no client waits there.
-    fn begin(&self, gpu: GpuUuid) {
+    fn begin(&self, changes: Option<GpuUuid>) {
         if self.members.iter().all(|member| member.books.slice_has_begun()) {
             return;
         }
@@ -79,7 +194,7 @@ impl Gang {
             if !member.books.begin_slice() {
                 member.books.renew_slice();
             }
-            if member.gpu != gpu {
+            if Some(member.gpu) != changes {
                 member.wake_engine();
             }
         }
@@ -87,6 +202,14 @@ impl Gang {
 
     fn wake_all_but(&self, gpu: GpuUuid) {
         self.members.iter().filter(|member| member.gpu != gpu).for_each(|member| member.wake_engine());
+    }
+
+    /// All work of the process is done, and its gate is shut.
+    fn stop_working(&mut self) {
+        if self.works {
+            self.cut = gang_cut::leave(self.cut);
+        }
+        (self.works, self.stands, self.endless) = (false, false, false);
     }
 }
 
@@ -98,7 +221,7 @@ pub fn wake_engines() {
 /// Adds a GPU to the gang. The gate stays shut until the process has this one too.
 pub fn join(member: Member) {
     let mut gang = gang();
-    gang.order.join(member.gpu);
+    gang.order.join(member.gpu, member.books.slot());
     gang.members.push(member);
     // A GPU is not ready until its engine has said so.
     gate().close();
@@ -109,10 +232,116 @@ pub fn leave(gpu: GpuUuid) {
     let mut gang = gang();
     gang.order.leave(gpu);
     gang.members.retain(|member| member.gpu != gpu);
-    gang.wake_all_but(gpu);
-    if gang.order.complete() {
+    gang.reports.retain(|(of, _)| *of != gpu);
+    gang.seats.leave(gpu);
+    if gang.members.is_empty() {
+        gang.stop_working();
         gate().open();
+    } else {
+        gang.changed(gpu);
     }
+}
+
+/// The GPUs of the process, and its slots there.
+pub fn clients() -> Vec<(GpuUuid, Books<MappedPage>)> {
+    gang().members.iter().map(|member| (member.gpu, member.books.clone())).collect()
+}
+
+/// The client of a GPU has a place in the page of gangs from now on.
+pub fn sit(gpu: GpuUuid, page: MappedGangPage, place: Place) {
+    let mut gang = gang();
+    let Some(member) = gang.members.iter().find(|member| member.gpu == gpu).cloned() else { return };
+    gang.seats.sit(gpu, page, place, move || member.wake_engine());
+    gang.show();
+    gang.members.iter().for_each(|member| member.wake_engine());
+}
+
+/// Reports what an engine knows of its GPU, looks at the other processes of the gang, and opens or shuts the gate accordingly.
+/// Returns when to look again at the latest, ns, if ever.
+pub fn update(gpu: GpuUuid, report: Report) -> Option<Nanos> {
+    let mut gang = gang();
+    let blocked = gang.order.block(gpu, report.blocked);
+    gang.reports.retain(|(of, _)| *of != gpu);
+    gang.reports.push((gpu, report));
+    if blocked {
+        gang.wake_all_but(gpu);
+    }
+    if gang.seats.is_empty() {
+        return None;
+    }
+    gang.open_or_shut(None);
+    gang.seats.next_check()
+}
+
+/// Whether this process shares a gang with others, or has several GPUs.
+pub fn is_shared() -> bool {
+    let gang = gang();
+    !gang.seats.is_empty() || gang.members.len() > 1
+}
+
+/// The slots of the gang's other processes on a GPU.
+pub fn beside(gpu: GpuUuid) -> SlotSet {
+    let mut gang = gang();
+    let rows = gang.seats.look();
+    rows.into_iter().filter(|((of, _), _)| *of == gpu).map(|((_, slot), _)| slot).collect()
+}
+
+/// Whether threads stand at the gate of this process or of another one of its gang, which needs this one's GPUs too.
+pub fn is_wanted() -> bool {
+    gate().waiting() > 0 || others_want()
+}
+
+/// Whether threads stand at the gate of another process of the gang.
+pub fn others_want() -> bool {
+    let mut gang = gang();
+    gang.look();
+    gang.others.iter().any(|row| row.wants)
+}
+
+/// Whether somebody needs a GPU of another process of the gang.
+pub fn others_are_needed() -> bool {
+    let mut gang = gang();
+    gang.look();
+    gang.others.iter().any(|row| row.needed)
+}
+
+/// Says whether this process makes no use of its GPUs. Whether none of its gang does.
+pub fn idle(idle: bool) -> bool {
+    let mut gang = gang();
+    gang.idle = idle;
+    gang.look();
+    gang.show();
+    idle && gang.others.iter().all(|row| row.idle || !row.works)
+}
+
+/// Whether another process of the gang drains, so that this one must.
+pub fn is_called_to_drain() -> bool {
+    let mut gang = gang();
+    gang.look();
+    gang.works && gang_cut::is_called_to_shut(gang.cut, &gang.others)
+}
+
+/// Whether a drain must pause because another process's does, for work that waits for threads.
+pub fn is_called_to_pause() -> bool {
+    let mut gang = gang();
+    gang.look();
+    gang.works && gang_cut::is_called_to_let(gang.cut, &gang.others)
+}
+
+/// Says whether work of this process is in flight that has not ended for long, although nothing waits at a gate.
+pub fn endless(endless: bool) {
+    let mut gang = gang();
+    gang.endless = endless;
+    gang.show();
+}
+
+/// The work that stood still has ended. Whether other processes' work still stands.
+pub fn stands_no_more() -> bool {
+    let mut gang = gang();
+    gang.stands = false;
+    gang.show();
+    gang.look();
+    gang_cut::work_stands(&gang.others)
 }
 
 /// The process has a GPU with all memory in place. It runs if it has its other GPUs too.
@@ -142,32 +371,52 @@ pub fn out(gpu: GpuUuid) {
 }
 
 /// The process drains a GPU: shuts the gate; threads may still be inside. `incomplete` says that some of its memory is not in
-/// place.
-pub fn drain(gpu: GpuUuid, incomplete: bool) {
+/// place. `leaves`: the GPU's last context is being destroyed, which is no reason for the rest of the gang to stop.
+pub fn drain(gpu: GpuUuid, incomplete: bool, leaves: bool) {
     let mut gang = gang();
     let stage = if incomplete { GpuState::DrainingIncomplete } else { GpuState::Draining };
+    gang.look();
+    if gang.works && !leaves {
+        (gang.cut, gang.stands, gang.endless) = (gang_cut::shut(gang.cut, &gang.others), false, false);
+    }
     if gang.order.set(gpu, stage) {
         gang.wake_all_but(gpu);
     }
     // Also if it is shut already: another engine may be shutting it and not have executed its memory barrier yet.
     gate().close();
+    gang.show();
 }
 
-/// A drain that began with [`drain`] has found all work done: the GPU is given up. False if threads were let in meanwhile, so
-/// that there may be new work.
-pub fn drained(gpu: GpuUuid) -> bool {
+/// A drain that began with [`drain`] has found all work done. The GPU is given up if the other processes of the gang have
+/// drained too, or if `leaves`.
+pub fn drained(gpu: GpuUuid, leaves: bool) -> Drained {
     let mut gang = gang();
-    let is = matches!(gang.order.state(gpu), GpuState::Draining | GpuState::DrainingIncomplete);
-    if is {
-        gang.set(gpu, GpuState::Out);
+    if !matches!(gang.order.state(gpu), GpuState::Draining | GpuState::DrainingIncomplete) {
+        return Drained::No;
     }
-    is
+    if gang.works && !leaves && gang.cut.is_shut() {
+        gang.look();
+        let cut = gang_cut::keep_up(gang.cut, &gang.others);
+        gang.cut = Cut::new(Stage::Drained, cut.number);
+        gang.show();
+        gang.look();
+        if !gang_cut::all_have_drained(gang.cut, &gang.others) {
+            return Drained::OthersWork;
+        }
+    }
+    gang.stop_working();
+    gang.set(gpu, GpuState::Out);
+    Drained::Yes
 }
 
 /// Pauses a drain, and with it those of the process's other GPUs: the gate opens if all memory of the process is in
 /// place. The caller holds the lock of this GPU's map, in which no memory is missing.
 pub fn pause_drain(gpu: GpuUuid) {
     let mut gang = gang();
+    gang.look();
+    gang.stands = gang.cut.stage != Stage::Drained;
+    gang.endless = false;
+    gang.cut = gang_cut::let_go_on(gang.cut, &gang.others);
     gang.order.set(gpu, GpuState::DrainPaused);
     gang.order.pause_drains();
     gang.changed(gpu);
@@ -190,17 +439,28 @@ pub fn is_ready(gpu: GpuUuid) -> bool {
 
 /// See [`GangOrder::may_ask`].
 pub fn may_ask(gpu: GpuUuid) -> bool {
-    gang().order.may_ask(gpu)
+    let mut gang = gang();
+    gang.look();
+    gang.order.may_ask(gpu)
 }
 
 /// See [`GangOrder::must_give_up`].
 pub fn must_give_up(gpu: GpuUuid) -> bool {
-    gang().order.must_give_up(gpu)
+    let mut gang = gang();
+    gang.look();
+    gang.order.must_give_up(gpu)
 }
 
 /// See [`GangOrder::waits_beyond`].
 pub fn waits_beyond(gpu: GpuUuid) -> bool {
-    gang().order.waits_beyond(gpu)
+    let mut gang = gang();
+    gang.look();
+    gang.order.waits_beyond(gpu)
+}
+
+/// See [`GangOrder::is_blocked`].
+pub fn is_blocked(gpu: GpuUuid) -> bool {
+    gang().order.is_blocked(gpu)
 }
 
 /// Marks the end of all work of the process so far on every GPU, because work on one may use memory of

@@ -8,7 +8,8 @@
 //! | [`captures`], [`capture_begin`] | captures of graphs |
 //! | [`drain`] | markers of the end of all submitted work, and waiting for them |
 //! | [`green`] | green contexts, and the primary context of each |
-//! | [`gang`] | the GPUs of this process together: the gate is open when it has all of them |
+//! | [`gang`] | the GPUs of this process together, and its gang: the gate is open when all have theirs |
+//! | `gang_seats` | what the processes of a gang show each other |
 //! | [`gate`] | the process's gate |
 //!
 //! May use `cuda` and the files of the crate's root, and no room above.
@@ -18,6 +19,7 @@ pub mod captures;
 pub mod drain;
 pub mod flow;
 pub mod gang;
+mod gang_seats;
 pub mod gate;
 pub mod green;
 pub mod pass;

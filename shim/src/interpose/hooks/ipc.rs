@@ -6,7 +6,7 @@ use super::guard::{guarded, relaxed};
 use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
 use crate::memory::devices;
-use crate::process::contexts;
+use crate::process::{contexts, membership};
 use crate::submit::pass;
 use crate::{async_pool, ipc};
 
@@ -27,6 +27,7 @@ pub unsafe fn cuIpcGetMemHandle(handle: *mut CUipcMemHandle, dptr: CUdeviceptr) 
             Some(Ok(made)) => {
                 // SAFETY: the caller's pointer to where the handle goes, not null.
                 unsafe { handle.write(made) };
+                ipc::this_process().into_iter().for_each(membership::exports);
                 CuResult::SUCCESS
             }
             Some(Err(result)) => result,
@@ -52,6 +53,7 @@ unsafe fn open(
             Some(Ok(address)) => {
                 // SAFETY: the caller's promise, and it is not null.
                 unsafe { pdptr.write(address) };
+                ipc::exporter(handle).into_iter().for_each(membership::opened);
                 CuResult::SUCCESS
             }
             Some(Err(result)) => result,

@@ -19,12 +19,16 @@
 //!
 //! A process drains each of its GPUs separately, and each drain waits for the work on all of them. So a drain that is
 //! paused pauses the others ([`gang::pause_drain`]).
+//!
+//! The processes of a gang drain together: none gives its GPUs up before all have drained, and a drain that stands still while
+//! threads wait at any of their gates pauses those of all ([`nvshare::gang_cut`]).
 
 use crate::process::engine::Engine;
 use crate::settings::settings;
 use crate::submit::captures::{self, CaptureHold};
 use crate::submit::drain::CompletionMarker;
 use crate::submit::gate::gate;
+use crate::submit::gang::Drained;
 use crate::submit::{flow, gang};
 use nvshare::drain_backoff::DrainBackoff;
 use nvshare::page::Stall;
@@ -167,15 +171,15 @@ impl Engine {
         if !leaves && hold.is_broken() {
             return State::Capturing { hold, since: now() };
         }
-        self.shut_gate(false)
+        self.shut_gate(false, leaves)
     }
 
-    fn shut_gate(&mut self, beside_captures: bool) -> State {
+    fn shut_gate(&mut self, beside_captures: bool, leaves: bool) -> State {
         let since = now();
         {
             // Under the map's lock, because an allocation without room may be shutting the gate at the same time.
             let memory = self.device.memory();
-            gang::drain(self.device.gpu, memory.is_missing());
+            gang::drain(self.device.gpu, memory.is_missing(), leaves);
         }
         flow::end(self.device.gpu);
         State::Shut(Shut { beside_captures, progress: since, standing: None, mark: None, left: usize::MAX })
@@ -229,7 +233,7 @@ impl Engine {
                 }
                 Step::ShutBesideCaptures => {
                     // The gate is shut before the hold, which keeps new captures from beginning, ends.
-                    giving_way.state = self.shut_gate(true);
+                    giving_way.state = self.shut_gate(true, giving_way.leaves);
                     tracing::debug!(gpu = %self.device.gpu, "a capture stays open: draining beside it");
                     self.giving_way = Some(giving_way);
                     self.foresee();
@@ -280,6 +284,10 @@ impl Engine {
             // The drain of another GPU of the process was paused.
             return Step::Pause(shut.mark.take());
         }
+        if !leaves && gang::is_called_to_pause() && self.open_again() {
+            // Work of another process of the gang stands still.
+            return Step::Pause(shut.mark.take());
+        }
         let time = now();
         if shut.mark.is_none() && gate().vacated(time) {
             shut.mark = match (leaves, shut.beside_captures) {
@@ -295,8 +303,13 @@ impl Engine {
         if let Some(mark) = &mut shut.mark {
             let looked =
                 if shut.beside_captures { captures::look_beside_captures(mark) } else { Some(mark.look()) };
-            if looked == Some(true) && self.is_drained(mark) {
-                return Step::Look(Look::Drained);
+            if looked == Some(true) {
+                match self.is_drained(mark, leaves) {
+                    Drained::Yes => return Step::Look(Look::Drained),
+                    // Whoever drains rings, and so does whoever lets its threads go on.
+                    Drained::OthersWork => return Step::Look(Look::Again(time + LONGEST_POLL_INTERVAL)),
+                    Drained::No => {}
+                }
             }
             if looked.is_none() && self.open_again() {
                 return Step::Capture;
@@ -305,10 +318,11 @@ impl Engine {
                 (shut.left, shut.progress) = (mark.left(), time);
             }
         }
-        if gate().waiting() == 0 {
+        if gate().waiting() == 0 && !gang::others_want() {
             shut.standing = None;
             if time.saturating_sub(shut.progress) >= LONG {
                 self.device.books.stalled(Stall::EndlessWork);
+                gang::endless(true);
             }
         } else {
             let standing = (*shut.standing.get_or_insert(time)).max(shut.progress);
@@ -323,7 +337,7 @@ impl Engine {
     }
 
     /// Whether the client has drained, now that the marked work is done: another engine may have let threads in.
-    fn is_drained(&mut self, mark: &CompletionMarker) -> bool {
+    fn is_drained(&mut self, mark: &CompletionMarker, leaves: bool) -> Drained {
         if let Some(result) = mark.broken() {
             // The context is broken, which the application learns from its own calls. There is no work left to
             // wait for, and the memory can be evicted.
@@ -331,8 +345,8 @@ impl Engine {
         }
         // Under the map's lock, so that memory allocated from now on is not mapped.
         let mut memory = self.device.memory();
-        let drained = gang::drained(self.device.gpu);
-        if drained {
+        let drained = gang::drained(self.device.gpu, leaves);
+        if drained == Drained::Yes {
             memory.open = false;
         }
         drained
@@ -350,12 +364,17 @@ impl Engine {
         if mark.is_some_and(CompletionMarker::has_passed) {
             paused.ended.get_or_insert(went_on);
         }
-        if !open || (paused.mark.is_none() && went_on >= LONG) {
-            // An allocation found no room, another GPU is being given up, or a capture has prevented marking for long.
+        if !open || (paused.mark.is_none() && went_on >= LONG) || gang::is_called_to_drain() {
+            // An allocation found no room, another GPU is being given up, a capture has prevented marking for long, or the
+            // work that stood still in another process of the gang has ended.
             return Step::Shut;
         }
         if let Some(took) = paused.ended {
             self.device.books.stalled(Stall::DrainAwaitsSubmission);
+            if gang::stands_no_more() {
+                // The last process of the gang whose work stands still calls all to drain.
+                return Step::Look(Look::Again(time + LONGEST_POLL_INTERVAL));
+            }
             if time < paused.until {
                 return Step::Look(Look::Again(paused.until));
             }
@@ -364,6 +383,7 @@ impl Engine {
         }
         if went_on >= LONG {
             self.device.books.stalled(Stall::EndlessWork);
+            gang::endless(true);
         }
         if went_on >= FREE {
             self.keep_pace(paused.since);
@@ -383,7 +403,7 @@ impl Engine {
     pub(super) fn resume_if_not_needed(&mut self) -> bool {
         let gpu = self.device.gpu;
         let paused = matches!(&self.giving_way, Some(GivingWay { state: State::Paused(_), .. }));
-        if !paused || self.client.is_needed() || gang::must_give_up(gpu) {
+        if !paused || self.client.is_needed() || gang::must_give_up(gpu) || gang::others_are_needed() {
             return false;
         }
         tracing::debug!(%gpu, "the drain is given up: the work did not end, and no other process waits for the GPU any more");

@@ -86,13 +86,16 @@ impl Engine {
     /// this one's memory, and nothing can be submitted there without this one.
     pub(super) fn look_idle(&mut self, switch: Nanos) -> Use {
         if gang::waits_beyond(self.device.gpu) {
-            // It keeps what it has for a slice that is to come, and not for one that it had (nvshare::gang_order).
-            return if self.device.books.slice_has_begun() { Use::Idle } else { Use::Kept };
+            // It keeps what it has for a slice that is to come, and not for one that it had (nvshare::gang_order); and not
+            // from work that may be what it waits for.
+            let kept = !self.device.books.slice_has_begun() && !gang::is_blocked(self.device.gpu);
+            return if kept { Use::Kept } else { Use::Idle };
         }
         let (time, grace) = (now(), self.page().settings().idle_grace);
         let again = time + (grace / 2).max(MILLISECOND);
         // A look may come a little late.
         if self.idle.sees_passes(time, 2 * grace + 5 * MILLISECOND) {
+            gang::idle(false);
             return Use::Look(time + grace);
         }
         if self.idle.paused.is_none() {
@@ -118,6 +121,10 @@ impl Engine {
         if time < until {
             return Use::Look(until.min(again));
         }
+        if !gang::idle(true) {
+            // Another process of the gang works, and may need what this one has.
+            return Use::Look(again);
+        }
         tracing::debug!(gpu = %self.device.gpu, "idle for {}: giving way", format_nanos(time - since));
         self.client.idle(since, self.idle.pauses.expected(time - since));
         Use::Idle
@@ -129,6 +136,9 @@ impl Engine {
     pub(super) fn wants_its_turn(&mut self) -> Turn {
         if gate().waiting() > 0 {
             self.idle.returns();
+            return Turn::Wanted;
+        }
+        if gang::others_want() {
             return Turn::Wanted;
         }
         let since = *self.idle.paused.get_or_insert(self.drained_at);

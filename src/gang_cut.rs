@@ -1,0 +1,278 @@
+//! The cut of a gang: how processes that wait for each other stop together.
+//!
+//! The processes of a gang ([`crate::gang_order`]) submit work that waits for work of the others: a collective ends when all
+//! ranks have launched it. If one of them gave up its GPU while another has launched a collective that the first one has not,
+//! that collective would run, and hold its GPU, until the first one has its GPU back; and whoever has that GPU meanwhile may
+//! wait for the other one. So no process gives up a GPU before all have *drained*: their gates are shut, and all work that they
+//! have submitted is done. Nobody needs to know what the work is.
+//!
+//! Each process writes a [`Row`] that all others can read. A *cut* has a number and a [`Stage`], and each process adopts the
+//! newest number that it sees:
+//!
+//! ```text
+//!            somebody drains                   its work is done              all that work have drained
+//!      Run ──────────────────▶ Shut(n) ──────────────────────▶ Drained(n) ──────────────────────────────▶ Left(n + 1)
+//!       ▲                       │   ▲                              │
+//!       │      work stands still│   │ no work stands still         │ somebody lets its threads go on
+//!       └───────────────────── Let(n + 1), then Shut(n + 2) ◀──────┘
+//!        nobody needs the GPUs
+//! ```
+//!
+//! **Work that stands still.** If the gates were shut while some process had launched a collective and another had not, the
+//! first one's work does not end. A process whose work stands still while threads wait at the gate of any process of the gang
+//! begins the stage Let: threads go on until that work has ended, and then all shut again under a new number. Only a process
+//! that is not in stage Drained begins it.
+//!
+//! **Why a cut is consistent.** A process that leaves in stage Drained(n) has seen every other process that works in
+//! Drained(n), or beyond it in Left. Let(n + 1) is begun by a process in Shut(n) only, and whoever was seen in Drained(n) was
+//! past that: the number grows, so it cannot be in Shut(n) again. So nobody lets threads in under n + 1 once one has seen all
+//! in Drained(n), and each finds the same.
+//!
+//! A process that had no work when the cut began is not waited for. It sets [`Row::works`] before it opens its gate, looks at
+//! the others after that, and opens only if none of them has begun a cut; a process that begins a cut writes its stage and
+//! looks for [`Row::works`] after that. Each stores before it loads, so at least one of them sees the other (Dekker's argument, as in
+//! [`crate::gate`]; the loom test holds it).
+//!
+//! **Members that do not answer** are left out ([`Row::endless`], and whoever does not acknowledge its doorbell): the others
+//! go on as if it were not there. What its work waits for then decides whether it ever ends, as without nvshare.
+//!
+//! The rows are in memory that every client can write ([`crate::gang_page`]), so any word is some row, and a row that lies
+//! costs time and no more: what a process does with its own memory depends on its own state alone.
+
+use crate::gang_order::GpuState;
+
+/// How far a process is in a cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Stage {
+    /// It has left the cut of this number's predecessor with its work done, or has had no work yet.
+    #[default]
+    Left,
+    /// It runs, or may.
+    Run,
+    /// Its gate is shut, and submitted work may be in flight.
+    Shut,
+    /// Its gate is shut, and no work is in flight. All its memory is in place.
+    Drained,
+    /// Threads go on, so that work that stands still can end.
+    Let,
+}
+
+/// A stage of a cut, and its number, which grows (modulo 2^32) with every stage but Drained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Cut {
+    /// The stage.
+    pub stage: Stage,
+    /// The number.
+    pub number: u32,
+}
+
+impl Cut {
+    /// A stage with this number.
+    pub fn new(stage: Stage, number: u32) -> Self {
+        Self { stage, number }
+    }
+
+    /// Whether this number is newer.
+    pub fn is_newer_than(self, other: Self) -> bool {
+        newer(self.number, other.number)
+    }
+
+    /// Whether the gate is shut because of the cut.
+    pub fn is_shut(self) -> bool {
+        matches!(self.stage, Stage::Shut | Stage::Drained)
+    }
+}
+
+fn newer(number: u32, than: u32) -> bool {
+    number.wrapping_sub(than) as i32 > 0
+}
+
+/// What a process of a gang has of one GPU, and what the others must know of the process. One word in shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Row {
+    /// What it has of the GPU.
+    pub state: GpuState,
+    /// How far the process is in a cut.
+    pub cut: Cut,
+    /// The process may have work in flight: its gate has been open since it last drained.
+    pub works: bool,
+    /// Threads of the process stand at its gate.
+    pub wants: bool,
+    /// A client outside needs this GPU.
+    pub needed: bool,
+    /// The process makes no use of its GPUs.
+    pub idle: bool,
+    /// In stage Let: the work for whose end the threads go on is in flight.
+    pub stands: bool,
+    /// Work of the process is in flight that has not ended for long although nothing waits at a gate of the gang.
+    pub endless: bool,
+    /// The members of the gang on this GPU do not fit there together.
+    pub too_large: bool,
+    /// The process waits for this GPU, and a client there whose work does not end is in its way.
+    pub blocked: bool,
+}
+
+/// The bits of a row that stand for themselves, from the lowest on.
+const FLAGS: u32 = 6;
+
+impl Row {
+    fn flags(&self) -> [bool; 8] {
+        [
+            self.works,
+            self.wants,
+            self.needed,
+            self.idle,
+            self.stands,
+            self.endless,
+            self.too_large,
+            self.blocked,
+        ]
+    }
+}
+
+impl From<Row> for u64 {
+    fn from(row: Row) -> Self {
+        let state = match row.state {
+            GpuState::Out => 0,
+            GpuState::Draining => 1,
+            GpuState::DrainingIncomplete => 2,
+            GpuState::DrainPaused => 3,
+            GpuState::Waiting => 4,
+            GpuState::Growing => 5,
+            GpuState::Ready => 6,
+        };
+        let stage = match row.cut.stage {
+            Stage::Left => 0,
+            Stage::Run => 1,
+            Stage::Shut => 2,
+            Stage::Drained => 3,
+            Stage::Let => 4,
+        };
+        let flags = row.flags().iter().rev().fold(0, |bits, flag| bits << 1 | Self::from(*flag));
+        state | stage << 3 | flags << FLAGS | Self::from(row.cut.number) << 32
+    }
+}
+
+impl From<u64> for Row {
+    /// Any 64 bits are some row.
+    fn from(word: u64) -> Self {
+        let state = match word & 7 {
+            1 => GpuState::Draining,
+            2 => GpuState::DrainingIncomplete,
+            3 => GpuState::DrainPaused,
+            4 => GpuState::Waiting,
+            5 => GpuState::Growing,
+            6 => GpuState::Ready,
+            _ => GpuState::Out,
+        };
+        let stage = match word >> 3 & 7 {
+            1 => Stage::Run,
+            2 => Stage::Shut,
+            3 => Stage::Drained,
+            4 => Stage::Let,
+            _ => Stage::Left,
+        };
+        let flag = |number: u32| word >> (FLAGS + number) & 1 == 1;
+        Self {
+            state,
+            cut: Cut { stage, number: (word >> 32) as u32 },
+            works: flag(0),
+            wants: flag(1),
+            needed: flag(2),
+            idle: flag(3),
+            stands: flag(4),
+            endless: flag(5),
+            too_large: flag(6),
+            blocked: flag(7),
+        }
+    }
+}
+
+/// The newest cut of the others, if it is newer than this process's own.
+fn news(own: Cut, others: &[Row]) -> Option<Cut> {
+    let newest = others.iter().map(|row| row.cut).fold(own, |newest, cut| {
+        // Of several with one number, a process that is in the cut says more than one that has left it.
+        let equal = cut.number == newest.number && newest != own && newest.stage == Stage::Left;
+        if cut.is_newer_than(newest) || equal { cut } else { newest }
+    });
+    newest.is_newer_than(own).then_some(newest)
+}
+
+/// Whether a process that runs must drain because the gang has begun a cut.
+pub fn is_called_to_shut(own: Cut, others: &[Row]) -> bool {
+    news(own, others).is_some_and(Cut::is_shut)
+}
+
+/// Whether a process that drains, or has drained, must let its threads go on.
+pub fn is_called_to_let(own: Cut, others: &[Row]) -> bool {
+    own.is_shut() && news(own, others).is_some_and(|cut| matches!(cut.stage, Stage::Let | Stage::Run))
+}
+
+/// The cut of a process that works and begins to drain, on its own account or because it is called to. One that is in a cut
+/// already stays as it is.
+#[must_use]
+pub fn shut(own: Cut, others: &[Row]) -> Cut {
+    match news(own, others) {
+        Some(cut) if cut.is_shut() => Cut::new(Stage::Shut, cut.number),
+        _ if own.is_shut() => own,
+        newest => Cut::new(Stage::Shut, newest.unwrap_or(own).number.wrapping_add(1)),
+    }
+}
+
+/// The cut of a process that lets its threads go on, on its own account or because it is called to.
+#[must_use]
+pub fn let_go_on(own: Cut, others: &[Row]) -> Cut {
+    match news(own, others) {
+        Some(cut) if cut.stage == Stage::Let => cut,
+        newest => Cut::new(Stage::Let, newest.unwrap_or(own).number.wrapping_add(1)),
+    }
+}
+
+/// The cut of a process that begins to run, or gives a cut up and runs on. The number stays: it is no news to those who let
+/// their threads go on under it.
+#[must_use]
+pub fn run_on(own: Cut) -> Cut {
+    Cut::new(Stage::Run, own.number)
+}
+
+/// The cut of a process that leaves with its work done.
+#[must_use]
+pub fn leave(own: Cut) -> Cut {
+    Cut::new(Stage::Left, own.number.wrapping_add(1))
+}
+
+/// The cut of a process that drains, or has drained, and has missed that the gang has gone through stage Let and shut again: it
+/// stays shut under the newer number.
+#[must_use]
+pub fn keep_up(own: Cut, others: &[Row]) -> Cut {
+    match news(own, others) {
+        Some(cut) if own.is_shut() && cut.is_shut() => Cut::new(own.stage, cut.number),
+        _ => own,
+    }
+}
+
+/// Whether the processes that work have all drained, so that one in stage Drained may give up its GPUs. Under this number,
+/// or under a later one in which they have left.
+pub fn all_have_drained(own: Cut, others: &[Row]) -> bool {
+    others.iter().all(|row| {
+        let drained = row.cut.stage == Stage::Drained && row.cut.number == own.number;
+        let left = row.cut.stage == Stage::Left && !newer(own.number, row.cut.number);
+        !row.works || row.endless || drained || left
+    })
+}
+
+/// Whether some other process's work stands still in stage Let.
+pub fn work_stands(others: &[Row]) -> bool {
+    others.iter().any(|row| row.works && row.cut.stage == Stage::Let && row.stands && !row.endless)
+}
+
+/// Whether a process may open its gate as far as the others are concerned: they have their GPUs, and none has begun a cut.
+/// A process that runs already (`running`) goes on while another one's memory grows.
+pub fn may_run(own: Cut, others: &[Row], running: bool) -> bool {
+    let there = |row: &Row| match row.state {
+        GpuState::Ready | GpuState::DrainPaused => true,
+        GpuState::Growing => running && row.works,
+        _ => row.endless,
+    };
+    others.iter().all(there) && !is_called_to_shut(own, others)
+}
