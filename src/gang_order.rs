@@ -48,7 +48,7 @@ pub enum GpuState {
     DrainPaused,
     /// It has asked for the GPU, and others have it.
     Waiting,
-    /// It is admitted; memory that was allocated meanwhile still comes in.
+    /// It is admitted, and some of its memory still comes in: all of it, or what was allocated meanwhile.
     Growing,
     /// It is admitted, and all its memory is in place.
     Ready,
@@ -138,9 +138,10 @@ impl GangOrder {
         self.those(gpu, Ordering::Greater)
     }
 
-    /// Whether the process may ask for a GPU: it has all GPUs before it.
+    /// Whether the process may ask for a GPU: it has all GPUs before it. Their memory may still come in, so that the GPUs
+    /// are filled at the same time.
     pub fn may_ask(&self, gpu: GpuUuid) -> bool {
-        self.before(gpu).all(|state| state == GpuState::Ready)
+        self.before(gpu).all(|state| matches!(state, GpuState::Growing | GpuState::Ready))
     }
 
     /// Whether the process must give up a GPU, or its place in the queue for it: it waits for a GPU before it.

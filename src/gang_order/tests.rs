@@ -21,12 +21,16 @@ fn they_are_asked_for_one_after_the_other() {
     let mut order = three();
     let may_ask = |order: &GangOrder| [0, 1, 2].map(|number| order.may_ask(gpu(number)));
     assert_eq!(may_ask(&order), [true, false, false]);
-    for state in [GpuState::Waiting, GpuState::Growing] {
+    for state in [GpuState::Waiting, GpuState::Draining, GpuState::DrainPaused] {
         order.set(gpu(0), state);
-        assert_eq!(may_ask(&order), [true, false, false], "{state:?} is not all in place");
+        assert_eq!(may_ask(&order), [true, false, false], "{state:?} is not admitted");
     }
-    order.set(gpu(0), GpuState::Ready);
-    assert_eq!(may_ask(&order), [true, true, false]);
+    for state in [GpuState::Growing, GpuState::Ready] {
+        order.set(gpu(0), state);
+        assert_eq!(may_ask(&order), [true, true, false], "{state:?} is admitted");
+    }
+    order.set(gpu(1), GpuState::Growing);
+    assert!(order.may_ask(gpu(2)) && !order.complete());
     order.set(gpu(1), GpuState::Ready);
     assert!(order.may_ask(gpu(2)) && !order.complete());
     assert!(order.set(gpu(2), GpuState::Ready) && !order.set(gpu(2), GpuState::Ready));
@@ -138,12 +142,15 @@ impl Machine {
                 step.queues[number].retain(|waiter| *waiter != index);
             }
             GpuState::Waiting if self.holders[number].is_none() && self.queues[number][0] == index => {
+                process.order.set(gpu(number), GpuState::Growing);
+                step.holders[number] = Some(index);
+                step.queues[number].pop_front();
+            }
+            GpuState::Growing => {
                 process.order.set(gpu(number), GpuState::Ready);
                 if process.order.complete() {
                     process.begun = process.joined.iter().copied().collect();
                 }
-                step.holders[number] = Some(index);
-                step.queues[number].pop_front();
             }
             GpuState::Ready if must_give_up || awaited && begun.contains(&number) => {
                 process.order.set(gpu(number), GpuState::Out);

@@ -21,6 +21,7 @@ use crate::memory::device::Device;
 use crate::memory::error::{SwapError, driver_said};
 use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse};
 use crate::memory::zero_scan::{Loading, Scan, Scanner};
+use crate::submit::gang;
 use nvshare::page::Direction;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
@@ -773,6 +774,8 @@ impl Runtime for Swap {
     type Error = SwapError;
 
     fn fill(&mut self) -> Result<Fill, SwapError> {
+        // The process's next GPU can be asked for and filled at the same time.
+        gang::filling(self.device.gpu);
         let (filled, moved, took) = self.moving(Self::fill_all);
         // Only the time of the copies counts, not the time waiting for another client to evict.
         self.device.books.copied(Direction::In, moved, self.copying);

@@ -349,6 +349,14 @@ pub fn ready(gpu: GpuUuid) {
     gang().set(gpu, GpuState::Ready);
 }
 
+/// The process is admitted to a GPU, and its memory comes in.
+pub fn filling(gpu: GpuUuid) {
+    let mut gang = gang();
+    if matches!(gang.order.state(gpu), GpuState::Out | GpuState::Waiting) {
+        gang.set(gpu, GpuState::Growing);
+    }
+}
+
 /// Some memory on a GPU that the process has is not in place: shuts the gate.
 pub fn growing(gpu: GpuUuid) {
     let mut gang = gang();
