@@ -13,18 +13,26 @@
 //!            somebody drains                   its work is done              all that work have drained
 //!      Run ──────────────────▶ Shut(n) ──────────────────────▶ Drained(n) ──────────────────────────────▶ Left(n + 1)
 //!       ▲                       │   ▲                              │
-//!       │      work stands still│   │ no work stands still         │ somebody lets its threads go on
-//!       └───────────────────── Let(n + 1), then Shut(n + 2) ◀──────┘
+//!       │      work stands still│   │ no work stands still         │ somebody's work stands still
+//!       │                       ▼   │                              │
+//!       │       Step(n + 1), then Shut(n + 2) ◀────────────────────┤
+//!       └─────── Let(n + 1), then Shut(n + 2) ◀────────────────────┘
 //!        nobody needs the GPUs
 //! ```
 //!
 //! **Work that stands still.** If the gates were shut while some process had launched a collective and another had not, the
-//! first one's work does not end. A process whose work stands still while threads wait at the gate of any process of the gang
-//! begins the stage Let: threads go on until that work has ended, and then all shut again under a new number. Only a process
-//! that is not in stage Drained begins it.
+//! first one's work does not end. Only a process that is in stage Shut, with such work, begins one of two stages:
+//!
+//! - Step: those that have drained let the threads at their gates submit a few calls at a time, and wait for the end of these. So
+//!   those that are behind catch up with those that are ahead, and not much further. It ends when the work that stood
+//!   still has ended. It may be begun early, because it costs nothing if it is of no use.
+//! - Let: all gates open until the work that stood still has ended. For work that Step does not help: several processes, of which
+//!   each waits for another's next call.
+//!
+//! Then all shut again, under a new number.
 //!
 //! **Why a cut is consistent.** A process that leaves in stage Drained(n) has seen every other process that works in
-//! Drained(n), or beyond it in Left. Let(n + 1) is begun by a process in Shut(n) only, and whoever was seen in Drained(n) was
+//! Drained(n), or beyond it in Left. Step(n + 1) and Let(n + 1) are begun by a process in Shut(n) only, and whoever was seen in Drained(n) was
 //! past that: the number grows, so it cannot be in Shut(n) again. So nobody lets threads in under n + 1 once one has seen all
 //! in Drained(n), and each finds the same.
 //!
@@ -53,6 +61,8 @@ pub enum Stage {
     Shut,
     /// Its gate is shut, and no work is in flight. All its memory is in place.
     Drained,
+    /// Its gate is shut. If it has no work in flight, its threads may submit a few calls at a time.
+    Step,
     /// Threads go on, so that work that stands still can end.
     Let,
 }
@@ -102,7 +112,7 @@ pub struct Row {
     pub needed: bool,
     /// The process makes no use of its GPUs.
     pub idle: bool,
-    /// In stage Let: the work for whose end the threads go on is in flight.
+    /// In the stages Step and Let: the work for whose end threads go on is this process's, and in flight.
     pub stands: bool,
     /// Work of the process is in flight that has not ended for long although nothing waits at a gate of the gang.
     pub endless: bool,
@@ -147,6 +157,7 @@ impl From<Row> for u64 {
             Stage::Shut => 2,
             Stage::Drained => 3,
             Stage::Let => 4,
+            Stage::Step => 5,
         };
         let flags = row.flags().iter().rev().fold(0, |bits, flag| bits << 1 | Self::from(*flag));
         state | stage << 3 | flags << FLAGS | Self::from(row.cut.number) << 32
@@ -170,6 +181,7 @@ impl From<u64> for Row {
             2 => Stage::Shut,
             3 => Stage::Drained,
             4 => Stage::Let,
+            5 => Stage::Step,
             _ => Stage::Left,
         };
         let flag = |number: u32| word >> (FLAGS + number) & 1 == 1;
@@ -205,7 +217,13 @@ pub fn is_called_to_shut(own: Cut, others: &[Row]) -> bool {
 
 /// Whether a process that drains, or has drained, must let its threads go on.
 pub fn is_called_to_let(own: Cut, others: &[Row]) -> bool {
-    own.is_shut() && news(own, others).is_some_and(|cut| matches!(cut.stage, Stage::Let | Stage::Run))
+    let news = || news(own, others).is_some_and(|cut| matches!(cut.stage, Stage::Let | Stage::Run));
+    (own.is_shut() || own.stage == Stage::Step) && news()
+}
+
+/// Whether a process that drains, or has drained, must let its threads submit a few calls at a time.
+pub fn is_called_to_step(own: Cut, others: &[Row]) -> bool {
+    own.is_shut() && news(own, others).is_some_and(|cut| cut.stage == Stage::Step)
 }
 
 /// The cut of a process that works and begins to drain, on its own account or because it is called to. One that is in a cut
@@ -225,6 +243,15 @@ pub fn let_go_on(own: Cut, others: &[Row]) -> Cut {
     match news(own, others) {
         Some(cut) if cut.stage == Stage::Let => cut,
         newest => Cut::new(Stage::Let, newest.unwrap_or(own).number.wrapping_add(1)),
+    }
+}
+
+/// The cut of a process that has its gang take a few calls at a time, on its own account or because it is called to.
+#[must_use]
+pub fn step(own: Cut, others: &[Row]) -> Cut {
+    match news(own, others) {
+        Some(cut) if cut.stage == Stage::Step => cut,
+        newest => Cut::new(Stage::Step, newest.unwrap_or(own).number.wrapping_add(1)),
     }
 }
 
@@ -261,9 +288,17 @@ pub fn all_have_drained(own: Cut, others: &[Row]) -> bool {
     })
 }
 
-/// Whether some other process's work stands still in stage Let.
+/// Whether some other process's work stands still, for whose end threads go on.
 pub fn work_stands(others: &[Row]) -> bool {
-    others.iter().any(|row| row.works && row.cut.stage == Stage::Let && row.stands && !row.endless)
+    let goes_on = |stage| matches!(stage, Stage::Let | Stage::Step);
+    others.iter().any(|row| row.works && goes_on(row.cut.stage) && row.stands && !row.endless)
+}
+
+/// Whether another process has drained, and threads stand at its gate: work of this one that does not end may be waiting for
+/// what those submit.
+pub fn somebody_is_behind(own: Cut, others: &[Row]) -> bool {
+    let behind = |row: &Row| row.works && row.wants && row.cut == Cut::new(Stage::Drained, own.number);
+    others.iter().any(behind)
 }
 
 /// Whether a process may open its gate as far as the others are concerned: they have their GPUs, and none has begun a cut.

@@ -74,6 +74,8 @@ pub struct Gate {
     waiting: AtomicU32,
     /// When the first of the threads that wait began to, ns.
     waiting_since: AtomicU64,
+    /// How many threads may go in although the gate is shut ([`Gate::let_in`]).
+    tickets: AtomicU32,
     lanes: Mutex<Lanes>,
 }
 
@@ -91,6 +93,7 @@ impl Gate {
             state: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             waiting_since: AtomicU64::new(0),
+            tickets: AtomicU32::new(0),
             lanes: Mutex::new(Lanes::default()),
         }
     }
@@ -147,7 +150,8 @@ impl Gate {
                 keep_pace();
                 paced = true;
             }
-            if self.enter_if(lane, |state| state == OPEN || has_failed(state) || paced && is_open(state)) {
+            let may = |state| state == OPEN || has_failed(state) || paced && is_open(state);
+            if self.enter_if(lane, |state| may(state) || !is_open(state) && self.take_ticket()) {
                 return;
             }
             let state = self.state.load(Ordering::Acquire);
@@ -182,6 +186,32 @@ impl Gate {
         if !has_failed(self.state.fetch_and(!OPEN, Ordering::SeqCst)) {
             heavy_barrier();
         }
+    }
+
+    /// Takes a ticket, if there is one. The thread's lane says already that it is inside, so whoever takes the tickets back
+    /// sees the thread or its ticket.
+    fn take_ticket(&self) -> bool {
+        let mut left = self.tickets.load(Ordering::Relaxed);
+        while left > 0 {
+            match self.tickets.compare_exchange_weak(left, left - 1, Ordering::SeqCst, Ordering::Relaxed) {
+                Ok(_) => return true,
+                Err(now) => left = now,
+            }
+        }
+        false
+    }
+
+    /// Lets this many of the threads that stand before the shut gate in, or of those that come. All memory is in place (I2), and
+    /// stays until the tickets are [taken back](Gate::let_nobody_in).
+    pub fn let_in(&self, threads: u32) {
+        self.tickets.store(threads, Ordering::SeqCst);
+        unpark_all(&self.state);
+    }
+
+    /// Lets nobody in any more. Threads may be inside ([`Gate::vacated`]).
+    pub fn let_nobody_in(&self) {
+        self.tickets.swap(0, Ordering::SeqCst);
+        heavy_barrier();
     }
 
     /// Waits until no thread is inside a gate that was [closed](Gate::close), or until the time `until` (CLOCK_MONOTONIC ns).

@@ -6,6 +6,8 @@
  * ranks launch ahead of each other. It says "ready" after the first round and "round N" now and then, and goes on until the
  * standard input of rank 0 ends. Then it looks at its data.
  *
+ * With LATE_US=N, ranks but the first come N microseconds later in each round, so the first one is far ahead of them.
+ *
  * JOB is a name for a file, by which the ranks find their communicator. With NCCL_AT_RUN_TIME=1 it finds NCCL as vLLM does, by
  * dlopen and dlsym. Exits with 5 if another rank has ended.
  */
@@ -66,6 +68,7 @@ int main(int count, char **arguments) {
         CHECK(cuStreamCreate(&streams[i], CU_STREAM_NON_BLOCKING));
     }
     CHECK(cuMemAlloc_v2(&sums, 4 * ahead));
+    useconds_t late = rank && getenv("LATE_US") ? atoi(getenv("LATE_US")) : 0;
     ncclComm_t comm;
     ncclResult_t result = init(&comm, ranks, unique_id(arguments[1], rank), rank);
     if (result) return result == ncclRemoteError ? 5 : 2;
@@ -78,7 +81,7 @@ int main(int count, char **arguments) {
             }
             /* The host's part, which is longer in one rank and then in the other. */
             seed = seed * 1103515245 + 12345;
-            usleep(seed >> 16 & 2047);
+            usleep((seed >> 16 & 2047) + late);
             /* In the last one of a batch, rank 0 says whether to end; else it is the number of the round. */
             int last = i + 1 == ahead;
             unsigned value = !last ? round : rank == 0 && input_has_ended();

@@ -328,6 +328,65 @@ pub fn is_called_to_pause() -> bool {
     gang.works && gang_cut::is_called_to_let(gang.cut, &gang.others)
 }
 
+/// What a process does whose gang lets threads go on a few calls at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Steps {
+    /// The gang does not.
+    No,
+    /// The work that stands still is this process's: its threads wait.
+    Awaited,
+    /// Another process's work stands still.
+    Taken,
+}
+
+/// Adopts what the gang does about work that stands still.
+pub fn steps() -> Steps {
+    let mut gang = gang();
+    gang.look();
+    if gang.works && gang_cut::is_called_to_step(gang.cut, &gang.others) {
+        gang.stands = gang.cut.stage != Stage::Drained;
+        gang.cut = gang_cut::step(gang.cut, &gang.others);
+        gang.show();
+    }
+    match gang.cut.stage {
+        Stage::Step if gang.stands => Steps::Awaited,
+        Stage::Step => Steps::Taken,
+        _ => Steps::No,
+    }
+}
+
+/// Work of this process stands still. If another one has drained and threads stand at its gate, the gang lets those go on a few
+/// calls at a time from now on: true.
+pub fn begin_steps() -> bool {
+    let mut gang = gang();
+    gang.look();
+    let begins = gang.works
+        && gang.cut.stage == Stage::Shut
+        && gang_cut::somebody_is_behind(gang.cut, &gang.others);
+    if begins {
+        gang.cut = gang_cut::step(gang.cut, &gang.others);
+        gang.stands = true;
+        gang.show();
+    }
+    begins
+}
+
+/// The stage Step is over for this process if the work that stood still has ended in all: then it drains on. Whether it is.
+/// `ended`: that of this process has.
+pub fn steps_are_over(ended: bool) -> bool {
+    let mut gang = gang();
+    gang.stands &= !ended;
+    gang.show();
+    gang.look();
+    let called = gang_cut::is_called_to_shut(gang.cut, &gang.others);
+    let over = called || !gang.stands && !gang_cut::work_stands(&gang.others);
+    if over {
+        gang.cut = gang_cut::shut(gang.cut, &gang.others);
+        gang.show();
+    }
+    over
+}
+
 /// Says whether work of this process is in flight that has not ended for long, although nothing waits at a gate.
 pub fn endless(endless: bool) {
     let mut gang = gang();

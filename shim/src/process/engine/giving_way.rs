@@ -28,7 +28,7 @@ use crate::settings::settings;
 use crate::submit::captures::{self, CaptureHold};
 use crate::submit::drain::CompletionMarker;
 use crate::submit::gate::gate;
-use crate::submit::gang::Drained;
+use crate::submit::gang::{Drained, Steps};
 use crate::submit::{flow, gang};
 use nvshare::drain_backoff::DrainBackoff;
 use nvshare::page::Stall;
@@ -54,6 +54,20 @@ const CAPTURE_WAIT: Nanos = SECOND;
 /// How long flow control does not limit threads that a paused drain has let in: the submission for which the work waits may
 /// come after many others.
 const FREE: Nanos = 50 * MILLISECOND;
+
+/// How long a process of a gang waits without progress before those that have drained go on by steps, ns. Short, because steps
+/// of no use cost nothing: the GPUs of those that have drained are idle.
+const GANG_STAND: Nanos = 5 * MILLISECOND;
+
+/// How long a step takes at least, ns: time for threads that were let in to submit, and for another process to see that its work
+/// has ended.
+const STEP: Nanos = MILLISECOND;
+
+/// The most threads that go in at one step. The number doubles from 1 with each step.
+const MOST_STEPS: u32 = 64;
+
+/// How long a gang goes on by steps before all its gates open, ns.
+const STEPS_TIMEOUT: Nanos = SECOND / 2;
 
 /// A drain in progress.
 pub struct GivingWay {
@@ -91,6 +105,20 @@ struct Shut {
     mark: Option<CompletionMarker>,
     /// How much of the marked work was left at the last poll ([`CompletionMarker::left`]).
     left: usize,
+    /// The gang lets threads go on a few calls at a time.
+    step: Option<GangStep>,
+}
+
+/// What is known of a gang's stage Step.
+struct GangStep {
+    /// When it began, ns.
+    since: Nanos,
+    /// How many threads may go in at the next step.
+    threads: u32,
+    /// When threads were last let in, ns, until the work that they have submitted is marked.
+    let_in: Option<Nanos>,
+    /// When the work of the last step was seen to have ended, ns.
+    ended: Option<Nanos>,
 }
 
 /// The gate is open again for a while.
@@ -182,7 +210,14 @@ impl Engine {
             gang::drain(self.device.gpu, memory.is_missing(), leaves);
         }
         flow::end(self.device.gpu);
-        State::Shut(Shut { beside_captures, progress: since, standing: None, mark: None, left: usize::MAX })
+        State::Shut(Shut {
+            beside_captures,
+            progress: since,
+            standing: None,
+            mark: None,
+            left: usize::MAX,
+            step: None,
+        })
     }
 
     fn foresee(&mut self) {
@@ -289,6 +324,9 @@ impl Engine {
             return Step::Pause(shut.mark.take());
         }
         let time = now();
+        if !leaves && let Some(look) = self.look_at_steps(shut, time) {
+            return Step::Look(look);
+        }
         if shut.mark.is_none() && gate().vacated(time) {
             shut.mark = match (leaves, shut.beside_captures) {
                 (true, _) => Some(gang::mark()),
@@ -318,6 +356,9 @@ impl Engine {
                 (shut.left, shut.progress) = (mark.left(), time);
             }
         }
+        if !leaves && time.saturating_sub(shut.progress) >= GANG_STAND && gang::begin_steps() {
+            return Step::Look(Look::Again(time + STEP));
+        }
         if gate().waiting() == 0 && !gang::others_want() {
             shut.standing = None;
             if time.saturating_sub(shut.progress) >= LONG {
@@ -334,6 +375,55 @@ impl Engine {
             }
         }
         Step::Look(again(shut.progress, time))
+    }
+
+    /// Takes part in the gang's stage Step, if it is in one. `None`: go on as usual.
+    fn look_at_steps(&mut self, shut: &mut Shut, time: Nanos) -> Option<Look> {
+        let steps = gang::steps();
+        if steps == Steps::No {
+            if shut.step.take().is_some() {
+                Self::end_step(shut);
+            }
+            return None;
+        }
+        let step =
+            shut.step.get_or_insert(GangStep { since: time, threads: 1, let_in: None, ended: None });
+        if time.saturating_sub(step.since) >= STEPS_TIMEOUT {
+            // It is of no use: let all go on.
+            return None;
+        }
+        if let Some(since) = step.let_in {
+            if time < since + STEP {
+                return Some(Look::Again(since + STEP));
+            }
+            (step.let_in, step.ended) = (None, None);
+            Self::end_step(shut);
+        }
+        if shut.mark.is_none() && gate().vacated(time) {
+            shut.mark = captures::with_no_capture(gang::mark);
+        }
+        let done = shut.mark.as_mut().is_some_and(|mark| captures::with_no_capture(|| mark.look()) == Some(true));
+        if gang::steps_are_over(done) {
+            shut.step = None;
+            Self::end_step(shut);
+            shut.progress = time;
+            return None;
+        }
+        let step = shut.step.as_mut()?;
+        if done && steps == Steps::Taken && gate().waiting() > 0 && !self.device.memory().is_missing() {
+            // The work of another process that waited for this step's ends at the same time, which that one sees a moment later.
+            if time >= *step.ended.get_or_insert(time) + STEP {
+                gate().let_in(step.threads);
+                (step.let_in, step.threads) = (Some(time), (2 * step.threads).min(MOST_STEPS));
+            }
+        }
+        Some(Look::Again(time + STEP / 2))
+    }
+
+    /// Lets no more threads in, and has the work marked that they have submitted.
+    fn end_step(shut: &mut Shut) {
+        gate().let_nobody_in();
+        (shut.mark, shut.left) = (None, usize::MAX);
     }
 
     /// Whether the client has drained, now that the marked work is done: another engine may have let threads in.
