@@ -165,6 +165,7 @@ impl Page {
             &own.drain_retries,
             &own.host_promise,
             &self.slot(slot).claimed,
+            &self.slot(slot).gang,
         ];
         for word in words {
             word.store(0, Ordering::Relaxed);

@@ -3,9 +3,9 @@
 //! A process with several GPUs runs only when it has all of them, because any call may use any of them. A *gang* is a set of
 //! processes that wait for each other's work, such as the ranks of a training: it runs only when each of them has its GPUs,
 //! because else the work of one would hold a GPU and wait for another that cannot run. If two of them took GPUs in any order,
-//! each might hold one that the other waits for. So all take GPUs in the same order, by UUID, and by slot where several
-//! processes of a gang use one GPU. (Ordered acquisition of locks prevents a circular wait in the same way.) A process or a
-//! gang
+//! each might hold one that the other waits for. So all take GPUs in the same order, by UUID. (Ordered acquisition of locks
+//! prevents a circular wait in the same way.) Where several processes of a gang use one GPU, they ask at the same time, and
+//! the policy admits all of them or none. A process or a gang
 //!
 //! - asks for a GPU only while it has all the ones before it ([`GangOrder::may_ask`]), and keeps those meanwhile;
 //! - gives up a GPU when it waits for one before it ([`GangOrder::must_give_up`]): because it lost that one, or
@@ -54,7 +54,7 @@ pub enum GpuState {
     Ready,
 }
 
-/// A place in the order: a GPU, and the slot of a process there.
+/// A GPU, and the slot of a process there.
 pub type Seat = (GpuUuid, SlotIndex);
 
 /// The GPUs of one process, and those of the other processes of its gang.
@@ -123,11 +123,10 @@ impl GangOrder {
         self.members.iter().map(|(seat, _)| *seat).find(|(member, _)| *member == gpu)
     }
 
-    /// The states of the seats on one side of this process's on a GPU.
+    /// The states of all seats on the GPUs on one side of a GPU.
     fn those(&self, gpu: GpuUuid, side: Ordering) -> impl Iterator<Item = GpuState> {
-        let seat = self.seat(gpu);
         let all = self.members.iter().chain(&self.others);
-        all.filter(move |(other, _)| seat.is_some_and(|seat| other.cmp(&seat) == side)).map(|(_, state)| *state)
+        all.filter(move |((other, _), _)| other.cmp(&gpu) == side).map(|(_, state)| *state)
     }
 
     fn before(&self, gpu: GpuUuid) -> impl Iterator<Item = GpuState> {

@@ -175,6 +175,12 @@ impl Page {
         }
     }
 
+    /// Writes which gang the client in a slot belongs to, 0 for none. For the arbiter, which then decides anew. True if it was
+    /// another one.
+    pub fn set_gang(&self, slot: SlotIndex, gang: u64) -> bool {
+        self.slot(slot).gang.swap(gang, Ordering::Relaxed) != gang
+    }
+
     /// Sets the bandwidth that holds until the first measurement, in bytes a second each way. What is measured stays.
     pub fn guess_bandwidth(&self, bytes_per_second: u64) {
         for word in self.header.bandwidth.iter().filter(|word| word.load(Ordering::Relaxed).guessed) {
@@ -236,7 +242,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 7"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 8"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }

@@ -10,6 +10,7 @@
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //! - What a client has whose drain stands still is asked for last, and who fits beside it goes ahead of who does not.
+//! - Clients of one gang on a GPU are admitted together or not at all, if they fit there together.
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -27,7 +28,7 @@
 //! or to the end of its turn if less than a quantum of that would be left. So a wait is at most
 //! P + (n - 1) x (2.5 x longest quantum + longest fill + longest drain).
 //!
-//! **Processes with several GPUs.** Such a process gets its GPUs one after the other, in the order of their
+//! **Processes with several GPUs, and gangs.** Such a process, or gang of processes that wait for each other, gets its GPUs one after the other, in the order of their
 //! UUIDs, and keeps what it has while it waits for the next: its slices begin only when it has all
 //! ([`NOT_BEGUN`]). So a holder may add to the wait above what it waits itself for its further GPUs. Those
 //! all come later in the one order: holders of the last GPU wait for nothing more, so the bound W there is the
@@ -69,27 +70,46 @@ pub fn admit(snapshot: &Snapshot) -> SlotSet {
         snapshot.clients().filter(|(_, view)| view.stuck).map(|(_, view)| u64::from(view.evictable())).sum();
     if stuck > 0 {
         // Those who fit beside what does not move do not wait for it with those who don't.
-        let beside = fitting(&order, u64::from(snapshot.usable()).saturating_sub(stuck) as Granules);
+        let room = u64::from(snapshot.usable()).saturating_sub(stuck) as Granules;
+        let beside = fitting(snapshot, &order, room);
         if !beside.is_empty() {
             return beside;
         }
     }
     match order.first() {
-        Some((slot, demand)) if *demand > snapshot.usable() => fitting(&order[1..], 0).with(*slot),
-        _ => fitting(&order, snapshot.usable()),
+        Some((slot, demand)) if *demand > snapshot.usable() => fitting(snapshot, &order[1..], 0).with(*slot),
+        _ => fitting(snapshot, &order, snapshot.usable()),
     }
 }
 
-/// Those who fit, in the order in which they come; the others are passed over.
-fn fitting(order: &[(SlotIndex, Granules)], mut left: Granules) -> SlotSet {
-    let mut chosen = SlotSet::EMPTY;
+/// Those who fit, in the order in which they come; the others are passed over. The first client of a gang needs room for all of
+/// its gang's on this GPU, whether they wait already or not, and the others of that gang have it then: else parts of two gangs
+/// could have the GPU, and each would wait for room for its other part.
+fn fitting(snapshot: &Snapshot, order: &[(SlotIndex, Granules)], mut left: Granules) -> SlotSet {
+    let (mut chosen, mut gangs) = (SlotSet::EMPTY, Vec::new());
     for (slot, demand) in order {
-        if *demand <= left {
+        let gang = gang_demand(snapshot, *slot);
+        if gang.is_some_and(|(gang, _)| gangs.contains(&gang)) {
+            chosen = chosen.with(*slot);
+            continue;
+        }
+        let demand = gang.map_or(*demand, |(_, demand)| demand);
+        if demand <= left {
             left -= demand;
             chosen = chosen.with(*slot);
+            gangs.extend(gang.map(|(gang, _)| gang));
         }
     }
     chosen
+}
+
+/// The number of a client's gang, and granules that all its clients on this GPU need together. `None` without a gang, and for
+/// one that does not fit there as a whole: its clients then take turns with each other.
+fn gang_demand(snapshot: &Snapshot, slot: SlotIndex) -> Option<(u64, Granules)> {
+    let gang = Some(snapshot.view(slot).gang).filter(|gang| *gang != 0)?;
+    let members = snapshot.clients().filter(|(_, view)| view.gang == gang);
+    let demand: u64 = members.map(|(_, view)| u64::from(view.movable())).sum();
+    (demand <= u64::from(snapshot.usable())).then_some((gang, demand as Granules))
 }
 
 /// Where a client stands in the queue; its [`Place`] decides between equals.

@@ -52,6 +52,8 @@ pub struct SlotView {
     pub priority: Priority,
     /// Its drain stands still ([`Stall`]): what it has on the GPU stays for nobody knows how long.
     pub stuck: bool,
+    /// The number of its gang, 0 if it belongs to none.
+    pub gang: u64,
 }
 
 impl SlotView {
@@ -178,6 +180,7 @@ impl Page {
             weight,
             priority,
             stuck: stalled && phase == Phase::Draining,
+            gang: row.gang.load(Ordering::Relaxed),
         }
     }
 

@@ -22,7 +22,7 @@ use std::cell::UnsafeCell;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 7;
+pub const LAYOUT_VERSION: u32 = 8;
 
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
@@ -158,7 +158,9 @@ pub struct Slot {
     pub(crate) name: [AtomicU64; NAME_BYTES / 8],
     /// 1 once the owner's process knows that the slot is its own ([`Page::claim`]). That process writes it, once.
     pub(crate) claimed: AtomicU64,
-    _to_the_next_line: Padding<16>,
+    /// The gang that the client belongs to ([`crate::gang_page`]); 0 if none. The arbiter writes it.
+    pub(crate) gang: AtomicU64,
+    _to_the_next_line: Padding<8>,
 
     /// What the owner writes.
     pub(crate) own: OwnWords,
@@ -263,6 +265,7 @@ impl Page {
             memory_limit: packed(),
             name: std::array::from_fn(|_| word()),
             claimed: word(),
+            gang: word(),
             _to_the_next_line: Padding::new(),
             own: OwnWords {
                 phase: packed(),
@@ -353,7 +356,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Another number here needs another LAYOUT_VERSION.
-        assert_eq!(LAYOUT_VERSION, 7);
+        assert_eq!(LAYOUT_VERSION, 8);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
         assert_eq!(offset_of!(Header, free), 256);
     }

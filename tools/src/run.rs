@@ -50,6 +50,10 @@ pub struct Options {
     /// The most memory of each GPU that the program may have: a size, such as 8GiB, or a part, such as 25% [default: none]
     #[arg(long, value_name = "SIZE|PERCENT", value_parser = limit_as_written)]
     memory_limit: Option<String>,
+    /// A name that processes on this machine which wait for each other's GPU work have in common, and how many they are,
+    /// such as training:2. Processes that use NCCL are recognised without it
+    #[arg(long, value_name = "NAME:SIZE", value_parser = gang_as_written)]
+    gang: Option<String>,
     /// The program to run, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -104,12 +108,13 @@ pub fn run(options: Options) -> Result<ExitCode, Failure> {
     if let Some(name) = &options.name {
         command.env("NVSHARE_CLIENT_NAME", name);
     }
-    let shares = [
+    let variables = [
         ("NVSHARE_WEIGHT", options.weight.map(|weight| weight.to_string())),
         ("NVSHARE_PRIORITY", options.priority.map(|priority| priority.to_string())),
         ("NVSHARE_MEMORY_LIMIT", options.memory_limit),
+        ("NVSHARE_GANG", options.gang),
     ];
-    command.envs(shares.into_iter().filter_map(|(name, value)| Some((name, value?))));
+    command.envs(variables.into_iter().filter_map(|(name, value)| Some((name, value?))));
     supervise(command, &options.program[0])
 }
 
@@ -129,6 +134,14 @@ fn system_arbiter_is_starting(dir: &Path) -> Result<bool, Failure> {
             "the arbiter of this system does not answer, and its clients may have memory on the GPUs: {error}. Start it again (systemctl start nvshare-arbiter), or have an arbiter of your own with --runtime-dir DIR"
         ))),
     }
+}
+
+/// A gang's name and size that make sense, as they were written: the program reads them again.
+fn gang_as_written(text: &str) -> Result<String, String> {
+    let right = nvshare::membership::parse_name(text).is_some();
+    right.then(|| text.to_owned()).ok_or_else(|| {
+        "write a name and the number of processes on this machine that have it, two or more, such as training:2".into()
+    })
 }
 
 /// A limit that makes sense, as it was written: the program reads it again.

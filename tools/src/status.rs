@@ -23,8 +23,9 @@ use std::path::{Path, PathBuf};
 A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it is the pool less what it needs, its \
 context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
 
-Below the clients stand those that are to give way and cannot, with the reason, and those whose weight, priority or \
-memory limit is not the usual one; `nvshare set` changes them.
+Below the clients stand those that are to give way and cannot, with the reason, those that run together with others \
+because they wait for each other (a gang), and those whose weight, priority or memory limit is not the usual one; \
+`nvshare set` changes these three.
 
 A screen that is too narrow for the table has further columns below. COLUMNS sets its width.
 
@@ -109,6 +110,8 @@ pub struct Client {
     pub waiting_ns: Option<u64>,
     /// How long its slice lasts yet, ns; null if nobody waits for its end.
     pub slice_left_ns: Option<u64>,
+    /// The number of the gang of processes that it runs together with; null if it belongs to none.
+    pub gang: Option<u64>,
     /// Its share against others', 1 to 1000.
     pub weight: u32,
     /// low, normal or high: how soon its turn comes.
@@ -217,6 +220,7 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
         slice_left_ns: policy::slice_end(snapshot, slot)
             .filter(|_| snapshot.admitted.contains(slot))
             .map(|end| end.saturating_sub(time)),
+        gang: (details.view.gang != 0).then_some(details.view.gang),
         weight,
         priority: priority.to_string(),
         memory_limit_bytes: memory_limit.granules(snapshot.capacity).map(bytes),
@@ -348,10 +352,11 @@ fn stall(client: &Client) -> Option<String> {
     ))
 }
 
-/// What a client's shares are, if they are not the usual ones: few have any, and the table is wide enough.
+/// What a client's gang and shares are, if they are not the usual ones: few have any, and the table is wide enough.
 fn shares(client: &Client) -> Option<String> {
     let usual = Shares::default();
     let mut unusual = Vec::new();
+    unusual.extend(client.gang.map(|gang| format!("runs together with gang {gang}")));
     if client.weight != usual.weight {
         unusual.push(format!("weight {}", client.weight));
     }

@@ -148,9 +148,15 @@ impl Gangs {
     }
 }
 
-/// Puts right, in the page, what the arbiter alone decides and everybody can overwrite.
+/// Puts right, in the pages, what the arbiter alone decides and everybody can overwrite. To be called after a change, too.
 pub(super) fn restore(state: &mut State) {
     state.gangs.regroup();
+    for (id, client) in state.clients.iter() {
+        let page = &state.gpus[client.gpu].served.page;
+        if page.set_gang(client.slot, state.gangs.of(id).unwrap_or(0)) {
+            page.decide();
+        }
+    }
 }
 
 #[cfg(test)]

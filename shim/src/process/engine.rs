@@ -241,6 +241,10 @@ impl Engine {
         let of_gang = self.update_gang();
         let until = match self.client.phase() {
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
+            // Its gang cannot run before a process that is stopped goes on, and others have a use for the GPU.
+            Phase::Idle if gang::is_somebody_silent() && self.others_use_it() => {
+                by(until, now() + STUCK_POLL_INTERVAL)
+            }
             Phase::Idle if gang::is_wanted() && gang::may_ask(gpu) => {
                 self.idle.returns();
                 return self.client.request();
@@ -329,6 +333,12 @@ impl Engine {
         // Nothing rings when a client's work has not ended for long.
         let watch = (phase == Phase::Waiting).then(|| now() + STUCK_POLL_INTERVAL);
         [again, watch].into_iter().flatten().min()
+    }
+
+    /// Whether other clients have this GPU or wait for it.
+    fn others_use_it(&self) -> bool {
+        let snapshot = self.device.snapshot();
+        snapshot.clients().any(|(slot, view)| slot != self.slot() && view.phase.wants_gpu())
     }
 
     /// How long the switch takes for which somebody needs this GPU, or another one of the gang, ns. `None` if nobody does.

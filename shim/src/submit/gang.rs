@@ -134,6 +134,9 @@ impl Gang {
             return true;
         }
         let before = self.works;
+        if !before && self.seats.is_somebody_silent() && self.reports.iter().any(|(_, report)| report.needed) {
+            return false;
+        }
         if !before {
             // Shown before the others are looked at, so that a cut that begins now either is seen here or sees this.
             self.works = true;
@@ -525,9 +528,16 @@ pub fn waits_beyond(gpu: GpuUuid) -> bool {
     gang.order.waits_beyond(gpu)
 }
 
-/// See [`GangOrder::is_blocked`].
+/// Whether the process may wait for long for what lets it run: see [`GangOrder::is_blocked`], or a process of its gang does not
+/// answer.
 pub fn is_blocked(gpu: GpuUuid) -> bool {
-    gang().order.is_blocked(gpu)
+    let gang = gang();
+    gang.order.is_blocked(gpu) || gang.seats.is_somebody_silent()
+}
+
+/// Whether a process of the gang does not answer.
+pub fn is_somebody_silent() -> bool {
+    gang().seats.is_somebody_silent()
 }
 
 /// Marks the end of all work of the process so far on every GPU, because work on one may use memory of

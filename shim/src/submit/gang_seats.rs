@@ -2,6 +2,7 @@
 //!
 //! Each GPU of a process in a gang has a *seat*, with a thread that sleeps on the seat's doorbell and wakes the GPU's engine.
 //! The thread does nothing else, so a process that does not answer its doorbell is stopped, and is left out until it answers.
+//! Meanwhile the others begin to run only on GPUs that nobody else needs, because their work may not end before it answers.
 
 use nvshare::gang_cut::Row;
 use nvshare::gang_order::Seat;
@@ -162,6 +163,11 @@ impl Seats {
             }
         }
         rows
+    }
+
+    /// Whether somebody is left out because it does not answer.
+    pub fn is_somebody_silent(&self) -> bool {
+        self.others.iter().any(|other| other.left_out)
     }
 
     /// When somebody who has not answered yet will be left out, ns.

@@ -95,6 +95,28 @@ pub fn library(name: &str) -> PathBuf {
     built(name, &format!("lib{name}.so"), &["-shared", "-fPIC"])
 }
 
+/// The stand-in for NCCL, `tests/programs/nccl_stand_in.c`, under NCCL's name.
+///
+/// # Panics
+/// As for [`program`].
+pub fn nccl() -> PathBuf {
+    built("nccl_stand_in", "libnccl.so.2", &["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2"])
+}
+
+/// A program that uses the stand-in for NCCL: linked against it, or with a copy of it inside whose functions nobody else sees.
+///
+/// # Panics
+/// As for [`program`].
+pub fn program_with_nccl(name: &str, inside: bool) -> PathBuf {
+    if inside {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs/nccl_stand_in.c");
+        return built(name, &format!("{name}_with_nccl_inside"), &[source.to_str().expect("the path is UTF-8")]);
+    }
+    let library = nccl();
+    let run_path = format!("-Wl,-rpath,{}", library.parent().expect("it is in a folder").display());
+    built(name, name, &["-Wl,--no-as-needed", library.to_str().expect("the path is UTF-8"), &run_path])
+}
+
 fn built(name: &str, file: &str, options: &[&str]) -> PathBuf {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs");
     let source = sources.join(name).with_extension("c");
@@ -105,7 +127,8 @@ fn built(name: &str, file: &str, options: &[&str]) -> PathBuf {
     let folder = profile.join("test-programs");
     let program = folder.join(file);
     let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();
-    let newest_source = modified(&source).max(modified(&sources.join("driver.h")));
+    let shared = ["driver.h", "nccl.h", "nccl_stand_in.c"].map(|name| modified(&sources.join(name)));
+    let newest_source = shared.into_iter().chain([modified(&source)]).max().flatten();
     if modified(&program) > newest_source {
         return program;
     }

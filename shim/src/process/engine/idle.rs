@@ -85,11 +85,14 @@ impl Engine {
     /// It is the process that is idle, and not the GPU alone: what runs on another GPU of the process may use
     /// this one's memory, and nothing can be submitted there without this one.
     pub(super) fn look_idle(&mut self, switch: Nanos) -> Use {
+        let begun = self.device.books.slice_has_begun();
+        if !begun && gang::is_blocked(self.device.gpu) {
+            // What it waits for may be waiting for this GPU.
+            return Use::Idle;
+        }
         if gang::waits_beyond(self.device.gpu) {
-            // It keeps what it has for a slice that is to come, and not for one that it had (nvshare::gang_order); and not
-            // from work that may be what it waits for.
-            let kept = !self.device.books.slice_has_begun() && !gang::is_blocked(self.device.gpu);
-            return if kept { Use::Kept } else { Use::Idle };
+            // It keeps what it has for a slice that is to come, and not for one that it had (nvshare::gang_order).
+            return if begun { Use::Idle } else { Use::Kept };
         }
         let (time, grace) = (now(), self.page().settings().idle_grace);
         let again = time + (grace / 2).max(MILLISECOND);

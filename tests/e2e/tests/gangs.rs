@@ -1,0 +1,311 @@
+//! Jobs whose ranks are processes that wait for each other on the GPU, several of them on the same simulated GPUs, where no two
+//! fit together: all get on, and their data is right.
+//!
+//! The programs know nothing of nvshare (`tests/programs/ranks.c`), and their collectives are those of a stand-in for NCCL.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use nvshare_test_support::{Patience, program_with_nccl};
+use nvshare_tools::node::{Node, SimulatedGpu, TempDir, start_arbiter};
+use nvshare_tools::status::{self, Client, Gpu};
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+const TIMEOUT: Patience = Patience::seconds(120);
+
+/// Rounds that each job gets on by while all live.
+const ROUNDS: u64 = 60;
+
+/// The exit status of a rank that has lost another one.
+const LOST: i32 = 5;
+
+struct Machine {
+    gpu: SimulatedGpu,
+    node: Node,
+    dir: TempDir,
+}
+
+fn arguments() -> [String; 4] {
+    ["--capacity", "64MiB", "--quantum", "50ms"].map(str::to_owned)
+}
+
+/// A machine with so many GPUs, and pools of 64 MiB.
+fn machine(gpus: u32) -> Machine {
+    let set = |name: &'static str, value: &str| (name, value.to_owned());
+    let gpu = SimulatedGpu::new(&[
+        set("GPUS", &gpus.to_string()),
+        set("MEMORY", "256MiB"),
+        set("CONTEXT_BYTES", "2MiB"),
+        set("LINK_BANDWIDTH", "8GiB"),
+    ])
+    .expect("the workspace is built: cargo build --workspace");
+    let node = Node::start(gpu.environment(&[]), &arguments());
+    Machine { gpu, node: node.unwrap(), dir: TempDir::new().unwrap() }
+}
+
+impl Machine {
+    fn gpus(&self) -> Vec<Gpu> {
+        status::read(self.node.dir()).unwrap().gpus
+    }
+
+    fn clients(&self) -> Vec<Client> {
+        self.gpus().into_iter().flat_map(|gpu| gpu.clients).collect()
+    }
+
+    /// Ends the arbiter, and starts another one in the same place.
+    fn next_arbiter(&self) {
+        let before = self.node.arbiter_pid();
+        kill(Pid::from_raw(before as i32), Signal::SIGKILL).unwrap();
+        let started = start_arbiter(self.node.dir(), &arguments(), &self.gpu.environment(&[])).unwrap();
+        assert!(started.is_some_and(|arbiter| arbiter.id() != before));
+    }
+
+    /// Everybody is gone, and so is every granule that they had, on every GPU.
+    fn balances(&self) {
+        TIMEOUT.until("all clients are reaped", || self.clients().is_empty());
+        for gpu in self.gpus() {
+            assert_eq!(gpu.free_bytes, gpu.capacity_bytes as i64, "a granule of {} was lost", gpu.uuid);
+            assert_eq!(gpu.repaired, 0, "the books of {} had to be repaired", gpu.uuid);
+        }
+    }
+}
+
+/// How a job is run.
+#[derive(Clone)]
+struct Shape {
+    /// The GPUs of each rank.
+    ranks: Vec<Vec<u32>>,
+    mib: u32,
+    /// How many rounds a rank launches before it waits for its GPU.
+    ahead: u32,
+    program: PathBuf,
+    variables: Vec<(&'static str, String)>,
+}
+
+/// A rank for each of these GPUs, with 50 MiB, so that no two fit.
+fn job(gpus: &[u32]) -> Shape {
+    Shape {
+        ranks: gpus.iter().map(|gpu| vec![*gpu]).collect(),
+        mib: 50,
+        ahead: 1,
+        program: program_with_nccl("ranks", false),
+        variables: Vec::new(),
+    }
+}
+
+struct Rank {
+    process: Child,
+    input: Option<ChildStdin>,
+    ready: Arc<AtomicBool>,
+    rounds: Arc<AtomicU64>,
+}
+
+/// Killed when dropped.
+impl Drop for Rank {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+struct Job {
+    ranks: Vec<Rank>,
+}
+
+impl Job {
+    fn start(machine: &Machine, name: &str, shape: &Shape) -> Self {
+        let file = machine.dir.path().join(name);
+        let count = shape.ranks.len().to_string();
+        let ranks = shape.ranks.iter().enumerate().map(|(rank, devices)| {
+            let mut command = Command::new(&shape.program);
+            command.arg(&file).args([&rank.to_string(), &count, &shape.mib.to_string(), &shape.ahead.to_string()]);
+            command.args(devices.iter().map(u32::to_string)).envs(machine.node.environment());
+            command.envs(shape.variables.iter().map(|(name, value)| (name, value)));
+            let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+            let (ready, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+            let output = BufReader::new(process.stdout.take().unwrap());
+            let (is_ready, so_far) = (ready.clone(), rounds.clone());
+            std::thread::spawn(move || {
+                for line in output.lines().map_while(Result::ok) {
+                    match line.split_once(' ') {
+                        None if line == "ready" => is_ready.store(true, Ordering::Release),
+                        Some(("round", number)) => so_far.store(number.parse().unwrap(), Ordering::Release),
+                        _ => {}
+                    }
+                }
+            });
+            Rank { input: process.stdin.take(), process, ready, rounds }
+        });
+        Self { ranks: ranks.collect() }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ranks.iter().all(|rank| rank.ready.load(Ordering::Acquire))
+    }
+
+    /// The rounds of the rank that has done the fewest.
+    fn rounds(&self) -> u64 {
+        self.ranks.iter().map(|rank| rank.rounds.load(Ordering::Acquire)).min().unwrap()
+    }
+
+    /// The ranks end by themselves, with right data.
+    fn ends_well(mut self) {
+        self.ranks.iter_mut().for_each(|rank| drop(rank.input.take()));
+        for rank in 0..self.ranks.len() {
+            let status = self.ended(rank);
+            assert!(status.success(), "rank {rank}: {status}: wrong data, or a CUDA error");
+        }
+    }
+
+    fn ended(&mut self, rank: usize) -> ExitStatus {
+        let process = &mut self.ranks[rank].process;
+        TIMEOUT.until("a rank has ended", || process.try_wait().unwrap().is_some());
+        process.wait().unwrap()
+    }
+}
+
+/// All of them get on by some rounds while all live.
+fn all_get_on(jobs: &[&Job]) {
+    TIMEOUT.until("all jobs are ready", || jobs.iter().all(|job| job.is_ready()));
+    let before: Vec<_> = jobs.iter().map(|job| job.rounds()).collect();
+    let done = || jobs.iter().zip(&before).map(|(job, before)| job.rounds() - before).collect::<Vec<_>>();
+    TIMEOUT.until("all jobs get on", || done().iter().all(|rounds| *rounds >= ROUNDS));
+    println!("rounds in the same time: {:?}", done());
+}
+
+/// All of these get on and end well, and take turns on each of their GPUs.
+fn all_take_turns(gpus: u32, shapes: &[Shape]) {
+    let machine = machine(gpus);
+    let start = |(number, shape): (usize, &Shape)| Job::start(&machine, &format!("job{number}"), shape);
+    let jobs: Vec<_> = shapes.iter().enumerate().map(start).collect();
+    all_get_on(&jobs.iter().collect::<Vec<_>>());
+    let clients = machine.clients();
+    assert!(clients.iter().all(|client| client.bytes_in > 0), "somebody's memory never came back: {clients:?}");
+    let (slices, retries) = clients.iter().fold((0, 0), |(slices, retries), client| {
+        (slices + client.slices, retries + client.drain_retries)
+    });
+    println!("{slices} slices, {retries} drains tried again");
+    jobs.into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
+
+#[test]
+fn two_jobs_of_two_ranks() {
+    all_take_turns(2, &[job(&[0, 1]), job(&[0, 1])]);
+}
+
+#[test]
+fn three_jobs_whose_ranks_are_in_another_order() {
+    all_take_turns(2, &[job(&[0, 1]), job(&[1, 0]), job(&[0, 1])]);
+}
+
+#[test]
+fn ranks_that_launch_far_ahead_of_each_other() {
+    let ahead = Shape { ahead: 64, variables: vec![("LATE_US", "3000".into())], ..job(&[0, 1]) };
+    all_take_turns(2, &[ahead.clone(), ahead]);
+}
+
+#[test]
+fn one_process_with_both_gpus_beside_a_gang() {
+    let alone = Shape { ranks: vec![vec![1, 0]], ..job(&[]) };
+    all_take_turns(2, &[job(&[0, 1]), alone]);
+}
+
+#[test]
+fn those_that_use_one_gpu_beside_a_gang() {
+    all_take_turns(2, &[job(&[0, 1]), job(&[0]), job(&[1])]);
+}
+
+#[test]
+fn gangs_on_overlapping_gpus() {
+    all_take_turns(3, &[job(&[0, 1]), job(&[1, 2]), job(&[2, 0])]);
+}
+
+#[test]
+fn ranks_that_find_nccl_at_run_time() {
+    let at_run_time = Shape { variables: vec![("NCCL_AT_RUN_TIME", "1".into())], ..job(&[0, 1]) };
+    all_take_turns(2, &[at_run_time.clone(), at_run_time]);
+}
+
+/// A program that has NCCL inside it, which nobody sees.
+fn named(name: &str) -> Shape {
+    let gang = format!("{name}:2");
+    Shape { program: program_with_nccl("ranks", true), variables: vec![("NVSHARE_GANG", gang)], ..job(&[0, 1]) }
+}
+
+#[test]
+fn gangs_that_are_named() {
+    all_take_turns(2, &[named("first"), named("second")]);
+}
+
+#[test]
+fn whoever_shares_a_communicator_is_one_gang_and_others_are_not() {
+    let machine = machine(2);
+    let small = Shape { mib: 4, ..job(&[0, 1]) };
+    let (first, second) = (Job::start(&machine, "first", &small), Job::start(&machine, "second", &small));
+    let alone = Job::start(&machine, "alone", &Shape { mib: 4, ..job(&[0]) });
+    let all = [&first, &second, &alone];
+    TIMEOUT.until("all jobs are ready", || all.iter().all(|job| job.is_ready()));
+    let clients = machine.clients();
+    let gang = |rank: &Rank| clients.iter().find(|client| client.pid == rank.process.id()).unwrap().gang;
+    let gangs = |job: &Job| job.ranks.iter().map(gang).collect::<Vec<_>>();
+    assert!(gangs(&first)[0].is_some() && gangs(&first)[0] == gangs(&first)[1], "{clients:?}");
+    assert!(gangs(&second)[0].is_some() && gangs(&second)[0] == gangs(&second)[1], "{clients:?}");
+    assert_ne!(gangs(&first), gangs(&second));
+    assert_eq!(gangs(&alone), [None]);
+    [first, second, alone].into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
+
+#[test]
+fn a_rank_that_is_killed_leaves_the_others_what_nccl_gives_them_and_other_jobs_go_on() {
+    let machine = machine(2);
+    let (mut first, second) =
+        (Job::start(&machine, "first", &job(&[0, 1])), Job::start(&machine, "second", &job(&[0, 1])));
+    all_get_on(&[&first, &second]);
+    first.ranks[1].process.kill().unwrap();
+    assert_eq!(first.ended(1).signal(), Some(9));
+    assert_eq!(first.ended(0).code(), Some(LOST));
+    let third = Job::start(&machine, "third", &job(&[0, 1]));
+    all_get_on(&[&second, &third]);
+    [second, third].into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
+
+/// The ranks of one job fit on one GPU only one at a time: they are told, and take turns as if they were strangers.
+#[test]
+fn ranks_on_one_gpu_that_do_not_fit_there_together_do_not_hold_others_up() {
+    let machine = machine(1);
+    // Without collectives they could take turns; with them, one waits for the other, which cannot come in.
+    let together = Job::start(&machine, "together", &job(&[0, 0]));
+    let other = Job::start(&machine, "other", &Shape { mib: 2, ..job(&[0]) });
+    all_get_on(&[&other]);
+    drop(together);
+    other.ends_well();
+    machine.balances();
+}
+
+/// Ranks on one GPU that fit there run together beside a job that does not fit beside them.
+#[test]
+fn two_ranks_on_one_gpu() {
+    let pair = Shape { mib: 24, ..job(&[0, 0]) };
+    all_take_turns(1, &[pair.clone(), pair]);
+}
+
+#[test]
+fn the_next_arbiter_knows_the_gangs() {
+    let machine = machine(2);
+    let (first, second) =
+        (Job::start(&machine, "first", &job(&[0, 1])), Job::start(&machine, "second", &job(&[0, 1])));
+    all_get_on(&[&first, &second]);
+    machine.next_arbiter();
+    let in_gangs = || machine.clients().iter().filter(|client| client.gang.is_some()).count();
+    TIMEOUT.until("the new arbiter knows both gangs", || in_gangs() == 4);
+    all_get_on(&[&first, &second]);
+    [first, second].into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
