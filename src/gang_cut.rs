@@ -93,6 +93,11 @@ impl Cut {
     }
 }
 
+/// Whether threads go on in this stage, so that work that stands still can end.
+fn goes_on(stage: Stage) -> bool {
+    matches!(stage, Stage::Let | Stage::Step)
+}
+
 fn newer(number: u32, than: u32) -> bool {
     number.wrapping_sub(than) as i32 > 0
 }
@@ -255,11 +260,11 @@ pub fn step(own: Cut, others: &[Row]) -> Cut {
     }
 }
 
-/// The cut of a process that begins to run, or gives a cut up and runs on. The number stays: it is no news to those who let
-/// their threads go on under it.
+/// The cut of a process that begins to run, or gives a cut up and runs on. It takes the newest number, and makes no newer one:
+/// it is no news to those who let their threads go on under it.
 #[must_use]
-pub fn run_on(own: Cut) -> Cut {
-    Cut::new(Stage::Run, own.number)
+pub fn run_on(own: Cut, others: &[Row]) -> Cut {
+    Cut::new(Stage::Run, news(own, others).unwrap_or(own).number)
 }
 
 /// The cut of a process that leaves with its work done.
@@ -268,12 +273,13 @@ pub fn leave(own: Cut) -> Cut {
     Cut::new(Stage::Left, own.number.wrapping_add(1))
 }
 
-/// The cut of a process that drains, or has drained, and has missed that the gang has gone through stage Let and shut again: it
-/// stays shut under the newer number.
+/// The cut of a process that has missed that the gang has gone on to other stages and is back in one like its own: it stays as it
+/// is, under the newer number.
 #[must_use]
 pub fn keep_up(own: Cut, others: &[Row]) -> Cut {
     match news(own, others) {
         Some(cut) if own.is_shut() && cut.is_shut() => Cut::new(own.stage, cut.number),
+        Some(cut) if goes_on(own.stage) && goes_on(cut.stage) => Cut::new(own.stage, cut.number),
         _ => own,
     }
 }
@@ -290,7 +296,6 @@ pub fn all_have_drained(own: Cut, others: &[Row]) -> bool {
 
 /// Whether some other process's work stands still, for whose end threads go on.
 pub fn work_stands(others: &[Row]) -> bool {
-    let goes_on = |stage| matches!(stage, Stage::Let | Stage::Step);
     others.iter().any(|row| row.works && goes_on(row.cut.stage) && row.stands && !row.endless)
 }
 
@@ -311,3 +316,7 @@ pub fn may_run(own: Cut, others: &[Row], running: bool) -> bool {
     };
     others.iter().all(there) && !is_called_to_shut(own, others)
 }
+
+// Not under Miri: this module has no unsafe code and no atomics, and its tests search all states, which takes Miri hours.
+#[cfg(all(test, not(loom), not(miri)))]
+mod tests;

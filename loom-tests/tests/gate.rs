@@ -242,3 +242,16 @@ fn nobody_stands_before_a_gate_that_has_failed() {
         assert!(!gate.try_enter(&gate.lane()));
     });
 }
+
+/// A thread that is let in through the shut gate, or is not any more: nobody is inside while memory moves.
+#[test]
+fn whoever_is_let_in_is_seen() {
+    check(3, || {
+        let (gate, memory) = (Arc::new(Gate::new()), Arc::new(Memory(UnsafeCell::new(0))));
+        let one = submitter(&gate, &memory);
+        gate.let_in(1);
+        gate.let_nobody_in();
+        swap(&gate, &memory);
+        one.join().unwrap();
+    });
+}

@@ -146,7 +146,7 @@ impl Gang {
         self.works = before || gang_cut::may_run(self.cut, &self.others, false);
         let may = self.works && gang_cut::may_run(self.cut, &self.others, before);
         if may {
-            (self.cut, self.idle, self.endless) = (gang_cut::run_on(self.cut), false, false);
+            (self.cut, self.idle, self.endless) = (gang_cut::run_on(self.cut, &self.others), false, false);
         }
         may
     }
@@ -370,6 +370,7 @@ pub fn begin_steps() -> bool {
         gang.cut = gang_cut::step(gang.cut, &gang.others);
         gang.stands = true;
         gang.show();
+        tracing::debug!("work of this process waits for processes of its gang: their threads go on by steps");
     }
     begins
 }
@@ -401,8 +402,9 @@ pub fn endless(endless: bool) {
 pub fn stands_no_more() -> bool {
     let mut gang = gang();
     gang.stands = false;
-    gang.show();
     gang.look();
+    gang.cut = gang_cut::keep_up(gang.cut, &gang.others);
+    gang.show();
     gang_cut::work_stands(&gang.others)
 }
 
