@@ -192,9 +192,7 @@ pub(crate) fn ask(
         | Status::Changed
         | Status::Attached
         | Status::Asked
-        | Status::Ganged => {
-            Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}")))
-        }
+        | Status::Ganged => Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}"))),
         _ => Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
     }
 }

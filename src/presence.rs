@@ -29,9 +29,9 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::socket::MsgFlags;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Once, OnceLock};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Once, OnceLock};
 use std::time::Duration;
 
 /// The descriptors that a registered client keeps, by their numbers, which are the same in both tables.

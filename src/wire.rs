@@ -540,7 +540,9 @@ impl GangRequest {
             ))
         })?;
         if request.magic != GANG_MAGIC || request.joins > 1 {
-            return Err(malformed("this is not a request about gangs (wrong magic, or neither joins nor leaves)"));
+            return Err(malformed(
+                "this is not a request about gangs (wrong magic, or neither joins nor leaves)",
+            ));
         }
         let slot = SlotIndex::new(request.slot as usize)
             .ok_or_else(|| malformed(&format!("there is no slot {}", request.slot)))?;

@@ -84,7 +84,8 @@ impl Gang {
         let (row, others, done) = (self.processes[index].row, self.others(index), self.done(index));
         let cut = row.cut;
         let mut steps = Vec::new();
-        let mut step = |change: &dyn Fn(&mut Row)| steps.push(self.with(index, |process| change(&mut process.row)));
+        let mut step =
+            |change: &dyn Fn(&mut Row)| steps.push(self.with(index, |process| change(&mut process.row)));
         let shut = |row: &mut Row| {
             row.cut = super::shut(cut, &others);
             (row.state, row.stands, row.wants) = (GpuState::Draining, false, true);
@@ -223,7 +224,10 @@ fn a_member_whose_work_does_not_end_is_not_waited_for() {
     assert!(all_have_drained(own, &[Row { endless: true, ..works }]));
     assert!(all_have_drained(own, &[Row { cut: own, ..works }]));
     assert!(all_have_drained(own, &[Row { works: false, ..works }]));
-    assert!(!all_have_drained(own, &[Row { cut: Cut::new(Stage::Drained, 6), ..works }]), "of an earlier try");
+    assert!(
+        !all_have_drained(own, &[Row { cut: Cut::new(Stage::Drained, 6), ..works }]),
+        "of an earlier try"
+    );
     assert!(may_run(own, &[Row { endless: true, ..works }], false), "its work may wait for this process");
 }
 

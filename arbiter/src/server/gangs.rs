@@ -90,10 +90,11 @@ impl Gangs {
         for set in self.sets() {
             // A gang keeps its number when it gets or loses a member.
             let known = set.iter().filter_map(|id| self.gangs.get(id)).min().copied();
-            let number = known.filter(|number| !of.values().any(|taken| taken == number)).unwrap_or_else(|| {
-                self.next += 1;
-                self.next - 1
-            });
+            let number =
+                known.filter(|number| !of.values().any(|taken| taken == number)).unwrap_or_else(|| {
+                    self.next += 1;
+                    self.next - 1
+                });
             of.extend(set.into_iter().map(|id| (id, number)));
         }
         let mut changed = of != self.gangs;
@@ -117,7 +118,9 @@ impl Gangs {
         for common in self.keys.values().filter(enough) {
             let mut set = common.clients.clone();
             let of = processes(&set);
-            set.extend(self.places.iter().filter(|(_, (_, p))| of.contains(&(p.started, p.pid))).map(|(id, _)| *id));
+            set.extend(
+                self.places.iter().filter(|(_, (_, p))| of.contains(&(p.started, p.pid))).map(|(id, _)| *id),
+            );
             sets.retain(|other| {
                 let apart = other.is_disjoint(&set);
                 if !apart {

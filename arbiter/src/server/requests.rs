@@ -10,9 +10,9 @@ use super::registration::{self, Registration};
 use super::state::State;
 use crate::client_lock::ClientRecord;
 use crate::permission;
+use nvshare::gang_page::Place;
 use nvshare::slot::SlotIndex;
 use nvshare::units::GpuUuid;
-use nvshare::gang_page::Place;
 use nvshare::wire::{Attach, Change, GangRequest, Hello, Message, Reply, RequestKind, SharesUpdate, Status};
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -103,12 +103,15 @@ fn gang(state: &mut State, peer: Peer, request: &GangRequest, slot: SlotIndex) -
         let record = client.lock.as_ref()?.record;
         ((record.pid, record.generation) == (request.pid, request.generation)).then_some((id, record))
     });
-    let (id, record) =
-        known.ok_or_else(|| refuse(&format!("slot {} of {gpu} is not that client's any more", slot.get())))?;
+    let (id, record) = known
+        .ok_or_else(|| refuse(&format!("slot {} of {gpu} is not that client's any more", slot.get())))?;
     permission::may_change(peer.user, Some(record.uid), nix::unistd::geteuid().as_raw())
         .map_err(|why| refuse(&why))?;
     let place = Place::new(index, slot).ok_or_else(|| {
-        refuse(&format!("{gpu} is one of too many GPUs: clients of the first {} may join gangs", nvshare::gang_page::COLUMNS))
+        refuse(&format!(
+            "{gpu} is one of too many GPUs: clients of the first {} may join gangs",
+            nvshare::gang_page::COLUMNS
+        ))
     })?;
     let (before, key) = (state.gangs.of(id), request.key);
     if !request.joins() {

@@ -188,7 +188,12 @@ functions! {
 mod body {
     use super::*;
 
-    pub(super) unsafe fn ncclCommInitRank(made: *mut Comm, ranks: c_int, id: UniqueId, rank: c_int) -> Return {
+    pub(super) unsafe fn ncclCommInitRank(
+        made: *mut Comm,
+        ranks: c_int,
+        id: UniqueId,
+        rank: c_int,
+    ) -> Return {
         // SAFETY: the caller's arguments, for both.
         unsafe { make(Some(key(&id)), made, || real::ncclCommInitRank(made, ranks, id, rank)) }
     }
@@ -201,9 +206,7 @@ mod body {
         config: *mut Config,
     ) -> Return {
         // SAFETY: the caller's arguments, for both.
-        unsafe {
-            make(Some(key(&id)), made, || real::ncclCommInitRankConfig(made, ranks, id, rank, config))
-        }
+        unsafe { make(Some(key(&id)), made, || real::ncclCommInitRankConfig(made, ranks, id, rank, config)) }
     }
 
     pub(super) unsafe fn ncclCommInitRankScalable(
@@ -218,9 +221,7 @@ mod body {
         // SAFETY: NCCL reads as many ids there as `count` says.
         let first = (count > 0 && !ids.is_null()).then(|| key(unsafe { &*ids }));
         // SAFETY: the caller's arguments, for both.
-        unsafe {
-            make(first, made, || real::ncclCommInitRankScalable(made, ranks, rank, count, ids, config))
-        }
+        unsafe { make(first, made, || real::ncclCommInitRankScalable(made, ranks, rank, count, ids, config)) }
     }
 
     pub(super) unsafe fn ncclCommSplit(

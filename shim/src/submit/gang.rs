@@ -134,7 +134,8 @@ impl Gang {
             return true;
         }
         let before = self.works;
-        if !before && self.seats.is_somebody_silent() && self.reports.iter().any(|(_, report)| report.needed) {
+        if !before && self.seats.is_somebody_silent() && self.reports.iter().any(|(_, report)| report.needed)
+        {
             return false;
         }
         if !before {
@@ -181,7 +182,8 @@ impl Gang {
         };
         let (order, reports) = (&self.order, &self.reports);
         self.seats.show(|gpu| {
-            let report = reports.iter().find(|(of, _)| *of == gpu).map(|(_, report)| *report).unwrap_or_default();
+            let report =
+                reports.iter().find(|(of, _)| *of == gpu).map(|(_, report)| *report).unwrap_or_default();
             let Report { needed, too_large, blocked } = report;
             Row { state: order.state(gpu), needed, too_large, blocked, ..common }
         });
@@ -363,9 +365,8 @@ pub fn steps() -> Steps {
 pub fn begin_steps() -> bool {
     let mut gang = gang();
     gang.look();
-    let begins = gang.works
-        && gang.cut.stage == Stage::Shut
-        && gang_cut::somebody_is_behind(gang.cut, &gang.others);
+    let begins =
+        gang.works && gang.cut.stage == Stage::Shut && gang_cut::somebody_is_behind(gang.cut, &gang.others);
     if begins {
         gang.cut = gang_cut::step(gang.cut, &gang.others);
         gang.stands = true;

@@ -67,7 +67,13 @@ impl Seats {
     }
 
     /// Takes a seat for a GPU, in place of one on another arbiter's page. `wake` is called when the doorbell has rung.
-    pub fn sit(&mut self, gpu: GpuUuid, page: MappedGangPage, place: Place, wake: impl Fn() + Send + 'static) {
+    pub fn sit(
+        &mut self,
+        gpu: GpuUuid,
+        page: MappedGangPage,
+        place: Place,
+        wake: impl Fn() + Send + 'static,
+    ) {
         if self.own.iter().any(|seat| seat.gpu == gpu && seat.place == place && seat.page.is_same(&page)) {
             return;
         }
@@ -136,7 +142,8 @@ impl Seats {
                 }
             }
         }
-        self.others.retain(|other| places.iter().any(|(page, at)| *at == other.place && page.is_same(&other.page)));
+        self.others
+            .retain(|other| places.iter().any(|(page, at)| *at == other.place && page.is_same(&other.page)));
         for (page, place) in places {
             if !self.others.iter().any(|other| other.place == place && other.page.is_same(&page)) {
                 self.others.push(Other { page, place, unanswered: None, left_out: false });

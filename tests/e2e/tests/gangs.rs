@@ -4,7 +4,9 @@
 //! The programs know nothing of nvshare (`tests/programs/ranks.c`), and their collectives are those of a stand-in for NCCL.
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
+use nvshare_e2e::application::{self, Application, MIB};
 use nvshare_test_support::{Patience, program_with_nccl};
 use nvshare_tools::node::{Node, SimulatedGpu, TempDir, start_arbiter};
 use nvshare_tools::status::{self, Client, Gpu};
@@ -122,7 +124,12 @@ impl Job {
         let count = shape.ranks.len().to_string();
         let ranks = shape.ranks.iter().enumerate().map(|(rank, devices)| {
             let mut command = Command::new(&shape.program);
-            command.arg(&file).args([&rank.to_string(), &count, &shape.mib.to_string(), &shape.ahead.to_string()]);
+            command.arg(&file).args([
+                &rank.to_string(),
+                &count,
+                &shape.mib.to_string(),
+                &shape.ahead.to_string(),
+            ]);
             command.args(devices.iter().map(u32::to_string)).envs(machine.node.environment());
             command.envs(shape.variables.iter().map(|(name, value)| (name, value)));
             let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -177,20 +184,25 @@ fn all_get_on(jobs: &[&Job]) {
     println!("rounds in the same time: {:?}", done());
 }
 
-/// All of these get on and end well, and take turns on each of their GPUs.
-fn all_take_turns(gpus: u32, shapes: &[Shape]) {
+/// All of these get on and end well, and take turns on each of their GPUs. How many slices they had, and how many drains were
+/// tried again.
+fn all_take_turns(gpus: u32, shapes: &[Shape]) -> (u64, u64) {
     let machine = machine(gpus);
     let start = |(number, shape): (usize, &Shape)| Job::start(&machine, &format!("job{number}"), shape);
     let jobs: Vec<_> = shapes.iter().enumerate().map(start).collect();
     all_get_on(&jobs.iter().collect::<Vec<_>>());
     let clients = machine.clients();
-    assert!(clients.iter().all(|client| client.bytes_in > 0), "somebody's memory never came back: {clients:?}");
-    let (slices, retries) = clients.iter().fold((0, 0), |(slices, retries), client| {
-        (slices + client.slices, retries + client.drain_retries)
-    });
+    assert!(
+        clients.iter().all(|client| client.bytes_in > 0),
+        "somebody's memory never came back: {clients:?}"
+    );
+    let (slices, retries) = clients
+        .iter()
+        .fold((0, 0), |(slices, retries), client| (slices + client.slices, retries + client.drain_retries));
     println!("{slices} slices, {retries} drains tried again");
     jobs.into_iter().for_each(Job::ends_well);
     machine.balances();
+    (slices, retries)
 }
 
 #[test]
@@ -203,10 +215,12 @@ fn three_jobs_whose_ranks_are_in_another_order() {
     all_take_turns(2, &[job(&[0, 1]), job(&[1, 0]), job(&[0, 1])]);
 }
 
+/// Those that are behind catch up with those that are ahead, so that a slice's end takes one try.
 #[test]
 fn ranks_that_launch_far_ahead_of_each_other() {
     let ahead = Shape { ahead: 64, variables: vec![("LATE_US", "3000".into())], ..job(&[0, 1]) };
-    all_take_turns(2, &[ahead.clone(), ahead]);
+    let (slices, retries) = all_take_turns(2, &[ahead.clone(), ahead]);
+    assert!(4 * retries < slices, "{retries} drains were tried again, of {slices}");
 }
 
 #[test]
@@ -234,7 +248,11 @@ fn ranks_that_find_nccl_at_run_time() {
 /// A program that has NCCL inside it, which nobody sees.
 fn named(name: &str) -> Shape {
     let gang = format!("{name}:2");
-    Shape { program: program_with_nccl("ranks", true), variables: vec![("NVSHARE_GANG", gang)], ..job(&[0, 1]) }
+    Shape {
+        program: program_with_nccl("ranks", true),
+        variables: vec![("NVSHARE_GANG", gang)],
+        ..job(&[0, 1])
+    }
 }
 
 #[test]
@@ -274,6 +292,62 @@ fn a_rank_that_is_killed_leaves_the_others_what_nccl_gives_them_and_other_jobs_g
     all_get_on(&[&second, &third]);
     [second, third].into_iter().for_each(Job::ends_well);
     machine.balances();
+}
+
+/// A rank is stopped while its job waits for its turn: a job that needs only the GPU of another rank goes on, and when the rank
+/// goes on, its job does too.
+#[test]
+fn a_rank_that_is_stopped_holds_no_other_job_up() {
+    let machine = machine(2);
+    let first = Job::start(&machine, "first", &job(&[0, 1]));
+    let alone = Job::start(&machine, "alone", &job(&[0]));
+    all_get_on(&[&first, &alone]);
+    let stopped = Pid::from_raw(first.ranks[1].process.id() as i32);
+    let waits = || {
+        let clients = machine.clients();
+        let of_first = |client: &&Client| first.ranks.iter().any(|rank| rank.process.id() == client.pid);
+        clients.iter().filter(of_first).all(|client| ["idle", "waiting"].contains(&client.phase.as_str()))
+    };
+    TIMEOUT.until("the rank is stopped between two turns", || {
+        kill(stopped, Signal::SIGSTOP).unwrap();
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        let status = waitid(Id::Pid(stopped), flags).unwrap();
+        assert!(matches!(status, WaitStatus::Stopped(..)), "{status:?}");
+        waits() || {
+            kill(stopped, Signal::SIGCONT).unwrap();
+            false
+        }
+    });
+    all_get_on(&[&alone]);
+    all_get_on(&[&alone]);
+    kill(stopped, Signal::SIGCONT).unwrap();
+    all_get_on(&[&first, &alone]);
+    [first, alone].into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
+
+/// Two processes that have memory of each other open may wait for each other's kernels; one that only opens another's does not.
+#[test]
+fn processes_that_have_memory_of_each_other_open_are_a_gang() {
+    let gpu = application::gpu();
+    let node = application::node(&gpu);
+    let [mut first, mut second, mut third] = [(); 3].map(|()| Application::ready(&node));
+    let gangs = || {
+        let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
+        clients.iter().map(|client| client.gang).collect::<Vec<_>>()
+    };
+    let [one, two] = [&mut first, &mut second].map(|application| {
+        let address = application.alloc(2 * MIB);
+        application.export(address)
+    });
+    third.open(&one);
+    let of_first = second.open(&one);
+    assert_eq!(gangs(), [None; 3], "the first one has opened nothing");
+    first.open(&two);
+    assert!(gangs()[0].is_some() && gangs()[0] == gangs()[1], "{:?}", gangs());
+    assert_eq!(gangs()[2], None);
+    second.close(of_first);
+    [first, second, third].into_iter().for_each(|application| _ = application.ends_well());
 }
 
 /// The ranks of one job fit on one GPU only one at a time: they are told, and take turns as if they were strangers.

@@ -110,7 +110,11 @@ pub fn nccl() -> PathBuf {
 pub fn program_with_nccl(name: &str, inside: bool) -> PathBuf {
     if inside {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs/nccl_stand_in.c");
-        return built(name, &format!("{name}_with_nccl_inside"), &[source.to_str().expect("the path is UTF-8")]);
+        return built(
+            name,
+            &format!("{name}_with_nccl_inside"),
+            &[source.to_str().expect("the path is UTF-8")],
+        );
     }
     let library = nccl();
     let run_path = format!("-Wl,-rpath,{}", library.parent().expect("it is in a folder").display());

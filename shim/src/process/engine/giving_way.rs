@@ -27,8 +27,8 @@ use crate::process::engine::Engine;
 use crate::settings::settings;
 use crate::submit::captures::{self, CaptureHold};
 use crate::submit::drain::CompletionMarker;
-use crate::submit::gate::gate;
 use crate::submit::gang::{Drained, Steps};
+use crate::submit::gate::gate;
 use crate::submit::{flow, gang};
 use nvshare::drain_backoff::DrainBackoff;
 use nvshare::page::Stall;
@@ -386,8 +386,7 @@ impl Engine {
             }
             return None;
         }
-        let step =
-            shut.step.get_or_insert(GangStep { since: time, threads: 1, let_in: None, ended: None });
+        let step = shut.step.get_or_insert(GangStep { since: time, threads: 1, let_in: None, ended: None });
         if time.saturating_sub(step.since) >= STEPS_TIMEOUT {
             // It is of no use: let all go on.
             return None;
@@ -402,7 +401,8 @@ impl Engine {
         if shut.mark.is_none() && gate().vacated(time) {
             shut.mark = captures::with_no_capture(gang::mark);
         }
-        let done = shut.mark.as_mut().is_some_and(|mark| captures::with_no_capture(|| mark.look()) == Some(true));
+        let done =
+            shut.mark.as_mut().is_some_and(|mark| captures::with_no_capture(|| mark.look()) == Some(true));
         if gang::steps_are_over(done) {
             shut.step = None;
             Self::end_step(shut);
