@@ -2,7 +2,6 @@
 //! so that their granules go back to the pool, and the slot is free.
 
 use super::clients::PhaseAnswer;
-use super::gangs;
 use super::log_limits::Nuisance;
 use super::poller::ClientId;
 use super::socket::send_reply;
@@ -42,7 +41,7 @@ pub(super) fn close(state: &mut State, id: ClientId, why: &str) {
     state.gpus[gpu].tracker.slot_closed(slot);
     state.overdue.remove(gpu, slot);
     state.gangs.ended(id);
-    gangs::restore(state);
+    state.write_gangs();
 }
 
 /// A client's pidfd reports.

@@ -4,7 +4,7 @@ use super::connections::Connections;
 use super::error::{StartError, failed};
 use super::poller::Token;
 use super::state::State;
-use super::{closing, gangs, unresponsive};
+use super::{closing, unresponsive};
 use crate::gpu_lock::GpuLock;
 use crate::stall_log::StallLog;
 use nix::sys::signal::Signal;
@@ -107,7 +107,7 @@ impl Server {
         self.connections.close_timed_out(time);
         state.log_limits.log_suppressed(time);
         state.restore_pages(time);
-        gangs::restore(state);
+        state.write_gangs();
         closing::ask_leaving(state, time);
         closing::close_ended(state);
         for gpu in &state.gpus {

@@ -5,7 +5,6 @@
 //! other. Whoever has a key that nobody else has is in no gang.
 
 use super::poller::ClientId;
-use super::state::State;
 use nvshare::gang_page::{GangNumber, Place};
 use nvshare::map::MappedGangPage;
 use nvshare::slot::Process;
@@ -63,14 +62,16 @@ impl Gangs {
 
     /// A client has a key no more.
     pub fn leave(&mut self, id: ClientId, key: GangKey) {
-        let left = self.keys.get_mut(&key).is_some_and(|common| common.clients.remove(&id));
-        if left {
+        if self.keys.get_mut(&key).is_some_and(|common| common.clients.remove(&id)) {
             self.tidy();
         }
     }
 
     /// A client has ended.
     pub fn ended(&mut self, id: ClientId) {
+        if !self.places.contains_key(&id) {
+            return;
+        }
         for common in self.keys.values_mut() {
             common.clients.remove(&id);
         }
@@ -80,85 +81,94 @@ impl Gangs {
     fn tidy(&mut self) {
         self.keys.retain(|_, common| !common.clients.is_empty());
         self.regroup();
-        let keys = &self.keys;
-        self.places.retain(|id, _| keys.values().any(|common| common.clients.contains(id)));
+        let holders: BTreeSet<_> = self.keys.values().flat_map(|common| &common.clients).copied().collect();
+        self.places.retain(|id, _| holders.contains(id));
     }
 
-    /// Writes anew who is in a gang with whom, if that has changed, and tells all who are in one.
+    /// Decides anew who is in a gang with whom, and tells all who are in one if that has changed.
     fn regroup(&mut self) {
         let mut of: BTreeMap<ClientId, GangNumber> = BTreeMap::new();
+        let mut taken = BTreeSet::new();
         for set in self.sets() {
             // A gang keeps its number when it gets or loses a member.
             let known = set.iter().filter_map(|id| self.gangs.get(id)).min().copied();
-            let number =
-                known.filter(|number| !of.values().any(|taken| taken == number)).unwrap_or_else(|| {
-                    self.next += 1;
-                    self.next - 1
-                });
+            let number = known.filter(|number| !taken.contains(number)).unwrap_or_else(|| {
+                self.next += 1;
+                self.next - 1
+            });
+            taken.insert(number);
             of.extend(set.into_iter().map(|id| (id, number)));
         }
-        let mut changed = of != self.gangs;
-        for (id, (place, process)) in &self.places {
-            changed |= self.page.set_gang(*place, of.get(id).copied().unwrap_or(0), process.pid);
-        }
         self.gangs = of;
+        self.write();
+    }
+
+    /// Writes into the page who is in which gang. Tells all who are in one if somebody was in another one there.
+    pub fn write(&self) {
+        let mut changed = false;
+        for (id, (place, process)) in &self.places {
+            changed |= self.page.set_gang(*place, self.of(*id).unwrap_or(0), process.pid);
+        }
         if changed {
             self.page.changed();
         }
     }
 
+    fn process(&self, id: ClientId) -> Option<(u64, u32)> {
+        self.places.get(&id).map(|(_, process)| (process.started, process.pid))
+    }
+
+    fn processes_with(&self, common: &Common) -> BTreeSet<(u64, u32)> {
+        common.clients.iter().filter_map(|id| self.process(*id)).collect()
+    }
+
     /// The gangs: sets of clients that are connected by keys, or by being of one process, with more than one process in each.
-    fn sets(&self) -> Vec<BTreeSet<ClientId>> {
-        let processes = |set: &BTreeSet<ClientId>| -> BTreeSet<(u64, u32)> {
-            let of = |id| self.places.get(id).map(|(_, process)| (process.started, process.pid));
-            set.iter().filter_map(of).collect()
-        };
-        let enough = |common: &&Common| processes(&common.clients).len() >= (common.size as usize).max(2);
-        let mut sets: Vec<BTreeSet<ClientId>> = Vec::new();
-        for common in self.keys.values().filter(enough) {
-            let mut set = common.clients.clone();
-            let of = processes(&set);
-            set.extend(
-                self.places.iter().filter(|(_, (_, p))| of.contains(&(p.started, p.pid))).map(|(id, _)| *id),
-            );
-            sets.retain(|other| {
-                let apart = other.is_disjoint(&set);
-                if !apart {
-                    set.extend(other);
-                }
-                apart
-            });
-            sets.push(set);
+    fn sets(&self) -> Vec<Vec<ClientId>> {
+        // A client's set is found by following the clients that stand for others.
+        let mut stands_for: BTreeMap<ClientId, ClientId> = BTreeMap::new();
+        fn find(stands_for: &mut BTreeMap<ClientId, ClientId>, id: ClientId) -> ClientId {
+            let mut root = id;
+            while let Some(next) = stands_for.get(&root).filter(|next| **next != root) {
+                root = *next;
+            }
+            stands_for.insert(id, root);
+            root
         }
-        sets
+        let mut unite = |first: ClientId, second: ClientId| {
+            let (first, second) = (find(&mut stands_for, first), find(&mut stands_for, second));
+            stands_for.insert(second, first);
+        };
+        let (mut of_process, mut holders) = (BTreeMap::new(), BTreeSet::new());
+        let (mut in_gang, mut sets) = (BTreeSet::new(), BTreeMap::<ClientId, Vec<ClientId>>::new());
+        for common in self.keys.values() {
+            let processes = self.processes_with(common);
+            let enough = processes.len() >= (common.size as usize).max(2);
+            holders.extend(&common.clients);
+            if let (true, Some(first)) = (enough, common.clients.first()) {
+                common.clients.iter().for_each(|id| unite(*first, *id));
+                in_gang.extend(processes);
+            }
+        }
+        let mut members = Vec::new();
+        for id in holders {
+            let Some(process) = self.process(id).filter(|process| in_gang.contains(process)) else { continue };
+            unite(*of_process.entry(process).or_insert(id), id);
+            members.push(id);
+        }
+        for id in members {
+            sets.entry(find(&mut stands_for, id)).or_default().push(id);
+        }
+        sets.into_values().collect()
     }
 
     /// How many processes have a key, and how many its clients said there are.
     pub fn count(&self, key: &GangKey) -> (usize, u32) {
-        self.keys.get(key).map_or((0, 0), |common| {
-            let processes: BTreeSet<_> = common
-                .clients
-                .iter()
-                .filter_map(|id| self.places.get(id).map(|(_, process)| (process.started, process.pid)))
-                .collect();
-            (processes.len(), common.size)
-        })
+        self.keys.get(key).map_or((0, 0), |common| (self.processes_with(common).len(), common.size))
     }
 
     /// The number of a client's gang.
     pub fn of(&self, id: ClientId) -> Option<GangNumber> {
         self.gangs.get(&id).copied()
-    }
-}
-
-/// Puts right, in the pages, what the arbiter alone decides and everybody can overwrite. To be called after a change, too.
-pub(super) fn restore(state: &mut State) {
-    state.gangs.regroup();
-    for (id, client) in state.clients.iter() {
-        let page = &state.gpus[client.gpu].served.page;
-        if page.set_gang(client.slot, state.gangs.of(id).unwrap_or(0)) {
-            page.decide();
-        }
     }
 }
 

@@ -7,7 +7,7 @@
 //! - `closing`: how clients end.
 //! - `unresponsive`: clients that do not give way.
 //!
-//! What the state is made of: `clients`, `served_gpu`, `sampler`, `overdue`, `log_limits`, `poller`. `socket` and
+//! What the state is made of: `clients`, `gangs`, `served_gpu`, `sampler`, `overdue`, `log_limits`, `poller`. `socket` and
 //! `pending_connections` are beneath `connections`.
 
 mod clients;

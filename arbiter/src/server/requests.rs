@@ -2,7 +2,6 @@
 //! joins a gang or leaves it, or, of a client that registered with an arbiter before this one, to be known again.
 
 use super::clients::RegisteredClient;
-use super::gangs;
 use super::log_limits::Nuisance;
 use super::pending_connections::Peer;
 use super::poller::ClientId;
@@ -119,7 +118,7 @@ fn gang(state: &mut State, peer: Peer, request: &GangRequest, slot: SlotIndex) -
     } else if !state.gangs.join(id, place, record.process(), key, request.size) {
         return Err(refuse("that client has as many communicators, names and peers as one may have"));
     }
-    gangs::restore(state);
+    state.write_gangs();
     let after = state.gangs.of(id);
     if before != after {
         tracing::info!(%gpu, slot = slot.get(), pid = record.pid, gang = after, "is in a gang with others, or in none any more");

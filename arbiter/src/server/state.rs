@@ -71,4 +71,15 @@ impl State {
             }
         }
     }
+
+    /// Writes into the pages who is in which gang: after a change, and to put right what everybody can overwrite.
+    pub fn write_gangs(&self) {
+        self.gangs.write();
+        for (id, client) in self.clients.iter() {
+            let page = &self.gpus[client.gpu].served.page;
+            if page.set_gang(client.slot, self.gangs.of(id).unwrap_or(0)) {
+                page.decide();
+            }
+        }
+    }
 }

@@ -2,12 +2,12 @@
 //! is a message is the same bytes again.
 
 use nvshare::page::LAYOUT_VERSION;
-use nvshare::slot::SlotIndex;
+use nvshare::slot::{Owner, SlotIndex};
 use nvshare::units::GpuUuid;
 use nvshare::usage::MAX_WEIGHT;
 use nvshare::wire::{
-    ATTACH_MAGIC, Attach, CHANGE_MAGIC, Change, Hello, LOOK_MAGIC, Message, Reply, RequestKind, SharesUpdate,
-    Status, WIRE_MAGIC,
+    ATTACH_MAGIC, Attach, CHANGE_MAGIC, Change, GangRequest, Hello, LOOK_MAGIC, Message, Reply, RequestKind,
+    SharesUpdate, Status, WIRE_MAGIC,
 };
 
 /// Reads the bytes as either side does. The first one says whether they are read as they are, or with the
@@ -49,6 +49,13 @@ fn message(bytes: &[u8]) {
         Ok(Message::Attach(attach, slot)) => {
             assert_eq!(bytemuck::bytes_of(&attach), bytes);
             assert_eq!(Attach::new(GpuUuid(attach.gpu), slot, attach.owner()), attach);
+        }
+        Ok(Message::Gang(request, slot)) => {
+            assert_eq!(bytemuck::bytes_of(&request), bytes);
+            let (owner, what) = (Owner { generation: request.generation, pid: request.pid }, request.key);
+            let again =
+                GangRequest::new(GpuUuid(request.gpu), slot, owner, what, request.size, request.joins());
+            assert_eq!(again, request);
         }
         Ok(Message::Hello(_)) => hello(bytes),
         Err(refusal) => {
