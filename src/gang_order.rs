@@ -21,7 +21,7 @@
 //! loses a later GPU is given up: the process cannot run, so it is idle on the earlier one ([`GangOrder::waits_beyond`]).
 //!
 //! A process of a gang sees what the others have in memory that they share ([`crate::gang_page`]), a moment after they have it.
-//! That delays an answer and changes none: what has been seen of the others is as good as a step of theirs that comes later.
+//! At worst one begins just as another one gives up a GPU that it has not used yet, and its work waits for that one.
 //! How the processes stop together is in [`crate::gang_cut`].
 //!
 //! **Who blocks for ever.** A process that waits for a GPU where a client's work does not end ([`GangOrder::is_blocked`]) does

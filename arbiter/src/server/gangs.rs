@@ -151,7 +151,9 @@ impl Gangs {
         }
         let mut members = Vec::new();
         for id in holders {
-            let Some(process) = self.process(id).filter(|process| in_gang.contains(process)) else { continue };
+            let Some(process) = self.process(id).filter(|process| in_gang.contains(process)) else {
+                continue;
+            };
             unite(*of_process.entry(process).or_insert(id), id);
             members.push(id);
         }

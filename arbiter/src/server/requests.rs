@@ -120,8 +120,14 @@ fn gang(state: &mut State, peer: Peer, request: &GangRequest, slot: SlotIndex) -
     }
     state.write_gangs();
     let after = state.gangs.of(id);
-    if before != after {
-        tracing::info!(%gpu, slot = slot.get(), pid = record.pid, gang = after, "is in a gang with others, or in none any more");
+    match (before, after) {
+        (None, Some(gang)) => {
+            tracing::info!(%gpu, slot = slot.get(), pid = record.pid, gang, "runs together with others that it waits for");
+        }
+        (Some(gang), None) => {
+            tracing::info!(%gpu, slot = slot.get(), pid = record.pid, gang, "is in no gang any more");
+        }
+        _ => {}
     }
     let (count, size) = state.gangs.count(&key);
     if size > 0 && count > size as usize && request.joins() {

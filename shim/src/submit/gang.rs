@@ -79,6 +79,8 @@ struct Gang {
     stands: bool,
     endless: bool,
     idle: bool,
+    /// How often threads were let in by steps.
+    steps: u64,
     reports: Vec<(GpuUuid, Report)>,
     seats: Seats,
     /// What the other processes showed at the last look.
@@ -93,6 +95,7 @@ static GANG: Mutex<Gang> = Mutex::new(Gang {
     stands: false,
     endless: false,
     idle: false,
+    steps: 0,
     reports: Vec::new(),
     seats: Seats::new(),
     others: Vec::new(),
@@ -205,6 +208,13 @@ impl Gang {
         }
     }
 
+    /// Lets nobody in by steps any more, because some memory is not in place.
+    fn end_step(&self) {
+        if self.steps > 0 {
+            gate().let_nobody_in();
+        }
+    }
+
     fn wake_all_but(&self, gpu: GpuUuid) {
         self.members.iter().filter(|member| member.gpu != gpu).for_each(|member| member.wake_engine());
     }
@@ -230,6 +240,7 @@ pub fn join(member: Member) {
     gang.members.push(member);
     // A GPU is not ready until its engine has said so.
     gate().close();
+    gang.end_step();
 }
 
 /// Removes a GPU from the gang, because its engine has ended.
@@ -392,6 +403,26 @@ pub fn steps_are_over(ended: bool) -> bool {
     over
 }
 
+/// How often threads were let in by steps. A marker of all work that was made before another number is no marker of all work.
+pub fn step_count() -> u64 {
+    gang().steps
+}
+
+/// Lets some threads in through the shut gate, if the gang is in stage Step because of another process's work, and all memory of
+/// this process is in place. The engines of the process take this back before they mark its work.
+pub fn let_in(threads: u32) -> bool {
+    let mut gang = gang();
+    let in_place = |state| matches!(state, GpuState::Ready | GpuState::Draining);
+    let may = gang.cut.stage == Stage::Step
+        && !gang.stands
+        && gang.order.members().all(|(_, state)| in_place(state));
+    if may {
+        gang.steps += 1;
+        gate().let_in(threads);
+    }
+    may
+}
+
 /// Says whether work of this process is in flight that has not ended for long, although nothing waits at a gate.
 pub fn endless(endless: bool) {
     let mut gang = gang();
@@ -425,6 +456,8 @@ pub fn filling(gpu: GpuUuid) {
 /// Some memory on a GPU that the process has is not in place: shuts the gate.
 pub fn growing(gpu: GpuUuid) {
     let mut gang = gang();
+    // The gate is shut for whoever has a ticket, too.
+    gang.end_step();
     match gang.order.state(gpu) {
         GpuState::Ready => gang.set(gpu, GpuState::Growing),
         GpuState::Draining | GpuState::DrainPaused => gang.set(gpu, GpuState::DrainingIncomplete),
@@ -460,11 +493,12 @@ pub fn drain(gpu: GpuUuid, incomplete: bool, leaves: bool) {
     gang.show();
 }
 
-/// A drain that began with [`drain`] has found all work done. The GPU is given up if the other processes of the gang have
-/// drained too, or if `leaves`.
-pub fn drained(gpu: GpuUuid, leaves: bool) -> Drained {
+/// A drain that began with [`drain`] has found all work done that was marked when [`step_count`] was `steps`. The GPU is given up
+/// if the other processes of the gang have drained too, or if `leaves`.
+pub fn drained(gpu: GpuUuid, leaves: bool, steps: u64) -> Drained {
     let mut gang = gang();
-    if !matches!(gang.order.state(gpu), GpuState::Draining | GpuState::DrainingIncomplete) {
+    let drains = matches!(gang.order.state(gpu), GpuState::Draining | GpuState::DrainingIncomplete);
+    if !drains || gang.steps != steps || gang.cut.stage == Stage::Step && !leaves {
         return Drained::No;
     }
     if gang.works && !leaves && gang.cut.is_shut() {

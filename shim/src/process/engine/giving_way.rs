@@ -107,6 +107,8 @@ struct Shut {
     left: usize,
     /// The gang lets threads go on a few calls at a time.
     step: Option<GangStep>,
+    /// [`gang::step_count`] when the mark was made.
+    steps: u64,
 }
 
 /// What is known of a gang's stage Step.
@@ -217,6 +219,7 @@ impl Engine {
             mark: None,
             left: usize::MAX,
             step: None,
+            steps: gang::step_count(),
         })
     }
 
@@ -327,6 +330,7 @@ impl Engine {
         if !leaves && let Some(look) = self.look_at_steps(shut, time) {
             return Step::Look(look);
         }
+        self.forget_old_mark(shut);
         if shut.mark.is_none() && gate().vacated(time) {
             shut.mark = match (leaves, shut.beside_captures) {
                 (true, _) => Some(gang::mark()),
@@ -342,7 +346,7 @@ impl Engine {
             let looked =
                 if shut.beside_captures { captures::look_beside_captures(mark) } else { Some(mark.look()) };
             if looked == Some(true) {
-                match self.is_drained(mark, leaves) {
+                match self.is_drained(mark, leaves, shut.steps) {
                     Drained::Yes => return Step::Look(Look::Drained),
                     // Whoever drains rings, and so does whoever lets its threads go on.
                     Drained::OthersWork => return Step::Look(Look::Again(time + LONGEST_POLL_INTERVAL)),
@@ -387,10 +391,7 @@ impl Engine {
             return None;
         }
         let step = shut.step.get_or_insert(GangStep { since: time, threads: 1, let_in: None, ended: None });
-        if time.saturating_sub(step.since) >= STEPS_TIMEOUT {
-            // It is of no use: let all go on.
-            return None;
-        }
+        let of_no_use = time.saturating_sub(step.since) >= STEPS_TIMEOUT;
         if let Some(since) = step.let_in {
             if time < since + STEP {
                 return Some(Look::Again(since + STEP));
@@ -398,6 +399,7 @@ impl Engine {
             (step.let_in, step.ended) = (None, None);
             Self::end_step(shut);
         }
+        self.forget_old_mark(shut);
         if shut.mark.is_none() && gate().vacated(time) {
             shut.mark = captures::with_no_capture(gang::mark);
         }
@@ -409,15 +411,29 @@ impl Engine {
             shut.progress = time;
             return None;
         }
+        if of_no_use {
+            // All gates open after a while.
+            return None;
+        }
         let step = shut.step.as_mut()?;
-        if done && steps == Steps::Taken && gate().waiting() > 0 && !self.device.memory().is_missing() {
+        if done && steps == Steps::Taken && gate().waiting() > 0 {
             // The work of another process that waited for this step's ends at the same time, which that one sees a moment later.
             if time >= *step.ended.get_or_insert(time) + STEP {
-                gate().let_in(step.threads);
-                (step.let_in, step.threads) = (Some(time), (2 * step.threads).min(MOST_STEPS));
+                if gang::let_in(step.threads) {
+                    (step.let_in, step.threads) = (Some(time), (2 * step.threads).min(MOST_STEPS));
+                }
             }
         }
         Some(Look::Again(time + STEP / 2))
+    }
+
+    /// Drops a mark that was made before threads were let in by a step of this engine or of another one of the process.
+    fn forget_old_mark(&self, shut: &mut Shut) {
+        let steps = gang::step_count();
+        if steps != shut.steps {
+            gate().let_nobody_in();
+            (shut.mark, shut.left, shut.steps) = (None, usize::MAX, steps);
+        }
     }
 
     /// Lets no more threads in, and has the work marked that they have submitted.
@@ -427,7 +443,7 @@ impl Engine {
     }
 
     /// Whether the client has drained, now that the marked work is done: another engine may have let threads in.
-    fn is_drained(&mut self, mark: &CompletionMarker, leaves: bool) -> Drained {
+    fn is_drained(&mut self, mark: &CompletionMarker, leaves: bool, steps: u64) -> Drained {
         if let Some(result) = mark.broken() {
             // The context is broken, which the application learns from its own calls. There is no work left to
             // wait for, and the memory can be evicted.
@@ -435,7 +451,7 @@ impl Engine {
         }
         // Under the map's lock, so that memory allocated from now on is not mapped.
         let mut memory = self.device.memory();
-        let drained = gang::drained(self.device.gpu, leaves);
+        let drained = gang::drained(self.device.gpu, leaves, steps);
         if drained == Drained::Yes {
             memory.open = false;
         }
