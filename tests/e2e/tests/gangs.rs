@@ -294,15 +294,14 @@ fn a_rank_that_is_killed_leaves_the_others_what_nccl_gives_them_and_other_jobs_g
     machine.balances();
 }
 
-/// A rank is stopped while its job waits for its turn: a job that needs only the GPU of another rank goes on, and when the rank
-/// goes on, its job does too.
-#[test]
-fn a_rank_that_is_stopped_holds_no_other_job_up() {
+/// A rank is stopped while its job waits for its turn: a job that needs only the GPU of the other rank goes on, and when the rank
+/// goes on, its job does too. The other rank's GPU comes before that of the stopped one in the order of GPUs, or after it.
+fn nobody_else_waits_for_a_stopped_rank(rank: usize) {
     let machine = machine(2);
     let first = Job::start(&machine, "first", &job(&[0, 1]));
-    let alone = Job::start(&machine, "alone", &job(&[0]));
+    let alone = Job::start(&machine, "alone", &job(&[1 - rank as u32]));
     all_get_on(&[&first, &alone]);
-    let stopped = Pid::from_raw(first.ranks[1].process.id() as i32);
+    let stopped = Pid::from_raw(first.ranks[rank].process.id() as i32);
     let waits = || {
         let clients = machine.clients();
         let of_first = |client: &&Client| first.ranks.iter().any(|rank| rank.process.id() == client.pid);
@@ -324,6 +323,16 @@ fn a_rank_that_is_stopped_holds_no_other_job_up() {
     all_get_on(&[&first, &alone]);
     [first, alone].into_iter().for_each(Job::ends_well);
     machine.balances();
+}
+
+#[test]
+fn nobody_else_waits_for_the_first_rank_if_it_is_stopped() {
+    nobody_else_waits_for_a_stopped_rank(0);
+}
+
+#[test]
+fn nobody_else_waits_for_the_second_rank_if_it_is_stopped() {
+    nobody_else_waits_for_a_stopped_rank(1);
 }
 
 /// Two processes that have memory of each other open may wait for each other's kernels; one that only opens another's does not.
@@ -350,17 +359,13 @@ fn processes_that_have_memory_of_each_other_open_are_a_gang() {
     [first, second, third].into_iter().for_each(|application| _ = application.ends_well());
 }
 
-/// The ranks of one job fit on one GPU only one at a time: they are told, and take turns as if they were strangers.
+/// Two processes that say that they wait for each other, and do not fit together on their GPU: they are told, and take turns as
+/// strangers do. (These do not really wait, or they could not run at all.)
 #[test]
-fn ranks_on_one_gpu_that_do_not_fit_there_together_do_not_hold_others_up() {
-    let machine = machine(1);
-    // Without collectives they could take turns; with them, one waits for the other, which cannot come in.
-    let together = Job::start(&machine, "together", &job(&[0, 0]));
-    let other = Job::start(&machine, "other", &Shape { mib: 2, ..job(&[0]) });
-    all_get_on(&[&other]);
-    drop(together);
-    other.ends_well();
-    machine.balances();
+fn processes_of_a_gang_that_do_not_fit_on_their_gpu_together_take_turns() {
+    let gang = || vec![("NVSHARE_GANG", "together:2".to_owned())];
+    let one = Shape { variables: gang(), ..job(&[0]) };
+    all_take_turns(1, &[one.clone(), one]);
 }
 
 /// Ranks on one GPU that fit there run together beside a job that does not fit beside them.
