@@ -24,6 +24,7 @@ use giving_way::{GivingWay, Look};
 use idle::{Idle, Use};
 use nvshare::client::Next;
 use nvshare::map::MappedPage;
+use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{Client, Phase, policy};
@@ -242,7 +243,7 @@ impl Engine {
         let until = match self.client.phase() {
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
             // Its gang cannot run before a process that is stopped goes on, and others have a use for the GPU.
-            Phase::Idle if gang::is_somebody_silent() && self.others_use_it() => {
+            Phase::Idle if gang::is_somebody_silent() && self.others_use_it(&self.device.snapshot()) => {
                 by(until, now() + STUCK_POLL_INTERVAL)
             }
             Phase::Idle if gang::is_wanted() && gang::may_ask(gpu) => {
@@ -329,15 +330,15 @@ impl Engine {
             );
         }
         self.too_large = too_large;
-        let again = gang::update(gpu, gang::Report { needed, too_large, blocked });
+        let contended = self.others_use_it(&snapshot);
+        let again = gang::update(gpu, gang::Report { needed, contended, too_large, blocked });
         // Nothing rings when a client's work has not ended for long.
         let watch = (phase == Phase::Waiting).then(|| now() + STUCK_POLL_INTERVAL);
         [again, watch].into_iter().flatten().min()
     }
 
     /// Whether other clients have this GPU or wait for it.
-    fn others_use_it(&self) -> bool {
-        let snapshot = self.device.snapshot();
+    fn others_use_it(&self, snapshot: &Snapshot) -> bool {
         snapshot.clients().any(|(slot, view)| slot != self.slot() && view.phase.wants_gpu())
     }
 

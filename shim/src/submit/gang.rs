@@ -51,6 +51,8 @@ impl Member {
 pub struct Report {
     /// A client that is not admitted needs the GPU.
     pub needed: bool,
+    /// Other clients have the GPU or wait for it.
+    pub contended: bool,
     /// The members of the gang on this GPU do not fit there together.
     pub too_large: bool,
     /// The process waits for this GPU, and a client whose work does not end is in its way.
@@ -137,7 +139,9 @@ impl Gang {
             return true;
         }
         let before = self.works;
-        if !before && self.seats.is_somebody_silent() && self.reports.iter().any(|(_, report)| report.needed)
+        if !before
+            && self.seats.is_somebody_silent()
+            && self.reports.iter().any(|(_, report)| report.contended)
         {
             return false;
         }
@@ -187,7 +191,7 @@ impl Gang {
         self.seats.show(|gpu| {
             let report =
                 reports.iter().find(|(of, _)| *of == gpu).map(|(_, report)| *report).unwrap_or_default();
-            let Report { needed, too_large, blocked } = report;
+            let Report { needed, too_large, blocked, .. } = report;
             Row { state: order.state(gpu), needed, too_large, blocked, ..common }
         });
     }
