@@ -418,10 +418,8 @@ impl Engine {
         let step = shut.step.as_mut()?;
         if done && steps == Steps::Taken && gate().waiting() > 0 {
             // The work of another process that waited for this step's ends at the same time, which that one sees a moment later.
-            if time >= *step.ended.get_or_insert(time) + STEP {
-                if gang::let_in(step.threads) {
-                    (step.let_in, step.threads) = (Some(time), (2 * step.threads).min(MOST_STEPS));
-                }
+            if time >= *step.ended.get_or_insert(time) + STEP && gang::let_in(step.threads) {
+                (step.let_in, step.threads) = (Some(time), (2 * step.threads).min(MOST_STEPS));
             }
         }
         Some(Look::Again(time + STEP / 2))
