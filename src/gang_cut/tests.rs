@@ -146,7 +146,8 @@ impl Gang {
                 if keep_up(cut, &others) != cut {
                     step(&|row| row.cut = keep_up(cut, &others));
                 }
-                let over = is_called_to_shut(cut, &others) || !(row.stands && !done) && !work_stands(&others);
+                let stands = row.stands && !done;
+                let over = is_called_to_shut(cut, &others) || !stands && !work_stands(&others);
                 if over {
                     step(&shut);
                 } else if row.stands && done {
