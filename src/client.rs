@@ -26,7 +26,7 @@
 
 use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
 use crate::page::{Page, Phase};
-use crate::policy::{self, NOT_BEGUN};
+use crate::policy::{self, NOT_BEGUN, Order, Standing};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::step::{Action, Facts, step};
@@ -274,7 +274,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 }
                 Action::Serve => {
                     let snapshot = self.look();
-                    let share = policy::evict_share(&snapshot, self.books.slot);
+                    let standing = Standing::of(&snapshot);
+                    let order = Order::new(&snapshot, &standing);
+                    let share = order.evict_shares()[self.books.slot.get()];
                     if let Some(until) = self.leaves_it_to_spares(&snapshot, share) {
                         return Ok(Next::Sleep { seen, until: Some(until) });
                     }
@@ -283,16 +285,14 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         runtime.evict(share)?;
                         if policy::lacking(&snapshot) == 0 {
                             // The room is for the first waiter, which has not been told of it.
-                            policy::first_waiter(&snapshot)
-                                .into_iter()
-                                .for_each(|first| self.page().ring(first));
+                            order.first_waiter().into_iter().for_each(|first| self.page().ring(first));
                         }
                         // A page that lies about the account asks for memory that the client does not have: evict no more in
                         // this call.
                         evicts = self.books.resident() < before;
                         continue;
                     }
-                    if prefetches && policy::prefetch(&snapshot, self.books.slot) > 0 {
+                    if prefetches && order.prefetch(self.books.slot) > 0 {
                         // Once for each call: memory that the runtime has left out does not fit.
                         prefetches = false;
                         runtime.prefetch()?;
@@ -428,14 +428,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         self.undrained = false;
         let used_up = &self.own().consecutive_slices;
+        let turns = policy::turns_in_a_row(used_up.load(Ordering::Relaxed), more, self.turn_over);
+        used_up.store(turns, Ordering::Relaxed);
         match (more, self.turn_over) {
-            (true, true) => {
-                used_up.store(used_up.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
-                self.queue(Turn::Next);
-            }
+            (true, true) => self.queue(Turn::Next),
             (true, false) => self.queue(Turn::Same),
             (false, _) => {
-                used_up.store(0, Ordering::Relaxed);
                 // Unless somebody has said so more exactly.
                 let idle_since = self.own().idle_since.load(Ordering::Relaxed);
                 let last_ran = self.own().last_ran.load(Ordering::Relaxed);

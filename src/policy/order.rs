@@ -1,10 +1,10 @@
 //! Who is served before whom.
 
-use crate::policy::fair_share::{mean, used_of_turn, virtual_time};
-use crate::policy::slice::{turn_length, turn_worth};
+use crate::policy::fair_share::{mean, used_of_turn, virtual_times};
+use crate::policy::slice::Turns;
 use crate::policy::{waiters, waits};
 use crate::shares::Priority;
-use crate::slot::SlotIndex;
+use crate::slot::{SLOTS, SlotIndex};
 use crate::snapshot::Snapshot;
 use crate::units::Nanos;
 
@@ -27,28 +27,49 @@ pub(super) enum Place {
     Low(u64, SlotIndex),
 }
 
-/// What a decision compares clients by.
-pub(super) struct Order<'a> {
-    snapshot: &'a Snapshot,
+/// What a decision compares clients by: computed once for it. Nothing in it depends on whose memory is on the GPU, nor on who
+/// is admitted.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// How long turns are.
+    pub(super) turns: Turns,
+    /// What everybody has come to, ns of virtual time, by slot.
+    pub(super) virtual_times: [Nanos; SLOTS],
     /// The mean virtual time, ns.
     mean: Nanos,
     /// A lag up to this, ns of virtual time, is that of one who takes turns.
     tolerance: Nanos,
 }
 
+impl Standing {
+    /// How the clients of a snapshot stand.
+    pub fn of(snapshot: &Snapshot) -> Self {
+        let (turns, virtual_times) = (Turns::of(snapshot), virtual_times(snapshot));
+        let (mean, worth) = (mean(snapshot, &virtual_times, None).unwrap_or(0), turns.worth());
+        Self { turns, virtual_times, mean, tolerance: worth.saturating_add(worth / 2) }
+    }
+}
+
+/// The order in which the clients of a snapshot are served: for whoever asks the policy several questions about it.
+#[derive(Debug, Clone, Copy)]
+pub struct Order<'a> {
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) standing: &'a Standing,
+}
+
 impl<'a> Order<'a> {
-    pub fn of(snapshot: &'a Snapshot) -> Self {
-        let worth = turn_worth(snapshot);
-        Self { snapshot, mean: mean(snapshot, None).unwrap_or(0), tolerance: worth.saturating_add(worth / 2) }
+    /// By how the clients of the same snapshot stand.
+    pub fn new(snapshot: &'a Snapshot, standing: &'a Standing) -> Self {
+        Self { snapshot, standing }
     }
 
     /// Where a client stands. One that has used up its turn stands behind those who have not, as if it queued now.
-    pub fn place(&self, slot: SlotIndex) -> Place {
+    pub(super) fn place(&self, slot: SlotIndex) -> Place {
         let view = self.snapshot.view(slot);
         if waits(view) {
             self.place_of_turn(slot)
-        } else if turn_is_over(self.snapshot, slot) {
-            self.among_others(slot, u64::MAX, virtual_time(self.snapshot, slot))
+        } else if turn_is_over(self.snapshot, &self.standing.turns, slot) {
+            self.among_others(slot, u64::MAX, self.standing.virtual_times[slot.get()])
         } else {
             self.among_others(slot, view.ticket, view.turn_start)
         }
@@ -64,30 +85,32 @@ impl<'a> Order<'a> {
     }
 
     fn among_others(&self, slot: SlotIndex, ticket: u64, had: Nanos) -> Place {
+        let (mean, tolerance) = (self.standing.mean, self.standing.tolerance);
         if self.snapshot.view(slot).priority == Priority::Low {
             Place::Low(ticket, slot)
-        } else if had < self.mean.saturating_sub(self.tolerance) {
+        } else if had < mean.saturating_sub(tolerance) {
             Place::Behind(had, ticket, slot)
-        } else if had > self.mean.saturating_add(self.tolerance) {
+        } else if had > mean.saturating_add(tolerance) {
             Place::Ahead(had, ticket, slot)
         } else {
             Place::InTurn(ticket, slot)
         }
     }
 
-    /// Whether one who is admitted came before a waiter, or stood before it: it is not in the waiter's way.
-    pub fn comes_before(&self, slot: SlotIndex, waiter: SlotIndex) -> bool {
+    /// Whether one who is admitted came before a waiter, whose place is `place`, or stood before it: it is not in the waiter's
+    /// way.
+    pub(super) fn comes_before(&self, slot: SlotIndex, waiter: SlotIndex, place: &Place) -> bool {
         let ticket = |slot: SlotIndex| (self.snapshot.view(slot).ticket, slot);
-        ticket(slot) < ticket(waiter) || self.place_of_turn(slot) < self.place(waiter)
+        ticket(slot) < ticket(waiter) || self.place_of_turn(slot) < *place
     }
 
-    /// The waiter whose turn is next.
+    /// The waiter whose turn is next, if somebody waits who is not admitted.
     pub fn first_waiter(&self) -> Option<SlotIndex> {
         waiters(self.snapshot).min_by_key(|slot| self.place(*slot))
     }
 }
 
 /// Whether a client that runs, or has just given way, has used up its turn.
-pub(super) fn turn_is_over(snapshot: &Snapshot, slot: SlotIndex) -> bool {
-    used_of_turn(snapshot, slot) >= turn_length(snapshot, slot)
+pub(super) fn turn_is_over(snapshot: &Snapshot, turns: &Turns, slot: SlotIndex) -> bool {
+    used_of_turn(snapshot, slot) >= turns.length(snapshot.view(slot))
 }

@@ -1,5 +1,4 @@
 use super::fair_share::{self, virtual_time};
-use super::room::{lacking_ahead, next_uses};
 use super::*;
 use crate::page::{Page, Quantum, Settings};
 use crate::shares::Priority;
@@ -733,7 +732,8 @@ proptest! {
         prop_assume!(total <= snapshot.usable());
         let given: u32 = snapshot.clients().map(|(slot, _)| evict_share(&snapshot, slot)).sum();
         // When nothing is lacking, what the last in the queue has of what the first could bring in.
-        let ahead = lacking_ahead(&snapshot).map_or(0, |(last, room)| room.min(snapshot.view(last).evictable()));
+        let standing = Standing::of(&snapshot);
+        let ahead = Order::new(&snapshot, &standing).lacking_ahead().map_or(0, |(last, room)| room.min(snapshot.view(last).evictable()));
         prop_assert_eq!(given, if lacking(&snapshot) > 0 { lacking(&snapshot) } else { ahead });
         for (slot, view) in snapshot.clients() {
             prop_assert!(evict_share(&snapshot, slot) <= view.evictable());
@@ -757,7 +757,8 @@ proptest! {
         let who = evictors(&snapshot);
         let given = make_room(&mut snapshot);
         let Some(first) = first_waiter(&snapshot) else { prop_assert_eq!(given, 0); return Ok(()) };
-        let order = Order::of(&snapshot);
+        let standing = Standing::of(&snapshot);
+        let order = Order::new(&snapshot, &standing);
         let last = waiters(&snapshot).max_by_key(|slot| order.place(*slot)).unwrap();
         prop_assert!(who.is_empty() || last != first && who == SlotSet::EMPTY.with(last));
         let room = prefetch(&snapshot, first);
@@ -811,7 +812,6 @@ proptest! {
                 prop_assert!(turn.turn_used <= 0 && snapshot.admitted.contains(slot));
             }
         }
-        prop_assert!(next_uses(&snapshot).iter().enumerate().all(|(index, _)| index < SLOTS));
     }
 
     /// Deciding is a function: the same snapshot and time give the same answer, and an answer that is

@@ -8,14 +8,17 @@
 //! for ever.
 
 use crate::page::Phase;
-use crate::policy::fair_share::{mean, ran, slice_begun, used_of_turn, virtual_time};
-use crate::policy::order::{Order, turn_is_over};
-use crate::policy::slice::{round, times_lighter};
+use crate::policy::fair_share::{
+    mean, ran, slice_begun, used_of_turn, virtual_of, virtual_time, virtual_times,
+};
+use crate::policy::order::{Order, Standing, turn_is_over};
+use crate::policy::scaled;
+use crate::policy::slice::{Turns, times_lighter};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::snapshot::Snapshot;
 use crate::units::{Nanos, SECOND};
-use crate::usage::{self, DEFAULT_WEIGHT};
+use crate::usage;
 
 /// The largest lag that a client comes back with, ns of virtual time.
 pub const CREDIT: Nanos = 5 * SECOND;
@@ -51,7 +54,7 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
         (view.phase, view.credit) = (Phase::Waiting, 0);
         farthest(&snapshot, slot)
     };
-    let Some(mean) = mean(snapshot, Some(slot)) else {
+    let Some(mean) = mean(snapshot, &virtual_times(snapshot), Some(slot)) else {
         let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0));
         return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
     };
@@ -75,16 +78,15 @@ fn farthest(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
         .settings
         .deadline
         .saturating_mul(u64::from(times))
-        .saturating_add(round(snapshot, slot).saturating_mul(2))
+        .saturating_add(Turns::of(snapshot).round(snapshot, slot).saturating_mul(2))
 }
 
 /// How far a deadline is away, ns.
 fn distance(priority: Priority, far: Nanos, credit: Nanos) -> Nanos {
     let late = CREDIT.saturating_sub(credit.saturating_mul(AT_ONCE));
-    let nearer = u128::from(far) * u128::from(late) / u128::from(CREDIT);
     match priority {
         Priority::High => 0,
-        Priority::Normal => nearer as Nanos,
+        Priority::Normal => scaled(far, late, CREDIT),
         Priority::Low => far.saturating_mul(2),
     }
 }
@@ -97,8 +99,7 @@ fn debt(snapshot: &Snapshot, slot: SlotIndex, far: Nanos) -> Nanos {
         .filter(|(other, view)| *other != slot && view.phase.wants_gpu())
         .map(|(_, view)| u64::from(usage::weight(view.weight)))
         .sum();
-    let advances = u128::from(far) * u128::from(DEFAULT_WEIGHT) / u128::from(weights.max(1));
-    u64::try_from(advances).unwrap_or(u64::MAX)
+    virtual_of(far, weights)
 }
 
 /// What a client writes into its slot when a slice ends.
@@ -120,7 +121,7 @@ pub fn end_slice(snapshot: &Snapshot, slot: SlotIndex) -> SliceEnd {
         ran: ran(snapshot, slot),
         virtual_time: virtual_time(snapshot, slot),
         turn_used: used_of_turn(snapshot, slot) as i64,
-        used_up: turn_is_over(snapshot, slot),
+        used_up: turn_is_over(snapshot, &Turns::of(snapshot), slot),
     }
 }
 
@@ -139,12 +140,24 @@ pub fn next_turn(snapshot: &Snapshot, slot: SlotIndex) -> Option<NextTurn> {
     let view = snapshot.view(slot);
     let runs =
         view.phase == Phase::Running && slice_begun(view).is_some() && snapshot.admitted.contains(slot);
-    if !runs || !turn_is_over(snapshot, slot) {
+    let standing = Standing::of(snapshot);
+    if !runs || !turn_is_over(snapshot, &standing.turns, slot) {
         return None;
     }
     let ran = i64::try_from(ran(snapshot, slot)).unwrap_or(i64::MAX);
-    let order = Order::of(snapshot);
+    let order = Order::new(snapshot, &standing);
     let first = order.first_waiter()?;
     (order.place(slot) < order.place(first))
-        .then(|| NextTurn { turn_start: virtual_time(snapshot, slot), turn_used: -ran })
+        .then(|| NextTurn { turn_start: standing.virtual_times[slot.get()], turn_used: -ran })
+}
+
+/// How many turns a client has used up one after the other when a slice of it has ended; `before` that they were so many. It
+/// has `more` to do or not, and its turn is `over` or was interrupted.
+#[must_use]
+pub fn turns_in_a_row(before: u32, more: bool, over: bool) -> u32 {
+    match (more, over) {
+        (true, true) => before.saturating_add(1),
+        (true, false) => before,
+        (false, _) => 0,
+    }
 }

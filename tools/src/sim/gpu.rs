@@ -470,8 +470,7 @@ impl Gpu {
         self.decide();
         let missing = self.missing(slot);
         if self.snapshot.admitted.contains(slot) && i64::from(missing) <= i64::from(self.snapshot.free) {
-            self.view_mut(slot).resident += missing;
-            self.snapshot.free -= missing as i32;
+            self.snapshot.takes(slot, missing);
             let client = self.client_mut(slot);
             client.absent = client.absent.saturating_sub(missing);
         } else {
@@ -564,11 +563,7 @@ impl Gpu {
         let more = client.task.has_work() || pauses.is_some();
         let turn_over = client.turn_over;
         let view = self.view_mut(slot);
-        view.consecutive_slices = match (more, turn_over) {
-            (true, true) => view.consecutive_slices + 1,
-            (true, false) => view.consecutive_slices,
-            (false, _) => 0,
-        };
+        view.consecutive_slices = policy::turns_in_a_row(view.consecutive_slices, more, turn_over);
         if more {
             if turn_over {
                 self.end_turn(slot, now);
@@ -630,8 +625,7 @@ impl Gpu {
         let came = self.to_gpu.transfer.take_if(here).is_some();
         let went = self.to_host.transfer.take_if(here);
         if let Some(Transfer { slot, granules, .. }) = went {
-            self.view_mut(slot).resident -= granules;
-            self.snapshot.free += granules as i32;
+            self.snapshot.gives(slot, granules);
             let phase = self.snapshot.view(slot).phase;
             let client = self.client_mut(slot);
             client.evicting -= granules;
@@ -664,8 +658,7 @@ impl Gpu {
             if let Some(slot) = self.to_gpu.next(ready.into_iter())
                 && let Some(granules) = self.next_piece(slot)
             {
-                self.snapshot.free -= granules as i32;
-                self.view_mut(slot).resident += granules;
+                self.snapshot.takes(slot, granules);
                 let client = self.client_mut(slot);
                 let fresh = client.absent.min(granules);
                 client.absent -= fresh;

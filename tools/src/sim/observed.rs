@@ -1,36 +1,43 @@
 //! A GPU's snapshot, with what the policy says of it: each question is put once for each change, however many clients ask.
 //!
 //! Every client of a real GPU asks the policy for itself. Here all see the same snapshot at the same moment, so the answer to
-//! one is the answer to all: whom to admit, when slices end, who must
-//! evict, who is the first waiter.
+//! one is the answer to all: whom to admit, when slices end, who must evict, who is the first waiter.
 
-use nvshare::policy;
-use nvshare::slot::{SlotIndex, SlotSet};
+use nvshare::policy::{self, Order, Standing};
+use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{Granules, Nanos};
 use std::cell::OnceCell;
 use std::ops::{Deref, DerefMut};
 
-/// The snapshot. Whoever changes anything in it forgets the answers.
+/// The snapshot. Whoever changes anything in it forgets the answers that depend on that.
 #[derive(Debug)]
 pub struct Observed {
     snapshot: Snapshot,
-    answers: Answers,
-}
-
-#[derive(Debug, Default)]
-struct Answers {
-    admit: OnceCell<SlotSet>,
+    standing: OnceCell<Standing>,
     awaited: OnceCell<bool>,
     first_waiter: OnceCell<Option<SlotIndex>>,
+    of_memory: OfMemory,
+}
+
+/// What depends on whose memory is on the GPU, too.
+#[derive(Debug, Default)]
+struct OfMemory {
+    admit: OnceCell<SlotSet>,
     slice_ends: OnceCell<Vec<Nanos>>,
-    evictors: OnceCell<SlotSet>,
+    evict_shares: OnceCell<[Granules; SLOTS]>,
     needed: OnceCell<Option<Nanos>>,
 }
 
 impl From<Snapshot> for Observed {
     fn from(snapshot: Snapshot) -> Self {
-        Self { snapshot, answers: Answers::default() }
+        Self {
+            snapshot,
+            standing: OnceCell::new(),
+            awaited: OnceCell::new(),
+            first_waiter: OnceCell::new(),
+            of_memory: OfMemory::default(),
+        }
     }
 }
 
@@ -44,47 +51,67 @@ impl Deref for Observed {
 
 impl DerefMut for Observed {
     fn deref_mut(&mut self) -> &mut Snapshot {
-        self.answers = Answers::default();
+        self.standing.take();
+        self.awaited.take();
+        self.first_waiter.take();
+        self.of_memory = OfMemory::default();
         &mut self.snapshot
     }
 }
 
 impl Observed {
+    fn order(&self) -> Order<'_> {
+        Order::new(&self.snapshot, self.standing.get_or_init(|| Standing::of(&self.snapshot)))
+    }
+
+    /// A client's granules come in from the pool.
+    pub fn takes(&mut self, slot: SlotIndex, granules: Granules) {
+        self.of_memory = OfMemory::default();
+        self.snapshot.slots[slot.get()].resident += granules;
+        self.snapshot.free -= granules as i32;
+    }
+
+    /// A client's granules go back to the pool.
+    pub fn gives(&mut self, slot: SlotIndex, granules: Granules) {
+        self.of_memory = OfMemory::default();
+        self.snapshot.slots[slot.get()].resident -= granules;
+        self.snapshot.free += granules as i32;
+    }
+
     /// As [`policy::admit`].
     pub fn admit(&self) -> SlotSet {
-        *self.answers.admit.get_or_init(|| policy::admit(&self.snapshot))
+        *self.of_memory.admit.get_or_init(|| self.order().admit())
     }
 
     /// As [`policy::awaited`].
     pub fn awaited(&self) -> bool {
-        *self.answers.awaited.get_or_init(|| policy::awaited(&self.snapshot))
+        *self.awaited.get_or_init(|| policy::awaited(&self.snapshot))
     }
 
     /// As [`policy::first_waiter`].
     pub fn first_waiter(&self) -> Option<SlotIndex> {
-        *self.answers.first_waiter.get_or_init(|| policy::first_waiter(&self.snapshot))
+        *self.first_waiter.get_or_init(|| if self.awaited() { self.order().first_waiter() } else { None })
     }
 
     /// As [`policy::needed`].
     pub fn needed(&self) -> Option<Nanos> {
-        *self.answers.needed.get_or_init(|| policy::needed(&self.snapshot))
+        *self.of_memory.needed.get_or_init(|| self.order().needed())
     }
 
     /// As [`policy::next_decision`].
     pub fn next_decision(&self, decided: Nanos) -> Option<Nanos> {
-        let ends = self.answers.slice_ends.get_or_init(|| policy::slice_ends(&self.snapshot).collect());
+        let ends = self.of_memory.slice_ends.get_or_init(|| self.order().slice_ends());
         ends.iter().copied().filter(|end| *end > decided).min()
     }
 
     /// As [`policy::evict_share`].
     pub fn evict_share(&self, slot: SlotIndex) -> Granules {
-        let evictors = self.answers.evictors.get_or_init(|| policy::evictors(&self.snapshot));
-        if evictors.contains(slot) { policy::evict_share(&self.snapshot, slot) } else { 0 }
+        self.of_memory.evict_shares.get_or_init(|| self.order().evict_shares())[slot.get()]
     }
 
     /// As [`policy::prefetch`].
     pub fn prefetch(&self, slot: SlotIndex) -> Granules {
-        if self.first_waiter() == Some(slot) { policy::prefetch(&self.snapshot, slot) } else { 0 }
+        if self.first_waiter() == Some(slot) { self.order().prefetch(slot) } else { 0 }
     }
 }
 
@@ -92,7 +119,6 @@ impl Observed {
 mod tests {
     use super::*;
     use nvshare::page::{Phase, Settings};
-    use nvshare::slot::SLOTS;
     use nvshare::snapshot::SlotView;
 
     #[test]
