@@ -47,7 +47,7 @@ mod room;
 mod slice;
 mod turn;
 
-pub use order::{Order, Standing};
+pub use order::{Order, Standing, Waiting, hurried};
 pub use room::{evict_share, evictors, lacking, needed, prefetch, spare_holders, spares_are_wanted};
 pub use slice::{MOST_SHARES, quantum, turn_length};
 pub use turn::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn, turns_in_a_row};
@@ -56,7 +56,7 @@ use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
-use order::Place;
+use order::{Place, hurry};
 use slice::Turns;
 
 /// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
@@ -95,7 +95,7 @@ impl Order<'_> {
     fn queue(&self) -> Vec<(SlotIndex, Granules)> {
         let snapshot = self.snapshot;
         let first = self.first_waiter().map(|first| (first, self.place(first)));
-        let ends = SliceEnds::of(snapshot, || self.standing.turns);
+        let ends = self.ends();
         let goes_on = |view: &SlotView| {
             let end = ends.as_ref().and_then(|ends| ends.of_holder(view));
             end.is_none_or(|end| end > snapshot.now)
@@ -181,7 +181,7 @@ pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
 /// quantum kept a third from its memory in this way: found by the simulator.) That is a part of the third one's turn, which
 /// the waiter waits for in any case. If it takes longer than the farthest deadline, something is stuck, and others go on.
 pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
-    SliceEnds::of(snapshot, || Turns::of(snapshot))?.of_holder(snapshot.view(holder))
+    SliceEnds::of(snapshot)?.of_holder(snapshot.view(holder))
 }
 
 /// When slices are over because of the waiter whose deadline comes first ([`slice_end`]).
@@ -197,20 +197,19 @@ struct SliceEnds {
 
 impl SliceEnds {
     /// `None` if nobody waits.
-    fn of(snapshot: &Snapshot, turns: impl FnOnce() -> Turns) -> Option<Self> {
-        let hurry = |slot: SlotIndex| {
-            let view = snapshot.view(slot);
-            (view.deadline, view.ticket, slot)
-        };
-        let hurried = waiters(snapshot).min_by_key(|slot| hurry(*slot))?;
+    fn of(snapshot: &Snapshot) -> Option<Self> {
+        hurried(snapshot).map(|hurried| Self::because_of(hurried, snapshot, Turns::of(snapshot)))
+    }
+
+    fn because_of(hurried: SlotIndex, snapshot: &Snapshot, turns: Turns) -> Self {
         let fills = snapshot.admitted.iter().any(|slot| {
-            let before =
-                || snapshot.view(slot).ticket < snapshot.view(hurried).ticket || hurry(slot) < hurry(hurried);
+            let earlier = || hurry(snapshot, slot) < hurry(snapshot, hurried);
+            let before = || snapshot.view(slot).ticket < snapshot.view(hurried).ticket || earlier();
             snapshot.view(slot).phase == Phase::Filling && before()
         });
         let (deadline, quantum) = (snapshot.view(hurried).deadline, quantum(snapshot, hurried));
         let later = if fills { snapshot.settings.deadline } else { 0 };
-        Some(Self { turns: turns(), deadline, quantum, later })
+        Self { turns, deadline, quantum, later }
     }
 
     /// When the slice of a client is over, ns, if it runs.
@@ -238,8 +237,14 @@ impl Order<'_> {
     /// When the slices of those who run are over, ns, in no order: [`next_decision`] is the first of them that has not been
     /// decided yet.
     pub fn slice_ends(&self) -> Vec<Nanos> {
-        let ends = SliceEnds::of(self.snapshot, || self.standing.turns);
-        ends.map_or_else(Vec::new, |ends| ends.of_admitted(self.snapshot).collect())
+        self.ends().map_or_else(Vec::new, |ends| ends.of_admitted(self.snapshot).collect())
+    }
+
+    fn ends(&self) -> Option<SliceEnds> {
+        let ends = |waiting: Waiting| {
+            SliceEnds::because_of(waiting.hurried, self.snapshot, self.standing.turns)
+        };
+        self.waiting.map(ends)
     }
 }
 
@@ -276,7 +281,7 @@ pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
 /// in room that no waiter can use, and deciding once more would change nothing; whoever changes something
 /// decides anyway.
 pub fn next_decision(snapshot: &Snapshot, decided: Nanos) -> Option<Nanos> {
-    let ends = SliceEnds::of(snapshot, || Turns::of(snapshot))?;
+    let ends = SliceEnds::of(snapshot)?;
     ends.of_admitted(snapshot).filter(|end| *end > decided).min()
 }
 

@@ -27,6 +27,16 @@ pub(super) enum Place {
     Low(u64, SlotIndex),
 }
 
+impl Place {
+    /// Whose place it is.
+    fn slot(self) -> SlotIndex {
+        match self {
+            Self::Late(_, _, slot) | Self::Behind(_, _, slot) | Self::Ahead(_, _, slot) => slot,
+            Self::InTurn(_, slot) | Self::Low(_, slot) => slot,
+        }
+    }
+}
+
 /// What a decision compares clients by: computed once for it. Nothing in it depends on whose memory is on the GPU, nor on who
 /// is admitted.
 #[derive(Debug, Clone)]
@@ -44,7 +54,17 @@ pub struct Standing {
 impl Standing {
     /// How the clients of a snapshot stand.
     pub fn of(snapshot: &Snapshot) -> Self {
-        let (turns, virtual_times) = (Turns::of(snapshot), virtual_times(snapshot));
+        Self::by_turns(snapshot, Turns::of(snapshot))
+    }
+
+    /// How they stand at the moment of a snapshot in which nothing has changed but the time, and whose memory is on the GPU.
+    #[must_use]
+    pub fn at(&self, snapshot: &Snapshot) -> Self {
+        Self::by_turns(snapshot, self.turns)
+    }
+
+    fn by_turns(snapshot: &Snapshot, turns: Turns) -> Self {
+        let virtual_times = virtual_times(snapshot);
         let (mean, worth) = (mean(snapshot, &virtual_times, None).unwrap_or(0), turns.worth());
         Self { turns, virtual_times, mean, tolerance: worth.saturating_add(worth / 2) }
     }
@@ -55,12 +75,50 @@ impl Standing {
 pub struct Order<'a> {
     pub(super) snapshot: &'a Snapshot,
     pub(super) standing: &'a Standing,
+    pub(super) waiting: Option<Waiting>,
+}
+
+/// Those who wait and are not admitted, as far as a decision names them. Nothing in it depends on whose memory is on the GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting {
+    /// The one whose turn is next.
+    pub first: SlotIndex,
+    /// The one whose turn is last.
+    pub last: SlotIndex,
+    /// The one whose deadline is the earliest.
+    pub hurried: SlotIndex,
 }
 
 impl<'a> Order<'a> {
     /// By how the clients of the same snapshot stand.
     pub fn new(snapshot: &'a Snapshot, standing: &'a Standing) -> Self {
-        Self { snapshot, standing }
+        Self::with_hurried(snapshot, standing, hurried(snapshot))
+    }
+
+    /// The same, if it is known whose deadline is the earliest of those who wait ([`hurried`]).
+    pub fn with_hurried(
+        snapshot: &'a Snapshot,
+        standing: &'a Standing,
+        hurried: Option<SlotIndex>,
+    ) -> Self {
+        let mut order = Self { snapshot, standing, waiting: None };
+        let mut places = waiters(snapshot).map(|slot| order.place(slot));
+        if let (Some(hurried), Some(one)) = (hurried, places.next()) {
+            let (first, last) =
+                places.fold((one, one), |(first, last), place| (first.min(place), last.max(place)));
+            order.waiting = Some(Waiting { first: first.slot(), last: last.slot(), hurried });
+        }
+        order
+    }
+
+    /// The same, by those who wait, if they are known.
+    pub fn by(snapshot: &'a Snapshot, standing: &'a Standing, waiting: Option<Waiting>) -> Self {
+        Self { snapshot, standing, waiting }
+    }
+
+    /// Those who wait, if somebody does who is not admitted.
+    pub fn waiting(&self) -> Option<Waiting> {
+        self.waiting
     }
 
     /// Where a client stands. One that has used up its turn stands behind those who have not, as if it queued now.
@@ -106,8 +164,19 @@ impl<'a> Order<'a> {
 
     /// The waiter whose turn is next, if somebody waits who is not admitted.
     pub fn first_waiter(&self) -> Option<SlotIndex> {
-        waiters(self.snapshot).min_by_key(|slot| self.place(*slot))
+        self.waiting.map(|waiting| waiting.first)
     }
+}
+
+/// The waiter whose deadline is the earliest, if somebody waits who is not admitted.
+pub fn hurried(snapshot: &Snapshot) -> Option<SlotIndex> {
+    waiters(snapshot).min_by_key(|slot| hurry(snapshot, *slot))
+}
+
+/// By what waiters are compared whose deadlines count: the least is in the greatest hurry.
+pub(super) fn hurry(snapshot: &Snapshot, slot: SlotIndex) -> (Nanos, u64, SlotIndex) {
+    let view = snapshot.view(slot);
+    (view.deadline, view.ticket, slot)
 }
 
 /// Whether a client that runs, or has just given way, has used up its turn.

@@ -1,8 +1,8 @@
 //! Who makes room for whom, and how much.
 
 use crate::page::Phase;
-use crate::policy::order::{Order, Place, Standing};
-use crate::policy::{awaited, first_waiter, switch_time, waiters};
+use crate::policy::order::{Order, Place, Standing, Waiting};
+use crate::policy::{awaited, first_waiter, switch_time};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos};
@@ -90,10 +90,16 @@ impl Order<'_> {
 
     /// Granules that each client must evict now, by slot: its share of what the admitted ones lack.
     ///
-    /// Clients that are not admitted make room in this order: the one that needs its memory last evicts first (`next_uses`).
+    /// Clients that are not admitted make room in this order: the one that needs its memory last evicts first
+    /// ([`Order::next_uses`]).
     /// A client that still drains will evict when it has, and keeps its place, unless its drain stands still.
     /// When nothing is lacking, the last in the queue makes room for the first.
     pub fn evict_shares(&self) -> [Granules; SLOTS] {
+        self.evict_shares_by(|| self.next_uses())
+    }
+
+    /// The same, by what [`Order::next_uses`] answers.
+    pub fn evict_shares_by(&self, next_uses: impl FnOnce() -> [Nanos; SLOTS]) -> [Granules; SLOTS] {
         let mut shares = [0; SLOTS];
         let snapshot = self.snapshot;
         let lacking = lacking(snapshot);
@@ -109,7 +115,7 @@ impl Order<'_> {
         let mut order: Vec<(SlotIndex, &SlotView)> =
             snapshot.clients().filter(|(slot, view)| makes_room(*slot, view)).collect();
         if order.len() > 1 {
-            let uses = self.next_uses();
+            let uses = next_uses();
             order.sort_unstable_by_key(|(slot, view)| (view.stuck, Reverse(uses[slot.get()]), *slot));
         }
         let mut left = lacking;
@@ -125,7 +131,7 @@ impl Order<'_> {
     /// have had their turns. An idle client's pauses say it; and one that has been idle for longer than those stays so for as
     /// long again, as far as anybody knows. (Which of the pages in memory is needed last is the best one to give up: Belady, "A
     /// study of replacement algorithms for a virtual-storage computer", 1966.)
-    pub(super) fn next_uses(&self) -> [Nanos; SLOTS] {
+    pub fn next_uses(&self) -> [Nanos; SLOTS] {
         let mut uses = [0; SLOTS];
         let mut queue: Vec<(Place, SlotIndex)> = Vec::new();
         for (slot, view) in self.snapshot.clients() {
@@ -151,9 +157,10 @@ impl Order<'_> {
     /// them.
     pub(super) fn lacking_ahead(&self) -> Option<(SlotIndex, Granules)> {
         let snapshot = self.snapshot;
-        let first = self.first_waiter().filter(|_| missing(snapshot) == 0)?;
-        let last =
-            waiters(snapshot).max_by_key(|slot| self.place(*slot)).filter(|last| *last != first)?;
+        let Waiting { first, last, .. } = self.waiting.filter(|who| who.last != who.first)?;
+        if missing(snapshot) != 0 {
+            return None;
+        }
         let lacks = i64::from(snapshot.view(first).missing()) - i64::from(snapshot.free);
         Some((last, lacks.clamp(0, i64::from(Granules::MAX)) as Granules))
     }

@@ -282,7 +282,7 @@ impl Gpu {
 
     /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
     fn reckon(&mut self, now: Nanos) {
-        let time = std::mem::replace(&mut self.snapshot.now, now)..now;
+        let time = self.snapshot.pass(now)..now;
         if time.is_empty() {
             return;
         }

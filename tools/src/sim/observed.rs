@@ -3,7 +3,7 @@
 //! Every client of a real GPU asks the policy for itself. Here all see the same snapshot at the same moment, so the answer to
 //! one is the answer to all: whom to admit, when slices end, who must evict, who is the first waiter.
 
-use nvshare::policy::{self, Order, Standing};
+use nvshare::policy::{self, Order, Standing, Waiting};
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{Granules, Nanos};
@@ -14,13 +14,23 @@ use std::ops::{Deref, DerefMut};
 #[derive(Debug)]
 pub struct Observed {
     snapshot: Snapshot,
-    standing: OnceCell<Standing>,
-    awaited: OnceCell<bool>,
-    first_waiter: OnceCell<Option<SlotIndex>>,
+    usable: OnceCell<Granules>,
+    hurried: OnceCell<Option<SlotIndex>>,
+    of_time: OfTime,
     of_memory: OfMemory,
+    /// As of an earlier moment, when nothing but that and memory was other than it is now.
+    earlier: Option<Standing>,
 }
 
-/// What depends on whose memory is on the GPU, too.
+/// What depends on the time, too.
+#[derive(Debug, Default)]
+struct OfTime {
+    standing: OnceCell<Standing>,
+    waiting: OnceCell<Option<Waiting>>,
+    next_uses: OnceCell<[Nanos; SLOTS]>,
+}
+
+/// What depends on the time, and on whose memory is on the GPU, too.
 #[derive(Debug, Default)]
 struct OfMemory {
     admit: OnceCell<SlotSet>,
@@ -33,10 +43,11 @@ impl From<Snapshot> for Observed {
     fn from(snapshot: Snapshot) -> Self {
         Self {
             snapshot,
-            standing: OnceCell::new(),
-            awaited: OnceCell::new(),
-            first_waiter: OnceCell::new(),
+            usable: OnceCell::new(),
+            hurried: OnceCell::new(),
+            of_time: OfTime::default(),
             of_memory: OfMemory::default(),
+            earlier: None,
         }
     }
 }
@@ -51,17 +62,44 @@ impl Deref for Observed {
 
 impl DerefMut for Observed {
     fn deref_mut(&mut self) -> &mut Snapshot {
-        self.standing.take();
-        self.awaited.take();
-        self.first_waiter.take();
+        self.usable.take();
+        self.hurried.take();
+        self.of_time = OfTime::default();
         self.of_memory = OfMemory::default();
+        self.earlier = None;
         &mut self.snapshot
     }
 }
 
 impl Observed {
+    fn hurried(&self) -> Option<SlotIndex> {
+        *self.hurried.get_or_init(|| policy::hurried(&self.snapshot))
+    }
+
     fn order(&self) -> Order<'_> {
-        Order::new(&self.snapshot, self.standing.get_or_init(|| Standing::of(&self.snapshot)))
+        let stand = || match &self.earlier {
+            Some(earlier) => earlier.at(&self.snapshot),
+            None => Standing::of(&self.snapshot),
+        };
+        let standing = self.of_time.standing.get_or_init(stand);
+        let order = || Order::with_hurried(&self.snapshot, standing, self.hurried());
+        let waiting = *self.of_time.waiting.get_or_init(|| order().waiting());
+        Order::by(&self.snapshot, standing, waiting)
+    }
+
+    /// Time passes. Returns what it was before, ns.
+    pub fn pass(&mut self, now: Nanos) -> Nanos {
+        let before = std::mem::replace(&mut self.snapshot.now, now);
+        if now != before {
+            self.earlier = std::mem::take(&mut self.of_time).standing.into_inner().or(self.earlier.take());
+            self.of_memory = OfMemory::default();
+        }
+        before
+    }
+
+    /// As [`Snapshot::usable`].
+    pub fn usable(&self) -> Granules {
+        *self.usable.get_or_init(|| self.snapshot.usable())
     }
 
     /// A client's granules come in from the pool.
@@ -85,12 +123,12 @@ impl Observed {
 
     /// As [`policy::awaited`].
     pub fn awaited(&self) -> bool {
-        *self.awaited.get_or_init(|| policy::awaited(&self.snapshot))
+        self.hurried().is_some()
     }
 
     /// As [`policy::first_waiter`].
     pub fn first_waiter(&self) -> Option<SlotIndex> {
-        *self.first_waiter.get_or_init(|| if self.awaited() { self.order().first_waiter() } else { None })
+        if self.awaited() { self.order().first_waiter() } else { None }
     }
 
     /// As [`policy::needed`].
@@ -106,7 +144,9 @@ impl Observed {
 
     /// As [`policy::evict_share`].
     pub fn evict_share(&self, slot: SlotIndex) -> Granules {
-        self.of_memory.evict_shares.get_or_init(|| self.order().evict_shares())[slot.get()]
+        let order = self.order();
+        let uses = || *self.of_time.next_uses.get_or_init(|| order.next_uses());
+        self.of_memory.evict_shares.get_or_init(|| order.evict_shares_by(uses))[slot.get()]
     }
 
     /// As [`policy::prefetch`].
