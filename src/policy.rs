@@ -94,21 +94,21 @@ impl Order<'_> {
     /// Those who want the GPU, in the order in which they get it.
     fn queue(&self) -> Vec<(SlotIndex, Granules)> {
         let snapshot = self.snapshot;
-        let first = self.first_waiter().map(|first| (first, self.place(first)));
+        let first = self.first_waiter();
         let ends = self.ends();
         let goes_on = |view: &SlotView| {
             let end = ends.as_ref().and_then(|ends| ends.of_holder(view));
             end.is_none_or(|end| end > snapshot.now)
         };
-        let rank = |slot: SlotIndex, view: &SlotView| -> (Rank, Place) {
+        let rank = |slot: SlotIndex, view: &SlotView| -> (Rank, Option<Place>) {
             if snapshot.admitted.contains(slot) && goes_on(view) {
-                let before = first.is_none_or(|(first, place)| self.comes_before(slot, first, &place));
+                let before = first.is_none_or(|first| self.comes_before(slot, first));
                 // Between those who run, it counts who came first: hurry is for waiters.
-                let place = Place::InTurn(view.ticket, slot);
+                let place = Some(Place::InTurn(view.ticket, slot));
                 return (if before { Rank::Holder } else { Rank::GapFiller }, place);
             }
             let place = self.place(slot);
-            let stands = first.is_none_or(|(_, first)| place <= first);
+            let stands = first.is_none_or(|first| place <= self.place(first));
             (if stands { Rank::First } else { Rank::Other }, place)
         };
         let mut queue: Vec<_> = snapshot

@@ -5,7 +5,7 @@ use crate::policy::slice::Turns;
 use crate::policy::{waiters, waits};
 use crate::shares::Priority;
 use crate::slot::{SLOTS, SlotIndex};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{SlotView, Snapshot};
 use crate::units::Nanos;
 
 /// A client's place among those who want the GPU and have no turn that goes on. The least is served first; between equals,
@@ -49,6 +49,8 @@ pub struct Standing {
     mean: Nanos,
     /// A lag up to this, ns of virtual time, is that of one who takes turns.
     tolerance: Nanos,
+    /// The places of those who want the GPU, by slot.
+    pub(super) places: [Option<Place>; SLOTS],
 }
 
 impl Standing {
@@ -66,7 +68,43 @@ impl Standing {
     fn by_turns(snapshot: &Snapshot, turns: Turns) -> Self {
         let virtual_times = virtual_times(snapshot);
         let (mean, worth) = (mean(snapshot, &virtual_times, None).unwrap_or(0), turns.worth());
-        Self { turns, virtual_times, mean, tolerance: worth.saturating_add(worth / 2) }
+        let tolerance = worth.saturating_add(worth / 2);
+        let mut standing = Self { turns, virtual_times, mean, tolerance, places: [None; SLOTS] };
+        for (slot, view) in snapshot.clients().filter(|(_, view)| view.phase.wants_gpu()) {
+            standing.places[slot.get()] = Some(standing.place(snapshot, slot, view));
+        }
+        standing
+    }
+
+    /// Where a client stands. One that has used up its turn stands behind those who have not, as if it queued now.
+    fn place(&self, snapshot: &Snapshot, slot: SlotIndex, view: &SlotView) -> Place {
+        if waits(view) {
+            self.place_of_turn(snapshot, slot, view)
+        } else if turn_is_over(snapshot, &self.turns, slot) {
+            self.among_others(slot, view.priority, u64::MAX, self.virtual_times[slot.get()])
+        } else {
+            self.among_others(slot, view.priority, view.ticket, view.turn_start)
+        }
+    }
+
+    /// Where it stands that waits, or stood when its turn began.
+    fn place_of_turn(&self, snapshot: &Snapshot, slot: SlotIndex, view: &SlotView) -> Place {
+        if view.deadline <= snapshot.now {
+            return Place::Late(view.deadline, view.ticket, slot);
+        }
+        self.among_others(slot, view.priority, view.ticket, view.turn_start)
+    }
+
+    fn among_others(&self, slot: SlotIndex, priority: Priority, ticket: u64, had: Nanos) -> Place {
+        if priority == Priority::Low {
+            Place::Low(ticket, slot)
+        } else if had < self.mean.saturating_sub(self.tolerance) {
+            Place::Behind(had, ticket, slot)
+        } else if had > self.mean.saturating_add(self.tolerance) {
+            Place::Ahead(had, ticket, slot)
+        } else {
+            Place::InTurn(ticket, slot)
+        }
     }
 }
 
@@ -102,7 +140,7 @@ impl<'a> Order<'a> {
         hurried: Option<SlotIndex>,
     ) -> Self {
         let mut order = Self { snapshot, standing, waiting: None };
-        let mut places = waiters(snapshot).map(|slot| order.place(slot));
+        let mut places = waiters(snapshot).filter_map(|slot| order.place(slot));
         if let (Some(hurried), Some(one)) = (hurried, places.next()) {
             let (first, last) =
                 places.fold((one, one), |(first, last), place| (first.min(place), last.max(place)));
@@ -121,45 +159,16 @@ impl<'a> Order<'a> {
         self.waiting
     }
 
-    /// Where a client stands. One that has used up its turn stands behind those who have not, as if it queued now.
-    pub(super) fn place(&self, slot: SlotIndex) -> Place {
-        let view = self.snapshot.view(slot);
-        if waits(view) {
-            self.place_of_turn(slot)
-        } else if turn_is_over(self.snapshot, &self.standing.turns, slot) {
-            self.among_others(slot, u64::MAX, self.standing.virtual_times[slot.get()])
-        } else {
-            self.among_others(slot, view.ticket, view.turn_start)
-        }
+    /// Where a client stands that wants the GPU.
+    pub(super) fn place(&self, slot: SlotIndex) -> Option<Place> {
+        self.standing.places[slot.get()]
     }
 
-    /// Where it stands that waits, or stood when its turn began.
-    fn place_of_turn(&self, slot: SlotIndex) -> Place {
-        let view = self.snapshot.view(slot);
-        if view.deadline <= self.snapshot.now {
-            return Place::Late(view.deadline, view.ticket, slot);
-        }
-        self.among_others(slot, view.ticket, view.turn_start)
-    }
-
-    fn among_others(&self, slot: SlotIndex, ticket: u64, had: Nanos) -> Place {
-        let (mean, tolerance) = (self.standing.mean, self.standing.tolerance);
-        if self.snapshot.view(slot).priority == Priority::Low {
-            Place::Low(ticket, slot)
-        } else if had < mean.saturating_sub(tolerance) {
-            Place::Behind(had, ticket, slot)
-        } else if had > mean.saturating_add(tolerance) {
-            Place::Ahead(had, ticket, slot)
-        } else {
-            Place::InTurn(ticket, slot)
-        }
-    }
-
-    /// Whether one who is admitted came before a waiter, whose place is `place`, or stood before it: it is not in the waiter's
-    /// way.
-    pub(super) fn comes_before(&self, slot: SlotIndex, waiter: SlotIndex, place: &Place) -> bool {
+    /// Whether one who is admitted came before a waiter, or stood before it: it is not in the waiter's way.
+    pub(super) fn comes_before(&self, slot: SlotIndex, waiter: SlotIndex) -> bool {
         let ticket = |slot: SlotIndex| (self.snapshot.view(slot).ticket, slot);
-        ticket(slot) < ticket(waiter) || self.place_of_turn(slot) < *place
+        let stood = || self.standing.place_of_turn(self.snapshot, slot, self.snapshot.view(slot));
+        ticket(slot) < ticket(waiter) || Some(stood()) < self.place(waiter)
     }
 
     /// The waiter whose turn is next, if somebody waits who is not admitted.

@@ -1,7 +1,7 @@
 //! Who makes room for whom, and how much.
 
 use crate::page::Phase;
-use crate::policy::order::{Order, Place, Standing, Waiting};
+use crate::policy::order::{Order, Standing, Waiting};
 use crate::policy::{awaited, first_waiter, switch_time};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
@@ -91,15 +91,10 @@ impl Order<'_> {
     /// Granules that each client must evict now, by slot: its share of what the admitted ones lack.
     ///
     /// Clients that are not admitted make room in this order: the one that needs its memory last evicts first
-    /// ([`Order::next_uses`]).
+    /// (`next_uses`).
     /// A client that still drains will evict when it has, and keeps its place, unless its drain stands still.
     /// When nothing is lacking, the last in the queue makes room for the first.
     pub fn evict_shares(&self) -> [Granules; SLOTS] {
-        self.evict_shares_by(|| self.next_uses())
-    }
-
-    /// The same, by what [`Order::next_uses`] answers.
-    pub fn evict_shares_by(&self, next_uses: impl FnOnce() -> [Nanos; SLOTS]) -> [Granules; SLOTS] {
         let mut shares = [0; SLOTS];
         let snapshot = self.snapshot;
         let lacking = lacking(snapshot);
@@ -112,41 +107,37 @@ impl Order<'_> {
         let makes_room = |slot: SlotIndex, view: &SlotView| {
             view.evictable() > 0 && !(snapshot.admitted.contains(slot) && view.phase.wants_gpu())
         };
-        let mut order: Vec<(SlotIndex, &SlotView)> =
+        let clients: Vec<(SlotIndex, &SlotView)> =
             snapshot.clients().filter(|(slot, view)| makes_room(*slot, view)).collect();
-        if order.len() > 1 {
-            let uses = next_uses();
-            order.sort_unstable_by_key(|(slot, view)| (view.stuck, Reverse(uses[slot.get()]), *slot));
-        }
+        // Where there is one, nobody need know when it needs its memory.
+        let uses = if clients.len() > 1 { self.next_uses(&clients) } else { vec![0; clients.len()] };
+        let mut order: Vec<_> =
+            clients.iter().zip(uses).map(|((slot, view), next)| (view.stuck, Reverse(next), *slot)).collect();
+        order.sort_unstable();
         let mut left = lacking;
-        for (slot, view) in order {
-            let share = view.evictable().min(left);
+        for (_, _, slot) in order {
+            let share = snapshot.view(slot).evictable().min(left);
             left -= share;
             shares[slot.get()] = share;
         }
         shares
     }
 
-    /// In how long clients that are not admitted will need their memory, ns, by slot. A waiter needs it when those before it
+    /// In how long each of `clients`, which are not admitted, will need its memory, ns. A waiter needs it when those before it
     /// have had their turns. An idle client's pauses say it; and one that has been idle for longer than those stays so for as
     /// long again, as far as anybody knows. (Which of the pages in memory is needed last is the best one to give up: Belady, "A
     /// study of replacement algorithms for a virtual-storage computer", 1966.)
-    pub fn next_uses(&self) -> [Nanos; SLOTS] {
-        let mut uses = [0; SLOTS];
-        let mut queue: Vec<(Place, SlotIndex)> = Vec::new();
-        for (slot, view) in self.snapshot.clients() {
-            if view.phase.wants_gpu() {
-                queue.push((self.place(slot), slot));
-            } else {
-                uses[slot.get()] = view.pause.max(self.snapshot.now.saturating_sub(view.idle_since));
-            }
-        }
-        queue.sort_unstable();
+    fn next_uses(&self, clients: &[(SlotIndex, &SlotView)]) -> Vec<Nanos> {
+        let queue = &self.standing.places;
         let turn = self.standing.turns.distance();
-        for (turns, (_, slot)) in queue.into_iter().enumerate() {
-            uses[slot.get()] = turn.saturating_mul(turns as u64);
-        }
-        uses
+        let next_use = |(slot, view): &(SlotIndex, &SlotView)| {
+            let Some(place) = self.place(*slot) else {
+                return view.pause.max(self.snapshot.now.saturating_sub(view.idle_since));
+            };
+            let before = queue.iter().flatten().filter(|other| **other < place);
+            turn.saturating_mul(before.count() as u64)
+        };
+        clients.iter().map(next_use).collect()
     }
 
     /// The last in the queue, and granules that the first could bring in ahead of its turn ([`prefetch`]) if the last made

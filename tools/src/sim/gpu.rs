@@ -260,16 +260,17 @@ impl Gpu {
         }
     }
 
-    /// What the GPU's time goes to.
-    fn use_of_time(&self) -> Use {
+    /// What the GPU's time goes to; `busy` if somebody computes.
+    fn use_of_time(&self, busy: bool) -> Use {
+        if busy {
+            return Use::Busy;
+        }
         let phase = |slot: SlotIndex| self.snapshot.view(slot).phase;
         let any = |which: &dyn Fn(SlotIndex) -> bool| self.slots().any(which);
         let moves = any(&|slot| self.moves(slot));
         let fills = any(&|slot| phase(slot) == Phase::Filling && self.snapshot.admitted.contains(slot));
         let drains = any(&|slot| phase(slot) == Phase::Draining || self.client(slot).ready_at.is_some());
-        if any(&|slot| self.computes(slot)) {
-            Use::Busy
-        } else if drains || (fills && moves) {
+        if drains || (fills && moves) {
             Use::Switching
         } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some() {
             Use::Kept
@@ -294,7 +295,7 @@ impl Gpu {
         };
         let rates: Vec<(usize, f64)> = computing.iter().map(rate).collect();
         let contenders: SlotSet = self.slots().filter(|slot| self.contends(*slot)).collect();
-        self.tally.spend(self.use_of_time(), time.clone(), contenders.bits(), &rates);
+        self.tally.spend(self.use_of_time(k > 0), time.clone(), contenders.bits(), &rates);
         if computing.is_empty() {
             return;
         }
@@ -686,9 +687,10 @@ impl Gpu {
     fn next_piece(&self, slot: SlotIndex) -> Option<Granules> {
         let wanted = match self.snapshot.view(slot).phase {
             Phase::Filling if self.snapshot.admitted.contains(slot) => self.missing(slot),
-            Phase::Waiting if self.client(slot).evicting == 0 => {
-                self.snapshot.prefetch(slot).min(self.missing(slot))
-            }
+            Phase::Waiting if self.client(slot).evicting == 0 => match self.snapshot.prefetch(slot) {
+                0 => 0,
+                room => room.min(self.missing(slot)),
+            },
             _ => 0,
         };
         let granules = wanted.min(self.machine.chunk);

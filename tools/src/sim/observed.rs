@@ -27,7 +27,6 @@ pub struct Observed {
 struct OfTime {
     standing: OnceCell<Standing>,
     waiting: OnceCell<Option<Waiting>>,
-    next_uses: OnceCell<[Nanos; SLOTS]>,
 }
 
 /// What depends on the time, and on whose memory is on the GPU, too.
@@ -144,9 +143,7 @@ impl Observed {
 
     /// As [`policy::evict_share`].
     pub fn evict_share(&self, slot: SlotIndex) -> Granules {
-        let order = self.order();
-        let uses = || *self.of_time.next_uses.get_or_init(|| order.next_uses());
-        self.of_memory.evict_shares.get_or_init(|| order.evict_shares_by(uses))[slot.get()]
+        self.of_memory.evict_shares.get_or_init(|| self.order().evict_shares())[slot.get()]
     }
 
     /// As [`policy::prefetch`].
