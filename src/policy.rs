@@ -104,7 +104,7 @@ impl Order<'_> {
             if snapshot.admitted.contains(slot) && goes_on(view) {
                 let before = first.is_none_or(|first| self.comes_before(slot, first));
                 // Between those who run, it counts who came first: hurry is for waiters.
-                let place = Some(Place::InTurn(view.ticket, slot));
+                let place = Some(Place::in_turn(view.ticket, slot));
                 return (if before { Rank::Holder } else { Rank::GapFiller }, place);
             }
             let place = self.place(slot);

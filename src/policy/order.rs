@@ -14,26 +14,32 @@ use crate::units::Nanos;
 /// Order by lag alone would be as fair, but turns of equals would change places with every millisecond that a turn is
 /// shorter than another. So those whose lag is small take their turns in the order in which they came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Place {
-    /// Its deadline, ns, has passed: the earliest first.
-    Late(Nanos, u64, SlotIndex),
-    /// It lags by more than a turn and a half: who has had least first, ns of virtual time.
-    Behind(Nanos, u64, SlotIndex),
-    /// It takes its turns: who came first is first.
-    InTurn(u64, SlotIndex),
-    /// It is ahead by more than a turn and a half.
-    Ahead(Nanos, u64, SlotIndex),
-    /// Of low priority: after everybody, until its deadline.
-    Low(u64, SlotIndex),
+pub(super) struct Place {
+    class: Class,
+    /// What those of one class are compared by.
+    by: u64,
+    ticket: u64,
+    slot: SlotIndex,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Class {
+    /// Its deadline has passed. By that, ns: the earliest first.
+    Late,
+    /// It lags by more than a turn and a half. By what it has had, ns of virtual time: the least first.
+    Behind,
+    /// It takes its turns. By its ticket: who came first is first.
+    InTurn,
+    /// It is ahead by more than a turn and a half. By what it has had, ns of virtual time.
+    Ahead,
+    /// Of low priority: after everybody, until its deadline. By its ticket.
+    Low,
 }
 
 impl Place {
-    /// Whose place it is.
-    fn slot(self) -> SlotIndex {
-        match self {
-            Self::Late(_, _, slot) | Self::Behind(_, _, slot) | Self::Ahead(_, _, slot) => slot,
-            Self::InTurn(_, slot) | Self::Low(_, slot) => slot,
-        }
+    /// That of one who takes its turns.
+    pub fn in_turn(ticket: u64, slot: SlotIndex) -> Self {
+        Self { class: Class::InTurn, by: ticket, ticket, slot }
     }
 }
 
@@ -90,21 +96,22 @@ impl Standing {
     /// Where it stands that waits, or stood when its turn began.
     fn place_of_turn(&self, snapshot: &Snapshot, slot: SlotIndex, view: &SlotView) -> Place {
         if view.deadline <= snapshot.now {
-            return Place::Late(view.deadline, view.ticket, slot);
+            return Place { class: Class::Late, by: view.deadline, ticket: view.ticket, slot };
         }
         self.among_others(slot, view.priority, view.ticket, view.turn_start)
     }
 
     fn among_others(&self, slot: SlotIndex, priority: Priority, ticket: u64, had: Nanos) -> Place {
-        if priority == Priority::Low {
-            Place::Low(ticket, slot)
+        let (class, by) = if priority == Priority::Low {
+            (Class::Low, ticket)
         } else if had < self.mean.saturating_sub(self.tolerance) {
-            Place::Behind(had, ticket, slot)
+            (Class::Behind, had)
         } else if had > self.mean.saturating_add(self.tolerance) {
-            Place::Ahead(had, ticket, slot)
+            (Class::Ahead, had)
         } else {
-            Place::InTurn(ticket, slot)
-        }
+            (Class::InTurn, ticket)
+        };
+        Place { class, by, ticket, slot }
     }
 }
 
@@ -144,7 +151,7 @@ impl<'a> Order<'a> {
         if let (Some(hurried), Some(one)) = (hurried, places.next()) {
             let (first, last) =
                 places.fold((one, one), |(first, last), place| (first.min(place), last.max(place)));
-            order.waiting = Some(Waiting { first: first.slot(), last: last.slot(), hurried });
+            order.waiting = Some(Waiting { first: first.slot, last: last.slot, hurried });
         }
         order
     }
