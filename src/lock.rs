@@ -70,11 +70,8 @@ impl Page {
 fn concerned(before: SlotSet, snapshot: &Snapshot, standing: &Standing) -> SlotSet {
     let order = Order::new(snapshot, standing);
     let changed = before.difference(snapshot.admitted);
-    let spare_holders = if policy::spares_are_wanted(snapshot) {
-        policy::spare_holders(snapshot)
-    } else {
-        SlotSet::EMPTY
-    };
+    let spare_holders =
+        if policy::spares_are_wanted(snapshot) { policy::spare_holders(snapshot) } else { SlotSet::EMPTY };
     let evicting = order.evictors();
     let mut concerned = changed.bits() | spare_holders.bits() | evicting.bits();
     let first = order.first_waiter();

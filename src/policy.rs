@@ -241,9 +241,8 @@ impl Order<'_> {
     }
 
     fn ends(&self) -> Option<SliceEnds> {
-        let ends = |waiting: Waiting| {
-            SliceEnds::because_of(waiting.hurried, self.snapshot, self.standing.turns)
-        };
+        let ends =
+            |waiting: Waiting| SliceEnds::because_of(waiting.hurried, self.snapshot, self.standing.turns);
         self.waiting.map(ends)
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A client's *virtual time* is the GPU time that it has had, divided by its weight: whoever is behind the others goes next.
 //! GPU time that k clients had at once counts a k-th for each ([`SharedTime`]). The *mean* is the average over those who want
-//! the GPU, by weight; a client's *lag* is how far it is behind the mean. Lags add up to nothing, so serving those who lag
-//! keeps everybody at its share. (Parekh and Gallager, "A generalized processor sharing approach to flow control", 1993;
+//! the GPU, by weight, without those who are far ahead ([`mean`]); a client's *lag* is how far it is behind the mean. Lags add up
+//! to nothing as long as nobody is, so serving those who lag keeps everybody at its share. (Parekh and Gallager, "A generalized processor sharing approach to flow control", 1993;
 //! Stoica and others, "A proportional share resource allocation algorithm for real-time, time-shared systems", 1996, from
 //! which mean and lag are taken.)
 
@@ -50,7 +50,9 @@ impl SharedTime {
         let now = snapshot.now;
         let mut shared = Self { now, had: [(0, 0); 2 * SLOTS], moments: 0 };
         let begun = |view| slice_begun(view).filter(|begun| *begun < now);
-        let Some(oldest) = snapshot.clients().filter_map(|(_, view)| begun(view)).min() else { return shared };
+        let Some(oldest) = snapshot.clients().filter_map(|(_, view)| begun(view)).min() else {
+            return shared;
+        };
         // How many more, or fewer, run from this time on.
         let mut changes = [(0, 0i32); 2 * SLOTS];
         let mut count = 0;
@@ -112,16 +114,37 @@ pub(super) fn shared(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
 
 /// The mean virtual time of those who want the GPU, by weight, without `except`; `None` if nobody else does. `times` are the
 /// [`virtual_times`].
-pub(super) fn mean(snapshot: &Snapshot, times: &[Nanos; SLOTS], except: Option<SlotIndex>) -> Option<Nanos> {
-    let (mut sum, mut weights) = (0u128, 0u64);
-    for (slot, view) in snapshot.clients() {
-        if Some(slot) != except && view.phase.wants_gpu() {
-            let weight = usage::weight(view.weight);
-            sum += u128::from(weight) * u128::from(times[slot.get()]);
-            weights += u64::from(weight);
+///
+/// Who is ahead by more than `far`, ns of virtual time, does not count. A small client that always finds room beside the
+/// others runs all the time, and nobody can take from it what it has had: with it in the mean, all others lag by more than a lag
+/// may be, and which of them has had less is forgotten.
+pub(super) fn mean(
+    snapshot: &Snapshot,
+    times: &[Nanos; SLOTS],
+    far: Nanos,
+    except: Option<SlotIndex>,
+) -> Option<Nanos> {
+    let of_those_up_to = |most: Nanos| {
+        let (mut sum, mut weights) = (0u128, 0u64);
+        for (slot, view) in snapshot.clients() {
+            let time = times[slot.get()];
+            if Some(slot) != except && view.phase.wants_gpu() && time <= most {
+                let weight = usage::weight(view.weight);
+                sum += u128::from(weight) * u128::from(time);
+                weights += u64::from(weight);
+            }
         }
+        (weights > 0).then(|| (sum / u128::from(weights)) as Nanos)
+    };
+    let mut mean = of_those_up_to(Nanos::MAX)?;
+    // Each round leaves somebody out, and never the one who has had least.
+    loop {
+        let lower = of_those_up_to(mean.saturating_add(far))?;
+        if lower >= mean {
+            return Some(mean);
+        }
+        mean = lower;
     }
-    (weights > 0).then(|| (sum / u128::from(weights)) as Nanos)
 }
 
 /// How long the client's slice has lasted that is not over, ns.

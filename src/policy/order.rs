@@ -73,8 +73,8 @@ impl Standing {
 
     fn by_turns(snapshot: &Snapshot, turns: Turns) -> Self {
         let virtual_times = virtual_times(snapshot);
-        let (mean, worth) = (mean(snapshot, &virtual_times, None).unwrap_or(0), turns.worth());
-        let tolerance = worth.saturating_add(worth / 2);
+        let tolerance = turns.tolerance();
+        let mean = mean(snapshot, &virtual_times, turns.far(), None).unwrap_or(0);
         let mut standing = Self { turns, virtual_times, mean, tolerance, places: [None; SLOTS] };
         for (slot, view) in snapshot.clients().filter(|(_, view)| view.phase.wants_gpu()) {
             standing.places[slot.get()] = Some(standing.place(snapshot, slot, view));
@@ -141,11 +141,7 @@ impl<'a> Order<'a> {
     }
 
     /// The same, if it is known whose deadline is the earliest of those who wait ([`hurried`]).
-    pub fn with_hurried(
-        snapshot: &'a Snapshot,
-        standing: &'a Standing,
-        hurried: Option<SlotIndex>,
-    ) -> Self {
+    pub fn with_hurried(snapshot: &'a Snapshot, standing: &'a Standing, hurried: Option<SlotIndex>) -> Self {
         let mut order = Self { snapshot, standing, waiting: None };
         let mut places = waiters(snapshot).filter_map(|slot| order.place(slot));
         if let (Some(hurried), Some(one)) = (hurried, places.next()) {

@@ -62,6 +62,8 @@ pub(super) struct Turns {
     least: Nanos,
     /// How long a switch takes while all take turns, ns.
     switch: Nanos,
+    /// D, a setting, ns.
+    deadline: Nanos,
 }
 
 impl Turns {
@@ -77,7 +79,7 @@ impl Turns {
                 (UsedUp::of(snapshot).grown(least, longest), least)
             }
         };
-        Self { lightest, even, least, switch }
+        Self { lightest, even, least, switch, deadline: snapshot.settings.deadline }
     }
 
     /// How long a turn of a client is, ns: the quantum of a common switch, grown by a half in each round of turns that have
@@ -104,8 +106,20 @@ impl Turns {
     }
 
     /// What a turn adds to anybody's virtual time, ns.
-    pub fn worth(&self) -> Nanos {
+    fn worth(&self) -> Nanos {
         virtual_of(self.even, u64::from(self.lightest))
+    }
+
+    /// A lag up to this, ns of virtual time, is that of one who takes turns.
+    pub fn tolerance(&self) -> Nanos {
+        let worth = self.worth();
+        worth.saturating_add(worth / 2)
+    }
+
+    /// Who is ahead of the mean by more than this, ns of virtual time, has more than turns or deadlines can have given it: a turn
+    /// and a half, and D.
+    pub fn far(&self) -> Nanos {
+        virtual_of(self.deadline, u64::from(self.lightest)).saturating_add(self.tolerance())
     }
 
     /// How long those who take turns run and switch for each of them, on average, ns.

@@ -54,7 +54,8 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
         (view.phase, view.credit) = (Phase::Waiting, 0);
         farthest(&snapshot, slot)
     };
-    let Some(mean) = mean(snapshot, &virtual_times(snapshot), Some(slot)) else {
+    let far_ahead = Turns::of(snapshot).far();
+    let Some(mean) = mean(snapshot, &virtual_times(snapshot), far_ahead, Some(slot)) else {
         let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0));
         return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
     };
