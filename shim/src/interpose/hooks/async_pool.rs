@@ -84,7 +84,8 @@ unsafe fn allocate(
             // Reserved before the call, so that no other client takes the same granules.
             Source::DriversPool => {
                 // SAFETY: the caller's promise; the driver has written through it by then.
-                return made_unmovable(driver_memory::reserve(bytes as u64, own, || unsafe { *dptr }), bytes);
+                let result = unsafe { driver_memory::reserve_address(dptr, bytes as u64, own) };
+                return made_unmovable(result, bytes);
             }
             Source::Driver => return made_unmovable(own(), bytes),
         };
