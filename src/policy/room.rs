@@ -1,9 +1,10 @@
 //! Who makes room for whom, and how much.
 
 use crate::page::Phase;
+use crate::policy::ahead::{self, expected};
 use crate::policy::order::Order;
 use crate::policy::slice::turn_distance;
-use crate::policy::{awaited, first_waiter, switch_time, waiters};
+use crate::policy::{awaited, first_waiter, missing, switch_time, waiters};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos};
@@ -17,17 +18,15 @@ pub fn lacking(snapshot: &Snapshot) -> Granules {
     (missing(snapshot) - i64::from(snapshot.free)).clamp(0, i64::from(Granules::MAX)) as Granules
 }
 
-/// Granules that the admitted ones still lack.
-fn missing(snapshot: &Snapshot) -> i64 {
-    let wanting =
-        snapshot.admitted.iter().map(|slot| snapshot.view(slot)).filter(|view| view.phase.wants_gpu());
-    wanting.map(|view| i64::from(view.missing())).sum()
+/// Who may bring memory in ahead of its turn: the first waiter, or else who is expected back from a pause.
+pub fn prefetcher(snapshot: &Snapshot) -> Option<SlotIndex> {
+    first_waiter(snapshot).or_else(|| expected(snapshot))
 }
 
-/// Granules that a client may bring in ahead of its turn: the first waiter, as far as there is room that neither
-/// those who run nor those who fill need. Its switch then moves only the rest.
+/// Granules that a client may bring in ahead of its turn, if it is the one who may ([`prefetcher`]): as far as there is room
+/// that neither those who run nor those who fill need. Its switch then moves only the rest.
 pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
-    if first_waiter(snapshot) != Some(slot) {
+    if prefetcher(snapshot) != Some(slot) {
         return 0;
     }
     let spare = i64::from(snapshot.free) - missing(snapshot);
@@ -60,7 +59,8 @@ pub fn needed(snapshot: &Snapshot) -> Option<Nanos> {
 ///
 /// Clients that are not admitted make room in this order: the one that needs its memory last evicts first (`next_uses`).
 /// A client that still drains will evict when it has, and keeps its place, unless its drain stands still.
-/// When nothing is lacking, the last in the queue makes room for the first.
+/// When nothing is lacking, the last in the queue makes room for the first; or, if nobody waits, those who are idle make room
+/// for one that is expected sooner.
 pub fn evict_share(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
     eviction_plan(snapshot).find(|(evictor, _)| *evictor == slot).map_or(0, |(_, share)| share)
 }
@@ -82,7 +82,7 @@ pub(super) fn next_uses(snapshot: &Snapshot) -> [Nanos; SLOTS] {
         if view.phase.wants_gpu() {
             queue.push(slot);
         } else {
-            uses[slot.get()] = view.pause.max(snapshot.now.saturating_sub(view.idle_since));
+            uses[slot.get()] = ahead::next_use(snapshot, slot);
         }
     }
     queue.sort_by_cached_key(|slot| order.place(*slot));
@@ -96,11 +96,17 @@ pub(super) fn next_uses(snapshot: &Snapshot) -> [Nanos; SLOTS] {
 fn eviction_plan(snapshot: &Snapshot) -> impl Iterator<Item = (SlotIndex, Granules)> {
     let lacking = lacking(snapshot);
     let ahead = if lacking == 0 { lacking_ahead(snapshot) } else { None };
-    let makes_room = |slot: SlotIndex, view: &SlotView| match ahead {
-        Some((last, _)) => slot == last,
-        None => !(snapshot.admitted.contains(slot) && view.phase.wants_gpu()),
+    let expected = if lacking == 0 && ahead.is_none() { expected(snapshot) } else { None };
+    let makes_room = |slot: SlotIndex, view: &SlotView| match (ahead, expected) {
+        (Some((last, _)), _) => slot == last,
+        (None, Some(expected)) => ahead::makes_room(snapshot, slot, expected),
+        (None, None) => !(snapshot.admitted.contains(slot) && view.phase.wants_gpu()),
     };
-    let mut left = ahead.map_or(lacking, |(_, granules)| granules);
+    let mut left = match (ahead, expected) {
+        (Some((_, granules)), _) => granules,
+        (None, Some(expected)) => ahead::lacking_for(snapshot, expected),
+        (None, None) => lacking,
+    };
     let mut order: Vec<(SlotIndex, &SlotView)> = if left == 0 {
         Vec::new()
     } else {

@@ -2,7 +2,7 @@
 //!
 //! Every client of a real GPU asks the policy for itself. Here all see the same snapshot at the same moment, so the answer to
 //! one is the answer to all: whom to admit, when slices end, who must
-//! evict, who is the first waiter.
+//! evict, who brings memory in ahead of its turn.
 
 use nvshare::policy;
 use nvshare::slot::{SlotIndex, SlotSet};
@@ -22,7 +22,7 @@ pub struct Observed {
 struct Answers {
     admit: OnceCell<SlotSet>,
     awaited: OnceCell<bool>,
-    first_waiter: OnceCell<Option<SlotIndex>>,
+    prefetcher: OnceCell<Option<SlotIndex>>,
     slice_ends: OnceCell<Vec<Nanos>>,
     evictors: OnceCell<SlotSet>,
     needed: OnceCell<Option<Nanos>>,
@@ -60,9 +60,9 @@ impl Observed {
         *self.answers.awaited.get_or_init(|| policy::awaited(&self.snapshot))
     }
 
-    /// As [`policy::first_waiter`].
-    pub fn first_waiter(&self) -> Option<SlotIndex> {
-        *self.answers.first_waiter.get_or_init(|| policy::first_waiter(&self.snapshot))
+    /// As [`policy::prefetcher`].
+    pub fn prefetcher(&self) -> Option<SlotIndex> {
+        *self.answers.prefetcher.get_or_init(|| policy::prefetcher(&self.snapshot))
     }
 
     /// As [`policy::needed`].
@@ -84,7 +84,7 @@ impl Observed {
 
     /// As [`policy::prefetch`].
     pub fn prefetch(&self, slot: SlotIndex) -> Granules {
-        if self.first_waiter() == Some(slot) { policy::prefetch(&self.snapshot, slot) } else { 0 }
+        if self.prefetcher() == Some(slot) { policy::prefetch(&self.snapshot, slot) } else { 0 }
     }
 }
 
@@ -108,14 +108,14 @@ mod tests {
             bandwidth_out: 1,
             slots: [SlotView::default(); SLOTS],
         });
-        assert_eq!((observed.admit(), observed.first_waiter()), (SlotSet::EMPTY, None));
+        assert_eq!((observed.admit(), observed.prefetcher()), (SlotSet::EMPTY, None));
         let slot = SlotIndex::new(3).unwrap();
         observed.occupied = observed.occupied.with(slot);
         observed.slots[3] = SlotView { phase: Phase::Waiting, demand: 5, weight: 100, ..SlotView::default() };
-        assert_eq!(observed.first_waiter(), Some(slot));
+        assert_eq!(observed.prefetcher(), Some(slot));
         assert_eq!((observed.awaited(), observed.prefetch(slot)), (true, 5));
         observed.admitted = observed.admit();
-        assert_eq!((observed.admitted, observed.first_waiter()), (SlotSet::EMPTY.with(slot), None));
+        assert_eq!((observed.admitted, observed.prefetcher()), (SlotSet::EMPTY.with(slot), None));
         assert_eq!((observed.awaited(), observed.prefetch(slot)), (false, 0));
     }
 }
