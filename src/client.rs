@@ -66,6 +66,10 @@ pub trait Runtime {
 /// How long a client that is asked to evict waits first for others to give back granules that they do not need, in ns.
 const SPARES_FIRST: Nanos = 10 * MILLISECOND;
 
+/// How much a client evicts at a time for one that is only expected back, granules: 1 GiB. In between it looks whether its own
+/// threads are back, and the other brings in what has become free.
+const AT_A_TIME: Granules = 512;
+
 /// What a client's thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
@@ -282,14 +286,18 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     }
                     if share > 0 && evicts {
                         let before = self.books.resident();
-                        runtime.evict(share)?;
+                        let expected = policy::expected(&snapshot).is_some();
+                        runtime.evict(if expected { share.min(AT_A_TIME) } else { share })?;
                         if policy::lacking(&snapshot) == 0 {
-                            // The room is for the first waiter, which has not been told of it.
-                            order.first_waiter().into_iter().for_each(|first| self.page().ring(first));
+                            // The room is for one that is not admitted, which has not been told of it.
+                            order.prefetcher().into_iter().for_each(|slot| self.page().ring(slot));
                         }
                         // A page that lies about the account asks for memory that the client does not have: evict no more in
                         // this call.
                         evicts = self.books.resident() < before;
+                        if expected && evicts {
+                            return Ok(Next::Sleep { seen, until: Some(now()) });
+                        }
                         continue;
                     }
                     if prefetches && order.prefetch(self.books.slot) > 0 {
@@ -300,7 +308,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     }
                     let until = match self.phase {
                         Phase::Waiting => policy::next_decision(&snapshot, self.decided),
-                        _ => None,
+                        // Then others make room for what it brings in.
+                        _ => policy::expected_from(&snapshot, self.books.slot)
+                            .filter(|from| *from > self.decided),
                     };
                     let retry = (!evicts).then(|| now().saturating_add(STARVED_POLL_INTERVAL));
                     match until {
@@ -438,7 +448,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 let idle_since = self.own().idle_since.load(Ordering::Relaxed);
                 let last_ran = self.own().last_ran.load(Ordering::Relaxed);
                 if idle_since < self.own().slice_start.load(Ordering::Relaxed) {
-                    self.idle(last_ran, 0);
+                    self.idle(last_ran, 0, 0);
                 }
                 self.enter(Phase::Idle);
                 self.page().decide();
@@ -448,9 +458,13 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Says that the client, which is about to give way because it is idle, has had no work since the time `since`, ns, and is
     /// expected to have none for `pause` ns from then on; 0 if nobody knows. It is decided by this whose memory goes first.
-    pub fn idle(&self, since: Nanos, pause: Nanos) {
+    ///
+    /// One whose pauses are regular has work again at the time `returns_at`, ns, and brings its memory in before, if it can
+    /// ([`policy::expected`]); 0 if nobody knows.
+    pub fn idle(&self, since: Nanos, pause: Nanos, returns_at: Nanos) {
         self.own().idle_since.store(since, Ordering::Relaxed);
         self.own().pause.store(pause, Ordering::Relaxed);
+        self.own().returns_at.store(returns_at, Ordering::Relaxed);
     }
 
     /// Gives the slot up. The caller has released all memory; the books say so, whatever they said

@@ -35,7 +35,7 @@ impl Page {
 
     /// Decides who may load and run, publishes the decision, and rings the clients that have something to do about it:
     /// those whose bit changed; those that must make room; the admitted ones if somebody waits, because their slices can
-    /// end now; and the first waiter, if it can bring some memory in ahead of its turn.
+    /// end now; and whoever can bring some memory in ahead of its turn.
     ///
     /// Call it after every change that a decision looks at: a new waiter, a release, a change of demand, the end of a
     /// slice, a death, a change of settings. Returns the snapshot on which it decided, with the new mask in it.
@@ -74,7 +74,7 @@ fn concerned(before: SlotSet, snapshot: &Snapshot, standing: &Standing) -> SlotS
         if policy::spares_are_wanted(snapshot) { policy::spare_holders(snapshot) } else { SlotSet::EMPTY };
     let evicting = order.evictors();
     let mut concerned = changed.bits() | spare_holders.bits() | evicting.bits();
-    let first = order.first_waiter();
+    let first = order.prefetcher();
     if first.is_some() || !evicting.is_empty() {
         // Holders learn that their slice has an end now, or that their memory is wanted if they have no work.
         concerned |= snapshot.admitted.bits();

@@ -236,7 +236,7 @@ mod tests {
         assert_eq!(page.check(), Ok(()));
         page.header.layout_version.store(9, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("has 7"), "{error}");
+        assert!(error.contains("version 9") && error.contains("has 8"), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }

@@ -18,6 +18,7 @@
 //! | `slice` | how long slices and turns are |
 //! | `order` | who is served before whom |
 //! | `room` | who makes room, and how much |
+//! | `ahead` | who brings memory in before it is back from a pause |
 //!
 //! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`enter_queue`]): nothing for one of high priority; for a
 //! normal one D, a setting (up to ten times, for a weight of less than a tenth of the largest), and twice a round of the others'
@@ -41,14 +42,18 @@
 //! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
 //! there is no cycle in it, so it is finite.
 
+mod ahead;
 mod fair_share;
 mod order;
 mod room;
 mod slice;
 mod turn;
 
+pub use ahead::{expected, expected_from, gives_way_ahead, head_start, watches_pauses};
 pub use order::{Order, Standing, Waiting, hurried};
-pub use room::{evict_share, evictors, lacking, needed, prefetch, spare_holders, spares_are_wanted};
+pub use room::{
+    evict_share, evictors, lacking, needed, prefetch, prefetcher, spare_holders, spares_are_wanted,
+};
 pub use slice::{MOST_SHARES, quantum, turn_length};
 pub use turn::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn, turns_in_a_row};
 
@@ -56,6 +61,7 @@ use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
+use ahead::all_fit;
 use order::{Place, hurry};
 use slice::Turns;
 
@@ -166,6 +172,13 @@ pub fn awaited(snapshot: &Snapshot) -> bool {
     waiters(snapshot).next().is_some()
 }
 
+/// Granules that the admitted ones still lack.
+fn missing(snapshot: &Snapshot) -> i64 {
+    let wanting =
+        snapshot.admitted.iter().map(|slot| snapshot.view(slot)).filter(|view| view.phase.wants_gpu());
+    wanting.map(|view| i64::from(view.missing())).sum()
+}
+
 /// The waiter whose turn is next, if somebody waits who is not admitted.
 pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
     // Most often there is none, and to know how all stand costs more than that.
@@ -261,8 +274,7 @@ fn turn_left(turns: &Turns, view: &SlotView, least: Nanos) -> Nanos {
 /// begun, it is as if it began now.
 pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let view = snapshot.view(holder);
-    let demand: u64 = snapshot.clients().map(|(_, view)| u64::from(view.movable())).sum();
-    if view.phase != Phase::Running || demand <= u64::from(snapshot.usable()) {
+    if view.phase != Phase::Running || all_fit(snapshot) {
         return None;
     }
     let begins = if view.slice_start == NOT_BEGUN { snapshot.now } else { view.slice_start };

@@ -22,7 +22,7 @@ use std::cell::UnsafeCell;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 7;
+pub const LAYOUT_VERSION: u32 = 8;
 
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
@@ -227,7 +227,9 @@ pub struct OwnWords {
     pub(crate) idle_since: AtomicU64,
     /// How long it is expected to have none from then on, ns; 0 if nobody knows.
     pub(crate) pause: AtomicU64,
-    _to_the_next_line: Padding<48>,
+    /// When it is expected to have work again, ns, if its pauses are regular; 0 if nobody knows.
+    pub(crate) returns_at: AtomicU64,
+    _to_the_next_line: Padding<40>,
 }
 
 /// The whole page.
@@ -293,6 +295,7 @@ impl Page {
                 credit: word(),
                 idle_since: word(),
                 pause: word(),
+                returns_at: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line::new(packed()),
@@ -353,7 +356,7 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Another number here needs another LAYOUT_VERSION.
-        assert_eq!(LAYOUT_VERSION, 7);
+        assert_eq!(LAYOUT_VERSION, 8);
         assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
         assert_eq!(offset_of!(Header, free), 256);
     }

@@ -1,8 +1,9 @@
 //! Who makes room for whom, and how much.
 
 use crate::page::Phase;
+use crate::policy::ahead::{self, expected};
 use crate::policy::order::{Order, Standing, Waiting};
-use crate::policy::{awaited, first_waiter, switch_time};
+use crate::policy::{awaited, first_waiter, missing, switch_time};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos};
@@ -16,20 +17,18 @@ pub fn lacking(snapshot: &Snapshot) -> Granules {
     (missing(snapshot) - i64::from(snapshot.free)).clamp(0, i64::from(Granules::MAX)) as Granules
 }
 
-/// Granules that the admitted ones still lack.
-fn missing(snapshot: &Snapshot) -> i64 {
-    let wanting =
-        snapshot.admitted.iter().map(|slot| snapshot.view(slot)).filter(|view| view.phase.wants_gpu());
-    wanting.map(|view| i64::from(view.missing())).sum()
+/// Who may bring memory in ahead of its turn: the first waiter, or else who is expected back from a pause.
+pub fn prefetcher(snapshot: &Snapshot) -> Option<SlotIndex> {
+    first_waiter(snapshot).or_else(|| expected(snapshot))
 }
 
-/// Granules that a client may bring in ahead of its turn: the first waiter, as far as there is room that neither
-/// those who run nor those who fill need. Its switch then moves only the rest.
+/// Granules that a client may bring in ahead of its turn, if it is the one who may ([`prefetcher`]): as far as there is room
+/// that neither those who run nor those who fill need. Its switch then moves only the rest.
 pub fn prefetch(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
     Order::new(snapshot, &Standing::of(snapshot)).prefetch(slot)
 }
 
-/// Granules that the first waiter, in `slot`, may bring in ahead of its turn.
+/// Granules that the [`prefetcher`], in `slot`, may bring in ahead of its turn.
 fn room_ahead(snapshot: &Snapshot, slot: SlotIndex) -> Granules {
     let spare = i64::from(snapshot.free) - missing(snapshot);
     i64::from(snapshot.view(slot).missing()).min(spare).max(0) as Granules
@@ -74,7 +73,12 @@ pub fn evictors(snapshot: &Snapshot) -> SlotSet {
 impl Order<'_> {
     /// As [`prefetch`].
     pub fn prefetch(&self, slot: SlotIndex) -> Granules {
-        if self.first_waiter() == Some(slot) { room_ahead(self.snapshot, slot) } else { 0 }
+        if self.prefetcher() == Some(slot) { room_ahead(self.snapshot, slot) } else { 0 }
+    }
+
+    /// As [`prefetcher`].
+    pub fn prefetcher(&self) -> Option<SlotIndex> {
+        self.first_waiter().or_else(|| expected(self.snapshot))
     }
 
     /// As [`needed`].
@@ -93,7 +97,8 @@ impl Order<'_> {
     /// Clients that are not admitted make room in this order: the one that needs its memory last evicts first
     /// (`next_uses`).
     /// A client that still drains will evict when it has, and keeps its place, unless its drain stands still.
-    /// When nothing is lacking, the last in the queue makes room for the first.
+    /// When nothing is lacking, the last in the queue makes room for the first; or, if nobody waits, those who are idle make room
+    /// for one that is expected sooner.
     pub fn evict_shares(&self) -> [Granules; SLOTS] {
         let mut shares = [0; SLOTS];
         let snapshot = self.snapshot;
@@ -101,11 +106,20 @@ impl Order<'_> {
         if lacking == 0 {
             if let Some((last, granules)) = self.lacking_ahead() {
                 shares[last.get()] = snapshot.view(last).evictable().min(granules);
+                return shares;
             }
+        }
+        let expected = if lacking == 0 { expected(snapshot) } else { None };
+        let mut left = expected.map_or(lacking, |expected| ahead::lacking_for(snapshot, expected));
+        if left == 0 {
             return shares;
         }
         let makes_room = |slot: SlotIndex, view: &SlotView| {
-            view.evictable() > 0 && !(snapshot.admitted.contains(slot) && view.phase.wants_gpu())
+            let asked = match expected {
+                Some(expected) => ahead::makes_room(snapshot, slot, expected),
+                None => !(snapshot.admitted.contains(slot) && view.phase.wants_gpu()),
+            };
+            view.evictable() > 0 && asked
         };
         let clients: Vec<(SlotIndex, &SlotView)> =
             snapshot.clients().filter(|(slot, view)| makes_room(*slot, view)).collect();
@@ -114,7 +128,6 @@ impl Order<'_> {
         let mut order: Vec<_> =
             clients.iter().zip(uses).map(|((slot, view), next)| (view.stuck, Reverse(next), *slot)).collect();
         order.sort_unstable();
-        let mut left = lacking;
         for (_, _, slot) in order {
             let share = snapshot.view(slot).evictable().min(left);
             left -= share;
@@ -130,9 +143,9 @@ impl Order<'_> {
     fn next_uses(&self, clients: &[(SlotIndex, &SlotView)]) -> Vec<Nanos> {
         let queue = &self.standing.places;
         let turn = self.standing.turns.distance();
-        let next_use = |(slot, view): &(SlotIndex, &SlotView)| {
+        let next_use = |(slot, _): &(SlotIndex, &SlotView)| {
             let Some(place) = self.place(*slot) else {
-                return view.pause.max(self.snapshot.now.saturating_sub(view.idle_since));
+                return ahead::next_use(self.snapshot, *slot);
             };
             let before = queue.iter().flatten().filter(|other| **other < place);
             turn.saturating_mul(before.count() as u64)

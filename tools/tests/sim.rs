@@ -5,7 +5,7 @@
 use nvshare::page::Quantum;
 use nvshare::units::{Nanos, SECOND};
 use nvshare_tools::sim::report::{Report, Row};
-use nvshare_tools::sim::scenario::Scenario;
+use nvshare_tools::sim::scenario::{Scenario, Work};
 use nvshare_tools::sim::{State, timeline_svg, world};
 use proptest::prelude::*;
 use std::path::Path;
@@ -213,6 +213,35 @@ fn a_gpu_without_work_is_idle_and_one_that_is_kept_is_kept() {
     assert!((2.0..=5.0).contains(&kept), "at most 0.5 s of each of ten pauses, and {kept} s");
     let sum = both.time.busy + both.time.switching + both.time.kept + both.time.idle;
     assert!((sum - 1.0).abs() < 1e-12, "{:?}", both.time);
+}
+
+/// How many steps two trainings that pause are done together, as a multiple of what one alone would be, and the bytes that came
+/// in for each.
+fn steps_of_two(pause: &str) -> (f64, u64) {
+    let mut scenario = read("two-that-pause.toml");
+    let Work::Training { pause: span, .. } = &mut scenario.clients[0].work else { panic!("trainings") };
+    *span =
+        toml::from_str::<std::collections::HashMap<String, _>>(&format!("pause = {pause}")).unwrap()["pause"];
+    let report = report(&scenario, 1);
+    let steps = row(&report, "training").answer.count;
+    (steps as f64 / report.seconds * 1.08, report.bytes_in / steps)
+}
+
+/// Two would be 2. With switches that begin when a client is back it was 1.57.
+#[test]
+fn who_pauses_regularly_finds_its_memory_in_place() {
+    for pause in ["\"1s\"", "{ uniform = [\"900ms\", \"1100ms\"] }"] {
+        let (steps, _) = steps_of_two(pause);
+        assert!(steps > 1.9, "{steps} with pauses of {pause}");
+    }
+}
+
+/// Of pauses that are as long as they like, some three are alike by chance, and then memory moves for nothing.
+#[test]
+fn forecasts_that_are_wrong_move_little() {
+    let (steps, bytes) = steps_of_two("{ uniform = [\"200ms\", \"1800ms\"] }");
+    assert!(steps > 1.5, "{steps}");
+    assert!(bytes <= 12 << 30, "{bytes} B for a step");
 }
 
 /// 100 iterations of 10 ms and a pause of 30 ms after every tenth but the last: 1.27 s, which alone is no slowdown.

@@ -250,13 +250,11 @@ impl Engine {
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
-                match policy::needed(&self.device.snapshot()) {
-                    None => until,
-                    Some(switch) => match self.look_idle(switch) {
-                        Use::Idle => return self.give_way(false),
-                        Use::Look(again) => by(until, again),
-                        Use::Kept => until,
-                    },
+                let snapshot = self.device.snapshot();
+                match self.look_idle(&snapshot) {
+                    Use::Idle => return self.give_way(false),
+                    Use::Look(again) => by(until, again),
+                    Use::Kept => until,
                 }
             }
             Phase::Waiting if gang::must_give_up(gpu) => {

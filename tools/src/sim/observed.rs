@@ -1,7 +1,7 @@
 //! A GPU's snapshot, with what the policy says of it: each question is put once for each change, however many clients ask.
 //!
 //! Every client of a real GPU asks the policy for itself. Here all see the same snapshot at the same moment, so the answer to
-//! one is the answer to all: whom to admit, when slices end, who must evict, who is the first waiter.
+//! one is the answer to all: whom to admit, when slices end, who must evict, who brings memory in ahead of its turn.
 
 use nvshare::policy::{self, Order, Standing, Waiting};
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
@@ -33,6 +33,7 @@ struct OfTime {
 #[derive(Debug, Default)]
 struct OfMemory {
     admit: OnceCell<SlotSet>,
+    prefetcher: OnceCell<Option<SlotIndex>>,
     slice_ends: OnceCell<Vec<Nanos>>,
     evict_shares: OnceCell<[Granules; SLOTS]>,
     needed: OnceCell<Option<Nanos>>,
@@ -125,9 +126,11 @@ impl Observed {
         self.hurried().is_some()
     }
 
-    /// As [`policy::first_waiter`].
-    pub fn first_waiter(&self) -> Option<SlotIndex> {
-        if self.awaited() { self.order().first_waiter() } else { None }
+    /// As [`policy::prefetcher`].
+    pub fn prefetcher(&self) -> Option<SlotIndex> {
+        *self.of_memory.prefetcher.get_or_init(|| {
+            if self.awaited() { self.order().first_waiter() } else { policy::expected(&self.snapshot) }
+        })
     }
 
     /// As [`policy::needed`].
@@ -148,7 +151,7 @@ impl Observed {
 
     /// As [`policy::prefetch`].
     pub fn prefetch(&self, slot: SlotIndex) -> Granules {
-        if self.first_waiter() == Some(slot) { self.order().prefetch(slot) } else { 0 }
+        if self.prefetcher() == Some(slot) { self.order().prefetch(slot) } else { 0 }
     }
 }
 
@@ -171,14 +174,14 @@ mod tests {
             bandwidth_out: 1,
             slots: [SlotView::default(); SLOTS],
         });
-        assert_eq!((observed.admit(), observed.first_waiter()), (SlotSet::EMPTY, None));
+        assert_eq!((observed.admit(), observed.prefetcher()), (SlotSet::EMPTY, None));
         let slot = SlotIndex::new(3).unwrap();
         observed.occupied = observed.occupied.with(slot);
         observed.slots[3] = SlotView { phase: Phase::Waiting, demand: 5, weight: 100, ..SlotView::default() };
-        assert_eq!(observed.first_waiter(), Some(slot));
+        assert_eq!(observed.prefetcher(), Some(slot));
         assert_eq!((observed.awaited(), observed.prefetch(slot)), (true, 5));
         observed.admitted = observed.admit();
-        assert_eq!((observed.admitted, observed.first_waiter()), (SlotSet::EMPTY.with(slot), None));
+        assert_eq!((observed.admitted, observed.prefetcher()), (SlotSet::EMPTY.with(slot), None));
         assert_eq!((observed.awaited(), observed.prefetch(slot)), (false, 0));
     }
 }
