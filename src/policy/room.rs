@@ -103,11 +103,11 @@ impl Order<'_> {
         let mut shares = [0; SLOTS];
         let snapshot = self.snapshot;
         let lacking = lacking(snapshot);
-        if lacking == 0 {
-            if let Some((last, granules)) = self.lacking_ahead() {
-                shares[last.get()] = snapshot.view(last).evictable().min(granules);
-                return shares;
-            }
+        if lacking == 0
+            && let Some((last, granules)) = self.lacking_ahead()
+        {
+            shares[last.get()] = snapshot.view(last).evictable().min(granules);
+            return shares;
         }
         let expected = if lacking == 0 { expected(snapshot) } else { None };
         let mut left = expected.map_or(lacking, |expected| ahead::lacking_for(snapshot, expected));

@@ -334,8 +334,10 @@ impl Gpu {
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
         let awaited = self.snapshot.needed().is_some();
-        let watched = awaited || policy::watches_pauses(&self.snapshot, slot);
-        let long = policy::head_start(&self.snapshot, slot);
+        // Both are asked only where they matter: each looks at all clients.
+        let watched = awaited || phase == Phase::Running && policy::watches_pauses(&self.snapshot, slot);
+        let idle = self.client(slot).idle_from.is_some();
+        let long = if idle { policy::head_start(&self.snapshot, slot) } else { 0 };
         let client = self.client_mut(slot);
         client.task.collect(now);
         client.watch_pause(phase, (awaited, watched), long, now);
