@@ -402,11 +402,24 @@ fn who_comes_and_lags_is_served_the_sooner_the_more_it_lags() {
         assert_eq!((entry.virtual_time, entry.credit), (comes_to * SECOND, credit), "{virtual_time}");
         assert_eq!(entry.deadline, now + deadline, "{virtual_time}");
     }
-    let half = comes(&snapshot, 20 * SECOND - CREDIT / 8).deadline - now;
-    assert!(half.abs_diff(far / 2) < 10, "an eighth of the credit: half the way");
+    let half = comes(&snapshot, 20 * SECOND - SECOND / 2).deadline - now;
+    assert!(half.abs_diff(far / 2) < 10, "half of what the switch is worth: half the way");
     // It owes no more than what would have been its own until its deadline.
     let owes = comes(&snapshot, 1_000 * SECOND).virtual_time;
     assert!(owes > 20 * SECOND && owes < 20 * SECOND + far, "{owes}");
+}
+
+/// A switch of a tenth of a second is worth half a second: who lags by so much is served at once.
+#[test]
+fn who_lags_by_what_the_switch_to_it_is_worth_is_served_at_once() {
+    let mut snapshot = three_batch_jobs([0; 3]);
+    snapshot.settings.quantum = Quantum::Fixed(SECOND / 2);
+    snapshot.slots.iter_mut().for_each(|view| view.virtual_time = 20 * SECOND);
+    let now = 100 * SECOND;
+    assert_eq!(comes(&snapshot, 19_500 * MILLISECOND).deadline, now);
+    let far = comes(&snapshot, 20 * SECOND).deadline - now;
+    let near = comes(&snapshot, 19_600 * MILLISECOND).deadline - now;
+    assert!(near.abs_diff(far / 5) < 10, "four fifths of it: a fifth of the way");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crate::policy::fair_share::{
 };
 use crate::policy::order::{Order, Standing, turn_is_over};
 use crate::policy::scaled;
-use crate::policy::slice::{Turns, times_lighter};
+use crate::policy::slice::{Turns, quantum, times_lighter};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::snapshot::Snapshot;
@@ -26,8 +26,9 @@ pub const CREDIT: Nanos = 5 * SECOND;
 /// Who lags by less than this takes turns with the others, ns of virtual time.
 const LEAST_CREDIT: Nanos = CREDIT / 16;
 
-/// A client with this part of [`CREDIT`] is served at once, and one with less of it the later.
-const AT_ONCE: u64 = 4;
+/// A client that lags by so much is served at once, ns of virtual time, and one that lags by less the later. Where a switch
+/// to it is worth less than that, its [`quantum`] takes the place of this.
+const AT_ONCE: Nanos = CREDIT / 4;
 
 /// What a client writes into its slot when it begins to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +45,7 @@ pub struct Entry {
 ///
 /// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a round of the
 /// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle and lags has
-/// a nearer deadline, and one that lags by a quarter of [`CREDIT`] has it now.
+/// a nearer deadline, and one that lags by a quarter of [`CREDIT`], or by what a switch to it is worth, has it now.
 pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let view = snapshot.view(slot);
     let far = {
@@ -56,7 +57,7 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     };
     let far_ahead = Turns::of(snapshot).far();
     let Some(mean) = mean(snapshot, &virtual_times(snapshot), far_ahead, Some(slot)) else {
-        let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0));
+        let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0, AT_ONCE));
         return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
     };
     let debt = debt(snapshot, slot, far);
@@ -66,7 +67,8 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let light = view.phase == Phase::Idle || view.has_credit();
     let lag = mean.saturating_sub(virtual_time);
     let credit = if light && lag >= LEAST_CREDIT { lag.min(CREDIT) } else { 0 };
-    let deadline = snapshot.now.saturating_add(distance(view.priority, far, credit));
+    let at_once = quantum(snapshot, slot).min(AT_ONCE);
+    let deadline = snapshot.now.saturating_add(distance(view.priority, far, credit, at_once));
     Entry { virtual_time, credit, deadline }
 }
 
@@ -82,12 +84,12 @@ fn farthest(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
         .saturating_add(Turns::of(snapshot).round(snapshot, slot).saturating_mul(2))
 }
 
-/// How far a deadline is away, ns.
-fn distance(priority: Priority, far: Nanos, credit: Nanos) -> Nanos {
-    let late = CREDIT.saturating_sub(credit.saturating_mul(AT_ONCE));
+/// How far a deadline is away, ns: the less the more credit there is, and nothing with `at_once` of it.
+fn distance(priority: Priority, far: Nanos, credit: Nanos, at_once: Nanos) -> Nanos {
+    let at_once = at_once.max(1);
     match priority {
         Priority::High => 0,
-        Priority::Normal => scaled(far, late, CREDIT),
+        Priority::Normal => scaled(far, at_once.saturating_sub(credit), at_once),
         Priority::Low => far.saturating_mul(2),
     }
 }
