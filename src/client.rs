@@ -25,7 +25,8 @@
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
 use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
-use crate::page::{Page, Phase};
+use crate::journal::{Event, Why};
+use crate::page::{Direction, Page, Phase};
 use crate::policy::{self, NOT_BEGUN, Order, Standing};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
@@ -110,20 +111,25 @@ pub struct Client<P> {
     deadline_shares: (u32, Priority),
     /// Since when it has waited for others' spare granules instead of evicting, ns.
     left_to_spares: Option<Nanos>,
+    /// Bytes that it had copied in when it last entered phase Filling.
+    bytes_before: u64,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The client that owns `slot` of `page`. Registration has just opened the slot for it.
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
+        let books = Books::new(page, slot);
+        books.note(Event::Registered { pid: std::process::id() });
         Self {
-            books: Books::new(page, slot),
+            books,
             phase: Phase::Idle,
             undrained: false,
             turn_over: false,
             decided: 0,
             deadline_shares: (0, Priority::default()),
             left_to_spares: None,
+            bytes_before: 0,
         }
     }
 
@@ -156,10 +162,27 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Changes the phase, in this process and in the page.
     fn enter(&mut self, phase: Phase) {
+        self.enter_by(phase, Event::Phase(phase));
+    }
+
+    /// The same with an event that says more than the phase.
+    fn enter_by(&mut self, phase: Phase, event: Event) {
+        if phase == Phase::Filling {
+            self.bytes_before = self.moved(Direction::In);
+        }
         self.phase = phase;
         self.decided = 0;
         self.books.tell(phase);
         self.own().phase.store(phase, Ordering::Release);
+        self.books.note(event);
+    }
+
+    /// Bytes that it has copied in this direction.
+    fn moved(&self, direction: Direction) -> u64 {
+        match direction {
+            Direction::In => self.own().bytes_in.load(Ordering::Relaxed),
+            Direction::Out => self.own().bytes_out.load(Ordering::Relaxed),
+        }
     }
 
     /// Idle or drained -> Waiting: takes a place in the queue.
@@ -285,9 +308,16 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         return Ok(Next::Sleep { seen, until: Some(until) });
                     }
                     if share > 0 && evicts {
-                        let before = self.books.resident();
+                        let (before, out) = (self.books.resident(), self.moved(Direction::Out));
+                        let begun = now();
                         let expected = policy::expected(&snapshot).is_some();
-                        runtime.evict(if expected { share.min(AT_A_TIME) } else { share })?;
+                        let evicted = runtime.evict(if expected { share.min(AT_A_TIME) } else { share });
+                        // One that moved nothing, because the host has no memory, is tried again and again.
+                        if self.books.resident() != before {
+                            let bytes = self.moved(Direction::Out).wrapping_sub(out);
+                            self.books.note_span(begun, Event::Evicts, Event::Evicted { bytes });
+                        }
+                        evicted?;
                         if policy::lacking(&snapshot) == 0 {
                             // The room is for one that is not admitted, which has not been told of it.
                             order.prefetcher().into_iter().for_each(|slot| self.page().ring(slot));
@@ -303,7 +333,13 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     if prefetches && order.prefetch(self.books.slot) > 0 {
                         // Once for each call: memory that the runtime has left out does not fit.
                         prefetches = false;
-                        runtime.prefetch()?;
+                        let (before, begun) = ((self.books.resident(), self.moved(Direction::In)), now());
+                        let fetched = runtime.prefetch();
+                        if self.books.resident() != before.0 {
+                            let bytes = self.moved(Direction::In).wrapping_sub(before.1);
+                            self.books.note_span(begun, Event::Prefetches, Event::Prefetched { bytes });
+                        }
+                        fetched?;
                         continue;
                     }
                     let until = match self.phase {
@@ -365,7 +401,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             add(&own.slices, 1);
         }
         self.undrained = true;
-        self.enter(Phase::Running);
+        let bytes = self.moved(Direction::In).wrapping_sub(self.bytes_before);
+        self.enter_by(Phase::Running, Event::Runs { bytes });
         // If a waiter has come while this client was filling, its decision has rung this client, as it rings every admitted
         // one, and the next look finds the waiter and the end of the slice. Another client's slice may be over now that was
         // not over while this client was filling: so decide.
@@ -408,8 +445,14 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         own.last_ran.store(snapshot.now, Ordering::Relaxed);
         add(&own.yields, 1);
         // Who gives way though nobody recalled it leaves the rest of its turn.
-        self.turn_over = end.used_up || self.books.admitted();
-        self.enter(Phase::Draining);
+        let by_itself = self.books.admitted();
+        self.turn_over = end.used_up || by_itself;
+        let why = match (by_itself, end.used_up) {
+            (true, _) => Why::ByItself,
+            (false, true) => Why::TurnOver,
+            (false, false) => Why::Interrupted,
+        };
+        self.enter_by(Phase::Draining, Event::Drains(why));
         end.ran
     }
 

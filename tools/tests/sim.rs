@@ -4,9 +4,10 @@
 
 use nvshare::page::Quantum;
 use nvshare::units::{Nanos, SECOND};
+use nvshare_tools::picture::State;
 use nvshare_tools::sim::report::{Report, Row};
 use nvshare_tools::sim::scenario::{Scenario, Work};
-use nvshare_tools::sim::{State, timeline_svg, world};
+use nvshare_tools::sim::{draw, world};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -70,7 +71,7 @@ fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
     scenario.until = Some("6min".to_owned().try_into().unwrap());
     let run = |seed| {
         let outcome = world::simulate(&scenario, seed, true);
-        (Report::of(&scenario, seed, &outcome).json(), timeline_svg::draw(&scenario, &outcome))
+        (Report::of(&scenario, seed, &outcome).json(), draw(&scenario, &outcome))
     };
     assert!(run(4) == run(4));
     assert!(run(4).0 != run(5).0);
@@ -79,7 +80,7 @@ fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
 #[test]
 fn the_picture_is_of_every_client_and_every_state() {
     let scenario = read("four-jobs.toml");
-    let svg = timeline_svg::draw(&scenario, &world::simulate(&scenario, 1, true));
+    let svg = draw(&scenario, &world::simulate(&scenario, 1, true));
     for number in 1..=4 {
         assert!(svg.contains(&format!(">job {number}</text>")), "job {number} has no lane");
     }
@@ -104,7 +105,7 @@ fn the_picture_shows_pauses_that_others_wait_for_and_who_is_unfinished() {
     let kept = outcome.clients[0].segments.iter().flatten().filter(|segment| segment.state == State::Kept);
     assert_eq!(kept.map(|segment| segment.to - segment.from).sum::<Nanos>(), outcome.gpus[0].time.kept);
     assert!(outcome.gpus[0].time.kept > 30_000_000, "{:?}", outcome.gpus[0].time);
-    let svg = timeline_svg::draw(&scenario, &outcome);
+    let svg = draw(&scenario, &outcome);
     assert_eq!(svg.matches(">unfinished</text>").count(), 1);
 }
 
@@ -134,7 +135,7 @@ fn who_has_nothing_to_do_is_not_drawn_as_running() {
 #[test]
 fn the_picture_in_the_documentation_is_of_this_policy() {
     let scenario = read("four-jobs.toml");
-    let drawn = timeline_svg::draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
+    let drawn = draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
     let stands = include_str!("../../docs/four-jobs.svg");
     assert!(drawn == stands, "nvshare sim examples/scenarios/four-jobs.toml --svg docs/four-jobs.svg");
 }
