@@ -20,7 +20,8 @@ mutants=(
   'gate shut without waiting#src/gate.rs#if passes \& 1 == 0 {#if true {#gate#memory_moves_while_nobody_is_inside'
   'limited gate entered without the pace#src/gate.rs#has_failed(state) || paced \&\& is_open(state)#is_open(state)#gate#nobody_goes_into_a_limited_gate_unpaced'
   'gate left without waking the engine#src/gate.rs#            unpark_all(\&lane.passes);##gate#memory_moves_while_nobody_is_inside'
-  'a decision that changes nothing is not published#src/lock.rs#            let published =#            if next.admitted == lock.admitted { return snapshot; }\n            let published =#decide#a_waiter_that_is_killed_holds_nobody_up'
+  'a decision that changes nothing is not published#src/lock.rs#            let published =#            if next.admitted == lock.admitted { return snapshot; }\n            let published =#decide#who_comes_while_the_holder_is_reaped_is_admitted'
+  'an entry is overwritten before that is told#src/journal.rs#        self.begun.set(number.wrapping_add(1));\n##journal#a_reader_sees_whole_entries_in_order'
   'doorbells not rung#src/lock.rs#                self.ring(slot);#let _ = slot;#decide#two_take_turns'
 )
 for mutant in "${mutants[@]}"; do

@@ -160,6 +160,7 @@ impl Page {
             &own.credit,
             &own.idle_since,
             &own.pause,
+            &own.returns_at,
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,

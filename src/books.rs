@@ -4,6 +4,7 @@
 //! has one move in flight at a time ([`crate::account`]). The phases belong to [`crate::Client`], which belongs to one thread.
 
 use crate::account::Free;
+use crate::journal::Event;
 use crate::page::{Direction, Page, Phase, Stall};
 use crate::policy::{self, NOT_BEGUN};
 use crate::slot::{SlotIndex, SlotSet};
@@ -61,6 +62,17 @@ impl<P: Deref<Target = Page>> Books<P> {
     /// The books of the client that owns `slot`, without a [`PrivatePhase`].
     pub(crate) fn new(page: P, slot: SlotIndex) -> Self {
         Self { page, slot, author: Arc::new(Mutex::new(())), private_phase: None }
+    }
+
+    /// Writes into the client's journal. Only the client's own thread does so.
+    pub(crate) fn note(&self, event: Event) {
+        self.page.journals[self.slot.get()].write(now(), event);
+    }
+
+    /// The same of something that began at the time `begun`, ns, and has ended.
+    pub(crate) fn note_span(&self, begun: Nanos, begins: Event, ends: Event) {
+        self.page.journals[self.slot.get()].write(begun, begins);
+        self.note(ends);
     }
 
     fn author(&self) -> MutexGuard<'_, ()> {
@@ -254,6 +266,7 @@ impl<P: Deref<Target = Page>> Books<P> {
             own.stall_since.store(now(), Ordering::Relaxed);
             add(&own.stalls, 1);
             own.stall.store(why, Ordering::Release);
+            self.note(Event::Stalled(why));
             self.page.decide();
         }
         own.stall.store(why, Ordering::Release);
@@ -265,6 +278,7 @@ impl<P: Deref<Target = Page>> Books<P> {
         if own.stall.load(Ordering::Relaxed) != Stall::None {
             own.stall.store(Stall::None, Ordering::Release);
             own.stall_since.store(0, Ordering::Relaxed);
+            self.note(Event::Stalled(Stall::None));
             self.page.decide();
         }
     }
@@ -295,6 +309,7 @@ impl<P: Deref<Target = Page>> Books<P> {
         let phase = if lost == 0 { Phase::Leaving } else { Phase::Idle };
         self.tell(phase);
         own.phase.store(phase, Ordering::Release);
+        self.note(Event::Phase(phase));
         self.page.decide();
     }
 

@@ -25,8 +25,9 @@
 //! [`Client::release`] around its work, and [`Client::serve`] while it has none.
 
 use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
-use crate::page::{Page, Phase};
-use crate::policy::{self, NOT_BEGUN};
+use crate::journal::{Event, Why};
+use crate::page::{Direction, Page, Phase};
+use crate::policy::{self, NOT_BEGUN, Order, Standing};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::step::{Action, Facts, step};
@@ -65,6 +66,10 @@ pub trait Runtime {
 
 /// How long a client that is asked to evict waits first for others to give back granules that they do not need, in ns.
 const SPARES_FIRST: Nanos = 10 * MILLISECOND;
+
+/// How much a client evicts at a time for one that is only expected back, granules: 1 GiB. In between it looks whether its own
+/// threads are back, and the other brings in what has become free.
+const AT_A_TIME: Granules = 512;
 
 /// What a client's thread does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,20 +111,25 @@ pub struct Client<P> {
     deadline_shares: (u32, Priority),
     /// Since when it has waited for others' spare granules instead of evicting, ns.
     left_to_spares: Option<Nanos>,
+    /// Bytes that it had copied in when it last entered phase Filling.
+    bytes_before: u64,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// The client that owns `slot` of `page`. Registration has just opened the slot for it.
     pub fn new(page: P, slot: SlotIndex) -> Self {
         crate::sync::register_barriers();
+        let books = Books::new(page, slot);
+        books.note(Event::Registered { pid: std::process::id() });
         Self {
-            books: Books::new(page, slot),
+            books,
             phase: Phase::Idle,
             undrained: false,
             turn_over: false,
             decided: 0,
             deadline_shares: (0, Priority::default()),
             left_to_spares: None,
+            bytes_before: 0,
         }
     }
 
@@ -152,10 +162,27 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Changes the phase, in this process and in the page.
     fn enter(&mut self, phase: Phase) {
+        self.enter_by(phase, Event::Phase(phase));
+    }
+
+    /// The same with an event that says more than the phase.
+    fn enter_by(&mut self, phase: Phase, event: Event) {
+        if phase == Phase::Filling {
+            self.bytes_before = self.moved(Direction::In);
+        }
         self.phase = phase;
         self.decided = 0;
         self.books.tell(phase);
         self.own().phase.store(phase, Ordering::Release);
+        self.books.note(event);
+    }
+
+    /// Bytes that it has copied in this direction.
+    fn moved(&self, direction: Direction) -> u64 {
+        match direction {
+            Direction::In => self.own().bytes_in.load(Ordering::Relaxed),
+            Direction::Out => self.own().bytes_out.load(Ordering::Relaxed),
+        }
     }
 
     /// Idle or drained -> Waiting: takes a place in the queue.
@@ -274,33 +301,52 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                 }
                 Action::Serve => {
                     let snapshot = self.look();
-                    let share = policy::evict_share(&snapshot, self.books.slot);
+                    let standing = Standing::of(&snapshot);
+                    let order = Order::new(&snapshot, &standing);
+                    let share = order.evict_shares()[self.books.slot.get()];
                     if let Some(until) = self.leaves_it_to_spares(&snapshot, share) {
                         return Ok(Next::Sleep { seen, until: Some(until) });
                     }
                     if share > 0 && evicts {
-                        let before = self.books.resident();
-                        runtime.evict(share)?;
+                        let (before, out) = (self.books.resident(), self.moved(Direction::Out));
+                        let begun = now();
+                        let expected = policy::expected(&snapshot).is_some();
+                        let evicted = runtime.evict(if expected { share.min(AT_A_TIME) } else { share });
+                        // One that moved nothing, because the host has no memory, is tried again and again.
+                        if self.books.resident() != before {
+                            let bytes = self.moved(Direction::Out).wrapping_sub(out);
+                            self.books.note_span(begun, Event::Evicts, Event::Evicted { bytes });
+                        }
+                        evicted?;
                         if policy::lacking(&snapshot) == 0 {
-                            // The room is for the first waiter, which has not been told of it.
-                            policy::first_waiter(&snapshot)
-                                .into_iter()
-                                .for_each(|first| self.page().ring(first));
+                            // The room is for one that is not admitted, which has not been told of it.
+                            order.prefetcher().into_iter().for_each(|slot| self.page().ring(slot));
                         }
                         // A page that lies about the account asks for memory that the client does not have: evict no more in
                         // this call.
                         evicts = self.books.resident() < before;
+                        if expected && evicts {
+                            return Ok(Next::Sleep { seen, until: Some(now()) });
+                        }
                         continue;
                     }
-                    if prefetches && policy::prefetch(&snapshot, self.books.slot) > 0 {
+                    if prefetches && order.prefetch(self.books.slot) > 0 {
                         // Once for each call: memory that the runtime has left out does not fit.
                         prefetches = false;
-                        runtime.prefetch()?;
+                        let (before, begun) = ((self.books.resident(), self.moved(Direction::In)), now());
+                        let fetched = runtime.prefetch();
+                        if self.books.resident() != before.0 {
+                            let bytes = self.moved(Direction::In).wrapping_sub(before.1);
+                            self.books.note_span(begun, Event::Prefetches, Event::Prefetched { bytes });
+                        }
+                        fetched?;
                         continue;
                     }
                     let until = match self.phase {
                         Phase::Waiting => policy::next_decision(&snapshot, self.decided),
-                        _ => None,
+                        // Then others make room for what it brings in.
+                        _ => policy::expected_from(&snapshot, self.books.slot)
+                            .filter(|from| *from > self.decided),
                     };
                     let retry = (!evicts).then(|| now().saturating_add(STARVED_POLL_INTERVAL));
                     match until {
@@ -355,7 +401,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             add(&own.slices, 1);
         }
         self.undrained = true;
-        self.enter(Phase::Running);
+        let bytes = self.moved(Direction::In).wrapping_sub(self.bytes_before);
+        self.enter_by(Phase::Running, Event::Runs { bytes });
         // If a waiter has come while this client was filling, its decision has rung this client, as it rings every admitted
         // one, and the next look finds the waiter and the end of the slice. Another client's slice may be over now that was
         // not over while this client was filling: so decide.
@@ -398,8 +445,14 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         own.last_ran.store(snapshot.now, Ordering::Relaxed);
         add(&own.yields, 1);
         // Who gives way though nobody recalled it leaves the rest of its turn.
-        self.turn_over = end.used_up || self.books.admitted();
-        self.enter(Phase::Draining);
+        let by_itself = self.books.admitted();
+        self.turn_over = end.used_up || by_itself;
+        let why = match (by_itself, end.used_up) {
+            (true, _) => Why::ByItself,
+            (false, true) => Why::TurnOver,
+            (false, false) => Why::Interrupted,
+        };
+        self.enter_by(Phase::Draining, Event::Drains(why));
         end.ran
     }
 
@@ -428,19 +481,17 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
         self.undrained = false;
         let used_up = &self.own().consecutive_slices;
+        let turns = policy::turns_in_a_row(used_up.load(Ordering::Relaxed), more, self.turn_over);
+        used_up.store(turns, Ordering::Relaxed);
         match (more, self.turn_over) {
-            (true, true) => {
-                used_up.store(used_up.load(Ordering::Relaxed).saturating_add(1), Ordering::Relaxed);
-                self.queue(Turn::Next);
-            }
+            (true, true) => self.queue(Turn::Next),
             (true, false) => self.queue(Turn::Same),
             (false, _) => {
-                used_up.store(0, Ordering::Relaxed);
                 // Unless somebody has said so more exactly.
                 let idle_since = self.own().idle_since.load(Ordering::Relaxed);
                 let last_ran = self.own().last_ran.load(Ordering::Relaxed);
                 if idle_since < self.own().slice_start.load(Ordering::Relaxed) {
-                    self.idle(last_ran, 0);
+                    self.idle(last_ran, 0, 0);
                 }
                 self.enter(Phase::Idle);
                 self.page().decide();
@@ -450,9 +501,13 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
 
     /// Says that the client, which is about to give way because it is idle, has had no work since the time `since`, ns, and is
     /// expected to have none for `pause` ns from then on; 0 if nobody knows. It is decided by this whose memory goes first.
-    pub fn idle(&self, since: Nanos, pause: Nanos) {
+    ///
+    /// One whose pauses are regular has work again at the time `returns_at`, ns, and brings its memory in before, if it can
+    /// ([`policy::expected`]); 0 if nobody knows.
+    pub fn idle(&self, since: Nanos, pause: Nanos, returns_at: Nanos) {
         self.own().idle_since.store(since, Ordering::Relaxed);
         self.own().pause.store(pause, Ordering::Relaxed);
+        self.own().returns_at.store(returns_at, Ordering::Relaxed);
     }
 
     /// Gives the slot up. The caller has released all memory; the books say so, whatever they said

@@ -19,6 +19,7 @@
 //! | [`placement`] | which GPU a new client gets |
 //! | [`step`] | what a client in a phase does next: a pure function, and the table of phases |
 //! | [`books`] | what a client has and asks for, usable from every thread of its process |
+//! | [`journal`], [`timeline`] | a client's latest events, in the page; the spans of time that they make |
 //! | [`client`] | one process's part in the protocol: it waits, fills, runs, drains and evicts |
 //! | [`audit`] | the arbiter's part: it opens and closes a client's books and checks the sums |
 //! | [`wire`], [`scm_rights`] | the messages to and from the arbiter; messages with file descriptors |
@@ -51,6 +52,7 @@ pub mod gang_cut;
 pub mod gang_order;
 pub mod gang_page;
 pub mod gate;
+pub mod journal;
 pub mod lock;
 pub mod lock_word;
 pub mod log_limit;
@@ -69,6 +71,7 @@ pub mod step;
 pub mod stream_arena;
 pub mod sync;
 pub mod text;
+pub mod timeline;
 pub mod units;
 pub mod usage;
 

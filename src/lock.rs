@@ -4,7 +4,7 @@
 //!
 //! 1. read the word;
 //! 2. look at the slots;
-//! 3. ask the pure function [`policy::admit`];
+//! 3. ask the policy, which is a pure function of them ([`Order::admit`]);
 //! 4. swap the word for the new mask with the next version, unless the word has changed meanwhile.
 //!
 //! A swap that fails means that another participant has decided: start over. **Every decision is published, also one that
@@ -17,7 +17,7 @@
 //! facts. The client that this decision wrongs decides again, and so corrects it.
 
 use crate::page::Page;
-use crate::policy;
+use crate::policy::{self, Order, Standing};
 use crate::slot::SlotSet;
 use crate::snapshot::Snapshot;
 use crate::sync::Ordering;
@@ -35,7 +35,7 @@ impl Page {
 
     /// Decides who may load and run, publishes the decision, and rings the clients that have something to do about it:
     /// those whose bit changed; those that must make room; the admitted ones if somebody waits, because their slices can
-    /// end now; and the first waiter, if it can bring some memory in ahead of its turn.
+    /// end now; and whoever can bring some memory in ahead of its turn.
     ///
     /// Call it after every change that a decision looks at: a new waiter, a release, a change of demand, the end of a
     /// slice, a death, a change of settings. Returns the snapshot on which it decided, with the new mask in it.
@@ -45,7 +45,8 @@ impl Page {
             let seen = self.header.lock.observe(Ordering::Acquire);
             let lock = seen.value;
             let mut snapshot = Snapshot::take(self, lock.admitted);
-            let next = lock.decided(policy::admit(&snapshot));
+            let standing = Standing::of(&snapshot);
+            let next = lock.decided(Order::new(&snapshot, &standing).admit());
             let published =
                 self.header.lock.compare_exchange(&seen, next, Ordering::AcqRel, Ordering::Acquire);
             if published.is_err() {
@@ -56,33 +57,32 @@ impl Page {
                 self.header.lock.store(next, Ordering::Release);
             }
             snapshot.admitted = next.admitted;
-            for slot in self.concerned(lock.admitted, &snapshot).iter() {
+            for slot in concerned(lock.admitted, &snapshot, &standing).iter() {
                 self.ring(slot);
             }
             return snapshot;
         }
     }
+}
 
-    /// The clients that a decision rings. `before` were admitted by the decision before it.
-    fn concerned(&self, before: SlotSet, snapshot: &Snapshot) -> SlotSet {
-        let changed = before.difference(snapshot.admitted);
-        let spare_holders = if policy::spares_are_wanted(snapshot) {
-            policy::spare_holders(snapshot)
-        } else {
-            SlotSet::EMPTY
-        };
-        let evicting = policy::evictors(snapshot);
-        let mut concerned = changed.bits() | spare_holders.bits() | evicting.bits();
-        let first = policy::first_waiter(snapshot);
-        if first.is_some() || !evicting.is_empty() {
-            // Holders learn that their slice has an end now, or that their memory is wanted if they have no work.
-            concerned |= snapshot.admitted.bits();
-        }
-        let concerned = SlotSet::from_bits(concerned);
-        match first {
-            Some(first) if policy::prefetch(snapshot, first) > 0 => concerned.with(first),
-            _ => concerned,
-        }
+/// The clients that a decision rings. `before` were admitted by the decision before it. `standing` is how the clients of the
+/// snapshot stand, whoever is admitted.
+fn concerned(before: SlotSet, snapshot: &Snapshot, standing: &Standing) -> SlotSet {
+    let order = Order::new(snapshot, standing);
+    let changed = before.difference(snapshot.admitted);
+    let spare_holders =
+        if policy::spares_are_wanted(snapshot) { policy::spare_holders(snapshot) } else { SlotSet::EMPTY };
+    let evicting = order.evictors();
+    let mut concerned = changed.bits() | spare_holders.bits() | evicting.bits();
+    let first = order.prefetcher();
+    if first.is_some() || !evicting.is_empty() {
+        // Holders learn that their slice has an end now, or that their memory is wanted if they have no work.
+        concerned |= snapshot.admitted.bits();
+    }
+    let concerned = SlotSet::from_bits(concerned);
+    match first {
+        Some(first) if order.prefetch(first) > 0 => concerned.with(first),
+        _ => concerned,
     }
 }
 

@@ -94,6 +94,36 @@ impl Pauses {
     }
 }
 
+/// So many of the latest long pauses are compared.
+const COMPARED: usize = 3;
+
+/// Pauses are regular if the longest of them is not longer than the shortest by more than this part of it.
+const SPREAD: Nanos = 4;
+
+/// Whether a client's long pauses are regular: those for which it gives way, each longer than a switch.
+///
+/// Buckets say what is worth waiting for, and are too coarse to say when a client will be back. One pause of another length
+/// ends the forecasts until as many have been alike again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rhythm {
+    /// The latest ones, ns; 0 for one that there was not.
+    latest: [Nanos; COMPARED],
+}
+
+impl Rhythm {
+    /// Takes note of a pause of so many ns.
+    pub fn observe(&mut self, pause: Nanos) {
+        self.latest.rotate_left(1);
+        self.latest[COMPARED - 1] = pause;
+    }
+
+    /// How long the next one will be, at least, ns; `None` if they are not regular.
+    pub fn expected(&self) -> Option<Nanos> {
+        let (least, most) = (self.latest.iter().min()?, self.latest.iter().max()?);
+        (*least > 0 && most - least <= least / SPREAD).then_some(*least)
+    }
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
@@ -143,6 +173,23 @@ mod tests {
         assert!((SECOND / 2..SECOND).contains(&pauses.expected(0)));
         assert!((SECOND..=3 * SECOND).contains(&pauses.expected(100 * MILLISECOND)));
         assert_eq!(pauses.expected(10 * SECOND), 0);
+    }
+
+    fn rhythm(lengths: impl IntoIterator<Item = u64>) -> Rhythm {
+        let mut rhythm = Rhythm::default();
+        lengths.into_iter().for_each(|ms| rhythm.observe(ms * MILLISECOND));
+        rhythm
+    }
+
+    #[test]
+    fn three_that_are_alike_are_a_forecast_and_another_one_ends_it() {
+        let after = |lengths: &[u64]| rhythm(lengths.iter().copied()).expected();
+        assert_eq!((after(&[]), after(&[1_000, 1_000])), (None, None));
+        assert_eq!(after(&[1_100, 1_000, 1_250]), Some(SECOND), "the shortest");
+        assert_eq!(after(&[1_100, 1_000, 1_251]), None);
+        assert_eq!(after(&[1_000, 1_000, 1_000, 2_000]), None);
+        assert_eq!(after(&[1_000, 1_000, 1_000, 2_000, 2_000]), None);
+        assert_eq!(after(&[1_000, 1_000, 1_000, 2_000, 2_000, 2_000]), Some(2 * SECOND));
     }
 
     proptest! {

@@ -19,6 +19,7 @@
 //! | `slice` | how long slices and turns are |
 //! | `order` | who is served before whom |
 //! | `room` | who makes room, and how much |
+//! | `ahead` | who brings memory in before it is back from a pause |
 //!
 //! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`enter_queue`]): nothing for one of high priority; for a
 //! normal one D, a setting (up to ten times, for a weight of less than a tenth of the largest), and twice a round of the others'
@@ -42,21 +43,28 @@
 //! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
 //! there is no cycle in it, so it is finite.
 
+mod ahead;
 mod fair_share;
 mod order;
 mod room;
 mod slice;
 mod turn;
 
-pub use room::{evict_share, evictors, lacking, needed, prefetch, spare_holders, spares_are_wanted};
+pub use ahead::{expected, expected_from, gives_way_ahead, head_start, watches_pauses};
+pub use order::{Order, Standing, Waiting, hurried};
+pub use room::{
+    evict_share, evictors, lacking, needed, prefetch, prefetcher, spare_holders, spares_are_wanted,
+};
 pub use slice::{MOST_SHARES, quantum, turn_length};
-pub use turn::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn};
+pub use turn::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn, turns_in_a_row};
 
 use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos, SECOND, bytes_of};
-use order::{Order, Place};
+use ahead::all_fit;
+use order::{Place, hurry};
+use slice::Turns;
 
 /// In place of a slice's beginning: its holder has all its memory in place and cannot run yet, because its
 /// process waits for another GPU. Such a slice is never over. Whoever claims it for ever keeps the GPU for
@@ -65,20 +73,62 @@ pub const NOT_BEGUN: Nanos = Nanos::MAX;
 
 /// Whom to admit.
 pub fn admit(snapshot: &Snapshot) -> SlotSet {
-    let order = queue(snapshot);
-    let stuck: u64 =
-        snapshot.clients().filter(|(_, view)| view.stuck).map(|(_, view)| u64::from(view.evictable())).sum();
-    if stuck > 0 {
-        // Those who fit beside what does not move do not wait for it with those who don't.
-        let room = u64::from(snapshot.usable()).saturating_sub(stuck) as Granules;
-        let beside = fitting(snapshot, &order, room);
-        if !beside.is_empty() {
-            return beside;
+    Order::new(snapshot, &Standing::of(snapshot)).admit()
+}
+
+impl Order<'_> {
+    /// Whom to admit.
+    pub fn admit(&self) -> SlotSet {
+        let (snapshot, queue) = (self.snapshot, self.queue());
+        let stuck: u64 = snapshot
+            .clients()
+            .filter(|(_, view)| view.stuck)
+            .map(|(_, view)| u64::from(view.evictable()))
+            .sum();
+        if stuck > 0 {
+            // Those who fit beside what does not move do not wait for it with those who don't.
+            let room = u64::from(snapshot.usable()).saturating_sub(stuck) as Granules;
+            let beside = fitting(snapshot, &queue, room);
+            if !beside.is_empty() {
+                return beside;
+            }
+        }
+        match queue.first() {
+            Some((slot, demand)) if *demand > snapshot.usable() => {
+                fitting(snapshot, &queue[1..], 0).with(*slot)
+            }
+            _ => fitting(snapshot, &queue, snapshot.usable()),
         }
     }
-    match order.first() {
-        Some((slot, demand)) if *demand > snapshot.usable() => fitting(snapshot, &order[1..], 0).with(*slot),
-        _ => fitting(snapshot, &order, snapshot.usable()),
+
+    /// Those who want the GPU, in the order in which they get it.
+    fn queue(&self) -> Vec<(SlotIndex, Granules)> {
+        let snapshot = self.snapshot;
+        let first = self.first_waiter();
+        let ends = self.ends();
+        let goes_on = |view: &SlotView| {
+            let end = ends.as_ref().and_then(|ends| ends.of_holder(view));
+            end.is_none_or(|end| end > snapshot.now)
+        };
+        let rank = |slot: SlotIndex, view: &SlotView| -> (Rank, Option<Place>) {
+            if snapshot.admitted.contains(slot) && goes_on(view) {
+                let before = first.is_none_or(|first| self.comes_before(slot, first));
+                // Between those who run, it counts who came first: hurry is for waiters.
+                let place = Some(Place::in_turn(view.ticket, slot));
+                return (if before { Rank::Holder } else { Rank::GapFiller }, place);
+            }
+            let place = self.place(slot);
+            let stands = first.is_none_or(|first| place <= self.place(first));
+            (if stands { Rank::First } else { Rank::Other }, place)
+        };
+        let mut queue: Vec<_> = snapshot
+            .clients()
+            .filter(|(slot, view)| snapshot.admitted.contains(*slot) || waits(view))
+            .filter(|(_, view)| view.phase.wants_gpu())
+            .map(|(slot, view)| (rank(slot, view), slot, view.movable()))
+            .collect();
+        queue.sort_unstable();
+        queue.into_iter().map(|(_, slot, demand)| (slot, demand)).collect()
     }
 }
 
@@ -125,32 +175,6 @@ enum Rank {
     Other,
 }
 
-/// Those who want the GPU, in the order in which they get it.
-fn queue(snapshot: &Snapshot) -> Vec<(SlotIndex, Granules)> {
-    let order = Order::of(snapshot);
-    let first = order.first_waiter().map(|first| (first, order.place(first)));
-    let rank = |slot: SlotIndex| -> (Rank, Place) {
-        let place = order.place(slot);
-        let stands = |place: &Place| first.is_none_or(|(_, first)| *place <= first);
-        if snapshot.admitted.contains(slot) && slice_end(snapshot, slot).is_none_or(|end| end > snapshot.now)
-        {
-            let before = first.is_none_or(|(first, _)| order.comes_before(slot, first));
-            // Between those who run, it counts who came first: hurry is for waiters.
-            let place = Place::InTurn(snapshot.view(slot).ticket, slot);
-            return (if before { Rank::Holder } else { Rank::GapFiller }, place);
-        }
-        (if stands(&place) { Rank::First } else { Rank::Other }, place)
-    };
-    let mut queue: Vec<_> = snapshot
-        .clients()
-        .filter(|(slot, view)| snapshot.admitted.contains(*slot) || waits(view))
-        .filter(|(_, view)| view.phase.wants_gpu())
-        .map(|(slot, view)| (rank(slot), slot, view.movable()))
-        .collect();
-    queue.sort_unstable();
-    queue.into_iter().map(|(_, slot, demand)| (slot, demand)).collect()
-}
-
 /// Whether a client that is not admitted stands in the queue.
 ///
 /// One that runs does not: it was recalled, and has yet to see it. Its ticket is that of the slice which is
@@ -170,10 +194,17 @@ pub fn awaited(snapshot: &Snapshot) -> bool {
     waiters(snapshot).next().is_some()
 }
 
+/// Granules that the admitted ones still lack.
+fn missing(snapshot: &Snapshot) -> i64 {
+    let wanting =
+        snapshot.admitted.iter().map(|slot| snapshot.view(slot)).filter(|view| view.phase.wants_gpu());
+    wanting.map(|view| i64::from(view.missing())).sum()
+}
+
 /// The waiter whose turn is next, if somebody waits who is not admitted.
 pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
-    // Most often there is none, and the order costs more than that.
-    awaited(snapshot).then(|| Order::of(snapshot).first_waiter()).flatten()
+    // Most often there is none, and to know how all stand costs more than that.
+    awaited(snapshot).then(|| Order::new(snapshot, &Standing::of(snapshot)).first_waiter()).flatten()
 }
 
 /// When a holder's slice is over, ns, if it runs and somebody waits: when its turn is used up, or when the deadline of a
@@ -185,35 +216,77 @@ pub fn first_waiter(snapshot: &Snapshot) -> Option<SlotIndex> {
 /// quantum kept a third from its memory in this way: found by the simulator.) That is a part of the third one's turn, which
 /// the waiter waits for in any case. If it takes longer than the farthest deadline, something is stuck, and others go on.
 pub fn slice_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
-    let view = snapshot.view(holder);
-    if view.phase != Phase::Running || view.slice_start == NOT_BEGUN {
-        return None;
-    }
-    let hurry = |slot: SlotIndex| {
-        let view = snapshot.view(slot);
-        (view.deadline, view.ticket, slot)
-    };
-    let hurried = waiters(snapshot).min_by_key(|slot| hurry(*slot))?;
-    let after = |time| view.slice_start.saturating_add(time);
-    let (switch, most) = (quantum(snapshot, hurried), turn_left(snapshot, holder, hurried));
-    // An interruption costs one switch there and a part of one back.
-    let least = (switch.saturating_mul(3) / 2).min(most);
-    let end = snapshot.view(hurried).deadline.clamp(after(least), after(most));
-    // And what would be left of the turn is worth coming back for.
-    let end = if after(most).saturating_sub(end) < switch { after(most) } else { end };
-    let fills = snapshot.admitted.iter().any(|slot| {
-        let before =
-            || snapshot.view(slot).ticket < snapshot.view(hurried).ticket || hurry(slot) < hurry(hurried);
-        slot != holder && snapshot.view(slot).phase == Phase::Filling && before()
-    });
-    Some(if fills { end.saturating_add(snapshot.settings.deadline) } else { end })
+    SliceEnds::of(snapshot)?.of_holder(snapshot.view(holder))
 }
 
-/// What was left of a holder's turn when its slice began, ns: of a whole one, no less than the switch to `waiter` is worth.
-fn turn_left(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos {
-    let (length, used) = (turn_length(snapshot, holder), snapshot.view(holder).turn_used);
-    let left = length.saturating_add_signed(used.saturating_neg());
-    if used == 0 { left.max(quantum(snapshot, waiter)) } else { left }
+/// When slices are over because of the waiter whose deadline comes first ([`slice_end`]).
+struct SliceEnds {
+    turns: Turns,
+    /// That deadline, ns.
+    deadline: Nanos,
+    /// What the switch to that waiter is worth, ns.
+    quantum: Nanos,
+    /// How much later they are because somebody who came before it fills, ns.
+    later: Nanos,
+}
+
+impl SliceEnds {
+    /// `None` if nobody waits.
+    fn of(snapshot: &Snapshot) -> Option<Self> {
+        hurried(snapshot).map(|hurried| Self::because_of(hurried, snapshot, Turns::of(snapshot)))
+    }
+
+    fn because_of(hurried: SlotIndex, snapshot: &Snapshot, turns: Turns) -> Self {
+        let fills = snapshot.admitted.iter().any(|slot| {
+            let earlier = || hurry(snapshot, slot) < hurry(snapshot, hurried);
+            let before = || snapshot.view(slot).ticket < snapshot.view(hurried).ticket || earlier();
+            snapshot.view(slot).phase == Phase::Filling && before()
+        });
+        let (deadline, quantum) = (snapshot.view(hurried).deadline, quantum(snapshot, hurried));
+        let later = if fills { snapshot.settings.deadline } else { 0 };
+        Self { turns, deadline, quantum, later }
+    }
+
+    /// When the slice of a client is over, ns, if it runs.
+    fn of_holder(&self, view: &SlotView) -> Option<Nanos> {
+        if view.phase != Phase::Running || view.slice_start == NOT_BEGUN {
+            return None;
+        }
+        let after = |time| view.slice_start.saturating_add(time);
+        let most = turn_left(&self.turns, view, self.quantum);
+        // An interruption costs one switch there and a part of one back.
+        let least = (self.quantum.saturating_mul(3) / 2).min(most);
+        let end = self.deadline.clamp(after(least), after(most));
+        // And what would be left of the turn is worth coming back for.
+        let end = if after(most).saturating_sub(end) < self.quantum { after(most) } else { end };
+        Some(end.saturating_add(self.later))
+    }
+
+    /// When the slices of all who are admitted and run are over, ns, in no order.
+    fn of_admitted(&self, snapshot: &Snapshot) -> impl Iterator<Item = Nanos> {
+        snapshot.admitted.iter().filter_map(|slot| self.of_holder(snapshot.view(slot)))
+    }
+}
+
+impl Order<'_> {
+    /// When the slices of those who run are over, ns, in no order: [`next_decision`] is the first of them that has not been
+    /// decided yet.
+    pub fn slice_ends(&self) -> Vec<Nanos> {
+        self.ends().map_or_else(Vec::new, |ends| ends.of_admitted(self.snapshot).collect())
+    }
+
+    fn ends(&self) -> Option<SliceEnds> {
+        let ends =
+            |waiting: Waiting| SliceEnds::because_of(waiting.hurried, self.snapshot, self.standing.turns);
+        self.waiting.map(ends)
+    }
+}
+
+/// What was left of a holder's turn when its slice began, ns: of a whole one, no less than `least`, which the switch to the next
+/// one is worth.
+fn turn_left(turns: &Turns, view: &SlotView, least: Nanos) -> Nanos {
+    let left = turns.length(view).saturating_add_signed(view.turn_used.saturating_neg());
+    if view.turn_used == 0 { left.max(least) } else { left }
 }
 
 /// When a holder's slice is over at the earliest, ns, whoever comes: a light user's deadline may have come when it
@@ -223,14 +296,14 @@ fn turn_left(snapshot: &Snapshot, holder: SlotIndex, waiter: SlotIndex) -> Nanos
 /// begun, it is as if it began now.
 pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
     let view = snapshot.view(holder);
-    let demand: u64 = snapshot.clients().map(|(_, view)| u64::from(view.movable())).sum();
-    if view.phase != Phase::Running || demand <= u64::from(snapshot.usable()) {
+    if view.phase != Phase::Running || all_fit(snapshot) {
         return None;
     }
     let begins = if view.slice_start == NOT_BEGUN { snapshot.now } else { view.slice_start };
+    let turns = Turns::of(snapshot);
     let others = snapshot.clients().filter(|(slot, _)| !snapshot.admitted.contains(*slot));
-    let soonest =
-        others.map(|(slot, _)| quantum(snapshot, slot).min(turn_left(snapshot, holder, slot))).min()?;
+    let quanta = others.map(|(slot, _)| quantum(snapshot, slot));
+    let soonest = quanta.map(|quantum| quantum.min(turn_left(&turns, view, quantum))).min()?;
     Some(begins.saturating_add(soonest))
 }
 
@@ -241,12 +314,8 @@ pub fn earliest_end(snapshot: &Snapshot, holder: SlotIndex) -> Option<Nanos> {
 /// in room that no waiter can use, and deciding once more would change nothing; whoever changes something
 /// decides anyway.
 pub fn next_decision(snapshot: &Snapshot, decided: Nanos) -> Option<Nanos> {
-    slice_ends(snapshot).filter(|end| *end > decided).min()
-}
-
-/// When the slices of those who run are over, ns, in no order.
-pub fn slice_ends(snapshot: &Snapshot) -> impl Iterator<Item = Nanos> {
-    snapshot.admitted.iter().filter_map(|slot| slice_end(snapshot, slot))
+    let ends = SliceEnds::of(snapshot)?;
+    ends.of_admitted(snapshot).filter(|end| *end > decided).min()
 }
 
 /// How long it takes to bring `waiter` in, ns: what it lacks comes in while what is in its way goes
@@ -257,6 +326,12 @@ pub fn switch_time(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
     let fill = copy_time(missing, snapshot.bandwidth_in);
     let evict = copy_time(in_the_way as Granules, snapshot.bandwidth_out);
     fill.max(evict)
+}
+
+/// `time`, ns, times `by`, divided by `of`.
+fn scaled(time: Nanos, by: u64, of: u64) -> Nanos {
+    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
 }
 
 fn copy_time(granules: Granules, bandwidth: u64) -> Nanos {

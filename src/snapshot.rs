@@ -44,6 +44,8 @@ pub struct SlotView {
     pub idle_since: Nanos,
     /// How long it is expected to have none from then on, ns; 0 if nobody knows.
     pub pause: Nanos,
+    /// When it is expected to have work again, ns, if its pauses are regular; 0 if nobody knows.
+    pub returns_at: Nanos,
     /// Turns that it has used up one after the other.
     pub consecutive_slices: u32,
     /// Its share against others', 1 to [`crate::usage::MAX_WEIGHT`]; 0 where there is no client.
@@ -176,6 +178,7 @@ impl Page {
             credit: own.credit.load(Ordering::Relaxed),
             idle_since: own.idle_since.load(Ordering::Relaxed),
             pause: own.pause.load(Ordering::Relaxed),
+            returns_at: own.returns_at.load(Ordering::Relaxed),
             consecutive_slices: own.consecutive_slices.load(Ordering::Relaxed),
             weight,
             priority,

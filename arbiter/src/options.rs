@@ -47,7 +47,8 @@ pub struct Options {
     /// With auto: the longest time that a slice lasts, such as 60s
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     pub quantum_max: Nanos,
-    /// A client that has waited this long, such as 60s, has the GPU next: whoever runs then does so for the shortest slice
+    /// Turns are short enough for all others to have one within this time, if the quantum allows it. A client that has
+    /// waited for this time and two rounds of the shortest turns, has the GPU next
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = time)]
     pub deadline: Nanos,
     /// While a slice can end, its holder has no more work in flight than takes this long; 0s: any

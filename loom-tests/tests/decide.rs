@@ -126,3 +126,30 @@ fn a_waiter_that_is_killed_holds_nobody_up() {
         assert!(page.owner(killed).is_none() && page.view(killed).phase == Phase::Idle);
     });
 }
+
+/// A client begins to wait while the arbiter reaps the one that is admitted: whichever decides last has seen what the other
+/// one changed, and admits it. The waiter's decision changes nothing as long as the other one is there, and it must be
+/// published all the same (docs/decisions/0002-every-decision-is-published.md). Nobody fills or runs: with the waiter's whole
+/// turn, its steps after that decision have more interleavings than a test has time for, and those come first.
+#[test]
+fn who_comes_while_the_holder_is_reaped_is_admitted() {
+    check_some(2, PERMUTATIONS, || {
+        let page = page(3);
+        let (mut victim, mut survivor) = (client(&page), client(&page));
+        victim.books().grow(2);
+        victim.request();
+        survivor.books().grow(2);
+        let (killed, comes) = (victim.books().slot(), survivor.books().slot());
+        assert!(page.admitted().contains(killed));
+        let arbiter = thread::spawn({
+            let page = page.clone();
+            move || {
+                page.reap(killed).unwrap();
+            }
+        });
+        let survivor = thread::spawn(move || survivor.request());
+        arbiter.join().unwrap();
+        survivor.join().unwrap();
+        assert!(page.admitted().contains(comes), "nobody decides again, and it waits for ever");
+    });
+}

@@ -10,6 +10,7 @@ use super::bandwidth::Bandwidth;
 use super::phase::Phase;
 use super::stall::Stall;
 use crate::account::{Account, Free};
+use crate::journal::Journal;
 use crate::lock_word::LockWord;
 use crate::packed::{Atomic, Packed};
 use crate::shares::{MemoryLimit, Priority};
@@ -22,7 +23,7 @@ use std::cell::UnsafeCell;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 8;
+pub const LAYOUT_VERSION: u32 = 9;
 
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
@@ -229,7 +230,9 @@ pub struct OwnWords {
     pub(crate) idle_since: AtomicU64,
     /// How long it is expected to have none from then on, ns; 0 if nobody knows.
     pub(crate) pause: AtomicU64,
-    _to_the_next_line: Padding<48>,
+    /// When it is expected to have work again, ns, if its pauses are regular; 0 if nobody knows.
+    pub(crate) returns_at: AtomicU64,
+    _to_the_next_line: Padding<40>,
 }
 
 /// The whole page.
@@ -239,6 +242,8 @@ pub struct Page {
     pub header: Header,
     /// A row for each client.
     pub slots: [Slot; SLOTS],
+    /// What each slot's client did lately; who reads it need not read the rows, and the other way round.
+    pub journals: [Journal; SLOTS],
 }
 
 impl Page {
@@ -296,6 +301,7 @@ impl Page {
                 credit: word(),
                 idle_since: word(),
                 pause: word(),
+                returns_at: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line::new(packed()),
@@ -334,6 +340,7 @@ impl Page {
                 next_ticket: Line::new(word()),
             },
             slots: std::array::from_fn(slot),
+            journals: std::array::from_fn(|_| Journal::new()),
         }
     }
 }
@@ -356,8 +363,9 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Another number here needs another LAYOUT_VERSION.
-        assert_eq!(LAYOUT_VERSION, 8);
-        assert_eq!((size_of::<Header>(), size_of::<Slot>(), PAGE_BYTES), (640, 640, 640 + 48 * 640));
+        assert_eq!(LAYOUT_VERSION, 9);
+        assert_eq!((size_of::<Header>(), size_of::<Slot>(), size_of::<Journal>()), (640, 640, 8192));
+        assert_eq!(PAGE_BYTES, 640 + 48 * (640 + 8192));
         assert_eq!(offset_of!(Header, free), 256);
     }
 }

@@ -1,23 +1,23 @@
 //! Who has had less than its share: virtual time, as fair queueing has it.
 //!
 //! A client's *virtual time* is the GPU time that it has had, divided by its weight: whoever is behind the others goes next.
-//! GPU time that k clients had at once counts a k-th for each ([`shared`]). The *mean* is the average over those who want
-//! the GPU, by weight; a client's *lag* is how far it is behind the mean. Lags add up to nothing, so serving those who lag
-//! keeps everybody at its share. (Parekh and Gallager, "A generalized processor sharing approach to flow control", 1993;
+//! GPU time that k clients had at once counts a k-th for each ([`SharedTime`]). The *mean* is the average over those who want
+//! the GPU, by weight, without those who are far ahead ([`mean`]); a client's *lag* is how far it is behind the mean. Lags add up
+//! to nothing as long as nobody is, so serving those who lag keeps everybody at its share. (Parekh and Gallager, "A generalized processor sharing approach to flow control", 1993;
 //! Stoica and others, "A proportional share resource allocation algorithm for real-time, time-shared systems", 1996, from
 //! which mean and lag are taken.)
 
 use crate::page::Phase;
-use crate::policy::NOT_BEGUN;
-use crate::slot::SlotIndex;
+use crate::policy::{NOT_BEGUN, scaled};
+use crate::slot::{SLOTS, SlotIndex};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::Nanos;
 use crate::usage::{self, DEFAULT_WEIGHT};
 
-/// GPU time as virtual time, ns: a client of [`DEFAULT_WEIGHT`] has one for the other.
-fn virtual_of(time: Nanos, weight: u32) -> Nanos {
-    let time = u128::from(time) * u128::from(DEFAULT_WEIGHT) / u128::from(usage::weight(weight));
-    u64::try_from(time).unwrap_or(u64::MAX)
+/// GPU time as virtual time, ns, of a client of this weight, or of several whose weights are this together: one of
+/// [`DEFAULT_WEIGHT`] has one for the other.
+pub(super) fn virtual_of(time: Nanos, weight: u64) -> Nanos {
+    scaled(time, u64::from(DEFAULT_WEIGHT), weight)
 }
 
 /// When a client's slice began that is not over, ns: it runs, or it grew and fills while its work goes on.
@@ -32,51 +32,119 @@ fn last_slice(view: &SlotView, now: Nanos) -> Option<(Nanos, Nanos)> {
     slice_begun(view).map(|begun| (begun, now)).or_else(ended)
 }
 
-/// The GPU time, ns, that the client in `slot` has had in its present slice: while k ran at once, each had a k-th. Of what
-/// ran beside it, only the latest slice of each is known: who ran for two short ones counts for the second.
-pub(crate) fn shared(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    let now = snapshot.now;
-    let Some(start) = slice_begun(snapshot.view(slot)).filter(|start| *start < now) else { return 0 };
-    let end = now;
-    // How many more, or fewer, run from this time on.
-    let mut changes = Vec::new();
-    for (other, view) in snapshot.clients() {
-        if other != slot
-            && let Some((from, to)) = last_slice(view, now)
-            && from.max(start) < to.min(end)
-        {
-            changes.extend([(from.max(start), 1i32), (to.min(end), -1)]);
+/// How the GPU's time was divided since the oldest slice began that is not over: while k ran at once, each had a k-th. Of what
+/// ran beside a slice, only the latest slice of each is known: who ran for two short ones counts for the second.
+///
+/// One sweep over the beginnings and ends of all slices gives the time that a client has had who ran all along, up to each of
+/// them. What another one has had, who began later, is a difference of two of these.
+struct SharedTime {
+    now: Nanos,
+    /// Moments at which somebody began or ended, ns, in their order, and the GPU time, ns, that one who ran all along has had
+    /// by then.
+    had: [(Nanos, Nanos); 2 * SLOTS],
+    moments: usize,
+}
+
+impl SharedTime {
+    fn of(snapshot: &Snapshot) -> Self {
+        let now = snapshot.now;
+        let mut shared = Self { now, had: [(0, 0); 2 * SLOTS], moments: 0 };
+        let begun = |view| slice_begun(view).filter(|begun| *begun < now);
+        let Some(oldest) = snapshot.clients().filter_map(|(_, view)| begun(view)).min() else {
+            return shared;
+        };
+        // How many more, or fewer, run from this time on.
+        let mut changes = [(0, 0i32); 2 * SLOTS];
+        let mut count = 0;
+        for (_, view) in snapshot.clients() {
+            if let Some((from, to)) = last_slice(view, now)
+                && from.max(oldest) < to.min(now)
+            {
+                changes[count] = (from.max(oldest), 1);
+                changes[count + 1] = (to.min(now), -1);
+                count += 2;
+            }
+        }
+        let changes = &mut changes[..count];
+        changes.sort_unstable();
+        let (mut since, mut k, mut had) = (oldest, 0i32, 0u64);
+        for (moment, (time, change)) in changes.iter().enumerate() {
+            had += (time - since) / k.max(1) as u64;
+            (since, k) = (*time, k + change);
+            shared.had[moment] = (*time, had);
+        }
+        shared.moments = count;
+        shared
+    }
+
+    /// What a client has had in its present slice, ns.
+    fn of_slice(&self, view: &SlotView) -> Nanos {
+        let Some(begun) = slice_begun(view).filter(|begun| *begun < self.now) else { return 0 };
+        let moments = &self.had[..self.moments];
+        let before = moments.partition_point(|(time, _)| *time < begun);
+        // Its own beginning is one of them, and so is this moment, at which its slice ends as far as anybody knows.
+        match (moments.get(before), moments.last()) {
+            (Some((_, then)), Some((_, had))) => had - then,
+            _ => 0,
         }
     }
-    if changes.is_empty() {
-        return end - start;
+}
+
+/// What everybody has come to, ns of virtual time, present slices included, by slot.
+pub(super) fn virtual_times(snapshot: &Snapshot) -> [Nanos; SLOTS] {
+    let shared = SharedTime::of(snapshot);
+    let mut times = [0; SLOTS];
+    for (slot, view) in snapshot.clients() {
+        let had = virtual_of(shared.of_slice(view), u64::from(usage::weight(view.weight)));
+        times[slot.get()] = view.virtual_time.saturating_add(had);
     }
-    changes.sort_unstable();
-    let (mut since, mut k, mut had) = (start, 1i32, 0u64);
-    for (time, change) in changes {
-        had += (time - since) / k.max(1) as u64;
-        (since, k) = (time, k + change);
-    }
-    had + (end - since) / k.max(1) as u64
+    times
 }
 
 /// What the client in `slot` has come to, ns of virtual time, its present slice included.
-pub(crate) fn virtual_time(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    let view = snapshot.view(slot);
-    view.virtual_time.saturating_add(virtual_of(shared(snapshot, slot), view.weight))
+pub(super) fn virtual_time(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    virtual_times(snapshot)[slot.get()]
 }
 
-/// The mean virtual time of those who want the GPU, by weight, without `except`; `None` if nobody else does.
-pub(crate) fn mean(snapshot: &Snapshot, except: Option<SlotIndex>) -> Option<Nanos> {
-    let (mut sum, mut weights) = (0u128, 0u128);
-    for (slot, view) in snapshot.clients() {
-        if Some(slot) != except && view.phase.wants_gpu() {
-            let weight = u128::from(usage::weight(view.weight));
-            sum += weight * u128::from(virtual_time(snapshot, slot));
-            weights += weight;
+/// The GPU time, ns, that the client in `slot` has had in its present slice.
+#[cfg(test)]
+pub(super) fn shared(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    SharedTime::of(snapshot).of_slice(snapshot.view(slot))
+}
+
+/// The mean virtual time of those who want the GPU, by weight, without `except`; `None` if nobody else does. `times` are the
+/// [`virtual_times`].
+///
+/// Who is ahead by more than `far`, ns of virtual time, does not count. A small client that always finds room beside the
+/// others runs all the time, and nobody can take from it what it has had: with it in the mean, all others lag by more than a lag
+/// may be, and which of them has had less is forgotten.
+pub(super) fn mean(
+    snapshot: &Snapshot,
+    times: &[Nanos; SLOTS],
+    far: Nanos,
+    except: Option<SlotIndex>,
+) -> Option<Nanos> {
+    let of_those_up_to = |most: Nanos| {
+        let (mut sum, mut weights) = (0u128, 0u64);
+        for (slot, view) in snapshot.clients() {
+            let time = times[slot.get()];
+            if Some(slot) != except && view.phase.wants_gpu() && time <= most {
+                let weight = usage::weight(view.weight);
+                sum += u128::from(weight) * u128::from(time);
+                weights += u64::from(weight);
+            }
         }
+        (weights > 0).then(|| (sum / u128::from(weights)) as Nanos)
+    };
+    let mut mean = of_those_up_to(Nanos::MAX)?;
+    // Each round leaves somebody out, and never the one who has had least.
+    loop {
+        let lower = of_those_up_to(mean.saturating_add(far))?;
+        if lower >= mean {
+            return Some(mean);
+        }
+        mean = lower;
     }
-    (weights > 0).then(|| (sum / weights) as Nanos)
 }
 
 /// How long the client's slice has lasted that is not over, ns.

@@ -1,7 +1,8 @@
 //! How long clients run: the quantum, which a switch must be worth, and turns, which grow while they are used up.
 
 use crate::page::Quantum;
-use crate::policy::{copy_time, switch_time};
+use crate::policy::fair_share::virtual_of;
+use crate::policy::{copy_time, scaled, switch_time};
 use crate::slot::SlotIndex;
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, Nanos};
@@ -10,17 +11,12 @@ use std::cmp::Reverse;
 /// A turn is at most so many times as long for its holder's weight: the bound on everybody's wait depends on it.
 pub const MOST_SHARES: u32 = 10;
 
-pub(super) fn scaled(time: Nanos, by: u32, of: u32) -> Nanos {
-    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
-    u64::try_from(scaled).unwrap_or(u64::MAX)
-}
-
 /// How long a slice is at least that ends because `waiter` waits, ns.
 pub fn quantum(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
     match snapshot.settings.quantum {
         Quantum::Fixed(ns) => ns,
         Quantum::Auto { factor_milli, min, max, .. } => {
-            scaled(switch_time(snapshot, waiter), factor_milli, 1_000).clamp(min, max.max(min))
+            scaled(switch_time(snapshot, waiter), u64::from(factor_milli), 1_000).clamp(min, max.max(min))
         }
     }
 }
@@ -55,77 +51,103 @@ fn turn_weight(view: &SlotView, shortest: u32) -> u32 {
     view.weight.clamp(shortest, shortest.saturating_mul(MOST_SHARES))
 }
 
-/// How long a turn of the client in `slot` is, ns: the quantum of a common switch, grown by a half in each round of turns
-/// that have been used up, times the client's weight over the least.
-///
-/// A round's growth is spread evenly over its turns: those of four follow one another with an eighth more. So taking turns
-/// stays fair while it becomes cheaper: after any n turns of n clients, Jain's index over their GPU time is 0.98. Turns do
-/// not grow beyond what lets everybody have one within D, a setting. Who comes with a credit changes nothing in that until
-/// it has used up a turn.
+/// How long turns are, of all who take them: computed once for a decision.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Turns {
+    /// The weight whose turns are the shortest.
+    lightest: u32,
+    /// How long a turn is for that weight, ns.
+    even: Nanos,
+    /// How long it is for that weight as long as it has not grown, ns.
+    least: Nanos,
+    /// How long a switch takes while all take turns, ns.
+    switch: Nanos,
+    /// D, a setting, ns.
+    deadline: Nanos,
+}
+
+impl Turns {
+    pub fn of(snapshot: &Snapshot) -> Self {
+        let (lightest, switch) = (shortest_weight(snapshot), common_switch_time(snapshot));
+        let (even, least) = match snapshot.settings.quantum {
+            Quantum::Fixed(ns) => (ns, ns),
+            Quantum::Auto { factor_milli, longest_milli, min, max } => {
+                let least = scaled(switch, u64::from(factor_milli), 1_000).clamp(min, max.max(min));
+                let longest = longest_milli.max(factor_milli);
+                let longest = scaled(least, u64::from(longest), u64::from(factor_milli));
+                let longest = longest.min(max).min(within_deadline(snapshot, lightest, switch)).max(least);
+                (UsedUp::of(snapshot).grown(least, longest), least)
+            }
+        };
+        Self { lightest, even, least, switch, deadline: snapshot.settings.deadline }
+    }
+
+    /// How long a turn of a client is, ns: the quantum of a common switch, grown by a half in each round of turns that have
+    /// been used up, times the client's weight over the least.
+    ///
+    /// A round's growth is spread evenly over its turns: those of four follow one another with an eighth more. So taking turns
+    /// stays fair while it becomes cheaper: after any n turns of n clients, Jain's index over their GPU time is 0.98. Turns do
+    /// not grow beyond what lets everybody have one within D, a setting. Who comes with a credit changes nothing in that until
+    /// it has used up a turn.
+    pub fn length(&self, view: &SlotView) -> Nanos {
+        self.weighted(self.even, view)
+    }
+
+    fn weighted(&self, time: Nanos, view: &SlotView) -> Nanos {
+        scaled(time, u64::from(turn_weight(view, self.lightest)), u64::from(self.lightest))
+    }
+
+    /// How long it takes, ns, until all others who want the GPU have had one of the shortest turns, with the switches.
+    pub fn round(&self, snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+        contenders(snapshot)
+            .filter(|(other, _)| *other != slot)
+            .map(|(_, view)| self.weighted(self.least, view).saturating_add(self.switch))
+            .fold(0, Nanos::saturating_add)
+    }
+
+    /// What a turn adds to anybody's virtual time, ns.
+    fn worth(&self) -> Nanos {
+        virtual_of(self.even, u64::from(self.lightest))
+    }
+
+    /// A lag up to this, ns of virtual time, is that of one who takes turns.
+    pub fn tolerance(&self) -> Nanos {
+        let worth = self.worth();
+        worth.saturating_add(worth / 2)
+    }
+
+    /// Who is ahead of the mean by more than this, ns of virtual time, has more than turns or deadlines can have given it: a turn
+    /// and a half, and D.
+    pub fn far(&self) -> Nanos {
+        virtual_of(self.deadline, u64::from(self.lightest)).saturating_add(self.tolerance())
+    }
+
+    /// How long those who take turns run and switch for each of them, on average, ns.
+    pub fn distance(&self) -> Nanos {
+        self.even.saturating_add(self.switch)
+    }
+}
+
+/// How long a turn of the client in `slot` is, ns.
 pub fn turn_length(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    let shortest = shortest_weight(snapshot);
-    scaled(even_turn(snapshot), turn_weight(snapshot.view(slot), shortest), shortest)
-}
-
-/// How long a turn is for the least weight, ns.
-fn even_turn(snapshot: &Snapshot) -> Nanos {
-    match snapshot.settings.quantum {
-        Quantum::Fixed(ns) => ns,
-        Quantum::Auto { factor_milli, longest_milli, max, .. } => {
-            let shortest = shortest_turn(snapshot);
-            let longest = scaled(shortest, longest_milli.max(factor_milli), factor_milli);
-            let longest = longest.min(max).min(within_deadline(snapshot)).max(shortest);
-            Turns::of(snapshot).grown(shortest, longest)
-        }
-    }
-}
-
-/// How long a turn is for the least weight that has not grown, ns.
-fn shortest_turn(snapshot: &Snapshot) -> Nanos {
-    match snapshot.settings.quantum {
-        Quantum::Fixed(ns) => ns,
-        Quantum::Auto { factor_milli, min, max, .. } => {
-            scaled(common_switch_time(snapshot), factor_milli, 1_000).clamp(min, max.max(min))
-        }
-    }
+    Turns::of(snapshot).length(snapshot.view(slot))
 }
 
 /// How long a turn may be for the least weight, so that nobody waits for longer than D until all others have had one, ns.
-fn within_deadline(snapshot: &Snapshot) -> Nanos {
-    let weight = shortest_weight(snapshot);
+/// Each switch takes `switch` ns.
+fn within_deadline(snapshot: &Snapshot, lightest: u32, switch: Nanos) -> Nanos {
     let (mut clients, mut weights) = (0u64, 0u64);
     for (_, view) in rotation(snapshot) {
         clients += 1;
-        weights += u64::from(turn_weight(view, weight));
+        weights += u64::from(turn_weight(view, lightest));
     }
-    let others = weights.saturating_sub(u64::from(weight)).max(1);
-    let switches = common_switch_time(snapshot).saturating_mul(clients);
-    let time = u128::from(snapshot.settings.deadline.saturating_sub(switches)) * u128::from(weight);
-    u64::try_from(time / u128::from(others)).unwrap_or(u64::MAX)
-}
-
-/// How long it takes, ns, until all others who want the GPU have had one of the shortest turns, with the switches.
-pub(super) fn round(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    let (weight, turn, switch) =
-        (shortest_weight(snapshot), shortest_turn(snapshot), common_switch_time(snapshot));
-    contenders(snapshot)
-        .filter(|(other, _)| *other != slot)
-        .map(|(_, view)| scaled(turn, turn_weight(view, weight), weight).saturating_add(switch))
-        .fold(0, Nanos::saturating_add)
-}
-
-/// What a turn adds to anybody's virtual time, ns.
-pub(super) fn turn_worth(snapshot: &Snapshot) -> Nanos {
-    scaled(even_turn(snapshot), crate::usage::DEFAULT_WEIGHT, shortest_weight(snapshot))
-}
-
-/// How long those who take turns run and switch for each of them, on average, ns.
-pub(super) fn turn_distance(snapshot: &Snapshot) -> Nanos {
-    even_turn(snapshot).saturating_add(common_switch_time(snapshot))
+    let others = weights.saturating_sub(u64::from(lightest)).max(1);
+    let time = snapshot.settings.deadline.saturating_sub(switch.saturating_mul(clients));
+    scaled(time, u64::from(lightest), others)
 }
 
 /// Turns that those who take them have used up.
-struct Turns {
+struct UsedUp {
     /// All of them, so many times.
     rounds: u32,
     /// So many of them once more.
@@ -134,7 +156,7 @@ struct Turns {
     clients: u32,
 }
 
-impl Turns {
+impl UsedUp {
     /// The one that has used up fewest says how many rounds, and the others' tickets whether they have queued once more
     /// since it queued. Whoever is further ahead counts no more for that: else the one behind would lift all of those with
     /// each turn of its own, and turns would grow by several steps at once (docs/decisions/0012-growth-by-rounds.md).

@@ -1,5 +1,4 @@
-use super::fair_share::{self, virtual_time};
-use super::room::{lacking_ahead, next_uses};
+use super::fair_share::{self, mean, virtual_time, virtual_times};
 use super::*;
 use crate::page::{Page, Quantum, Settings};
 use crate::shares::Priority;
@@ -403,11 +402,24 @@ fn who_comes_and_lags_is_served_the_sooner_the_more_it_lags() {
         assert_eq!((entry.virtual_time, entry.credit), (comes_to * SECOND, credit), "{virtual_time}");
         assert_eq!(entry.deadline, now + deadline, "{virtual_time}");
     }
-    let half = comes(&snapshot, 20 * SECOND - CREDIT / 8).deadline - now;
-    assert!(half.abs_diff(far / 2) < 10, "an eighth of the credit: half the way");
+    let half = comes(&snapshot, 20 * SECOND - SECOND / 2).deadline - now;
+    assert!(half.abs_diff(far / 2) < 10, "half of what the switch is worth: half the way");
     // It owes no more than what would have been its own until its deadline.
     let owes = comes(&snapshot, 1_000 * SECOND).virtual_time;
     assert!(owes > 20 * SECOND && owes < 20 * SECOND + far, "{owes}");
+}
+
+/// A switch of a tenth of a second is worth half a second: who lags by so much is served at once.
+#[test]
+fn who_lags_by_what_the_switch_to_it_is_worth_is_served_at_once() {
+    let mut snapshot = three_batch_jobs([0; 3]);
+    snapshot.settings.quantum = Quantum::Fixed(SECOND / 2);
+    snapshot.slots.iter_mut().for_each(|view| view.virtual_time = 20 * SECOND);
+    let now = 100 * SECOND;
+    assert_eq!(comes(&snapshot, 19_500 * MILLISECOND).deadline, now);
+    let far = comes(&snapshot, 20 * SECOND).deadline - now;
+    let near = comes(&snapshot, 19_600 * MILLISECOND).deadline - now;
+    assert!(near.abs_diff(far / 5) < 10, "four fifths of it: a fifth of the way");
 }
 
 #[test]
@@ -443,6 +455,26 @@ fn time_on_the_gpu_at_once_is_divided() {
 }
 
 /// A burst in the middle of a turn: the batch job keeps its place and what is left of its turn, exactly.
+/// A small one that finds room beside everybody runs all the time. What the others owe one another is kept all the same.
+#[test]
+fn who_is_far_ahead_does_not_lift_the_mean() {
+    let clients = [
+        (Phase::Running, 8, 8, 1),
+        (Phase::Waiting, 8, 0, 2),
+        (Phase::Running, 1, 1, 3),
+        (Phase::Draining, 8, 0, 0),
+    ];
+    let mut snapshot = snapshot(10, &clients, &[0, 2]);
+    for (view, seconds) in snapshot.slots.iter_mut().zip([50, 50, 1_000, 40]) {
+        (view.virtual_time, view.turn_start) = (seconds * SECOND, seconds * SECOND);
+    }
+    assert_eq!(enter_queue(&snapshot, slot(3)).virtual_time, 40 * SECOND);
+    // Who is ahead by a turn or two counts.
+    let times = virtual_times(&snapshot);
+    assert_eq!(mean(&snapshot, &times, SECOND, None), Some(50 * SECOND));
+    assert_eq!(mean(&snapshot, &times, 700 * SECOND, None), Some((50 + 50 + 1_000) * SECOND / 3));
+}
+
 #[test]
 fn who_was_interrupted_goes_on_where_it_was() {
     let mut snapshot = three_batch_jobs([5; 3]);
@@ -733,7 +765,8 @@ proptest! {
         prop_assume!(total <= snapshot.usable());
         let given: u32 = snapshot.clients().map(|(slot, _)| evict_share(&snapshot, slot)).sum();
         // When nothing is lacking, what the last in the queue has of what the first could bring in.
-        let ahead = lacking_ahead(&snapshot).map_or(0, |(last, room)| room.min(snapshot.view(last).evictable()));
+        let standing = Standing::of(&snapshot);
+        let ahead = Order::new(&snapshot, &standing).lacking_ahead().map_or(0, |(last, room)| room.min(snapshot.view(last).evictable()));
         prop_assert_eq!(given, if lacking(&snapshot) > 0 { lacking(&snapshot) } else { ahead });
         for (slot, view) in snapshot.clients() {
             prop_assert!(evict_share(&snapshot, slot) <= view.evictable());
@@ -757,7 +790,8 @@ proptest! {
         let who = evictors(&snapshot);
         let given = make_room(&mut snapshot);
         let Some(first) = first_waiter(&snapshot) else { prop_assert_eq!(given, 0); return Ok(()) };
-        let order = Order::of(&snapshot);
+        let standing = Standing::of(&snapshot);
+        let order = Order::new(&snapshot, &standing);
         let last = waiters(&snapshot).max_by_key(|slot| order.place(*slot)).unwrap();
         prop_assert!(who.is_empty() || last != first && who == SlotSet::EMPTY.with(last));
         let room = prefetch(&snapshot, first);
@@ -811,7 +845,28 @@ proptest! {
                 prop_assert!(turn.turn_used <= 0 && snapshot.admitted.contains(slot));
             }
         }
-        prop_assert!(next_uses(&snapshot).iter().enumerate().all(|(index, _)| index < SLOTS));
+    }
+
+    /// The sweep over everybody's slices gives each what it would have by itself: for every ns, a part for each who ran then.
+    #[test]
+    fn time_at_once_is_divided_among_those_who_run(
+        slices in prop::collection::vec((0..60u64, 0..60u64, any::<bool>()), 1..8),
+        now in 30..60u64,
+    ) {
+        // Of 840 ns each, which all numbers of clients divide.
+        const STEP: u64 = 840;
+        let mut snapshot = snapshot(100, &vec![(Phase::Idle, 1, 1, 0); slices.len()], &[]).at(now * STEP);
+        for (view, (from, to, runs)) in snapshot.slots.iter_mut().zip(&slices) {
+            let (phase, last_ran) = if *runs { (Phase::Running, 0) } else { (Phase::Idle, to * STEP) };
+            (view.phase, view.slice_start, view.last_ran) = (phase, from * STEP, last_ran);
+        }
+        let had = |from: u64, to: u64, runs: bool| if runs { (from > 0).then_some(from..now) } else { Some(from..to) };
+        let spans: Vec<_> = slices.iter().map(|(from, to, runs)| had(*from, *to, *runs).unwrap_or(0..0)).collect();
+        for (index, (_, _, runs)) in slices.iter().enumerate() {
+            let at_once = |step: u64| spans.iter().filter(|span| span.contains(&step)).count() as u64;
+            let expected: u64 = spans[index].clone().filter(|step| *step < now).map(|step| STEP / at_once(step)).sum();
+            prop_assert_eq!(fair_share::shared(&snapshot, slot(index)), if *runs { expected } else { 0 }, "{}", index);
+        }
     }
 
     /// Deciding is a function: the same snapshot and time give the same answer, and an answer that is
@@ -852,10 +907,11 @@ proptest! {
         let snapshot = Snapshot::take(&page, page.admitted());
         let chosen = admit(&snapshot, now);
         prop_assert!(chosen.iter().all(|slot| snapshot.occupied.contains(slot)));
-        let _ = (next_decision(&snapshot, 0), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot));
+        let _ = (next_decision(&snapshot, 0), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot), needed(&snapshot));
         for (slot, _) in snapshot.clients() {
             let _ = (quantum(&snapshot, slot), switch_time(&snapshot, slot), evict_share(&snapshot, slot));
             let _ = (turn_length(&snapshot, slot), enter_queue(&snapshot.at(now), slot), end_slice(&snapshot.at(now), slot));
+            let _ = (next_turn(&snapshot.at(now), slot), prefetch(&snapshot, slot), earliest_end(&snapshot.at(now), slot));
         }
         page.decide();
         page.audit();

@@ -8,14 +8,17 @@
 //! for ever.
 
 use crate::page::Phase;
-use crate::policy::fair_share::{mean, ran, slice_begun, used_of_turn, virtual_time};
-use crate::policy::order::{Order, turn_is_over};
-use crate::policy::slice::{round, times_lighter};
+use crate::policy::fair_share::{
+    mean, ran, slice_begun, used_of_turn, virtual_of, virtual_time, virtual_times,
+};
+use crate::policy::order::{Order, Standing, turn_is_over};
+use crate::policy::scaled;
+use crate::policy::slice::{Turns, quantum, times_lighter};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::snapshot::Snapshot;
 use crate::units::{Nanos, SECOND};
-use crate::usage::{self, DEFAULT_WEIGHT};
+use crate::usage;
 
 /// The largest lag that a client comes back with, ns of virtual time.
 pub const CREDIT: Nanos = 5 * SECOND;
@@ -23,8 +26,9 @@ pub const CREDIT: Nanos = 5 * SECOND;
 /// Who lags by less than this takes turns with the others, ns of virtual time.
 const LEAST_CREDIT: Nanos = CREDIT / 16;
 
-/// A client with this part of [`CREDIT`] is served at once, and one with less of it the later.
-const AT_ONCE: u64 = 4;
+/// A client that lags by so much is served at once, ns of virtual time, and one that lags by less the later. Where a switch
+/// to it is worth less than that, its [`quantum`] takes the place of this.
+const AT_ONCE: Nanos = CREDIT / 4;
 
 /// What a client writes into its slot when it begins to wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +45,7 @@ pub struct Entry {
 ///
 /// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a round of the
 /// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle and lags has
-/// a nearer deadline, and one that lags by a quarter of [`CREDIT`] has it now.
+/// a nearer deadline, and one that lags by a quarter of [`CREDIT`], or by what a switch to it is worth, has it now.
 pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let view = snapshot.view(slot);
     let far = {
@@ -51,8 +55,9 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
         (view.phase, view.credit) = (Phase::Waiting, 0);
         farthest(&snapshot, slot)
     };
-    let Some(mean) = mean(snapshot, Some(slot)) else {
-        let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0));
+    let far_ahead = Turns::of(snapshot).far();
+    let Some(mean) = mean(snapshot, &virtual_times(snapshot), far_ahead, Some(slot)) else {
+        let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0, AT_ONCE));
         return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
     };
     let debt = debt(snapshot, slot, far);
@@ -62,7 +67,8 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let light = view.phase == Phase::Idle || view.has_credit();
     let lag = mean.saturating_sub(virtual_time);
     let credit = if light && lag >= LEAST_CREDIT { lag.min(CREDIT) } else { 0 };
-    let deadline = snapshot.now.saturating_add(distance(view.priority, far, credit));
+    let at_once = quantum(snapshot, slot).min(AT_ONCE);
+    let deadline = snapshot.now.saturating_add(distance(view.priority, far, credit, at_once));
     Entry { virtual_time, credit, deadline }
 }
 
@@ -75,16 +81,15 @@ fn farthest(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
         .settings
         .deadline
         .saturating_mul(u64::from(times))
-        .saturating_add(round(snapshot, slot).saturating_mul(2))
+        .saturating_add(Turns::of(snapshot).round(snapshot, slot).saturating_mul(2))
 }
 
-/// How far a deadline is away, ns.
-fn distance(priority: Priority, far: Nanos, credit: Nanos) -> Nanos {
-    let late = CREDIT.saturating_sub(credit.saturating_mul(AT_ONCE));
-    let nearer = u128::from(far) * u128::from(late) / u128::from(CREDIT);
+/// How far a deadline is away, ns: the less the more credit there is, and nothing with `at_once` of it.
+fn distance(priority: Priority, far: Nanos, credit: Nanos, at_once: Nanos) -> Nanos {
+    let at_once = at_once.max(1);
     match priority {
         Priority::High => 0,
-        Priority::Normal => nearer as Nanos,
+        Priority::Normal => scaled(far, at_once.saturating_sub(credit), at_once),
         Priority::Low => far.saturating_mul(2),
     }
 }
@@ -97,8 +102,7 @@ fn debt(snapshot: &Snapshot, slot: SlotIndex, far: Nanos) -> Nanos {
         .filter(|(other, view)| *other != slot && view.phase.wants_gpu())
         .map(|(_, view)| u64::from(usage::weight(view.weight)))
         .sum();
-    let advances = u128::from(far) * u128::from(DEFAULT_WEIGHT) / u128::from(weights.max(1));
-    u64::try_from(advances).unwrap_or(u64::MAX)
+    virtual_of(far, weights)
 }
 
 /// What a client writes into its slot when a slice ends.
@@ -120,7 +124,7 @@ pub fn end_slice(snapshot: &Snapshot, slot: SlotIndex) -> SliceEnd {
         ran: ran(snapshot, slot),
         virtual_time: virtual_time(snapshot, slot),
         turn_used: used_of_turn(snapshot, slot) as i64,
-        used_up: turn_is_over(snapshot, slot),
+        used_up: turn_is_over(snapshot, &Turns::of(snapshot), slot),
     }
 }
 
@@ -139,12 +143,24 @@ pub fn next_turn(snapshot: &Snapshot, slot: SlotIndex) -> Option<NextTurn> {
     let view = snapshot.view(slot);
     let runs =
         view.phase == Phase::Running && slice_begun(view).is_some() && snapshot.admitted.contains(slot);
-    if !runs || !turn_is_over(snapshot, slot) {
+    let standing = Standing::of(snapshot);
+    if !runs || !turn_is_over(snapshot, &standing.turns, slot) {
         return None;
     }
     let ran = i64::try_from(ran(snapshot, slot)).unwrap_or(i64::MAX);
-    let order = Order::of(snapshot);
+    let order = Order::new(snapshot, &standing);
     let first = order.first_waiter()?;
     (order.place(slot) < order.place(first))
-        .then(|| NextTurn { turn_start: virtual_time(snapshot, slot), turn_used: -ran })
+        .then(|| NextTurn { turn_start: standing.virtual_times[slot.get()], turn_used: -ran })
+}
+
+/// How many turns a client has used up one after the other when a slice of it has ended; `before` that they were so many. It
+/// has `more` to do or not, and its turn is `over` or was interrupted.
+#[must_use]
+pub fn turns_in_a_row(before: u32, more: bool, over: bool) -> u32 {
+    match (more, over) {
+        (true, true) => before.saturating_add(1),
+        (true, false) => before,
+        (false, _) => 0,
+    }
 }

@@ -4,7 +4,7 @@
 //! The policy decides, as it does everywhere; what is made here is what clients do with its decisions, as
 //! [`crate::client`] has it: they run until they are recalled, drain, queue again, and fill when it is their turn.
 
-use super::slice::{MOST_SHARES, scaled};
+use super::slice::MOST_SHARES;
 use super::*;
 use crate::page::{Page, Quantum, Settings};
 use crate::shares::Priority;
@@ -165,7 +165,7 @@ fn bound(jobs: &[Job], quantum: Quantum, deadline: Nanos, index: usize) -> Nanos
     let (quantum, shortest) = match quantum {
         Quantum::Fixed(ns) => (ns, ns),
         Quantum::Auto { factor_milli, min, max, .. } => {
-            let quantum = scaled(fill, factor_milli, 1_000).clamp(min, max.max(min));
+            let quantum = scaled(fill, u64::from(factor_milli), 1_000).clamp(min, max.max(min));
             (quantum, quantum)
         }
     };

@@ -3,8 +3,9 @@
  *
  * In the cases of two threads, one capture is open while another of the same handle ends, and while memory is freed. In
  * the others a capture is over because its stream, its context or its thread is gone, or because it was ruined, or it is
- * still open because the driver refused to end it; "unsafe" makes calls that a capture forbids, or does not. Then the program says "ready", and goes on with its memory until its
- * standard input ends: nothing is captured any more, so others get their turn.
+ * still open because the driver refused to end it; "unsafe" makes calls that a capture forbids, or does not, and
+ * "unsafe-without-room" makes one for which the GPU has no room beside other processes. Then the program says "ready", and
+ * goes on with its memory until its standard input ends: nothing is captured any more, so others get their turn.
  *
  * In the cases that begin with "open" it says "ready" while a capture is open, of a stream that the legacy stream does not
  * wait for, and ends the capture when its standard input ends.
@@ -280,6 +281,20 @@ static void unsafe_calls(void) {
             }
 }
 
+/* The same of memory that only the driver can place, for which the GPU has no room. */
+static void unsafe_calls_without_room(void) {
+    CUstream stream = capturing(GLOBAL);
+    CUdeviceptr managed = 1;
+    CUgraph graph;
+    expect(cuMemAllocManaged(&managed, 16 << 20, 1), 900, "cuMemAllocManaged");
+    expect(!managed, 1, "an address of managed memory that was refused");
+    expect(cuStreamEndCapture(stream, &graph), 901, "the end of the capture");
+    CHECK(cuStreamDestroy_v2(stream));
+    /* Room can be made for it when nobody captures. */
+    CHECK(cuMemAllocManaged(&managed, 16 << 20, 1));
+    CHECK(cuMemFree_v2(managed));
+}
+
 static CUstream apart(void) {
     CUstream stream;
     CHECK(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING));
@@ -391,6 +406,7 @@ int main(int argc, char **argv) {
     else if (!strcmp(name, "context-destroyed")) with_its_context();
     else if (!strcmp(name, "context-reset")) with_a_reset();
     else if (!strcmp(name, "unsafe")) unsafe_calls();
+    else if (!strcmp(name, "unsafe-without-room")) unsafe_calls_without_room();
     else return 2;
     write_words(memory, bytes, 21);
     SAY("ready");

@@ -84,6 +84,8 @@ static CUgraph open_graph_buffers;
 static int current[THREADS];
 static Dice dice;
 static int step, thread, allocations;
+/* The main thread gives everything back: no thread's own stream is its own. */
+static int finishing;
 static size_t demand, limit = 40 * MIB, pool;
 static unsigned char *pageable, *pinned;
 /* What host functions were given, by the stream that they were in: context * STREAMS + stream. */
@@ -165,14 +167,16 @@ static int some_stream(void) {
 
 static CUstream handle(int s) { return here()->streams[s].handle; }
 
-/* Waits for all that was submitted to a stream. 0 if that cannot be done while somebody captures. */
+/* Waits for all that was submitted to a stream. 0 if that cannot be done while somebody captures, who may be one that this
+   program takes for ended: a capture can only be ended by the thread that began it. */
 static int wait_for(int context, int s) {
     if (captures()) return 0;
     if (context != current[thread]) cuCtxSetCurrent(contexts[context].handle);
-    CUresult result = s >= 4 && s != 4 + thread ? cuCtxSynchronize() : cuStreamSynchronize(contexts[context].streams[s].handle);
+    int is_reachable = s < 4 || (s == 4 + thread && !finishing);
+    CUresult result = is_reachable ? cuStreamSynchronize(contexts[context].streams[s].handle) : cuCtxSynchronize();
     if (context != current[thread]) cuCtxSetCurrent(here()->handle);
     if (result) say("wait for stream %d of %d -> %d", s, context, result);
-    return 1;
+    return result < CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED || result > CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD;
 }
 
 /* Has the next use of a buffer be on this stream. 0 if it cannot be. */
@@ -992,6 +996,7 @@ static int is_in(const char *list, int number) {
 /* What is there is shown and given back. */
 static void finish(void) {
     thread = 0;
+    finishing = 1;
     for (int c = 0; c < CONTEXTS; c++) {
         if (!contexts[c].alive) continue;
         cuCtxSetCurrent(contexts[c].handle);

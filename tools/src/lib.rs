@@ -2,12 +2,13 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`] | the commands |
+//! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`cuda`] | the CUDA driver |
 //! | [`output`] | what the commands write, to whoever still reads it |
 //! | [`digits`], [`layout`] | figures with as many digits as help; tables and paragraphs that fit the screen |
+//! | [`picture`] | what clients did when, as an SVG |
 //! | [`internal`] | what the commands start themselves again as |
 
 pub mod bench;
@@ -20,10 +21,12 @@ pub mod job;
 pub mod layout;
 pub mod node;
 pub mod output;
+pub mod picture;
 pub mod run;
 pub mod set;
 pub mod sim;
 pub mod status;
+pub mod trace;
 
 /// Why a command failed, and with which exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]

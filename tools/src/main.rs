@@ -1,7 +1,7 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::{Parser, Subcommand};
-use nvshare_tools::{Failure, bench, complain, demo, internal, output, run, set, sim, status};
+use nvshare_tools::{Failure, bench, complain, demo, internal, output, run, set, sim, status, trace};
 use std::process::ExitCode;
 
 /// Several processes share one GPU as if each had all of it.
@@ -39,6 +39,8 @@ enum Command {
     Demo(demo::Options),
     /// Simulate clients, GPUs and policy from a scenario file: what would be, in seconds
     Sim(sim::Options),
+    /// What the clients did lately, or do from now on, for a trace viewer or as a picture
+    Trace(trace::Options),
     #[command(hide = true)]
     Internal(internal::Options),
 }
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options).map(done),
         Command::Demo(options) => demo::run(&options).map(done),
         Command::Sim(options) => sim::run(&options).map(done),
+        Command::Trace(options) => trace::run(&options).map(done),
         Command::Internal(options) => internal::run(options).map(done),
     };
     result.and_then(|code| output::finish().map(|()| code)).unwrap_or_else(|Failure { status, message }| {

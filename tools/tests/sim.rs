@@ -4,9 +4,10 @@
 
 use nvshare::page::Quantum;
 use nvshare::units::{Nanos, SECOND};
+use nvshare_tools::picture::State;
 use nvshare_tools::sim::report::{Report, Row};
-use nvshare_tools::sim::scenario::Scenario;
-use nvshare_tools::sim::{State, timeline_svg, world};
+use nvshare_tools::sim::scenario::{Scenario, Work};
+use nvshare_tools::sim::{draw, world};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -70,7 +71,7 @@ fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
     scenario.until = Some("6min".to_owned().try_into().unwrap());
     let run = |seed| {
         let outcome = world::simulate(&scenario, seed, true);
-        (Report::of(&scenario, seed, &outcome).json(), timeline_svg::draw(&scenario, &outcome))
+        (Report::of(&scenario, seed, &outcome).json(), draw(&scenario, &outcome))
     };
     assert!(run(4) == run(4));
     assert!(run(4).0 != run(5).0);
@@ -79,7 +80,7 @@ fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
 #[test]
 fn the_picture_is_of_every_client_and_every_state() {
     let scenario = read("four-jobs.toml");
-    let svg = timeline_svg::draw(&scenario, &world::simulate(&scenario, 1, true));
+    let svg = draw(&scenario, &world::simulate(&scenario, 1, true));
     for number in 1..=4 {
         assert!(svg.contains(&format!(">job {number}</text>")), "job {number} has no lane");
     }
@@ -104,7 +105,7 @@ fn the_picture_shows_pauses_that_others_wait_for_and_who_is_unfinished() {
     let kept = outcome.clients[0].segments.iter().flatten().filter(|segment| segment.state == State::Kept);
     assert_eq!(kept.map(|segment| segment.to - segment.from).sum::<Nanos>(), outcome.gpus[0].time.kept);
     assert!(outcome.gpus[0].time.kept > 30_000_000, "{:?}", outcome.gpus[0].time);
-    let svg = timeline_svg::draw(&scenario, &outcome);
+    let svg = draw(&scenario, &outcome);
     assert_eq!(svg.matches(">unfinished</text>").count(), 1);
 }
 
@@ -134,7 +135,7 @@ fn who_has_nothing_to_do_is_not_drawn_as_running() {
 #[test]
 fn the_picture_in_the_documentation_is_of_this_policy() {
     let scenario = read("four-jobs.toml");
-    let drawn = timeline_svg::draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
+    let drawn = draw(&scenario, &world::simulate(&scenario, scenario.seed, true));
     let stands = include_str!("../../docs/four-jobs.svg");
     assert!(drawn == stands, "nvshare sim examples/scenarios/four-jobs.toml --svg docs/four-jobs.svg");
 }
@@ -213,6 +214,35 @@ fn a_gpu_without_work_is_idle_and_one_that_is_kept_is_kept() {
     assert!((2.0..=5.0).contains(&kept), "at most 0.5 s of each of ten pauses, and {kept} s");
     let sum = both.time.busy + both.time.switching + both.time.kept + both.time.idle;
     assert!((sum - 1.0).abs() < 1e-12, "{:?}", both.time);
+}
+
+/// How many steps two trainings that pause are done together, as a multiple of what one alone would be, and the bytes that came
+/// in for each.
+fn steps_of_two(pause: &str) -> (f64, u64) {
+    let mut scenario = read("two-that-pause.toml");
+    let Work::Training { pause: span, .. } = &mut scenario.clients[0].work else { panic!("trainings") };
+    *span =
+        toml::from_str::<std::collections::HashMap<String, _>>(&format!("pause = {pause}")).unwrap()["pause"];
+    let report = report(&scenario, 1);
+    let steps = row(&report, "training").answer.count;
+    (steps as f64 / report.seconds * 1.08, report.bytes_in / steps)
+}
+
+/// Two would be 2. With switches that begin when a client is back it was 1.57.
+#[test]
+fn who_pauses_regularly_finds_its_memory_in_place() {
+    for pause in ["\"1s\"", "{ uniform = [\"900ms\", \"1100ms\"] }"] {
+        let (steps, _) = steps_of_two(pause);
+        assert!(steps > 1.9, "{steps} with pauses of {pause}");
+    }
+}
+
+/// Of pauses that are as long as they like, some three are alike by chance, and then memory moves for nothing.
+#[test]
+fn forecasts_that_are_wrong_move_little() {
+    let (steps, bytes) = steps_of_two("{ uniform = [\"200ms\", \"1800ms\"] }");
+    assert!(steps > 1.5, "{steps}");
+    assert!(bytes <= 12 << 30, "{bytes} B for a step");
 }
 
 /// 100 iterations of 10 ms and a pause of 30 ms after every tenth but the last: 1.27 s, which alone is no slowdown.

@@ -22,7 +22,8 @@ use crate::memory::error::{SwapError, driver_said};
 use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse};
 use crate::memory::zero_scan::{Loading, Scan, Scanner};
 use crate::submit::gang;
-use nvshare::page::Direction;
+use crate::submit::gate::gate;
+use nvshare::page::{Direction, Phase};
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{Fill, Runtime};
@@ -362,9 +363,11 @@ impl Swap {
     }
 
     /// Fills evicted chunks that fit in free granules of the pool. Chunks with nothing to copy are left for the fill, for
-    /// which they cost little.
+    /// which they cost little. Ends when threads are back that find the client idle: it must ask for its turn.
     fn prefetch_some(&mut self, moved: &mut u64) -> Result<(), SwapError> {
-        loop {
+        let books = &self.device.books;
+        let idle = books.page().view(books.slot()).phase == Phase::Idle;
+        while !(idle && gate().waiting() > 0) {
             let room = self.device.books.ahead();
             let next = self.device.memory().next_evicted(room);
             let Some((place, copy)) = next else { return Ok(()) };
@@ -386,6 +389,7 @@ impl Swap {
                 }
             }
         }
+        Ok(())
     }
 
     /// Granules of the client's demand that do not fit on the GPU even if every other client is evicted.

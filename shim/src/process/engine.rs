@@ -62,9 +62,6 @@ const TIDY_POLL_INTERVAL: Nanos = 5 * MILLISECOND;
 /// How often a process that waits for one of several GPUs checks whether a client there cannot give way.
 const STUCK_POLL_INTERVAL: Nanos = 500 * MILLISECOND;
 
-/// What a switch on another GPU of the gang is taken to cost, ns: that of some GiB over PCIe.
-const UNKNOWN_SWITCH: Nanos = 300 * MILLISECOND;
-
 /// The longest pause between two attempts to move memory from the host back to the GPU, for a client whose drains fail.
 const RETURN_PAUSE: Nanos = 60 * SECOND;
 
@@ -267,13 +264,11 @@ impl Engine {
                     Some(Overflow::Stays(look_again)) => by(until, look_again),
                     None => until,
                 };
-                match self.needed_switch() {
-                    None => until,
-                    Some(switch) => match self.look_idle(switch) {
-                        Use::Idle => return self.give_way(false),
-                        Use::Look(again) => by(until, again),
-                        Use::Kept => until,
-                    },
+                let snapshot = self.device.snapshot();
+                match self.look_idle(&snapshot) {
+                    Use::Idle => return self.give_way(false),
+                    Use::Look(again) => by(until, again),
+                    Use::Kept => until,
                 }
             }
             Phase::Waiting if gang::must_give_up(gpu) => {
@@ -340,12 +335,6 @@ impl Engine {
     /// Whether other clients have this GPU or wait for it.
     fn others_use_it(&self, snapshot: &Snapshot) -> bool {
         snapshot.clients().any(|(slot, view)| slot != self.slot() && view.phase.wants_gpu())
-    }
-
-    /// How long the switch takes for which somebody needs this GPU, or another one of the gang, ns. `None` if nobody does.
-    fn needed_switch(&self) -> Option<Nanos> {
-        let own = policy::needed(&self.device.snapshot());
-        own.or_else(|| gang::others_are_needed().then_some(UNKNOWN_SWITCH))
     }
 
     /// While the slice can end, limits the work in flight so that a drain takes no longer than the drain target.

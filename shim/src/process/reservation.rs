@@ -63,17 +63,22 @@ impl Reservation {
         let reservation = Self { device, base };
         loop {
             // When the gate is open, all of the client's memory is in place, this reservation included.
-            let _pass = pass::enter_query()?;
+            let pass = pass::enter_query()?;
             let mut memory = reservation.device.memory();
             // The context may have been destroyed meanwhile, and the reservation with it.
             let region = memory.region(base).ok_or(CuResult::CONTEXT_IS_DESTROYED)?;
             if region.chunks.iter().any(|chunk| matches!(chunk.backing, Backing::Denied)) {
-                return Err(reservation.device.refuse(bytes, "no room can be made for it on the GPU"));
+                drop((memory, pass));
+                let device = reservation.device.clone();
+                // First, so that what the message says the process has is without it.
+                drop(reservation);
+                return Err(device
+                    .refuse(bytes, "no room can be made for it on the GPU while a graph is being captured"));
             }
             if region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Booked)) {
                 // From now on it cannot be evicted.
                 reservation.device.books.pin(memory.pin(base));
-                drop(memory);
+                drop((memory, pass));
                 return Ok(reservation);
             }
         }

@@ -2,7 +2,7 @@
 //! once; while one stays open, it does so beside it.
 
 use nvshare_e2e::application::case::{Case, another_goes_through, is_right};
-use nvshare_e2e::application::gpu;
+use nvshare_e2e::application::{Application, MIB, gpu, node};
 use nvshare_tools::node::Node;
 
 #[track_caller]
@@ -70,6 +70,23 @@ fn a_capture_is_over_when_its_context_is_reset() {
 #[test]
 fn memory_is_neither_allocated_nor_freed_by_a_thread_that_a_capture_forbids_it() {
     gives_way_after("unsafe");
+}
+
+/// What only the driver can place needs room, for which another process would have to move. The driver refuses the call
+/// whether there is room or not.
+#[test]
+fn a_call_that_a_capture_forbids_is_refused_for_that_where_there_is_no_room_either() {
+    let gpu = gpu();
+    let case = "unsafe-without-room";
+    Case::ready("captures", case, gpu.environment(&[]), &[]).ends_well();
+    let node = node(&gpu);
+    let mut other = Application::ready(&node);
+    // In pieces: of one piece all would go out, and leave room.
+    let data: Vec<_> = (0..24).map(|_| other.alloc(2 * MIB)).collect();
+    data.iter().for_each(|piece| other.writes(*piece, 2 * MIB, 1));
+    Case::ready("captures", case, node.environment(), &[]).ends_well();
+    data.iter().for_each(|piece| other.sees(*piece, 2 * MIB, 1));
+    other.ends_well();
 }
 
 #[test]

@@ -4,11 +4,15 @@ use nvshare_e2e::application::books::{balances, books, client, come_to};
 use nvshare_e2e::application::{Application, MIB, quick_gpu};
 use nvshare_test_support::Patience;
 use nvshare_tools::node::Node;
+use std::time::{Duration, Instant};
 
 const TIMEOUT: Patience = Patience::seconds(60);
 
 /// Memory goes in and out in such pieces, so that a part of it can.
 const PIECE: u64 = 2 * MIB;
+
+/// Between two works of one client lie two of these.
+const PAUSE: Duration = Duration::from_millis(150);
 
 struct Pieces(Vec<u64>);
 
@@ -130,5 +134,42 @@ fn who_is_not_next_makes_room_for_who_is() {
     }
     of_holder.check(&mut holder);
     [late, next, holder].into_iter().for_each(|application| drop(application.ends_well()));
+    balances(&node);
+}
+
+/// Its pauses are regular, so it is known when it will be back, and the other one, which pauses too, will be back later.
+#[test]
+fn who_is_expected_back_has_its_memory_before() {
+    let gpu = quick_gpu();
+    let options = ["--capacity", "64MiB", "--quantum", "60m"];
+    let node = Node::start(gpu.environment(&[]), &options.map(str::to_owned)).unwrap();
+    let mut two = [(); 2].map(|()| {
+        let mut application = Application::ready(&node);
+        let pieces = Pieces::alloc(&mut application, 40 * MIB);
+        pieces.write(&mut application);
+        (application, pieces)
+    });
+    // How alike its pauses are depends on what else the machine does: until they are.
+    TIMEOUT.until("its memory comes in though it asks for nothing", || {
+        for _ in 0..4 {
+            for (application, pieces) in &mut two {
+                std::thread::sleep(PAUSE);
+                pieces.check(application);
+            }
+        }
+        // The first one is idle, the second one runs, and neither comes back.
+        let end = Instant::now() + 4 * PAUSE;
+        let [first, second] = two.each_ref().map(|(application, _)| application);
+        std::iter::repeat_with(|| {
+            let idle = [first, second].map(|one| client(&node, one).phase) == ["idle", "idle"];
+            idle && books(&node, first).1 == 40 * MIB
+        })
+        .take_while(|_| Instant::now() < end)
+        .any(|is_back| is_back)
+    });
+    for (application, pieces) in &mut two {
+        pieces.check(application);
+    }
+    two.into_iter().for_each(|(application, _)| drop(application.ends_well()));
     balances(&node);
 }

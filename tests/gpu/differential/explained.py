@@ -98,16 +98,23 @@ EXPLAINED = [
     Explained(
         "In a process that is broken no memory can be moved any more. Once others want the GPU it gives its memory up, and then "
         "even questions fail with the error that broke it",
-        r"(cuPointer|cuMemGetAccess|cuMemAllocManaged\(out, 0|cuMemPool).*",
+        r"(cuPointer|cuMemGetAccess|cuMemAllocManaged\(out, 0|cuMemPool|cuIpcGetMemHandle).*",
         shared=r"ILLEGAL_ADDRESS.*",
         sequence=r"in_a_broken_context",
     ),
     Explained(
         "What only the driver can place needs room on the GPU that stays. While a capture is open nobody can be made to give "
         "room up in a turn of the GPU, and room in host memory is of no use",
-        r"cuMemAllocManaged\(.*",
+        r"(cuMemAllocManaged|cuArrayCreate_v2)\(.*",
         r"SUCCESS.*",
         r"OUT_OF_MEMORY.*",
+        r"during_a_capture.*",
+    ),
+    Explained(
+        "The array that was not made",
+        r"cuArrayDestroy\(array\)",
+        r"SUCCESS",
+        r"INVALID_HANDLE",
         r"during_a_capture.*",
     ),
     Explained(

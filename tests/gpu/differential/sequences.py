@@ -23,6 +23,7 @@ from structures import (
     IpcHandle,
     Location,
     access,
+    array_of_floats,
     pool_properties,
     properties,
 )
@@ -1429,10 +1430,18 @@ def captures(s):
 # Calls that may be unsafe while a stream captures, each with what it is given: memory that is there, a mapping, a stream of
 # its own, host memory. What is made has a name: by when it was first seen, a handle would be told by which calls before it
 # were refused, and by which handles the driver takes again.
+def made_and_destroyed(s):
+    """An array of 4 MiB."""
+    place = s.handle("array", "array")
+    s.cuArrayCreate_v2(place, array_of_floats(1024, 1024))
+    s.cuArrayDestroy(Named(place.value, "array"))
+
+
 MADE_MEANWHILE = {
     "cuMemAlloc_v2": lambda s, of: of.make("cuMemAlloc_v2", BLOCK),
     "cuMemAllocPitch_v2": lambda s, of: of.make("cuMemAllocPitch_v2", s.out(), 100, 10, 4),
     "cuMemAllocManaged": lambda s, of: of.make("cuMemAllocManaged", BLOCK, 1),
+    "cuArrayCreate_v2": lambda s, of: made_and_destroyed(s),
     "cuMemFree_v2": lambda s, of: s.cuMemFree_v2(of.memory),
     "cuMemFree_v2 of nothing": lambda s, of: s.cuMemFree_v2(None),
     "cuMemFree_v2 of ordered memory": lambda s, of: s.cuMemFree_v2(of.ordered),

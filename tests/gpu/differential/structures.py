@@ -1,6 +1,7 @@
 """The structures of cuda.h that the sequences pass, and numbers that it names."""
 
 import ctypes
+import struct
 
 from recorder import In
 
@@ -8,6 +9,7 @@ DEVICE, HOST, HOST_NUMA, HOST_NUMA_CURRENT = 1, 2, 3, 4
 PINNED = 1
 FILE_DESCRIPTOR = 1
 READ, READ_WRITE = 1, 3
+FLOAT = 0x20
 
 # CUpointer_attribute, by number, and how its answer is told.
 POINTER_ATTRIBUTES = {
@@ -94,6 +96,11 @@ def properties(handle_types=0, location=(DEVICE, 0), kind=PINNED):
     made = AllocationProp(kind=kind, handle_types=handle_types, location=Location(*location))
     told = f"kind {kind} for {handle_types} on {location[0]} {location[1]}"
     return In(made, "{" + told + "}")
+
+
+def array_of_floats(width, height):
+    """A description of an array of two dimensions, whose elements are one float each."""
+    return In(struct.pack("QQII", width, height, FLOAT, 1), f"{{{width} x {height} floats}}")
 
 
 def access(*wanted):

@@ -11,7 +11,7 @@ use crate::Failure;
 use crate::crew::{self, Crew, Message};
 use crate::job::{Event, Job};
 use crate::node::{Node, SimulatedGpu};
-use crate::sim::State;
+use crate::picture::State;
 use crate::sim::scenario::Scenario;
 use crate::sim::world::{self, Outcome};
 use nvshare::page::{Page, Phase};

@@ -13,7 +13,7 @@ use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
 use nvshare::page::{Phase, Settings};
-use nvshare::pauses::Pauses;
+use nvshare::pauses::{Pauses, Rhythm};
 use nvshare::placement::Load;
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
@@ -75,10 +75,13 @@ struct Client {
     /// It has used up its turn, as far as it had come when it began to drain.
     turn_over: bool,
     pauses: Pauses,
+    rhythm: Rhythm,
     /// When it takes its request back unless it has work again.
     withdraws: Option<Nanos>,
     /// Since when it has nothing to do, while somebody waits or since it gave way.
     paused: Option<Nanos>,
+    /// Since when it has nothing to do.
+    idle_from: Option<Nanos>,
     /// Since when it has run without interruption.
     running_since: Nanos,
     /// It has run since it last drained: work that it submitted may be on the GPU.
@@ -180,8 +183,10 @@ impl Gpu {
             turn: None,
             turn_over: false,
             pauses: Pauses::default(),
+            rhythm: Rhythm::default(),
             withdraws: None,
             paused: None,
+            idle_from: None,
             running_since: now,
             undrained: false,
         });
@@ -260,16 +265,17 @@ impl Gpu {
         }
     }
 
-    /// What the GPU's time goes to.
-    fn use_of_time(&self) -> Use {
+    /// What the GPU's time goes to; `busy` if somebody computes.
+    fn use_of_time(&self, busy: bool) -> Use {
+        if busy {
+            return Use::Busy;
+        }
         let phase = |slot: SlotIndex| self.snapshot.view(slot).phase;
         let any = |which: &dyn Fn(SlotIndex) -> bool| self.slots().any(which);
         let moves = any(&|slot| self.moves(slot));
         let fills = any(&|slot| phase(slot) == Phase::Filling && self.snapshot.admitted.contains(slot));
         let drains = any(&|slot| phase(slot) == Phase::Draining || self.client(slot).ready_at.is_some());
-        if any(&|slot| self.computes(slot)) {
-            Use::Busy
-        } else if drains || (fills && moves) {
+        if drains || (fills && moves) {
             Use::Switching
         } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some() {
             Use::Kept
@@ -282,7 +288,7 @@ impl Gpu {
 
     /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
     fn reckon(&mut self, now: Nanos) {
-        let time = std::mem::replace(&mut self.snapshot.now, now)..now;
+        let time = self.snapshot.pass(now)..now;
         if time.is_empty() {
             return;
         }
@@ -294,7 +300,7 @@ impl Gpu {
         };
         let rates: Vec<(usize, f64)> = computing.iter().map(rate).collect();
         let contenders: SlotSet = self.slots().filter(|slot| self.contends(*slot)).collect();
-        self.tally.spend(self.use_of_time(), time.clone(), contenders.bits(), &rates);
+        self.tally.spend(self.use_of_time(k > 0), time.clone(), contenders.bits(), &rates);
         if computing.is_empty() {
             return;
         }
@@ -328,9 +334,13 @@ impl Gpu {
     fn walk(&mut self, slot: SlotIndex, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         let phase = self.snapshot.view(slot).phase;
         let awaited = self.snapshot.needed().is_some();
+        // Both are asked only where they matter: each looks at all clients.
+        let watched = awaited || phase == Phase::Running && policy::watches_pauses(&self.snapshot, slot);
+        let idle = self.client(slot).idle_from.is_some();
+        let long = if idle { policy::head_start(&self.snapshot, slot) } else { 0 };
         let client = self.client_mut(slot);
         client.task.collect(now);
-        client.watch_pause(phase, awaited, now);
+        client.watch_pause(phase, (awaited, watched), long, now);
         if phase == Phase::Running {
             client.show(phase, awaited, now);
         }
@@ -385,8 +395,7 @@ impl Gpu {
             Action::GiveUpBit => self.decide(),
             Action::Serve if phase == Phase::Waiting && client.withdraws_at().is_some_and(|at| at <= now) => {
                 self.view_mut(slot).consecutive_slices = 0;
-                self.enter(slot, Phase::Idle, now);
-                self.decide();
+                self.becomes_idle(slot, now);
                 true
             }
             Action::Serve if phase == Phase::Idle && client.task.is_over() => {
@@ -470,8 +479,7 @@ impl Gpu {
         self.decide();
         let missing = self.missing(slot);
         if self.snapshot.admitted.contains(slot) && i64::from(missing) <= i64::from(self.snapshot.free) {
-            self.view_mut(slot).resident += missing;
-            self.snapshot.free -= missing as i32;
+            self.snapshot.takes(slot, missing);
             let client = self.client_mut(slot);
             client.absent = client.absent.saturating_sub(missing);
         } else {
@@ -508,26 +516,23 @@ impl Gpu {
             self.leave(slot, now, gone);
             return true;
         }
-        if self.keeps_until(slot).is_some_and(|until| until <= now) {
-            let client = self.client_mut(slot);
-            let since = client.task.idle_since;
-            client.paused = Some(since);
-            let pause = client.pauses.expected(now - since);
-            let view = self.view_mut(slot);
-            (view.idle_since, view.pause) = (since, pause);
+        let returns_at = client.returns_at();
+        let ahead = || returns_at > now && policy::gives_way_ahead(&self.snapshot, slot, returns_at);
+        if self.keeps_until(slot) <= now && (self.snapshot.needed().is_some() || ahead()) {
             self.give_way(slot, now);
             return true;
         }
         self.end_of_slice(slot, now)
     }
 
-    /// Until when it keeps the GPU without work, while somebody waits.
-    fn keeps_until(&self, slot: SlotIndex) -> Option<Nanos> {
-        let switch = self.snapshot.needed()?;
+    /// Until when it keeps the GPU without work, if somebody waits, or is expected.
+    fn keeps_until(&self, slot: SlotIndex) -> Nanos {
+        let longest = || policy::head_start(&self.snapshot, slot);
+        let switch = self.snapshot.needed().unwrap_or_else(longest);
         let client = self.client(slot);
         let grace = self.snapshot.settings.idle_grace;
         let kept = client.pauses.worth_waiting(switch);
-        Some(client.task.idle_since + kept.max(grace))
+        client.task.idle_since.saturating_add(kept.max(grace))
     }
 
     fn give_way(&mut self, slot: SlotIndex, now: Nanos) {
@@ -553,7 +558,7 @@ impl Gpu {
 
     /// Draining -> Waiting or Idle.
     fn drained(&mut self, slot: SlotIndex, now: Nanos) {
-        let keeps = self.keeps_until(slot).unwrap_or(0);
+        let keeps = if self.snapshot.needed().is_some() { self.keeps_until(slot) } else { 0 };
         let client = self.client_mut(slot);
         client.submitted = 0;
         client.undrained = false;
@@ -564,11 +569,7 @@ impl Gpu {
         let more = client.task.has_work() || pauses.is_some();
         let turn_over = client.turn_over;
         let view = self.view_mut(slot);
-        view.consecutive_slices = match (more, turn_over) {
-            (true, true) => view.consecutive_slices + 1,
-            (true, false) => view.consecutive_slices,
-            (false, _) => 0,
-        };
+        view.consecutive_slices = policy::turns_in_a_row(view.consecutive_slices, more, turn_over);
         if more {
             if turn_over {
                 self.end_turn(slot, now);
@@ -577,14 +578,20 @@ impl Gpu {
         } else {
             self.client_mut(slot).turn = None;
             self.tally.turns.interrupt();
-            let idle_since = self.client(slot).task.idle_since;
-            let view = self.view_mut(slot);
-            if view.idle_since != idle_since {
-                (view.idle_since, view.pause) = (idle_since, 0);
-            }
-            self.enter(slot, Phase::Idle, now);
-            self.decide();
+            self.becomes_idle(slot, now);
         }
+    }
+
+    /// It says since when it has no work, and until when. A pause in which it gave way counts.
+    fn becomes_idle(&mut self, slot: SlotIndex, now: Nanos) {
+        let client = self.client_mut(slot);
+        let since = client.task.idle_since;
+        client.paused = Some(since);
+        let (pause, returns_at) = (client.pauses.expected(now - since), client.returns_at());
+        let view = self.view_mut(slot);
+        (view.idle_since, view.pause, view.returns_at) = (since, pause, returns_at);
+        self.enter(slot, Phase::Idle, now);
+        self.decide();
     }
 
     /// Counts a turn that is used up.
@@ -630,8 +637,7 @@ impl Gpu {
         let came = self.to_gpu.transfer.take_if(here).is_some();
         let went = self.to_host.transfer.take_if(here);
         if let Some(Transfer { slot, granules, .. }) = went {
-            self.view_mut(slot).resident -= granules;
-            self.snapshot.free += granules as i32;
+            self.snapshot.gives(slot, granules);
             let phase = self.snapshot.view(slot).phase;
             let client = self.client_mut(slot);
             client.evicting -= granules;
@@ -664,8 +670,7 @@ impl Gpu {
             if let Some(slot) = self.to_gpu.next(ready.into_iter())
                 && let Some(granules) = self.next_piece(slot)
             {
-                self.snapshot.free -= granules as i32;
-                self.view_mut(slot).resident += granules;
+                self.snapshot.takes(slot, granules);
                 let client = self.client_mut(slot);
                 let fresh = client.absent.min(granules);
                 client.absent -= fresh;
@@ -693,8 +698,11 @@ impl Gpu {
     fn next_piece(&self, slot: SlotIndex) -> Option<Granules> {
         let wanted = match self.snapshot.view(slot).phase {
             Phase::Filling if self.snapshot.admitted.contains(slot) => self.missing(slot),
-            Phase::Waiting if self.client(slot).evicting == 0 => {
-                self.snapshot.prefetch(slot).min(self.missing(slot))
+            Phase::Waiting | Phase::Idle if self.client(slot).evicting == 0 => {
+                match self.snapshot.prefetch(slot) {
+                    0 => 0,
+                    room => room.min(self.missing(slot)),
+                }
             }
             _ => 0,
         };
@@ -716,12 +724,17 @@ impl Gpu {
             let phase = self.snapshot.view(slot).phase;
             let [first, second] = match phase {
                 Phase::Running if client.task.has_work() => [Some(takes(client.task.left())), decision()],
-                Phase::Running => [self.keeps_until(slot), decision()],
+                Phase::Running => {
+                    [Some(self.keeps_until(slot)).filter(|at| *at > self.snapshot.now), decision()]
+                }
                 Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
                 Phase::Filling => [client.ready_at, (client.submitted > 0).then(|| takes(client.submitted))],
                 // It decides when its thread has moved what it moves.
                 Phase::Waiting if !self.moves(slot) => [decision(), client.withdraws_at()],
+                Phase::Idle => {
+                    [policy::expected_from(&self.snapshot, slot).filter(|at| *at > self.snapshot.now), None]
+                }
                 _ => [None, None],
             };
             [first, second, client.task.next_request()].into_iter().flatten().min()
@@ -761,14 +774,24 @@ impl Client {
         self.withdraws.filter(|_| !self.task.has_work())
     }
 
+    /// When it has work again, if its pauses are regular and this one was seen to begin; else 0.
+    fn returns_at(&self) -> Nanos {
+        let at = |since: Nanos| Some(since.saturating_add(self.rhythm.expected()?));
+        self.idle_from.and_then(at).unwrap_or(0)
+    }
+
     /// Counts a pause that has ended. One is seen to begin only while somebody waits.
-    fn watch_pause(&mut self, phase: Phase, awaited: bool, now: Nanos) {
+    fn watch_pause(&mut self, phase: Phase, (awaited, watched): (bool, bool), long: Nanos, now: Nanos) {
         if self.task.has_work() {
             if let Some(since) = self.paused.take() {
                 self.pauses.observe(now - since);
             }
-        } else if phase == Phase::Running && awaited && self.task.idle_since == now {
-            self.paused = Some(now);
+            if let Some(since) = self.idle_from.take().filter(|since| now - since > long) {
+                self.rhythm.observe(now - since);
+            }
+        } else if phase == Phase::Running && self.task.idle_since == now {
+            self.paused = awaited.then_some(now);
+            self.idle_from = watched.then_some(now);
         }
     }
 

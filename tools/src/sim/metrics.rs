@@ -1,39 +1,13 @@
 //! What is counted while the simulation runs.
 
 use super::fairness::{TimeWindows, TurnWindows};
+pub use crate::picture::{Segment, State};
 use nvshare::units::{Nanos, SECOND};
 use nvshare::usage;
 use std::ops::Range;
 
 /// When the clock starts, ns. A page says "never" with 0, so nothing may happen at 0. Results count from here.
 pub const START: Nanos = SECOND;
-
-/// What a client is doing, as the picture shows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum State {
-    /// It has nothing to do, whether it has the GPU or not.
-    Idle,
-    /// It wants the GPU.
-    Waiting,
-    /// Its memory comes in; of Unified Memory: it runs, and pages fault.
-    Filling,
-    /// It has the GPU and works.
-    Running,
-    /// It pauses, and keeps the GPU while others wait.
-    Kept,
-    /// It gives way, and its work in flight goes on.
-    Draining,
-    /// It makes room.
-    Evicting,
-}
-
-/// A span of a client's time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    pub from: Nanos,
-    pub to: Nanos,
-    pub state: State,
-}
 
 /// What one client came to.
 #[derive(Debug, Clone)]

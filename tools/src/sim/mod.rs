@@ -11,7 +11,7 @@
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
 //! | `metrics`, `fairness` | what is counted |
-//! | [`report`], [`table`], [`timeline_svg`] | how it is told |
+//! | [`report`], [`table`] | how it is told; the picture is [`crate::picture`]'s |
 
 mod fairness;
 mod gpu;
@@ -25,11 +25,10 @@ pub mod report;
 pub mod scenario;
 pub mod table;
 mod task;
-pub mod timeline_svg;
 pub mod world;
 
+use crate::picture::{self, Lane};
 use crate::{Failure, layout, output};
-pub use metrics::State;
 pub use quantity::Time;
 use scenario::Scenario;
 use std::path::{Path, PathBuf};
@@ -65,7 +64,7 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     let outcome = world::simulate(&scenario, seed, options.svg.is_some());
     let report = report::Report::of(&scenario, seed, &outcome);
     if let Some(path) = &options.svg {
-        write(path, &timeline_svg::draw(&scenario, &outcome))?;
+        write(path, &draw(&scenario, &outcome))?;
     }
     let Some(path) = &options.json else {
         output::write(format_args!("{}", table::of(&report, layout::width())));
@@ -83,4 +82,20 @@ pub fn run(options: &Options) -> Result<(), Failure> {
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     std::fs::write(path, text)
         .map_err(|error| Failure::with_status(1, format!("{}: {error}", path.display())))
+}
+
+/// What the clients did, as a picture. The outcome must have been recorded.
+pub fn draw(scenario: &Scenario, outcome: &world::Outcome) -> String {
+    let mut clients: Vec<_> = outcome.clients.iter().collect();
+    clients.sort_by_key(|tally| (tally.place, tally.arrived, tally.class, tally.number));
+    let lanes: Vec<_> = clients
+        .into_iter()
+        .map(|tally| Lane {
+            group: format!("GPU {}", tally.place),
+            label: format!("{} {}", scenario.clients[tally.class].name, tally.number),
+            segments: tally.segments.iter().flatten().copied().collect(),
+            remark: if tally.finished.is_none() { "unfinished" } else { "" },
+        })
+        .collect();
+    picture::draw(&scenario.name, &lanes, outcome.time)
 }

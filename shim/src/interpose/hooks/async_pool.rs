@@ -76,6 +76,11 @@ unsafe fn allocate(
     own: impl Fn() -> CuResult,
 ) -> CuResult {
     guarded(|| {
+        if !dptr.is_null() {
+            // As the driver does: a refused allocation is at address 0, whoever refuses it and why.
+            // SAFETY: the caller's promise, and it is not null.
+            unsafe { dptr.write(0) };
+        }
         let sensible = !dptr.is_null() && bytes > 0;
         let own = || by_the_driver(stream, &own);
         let source = if sensible { source(stream.0, stream.1, pool) } else { Source::Driver };
@@ -84,13 +89,11 @@ unsafe fn allocate(
             // Reserved before the call, so that no other client takes the same granules.
             Source::DriversPool => {
                 // SAFETY: the caller's promise; the driver has written through it by then.
-                return made_unmovable(driver_memory::reserve(bytes as u64, own, || unsafe { *dptr }), bytes);
+                let result = unsafe { driver_memory::reserve_address(dptr, bytes as u64, own) };
+                return made_unmovable(result, bytes);
             }
             Source::Driver => return made_unmovable(own(), bytes),
         };
-        // As the driver does: a refused allocation is at address 0.
-        // SAFETY: the caller's promise, and it is not null.
-        unsafe { dptr.write(0) };
         if let Err(refused) = captures::refuse_unsafe() {
             return refused;
         }

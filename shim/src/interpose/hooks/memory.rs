@@ -7,7 +7,7 @@ use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
 use crate::memory::device::Device;
 use crate::memory::{devices, sync_memops, unmovable};
-use crate::process::driver_memory::reserve;
+use crate::process::driver_memory::reserve_address;
 use crate::process::{attach, contexts, memory_info, reservation};
 use crate::submit::captures;
 use crate::{async_pool, state};
@@ -40,11 +40,9 @@ pub unsafe fn cuMemAlloc_v2(dptr: *mut CUdeviceptr, bytesize: usize) -> CuResult
         };
         if unmovable::wanted() {
             // SAFETY: the caller's arguments; on success the driver has written the address.
-            return reserve(
-                bytesize as u64,
-                || unsafe { driver_calls::cuMemAlloc_v2(dptr, bytesize) },
-                || unsafe { *dptr },
-            );
+            return unsafe {
+                reserve_address(dptr, bytesize as u64, || driver_calls::cuMemAlloc_v2(dptr, bytesize))
+            };
         }
         if dptr.is_null() {
             return CuResult::INVALID_VALUE;
@@ -110,13 +108,12 @@ pub unsafe fn cuMemAllocPitch_v2(
             return CuResult::INVALID_VALUE;
         }
         if unmovable::wanted() {
-            return reserve(
-                bytes as u64,
-                // SAFETY: the caller's arguments; on success the driver has written the address.
-                || unsafe { driver_calls::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size) },
-                // SAFETY: as above.
-                || unsafe { *dptr },
-            );
+            // SAFETY: the caller's arguments; on success the driver has written the address.
+            return unsafe {
+                reserve_address(dptr, bytes as u64, || {
+                    driver_calls::cuMemAllocPitch_v2(dptr, pitch, width, height, element_size)
+                })
+            };
         }
         if let Err(refused) = captures::refuse_unsafe() {
             return refused;

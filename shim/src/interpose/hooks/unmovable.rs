@@ -5,7 +5,7 @@
 use super::guard::guarded;
 use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
-use crate::process::driver_memory::reserve;
+use crate::process::driver_memory::{reserve, reserve_address};
 use crate::process::reservation::release;
 
 /// Bytes of one channel of an array's element, by `CUarray_format`: 4 for every format that is not listed, which also covers
@@ -45,7 +45,7 @@ unsafe fn array_3d_bytes(desc: *const CUDA_ARRAY3D_DESCRIPTOR) -> u64 {
 /// `call` writes a handle to `array` if it succeeds.
 unsafe fn make(bytes: u64, array: *mut CUarray, call: impl Fn() -> CuResult) -> CuResult {
     // SAFETY: the caller's promise.
-    guarded(|| reserve(bytes, call, || unsafe { *array }.0 as u64))
+    guarded(|| reserve(bytes, call, || unsafe { *array }.0 as u64).unwrap_or_else(|refused| refused))
 }
 
 pub unsafe fn cuArrayCreate_v2(array: *mut CUarray, desc: *const CUDA_ARRAY_DESCRIPTOR) -> CuResult {
@@ -113,10 +113,10 @@ pub unsafe fn cuMemAllocManaged(dptr: *mut CUdeviceptr, bytesize: usize, flags: 
             return refused;
         }
         // SAFETY: the caller's arguments; on success the driver has written the address.
-        reserve(
-            (bytesize as u64).min(left),
-            || unsafe { driver_calls::cuMemAllocManaged(dptr, bytesize, flags) },
-            || unsafe { *dptr },
-        )
+        unsafe {
+            reserve_address(dptr, (bytesize as u64).min(left), || {
+                driver_calls::cuMemAllocManaged(dptr, bytesize, flags)
+            })
+        }
     })
 }

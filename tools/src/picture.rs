@@ -1,10 +1,50 @@
-//! What every client did when, as an SVG that needs nothing beside it.
+//! What clients did when, as an SVG that needs nothing beside it: simulated (`nvshare sim --svg`) or real (`nvshare trace`).
 
-use super::metrics::{ClientMetrics, Segment, State};
-use super::scenario::Scenario;
-use super::world::Outcome;
 use nvshare::units::Nanos;
 use std::fmt::Write;
+
+/// What a client is doing, as the picture shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum State {
+    /// It has nothing to do, whether it has the GPU or not.
+    Idle,
+    /// It wants the GPU.
+    Waiting,
+    /// Its memory comes in; of Unified Memory: it runs, and pages fault.
+    Filling,
+    /// It has the GPU and works.
+    Running,
+    /// It pauses, and keeps the GPU while others wait.
+    Kept,
+    /// It gives way, and its work in flight goes on.
+    Draining,
+    /// It makes room.
+    Evicting,
+}
+
+/// A span of a client's time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// When it began, ns after the picture's beginning.
+    pub from: Nanos,
+    /// When it ended, ns after the picture's beginning.
+    pub to: Nanos,
+    /// What the client did.
+    pub state: State,
+}
+
+/// One client's row.
+#[derive(Debug, Clone)]
+pub struct Lane {
+    /// The rows of one group stand together, below its name.
+    pub group: String,
+    /// What stands before the row.
+    pub label: String,
+    /// Where one covers another, the later one is seen.
+    pub segments: Vec<Segment>,
+    /// What stands behind the row; often nothing.
+    pub remark: &'static str,
+}
 
 /// More lanes than that nobody can read; the picture says what it leaves out.
 const MOST_LANES: usize = 120;
@@ -27,50 +67,45 @@ const LEGEND: [(State, &str, &str); 7] = [
     (State::Evicting, "evicting", "#c9583e"),
 ];
 
-/// Draws what was recorded.
-pub fn draw(scenario: &Scenario, outcome: &Outcome) -> String {
-    let mut lanes: Vec<&ClientMetrics> = outcome.clients.iter().collect();
-    lanes.sort_by_key(|tally| (tally.place, tally.arrived, tally.class, tally.number));
+/// Draws the lanes, those of a group one after the other, over so many ns.
+pub fn draw(title: &str, lanes: &[Lane], time: Nanos) -> String {
     let left_out = lanes.len().saturating_sub(MOST_LANES);
-    lanes.truncate(MOST_LANES);
-    let mut gpus: Vec<usize> = lanes.iter().map(|tally| tally.place).collect();
-    gpus.dedup();
-    let height = TOP + lanes.len() as f64 * LANE + gpus.len() as f64 * GAP + 50.0;
+    let lanes = &lanes[..lanes.len() - left_out];
+    let groups = lanes.chunk_by(|one, next| one.group == next.group).count();
+    let height = TOP + lanes.len() as f64 * LANE + groups as f64 * GAP + 50.0;
     let mut out = String::new();
-    let unfinished = lanes.iter().any(|tally| tally.finished.is_none());
-    let full = LEFT + WIDTH + if unfinished { 75.0 } else { 30.0 };
+    let remarks = lanes.iter().any(|lane| !lane.remark.is_empty());
+    let full = LEFT + WIDTH + if remarks { 75.0 } else { 30.0 };
     // Writing to a string cannot fail.
     let _ = writeln!(
         out,
         r##"<svg xmlns="http://www.w3.org/2000/svg" width="{full:.0}" height="{height:.0}" viewBox="0 0 {full:.0} {height:.0}" font-family="sans-serif" font-size="11" fill="#222">
 <rect width="100%" height="100%" fill="#fff"/>
 <text x="10" y="20" font-size="15">{}</text>"##,
-        escape(&scenario.name)
+        escape(title)
     );
     legend(&mut out);
-    let scale = WIDTH / outcome.time.max(1) as f64;
-    let (mut y, mut place) = (TOP, None);
-    for tally in lanes {
-        if place != Some(tally.place) {
-            place = Some(tally.place);
+    let scale = WIDTH / time.max(1) as f64;
+    let (mut y, mut group) = (TOP, None);
+    for lane in lanes {
+        if group != Some(&lane.group) {
+            group = Some(&lane.group);
             y += GAP;
             let _ = writeln!(
                 out,
-                r#"<text x="10" y="{:.1}" font-size="12" font-weight="bold">GPU {}</text>"#,
+                r#"<text x="10" y="{:.1}" font-size="12" font-weight="bold">{}</text>"#,
                 y - 7.0,
-                tally.place
+                escape(&lane.group)
             );
         }
-        let name = &scenario.clients[tally.class].name;
         let _ = writeln!(
             out,
-            r#"<text x="{:.0}" y="{:.1}" text-anchor="end">{} {}</text>"#,
+            r#"<text x="{:.0}" y="{:.1}" text-anchor="end">{}</text>"#,
             LEFT - 8.0,
             y + 10.0,
-            escape(name),
-            tally.number
+            escape(&lane.label)
         );
-        for (from, to, color) in bars(tally, scale) {
+        for (from, to, color) in bars(&lane.segments, scale) {
             let _ = writeln!(
                 out,
                 r#"<rect x="{:.2}" y="{y:.1}" width="{:.2}" height="{BAR}" fill="{color}"/>"#,
@@ -78,13 +113,18 @@ pub fn draw(scenario: &Scenario, outcome: &Outcome) -> String {
                 to - from
             );
         }
-        if tally.finished.is_none() {
-            let _ =
-                writeln!(out, r#"<text x="{:.0}" y="{:.1}">unfinished</text>"#, LEFT + WIDTH + 8.0, y + 10.0);
+        if !lane.remark.is_empty() {
+            let _ = writeln!(
+                out,
+                r#"<text x="{:.0}" y="{:.1}">{}</text>"#,
+                LEFT + WIDTH + 8.0,
+                y + 10.0,
+                lane.remark
+            );
         }
         y += LANE;
     }
-    axis(&mut out, outcome.time, y + 6.0);
+    axis(&mut out, time, y + 6.0);
     if left_out > 0 {
         let _ = writeln!(
             out,
@@ -108,11 +148,11 @@ fn legend(out: &mut String) {
 }
 
 /// Where a lane's bars begin and end, and their colours. Of what is too narrow to see, the widest stands for all.
-fn bars(tally: &ClientMetrics, scale: f64) -> Vec<(f64, f64, &'static str)> {
+fn bars(segments: &[Segment], scale: f64) -> Vec<(f64, f64, &'static str)> {
     let color = |state| LEGEND.iter().find(|(it, ..)| *it == state).map_or("#fff", |(_, _, color)| *color);
     let mut bars: Vec<(f64, f64, &'static str)> = Vec::new();
     let mut narrow: Option<(f64, f64, f64, &'static str)> = None;
-    for Segment { from, to, state } in tally.segments.iter().flatten().copied() {
+    for Segment { from, to, state } in segments.iter().copied() {
         let (from, to) = (from as f64 * scale, to as f64 * scale);
         if let Some((begin, end, widest, of)) = narrow.take() {
             if from - end < HAIR && to - begin < 2.0 * HAIR {
