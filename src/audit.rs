@@ -166,10 +166,13 @@ impl Page {
             &own.drain_retries,
             &own.host_promise,
             &self.slot(slot).claimed,
-        ];
+        ]
+        .into_iter()
+        .chain(self.slot(slot).compute.all());
         for word in words {
             word.store(0, Ordering::Relaxed);
         }
+        self.forget_turn(slot);
     }
 
     /// Sets the size of a client's context, and takes the difference from the pool's counter. True if the size has changed.

@@ -68,6 +68,7 @@ pub mod stream_arena;
 pub mod sync;
 pub mod text;
 pub mod timeline;
+pub mod turns;
 pub mod units;
 pub mod usage;
 
