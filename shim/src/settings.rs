@@ -1,6 +1,6 @@
 //! The settings from the environment. Read once, at the first call into CUDA.
 
-use nvshare::shares::{MemoryLimit, Priority, Shares, parse_weight};
+use nvshare::shares::{ComputeLimit, MemoryLimit, Priority, Shares, parse_weight};
 use nvshare::units::parse_size;
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -35,7 +35,7 @@ pub struct Settings {
     pub unmovable: Option<bool>,
     /// NVSHARE_KEEP_FREED: how long memory that the application has freed is kept for its next allocation.
     pub keep_freed: Duration,
-    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: the shares with which the process registers.
+    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY, NVSHARE_MEMORY_LIMIT and NVSHARE_COMPUTE_LIMIT: the shares with which the process registers.
     pub shares: Shares,
 }
 
@@ -144,6 +144,13 @@ impl Settings {
                     "NVSHARE_MEMORY_LIMIT",
                     "write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none",
                     MemoryLimit::default(),
+                    |text| text.parse().ok(),
+                )?,
+                compute_limit: parse(
+                    get("NVSHARE_COMPUTE_LIMIT"),
+                    "NVSHARE_COMPUTE_LIMIT",
+                    "write a part of the GPU's time from 1% to 100%, such as 30%, or none",
+                    ComputeLimit::default(),
                     |text| text.parse().ok(),
                 )?,
             },

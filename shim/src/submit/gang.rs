@@ -12,6 +12,7 @@ use crate::cuda::abi::CUstream;
 use crate::cuda::driver::Driver;
 use crate::submit::drain::{CompletionMarker, Streams, WorkBefore};
 use crate::submit::gate::gate;
+use crate::submit::turn;
 use nvshare::Books;
 use nvshare::gang_order::{GangOrder, GpuState};
 use nvshare::map::MappedPage;
@@ -33,7 +34,7 @@ pub struct Member {
 
 impl Member {
     /// Wakes the GPU's engine.
-    fn wake_engine(&self) {
+    pub fn wake_engine(&self) {
         self.books.page().ring(self.books.slot());
     }
 }
@@ -64,7 +65,7 @@ impl Gang {
             self.begin(gpu);
             gate().open();
         } else if gate().is_open() {
-            gate().close();
+            shut_gate();
         }
         self.wake_all_but(gpu);
     }
@@ -90,6 +91,16 @@ impl Gang {
     }
 }
 
+fn shut_gate() {
+    gate().close();
+    turn::gate_shut();
+}
+
+/// Whether this is the only GPU of the process.
+pub fn is_alone(gpu: GpuUuid) -> bool {
+    gang().members.iter().all(|member| member.gpu == gpu)
+}
+
 /// Wakes all engines of the process.
 pub fn wake_engines() {
     gang().members.iter().for_each(|member| member.wake_engine());
@@ -101,7 +112,7 @@ pub fn join(member: Member) {
     gang.order.join(member.gpu);
     gang.members.push(member);
     // A GPU is not ready until its engine has said so.
-    gate().close();
+    shut_gate();
 }
 
 /// Removes a GPU from the gang, because its engine has ended.
@@ -113,6 +124,8 @@ pub fn leave(gpu: GpuUuid) {
     if gang.order.complete() {
         gate().open();
     }
+    // After an error the gate lets everybody in.
+    turn::gate_shut();
 }
 
 /// The process has a GPU with all memory in place. It runs if it has its other GPUs too.
@@ -150,7 +163,7 @@ pub fn drain(gpu: GpuUuid, incomplete: bool) {
         gang.wake_all_but(gpu);
     }
     // Also if it is shut already: another engine may be shutting it and not have executed its memory barrier yet.
-    gate().close();
+    shut_gate();
 }
 
 /// A drain that began with [`drain`] has found all work done: the GPU is given up. False if threads were let in meanwhile, so

@@ -10,6 +10,7 @@
 //! | [`green`] | green contexts, and the primary context of each |
 //! | [`gang`] | the GPUs of this process together: the gate is open when it has all of them |
 //! | [`gate`] | the process's gate |
+//! | [`turn`], [`turn_taking`] | compute turns, for the threads that wait for one, and the thread that ends them |
 //!
 //! May use `cuda` and the files of the crate's root, and no room above.
 
@@ -22,3 +23,5 @@ pub mod gate;
 pub mod green;
 pub mod pass;
 pub mod queue;
+pub mod turn;
+pub mod turn_taking;
