@@ -122,6 +122,10 @@ impl Page {
         self.set_occupied(self.occupied().without(slot));
         self.header.reaped.fetch_add(1, Ordering::Relaxed);
         self.decide();
+        // Those who are left may not differ in their shares any more, and take no compute turns then.
+        for slot in self.occupied().iter() {
+            self.ring(slot);
+        }
         Some(Reaped { process, phase: view.phase, returned })
     }
 
@@ -161,6 +165,7 @@ impl Page {
             &own.idle_since,
             &own.pause,
             &own.returns_at,
+            &own.charged_ns,
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,

@@ -209,6 +209,8 @@ mod tests {
             ("NVSHARE_PRIORITY", "urgent"),
             ("NVSHARE_MEMORY_LIMIT", "150%"),
             ("NVSHARE_MEMORY_LIMIT", "1MiB"),
+            ("NVSHARE_COMPUTE_LIMIT", "30"),
+            ("NVSHARE_COMPUTE_LIMIT", "0.5%"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");
@@ -233,5 +235,7 @@ mod tests {
         assert_eq!(read("NVSHARE_PRIORITY", "low").unwrap().shares.priority, Priority::Low);
         let limit = read("NVSHARE_MEMORY_LIMIT", "25%").unwrap().shares.memory_limit;
         assert_eq!(limit, MemoryLimit::Part(250_000));
+        let limit = read("NVSHARE_COMPUTE_LIMIT", "30%").unwrap().shares.compute_limit;
+        assert_eq!(limit, ComputeLimit::Part(300_000));
     }
 }

@@ -239,7 +239,9 @@ pub struct OwnWords {
     pub(crate) pause: AtomicU64,
     /// When it is expected to have work again, ns, if its pauses are regular; 0 if nobody knows.
     pub(crate) returns_at: AtomicU64,
-    _to_the_next_line: Padding<40>,
+    /// GPU time of its slices that have ended, as the policy charges it: a k-th where k ran at once, ns.
+    pub(crate) charged_ns: AtomicU64,
+    _to_the_next_line: Padding<32>,
 }
 
 /// A slot's words about compute turns ([`crate::turns`]). Only its owner writes them, from several threads.
@@ -341,6 +343,7 @@ impl Page {
                 idle_since: word(),
                 pause: word(),
                 returns_at: word(),
+                charged_ns: word(),
                 _to_the_next_line: Padding::new(),
             },
             compute: ComputeWords {

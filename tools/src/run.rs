@@ -22,6 +22,9 @@ use std::time::Duration;
   # A large GPU stands in for a small one
   nvshare run --capacity 14.9GiB -- python3 train.py
 
+  # At most 30% of the GPU's time
+  nvshare run --compute-limit 30% -- python3 train.py
+
   # Three times the GPU time of a program with the usual weight
   nvshare run --weight 300 -- python3 train.py
 
@@ -50,6 +53,9 @@ pub struct Options {
     /// The most memory of each GPU that the program may have: a size, such as 8GiB, or a part, such as 25% [default: none]
     #[arg(long, value_name = "SIZE|PERCENT", value_parser = limit_as_written)]
     memory_limit: Option<String>,
+    /// The most of each GPU's time that the program may have, over any two seconds, such as 30% [default: none]
+    #[arg(long, value_name = "PERCENT", value_parser = compute_limit_as_written)]
+    compute_limit: Option<String>,
     /// The program to run, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -108,6 +114,7 @@ pub fn run(options: Options) -> Result<ExitCode, Failure> {
         ("NVSHARE_WEIGHT", options.weight.map(|weight| weight.to_string())),
         ("NVSHARE_PRIORITY", options.priority.map(|priority| priority.to_string())),
         ("NVSHARE_MEMORY_LIMIT", options.memory_limit),
+        ("NVSHARE_COMPUTE_LIMIT", options.compute_limit),
     ];
     command.envs(shares.into_iter().filter_map(|(name, value)| Some((name, value?))));
     supervise(command, &options.program[0])
@@ -134,6 +141,11 @@ fn system_arbiter_is_starting(dir: &Path) -> Result<bool, Failure> {
 /// A limit that makes sense, as it was written: the program reads it again.
 fn limit_as_written(text: &str) -> Result<String, String> {
     crate::memory_limit(text).map(|_| text.to_owned())
+}
+
+/// The same for a compute limit.
+fn compute_limit_as_written(text: &str) -> Result<String, String> {
+    crate::compute_limit(text).map(|_| text.to_owned())
 }
 
 /// A pool has one size; who asks for another is told.
