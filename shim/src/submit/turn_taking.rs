@@ -259,7 +259,7 @@ impl Taker {
         }
         page.settle_turn();
         let again = competition.look_again(slot);
-        if again <= time
+        if again <= competition.now
             && competition.turn.holder != Some(slot)
             && let Some(stuck) = page.seize_turn(time)
         {
@@ -344,7 +344,7 @@ impl Taker {
             return Some(time);
         }
         let end = competition.turn_end(slot);
-        if end <= time || shut || !is_wanted(&self.member) {
+        if end <= competition.now || shut || !is_wanted(&self.member) {
             self.seat.end_turn(began);
             self.set_passed();
             self.state = State::Ends { since: time };
