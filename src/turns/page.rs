@@ -37,7 +37,8 @@ impl Page {
     }
 
     /// The client in `slot` has work: it claims the turn, and has it at once if nobody else has it or is before it. Else its
-    /// doorbell rings when it has it. Any thread of the client may call it.
+    /// doorbell rings when it has it, and now, so that it looks when [`Competition::look_again`] says. Any thread of the client
+    /// may call it.
     pub fn claim_turn(&self, slot: SlotIndex) {
         let claim = &self.slot(slot).compute.claim;
         let new = claim.compare_exchange(0, now().max(1), Ordering::AcqRel, Ordering::Relaxed).is_ok();
@@ -46,12 +47,11 @@ impl Page {
         }
         // Either this look at the turn sees that it was given up, or who gives it up sees the claim.
         fence(Ordering::SeqCst);
-        if let Some(holder) = self.settle_turn()
-            && new
-            && holder != slot
-        {
+        let holder = self.settle_turn();
+        if new && holder != Some(slot) {
             // Its turn may be over now, or it has no work.
-            self.ring(holder);
+            holder.into_iter().for_each(|holder| self.ring(holder));
+            self.ring(slot);
         }
     }
 
@@ -94,11 +94,10 @@ impl Page {
         self.header.turn.compare_exchange(seen, turn, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Begins the turn of the client in `slot` anew, because it goes on. Returns when it began; `None` if the client does not have
-    /// the turn.
-    pub fn renew_turn(&self, slot: SlotIndex) -> Option<Nanos> {
+    /// Begins the turn of the client in `slot` anew, because it goes on. False if the client does not have the turn.
+    pub fn renew_turn(&self, slot: SlotIndex) -> bool {
         let seen = self.header.turn.observe(Ordering::Acquire);
-        (seen.value.holder == Some(slot) && self.swap_turn(&seen, Some(slot))).then(|| self.turn().began)
+        seen.value.holder == Some(slot) && self.swap_turn(&seen, Some(slot))
     }
 
     /// The client in `slot` gives the turn up, for whoever is next; with `more`, it waits for its next turn from now on. Does nothing

@@ -53,8 +53,8 @@ const LONGEST_REST: Nanos = 64 * SECOND;
 enum State {
     /// The process does not have the turn.
     Out,
-    /// It has, since then, ns.
-    Has { began: Nanos },
+    /// It has.
+    Has,
     /// Its threads submit nothing any more, since then, ns, and its work in flight ends.
     Ends { since: Nanos },
     /// It did not give the turn up, and goes on beside the others until its work has ended, and until then, ns.
@@ -213,12 +213,12 @@ impl Taker {
         match self.state {
             State::Out if has => self.begin(page, slot, &competition, time),
             State::Out => self.wait(page, slot, &competition, time),
-            State::Has { .. } | State::Ends { .. } if !has => {
+            State::Has | State::Ends { .. } if !has => {
                 self.charge(page, slot, time);
                 self.state = State::Out;
                 Some(time)
             }
-            State::Has { began } => self.hold(page, slot, began, time),
+            State::Has => self.hold(page, slot, competition.turn.began, time),
             State::Ends { since } => self.end_turn(page, slot, since, time),
             State::Beside { until } => self.go_beside(page, slot, until, time),
         }
@@ -232,7 +232,7 @@ impl Taker {
         let began = competition.turn.began;
         (self.charged, self.active) = (began.min(time), time);
         self.set_passed();
-        self.state = State::Has { began };
+        self.state = State::Has;
         self.hold(page, slot, began, time)
     }
 
@@ -255,6 +255,7 @@ impl Taker {
             // Its threads have gone to the gate, or have ended.
             page.unclaim_turn(slot);
             self.claim_for_threads(page, slot);
+            // If there is a thread after all, its claim has rung.
             return None;
         }
         page.settle_turn();
@@ -350,10 +351,8 @@ impl Taker {
             self.state = State::Ends { since: time };
             return self.end_turn(page, slot, time, time);
         }
-        if time.saturating_sub(began) >= TURN
-            && let Some(began) = page.renew_turn(slot)
-        {
-            self.state = State::Has { began };
+        if time.saturating_sub(began) >= TURN {
+            page.renew_turn(slot);
         }
         flow::turn(Some(competition.work_in_flight(slot)));
         let look = match idle {
