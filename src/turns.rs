@@ -80,6 +80,14 @@ pub struct Turn {
 
 const MICROSECOND: Nanos = 1_000;
 
+impl Turn {
+    /// Since when, at the time `now`, ns. A beginning in the far future was written by nobody who keeps the protocol, and counts as
+    /// one long ago.
+    fn began_by(self, now: Nanos) -> Nanos {
+        if self.began > now.saturating_add(SECOND) { 0 } else { self.began.min(now) }
+    }
+}
+
 impl From<u64> for Turn {
     /// Any 64 bits are some turn.
     fn from(word: u64) -> Self {
@@ -261,7 +269,7 @@ impl Competition {
     /// again then.
     pub fn turn_end(&self, holder: SlotIndex) -> Nanos {
         let (now, client) = (self.now, self.client(holder));
-        let least = self.turn.began.min(now).saturating_add(TURN);
+        let least = self.turn.began_by(now).saturating_add(TURN);
         let rival = self.claimants(Some(holder)).map(|slot| self.place(slot)).min();
         let end = match rival {
             None => now.saturating_add(TURN),
@@ -311,7 +319,7 @@ impl Competition {
         if allowed > self.now {
             return allowed;
         }
-        self.turn.began.min(self.now).saturating_add(PATIENCE)
+        self.turn.began_by(self.now).saturating_add(PATIENCE)
     }
 }
 

@@ -88,7 +88,6 @@ impl Page {
     /// Changes who has the turn, if nobody has changed it since.
     fn swap_turn(&self, seen: &crate::packed::Observed<Turn>, holder: Option<SlotIndex>) -> bool {
         let time = now();
-        // A beginning in the future was written by nobody who keeps the protocol.
         let last = if seen.value.began > time.saturating_add(SECOND) { 0 } else { seen.value.began };
         let turn = Turn { holder, began: time.max(last.saturating_add(MICROSECOND)) };
         self.header.turn.compare_exchange(seen, turn, Ordering::AcqRel, Ordering::Acquire).is_ok()
@@ -119,7 +118,7 @@ impl Page {
     pub fn seize_turn(&self, time: Nanos) -> Option<SlotIndex> {
         let seen = self.header.turn.observe(Ordering::Acquire);
         let holder = seen.value.holder?;
-        if seen.value.began.min(time).saturating_add(PATIENCE) > time || !self.swap_turn(&seen, None) {
+        if seen.value.began_by(time).saturating_add(PATIENCE) > time || !self.swap_turn(&seen, None) {
             return None;
         }
         self.set_overdue(holder, true);
