@@ -24,7 +24,8 @@ mod stall;
 
 pub use bandwidth::{DEFAULT_BANDWIDTH, Direction};
 pub use layout::{
-    ComputeWords, ForeignMemory, Header, LAYOUT_VERSION, Line, MAGIC, NAME_BYTES, OwnWords, PAGE_BYTES, Page, Slot,
+    ComputeWords, ForeignMemory, Header, LAYOUT_VERSION, Line, MAGIC, NAME_BYTES, OwnWords, PAGE_BYTES, Page,
+    Slot,
 };
 pub use phase::Phase;
 pub use settings::{Quantum, Settings};

@@ -80,7 +80,9 @@ pub enum ShareError {
     )]
     MemoryLimit(String),
     /// It is not a compute limit.
-    #[error("'{0}' is not a compute limit: write a part of the GPU's time from 1% to 100%, such as 30%, or none")]
+    #[error(
+        "'{0}' is not a compute limit: write a part of the GPU's time from 1% to 100%, such as 30%, or none"
+    )]
     ComputeLimit(String),
 }
 

@@ -162,8 +162,9 @@ impl Contender {
     #[must_use]
     pub fn charged(&self, used: Nanos, now: Nanos) -> Self {
         let full = now.saturating_sub(used).saturating_sub(self.time_for(CREDIT).unwrap_or(0));
-        let paid_until =
-            self.time_for(used).map_or(self.paid_until, |time| self.paid_until.max(full).saturating_add(time));
+        let paid_until = self
+            .time_for(used)
+            .map_or(self.paid_until, |time| self.paid_until.max(full).saturating_add(time));
         Self {
             virtual_time: self.virtual_time.saturating_add(virtual_of(used, self.weight)),
             paid_until,
@@ -291,11 +292,7 @@ impl Competition {
     pub fn work_in_flight(&self, holder: SlotIndex) -> (Nanos, Nanos) {
         let own = rank(self.client(holder).priority);
         let above = |slot: SlotIndex| slot != holder && rank(self.client(slot).priority) < own;
-        if self.occupied.iter().any(above) {
-            (AHEAD_OF_HIGHER, 0)
-        } else {
-            (AHEAD, self.turn_end(holder))
-        }
+        if self.occupied.iter().any(above) { (AHEAD_OF_HIGHER, 0) } else { (AHEAD, self.turn_end(holder)) }
     }
 
     /// The virtual time with which a client enters the competition, ns: no less than those of its priority who have work have

@@ -413,9 +413,7 @@ impl Change {
         }
         let slot = SlotIndex::new(change.slot as usize)
             .ok_or_else(|| malformed(&format!("there is no slot {}", change.slot)))?;
-        if change.which == 0
-            || change.which & !(WEIGHT | PRIORITY | MEMORY_LIMIT | COMPUTE_LIMIT) != 0
-        {
+        if change.which == 0 || change.which & !(WEIGHT | PRIORITY | MEMORY_LIMIT | COMPUTE_LIMIT) != 0 {
             return Err(malformed(
                 "a change says that nothing is to change, or what no arbiter of this release knows",
             ));
@@ -576,7 +574,10 @@ mod tests {
     fn a_change_is_read_as_it_was_made() {
         let limits = [("none", "none"), ("2MiB", "1%"), ("8GiB", "100%"), ("25%", "30%")];
         let limits = limits.map(|(memory, compute)| (memory.parse().ok(), compute.parse().ok()));
-        let others = limits.map(|(memory, _)| (memory, None)).into_iter().chain(limits.map(|(_, compute)| (None, compute)));
+        let others = limits
+            .map(|(memory, _)| (memory, None))
+            .into_iter()
+            .chain(limits.map(|(_, compute)| (None, compute)));
         for (memory_limit, compute_limit) in limits.into_iter().chain(others).chain([(None, None)]) {
             for priority in [Some(Priority::High), Some(Priority::Normal), Some(Priority::Low), None] {
                 for weight in [Some(1), Some(MAX_WEIGHT), None] {

@@ -473,13 +473,8 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
             scm_rights::send(fd.as_fd(), &words[..length], &[]).unwrap();
         }
     }
-    let wild = Hello {
-        weight: u32::MAX,
-        priority: 99,
-        memory_limit: u64::MAX,
-        compute_limit: u32::MAX,
-        ..hello()
-    };
+    let wild =
+        Hello { weight: u32::MAX, priority: 99, memory_limit: u64::MAX, compute_limit: u32::MAX, ..hello() };
     let wild = arbiter.register(&wild).unwrap();
     let bounded = Shares {
         weight: 1000,

@@ -271,7 +271,18 @@ pub struct ComputeWords {
 impl ComputeWords {
     /// All of them, to be cleared for the slot's next owner.
     pub(crate) fn all(&self) -> [&AtomicU64; 9] {
-        let Self { claim, virtual_time, paid_until, gpu_ns, recent_ns, recent_at, held_ns, turns, overruns, .. } = self;
+        let Self {
+            claim,
+            virtual_time,
+            paid_until,
+            gpu_ns,
+            recent_ns,
+            recent_at,
+            held_ns,
+            turns,
+            overruns,
+            ..
+        } = self;
         [claim, virtual_time, paid_until, gpu_ns, recent_ns, recent_at, held_ns, turns, overruns]
     }
 }

@@ -45,8 +45,10 @@ impl Course {
 fn run(jobs: &[Job], time: Nanos, deadline: Nanos) -> Course {
     const BEGIN: Nanos = 1_000 * SECOND;
     let mut course = Course { runs: Vec::new(), longest_wait: [0; SLOTS] };
-    let mut left: Vec<Nanos> = jobs.iter().map(|job| job.burst.map_or(Nanos::MAX, |(work, _)| work)).collect();
-    let mut due: Vec<Nanos> = jobs.iter().map(|job| job.burst.map_or(Nanos::MAX, |(_, period)| BEGIN + period)).collect();
+    let mut left: Vec<Nanos> =
+        jobs.iter().map(|job| job.burst.map_or(Nanos::MAX, |(work, _)| work)).collect();
+    let mut due: Vec<Nanos> =
+        jobs.iter().map(|job| job.burst.map_or(Nanos::MAX, |(_, period)| BEGIN + period)).collect();
     let mut state = Competition {
         now: BEGIN,
         turn: Turn { holder: None, began: 0 },
@@ -56,7 +58,12 @@ fn run(jobs: &[Job], time: Nanos, deadline: Nanos) -> Course {
         clients: [Contender::default(); SLOTS],
     };
     for (client, job) in state.clients.iter_mut().zip(jobs) {
-        *client = Contender { weight: job.weight, priority: job.priority, limit: job.limit, ..Contender::default() };
+        *client = Contender {
+            weight: job.weight,
+            priority: job.priority,
+            limit: job.limit,
+            ..Contender::default()
+        };
     }
     while state.now < BEGIN + time {
         for (index, job) in jobs.iter().enumerate() {
@@ -81,8 +88,14 @@ fn run(jobs: &[Job], time: Nanos, deadline: Nanos) -> Course {
                     next
                 }
                 None => {
-                    let allowed = (0..jobs.len()).filter(|index| left[*index] > 0).map(|index| state.clients[index].allowed_at(state.now));
-                    state.now = allowed.chain(due.iter().copied()).filter(|at| *at > state.now).min().unwrap_or(Nanos::MAX);
+                    let allowed = (0..jobs.len())
+                        .filter(|index| left[*index] > 0)
+                        .map(|index| state.clients[index].allowed_at(state.now));
+                    state.now = allowed
+                        .chain(due.iter().copied())
+                        .filter(|at| *at > state.now)
+                        .min()
+                        .unwrap_or(Nanos::MAX);
                     continue;
                 }
             },
@@ -249,7 +262,15 @@ fn page_of(shares: &[(u32, Priority, ComputeLimit)]) -> (Box<Page>, Vec<SlotInde
     let page = Page::for_tests(16);
     let slots = shares.iter().map(|(weight, priority, compute_limit)| {
         let slot = page.open_slot(Process { pid: 7, started: 7 }, "", 100).expect("a slot is free");
-        page.set_shares(slot, Shares { weight: *weight, priority: *priority, compute_limit: *compute_limit, ..Shares::default() });
+        page.set_shares(
+            slot,
+            Shares {
+                weight: *weight,
+                priority: *priority,
+                compute_limit: *compute_limit,
+                ..Shares::default()
+            },
+        );
         slot
     });
     let slots = slots.collect();
@@ -284,7 +305,10 @@ fn the_turn_goes_from_one_to_the_next() {
     let (its, own) = (page.doorbell(low), page.doorbell(high));
     page.claim_turn(high);
     assert_eq!(page.turn().holder, Some(low), "it has to give it up first");
-    assert!(page.doorbell(low) != its && page.doorbell(high) != own, "it is told, and who claims looks again");
+    assert!(
+        page.doorbell(low) != its && page.doorbell(high) != own,
+        "it is told, and who claims looks again"
+    );
     assert!(Competition::take(&page).turn_end(low) <= now(), "at once");
     page.leave_turn(low, true);
     assert_eq!(page.turn().holder, Some(high));

@@ -174,7 +174,8 @@ impl<'a> Worker<'a> {
                     let mut said = Instant::now();
                     for event in marks {
                         self.gpu.wait(event)?;
-                        let now_done = done.fetch_add(batch * self.each(), Ordering::Relaxed) + batch * self.each();
+                        let now_done =
+                            done.fetch_add(batch * self.each(), Ordering::Relaxed) + batch * self.each();
                         if said.elapsed() >= SAMPLE {
                             said = Instant::now();
                             samples.lock().expect("no thread panics").push((monotonic(), now_done));
@@ -184,7 +185,8 @@ impl<'a> Worker<'a> {
                     Ok(())
                 }
             });
-            let mut events: VecDeque<Handle> = (0..ahead + 1).map(|_| self.gpu.event()).collect::<Result<_>>()?;
+            let mut events: VecDeque<Handle> =
+                (0..ahead + 1).map(|_| self.gpu.event()).collect::<Result<_>>()?;
             let mut submitted = 0;
             while !stop.load(Ordering::Relaxed) && submitted < self.options.kernels {
                 for _ in 0..batch {
@@ -235,7 +237,8 @@ fn compute(options: &Compute) -> Result {
     } else {
         (worker.busy(&stop)?, Vec::new())
     };
-    let kernels = samples.last().map_or(bursts.len() as u64 * options.burst * worker.each(), |(_, done)| *done);
+    let kernels =
+        samples.last().map_or(bursts.len() as u64 * options.burst * worker.each(), |(_, done)| *done);
     say(&Event::Done { kernels, seconds: began.elapsed().as_secs_f64(), samples, bursts });
     Ok(())
 }

@@ -349,7 +349,9 @@ impl Gpu {
     pub fn graph(&self, stream: Handle, submit: impl FnOnce() -> Result) -> Result<Handle> {
         let (mut graph, mut exec) = (0, 0);
         // SAFETY: a handle of this driver's.
-        self.check("cuStreamBeginCapture", unsafe { (self.functions.begin_capture)(stream, CAPTURE_RELAXED) })?;
+        self.check("cuStreamBeginCapture", unsafe {
+            (self.functions.begin_capture)(stream, CAPTURE_RELAXED)
+        })?;
         submit()?;
         // SAFETY: a handle of this driver's, and places for the answers.
         self.check("cuStreamEndCapture", unsafe { (self.functions.end_capture)(stream, &mut graph) })?;

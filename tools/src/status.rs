@@ -393,9 +393,6 @@ fn shares(client: &Client) -> Option<String> {
         let part = if limit.ends_with('%') { format!(" ({limit})") } else { String::new() };
         unusual.push(format!("at most {}{part}", format_size(bytes)));
     }
-    if let Some(limit) = client.compute_limit {
-        unusual.push(format!("at most {} of the time", ComputeLimit::Part((limit * 1e6).round() as u32)));
-    }
     (!unusual.is_empty())
         .then(|| format!("  slot {} (pid {}): {}", client.slot, client.pid, unusual.join(", ")))
 }
@@ -403,13 +400,15 @@ fn shares(client: &Client) -> Option<String> {
 /// A client's part of the GPU's time, if it takes compute turns, and what it waits for.
 fn compute(client: &Client) -> Option<String> {
     let share = client.gpu_share?;
+    let limit = client.compute_limit.map(|limit| ComputeLimit::Part((limit * 1e6).round() as u32));
+    let limit = limit.map(|limit| format!(" (at most {limit})")).unwrap_or_default();
     let overdue = if client.overdue {
         "; its work does not end, and others go on beside it: it may be stopped, or its kernels are long"
     } else {
         ""
     };
     Some(format!(
-        "  slot {} (pid {}): {:.0}% of the GPU's time lately, {} in all, held for {}{overdue}",
+        "  slot {} (pid {}): {:.0}% of the GPU's time lately{limit}, {} in all, held for {}{overdue}",
         client.slot,
         client.pid,
         share * 100.0,

@@ -224,7 +224,13 @@ impl Taker {
         }
     }
 
-    fn begin(&mut self, page: &nvshare::Page, slot: nvshare::SlotIndex, competition: &Competition, time: Nanos) -> Option<Nanos> {
+    fn begin(
+        &mut self,
+        page: &nvshare::Page,
+        slot: nvshare::SlotIndex,
+        competition: &Competition,
+        time: Nanos,
+    ) -> Option<Nanos> {
         let priority = competition.client(slot).priority;
         if priority != std::mem::replace(&mut self.priority, priority) {
             page.enter_competition(slot, true);
@@ -237,7 +243,13 @@ impl Taker {
     }
 
     /// The process does not have the turn.
-    fn wait(&mut self, page: &nvshare::Page, slot: nvshare::SlotIndex, competition: &Competition, time: Nanos) -> Option<Nanos> {
+    fn wait(
+        &mut self,
+        page: &nvshare::Page,
+        slot: nvshare::SlotIndex,
+        competition: &Competition,
+        time: Nanos,
+    ) -> Option<Nanos> {
         if competition.overdue.contains(slot) {
             self.begin_beside(time);
             return Some(time);
@@ -310,7 +322,8 @@ impl Taker {
             if self.mark.is_none() {
                 self.mark = captures::with_no_capture(gang::mark);
             }
-            let look = |mark: &mut CompletionMarker| captures::with_no_capture(|| mark.look()).unwrap_or(true);
+            let look =
+                |mark: &mut CompletionMarker| captures::with_no_capture(|| mark.look()).unwrap_or(true);
             if self.mark.as_mut().is_none_or(look) {
                 (self.mark, self.passed) = (None, Some(time));
             }
@@ -330,7 +343,13 @@ impl Taker {
         self.done_since(time)
     }
 
-    fn hold(&mut self, page: &nvshare::Page, slot: nvshare::SlotIndex, began: Nanos, time: Nanos) -> Option<Nanos> {
+    fn hold(
+        &mut self,
+        page: &nvshare::Page,
+        slot: nvshare::SlotIndex,
+        began: Nanos,
+        time: Nanos,
+    ) -> Option<Nanos> {
         let idle = self.idle_since(time);
         // What it does nothing in is not charged, if it gives up the turn for it.
         self.charge(page, slot, idle.unwrap_or(time));
@@ -358,13 +377,21 @@ impl Taker {
         let look = match idle {
             Some(since) => since + GRACE,
             // Work is in flight, and nobody submits more.
-            None if self.mark.is_some() => time + (time.saturating_sub(self.active) / PART).clamp(SHORTEST_LOOK, LOOK),
+            None if self.mark.is_some() => {
+                time + (time.saturating_sub(self.active) / PART).clamp(SHORTEST_LOOK, LOOK)
+            }
             None => time + LOOK,
         };
         Some(look.min(end))
     }
 
-    fn end_turn(&mut self, page: &nvshare::Page, slot: nvshare::SlotIndex, since: Nanos, time: Nanos) -> Option<Nanos> {
+    fn end_turn(
+        &mut self,
+        page: &nvshare::Page,
+        slot: nvshare::SlotIndex,
+        since: Nanos,
+        time: Nanos,
+    ) -> Option<Nanos> {
         let waited = time.saturating_sub(since);
         let submitting = gate().is_open() && gate().occupied() && waited < LAST_SUBMISSION;
         if submitting || self.done_since(time).is_none() {
@@ -394,7 +421,13 @@ impl Taker {
         self.seat.go_beside(true);
     }
 
-    fn go_beside(&mut self, page: &nvshare::Page, slot: nvshare::SlotIndex, until: Nanos, time: Nanos) -> Option<Nanos> {
+    fn go_beside(
+        &mut self,
+        page: &nvshare::Page,
+        slot: nvshare::SlotIndex,
+        until: Nanos,
+        time: Nanos,
+    ) -> Option<Nanos> {
         // Nobody knows what part of the time it had.
         self.charge(page, slot, time);
         if self.done_since(time).is_none() || time < until {

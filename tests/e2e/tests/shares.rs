@@ -99,8 +99,12 @@ fn the_page_has_what_the_environment_asks_for() {
     // People see it below the table, and see nothing of it where all is as usual.
     let shown = said(&nvshare(&node, &["status"]));
     let unusual: Vec<_> = shown.lines().filter(|line| line.contains("weight")).collect();
-    let right = format!("  slot 1 (pid {}): weight 300, priority high, at most 16.00 MiB (25%), at most 30% of the time", second.pid);
+    let right = format!("  slot 1 (pid {}): weight 300, priority high, at most 16.00 MiB (25%)", second.pid);
     assert_eq!(unusual, [right], "{shown}");
+    // Where they differ, each is told what it has of the GPU's time.
+    let times: Vec<_> = shown.lines().filter(|line| line.contains("of the GPU's time lately")).collect();
+    assert!(times.len() == 2 && times[1].contains("lately (at most 30%), 0 s in all"), "{shown}");
+    assert_eq!((first.compute_limit, second.compute_limit), (None, Some(0.3)));
     asks.end();
     TIMEOUT.until("it is gone", || clients(&node).len() == 1);
     let shown = said(&nvshare(&node, &["status"]));
@@ -247,7 +251,10 @@ fn a_running_process_sees_the_change_at_once() {
 
     let words = set(&node, &["job", "--memory-limit", "40MiB", "--weight", "300", "--priority", "low"]);
     assert!(words.contains("weight 300, priority low, memory limit 40.00 MiB"), "{words}");
-    assert!(words.contains("(was: weight 100, priority normal, memory limit none, compute limit none)"), "{words}");
+    assert!(
+        words.contains("(was: weight 100, priority normal, memory limit none, compute limit none)"),
+        "{words}"
+    );
     let client = clients(&node).remove(0);
     assert_eq!((client.weight, client.priority.as_str()), (300, "low"));
     told(&mut one, 40 * MIB, 8 * MIB);
