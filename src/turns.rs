@@ -39,9 +39,10 @@ use crate::sync::{AtomicU64, Ordering, now};
 use crate::units::{MILLISECOND, Nanos, SECOND};
 use crate::usage::{self, DEFAULT_WEIGHT};
 
-/// How long a turn takes, in ns, if somebody else of the same priority has work. Less costs more in changes from one client to
-/// the next, which take some tens of microseconds each; more, and clients wait longer.
-pub const TURN: Nanos = 5 * MILLISECOND;
+/// How long a turn takes, in ns, if somebody else of the same priority has work. A change from one client to the next takes 0.2 to
+/// 0.3 ms of GPU time on an H200 (docs/decisions/0028-compute-shares.md): with turns of 5 ms, two equal clients had 47.9 % of the GPU
+/// each. Longer turns make clients wait longer.
+pub const TURN: Nanos = 10 * MILLISECOND;
 
 /// After so long, in ns, a turn that has neither ended nor begun anew is taken from its client.
 pub const PATIENCE: Nanos = SECOND;
@@ -325,7 +326,7 @@ impl Competition {
 pub struct ComputeUse {
     /// GPU time, ns.
     pub gpu_ns: Nanos,
-    /// Its part of the GPU's time over the last seconds, 0 to 1: a second ago counts half.
+    /// Its part of the GPU's time over the last seconds, 0 to 1, or since it takes turns if that is less: a second ago counts half.
     pub recent_share: f64,
     /// Time for which its threads have waited for a turn, ns.
     pub held_ns: Nanos,
@@ -342,7 +343,7 @@ fn faded(time: Nanos, elapsed: Nanos) -> f64 {
     time as f64 * libm::exp2(-(elapsed as f64) / RECENT as f64)
 }
 
-/// What GPU time that was used evenly over `used` ns, up to now, has come to.
+/// What GPU time that was used without a pause for `used` ns, up to now, has come to.
 fn gained(used: Nanos) -> f64 {
     let most = RECENT as f64 / std::f64::consts::LN_2;
     most * (1.0 - libm::exp2(-(used as f64) / RECENT as f64))

@@ -259,18 +259,20 @@ pub struct ComputeWords {
     pub(crate) recent_ns: AtomicU64,
     /// When that was computed, ns.
     pub(crate) recent_at: AtomicU64,
+    /// Since when it takes turns, ns.
+    pub(crate) since: AtomicU64,
     /// Time for which threads have waited for a turn, ns.
     pub(crate) held_ns: AtomicU64,
     /// Turns that it has had.
     pub(crate) turns: AtomicU64,
     /// Times that others went on beside it, because it did not give up the turn.
     pub(crate) overruns: AtomicU64,
-    _to_the_next_line: Padding<56>,
+    _to_the_next_line: Padding<48>,
 }
 
 impl ComputeWords {
     /// All of them, to be cleared for the slot's next owner.
-    pub(crate) fn all(&self) -> [&AtomicU64; 9] {
+    pub(crate) fn all(&self) -> [&AtomicU64; 10] {
         let Self {
             claim,
             virtual_time,
@@ -278,12 +280,13 @@ impl ComputeWords {
             gpu_ns,
             recent_ns,
             recent_at,
+            since,
             held_ns,
             turns,
             overruns,
             ..
         } = self;
-        [claim, virtual_time, paid_until, gpu_ns, recent_ns, recent_at, held_ns, turns, overruns]
+        [claim, virtual_time, paid_until, gpu_ns, recent_ns, recent_at, since, held_ns, turns, overruns]
     }
 }
 
@@ -364,6 +367,7 @@ impl Page {
                 gpu_ns: word(),
                 recent_ns: word(),
                 recent_at: word(),
+                since: word(),
                 held_ns: word(),
                 turns: word(),
                 overruns: word(),

@@ -163,6 +163,14 @@ impl Page {
         words.recent_at.store(time, Ordering::Relaxed);
     }
 
+    /// The client in `slot` takes turns from the time `time` on, ns: its share of the last seconds begins there.
+    pub fn begin_turns(&self, slot: SlotIndex, time: Nanos) {
+        let words = &self.slot(slot).compute;
+        words.recent_ns.store(0, Ordering::Relaxed);
+        words.recent_at.store(time, Ordering::Relaxed);
+        words.since.store(time, Ordering::Relaxed);
+    }
+
     /// Threads of the client in `slot` have waited for a turn for `time` ns.
     pub fn held_for_turn(&self, slot: SlotIndex, time: Nanos) {
         self.slot(slot).compute.held_ns.fetch_add(time, Ordering::Relaxed);
@@ -173,7 +181,8 @@ impl Page {
         let words = &self.slot(slot).compute;
         let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
         let recent = faded(read(&words.recent_ns), time.saturating_sub(read(&words.recent_at)));
-        let most = RECENT as f64 / std::f64::consts::LN_2;
+        // What it would have come to if the client had had the GPU all the time since it takes turns.
+        let most = gained(time.saturating_sub(read(&words.since)).max(1));
         ComputeUse {
             gpu_ns: read(&words.gpu_ns),
             recent_share: (recent / most).clamp(0.0, 1.0),

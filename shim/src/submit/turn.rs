@@ -21,6 +21,8 @@ pub struct Seat {
     ending: AtomicU64,
     /// Others go on beside this process, and it beside them.
     beside: AtomicBool,
+    /// When a thread that had waited for the turn last went on to submit, and was the first to do so in its turn, ns.
+    first: AtomicU64,
     /// Nobody takes turns any more.
     over: AtomicBool,
     /// How many threads wait.
@@ -78,6 +80,7 @@ impl Seat {
             books,
             ending: AtomicU64::new(0),
             beside: AtomicBool::new(false),
+            first: AtomicU64::new(0),
             over: AtomicBool::new(false),
             held: AtomicU32::new(0),
             held_since: AtomicU64::new(0),
@@ -111,11 +114,25 @@ impl Seat {
             }
             page.wait_doorbell(slot, seen, None);
         }
+        self.note_first();
         self.held.fetch_sub(1, Ordering::SeqCst);
         let since = self.held_since.swap(0, Ordering::Relaxed);
         if since != 0 {
             page.held_for_turn(slot, now().saturating_sub(since));
         }
+    }
+
+    fn note_first(&self) {
+        let turn = self.books.page().turn();
+        if turn.holder == Some(self.books.slot()) && self.first_submission(turn.began).is_none() {
+            self.first.store(now().max(turn.began), Ordering::Release);
+        }
+    }
+
+    /// When a thread that had waited for the turn that began at `began`, ns, went on to submit, ns.
+    pub fn first_submission(&self, began: Nanos) -> Option<Nanos> {
+        let first = self.first.load(Ordering::Acquire);
+        (first >= began).then_some(first)
     }
 
     /// Whether a thread waits for a turn.

@@ -34,7 +34,7 @@ const GRACE: Nanos = 300_000;
 const LOOK: Nanos = 200_000;
 
 /// The interval between two looks at work in flight is the time waited so far divided by this,
-const PART: Nanos = 32;
+const PART: Nanos = 64;
 /// but no less than this, in ns, and no more than [`LOOK`] in a turn, and [`LONGEST_LOOK`] beside others.
 const SHORTEST_LOOK: Nanos = 20_000;
 const LONGEST_LOOK: Nanos = 5 * MILLISECOND;
@@ -67,6 +67,8 @@ struct Taker {
     state: State,
     /// Up to when the process was charged, ns.
     charged: Nanos,
+    /// Until the first submission of a turn is seen: the beginning of the turn, ns, and the gate's count of passes then.
+    awaits: Option<(Nanos, u32)>,
     /// The gate's count of passes when it was last looked at, and when that had changed, ns.
     passes: u32,
     active: Nanos,
@@ -114,6 +116,7 @@ pub fn look(member: impl FnOnce() -> Member, page: &nvshare::Page) {
     let begun = turns.seat.is_some();
     if !begun {
         let seat = Arc::new(Seat::new(member.books.clone()));
+        page.begin_turns(member.books.slot(), now());
         turn::sit(&seat);
         flow::turn(Some((MILLISECOND, 0)));
         turns.seat = Some(seat);
@@ -182,6 +185,7 @@ impl Taker {
             seat,
             state: State::Out,
             charged: 0,
+            awaits: None,
             passes: 0,
             active: 0,
             mark: None,
@@ -237,6 +241,7 @@ impl Taker {
         }
         let began = competition.turn.began;
         (self.charged, self.active) = (began.min(time), time);
+        self.awaits = Some((began, gate().passes()));
         self.set_passed();
         self.state = State::Has;
         self.hold(page, slot, began, time)
@@ -305,8 +310,24 @@ impl Taker {
         }
     }
 
+    /// The process pays from its first submission in the turn on, and not for the time until nvshare has woken up the thread that
+    /// submits. If that takes longer than [`GRACE`], the process is slow.
+    fn await_first_submission(&mut self, time: Nanos) {
+        let Some((began, passes)) = self.awaits else { return };
+        let latest = began.saturating_add(GRACE);
+        let first = match self.seat.first_submission(began) {
+            Some(first) => first,
+            None if gate().passes() != passes => time,
+            None if time >= latest => latest,
+            None => return,
+        };
+        self.charged = self.charged.max(first.min(latest));
+        self.awaits = None;
+    }
+
     fn charge(&mut self, page: &nvshare::Page, slot: nvshare::SlotIndex, time: Nanos) {
-        if time > self.charged {
+        self.await_first_submission(time);
+        if self.awaits.is_none() && time > self.charged {
             page.charge_turn(slot, time - self.charged, time);
             self.charged = time;
         }
@@ -413,7 +434,7 @@ impl Taker {
         tracing::debug!(gpu = %self.member.gpu, "its work has not ended for a second: it goes on beside the others for {} and until that work has ended", format_nanos(self.rest));
         self.state = State::Beside { until: time + self.rest };
         self.rest = (2 * self.rest).clamp(FIRST_REST, LONGEST_REST);
-        self.charged = time;
+        (self.charged, self.awaits) = (time, None);
         self.set_passed();
         // The end of the work so far, before its threads add more.
         let _ = self.done_since(time);
