@@ -121,6 +121,15 @@ pub struct Contender {
     pub paid_until: Nanos,
 }
 
+/// Whether some of these clients differ in weight or priority, or some client has a limit. If not, nobody takes turns.
+pub fn shares_differ(clients: impl IntoIterator<Item = (u32, Priority, ComputeLimit)>) -> bool {
+    let mut first = None;
+    clients.into_iter().any(|(weight, priority, limit)| {
+        let own = (weight, priority);
+        *first.get_or_insert(own) != own || limit.millionths().is_some()
+    })
+}
+
 /// GPU time as virtual time, ns: a client of [`DEFAULT_WEIGHT`] has one for the other.
 fn virtual_of(time: Nanos, weight: u32) -> Nanos {
     scaled(time, DEFAULT_WEIGHT, usage::weight(weight))
@@ -298,7 +307,7 @@ impl Competition {
 
     /// The virtual time with which a client enters the competition, ns: no less than those of its priority who have work have
     /// come to, so that idle time is no claim to GPU time; and not far more. With `anew`, exactly as much: its priority has changed.
-    fn entry(&self, slot: SlotIndex, anew: bool) -> Nanos {
+    pub fn entry(&self, slot: SlotIndex, anew: bool) -> Nanos {
         let client = self.client(slot);
         let same = |other: &SlotIndex| {
             let other_client = self.client(*other);

@@ -9,11 +9,10 @@ const MOST_LOST: u32 = if cfg!(loom) { u32::MAX } else { 1_000 };
 impl Page {
     /// Whether the clients of the GPU differ in weight or priority, or somebody has a compute limit. If not, nobody takes turns.
     pub fn shares_are_set(&self) -> bool {
-        let mut first = None;
-        self.occupied().iter().any(|slot| {
-            let own = self.weight_and_priority(slot);
-            *first.get_or_insert(own) != own || self.compute_limit(slot).millionths().is_some()
-        })
+        shares_differ(self.occupied().iter().map(|slot| {
+            let (weight, priority) = self.weight_and_priority(slot);
+            (weight, priority, self.compute_limit(slot))
+        }))
     }
 
     /// Who has the turn.
