@@ -117,10 +117,21 @@ impl Page {
     pub fn seize_turn(&self, time: Nanos) -> Option<SlotIndex> {
         let seen = self.header.turn.observe(Ordering::Acquire);
         let holder = seen.value.holder?;
-        if seen.value.began_by(time).saturating_add(PATIENCE) > time || !self.swap_turn(&seen, None) {
+        if seen.value.began_by(time).saturating_add(PATIENCE) > time {
             return None;
         }
+        // Before the turn is free: whoever gives it away then must not give it to this client again.
         self.set_overdue(holder, true);
+        if !self.swap_turn(&seen, None) {
+            if self.turn().holder == Some(holder) {
+                // It has begun its turn anew.
+                self.set_overdue(holder, false);
+            } else {
+                // Somebody else has taken the turn from it; or it has given it up, and then it ends being overdue itself.
+                self.ring(holder);
+            }
+            return None;
+        }
         add(&self.slot(holder).compute.overruns, 1);
         fence(Ordering::SeqCst);
         self.settle_turn();
