@@ -760,9 +760,10 @@ impl Gpu {
             };
             let has = self.turns.has(slot);
             // A turn ends with the kernel that is under way then.
-            let turn_ends = self.turns.end().filter(|(holder, _)| *holder == slot).map(|(_, end)| {
-                takes(client.task.until_kernel_ends(end.saturating_sub(self.snapshot.now)))
-            });
+            let turn_ends =
+                self.turns.end().filter(|(holder, _)| *holder == slot).map(|(_, end)| {
+                    takes(client.task.until_kernel_ends(end.saturating_sub(self.snapshot.now)))
+                });
             let decision = || self.snapshot.next_decision(client.decided);
             let phase = self.snapshot.view(slot).phase;
             let [first, second] = match phase {
@@ -776,7 +777,9 @@ impl Gpu {
                 }
                 Phase::Draining if client.submitted > 0 => [has.then(|| takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
-                Phase::Filling => [client.ready_at, (client.submitted > 0 && has).then(|| takes(client.submitted))],
+                Phase::Filling => {
+                    [client.ready_at, (client.submitted > 0 && has).then(|| takes(client.submitted))]
+                }
                 // It decides when its thread has moved what it moves.
                 Phase::Waiting if !self.moves(slot) => [decision(), client.withdraws_at()],
                 Phase::Idle => {
@@ -789,7 +792,11 @@ impl Gpu {
         let clients = self.slots().filter_map(of_client);
         // What is past waits for a change, and those come with events of their own.
         let limits = self.turns.allowed_next();
-        clients.chain(transfers.map(|transfer| transfer.arrives)).chain(limits).min().map(|due| due.max(self.snapshot.now))
+        clients
+            .chain(transfers.map(|transfer| transfer.arrives))
+            .chain(limits)
+            .min()
+            .map(|due| due.max(self.snapshot.now))
     }
 
     /// Those who are still there at the end, and what they have come to.
