@@ -137,6 +137,31 @@ fn a_turn_that_is_not_given_up_is_taken_once() {
     });
 }
 
+/// A client's thread sleeps until it has the turn, and another of its threads takes it from a client that does not give it up.
+#[test]
+fn a_turn_that_is_seized_goes_to_whoever_sleeps() {
+    check_some(2, PERMUTATIONS, || {
+        let (page, slots) = page(2);
+        let [stuck, slot] = slots[..] else { unreachable!("two") };
+        page.claim_turn(stuck);
+        let later = page.turn().began + PATIENCE;
+        let threads = [
+            thread::spawn({
+                let page = page.clone();
+                move || await_turn(&page, slot)
+            }),
+            thread::spawn({
+                let page = page.clone();
+                move || assert_eq!(page.seize_turn(later), Some(stuck))
+            }),
+        ];
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        assert_eq!(page.turn().holder, Some(slot));
+    });
+}
+
 /// The client's thread for turns takes a claim back that no thread waits for, while one comes that does.
 #[test]
 fn a_claim_is_not_taken_back_from_a_thread_that_waits() {
