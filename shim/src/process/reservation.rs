@@ -72,7 +72,8 @@ impl Reservation {
                 let device = reservation.device.clone();
                 // First, so that what the message says the process has is without it.
                 drop(reservation);
-                return Err(device.refuse(bytes, "no room can be made for it on the GPU while a graph is being captured"));
+                return Err(device
+                    .refuse(bytes, "no room can be made for it on the GPU while a graph is being captured"));
             }
             if region.chunks.iter().all(|chunk| matches!(chunk.backing, Backing::Booked)) {
                 // From now on it cannot be evicted.
