@@ -266,7 +266,7 @@ impl Taker {
             }
             return None;
         }
-        self.sit(page);
+        self.sit();
         competition.client(slot).claim?;
         if !self.seat.is_holding() {
             // Its threads have gone to the gate, or have ended.
@@ -292,13 +292,12 @@ impl Taker {
     }
 
     /// The engine may have begun anew to take turns, with another seat.
-    fn sit(&mut self, page: &nvshare::Page) {
+    fn sit(&mut self) {
         let turns = nvshare::sync::lock(&TURNS);
         if let Some(seat) = &turns.seat
             && !Arc::ptr_eq(seat, &self.seat)
         {
             self.seat = seat.clone();
-            let _ = page;
         }
     }
 

@@ -166,7 +166,7 @@ fn weights_hold(options: &[&str]) {
     let mut heavy =
         Program::ready(&node, &[("NVSHARE_WEIGHT", "300")], &[options, &["--kernels", "600"]].concat());
     let mut light = Program::ready(&node, &[], options);
-    let each = options.contains(&"--graph").then_some(5).unwrap_or(1);
+    let each = if options.contains(&"--graph") { 5 } else { 1 };
     light.go();
     heavy.go();
     let mut had = [0; 2];

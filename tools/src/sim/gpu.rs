@@ -271,7 +271,7 @@ impl Gpu {
     fn work(&self, slot: SlotIndex) -> Work {
         match self.snapshot.view(slot).phase {
             _ if !self.can_compute(slot) => Work::None,
-            Phase::Running if self.client(slot).task.into_kernel() == 0 => Work::BetweenKernels,
+            Phase::Running if self.client(slot).task.kernel_left() == 0 => Work::BetweenKernels,
             _ => Work::UnderWay,
         }
     }
