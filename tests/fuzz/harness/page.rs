@@ -429,7 +429,7 @@ fn shares(whom: u8, value: u64) -> Shares {
         weight: value as u32 % MAX_WEIGHT + 1,
         priority: Priority::read(u32::from(whom) % 3).expect("there are three"),
         memory_limit: MemoryLimit::from(value.rotate_left(1)),
-        compute_limit: ComputeLimit::from(value as u32 >> whom % 32),
+        compute_limit: ComputeLimit::from(value as u32 >> (whom % 32)),
     }
 }
 
