@@ -23,6 +23,11 @@ mutants=(
   'a decision that changes nothing is not published#src/lock.rs#            let published =#            if next.admitted == lock.admitted { return snapshot; }\n            let published =#decide#who_comes_while_the_holder_is_reaped_is_admitted'
   'an entry is overwritten before that is told#src/journal.rs#        self.begun.set(number.wrapping_add(1));\n##journal#a_reader_sees_whole_entries_in_order'
   'doorbells not rung#src/lock.rs#                self.ring(slot);#let _ = slot;#decide#two_take_turns'
+  'turn claimed without a barrier#src/turns/page.rs#        fence(Ordering::SeqCst);\n        let holder = self.settle_turn();#        let holder = self.settle_turn();#turns#two_take_compute_turns'
+  'turn given up without a look at the claims#src/turns/page.rs#        // As in `claim_turn`.\n        fence(Ordering::SeqCst);\n        self.settle_turn();##turns#two_take_compute_turns'
+  'turn given to nobody in particular#src/turns/page.rs#                self.ring(next);\n##turns#two_take_compute_turns'
+  'turn seized without a look at the claims#src/turns/page.rs#        fence(Ordering::SeqCst);\n        self.settle_turn();\n        Some(holder)#        Some(holder)#turns#a_turn_that_is_seized_goes_to_whoever_sleeps'
+  'turn free before its holder is overdue#src/turns/page.rs#        self.set_overdue(holder, true);\n        if !self.swap_turn(\&seen, None) {#        if self.swap_turn(&seen, None) { self.set_overdue(holder, true); } else {#turns#a_turn_that_is_not_given_up_is_taken_once'
 )
 for mutant in "${mutants[@]}"; do
   [[ -z ${ONLY:-} || $mutant == *"$ONLY"* ]] || continue

@@ -122,6 +122,10 @@ impl Page {
         self.set_occupied(self.occupied().without(slot));
         self.header.reaped.fetch_add(1, Ordering::Relaxed);
         self.decide();
+        // Those who are left may not differ in their shares any more, and take no compute turns then.
+        for slot in self.occupied().iter() {
+            self.ring(slot);
+        }
         Some(Reaped { process, phase: view.phase, returned })
     }
 
@@ -161,16 +165,20 @@ impl Page {
             &own.idle_since,
             &own.pause,
             &own.returns_at,
+            &own.charged_ns,
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,
             &own.host_promise,
             &self.slot(slot).claimed,
             &self.slot(slot).gang,
-        ];
+        ]
+        .into_iter()
+        .chain(self.slot(slot).compute.all());
         for word in words {
             word.store(0, Ordering::Relaxed);
         }
+        self.forget_turn(slot);
     }
 
     /// Sets the size of a client's context, and takes the difference from the pool's counter. True if the size has changed.

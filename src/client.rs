@@ -440,6 +440,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         let end = policy::end_slice(&snapshot, self.books.slot);
         let own = self.own();
         add(&own.run_ns, end.ran);
+        add(&own.charged_ns, end.charged);
         own.virtual_time.store(end.virtual_time, Ordering::Relaxed);
         own.turn_used.store(end.turn_used as u64, Ordering::Relaxed);
         own.last_ran.store(snapshot.now, Ordering::Relaxed);

@@ -9,7 +9,8 @@
 //! | [`account`], [`pool`] | how many granules each client holds, and how they move between the pool and a client |
 //! | [`lock`], [`lock_word`] | the word that says which clients may load and run, and how a decision is published |
 //! | [`policy`], [`snapshot`] | which clients run, for how long, and which make room: pure functions of a snapshot |
-//! | [`shares`], [`usage`] | a client's weight, priority and memory limit; the GPU time that it has used lately |
+//! | [`shares`], [`usage`] | a client's weight, priority and limits; the GPU time that it has used lately |
+//! | [`turns`] | which client submits work, among those whose memory is in place, while they differ in their shares |
 //! | [`gate`], [`drain_backoff`] | threads pass the gate to submit work; how long it stays shut for a drain that stands still |
 //! | [`gang_order`] | which of its GPUs a process or a gang of processes may ask for, and which it must give up |
 //! | [`gang_cut`], [`gang_page`] | how processes that wait for each other stop together; what they show each other |
@@ -72,6 +73,7 @@ pub mod stream_arena;
 pub mod sync;
 pub mod text;
 pub mod timeline;
+pub mod turns;
 pub mod units;
 pub mod usage;
 

@@ -28,7 +28,7 @@
 //! marker passes while all threads are held. So a thread that has seen no progress for a second submits all the same, and
 //! each second after that twice as many submissions pass.
 
-use crate::units::{MILLISECOND, Nanos};
+use crate::units::{MILLISECOND, Nanos, SECOND};
 use std::collections::VecDeque;
 
 /// A full backlog has this many markers.
@@ -53,6 +53,9 @@ const CONFIRMED: u64 = 2;
 /// In drain targets: after this long without progress, beyond twice the expected time, some submissions pass all the same. It
 /// is longer than most kernels whose length is not known yet.
 const STALL_TIMEOUT: u64 = 20;
+
+/// It is no less than this, ns, however little may be in flight.
+const LEAST_STALL_TIMEOUT: Nanos = SECOND;
 
 /// The most submissions that pass at a time without progress, as a power of two: as many as the driver takes.
 const MOST_STALL_BYPASS: u32 = 10;
@@ -177,10 +180,10 @@ impl<M: Marker> Pace<M> {
         self.cost
     }
 
-    /// Sets the time at which the slice can end, ns.
-    pub fn limit(&mut self, until: Nanos) {
-        if until != self.until {
-            self.until = until;
+    /// Sets the drain target, in ns, and the time at which the slice can end, ns.
+    pub fn limit(&mut self, target: Nanos, until: Nanos) {
+        if (target, until) != (self.target, self.until) {
+            (self.target, self.until) = (target, until);
             self.credit = 0;
         }
     }
@@ -314,7 +317,7 @@ impl<M: Marker> Pace<M> {
     /// come after a thousand others. The stretch under way is expected to take `foreseen` ns.
     fn wait(&mut self, time: Nanos, until: Nanos, foreseen: Nanos) -> Admission {
         let since = *self.stuck.get_or_insert(time);
-        let patience = (STALL_TIMEOUT * self.target).saturating_add(2 * foreseen);
+        let patience = (STALL_TIMEOUT * self.target).max(LEAST_STALL_TIMEOUT).saturating_add(2 * foreseen);
         if time.saturating_sub(since) < patience {
             return Admission::Wait(until);
         }

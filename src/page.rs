@@ -10,7 +10,7 @@
 //! | `phase`, `stall` | what a client is doing, and why it cannot give way |
 //! | `settings` | what the operator decides |
 //! | `bandwidth` | the link's average |
-//! | `shares` | a client's weight, priority and memory limit, as they stand in its row |
+//! | `shares` | a client's weight, priority and limits, as they stand in its row |
 //!
 //! The functions of [`Page`] that belong to one part of the protocol are with that part: [`crate::pool`], [`crate::lock`],
 //! [`crate::audit`], [`crate::snapshot`].
@@ -24,7 +24,8 @@ mod stall;
 
 pub use bandwidth::{DEFAULT_BANDWIDTH, Direction};
 pub use layout::{
-    ForeignMemory, Header, LAYOUT_VERSION, Line, MAGIC, NAME_BYTES, OwnWords, PAGE_BYTES, Page, Slot,
+    ComputeWords, ForeignMemory, Header, LAYOUT_VERSION, Line, MAGIC, NAME_BYTES, OwnWords, PAGE_BYTES, Page,
+    Slot,
 };
 pub use phase::Phase;
 pub use settings::{Quantum, Settings};

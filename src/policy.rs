@@ -56,7 +56,9 @@ pub use room::{
     evict_share, evictors, lacking, needed, prefetch, prefetcher, spare_holders, spares_are_wanted,
 };
 pub use slice::{MOST_SHARES, quantum, turn_length};
-pub use turn::{CREDIT, Entry, NextTurn, SliceEnd, end_slice, enter_queue, next_turn, turns_in_a_row};
+pub use turn::{
+    CREDIT, Entry, NextTurn, SliceEnd, charged, end_slice, enter_queue, next_turn, turns_in_a_row,
+};
 
 use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};

@@ -256,8 +256,9 @@ mod tests {
         assert!(why().contains("5 bytes"), "{}", why());
         std::fs::write(&path, vec![0; place(SLOTS) as usize]).unwrap();
         assert!(why().contains("wrong magic"), "{}", why());
-        Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
-        assert!(why().contains("layout 10"), "{}", why());
+        let other = LAYOUT_VERSION + 1;
+        Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&other.to_le_bytes(), 8).unwrap();
+        assert!(why().contains(&format!("layout {other}")), "{}", why());
         std::fs::remove_file(&path).unwrap();
         let victim = dir.0.join("victim");
         File::create(&victim).unwrap().write_all(b"precious").unwrap();

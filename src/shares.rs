@@ -1,7 +1,9 @@
 //! A client's shares: how much of a GPU it gets in comparison with others.
 //!
 //! - Its *weight* sets the length of its slices in proportion to others', and how much its usage counts ([`crate::usage`]).
-//! - Its *priority* sets how soon its turn comes ([`crate::policy::enter_queue`]).
+//! - Its *priority* sets how soon its turn comes ([`crate::policy::enter_queue`]), and, among clients whose memory is in place, who
+//!   may compute while others have work ([`crate::turns`]).
+//! - Its *compute limit* is the most of the GPU's time that it may have ([`crate::turns`]).
 //! - Its *memory limit* is the most memory that its allocations and its context may have. It sees a GPU of that size.
 //!
 //! The arbiter writes them into the client's row: at registration those that the client asks for, and later those that an
@@ -63,7 +65,7 @@ impl fmt::Display for Priority {
     }
 }
 
-/// A text that is not a weight, a priority or a memory limit.
+/// A text that is not a weight, a priority or a limit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ShareError {
     /// It is not a weight.
@@ -77,6 +79,11 @@ pub enum ShareError {
         "'{0}' is not a memory limit: write a size of 2MiB or more, such as 8GiB, a part of the GPU, such as 25%, or none"
     )]
     MemoryLimit(String),
+    /// It is not a compute limit.
+    #[error(
+        "'{0}' is not a compute limit: write a part of the GPU's time from 1% to 100%, such as 30%, or none"
+    )]
+    ComputeLimit(String),
 }
 
 /// Reads a weight.
@@ -193,6 +200,75 @@ impl fmt::Display for MemoryLimit {
     }
 }
 
+/// The most GPU time that a client may have, of any two seconds. A word of it is the limit in millionths; 0: no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ComputeLimit {
+    /// No limit.
+    #[default]
+    None,
+    /// This many millionths of the time, at least [`ComputeLimit::LEAST`] and at most the whole.
+    Part(u32),
+}
+
+impl ComputeLimit {
+    /// The least limit, in millionths: 1 %.
+    pub const LEAST: u32 = WHOLE / 100;
+
+    /// The limit in millionths, if it is one: the whole is none.
+    pub fn millionths(self) -> Option<u32> {
+        match self {
+            Self::Part(part) if part < WHOLE => Some(part.max(Self::LEAST)),
+            _ => None,
+        }
+    }
+
+    /// The limit that this word stands for, if any.
+    pub fn read(word: u32) -> Option<Self> {
+        let limit = Self::from(word);
+        (u32::from(limit) == word).then_some(limit)
+    }
+}
+
+/// What stands in a page is read within its bounds.
+impl From<u32> for ComputeLimit {
+    fn from(word: u32) -> Self {
+        if word == 0 { Self::None } else { Self::Part(word.clamp(Self::LEAST, WHOLE)) }
+    }
+}
+
+impl From<ComputeLimit> for u32 {
+    fn from(limit: ComputeLimit) -> Self {
+        match limit {
+            ComputeLimit::None => 0,
+            ComputeLimit::Part(part) => part,
+        }
+    }
+}
+
+impl FromStr for ComputeLimit {
+    type Err = ShareError;
+
+    fn from_str(text: &str) -> Result<Self, ShareError> {
+        let trimmed = text.trim();
+        if trimmed == "none" {
+            return Ok(Self::None);
+        }
+        let percent = trimmed.strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
+        let part = percent.map(|percent| (percent * f64::from(WHOLE) / 100.0).round());
+        let part = part.filter(|part| (f64::from(Self::LEAST)..=f64::from(WHOLE)).contains(part));
+        part.map(|part| Self::Part(part as u32)).ok_or_else(|| ShareError::ComputeLimit(text.to_owned()))
+    }
+}
+
+impl fmt::Display for ComputeLimit {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => out.write_str("none"),
+            Self::Part(part) => write!(out, "{}%", f64::from(*part) * 100.0 / f64::from(WHOLE)),
+        }
+    }
+}
+
 /// A client's shares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shares {
@@ -202,18 +278,28 @@ pub struct Shares {
     pub priority: Priority,
     /// The most memory that it may have.
     pub memory_limit: MemoryLimit,
+    /// The most GPU time that it may have.
+    pub compute_limit: ComputeLimit,
 }
 
 impl Default for Shares {
     fn default() -> Self {
-        Self { weight: DEFAULT_WEIGHT, priority: Priority::default(), memory_limit: MemoryLimit::default() }
+        Self {
+            weight: DEFAULT_WEIGHT,
+            priority: Priority::default(),
+            memory_limit: MemoryLimit::default(),
+            compute_limit: ComputeLimit::default(),
+        }
     }
 }
 
 impl fmt::Display for Shares {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { weight, priority, memory_limit } = self;
-        write!(out, "weight {weight}, priority {priority}, memory limit {memory_limit}")
+        let Self { weight, priority, memory_limit, compute_limit } = self;
+        write!(
+            out,
+            "weight {weight}, priority {priority}, memory limit {memory_limit}, compute limit {compute_limit}"
+        )
     }
 }
 
@@ -250,6 +336,18 @@ mod tests {
             let error = text.parse::<Priority>().unwrap_err().to_string();
             assert!(error.contains(&format!("'{text}'")) && error.contains("low, normal or high"), "{error}");
         }
+        for (text, limit) in [
+            ("30%", ComputeLimit::Part(300_000)),
+            (" 12.5 %", ComputeLimit::Part(125_000)),
+            ("100%", ComputeLimit::Part(WHOLE)),
+            ("none", ComputeLimit::None),
+        ] {
+            assert_eq!(text.parse(), Ok(limit), "{text}");
+        }
+        for text in ["", "0", "30", "0%", "0.9%", "101%", "-5%", "nan%", "inf%", "%", "8GiB"] {
+            let error = text.parse::<ComputeLimit>().unwrap_err().to_string();
+            assert!(error.contains(&format!("'{text}'")) && error.contains("30%"), "{error}");
+        }
         for text in ["", "0", "2097151", "0%", "101%", "-5%", "nan%", "inf%", "%", "8 parsecs", "unlimited"] {
             let error = text.parse::<MemoryLimit>().unwrap_err().to_string();
             assert!(error.contains(&format!("'{text}'")) && error.contains("8GiB"), "{error}");
@@ -273,6 +371,14 @@ mod tests {
             let limit = MemoryLimit::from(word);
             prop_assert_eq!(MemoryLimit::read(limit.into()), Some(limit));
             prop_assert!(limit.within(capacity) <= capacity);
+        }
+
+        #[test]
+        fn a_compute_limit_of_garbage_is_within_its_bounds(word: u32) {
+            let limit = ComputeLimit::from(word);
+            prop_assert_eq!(ComputeLimit::read(limit.into()), Some(limit));
+            prop_assert!(limit.millionths().is_none_or(|part| (ComputeLimit::LEAST..WHOLE).contains(&part)));
+            prop_assert_eq!(limit.to_string().parse(), Ok(limit));
         }
 
         /// What is shown can be written again.

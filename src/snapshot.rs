@@ -211,6 +211,7 @@ impl Page {
             fill_ns: read(&own.fill_ns),
             evict_ns: read(&own.evict_ns),
             run_ns: read(&own.run_ns),
+            charged_ns: read(&own.charged_ns),
             stall: own.stall.load(Ordering::Acquire),
             stall_since: read(&own.stall_since),
             stalls: read(&own.stalls),
@@ -256,6 +257,8 @@ pub struct ClientInfo {
     pub evict_ns: Nanos,
     /// Time spent running, ns.
     pub run_ns: Nanos,
+    /// The part of that time with which the policy charges it, in slices that have ended, ns.
+    pub charged_ns: Nanos,
     /// Why it cannot give way, if it is to and cannot.
     pub stall: Stall,
     /// Since when it cannot, ns; 0 when it can.

@@ -15,7 +15,7 @@
 //! bytes; [`crate::register`] has the sockets.
 
 use crate::page::{LAYOUT_VERSION, NAME_BYTES};
-use crate::shares::{MemoryLimit, Priority, Shares};
+use crate::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use crate::slot::{Owner, SlotIndex};
 use crate::text::printable;
 use crate::units::GpuUuid;
@@ -66,6 +66,10 @@ pub struct Hello {
     pub priority: u32,
     /// Its pid in its own namespace. An arbiter that cannot see the process uses it as a name.
     pub pid: u32,
+    /// Its compute limit as a word ([`ComputeLimit`]).
+    pub compute_limit: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
 impl Hello {
@@ -80,6 +84,8 @@ impl Hello {
             memory_limit: 0,
             priority: 0,
             pid: std::process::id(),
+            compute_limit: 0,
+            reserved: 0,
         }
         .with(Shares::default())
     }
@@ -90,6 +96,7 @@ impl Hello {
             weight: shares.weight,
             priority: shares.priority as u32,
             memory_limit: shares.memory_limit.into(),
+            compute_limit: shares.compute_limit.into(),
             ..self
         }
     }
@@ -100,6 +107,7 @@ impl Hello {
             weight: crate::usage::weight(self.weight),
             priority: Priority::read(self.priority).unwrap_or_default(),
             memory_limit: self.memory_limit.into(),
+            compute_limit: self.compute_limit.into(),
         }
     }
 
@@ -322,6 +330,7 @@ fn padded<const N: usize>(text: &str) -> [u8; N] {
 const WEIGHT: u32 = 1;
 const PRIORITY: u32 = 2;
 const MEMORY_LIMIT: u32 = 4;
+const COMPUTE_LIMIT: u32 = 8;
 
 /// A request to change a running client's shares.
 #[repr(C)]
@@ -331,7 +340,7 @@ pub struct Change {
     pub magic: u64,
     /// [`LAYOUT_VERSION`] of the sender.
     pub layout_version: u32,
-    /// Which of the shares are to change: 1 the weight, 2 the priority, 4 the memory limit.
+    /// Which of the shares are to change: 1 the weight, 2 the priority, 4 the memory limit, 8 the compute limit.
     pub which: u32,
     /// The UUID of the client's GPU.
     pub gpu: [u8; 16],
@@ -345,8 +354,8 @@ pub struct Change {
     pub weight: u32,
     /// The new priority as a word; 0 if it stays.
     pub priority: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// The new compute limit as a word; 0 if it stays.
+    pub compute_limit: u32,
     /// The new memory limit as a word; 0 if it stays.
     pub memory_limit: u64,
 }
@@ -360,6 +369,8 @@ pub struct SharesUpdate {
     pub priority: Option<Priority>,
     /// The memory limit.
     pub memory_limit: Option<MemoryLimit>,
+    /// The compute limit.
+    pub compute_limit: Option<ComputeLimit>,
 }
 
 impl SharesUpdate {
@@ -369,6 +380,7 @@ impl SharesUpdate {
             weight: self.weight.unwrap_or(shares.weight),
             priority: self.priority.unwrap_or(shares.priority),
             memory_limit: self.memory_limit.unwrap_or(shares.memory_limit),
+            compute_limit: self.compute_limit.unwrap_or(shares.compute_limit),
         }
     }
 }
@@ -382,14 +394,15 @@ impl Change {
             layout_version: LAYOUT_VERSION,
             which: bit(edit.weight.is_some(), WEIGHT)
                 | bit(edit.priority.is_some(), PRIORITY)
-                | bit(edit.memory_limit.is_some(), MEMORY_LIMIT),
+                | bit(edit.memory_limit.is_some(), MEMORY_LIMIT)
+                | bit(edit.compute_limit.is_some(), COMPUTE_LIMIT),
             gpu: gpu.0,
             slot: slot.get() as u32,
             pid: owner.pid,
             generation: owner.generation,
             weight: edit.weight.unwrap_or_default(),
             priority: edit.priority.unwrap_or_default() as u32,
-            reserved: 0,
+            compute_limit: edit.compute_limit.unwrap_or_default().into(),
             memory_limit: edit.memory_limit.unwrap_or_default().into(),
         }
     }
@@ -413,10 +426,7 @@ impl Change {
         }
         let slot = SlotIndex::new(change.slot as usize)
             .ok_or_else(|| malformed(&format!("there is no slot {}", change.slot)))?;
-        if change.which == 0
-            || change.which & !(WEIGHT | PRIORITY | MEMORY_LIMIT) != 0
-            || change.reserved != 0
-        {
+        if change.which == 0 || change.which & !(WEIGHT | PRIORITY | MEMORY_LIMIT | COMPUTE_LIMIT) != 0 {
             return Err(malformed(
                 "a change says that nothing is to change, or what no arbiter of this release knows",
             ));
@@ -427,13 +437,14 @@ impl Change {
             weight: weight.filter(|_| given(WEIGHT)),
             priority: Priority::read(change.priority).filter(|_| given(PRIORITY)),
             memory_limit: MemoryLimit::read(change.memory_limit).filter(|_| given(MEMORY_LIMIT)),
+            compute_limit: ComputeLimit::read(change.compute_limit).filter(|_| given(COMPUTE_LIMIT)),
         };
         // A value out of its bounds was dropped above, and a share that stays must be 0. Either makes the message differ from
         // one made anew.
         let owner = Owner { generation: change.generation, pid: change.pid };
         if Self::new(GpuUuid(change.gpu), slot, owner, edit) != change {
             return Err(malformed(&format!(
-                "a weight is 1 to {MAX_WEIGHT}, a priority 0 to 2, and a limit none, granules or a part of the pool"
+                "a weight is 1 to {MAX_WEIGHT}, a priority 0 to 2, a memory limit none, granules or a part of the pool, and a compute limit none or 1 to 100 %"
             )));
         }
         Ok((change, slot, edit))
@@ -652,11 +663,16 @@ mod tests {
 
     #[test]
     fn a_change_is_read_as_it_was_made() {
-        let limits = ["none", "2MiB", "8GiB", "25%"].map(|text| Some(text.parse().unwrap()));
-        for memory_limit in limits.into_iter().chain([None]) {
+        let limits = [("none", "none"), ("2MiB", "1%"), ("8GiB", "100%"), ("25%", "30%")];
+        let limits = limits.map(|(memory, compute)| (memory.parse().ok(), compute.parse().ok()));
+        let others = limits
+            .map(|(memory, _)| (memory, None))
+            .into_iter()
+            .chain(limits.map(|(_, compute)| (None, compute)));
+        for (memory_limit, compute_limit) in limits.into_iter().chain(others).chain([(None, None)]) {
             for priority in [Some(Priority::High), Some(Priority::Normal), Some(Priority::Low), None] {
                 for weight in [Some(1), Some(MAX_WEIGHT), None] {
-                    let edit = SharesUpdate { weight, priority, memory_limit };
+                    let edit = SharesUpdate { weight, priority, memory_limit, compute_limit };
                     let (change, slot, read) = match Change::read(bytemuck::bytes_of(&made(edit))) {
                         Ok(read) => read,
                         Err(refusal) => {
@@ -673,7 +689,12 @@ mod tests {
 
     #[test]
     fn what_is_not_given_stays() {
-        let shares = Shares { weight: 7, priority: Priority::Low, memory_limit: MemoryLimit::Size(3) };
+        let shares = Shares {
+            weight: 7,
+            priority: Priority::Low,
+            memory_limit: MemoryLimit::Size(3),
+            compute_limit: ComputeLimit::Part(300_000),
+        };
         assert_eq!(SharesUpdate::default().of(shares), shares);
         let edit = SharesUpdate { memory_limit: Some(MemoryLimit::None), ..SharesUpdate::default() };
         assert_eq!(edit.of(shares), Shares { memory_limit: MemoryLimit::None, ..shares });
@@ -685,6 +706,7 @@ mod tests {
             weight: Some(5),
             priority: Some(Priority::High),
             memory_limit: Some(MemoryLimit::Size(1)),
+            compute_limit: Some(ComputeLimit::Part(300_000)),
         });
         assert!(Change::read(bytemuck::bytes_of(&good)).is_ok());
         for bad in [
@@ -693,10 +715,11 @@ mod tests {
             Change { priority: 3, ..good },
             Change { memory_limit: u64::MAX, ..good },
             Change { memory_limit: 1 << 40, ..good },
-            Change { which: 15, ..good },
+            Change { compute_limit: 9_999, ..good },
+            Change { compute_limit: 1_000_001, ..good },
+            Change { which: 31, ..good },
             Change { which: WEIGHT, ..good },
             Change { slot: 48, ..good },
-            Change { reserved: 1, ..good },
             Change { magic: WIRE_MAGIC, ..good },
         ] {
             assert_eq!(refused(bad).0, Status::Malformed, "{bad:?}");

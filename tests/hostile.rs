@@ -150,9 +150,9 @@ fn a_lie_about_the_memory_of_a_client_that_has_none() {
     });
 }
 
-/// Where a row of layout 6 has them, in bytes: the fields are the crate's own.
+/// Where a row of layout 8 has them, in bytes: the fields are the crate's own.
 const PHASE: usize = 128;
-const ACCOUNT: usize = 384;
+const ACCOUNT: usize = 512;
 
 /// Puts a word into a slot's row, at an offset of the row.
 fn lie_in(page: &Page, slot: SlotIndex, offset: usize, lie: u64) {

@@ -267,6 +267,8 @@ fn received(socket: &Path, hello: &Hello) -> File {
         &hello.memory_limit.to_le_bytes(),
         &hello.priority.to_le_bytes(),
         &hello.pid.to_le_bytes(),
+        &hello.compute_limit.to_le_bytes(),
+        &hello.reserved.to_le_bytes(),
     ];
     scm_rights::send(connection.as_fd(), &words.concat(), &[]).unwrap();
     let (_, fds) = scm_rights::receive(connection.as_fd(), 1024, MsgFlags::empty()).unwrap();

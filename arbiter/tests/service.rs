@@ -4,7 +4,7 @@ use nvshare::page::LAYOUT_VERSION;
 use nvshare::paths;
 use nvshare::register::{self, RegisterError};
 use nvshare::scm_rights;
-use nvshare::shares::{MemoryLimit, Priority, Shares};
+use nvshare::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use nvshare::slot::{Owner, SLOTS};
 use nvshare::units::GpuUuid;
 use nvshare::wire::{Change, Hello, SharesUpdate, Status};
@@ -401,8 +401,12 @@ fn change_refused(result: Result<String, RegisterError>) -> (Status, String) {
     }
 }
 
-const ASKED: Shares =
-    Shares { weight: 300, priority: Priority::High, memory_limit: MemoryLimit::Part(250_000) };
+const ASKED: Shares = Shares {
+    weight: 300,
+    priority: Priority::High,
+    memory_limit: MemoryLimit::Part(250_000),
+    compute_limit: ComputeLimit::Part(300_000),
+};
 
 #[test]
 fn shares_are_what_was_asked_for_and_what_they_are_changed_to() {
@@ -416,6 +420,7 @@ fn shares_are_what_was_asked_for_and_what_they_are_changed_to() {
     let edit = SharesUpdate {
         weight: Some(50),
         memory_limit: Some(MemoryLimit::Size(7)),
+        compute_limit: Some(ComputeLimit::None),
         ..SharesUpdate::default()
     };
     let changed = Shares { priority: Priority::High, ..edit.of(Shares::default()) };
@@ -450,6 +455,7 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
         Change { which: 0, ..good },
         Change { priority: 77, which: 2, ..good },
         Change { memory_limit: u64::MAX, which: 4, ..good },
+        Change { compute_limit: 9_999, which: 8, ..good },
         Change { slot: u32::MAX, ..good },
     ] {
         assert_eq!(change_refused(change(&arbiter, &bad)).0, Status::Malformed, "{bad:?}");
@@ -467,10 +473,15 @@ fn garbage_changes_nothing_and_the_arbiter_goes_on() {
             scm_rights::send(fd.as_fd(), &words[..length], &[]).unwrap();
         }
     }
-    let wild = Hello { weight: u32::MAX, priority: 99, memory_limit: u64::MAX, ..hello() };
+    let wild =
+        Hello { weight: u32::MAX, priority: 99, memory_limit: u64::MAX, compute_limit: u32::MAX, ..hello() };
     let wild = arbiter.register(&wild).unwrap();
-    let bounded =
-        Shares { weight: 1000, priority: Priority::Normal, memory_limit: MemoryLimit::Part(1_000_000) };
+    let bounded = Shares {
+        weight: 1000,
+        priority: Priority::Normal,
+        memory_limit: MemoryLimit::Part(1_000_000),
+        compute_limit: ComputeLimit::Part(1_000_000),
+    };
     assert_eq!(wild.page.shares(wild.slot), bounded);
     assert_eq!(one.page.shares(one.slot), ASKED);
     assert!(change(&arbiter, &good).is_ok(), "it is still there");

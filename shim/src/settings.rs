@@ -1,6 +1,6 @@
 //! The settings from the environment. Read once, at the first call into CUDA.
 
-use nvshare::shares::{MemoryLimit, Priority, Shares, parse_weight};
+use nvshare::shares::{ComputeLimit, MemoryLimit, Priority, Shares, parse_weight};
 use nvshare::units::parse_size;
 use std::str::FromStr;
 use std::sync::OnceLock;
@@ -37,7 +37,7 @@ pub struct Settings {
     pub keep_freed: Duration,
     /// NVSHARE_GANG: the name of the processes that this one waits for and that wait for it, and how many they are with it.
     pub gang: Option<(String, u32)>,
-    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY and NVSHARE_MEMORY_LIMIT: the shares with which the process registers.
+    /// NVSHARE_WEIGHT, NVSHARE_PRIORITY, NVSHARE_MEMORY_LIMIT and NVSHARE_COMPUTE_LIMIT: the shares with which the process registers.
     pub shares: Shares,
 }
 
@@ -155,6 +155,13 @@ impl Settings {
                     MemoryLimit::default(),
                     |text| text.parse().ok(),
                 )?,
+                compute_limit: parse(
+                    get("NVSHARE_COMPUTE_LIMIT"),
+                    "NVSHARE_COMPUTE_LIMIT",
+                    "write a part of the GPU's time from 1% to 100%, such as 30%, or none",
+                    ComputeLimit::default(),
+                    |text| text.parse().ok(),
+                )?,
             },
         })
     }
@@ -214,6 +221,8 @@ mod tests {
             ("NVSHARE_PRIORITY", "urgent"),
             ("NVSHARE_MEMORY_LIMIT", "150%"),
             ("NVSHARE_MEMORY_LIMIT", "1MiB"),
+            ("NVSHARE_COMPUTE_LIMIT", "30"),
+            ("NVSHARE_COMPUTE_LIMIT", "0.5%"),
         ] {
             let error = read(name, value).unwrap_err();
             assert!(error.contains(name) && error.contains(&format!("'{value}'")), "{error}");
@@ -240,5 +249,7 @@ mod tests {
         assert_eq!(read("NVSHARE_PRIORITY", "low").unwrap().shares.priority, Priority::Low);
         let limit = read("NVSHARE_MEMORY_LIMIT", "25%").unwrap().shares.memory_limit;
         assert_eq!(limit, MemoryLimit::Part(250_000));
+        let limit = read("NVSHARE_COMPUTE_LIMIT", "30%").unwrap().shares.compute_limit;
+        assert_eq!(limit, ComputeLimit::Part(300_000));
     }
 }

@@ -13,9 +13,10 @@ use crate::account::{Account, Free};
 use crate::journal::Journal;
 use crate::lock_word::LockWord;
 use crate::packed::{Atomic, Packed};
-use crate::shares::{MemoryLimit, Priority};
+use crate::shares::{ComputeLimit, MemoryLimit, Priority};
 use crate::slot::{Owner, SLOTS, SlotSet};
 use crate::sync::{AtomicU32, AtomicU64};
+use crate::turns::Turn;
 use crate::units::{Granules, MAX_GRANULES};
 use std::cell::UnsafeCell;
 
@@ -23,7 +24,7 @@ use std::cell::UnsafeCell;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"nvshare\n");
 
 /// Version of this layout. Both sides check it before anything else, and refuse a difference.
-pub const LAYOUT_VERSION: u32 = 9;
+pub const LAYOUT_VERSION: u32 = 8;
 
 /// The most bytes of a client's name that the page keeps.
 pub const NAME_BYTES: usize = 64;
@@ -110,7 +111,9 @@ pub struct Header {
     pub(crate) reaped: AtomicU64,
     /// What NVML shows for processes that are no clients.
     pub(super) foreign: Packed<ForeignMemory>,
-    _to_the_next_line: Padding<72>,
+    /// The clients from which others have taken the compute turn, because they did not give it up ([`crate::turns`]).
+    pub(crate) overdue: Packed<SlotSet>,
+    _to_the_next_line: Padding<64>,
 
     /// The pool's counter, and a futex for those who wait for granules.
     pub(crate) free: Line<Packed<Free>>,
@@ -118,6 +121,8 @@ pub struct Header {
     pub(crate) lock: Line<Packed<LockWord>>,
     /// The place in the queue that the next client to wait gets.
     pub(crate) next_ticket: Line<AtomicU64>,
+    /// Who has the compute turn.
+    pub(crate) turn: Line<Packed<Turn>>,
 }
 
 /// What programs that are no clients have on the GPU, as NVML shows it. One word: `processes:32 | granules:32`.
@@ -161,10 +166,14 @@ pub struct Slot {
     pub(crate) claimed: AtomicU64,
     /// The gang that the client belongs to ([`crate::gang_page`]); 0 if none. The arbiter writes it.
     pub(crate) gang: AtomicU64,
-    _to_the_next_line: Padding<8>,
+    /// The client's compute limit ([`crate::shares`]). The arbiter writes it.
+    pub(crate) compute_limit: Packed<ComputeLimit, AtomicU32>,
+    _to_the_next_line: Padding<4>,
 
     /// What the owner writes.
     pub(crate) own: OwnWords,
+    /// What the owner writes about its compute turns.
+    pub(crate) compute: ComputeWords,
     /// What the owner writes, and helpers beside it.
     pub(crate) account: Line<Packed<Account>>,
     /// A futex that others write: how often it has rung.
@@ -232,7 +241,55 @@ pub struct OwnWords {
     pub(crate) pause: AtomicU64,
     /// When it is expected to have work again, ns, if its pauses are regular; 0 if nobody knows.
     pub(crate) returns_at: AtomicU64,
-    _to_the_next_line: Padding<40>,
+    /// GPU time of its slices that have ended, as the policy charges it: a k-th where k ran at once, ns.
+    pub(crate) charged_ns: AtomicU64,
+    _to_the_next_line: Padding<32>,
+}
+
+/// A slot's words about compute turns ([`crate::turns`]). Only its owner writes them, from several threads.
+#[repr(C, align(128))]
+pub struct ComputeWords {
+    /// Since when it has work and has not had the turn, ns; 0 if it has no work. While it has the turn, of no other meaning.
+    pub(crate) claim: AtomicU64,
+    /// GPU time that it has had in turns, by its weight, ns of virtual time.
+    pub(crate) virtual_time: AtomicU64,
+    /// Its limit: the time at which it has used no more than its limit allows, ns ([`crate::turns`]).
+    pub(crate) paid_until: AtomicU64,
+    /// GPU time that it has had in turns, ns.
+    pub(crate) gpu_ns: AtomicU64,
+    /// The same, with what is long ago faded out, ns.
+    pub(crate) recent_ns: AtomicU64,
+    /// When that was computed, ns.
+    pub(crate) recent_at: AtomicU64,
+    /// Since when it takes turns, ns.
+    pub(crate) since: AtomicU64,
+    /// Time for which threads have waited for a turn, ns.
+    pub(crate) held_ns: AtomicU64,
+    /// Turns that it has had.
+    pub(crate) turns: AtomicU64,
+    /// Times that others went on beside it, because it did not give up the turn.
+    pub(crate) overruns: AtomicU64,
+    _to_the_next_line: Padding<48>,
+}
+
+impl ComputeWords {
+    /// All of them, to be cleared for the slot's next owner.
+    pub(crate) fn all(&self) -> [&AtomicU64; 10] {
+        let Self {
+            claim,
+            virtual_time,
+            paid_until,
+            gpu_ns,
+            recent_ns,
+            recent_at,
+            since,
+            held_ns,
+            turns,
+            overruns,
+            ..
+        } = self;
+        [claim, virtual_time, paid_until, gpu_ns, recent_ns, recent_at, since, held_ns, turns, overruns]
+    }
 }
 
 /// The whole page.
@@ -271,6 +328,7 @@ impl Page {
             name: std::array::from_fn(|_| word()),
             claimed: word(),
             gang: word(),
+            compute_limit: packed(),
             _to_the_next_line: Padding::new(),
             own: OwnWords {
                 phase: packed(),
@@ -302,6 +360,20 @@ impl Page {
                 idle_since: word(),
                 pause: word(),
                 returns_at: word(),
+                charged_ns: word(),
+                _to_the_next_line: Padding::new(),
+            },
+            compute: ComputeWords {
+                claim: word(),
+                virtual_time: word(),
+                paid_until: word(),
+                gpu_ns: word(),
+                recent_ns: word(),
+                recent_at: word(),
+                since: word(),
+                held_ns: word(),
+                turns: word(),
+                overruns: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line::new(packed()),
@@ -334,10 +406,12 @@ impl Page {
                 repaired: word(),
                 reaped: word(),
                 foreign: packed(),
+                overdue: packed(),
                 _to_the_next_line: Padding::new(),
                 free: Line::new(packed()),
                 lock: Line::new(packed()),
                 next_ticket: Line::new(word()),
+                turn: Line::new(packed()),
             },
             slots: std::array::from_fn(slot),
             journals: std::array::from_fn(|_| Journal::new()),
@@ -354,6 +428,7 @@ mod tests {
     fn slots_are_whole_cache_lines_and_writers_are_apart() {
         assert_eq!(size_of::<Slot>() % 128, 0);
         assert_eq!(offset_of!(Slot, own) % 128, 0);
+        assert_eq!(offset_of!(Slot, compute) % 128, 0);
         assert_eq!(offset_of!(Slot, account) % 128, 0);
         assert_eq!(offset_of!(Slot, doorbell) % 128, 0);
         assert_eq!(offset_of!(Page, slots) % 128, 0);
@@ -363,9 +438,9 @@ mod tests {
     #[test]
     fn the_layout_has_not_moved() {
         // Another number here needs another LAYOUT_VERSION.
-        assert_eq!(LAYOUT_VERSION, 9);
-        assert_eq!((size_of::<Header>(), size_of::<Slot>(), size_of::<Journal>()), (640, 640, 8192));
-        assert_eq!(PAGE_BYTES, 640 + 48 * (640 + 8192));
+        assert_eq!(LAYOUT_VERSION, 8);
+        assert_eq!((size_of::<Header>(), size_of::<Slot>(), size_of::<Journal>()), (768, 768, 8192));
+        assert_eq!(PAGE_BYTES, 768 + 48 * (768 + 8192));
         assert_eq!(offset_of!(Header, free), 256);
     }
 }

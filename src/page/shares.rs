@@ -1,7 +1,7 @@
 //! A client's shares as they stand in its row: read within their bounds, and written by the arbiter.
 
 use super::layout::Page;
-use crate::shares::{MemoryLimit, Priority, Shares};
+use crate::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use crate::slot::SlotIndex;
 use crate::sync::Ordering;
 
@@ -9,7 +9,12 @@ impl Page {
     /// A client's shares.
     pub fn shares(&self, slot: SlotIndex) -> Shares {
         let (weight, priority) = self.weight_and_priority(slot);
-        Shares { weight, priority, memory_limit: self.memory_limit(slot) }
+        Shares {
+            weight,
+            priority,
+            memory_limit: self.memory_limit(slot),
+            compute_limit: self.compute_limit(slot),
+        }
     }
 
     /// The weight and the priority of a client: those of its shares that decisions look at.
@@ -22,6 +27,11 @@ impl Page {
     /// A client's memory limit.
     pub fn memory_limit(&self, slot: SlotIndex) -> MemoryLimit {
         self.slot(slot).memory_limit.load(Ordering::Relaxed)
+    }
+
+    /// A client's compute limit.
+    pub fn compute_limit(&self, slot: SlotIndex) -> ComputeLimit {
+        self.slot(slot).compute_limit.load(Ordering::Relaxed)
     }
 
     /// Gives a client other shares, and rings every client: slices become longer or shorter at once, and a client that waits
@@ -40,6 +50,7 @@ impl Page {
         row.weight.store(shares.weight, Ordering::Relaxed);
         row.priority.store(shares.priority, Ordering::Relaxed);
         row.memory_limit.store(shares.memory_limit, Ordering::Relaxed);
+        row.compute_limit.store(shares.compute_limit, Ordering::Relaxed);
     }
 }
 
@@ -58,9 +69,11 @@ mod tests {
             row.weight.store(garbage, Ordering::Relaxed);
             row.priority.atomic().store(garbage, Ordering::Relaxed);
             row.memory_limit.atomic().store(u64::from(garbage) << 31 | 7, Ordering::Relaxed);
+            row.compute_limit.atomic().store(garbage, Ordering::Relaxed);
             let shares = page.shares(slot);
             assert!((1..=MAX_WEIGHT).contains(&shares.weight));
             assert_eq!(Priority::read(shares.priority.into()), Some(shares.priority));
+            assert_eq!(ComputeLimit::read(shares.compute_limit.into()), Some(shares.compute_limit));
         }
         // The slot's next owner gets the default shares.
         page.reap(slot);

@@ -107,7 +107,6 @@ pub(super) fn virtual_time(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
 }
 
 /// The GPU time, ns, that the client in `slot` has had in its present slice.
-#[cfg(test)]
 pub(super) fn shared(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
     SharedTime::of(snapshot).of_slice(snapshot.view(slot))
 }

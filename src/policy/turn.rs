@@ -9,7 +9,7 @@
 
 use crate::page::Phase;
 use crate::policy::fair_share::{
-    mean, ran, slice_begun, used_of_turn, virtual_of, virtual_time, virtual_times,
+    mean, ran, shared, slice_begun, used_of_turn, virtual_of, virtual_time, virtual_times,
 };
 use crate::policy::order::{Order, Standing, turn_is_over};
 use crate::policy::scaled;
@@ -110,6 +110,8 @@ fn debt(snapshot: &Snapshot, slot: SlotIndex, far: Nanos) -> Nanos {
 pub struct SliceEnd {
     /// How long the slice was, ns.
     pub ran: Nanos,
+    /// The GPU time that it is charged with: of the time in which k ran at once, a k-th, ns.
+    pub charged: Nanos,
     /// Its virtual time, ns.
     pub virtual_time: Nanos,
     /// What it has used of its turn, ns.
@@ -122,6 +124,7 @@ pub struct SliceEnd {
 pub fn end_slice(snapshot: &Snapshot, slot: SlotIndex) -> SliceEnd {
     SliceEnd {
         ran: ran(snapshot, slot),
+        charged: shared(snapshot, slot),
         virtual_time: virtual_time(snapshot, slot),
         turn_used: used_of_turn(snapshot, slot) as i64,
         used_up: turn_is_over(snapshot, &Turns::of(snapshot), slot),
@@ -163,4 +166,9 @@ pub fn turns_in_a_row(before: u32, more: bool, over: bool) -> u32 {
         (true, false) => before,
         (false, _) => 0,
     }
+}
+
+/// The GPU time with which the client in `slot` is charged for its slice so far, ns.
+pub fn charged(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    shared(snapshot, slot)
 }

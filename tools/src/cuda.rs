@@ -102,6 +102,10 @@ functions! {
     );
     stream_create = "cuStreamCreate": fn(*mut Handle, c_uint);
     stream_synchronize = "cuStreamSynchronize": fn(Handle);
+    begin_capture = "cuStreamBeginCapture_v2": fn(Handle, c_uint);
+    end_capture = "cuStreamEndCapture": fn(Handle, *mut Handle);
+    graph_instantiate = "cuGraphInstantiateWithFlags": fn(*mut Handle, Handle, u64);
+    graph_launch = "cuGraphLaunch": fn(Handle, Handle);
     event_create = "cuEventCreate": fn(*mut Handle, c_uint);
     event_record = "cuEventRecord": fn(Handle, Handle);
     event_synchronize = "cuEventSynchronize": fn(Handle);
@@ -112,6 +116,7 @@ const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_BLOCKING_SYNC: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 const ATTACH_GLOBAL: c_uint = 1;
+const CAPTURE_RELAXED: c_uint = 2;
 
 /// The driver with the primary context of a GPU, current in the thread that opened it.
 pub struct Gpu {
@@ -337,6 +342,33 @@ impl Gpu {
         self.check("cuEventSynchronize", unsafe { (self.functions.event_synchronize)(event) })
     }
 
+    /// A graph of what `submit` submits to a stream, ready to be launched.
+    ///
+    /// # Errors
+    /// The driver's, and those of `submit`.
+    pub fn graph(&self, stream: Handle, submit: impl FnOnce() -> Result) -> Result<Handle> {
+        let (mut graph, mut exec) = (0, 0);
+        // SAFETY: a handle of this driver's.
+        self.check("cuStreamBeginCapture", unsafe {
+            (self.functions.begin_capture)(stream, CAPTURE_RELAXED)
+        })?;
+        submit()?;
+        // SAFETY: a handle of this driver's, and places for the answers.
+        self.check("cuStreamEndCapture", unsafe { (self.functions.end_capture)(stream, &mut graph) })?;
+        // SAFETY: as above.
+        let code = unsafe { (self.functions.graph_instantiate)(&mut exec, graph, 0) };
+        self.check("cuGraphInstantiateWithFlags", code).map(|()| exec)
+    }
+
+    /// Launches a graph.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn launch_graph(&self, graph: Handle, stream: Handle) -> Result {
+        // SAFETY: handles of this driver's.
+        self.check("cuGraphLaunch", unsafe { (self.functions.graph_launch)(graph, stream) })
+    }
+
     /// Loads the kernels.
     ///
     /// # Errors
@@ -356,6 +388,7 @@ impl Gpu {
         Ok(Kernels {
             gpu: self,
             null: function(c"nvshare_null")?,
+            work: function(c"nvshare_work")?,
             iota: function(c"nvshare_iota_u64")?,
             mix: function(c"nvshare_mix_u64")?,
             checksum: function(c"nvshare_checksum_u64")?,
@@ -415,6 +448,7 @@ pub const KERNELS: &str = include_str!("../../tests/simcuda/kernels.ptx");
 pub struct Kernels<'a> {
     gpu: &'a Gpu,
     null: Handle,
+    work: Handle,
     iota: Handle,
     mix: Handle,
     checksum: Handle,
@@ -431,15 +465,25 @@ impl Kernels<'_> {
     }
 
     fn launch<const N: usize>(&self, function: Handle, arguments: [u64; N], stream: Handle) -> Result {
+        self.launch_grid((GRID, BLOCK), function, arguments, stream)
+    }
+
+    fn launch_grid<const N: usize>(
+        &self,
+        (grid, block): (c_uint, c_uint),
+        function: Handle,
+        arguments: [u64; N],
+        stream: Handle,
+    ) -> Result {
         let addresses = arguments.each_ref().map(|argument| ptr::from_ref(argument).cast::<c_void>());
         // SAFETY: as many arguments as the kernel has, each of 64 bits; the driver copies them before it returns.
         let code = unsafe {
             (self.gpu.functions.launch)(
                 function,
-                GRID,
+                grid,
                 1,
                 1,
-                BLOCK,
+                block,
                 1,
                 1,
                 0,
@@ -449,6 +493,15 @@ impl Kernels<'_> {
             )
         };
         self.gpu.check("cuLaunchKernel", code)
+    }
+
+    /// So many multiply-adds in each thread of a block on some hundred processors: GPU time in proportion to them. `out` is a
+    /// word of memory.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn work(&self, out: DevicePointer, iterations: u64, stream: Handle) -> Result {
+        self.launch_grid((132, 128), self.work, [out, iterations], stream)
     }
 
     /// `pointer[i] = (seed + i) * GOLDEN`.

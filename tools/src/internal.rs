@@ -2,6 +2,7 @@
 
 use crate::Failure;
 use crate::bench::{handoff, launch, switch};
+use crate::compute::{self, Compute};
 use crate::job::{self, Job};
 
 /// Options of `nvshare internal`.
@@ -15,6 +16,8 @@ pub struct Options {
 enum What {
     /// A job; says its events on the standard output
     Job(Job),
+    /// Kernels of one length, without a pause or in bursts; says how many were done when
+    Compute(Compute),
     /// The second process of `bench handoff`
     HandoffPeer(handoff::Peer),
     /// The measured process of `bench launch`
@@ -39,6 +42,7 @@ pub fn run(options: Options) -> Result<(), Failure> {
                 Err(Failure::with_status(1, format!("wrong data in buffers {:?}", outcome.wrong_buffers)))
             }
         }
+        What::Compute(options) => compute::run_here(&options),
         What::HandoffPeer(options) => handoff::peer(&options),
         What::Launches(options) => launch::measured(&options),
         What::TracedLaunches => launch::traced(),

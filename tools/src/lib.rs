@@ -12,6 +12,7 @@
 //! | [`internal`] | what the commands start themselves again as |
 
 pub mod bench;
+pub mod compute;
 pub mod crew;
 pub mod cuda;
 pub mod demo;
@@ -67,6 +68,11 @@ fn weight(text: &str) -> Result<u32, String> {
 
 /// Reads a memory limit from the command line.
 fn memory_limit(text: &str) -> Result<nvshare::shares::MemoryLimit, String> {
+    text.parse().map_err(|error: nvshare::shares::ShareError| error.to_string())
+}
+
+/// Reads a compute limit from the command line.
+fn compute_limit(text: &str) -> Result<nvshare::shares::ComputeLimit, String> {
     text.parse().map_err(|error: nvshare::shares::ShareError| error.to_string())
 }
 

@@ -22,6 +22,9 @@ use std::time::Duration;
   # A large GPU stands in for a small one
   nvshare run --capacity 14.9GiB -- python3 train.py
 
+  # At most 30% of the GPU's time
+  nvshare run --compute-limit 30% -- python3 train.py
+
   # Three times the GPU time of a program with the usual weight
   nvshare run --weight 300 -- python3 train.py
 
@@ -50,6 +53,9 @@ pub struct Options {
     /// The most memory of each GPU that the program may have: a size, such as 8GiB, or a part, such as 25% [default: none]
     #[arg(long, value_name = "SIZE|PERCENT", value_parser = limit_as_written)]
     memory_limit: Option<String>,
+    /// The most of each GPU's time that the program may have, over any two seconds, such as 30% [default: none]
+    #[arg(long, value_name = "PERCENT", value_parser = compute_limit_as_written)]
+    compute_limit: Option<String>,
     /// A name that processes on this machine which wait for each other's GPU work have in common, and how many they are,
     /// such as training:2. Processes that use NCCL are recognised without it
     #[arg(long, value_name = "NAME:SIZE", value_parser = gang_as_written)]
@@ -112,6 +118,7 @@ pub fn run(options: Options) -> Result<ExitCode, Failure> {
         ("NVSHARE_WEIGHT", options.weight.map(|weight| weight.to_string())),
         ("NVSHARE_PRIORITY", options.priority.map(|priority| priority.to_string())),
         ("NVSHARE_MEMORY_LIMIT", options.memory_limit),
+        ("NVSHARE_COMPUTE_LIMIT", options.compute_limit),
         ("NVSHARE_GANG", options.gang),
     ];
     command.envs(variables.into_iter().filter_map(|(name, value)| Some((name, value?))));
@@ -147,6 +154,11 @@ fn gang_as_written(text: &str) -> Result<String, String> {
 /// A limit that makes sense, as it was written: the program reads it again.
 fn limit_as_written(text: &str) -> Result<String, String> {
     crate::memory_limit(text).map(|_| text.to_owned())
+}
+
+/// The same for a compute limit.
+fn compute_limit_as_written(text: &str) -> Result<String, String> {
+    crate::compute_limit(text).map(|_| text.to_owned())
 }
 
 /// A pool has one size; who asks for another is told.

@@ -1,11 +1,11 @@
-//! `nvshare set`: a running client's weight, priority and memory limit.
+//! `nvshare set`: a running client's weight, priority and limits.
 //!
 //! The client is looked up in the pages, as `nvshare status` shows them; the arbiter makes the change.
 
 use crate::Failure;
 use crate::{complain, say};
 use nvshare::change;
-use nvshare::shares::{MemoryLimit, Priority};
+use nvshare::shares::{ComputeLimit, MemoryLimit, Priority};
 use nvshare::slot::{SLOTS, SlotIndex};
 use nvshare::snapshot::ClientInfo;
 use nvshare::units::GpuUuid;
@@ -23,9 +23,10 @@ use std::time::Duration;
     override_usage = "\
 nvshare set [OPTIONS] <CLIENT>
                    [--weight <WEIGHT>] [--priority <PRIORITY>]
-                   [--memory-limit <SIZE|PERCENT|none>]",
+                   [--memory-limit <SIZE|PERCENT|none>]
+                   [--compute-limit <PERCENT|none>]",
     after_help = "\
-At least one of --weight, --priority and --memory-limit is needed.
+At least one of --weight, --priority, --memory-limit and --compute-limit is needed.
 
 CLIENT is a pid, a slot's number or a client's name, as `nvshare status` shows them. If it means more than one client, \
 they are listed: write pid:4242, slot:3 or name:train, and --gpu where a process has several GPUs.
@@ -37,7 +38,8 @@ Examples:
   nvshare set 4242 --weight 300            three times the GPU time of the usual
   nvshare set train --priority low         its turn comes later than others'
   nvshare set slot:3 --memory-limit 25%    a quarter of the GPU
-  nvshare set slot:3 --memory-limit none"
+  nvshare set slot:3 --memory-limit none
+  nvshare set train --compute-limit 30%    at most that part of the GPU's time"
 )]
 pub struct Options {
     /// Which client: its pid, slot or name, or one of them by pid:N, slot:N or name:TEXT
@@ -51,6 +53,9 @@ pub struct Options {
     /// The most GPU memory that the client may have: a size, such as 8GiB, a part of the GPU, such as 25%, or none
     #[arg(long, group = "shares", value_name = "SIZE|PERCENT|none", value_parser = crate::memory_limit)]
     memory_limit: Option<MemoryLimit>,
+    /// The most of the GPU's time that the client may have, over any two seconds: a part, such as 30%, or none
+    #[arg(long, group = "shares", value_name = "PERCENT|none", value_parser = crate::compute_limit)]
+    compute_limit: Option<ComputeLimit>,
     /// Look for the client on this GPU only
     #[arg(long, value_name = "UUID", value_parser = gpu)]
     gpu: Option<GpuUuid>,
@@ -170,8 +175,8 @@ fn only(whom: &str, gpu: Option<GpuUuid>, clients: Vec<Found>) -> Result<Found, 
 pub fn run(options: &Options) -> Result<(), Failure> {
     let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
     let found = only(&options.client, options.gpu, clients(&dir)?)?;
-    let Options { weight, priority, memory_limit, .. } = *options;
-    let edit = SharesUpdate { weight, priority, memory_limit };
+    let Options { weight, priority, memory_limit, compute_limit, .. } = *options;
+    let edit = SharesUpdate { weight, priority, memory_limit, compute_limit };
     let wanted = Change::new(found.gpu, found.client.slot, found.client.owner, edit);
     let shares = change::change(&paths::socket(&dir), &wanted, TIMEOUT)
         .map_err(|error| Failure::usage(format!("{found}: {error}")))?;

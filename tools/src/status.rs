@@ -8,7 +8,7 @@ use crate::layout::{self, Column, figures, words};
 use crate::{Failure, say};
 use comfy_table::presets;
 use nvshare::page::{Direction, Page, Stall};
-use nvshare::shares::{MemoryLimit, Shares};
+use nvshare::shares::{ComputeLimit, MemoryLimit, Shares};
 use nvshare::slot::{SLOTS, SlotIndex};
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
@@ -24,8 +24,9 @@ A process is told the pool as the GPU's memory, by CUDA and by NVML. Free for it
 context, and what others have that cannot move: their contexts and what is fixed. Their other data moves out of its way.
 
 Below the clients stand those that are to give way and cannot, with the reason, those that run together with others \
-because they wait for each other (a gang), and those whose weight, priority or memory limit is not the usual one; \
-`nvshare set` changes these three.
+because they wait for each other (a gang), and those whose weight, priority or limit is not the usual one; `nvshare set` \
+changes them. Where clients take compute turns (where they differ in these), each has a line with its part of the GPU's \
+time over the last seconds.
 
 A screen that is too narrow for the table has further columns below. COLUMNS sets its width.
 
@@ -120,6 +121,24 @@ pub struct Client {
     pub memory_limit_bytes: Option<u64>,
     /// The limit as it was given, such as 25%; null without one.
     pub memory_limit: Option<String>,
+    /// The most of the GPU's time that it may have over any two seconds, 0 to 1; null without a limit.
+    pub compute_limit: Option<f64>,
+    /// Whether it takes compute turns: the clients of the GPU differ in their shares.
+    pub takes_turns: bool,
+    /// GPU time that it has had in compute turns, in all, ns.
+    pub gpu_ns: u64,
+    /// Its part of the GPU's time over the last seconds, 0 to 1; null if it takes no compute turns. A second ago counts half.
+    pub gpu_share: Option<f64>,
+    /// GPU time that the policy has charged it with, ns: of each slice a k-th where k ran at once, whatever they did.
+    pub charged_ns: u64,
+    /// Time for which its threads have waited for a compute turn, ns.
+    pub held_ns: u64,
+    /// Compute turns that it has had.
+    pub turns: u64,
+    /// Times that others went on beside it, because it did not give up a compute turn.
+    pub overruns: u64,
+    /// Whether others go on beside it now.
+    pub overdue: bool,
     /// Times that it was admitted and filled.
     pub slices: u64,
     /// Times that it gave way.
@@ -203,7 +222,9 @@ fn gpu(page: &Page) -> Gpu {
 fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Option<Client> {
     let details = page.details(slot)?;
     let bytes = |granules: Granules| bytes_of(granules);
-    let Shares { weight, priority, memory_limit } = details.shares;
+    let Shares { weight, priority, memory_limit, compute_limit } = details.shares;
+    let compute = page.compute_use(slot, time);
+    let takes_turns = page.shares_are_set();
     let stalled = details.stalled_for(time);
     let waiting = (details.wait_since != 0).then(|| time.saturating_sub(details.wait_since));
     Some(Client {
@@ -225,6 +246,15 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
         priority: priority.to_string(),
         memory_limit_bytes: memory_limit.granules(snapshot.capacity).map(bytes),
         memory_limit: (memory_limit != MemoryLimit::None).then(|| memory_limit.to_string()),
+        compute_limit: compute_limit.millionths().map(|part| f64::from(part) / 1e6),
+        takes_turns,
+        gpu_ns: compute.gpu_ns,
+        gpu_share: takes_turns.then_some(compute.recent_share),
+        charged_ns: details.charged_ns.saturating_add(policy::charged(snapshot, slot)),
+        held_ns: compute.held_ns,
+        turns: compute.turns,
+        overruns: compute.overruns,
+        overdue: compute.overdue,
         slices: details.slices,
         yields: details.yields,
         bytes_in: details.bytes_in,
@@ -295,6 +325,7 @@ fn print(gpu: &Gpu, width: usize) {
     say!("{}", layout::table(&COLUMNS, &rows, presets::NOTHING, width));
     gpu.clients.iter().filter_map(stall).for_each(|line| indented(&line));
     gpu.clients.iter().filter_map(shares).for_each(|line| indented(&line));
+    gpu.clients.iter().filter_map(compute).for_each(|line| indented(&line));
 }
 
 /// Of the table of clients. Those that are asked for most come first: a narrow screen has the others below.
@@ -369,4 +400,24 @@ fn shares(client: &Client) -> Option<String> {
     }
     (!unusual.is_empty())
         .then(|| format!("  slot {} (pid {}): {}", client.slot, client.pid, unusual.join(", ")))
+}
+
+/// A client's part of the GPU's time, if it takes compute turns, and what it waits for.
+fn compute(client: &Client) -> Option<String> {
+    let share = client.gpu_share?;
+    let limit = client.compute_limit.map(|limit| ComputeLimit::Part((limit * 1e6).round() as u32));
+    let limit = limit.map(|limit| format!(" (at most {limit})")).unwrap_or_default();
+    let overdue = if client.overdue {
+        "; its work does not end, and others go on beside it: it may be stopped, or its kernels are long"
+    } else {
+        ""
+    };
+    Some(format!(
+        "  slot {} (pid {}): {:.0}% of the GPU's time lately{limit}, {} in all, held for {}{overdue}",
+        client.slot,
+        client.pid,
+        share * 100.0,
+        span(client.gpu_ns),
+        span(client.held_ns)
+    ))
 }

@@ -65,6 +65,34 @@ fn who_is_due_again_at_once_does_not_keep_others_from_its_memory() {
     assert_eq!(filler.finished, 1);
 }
 
+/// Those who fit and differ in their shares: the service first, then the limit, and the rest by weight.
+#[test]
+fn shares_hold_among_clients_that_fit() {
+    let report = report(&read("compute-shares.toml"), 1);
+    let had = |name: &str| row(&report, name).gpu_seconds / report.seconds;
+    assert!((had("service") / 0.053 - 1.0).abs() < 0.01, "{}", had("service"));
+    // It comes to at most a kernel of the others, each time.
+    let answer = row(&report, "service").answer.max;
+    assert!(answer <= 0.002_650 + 0.001_651, "{answer} s");
+    assert!((had("limited") - 0.1).abs() < 0.002, "{}", had("limited"));
+    let ratio = had("heavy") / had("light");
+    assert!((ratio - 3.0).abs() < 0.03, "{ratio}");
+    // Nothing is left over, and nobody gives way.
+    assert!(report.utilisation > 0.999, "{}", report.utilisation);
+    assert_eq!((report.switches, report.bytes_in), (0, 0));
+}
+
+/// What nobody may use is left, and nobody is held up for it.
+#[test]
+fn a_limit_holds_for_a_client_that_is_alone() {
+    let mut scenario = read("compute-shares.toml");
+    scenario.clients.retain(|class| class.name == "limited");
+    let report = report(&scenario, 1);
+    let had = row(&report, "limited").gpu_seconds / report.seconds;
+    assert!((had - 0.1).abs() < 0.002, "{had}");
+    assert!((report.time.busy - 0.1).abs() < 0.002 && report.time.idle > 0.89, "{:?}", report.time);
+}
+
 #[test]
 fn the_same_seed_gives_the_same_bytes_and_another_one_others() {
     let mut scenario = read("vgpus.toml");

@@ -19,7 +19,7 @@ use crate::memory::swap::Swap;
 use crate::process::engine::host_shortage::HostShortage;
 use crate::state;
 use crate::submit::drain::CompletionMarker;
-use crate::submit::{captures, flow, gang};
+use crate::submit::{captures, flow, gang, turn_taking};
 use giving_way::{GivingWay, Look};
 use idle::{Idle, Use};
 use nvshare::client::Next;
@@ -337,8 +337,10 @@ impl Engine {
         snapshot.clients().any(|(slot, view)| slot != self.slot() && view.phase.wants_gpu())
     }
 
-    /// While the slice can end, limits the work in flight so that a drain takes no longer than the drain target.
+    /// While the slice can end, limits the work in flight so that a drain takes no longer than the drain target. Begins to take
+    /// compute turns if the clients of the GPU differ in their shares.
     fn limit(&self) {
+        turn_taking::look(|| self.device.gang_member(), self.page());
         let target = self.page().settings().drain_target;
         if target == 0 || !self.flow_control {
             return;
@@ -508,6 +510,7 @@ impl Engine {
         self.swap.destroy();
         self.host_shortage.end();
         self.device.host.trim(0);
+        turn_taking::end(self.device.gpu, true);
         self.client.leave();
     }
 }

@@ -15,6 +15,7 @@ use crate::submit::captures;
 use crate::submit::drain::StreamMarker;
 use crate::submit::gate::gate;
 use crate::submit::queue::Queue;
+use crate::submit::turn;
 use crate::thread::ThreadId;
 use nvshare::pace::{Admission, CostEstimate, Marker, Pace};
 use nvshare::sync::now;
@@ -37,8 +38,10 @@ impl Marker for StreamMarker {
 /// The pace of each queue, and when the slice of each of the process's GPUs can end.
 #[derive(Default)]
 struct Flow {
-    /// While a slice can end: the drain target, and the earliest end of a slice, ns.
+    /// While work in flight is limited: the drain target, and when the slice or the turn can end, ns.
     limit: Option<(Nanos, Nanos)>,
+    /// The limit for a compute turn, while the process takes turns. It is the lower one.
+    turn: Option<(Nanos, Nanos)>,
     paces: FxHashMap<Queue, Pace<StreamMarker>>,
     /// The paces of the slice that has ended, until it is drained.
     over: FxHashMap<Queue, Pace<StreamMarker>>,
@@ -68,13 +71,27 @@ impl Flow {
         Some(self.paces.entry(queue).or_insert_with(|| Pace::new(target, until, known(), now())))
     }
 
-    fn stop(&mut self) {
-        if self.limit.take().is_none() {
-            return;
+    /// Limits the work in flight from now on, or no more.
+    fn set(&mut self, limit: Option<(Nanos, Nanos)>) {
+        let Some((target, until)) = limit else { return self.stop() };
+        // No marker is made here, because submitting threads may hold the driver's locks for seconds.
+        if self.limit.replace((target, until)).is_none() {
+            gate().limit();
         }
+        self.paces.values_mut().for_each(|pace| pace.limit(target, until));
+    }
+
+    fn stop(&mut self) {
+        if self.limit.take().is_some() {
+            self.begin_anew();
+            gate().unlimit();
+        }
+    }
+
+    /// The slice is over, or no work is limited any more.
+    fn begin_anew(&mut self) {
         self.costs = self.paces.iter().map(|(queue, pace)| (*queue, pace.cost())).collect();
         self.over = std::mem::take(&mut self.paces);
-        gate().unlimit();
         CHANGED.notify_all();
     }
 }
@@ -85,19 +102,30 @@ pub fn limit(gpu: GpuUuid, end: Option<Nanos>, target: Nanos) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
     flow.ends.extend(end.map(|end| (gpu, end)));
-    let Some(until) = flow.ends.iter().map(|(_, end)| *end).min() else { return flow.stop() };
-    // No marker is made here, because submitting threads may hold the driver's locks for seconds.
-    if flow.limit.replace((target, until)).is_none() {
-        gate().limit();
+    if flow.turn.is_none() {
+        let until = flow.ends.iter().map(|(_, end)| *end).min();
+        flow.set(until.map(|until| (target, until)));
     }
-    flow.paces.values_mut().for_each(|pace| pace.limit(until));
+}
+
+/// Sets how much work the process may have in flight while it takes compute turns: beyond the end of its turn, in ns, and that end,
+/// ns; `None`: it takes none any more.
+pub fn turn(limit: Option<(Nanos, Nanos)>) {
+    let mut flow = flow();
+    if limit.is_some() || flow.turn.is_some() {
+        flow.turn = limit;
+        // Where a slice can end, the engine limits the work again when it next looks.
+        flow.set(limit);
+    }
 }
 
 /// The slice of this GPU has ended, or the process does not use the GPU any more.
 pub fn end(gpu: GpuUuid) {
     let mut flow = flow();
     flow.ends.retain(|(known, _)| *known != gpu);
-    if flow.ends.is_empty() {
+    if flow.turn.is_some() {
+        flow.begin_anew();
+    } else if flow.ends.is_empty() {
         flow.stop();
     }
 }
@@ -145,16 +173,22 @@ pub fn thread_ended(thread: ThreadId) {
     flow.costs.retain(|queue, _| is_other(queue));
 }
 
-/// Waits until a submission to a queue is admitted. Called outside the gate, which may be shut meanwhile.
+/// Waits until a submission to a queue is admitted: until the process has the compute turn, if it takes turns, and until little
+/// enough is in flight. Called outside the gate, which may be shut meanwhile.
 #[cold]
 pub fn pace(queue: Queue) {
-    let mut flow = flow();
-    while let Some(pace) = flow.pace(queue) {
+    loop {
+        // Submissions are not counted while a capture is open: captured calls submit no work, and querying an event would
+        // invalidate the capture.
+        if captures::is_capturing() {
+            return;
+        }
+        turn::wait();
+        let mut flow = flow();
+        let Some(pace) = flow.pace(queue) else { return };
         if pace.has_credit() {
             return;
         }
-        // Submissions are not counted while a capture is open: captured calls submit no work, and querying an event would
-        // invalidate the capture.
         let Some(turn) = captures::with_no_capture(|| pace.next(now())) else { return };
         match turn {
             Admission::Go => return,
@@ -177,16 +211,16 @@ pub fn pace(queue: Queue) {
                 HELD.fetch_add(1, Ordering::Relaxed);
                 HOLDS.fetch_add(1, Ordering::Relaxed);
                 let rest = Duration::from_nanos(until.saturating_sub(now()));
-                flow = CHANGED.wait_timeout(flow, rest).unwrap_or_else(|poisoned| poisoned.into_inner()).0;
+                drop(CHANGED.wait_timeout(flow, rest));
                 HELD.fetch_sub(1, Ordering::Relaxed);
             }
         }
     }
 }
 
-/// Whether a thread waits here.
+/// Whether a thread waits here, or for a compute turn.
 pub fn is_holding() -> bool {
-    HELD.load(Ordering::Relaxed) > 0
+    HELD.load(Ordering::Relaxed) > 0 || turn::is_holding()
 }
 
 /// How often threads have waited here.

@@ -17,6 +17,7 @@ use crate::cuda::driver::Driver;
 use crate::submit::drain::{CompletionMarker, Streams, WorkBefore};
 use crate::submit::gang_seats::Seats;
 use crate::submit::gate::gate;
+use crate::submit::turn;
 use nvshare::Books;
 use nvshare::gang_cut::{self, Cut, Row, Stage};
 use nvshare::gang_order::{GangOrder, GpuState};
@@ -41,7 +42,7 @@ pub struct Member {
 
 impl Member {
     /// Wakes the GPU's engine.
-    fn wake_engine(&self) {
+    pub fn wake_engine(&self) {
         self.books.page().ring(self.books.slot());
     }
 }
@@ -128,7 +129,7 @@ impl Gang {
             self.begin(changes);
             gate().open();
         } else if gate().is_open() {
-            gate().close();
+            shut_gate();
         }
         self.show();
     }
@@ -232,6 +233,18 @@ impl Gang {
     }
 }
 
+fn shut_gate() {
+    gate().close();
+    turn::gate_shut();
+}
+
+/// Whether this is the only GPU of the process, and the process is in no gang with others. If it is not, then a wait on this GPU
+/// may hold up work on another one.
+pub fn is_alone(gpu: GpuUuid) -> bool {
+    let gang = gang();
+    gang.seats.is_empty() && gang.members.iter().all(|member| member.gpu == gpu)
+}
+
 /// Wakes all engines of the process.
 pub fn wake_engines() {
     gang().members.iter().for_each(|member| member.wake_engine());
@@ -243,7 +256,7 @@ pub fn join(member: Member) {
     gang.order.join(member.gpu, member.books.slot());
     gang.members.push(member);
     // A GPU is not ready until its engine has said so.
-    gate().close();
+    shut_gate();
     gang.end_step();
 }
 
@@ -260,6 +273,8 @@ pub fn leave(gpu: GpuUuid) {
     } else {
         gang.changed(gpu);
     }
+    // After an error the gate lets everybody in.
+    turn::gate_shut();
 }
 
 /// The GPUs of the process, and its slots there.
@@ -493,7 +508,7 @@ pub fn drain(gpu: GpuUuid, incomplete: bool, leaves: bool) {
         gang.wake_all_but(gpu);
     }
     // Also if it is shut already: another engine may be shutting it and not have executed its memory barrier yet.
-    gate().close();
+    shut_gate();
     gang.show();
 }
 

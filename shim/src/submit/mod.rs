@@ -11,6 +11,7 @@
 //! | [`gang`] | the GPUs of this process together, and its gang: the gate is open when all have theirs |
 //! | `gang_seats` | what the processes of a gang show each other |
 //! | [`gate`] | the process's gate |
+//! | [`turn`], [`turn_taking`] | compute turns, for the threads that wait for one, and the thread that ends them |
 //!
 //! May use `cuda` and the files of the crate's root, and no room above.
 
@@ -24,3 +25,5 @@ pub mod gate;
 pub mod green;
 pub mod pass;
 pub mod queue;
+pub mod turn;
+pub mod turn_taking;

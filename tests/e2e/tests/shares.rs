@@ -86,6 +86,7 @@ fn the_page_has_what_the_environment_asks_for() {
         ("NVSHARE_WEIGHT", "300"),
         ("NVSHARE_PRIORITY", "high"),
         ("NVSHARE_MEMORY_LIMIT", "25%"),
+        ("NVSHARE_COMPUTE_LIMIT", "30%"),
     ];
     let asks = started(&node, &variables);
     let shares = |client: &Client| {
@@ -100,6 +101,10 @@ fn the_page_has_what_the_environment_asks_for() {
     let unusual: Vec<_> = shown.lines().filter(|line| line.contains("weight")).collect();
     let right = format!("  slot 1 (pid {}): weight 300, priority high, at most 16.00 MiB (25%)", second.pid);
     assert_eq!(unusual, [right], "{shown}");
+    // Where they differ, each is told what it has of the GPU's time.
+    let times: Vec<_> = shown.lines().filter(|line| line.contains("of the GPU's time lately")).collect();
+    assert!(times.len() == 2 && times[1].contains("lately (at most 30%), 0 s in all"), "{shown}");
+    assert_eq!((first.compute_limit, second.compute_limit), (None, Some(0.3)));
     asks.end();
     TIMEOUT.until("it is gone", || clients(&node).len() == 1);
     let shown = said(&nvshare(&node, &["status"]));
@@ -138,10 +143,10 @@ fn what_status_says_fits_80_columns_and_uses_more_where_there_are_more() {
 fn run_passes_the_flags_on() {
     let gpu = gpu();
     let node = node(&gpu);
-    let script = "echo $NVSHARE_WEIGHT $NVSHARE_PRIORITY $NVSHARE_MEMORY_LIMIT";
-    let flags = ["--weight", "7", "--priority", "low", "--memory-limit", "12.5%"];
+    let script = "echo $NVSHARE_WEIGHT $NVSHARE_PRIORITY $NVSHARE_MEMORY_LIMIT $NVSHARE_COMPUTE_LIMIT";
+    let flags = ["--weight", "7", "--priority", "low", "--memory-limit", "12.5%", "--compute-limit", "30%"];
     let output = nvshare(&node, &[&["run"], &flags[..], &["--", "sh", "-c", script]].concat());
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "7 low 12.5%\n", "{}", said(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "7 low 12.5% 30%\n", "{}", said(&output));
     let output = nvshare(&node, &["run", "--", "sh", "-c", script]);
     assert_eq!(String::from_utf8_lossy(&output.stdout), "\n", "{}", said(&output));
 }
@@ -246,7 +251,10 @@ fn a_running_process_sees_the_change_at_once() {
 
     let words = set(&node, &["job", "--memory-limit", "40MiB", "--weight", "300", "--priority", "low"]);
     assert!(words.contains("weight 300, priority low, memory limit 40.00 MiB"), "{words}");
-    assert!(words.contains("(was: weight 100, priority normal, memory limit none)"), "{words}");
+    assert!(
+        words.contains("(was: weight 100, priority normal, memory limit none, compute limit none)"),
+        "{words}"
+    );
     let client = clients(&node).remove(0);
     assert_eq!((client.weight, client.priority.as_str()), (300, "low"));
     told(&mut one, 40 * MIB, 8 * MIB);

@@ -11,7 +11,7 @@
 use nvshare::audit::Audit;
 use nvshare::client::{Next, NoMemory};
 use nvshare::page::{Direction, Header, NAME_BYTES, Page, Phase, Quantum, Settings, Slot};
-use nvshare::shares::{MemoryLimit, Priority, Shares};
+use nvshare::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use nvshare::slot::{Process, SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::Snapshot;
 use nvshare::units::{GpuUuid, Granules, MAX_GRANULES, MILLISECOND};
@@ -429,6 +429,7 @@ fn shares(whom: u8, value: u64) -> Shares {
         weight: value as u32 % MAX_WEIGHT + 1,
         priority: Priority::read(u32::from(whom) % 3).expect("there are three"),
         memory_limit: MemoryLimit::from(value.rotate_left(1)),
+        compute_limit: ComputeLimit::from(value as u32 >> (whom % 32)),
     }
 }
 

@@ -33,6 +33,7 @@ pub struct Kernel {
 enum Body {
     Null,
     Spin,
+    Work,
     FillU32,
     IotaU64,
     MixU64,
@@ -44,9 +45,11 @@ enum Body {
 }
 
 /// All kernels.
-pub static KERNELS: [Kernel; 10] = [
+pub static KERNELS: [Kernel; 11] = [
     Kernel { name: "nvshare_null", parameters: &[], body: Body::Null },
     Kernel { name: "nvshare_spin", parameters: &[8], body: Body::Spin },
+    // An iteration takes a nanosecond.
+    Kernel { name: "nvshare_work", parameters: &[8, 8], body: Body::Work },
     Kernel { name: "nvshare_fill_u32", parameters: &[8, 8, 4], body: Body::FillU32 },
     Kernel { name: "nvshare_iota_u64", parameters: &[8, 8, 8], body: Body::IotaU64 },
     Kernel { name: "nvshare_mix_u64", parameters: &[8, 8, 8], body: Body::MixU64 },
@@ -133,7 +136,7 @@ impl Launch {
         let [a, b, c, d] = self.arguments;
         let array = |address, element, write| Range { address, element, write };
         match self.kernel.body {
-            Body::Null | Body::Spin | Body::AwaitU32 | Body::ZeroGranules => (vec![], 0, None),
+            Body::Null | Body::Spin | Body::Work | Body::AwaitU32 | Body::ZeroGranules => (vec![], 0, None),
             Body::FillU32 => (vec![array(a, 4, true)], b, None),
             Body::IotaU64 | Body::MixU64 => (vec![array(a, 8, true)], b, None),
             Body::AddF32 => (vec![array(a, 4, true), array(b, 4, false), array(c, 4, false)], d, None),
@@ -149,6 +152,10 @@ impl Launch {
             Body::Null => return Ok(()),
             Body::Spin => {
                 compute(device, self.arguments[0], || ());
+                return Ok(());
+            }
+            Body::Work => {
+                compute(device, self.arguments[1], || ());
                 return Ok(());
             }
             Body::AwaitU32 => {
@@ -192,7 +199,7 @@ impl Launch {
             for i in 0..n {
                 let index = first + i;
                 match self.kernel.body {
-                    Body::Null | Body::Spin | Body::AwaitU32 | Body::ZeroGranules => {}
+                    Body::Null | Body::Spin | Body::Work | Body::AwaitU32 | Body::ZeroGranules => {}
                     Body::FillU32 => store(at[0], i, argument as u32),
                     Body::IotaU64 => store(at[0], i, argument.wrapping_add(index).wrapping_mul(GOLDEN)),
                     Body::MixU64 => {

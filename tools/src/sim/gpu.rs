@@ -12,6 +12,7 @@ use super::observed::Observed;
 use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
+use super::turns::{Turns, Work};
 use nvshare::page::{Phase, Settings};
 use nvshare::pauses::{Pauses, Rhythm};
 use nvshare::placement::Load;
@@ -116,6 +117,8 @@ impl Link {
 pub struct Gpu {
     machine: std::sync::Arc<Machine>,
     snapshot: Observed,
+    /// Which of those who could compute does.
+    turns: Turns,
     clients: Vec<Option<Client>>,
     next_ticket: u64,
     to_gpu: Link,
@@ -139,6 +142,7 @@ impl Gpu {
         };
         Self {
             machine: machine.clone(),
+            turns: Turns::new(machine.settings.deadline),
             snapshot: snapshot.into(),
             clients: Vec::new(),
             next_ticket: 1,
@@ -171,6 +175,7 @@ impl Gpu {
         };
         self.snapshot.free -= self.machine.context as i32;
         self.snapshot.occupied = self.snapshot.occupied.with(slot);
+        self.turns.arrive(slot, &job);
         self.clients[slot.get()] = Some(Client {
             absent: job.memory,
             task: Task::new(job, tally, now),
@@ -249,12 +254,40 @@ impl Gpu {
 
     /// Whether its work is on the GPU now.
     fn computes(&self, slot: SlotIndex) -> bool {
+        self.can_compute(slot) && self.turns.has(slot)
+    }
+
+    /// Whether it has work and all its memory is in place: it computes, if it takes no turns or has the turn.
+    fn can_compute(&self, slot: SlotIndex) -> bool {
         match self.snapshot.view(slot).phase {
             Phase::Running => self.client(slot).task.left() > 0,
             // One that fills while its earlier work is still under way has grown.
             Phase::Draining | Phase::Filling => self.client(slot).submitted > 0,
             _ => false,
         }
+    }
+
+    /// Its work, as those see it who take compute turns.
+    fn work(&self, slot: SlotIndex) -> Work {
+        match self.snapshot.view(slot).phase {
+            _ if !self.can_compute(slot) => Work::None,
+            Phase::Running if self.client(slot).task.kernel_left() == 0 => Work::BetweenKernels,
+            _ => Work::UnderWay,
+        }
+    }
+
+    /// Ends and begins compute turns. True if another client has the turn.
+    fn take_turns(&mut self, now: Nanos) -> bool {
+        let mut work = [Work::None; SLOTS];
+        for slot in self.slots() {
+            work[slot.get()] = self.work(slot);
+        }
+        self.turns.look(|slot| work[slot.get()], now)
+    }
+
+    /// GPU time of the work that a client has in flight when it shuts its gate, ns. Without the turn it has none.
+    fn in_flight(&self, slot: SlotIndex) -> Nanos {
+        if self.turns.has(slot) { self.client(slot).task.submitted() } else { 0 }
     }
 
     /// Whether a client wants the GPU, or keeps it from others in a pause.
@@ -275,7 +308,9 @@ impl Gpu {
         let moves = any(&|slot| self.moves(slot));
         let fills = any(&|slot| phase(slot) == Phase::Filling && self.snapshot.admitted.contains(slot));
         let drains = any(&|slot| phase(slot) == Phase::Draining || self.client(slot).ready_at.is_some());
-        if drains || (fills && moves) {
+        if self.turns.all_wait() {
+            Use::Idle
+        } else if drains || (fills && moves) {
             Use::Switching
         } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some() {
             Use::Kept
@@ -312,6 +347,7 @@ impl Gpu {
             let client = self.client_mut(*slot);
             client.submitted = client.submitted.saturating_sub(done);
             client.task.works(done, now);
+            self.turns.computed(*slot, elapsed, now);
         }
     }
 
@@ -324,6 +360,7 @@ impl Gpu {
                 changed |= self.walk(slot, now, gone);
             }
             changed |= self.depart(now);
+            changed |= self.take_turns(now);
             if !changed {
                 return;
             }
@@ -483,8 +520,7 @@ impl Gpu {
             let client = self.client_mut(slot);
             client.absent = client.absent.saturating_sub(missing);
         } else {
-            let client = self.client_mut(slot);
-            client.submitted = client.task.submitted();
+            self.client_mut(slot).submitted = self.in_flight(slot);
             self.enter(slot, Phase::Filling, now);
         }
         true
@@ -546,10 +582,11 @@ impl Gpu {
         let running = self.snapshot.view(slot).phase == Phase::Running;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
+        let in_flight = self.in_flight(slot);
         let client = self.client_mut(slot);
         client.turn_over = end.used_up;
         if running {
-            client.submitted = client.task.submitted();
+            client.submitted = in_flight;
         }
         client.drained_at = None;
         client.task.tally.yields += 1;
@@ -622,6 +659,7 @@ impl Gpu {
         let view = std::mem::take(self.view_mut(slot));
         self.snapshot.free += (view.resident + view.context) as i32;
         self.snapshot.occupied = self.snapshot.occupied.without(slot);
+        self.turns.leave(slot);
         if let Some(mut client) = self.clients[slot.get()].take() {
             client.task.tally.becomes(State::Idle, now);
             client.task.tally.finished = Some(now);
@@ -720,16 +758,28 @@ impl Gpu {
                 let (worth, of) = self.worth(slot);
                 self.snapshot.now.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
             };
+            let has = self.turns.has(slot);
+            // A turn ends with the kernel that is under way then.
+            let turn_ends =
+                self.turns.end().filter(|(holder, _)| *holder == slot).map(|(_, end)| {
+                    takes(client.task.until_kernel_ends(end.saturating_sub(self.snapshot.now)))
+                });
             let decision = || self.snapshot.next_decision(client.decided);
             let phase = self.snapshot.view(slot).phase;
             let [first, second] = match phase {
-                Phase::Running if client.task.has_work() => [Some(takes(client.task.left())), decision()],
+                Phase::Running if client.task.has_work() && has => {
+                    let ends = takes(client.task.left());
+                    [Some(turn_ends.map_or(ends, |end| end.min(ends))), decision()]
+                }
+                Phase::Running if client.task.has_work() => [None, decision()],
                 Phase::Running => {
                     [Some(self.keeps_until(slot)).filter(|at| *at > self.snapshot.now), decision()]
                 }
-                Phase::Draining if client.submitted > 0 => [Some(takes(client.submitted)), None],
+                Phase::Draining if client.submitted > 0 => [has.then(|| takes(client.submitted)), None],
                 Phase::Draining => [client.drained_at, None],
-                Phase::Filling => [client.ready_at, (client.submitted > 0).then(|| takes(client.submitted))],
+                Phase::Filling => {
+                    [client.ready_at, (client.submitted > 0 && has).then(|| takes(client.submitted))]
+                }
                 // It decides when its thread has moved what it moves.
                 Phase::Waiting if !self.moves(slot) => [decision(), client.withdraws_at()],
                 Phase::Idle => {
@@ -741,7 +791,12 @@ impl Gpu {
         };
         let clients = self.slots().filter_map(of_client);
         // What is past waits for a change, and those come with events of their own.
-        clients.chain(transfers.map(|transfer| transfer.arrives)).min().map(|due| due.max(self.snapshot.now))
+        let limits = self.turns.allowed_next();
+        clients
+            .chain(transfers.map(|transfer| transfer.arrives))
+            .chain(limits)
+            .min()
+            .map(|due| due.max(self.snapshot.now))
     }
 
     /// Those who are still there at the end, and what they have come to.

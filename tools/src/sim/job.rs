@@ -3,7 +3,7 @@
 use super::quantity::{Span, Time};
 use super::random::Chance;
 use super::scenario::{Class, First, Work};
-use nvshare::shares::Priority;
+use nvshare::shares::{ComputeLimit, Priority};
 use nvshare::units::{Granules, Nanos};
 use std::sync::Arc;
 
@@ -24,6 +24,7 @@ pub struct Job {
     pub grows: Option<(Granules, Nanos)>,
     pub weight: u32,
     pub priority: Priority,
+    pub compute_limit: ComputeLimit,
     pub iteration: Nanos,
     pub in_flight: u64,
     pub buffers: usize,

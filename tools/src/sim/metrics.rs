@@ -111,7 +111,7 @@ pub enum Use {
     Switching,
     /// Nothing computes, because the holder pauses and keeps the GPU while others wait.
     Kept,
-    /// Nobody has anything to do.
+    /// Nobody has anything to do, or nobody may because of limits.
     Idle,
 }
 

@@ -8,6 +8,7 @@
 //! | [`scenario`], `quantity` | the file |
 //! | `random`, `job`, `task` | what clients do, and when they come |
 //! | `gpu`, `observed` | a GPU under nvshare: the phases, the link; the snapshot, and what the policy says of it |
+//! | `turns` | who computes, among those whose memory is in place |
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
 //! | `metrics`, `fairness` | what is counted |
@@ -25,6 +26,7 @@ pub mod report;
 pub mod scenario;
 pub mod table;
 mod task;
+mod turns;
 pub mod world;
 
 use crate::picture::{self, Lane};

@@ -93,7 +93,7 @@ pub struct TimeShares {
     pub switching: f64,
     /// Nothing computed, because the holder paused and kept the GPU while others waited.
     pub kept: f64,
-    /// Nobody had anything to do.
+    /// Nobody had anything to do, or nobody might because of limits.
     pub idle: f64,
 }
 

@@ -3,7 +3,7 @@
 use super::quantity::{Rate, Size, Span, Time};
 use crate::Failure;
 use nvshare::page::Quantum;
-use nvshare::shares::{Priority, ShareError};
+use nvshare::shares::{ComputeLimit, Priority, ShareError};
 use nvshare::slot::SLOTS;
 use nvshare::units::{GRANULE, Granules, Nanos, granules_for, granules_in};
 use nvshare::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
@@ -126,6 +126,19 @@ impl TryFrom<String> for PrioritySetting {
     }
 }
 
+/// `compute_limit`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(try_from = "String")]
+pub struct ComputeLimitSetting(pub ComputeLimit);
+
+impl TryFrom<String> for ComputeLimitSetting {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse().map(Self).map_err(|error: ShareError| error.to_string())
+    }
+}
+
 /// `quantum`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -233,6 +246,9 @@ pub struct Class {
     /// How soon each one's turn comes.
     #[serde(default)]
     pub priority: PrioritySetting,
+    /// The most of each GPU's time that each may have.
+    #[serde(default)]
+    pub compute_limit: ComputeLimitSetting,
     /// On how many GPUs of one node each is.
     #[serde(default = "one_machine")]
     pub vgpus: usize,
@@ -466,6 +482,9 @@ impl Scenario {
         )?;
         holds(class.gpu.is_none() || class.vgpus == 1, "vgpus", "1 with a fixed gpu")?;
         holds((1..=MAX_WEIGHT).contains(&class.weight), "weight", &format!("1 to {MAX_WEIGHT}"))?;
+        let limited = class.compute_limit.0.millionths().is_some();
+        let expected = "none, because policy.mode is \"demand-paging\",";
+        holds(!limited || self.policy.mode == Mode::Nvshare, "compute_limit", expected)?;
         holds((1..=1_000_000).contains(&class.in_flight), "in_flight", "1 to 1000000")?;
         holds(!class.memory.all().is_empty(), "memory", "at least one size")?;
         let most = u64::from(self.capacity()) * GRANULE;

@@ -112,6 +112,18 @@ impl Task {
         (self.left % iteration).saturating_add(ahead).min(self.until_idle())
     }
 
+    /// GPU time that is left of the kernel under way, ns; 0 between two kernels.
+    pub fn kernel_left(&self) -> Nanos {
+        self.left % self.job.iteration.max(1)
+    }
+
+    /// GPU time until the first kernel ends of those that end in `time` ns or later, ns.
+    pub fn until_kernel_ends(&self, time: Nanos) -> Nanos {
+        let (first, each) = (self.kernel_left(), self.job.iteration.max(1));
+        let more = time.saturating_sub(first).div_ceil(each).saturating_mul(each);
+        first.saturating_add(more).max(1)
+    }
+
     /// It had `time` of the GPU.
     pub fn works(&mut self, time: Nanos, now: Nanos) {
         let time = time.min(self.until_idle());

@@ -215,6 +215,7 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
                 grows: class.grows.map(|grows| (granules_for(grows.to.0), grows.over.0)),
                 weight: class.weight,
                 priority: class.priority.0,
+                compute_limit: class.compute_limit.0,
                 iteration,
                 in_flight: class.in_flight,
                 buffers: class.buffers,

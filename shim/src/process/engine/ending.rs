@@ -11,7 +11,7 @@ use crate::process::engine::{Engine, SwapError};
 use crate::settings::settings;
 use crate::state;
 use crate::submit::gate::gate;
-use crate::submit::{captures, gang};
+use crate::submit::{captures, gang, turn_taking};
 use nvshare::Client;
 use nvshare::map::MappedPage;
 use nvshare::sync::now;
@@ -77,9 +77,11 @@ fn fail(device: &Arc<Device>, error: &SwapError) {
     if result == CuResult::DEINITIALIZED {
         // The process is exiting. Exit handlers may still make calls, or wait for threads that do, so the gate must let them
         // through: the driver answers them. The arbiter closes the client's accounts.
+        turn_taking::end(gpu, false);
         return gang::leave(gpu);
     }
     fail_process(gpu, result);
+    turn_taking::end(gpu, true);
     await_last_work(device);
     give_up(device);
 }
