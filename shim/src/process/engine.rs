@@ -239,10 +239,7 @@ impl Engine {
         let of_gang = self.update_gang();
         let until = match self.client.phase() {
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
-            // Its gang cannot run before a process that is stopped goes on, and others have a use for the GPU.
-            Phase::Idle if gang::is_somebody_silent() && self.others_use_it(&self.device.snapshot()) => {
-                by(until, now() + STUCK_POLL_INTERVAL)
-            }
+            Phase::Idle if self.leaves_it_to_others() => by(until, now() + STUCK_POLL_INTERVAL),
             Phase::Idle if gang::is_wanted() && gang::may_ask(gpu) => {
                 self.idle.returns();
                 return self.client.request();
@@ -335,6 +332,12 @@ impl Engine {
     /// Whether other clients have this GPU or wait for it.
     fn others_use_it(&self, snapshot: &Snapshot) -> bool {
         snapshot.clients().any(|(slot, view)| slot != self.slot() && view.phase.wants_gpu())
+    }
+
+    /// Whether the process cannot run before a process that is stopped goes on, or before a client's work on another GPU ends, and
+    /// others have a use for this GPU.
+    fn leaves_it_to_others(&self) -> bool {
+        gang::is_blocked(self.device.gpu) && self.others_use_it(&self.device.snapshot())
     }
 
     /// While the slice can end, limits the work in flight so that a drain takes no longer than the drain target. Begins to take

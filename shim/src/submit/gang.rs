@@ -591,11 +591,6 @@ pub fn is_blocked(gpu: GpuUuid) -> bool {
     gang.order.is_blocked(gpu) || gang.seats.is_somebody_silent()
 }
 
-/// Whether a process of the gang does not answer.
-pub fn is_somebody_silent() -> bool {
-    gang().seats.is_somebody_silent()
-}
-
 /// Marks the end of all work of the process so far on every GPU, because work on one may use memory of
 /// another. No capture may be open.
 pub fn mark() -> CompletionMarker {

@@ -37,8 +37,14 @@ fn arguments() -> [String; 4] {
 
 /// A machine with so many GPUs, and pools of 64 MiB.
 fn machine(gpus: u32) -> Machine {
+    machine_with_uuids(gpus, "any")
+}
+
+/// A machine whose GPUs' UUIDs are in this order ("ascending" or "any"), which is the order in which gangs take them.
+fn machine_with_uuids(gpus: u32, uuids: &str) -> Machine {
     let set = |name: &'static str, value: &str| (name, value.to_owned());
     let gpu = SimulatedGpu::new(&[
+        set("UUIDS", uuids),
         set("GPUS", &gpus.to_string()),
         set("MEMORY", "256MiB"),
         set("CONTEXT_BYTES", "2MiB"),
@@ -295,9 +301,9 @@ fn a_rank_that_is_killed_leaves_the_others_what_nccl_gives_them_and_other_jobs_g
 }
 
 /// A rank is stopped while its job waits for its turn: a job that needs only the GPU of the other rank goes on, and when the rank
-/// goes on, its job does too. The other rank's GPU comes before that of the stopped one in the order of GPUs, or after it.
+/// goes on, its job does too. If it is the first rank, its GPU comes first in the order of GPUs; if it is the second one, last.
 fn nobody_else_waits_for_a_stopped_rank(rank: usize) {
-    let machine = machine(2);
+    let machine = machine_with_uuids(2, "ascending");
     let first = Job::start(&machine, "first", &job(&[0, 1]));
     let alone = Job::start(&machine, "alone", &job(&[1 - rank as u32]));
     all_get_on(&[&first, &alone]);

@@ -14,6 +14,7 @@
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
 //! | `NVSHARE_SIM_NVML_PIDS` | how the simulated GPU's NVML shows processes: `own`; `other`: as from a container, by pids of another namespace; `none`: not at all | own |
+//! | `NVSHARE_SIM_UUIDS` | the order of the GPUs' UUIDs: `ascending` with their numbers; `any`: as the machine's name makes them | any |
 //! | `NVSHARE_SIM_WATCH` | 1: a call that submits work while memory is out is an illegal access | 0 |
 //! | `NVSHARE_SIM_FAIL` | `name:count[:error],...`: the next calls of a driver function fail | none |
 //!
@@ -69,6 +70,8 @@ pub struct Config {
     pub um_fault_bandwidth: u64,
     /// Bytes/s of managed pages that have to leave.
     pub um_evict_bandwidth: u64,
+    /// Whether the GPUs' UUIDs ascend with their numbers.
+    pub ascending_uuids: bool,
     /// Whether calls that come while memory is out are illegal accesses.
     pub watch: bool,
     /// Functions that are to fail.
@@ -125,6 +128,17 @@ impl Config {
             compile_ns: number(var, "NVSHARE_SIM_COMPILE_NS", "a number of nanoseconds")?.unwrap_or(0),
             um_fault_bandwidth: bytes(var, "NVSHARE_SIM_UM_FAULT_BANDWIDTH")?.unwrap_or(um),
             um_evict_bandwidth: bytes(var, "NVSHARE_SIM_UM_EVICT_BANDWIDTH")?.unwrap_or(um),
+            ascending_uuids: match var("NVSHARE_SIM_UUIDS").as_deref() {
+                None | Some("any") => false,
+                Some("ascending") => true,
+                Some(value) => {
+                    return Err(ConfigError {
+                        variable: "NVSHARE_SIM_UUIDS",
+                        value: value.to_owned(),
+                        wanted: "ascending or any",
+                    });
+                }
+            },
             watch: number::<u8>(var, "NVSHARE_SIM_WATCH", "0 or 1")?.unwrap_or(0) != 0,
             fail: fail_rules(var)?,
         })

@@ -118,6 +118,7 @@ struct Layout {
 #[derive(Clone)]
 pub struct Segment {
     name: String,
+    ascending_uuids: bool,
     layout: &'static Layout,
 }
 
@@ -125,7 +126,7 @@ impl Segment {
     /// Joins the machine that `config` names, which is created if there is none.
     pub fn attach(config: &Config) -> Result<Segment, AttachError> {
         let layout = map(&config.name)?;
-        let segment = Segment { name: config.name.clone(), layout };
+        let segment = Segment { name: config.name.clone(), ascending_uuids: config.ascending_uuids, layout };
         let mine = Geometry {
             version: LAYOUT_VERSION,
             gpus: u64::from(config.gpus.unwrap_or(1)),
@@ -181,7 +182,7 @@ impl Segment {
         self.layout.gpus[..self.gpu_count()].get(index)
     }
 
-    /// A GPU's UUID: the same for the same name and number, so that CUDA and NVML agree.
+    /// A GPU's UUID: the same for the same name and number (and `NVSHARE_SIM_UUIDS`), so that CUDA and NVML agree.
     pub fn uuid(&self, index: usize) -> [u8; 16] {
         // FNV-1a over name and number, once for each half.
         let hash = |seed: u64| {
@@ -193,6 +194,9 @@ impl Segment {
         let mut uuid = [0; 16];
         uuid[..8].copy_from_slice(&hash(0).to_be_bytes());
         uuid[8..].copy_from_slice(&hash(0x9e37_79b9_7f4a_7c15).to_be_bytes());
+        if self.ascending_uuids {
+            uuid[0] = index as u8;
+        }
         uuid
     }
 

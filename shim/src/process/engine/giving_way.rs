@@ -537,7 +537,9 @@ impl Engine {
         self.swap.quiet = true;
         crate::async_pool::drained(&self.device);
         let more = more || gate().waiting() > 0;
-        let may_ask = gang::may_ask(gpu) && self.host_shortage.asks_at().is_none();
+        // Whoever gave way because it is blocked would be the next one again, because it has not run.
+        let may_ask =
+            gang::may_ask(gpu) && self.host_shortage.asks_at().is_none() && !self.leaves_it_to_others();
         self.client.drained(more && may_ask);
     }
 }
