@@ -177,6 +177,11 @@ impl GangPage {
             line.row.store(Row::default(), Ordering::Relaxed);
         }
         self.gangs[place.get()].store(gang, Ordering::Relaxed);
+        if gang == 0 {
+            // `changed` rings only those who have a gang, and this one may be waiting for the others of the one that it had.
+            self.changes.fetch_add(1, Ordering::Release);
+            self.ring(place);
+        }
         true
     }
 

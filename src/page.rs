@@ -241,9 +241,11 @@ mod tests {
     fn a_page_of_another_kind_is_refused_by_name() {
         let page = Page::for_tests(1);
         assert_eq!(page.check(), Ok(()));
-        page.header.layout_version.store(10, Ordering::Relaxed);
+        let other = LAYOUT_VERSION + 1;
+        page.header.layout_version.store(other, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains("version 10") && error.contains("has 9"), "{error}");
+        assert!(error.contains(&format!("version {other}")), "{error}");
+        assert!(error.contains(&format!("has {LAYOUT_VERSION}")), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
     }
