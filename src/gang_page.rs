@@ -245,6 +245,19 @@ mod tests {
         Place::new(column, SlotIndex::new(slot).unwrap()).unwrap()
     }
 
+    /// It may be waiting for the others at its gate.
+    #[test]
+    fn a_client_that_is_in_no_gang_any_more_is_rung() {
+        let page = GangPage::on_heap([GpuUuid([1; 16])]);
+        page.set_gang(place(0, 0), 1, 7);
+        page.answer(place(0, 0));
+        assert_eq!(page.unanswered(place(0, 0)), None);
+        let before = page.changes();
+        page.set_gang(place(0, 0), 0, 7);
+        assert!(page.unanswered(place(0, 0)).is_some());
+        assert_ne!(page.changes(), before, "it would not look who is with it");
+    }
+
     #[test]
     fn every_place_is_a_row_of_its_own() {
         assert_eq!(Place::new(COLUMNS, SlotIndex::new(0).unwrap()), None);
