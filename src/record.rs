@@ -9,6 +9,7 @@
 
 use crate::map::MappedPage;
 use crate::page::LAYOUT_VERSION;
+use crate::release;
 use crate::paths;
 use crate::register::RegisterError;
 use crate::sealed::{self, Identity};
@@ -43,9 +44,15 @@ pub enum RecordError {
     /// The file system's.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// The file is not a record of this release.
-    #[error("it is no record of an arbiter of this release ({0})")]
+    /// The file is no record.
+    #[error("it is no record of an arbiter ({0})")]
     Foreign(String),
+    /// An arbiter of a release with another page layout wrote it.
+    #[error("it {}", release::of_an_arbiter(*.found))]
+    Layout {
+        /// Its layout.
+        found: u32,
+    },
 }
 
 /// An arbiter's record of one GPU.
@@ -107,21 +114,28 @@ impl Record {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = File::options().read(true).write(write).custom_flags(flags).open(paths::page(dir, gpu))?;
         let data = file.metadata()?;
-        if data.len() != place(SLOTS) {
-            let why = format!("it has {} bytes instead of {}", data.len(), place(SLOTS));
-            return Err(RecordError::Foreign(why));
-        }
-        let mut head = Head::zeroed();
-        file.read_exact_at(bytemuck::bytes_of_mut(&mut head), 0)?;
         let foreign = |why: String| Err(RecordError::Foreign(why));
+        let wrong_size = || format!("it has {} bytes instead of {}", data.len(), place(SLOTS));
+        let mut head = Head::zeroed();
+        if data.len() < size_of::<Head>() as u64 {
+            return foreign(wrong_size());
+        }
+        file.read_exact_at(bytemuck::bytes_of_mut(&mut head), 0)?;
         if write && data.uid() != nix::unistd::geteuid().as_raw() {
             return foreign(format!("it belongs to user {}", data.uid()));
         }
         if head.magic != MAGIC {
             return foreign("wrong magic".into());
         }
-        if (head.layout_version, head.slots) != (LAYOUT_VERSION, SLOTS as u32) {
-            return foreign(format!("page layout {} instead of {LAYOUT_VERSION}", head.layout_version));
+        if head.layout_version != LAYOUT_VERSION {
+            // Before the size, which may differ between releases.
+            return Err(RecordError::Layout { found: head.layout_version });
+        }
+        if data.len() != place(SLOTS) {
+            return foreign(wrong_size());
+        }
+        if head.slots != SLOTS as u32 {
+            return foreign(format!("{} slots instead of {SLOTS}", head.slots));
         }
         if head.gpu != gpu.0 {
             return foreign(format!("it is of {}", GpuUuid(head.gpu)));

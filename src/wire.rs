@@ -14,6 +14,7 @@
 //! bytes; [`crate::register`] has the sockets.
 
 use crate::page::{LAYOUT_VERSION, NAME_BYTES};
+use crate::release;
 use crate::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use crate::slot::{Owner, SlotIndex};
 use crate::text::printable;
@@ -38,9 +39,6 @@ pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
 
 /// The magics with which a message to the arbiter may begin.
 const TALK_MAGICS: [u64; 4] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC];
-
-/// Bytes that a reply has for its sentence.
-const TEXT_BYTES: usize = 256;
 
 /// A process's request for a slot or for the page.
 #[repr(C)]
@@ -151,9 +149,7 @@ fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
     }
     Err(Reply::refuse(
         Status::LayoutVersion,
-        &format!(
-            "the client has page layout {version} and the arbiter {LAYOUT_VERSION}; run the same nvshare release on both sides",
-        ),
+        &release::refusal(version),
     ))
 }
 
@@ -239,10 +235,13 @@ pub struct Reply {
     /// Zero.
     pub reserved: u32,
     /// A sentence for a person, zero-padded UTF-8.
-    pub text: [u8; TEXT_BYTES],
+    pub text: [u8; Reply::TEXT_BYTES],
 }
 
 impl Reply {
+    /// Bytes that it has for its sentence.
+    pub const TEXT_BYTES: usize = 256;
+
     /// Grants a slot.
     pub fn welcome(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Welcome, "") }

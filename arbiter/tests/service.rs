@@ -3,6 +3,7 @@
 use nvshare::page::LAYOUT_VERSION;
 use nvshare::paths;
 use nvshare::register::{self, RegisterError};
+use nvshare::release::RELEASE;
 use nvshare::scm_rights;
 use nvshare::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use nvshare::slot::{Owner, SLOTS};
@@ -131,7 +132,9 @@ fn who_cannot_be_served_is_told_why() {
     assert!(
         status == Status::LayoutVersion
             && text.contains("77")
-            && text.contains(&format!("arbiter {LAYOUT_VERSION}")),
+            && text.contains(&format!("this arbiter, nvshare {RELEASE}, has {LAYOUT_VERSION}"))
+            && text.contains("restart the arbiter")
+            && text.contains(&format!("this program has nvshare {RELEASE}")),
         "{text}"
     );
     let (status, _) = refused(arbiter.register(&Hello { magic: 0, ..hello() }));

@@ -60,15 +60,15 @@ fn arbiter() -> PathBuf {
     beside("nvshare-arbiter").unwrap_or_else(|| "nvshare-arbiter".into())
 }
 
-/// The simulated GPU's libraries, beside this program.
+/// The simulated GPU's libraries: beside this program, or where packages put them, in a folder of their own.
 ///
 /// # Errors
 /// They are not built.
 pub fn simulated_gpu() -> Result<(PathBuf, PathBuf), Failure> {
     let find = |name: &str| {
-        beside(name).ok_or_else(|| {
+        beside(name).or_else(|| beside(&format!("simulated/{name}"))).ok_or_else(|| {
             Failure::usage(format!(
-                "the simulated GPU ({name}) is not beside this program: build it with `cargo build --release`"
+                "the simulated GPU ({name}) is not beside this program nor in ../lib/nvshare/simulated: build it with `cargo build --release`"
             ))
         })
     };
