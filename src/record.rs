@@ -9,9 +9,9 @@
 
 use crate::map::MappedPage;
 use crate::page::LAYOUT_VERSION;
-use crate::release;
 use crate::paths;
 use crate::register::RegisterError;
+use crate::release;
 use crate::sealed::{self, Identity};
 use crate::slot::{SLOTS, SlotIndex};
 use crate::units::GpuUuid;
@@ -271,7 +271,18 @@ mod tests {
         std::fs::write(&path, vec![0; place(SLOTS) as usize]).unwrap();
         assert!(why().contains("wrong magic"), "{}", why());
         Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
-        assert!(why().contains("layout 9"), "{}", why());
+        assert!(
+            why().contains("page layout 9 and this program") && why().contains("start this program again"),
+            "{}",
+            why()
+        );
+        // Also if a record of that release has another size.
+        File::options().write(true).open(&path).unwrap().set_len(size_of::<Head>() as u64 + 8).unwrap();
+        assert!(
+            matches!(Record::open(&dir.0, GPU, true), Err(RecordError::Layout { found: 9 })),
+            "{}",
+            why()
+        );
         std::fs::remove_file(&path).unwrap();
         let victim = dir.0.join("victim");
         File::create(&victim).unwrap().write_all(b"precious").unwrap();

@@ -47,7 +47,10 @@ mod tests {
                 assert!(said.contains(&format!("page layout {theirs} and this")), "{said}");
                 assert!(said.contains(&format!("nvshare {RELEASE}, has {LAYOUT_VERSION};")), "{said}");
             }
-            assert_eq!(Reply::refuse(crate::wire::Status::LayoutVersion, &refusal(theirs)).text(), refusal(theirs));
+            assert_eq!(
+                Reply::refuse(crate::wire::Status::LayoutVersion, &refusal(theirs)).text(),
+                refusal(theirs)
+            );
         }
     }
 

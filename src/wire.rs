@@ -147,10 +147,7 @@ fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
     if !TALK_MAGICS.contains(&u64::from_le_bytes(*magic)) || version == LAYOUT_VERSION {
         return Ok(());
     }
-    Err(Reply::refuse(
-        Status::LayoutVersion,
-        &release::refusal(version),
-    ))
+    Err(Reply::refuse(Status::LayoutVersion, &release::refusal(version)))
 }
 
 /// What a hello asks for.

@@ -177,6 +177,12 @@ fn forward_log(child: &mut Child) {
 /// Environment variables for a program.
 pub type Environment = Vec<(String, OsString)>;
 
+/// The same environment for programs that are to run without nvshare, also where /etc/ld.so.preload names the shim.
+pub fn natively(mut environment: Environment) -> Environment {
+    environment.push(("NVSHARE_DISABLE".into(), "1".into()));
+    environment
+}
+
 /// A directory of this process's own, gone when dropped.
 #[derive(Debug)]
 pub struct TempDir(PathBuf);
@@ -293,6 +299,8 @@ impl Node {
         let mut environment = self.gpu.clone();
         environment.extend([
             ("LD_PRELOAD".into(), self.shim.clone().into()),
+            // Whatever this command's own environment says.
+            ("NVSHARE_DISABLE".into(), "0".into()),
             (paths::RUNTIME_DIR.into(), self.dir().into()),
             ("CUDA_MODULE_LOADING".into(), "LAZY".into()),
         ]);

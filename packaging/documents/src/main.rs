@@ -48,7 +48,8 @@ fn write(folder: &Path) -> io::Result<()> {
     for (command, section) in programs() {
         let name = command.get_name().to_owned();
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-            let shells = folder.join("completions").join(shell.to_possible_value().expect("a shell").get_name());
+            let shells =
+                folder.join("completions").join(shell.to_possible_value().expect("a shell").get_name());
             fs::create_dir_all(&shells)?;
             clap_complete::generate_to(shell, &mut command.clone(), &name, &shells)?;
         }

@@ -380,7 +380,8 @@ fn a_page_of_another_layout_version_is_refused() {
 #[test]
 fn an_arbiter_of_another_layout_version_is_refused() {
     let refuse = |_: &Hello| {
-        let why = "the client has page layout 1 and this arbiter, nvshare 9.9.9, has 9; start the program again";
+        let why =
+            "the client has page layout 1 and this arbiter, nvshare 9.9.9, has 9; start the program again";
         (bytes(&Reply::refuse(nvshare::wire::Status::LayoutVersion, why)), None)
     };
     let this = format!("this program has nvshare {RELEASE}");
