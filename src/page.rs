@@ -59,7 +59,7 @@ pub enum PageError {
     },
     /// A release with another layout wrote it.
     #[error(
-        "it {}", release::of_an_arbiter(*.found)
+        "it {}", release::of_an_arbiter(*.found, LAYOUT_VERSION)
     )]
     Version {
         /// The page's version.

@@ -48,7 +48,7 @@ pub enum RecordError {
     #[error("it is no record of an arbiter ({0})")]
     Foreign(String),
     /// An arbiter of a release with another page layout wrote it.
-    #[error("it {}", release::of_an_arbiter(*.found))]
+    #[error("it {}", release::of_an_arbiter(*.found, LAYOUT_VERSION))]
     Layout {
         /// Its layout.
         found: u32,

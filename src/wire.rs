@@ -147,7 +147,7 @@ fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
     if !TALK_MAGICS.contains(&u64::from_le_bytes(*magic)) || version == LAYOUT_VERSION {
         return Ok(());
     }
-    Err(Reply::refuse(Status::LayoutVersion, &release::refusal(version)))
+    Err(Reply::refuse(Status::LayoutVersion, &release::refusal(version, LAYOUT_VERSION)))
 }
 
 /// What a hello asks for.
@@ -589,6 +589,17 @@ mod tests {
                     assert_ne!(edit, SharesUpdate::default(), "it changes nothing");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_refusal_for_another_release_is_not_cut_off() {
+        for version in [0, LAYOUT_VERSION + 1, u32::MAX] {
+            let refusal = Hello::read(bytemuck::bytes_of(&Hello {
+                layout_version: version,
+                ..Hello::look(GpuUuid([9; 16]))
+            }));
+            assert_eq!(refusal.unwrap_err().text(), release::refusal(version, LAYOUT_VERSION));
         }
     }
 
