@@ -704,6 +704,26 @@ mod tests {
         }
     }
 
+    /// Who makes room depends on the time. Whoever the decision rang may have looked when another one was to make room.
+    #[test]
+    fn a_fill_that_lacks_room_rings_those_who_are_to_make_it_until_it_has_it() {
+        let page = page(10);
+        let (mut idle, mut moves) = client(&page, 4);
+        idle.acquire(&mut moves).unwrap();
+        idle.release(false);
+        let (mut filler, _) = client(&page, 8);
+        filler.request();
+        assert!(filler.books().admitted());
+        for _ in 0..3 {
+            let rung = page.doorbell(idle.books().slot());
+            filler.books().wait_for_granules(filler.books().try_take(8).unwrap_err());
+            assert_ne!(page.doorbell(idle.books().slot()), rung, "the one that has the memory");
+        }
+        assert!(matches!(idle.poll(&mut moves), Ok(Next::Sleep { .. })));
+        assert_eq!(idle.books().resident(), 2);
+        filler.books().try_take(8).unwrap();
+    }
+
     #[test]
     fn a_slice_that_nobody_waits_for_begins_anew() {
         let page = page(4);

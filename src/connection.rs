@@ -1,6 +1,7 @@
 //! A connection to the arbiter: how a process finds it, decides whether to believe it, and asks it one question.
 
 use crate::map::MapError;
+use crate::release::RELEASE;
 use crate::runtime_dir;
 use crate::scm_rights::{receive, send};
 use crate::sync::now;
@@ -193,6 +194,11 @@ pub(crate) fn ask(
         | Status::Attached
         | Status::Asked
         | Status::Ganged => Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}"))),
+        Status::LayoutVersion => {
+            // The arbiter cannot know the release of this program, only its layout.
+            let text = format!("{} (this program has nvshare {RELEASE})", reply.text());
+            Err(RegisterError::Refused { path: path.to_owned(), status, text })
+        }
         _ => Err(RegisterError::Refused { path: path.to_owned(), status, text: reply.text() }),
     }
 }

@@ -28,6 +28,7 @@
 //! | [`register`] | how a process gets its slot and the page's descriptor |
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`map`], [`sealed`], [`record`] | the mapped page, the memory that it is in, and what one arbiter writes down for the next |
+//! | [`release`] | what is said where two releases meet that do not fit together |
 //! | [`change`] | how a client's shares are changed while it runs |
 //! | [`membership`] | how a client joins a gang of processes that wait for each other |
 //! | [`standard_error`] | log lines that do no harm to the application |
@@ -93,6 +94,7 @@ pub mod presence;
 pub mod record;
 #[cfg(not(loom))]
 pub mod register;
+pub mod release;
 #[cfg(not(loom))]
 pub mod runtime_dir;
 #[cfg(not(loom))]

@@ -32,6 +32,7 @@ pub use settings::{Quantum, Settings};
 pub use stall::Stall;
 
 use crate::account::Free;
+use crate::release;
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::sync::Ordering;
 use crate::units::{GpuUuid, Granules, MAX_GRANULES, Nanos};
@@ -58,7 +59,7 @@ pub enum PageError {
     },
     /// A release with another layout wrote it.
     #[error(
-        "it has layout version {found} and this program has {LAYOUT_VERSION}; run the same nvshare release on both sides, and restart the arbiter after an update"
+        "it {}", release::of_an_arbiter(*.found, LAYOUT_VERSION)
     )]
     Version {
         /// The page's version.

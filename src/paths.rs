@@ -19,14 +19,15 @@ fn named(variable: &str) -> Option<PathBuf> {
 ///
 /// 1. `$NVSHARE_RUNTIME_DIR`;
 /// 2. [`SYSTEM_DIR`] if it [is served](is_served);
-/// 3. for root, if the private directory is not served: [`SYSTEM_DIR`];
+/// 3. if the private directory is not served either, for root, and for others where the directory exists: [`SYSTEM_DIR`]. Where
+///    nobody serves yet, only the system's arbiter will come by itself: `nvshare run` names the private directory to its programs;
 /// 4. the user's own ([`private_dir`]).
 pub fn runtime_dir() -> PathBuf {
     let system = PathBuf::from(SYSTEM_DIR);
     let private = private_dir();
     let root = nix::unistd::Uid::effective().is_root();
     named(RUNTIME_DIR).unwrap_or_else(|| {
-        let system_first = is_served(&system) || root && !is_served(&private);
+        let system_first = is_served(&system) || (root || system.is_dir()) && !is_served(&private);
         if system_first { system } else { private }
     })
 }

@@ -11,6 +11,7 @@ use crate::map::MappedPage;
 use crate::page::LAYOUT_VERSION;
 use crate::paths;
 use crate::register::RegisterError;
+use crate::release;
 use crate::sealed::{self, Identity};
 use crate::slot::{SLOTS, SlotIndex};
 use crate::units::GpuUuid;
@@ -43,9 +44,15 @@ pub enum RecordError {
     /// The file system's.
     #[error(transparent)]
     Io(#[from] io::Error),
-    /// The file is not a record of this release.
-    #[error("it is no record of an arbiter of this release ({0})")]
+    /// The file is no record.
+    #[error("it is no record of an arbiter ({0})")]
     Foreign(String),
+    /// An arbiter of a release with another page layout wrote it.
+    #[error("it {}", release::of_an_arbiter(*.found, LAYOUT_VERSION))]
+    Layout {
+        /// Its layout.
+        found: u32,
+    },
 }
 
 /// An arbiter's record of one GPU.
@@ -107,21 +114,28 @@ impl Record {
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = File::options().read(true).write(write).custom_flags(flags).open(paths::page(dir, gpu))?;
         let data = file.metadata()?;
-        if data.len() != place(SLOTS) {
-            let why = format!("it has {} bytes instead of {}", data.len(), place(SLOTS));
-            return Err(RecordError::Foreign(why));
-        }
-        let mut head = Head::zeroed();
-        file.read_exact_at(bytemuck::bytes_of_mut(&mut head), 0)?;
         let foreign = |why: String| Err(RecordError::Foreign(why));
+        let wrong_size = || format!("it has {} bytes instead of {}", data.len(), place(SLOTS));
+        let mut head = Head::zeroed();
+        if data.len() < size_of::<Head>() as u64 {
+            return foreign(wrong_size());
+        }
+        file.read_exact_at(bytemuck::bytes_of_mut(&mut head), 0)?;
         if write && data.uid() != nix::unistd::geteuid().as_raw() {
             return foreign(format!("it belongs to user {}", data.uid()));
         }
         if head.magic != MAGIC {
             return foreign("wrong magic".into());
         }
-        if (head.layout_version, head.slots) != (LAYOUT_VERSION, SLOTS as u32) {
-            return foreign(format!("page layout {} instead of {LAYOUT_VERSION}", head.layout_version));
+        if head.layout_version != LAYOUT_VERSION {
+            // Before the size, which may differ between releases.
+            return Err(RecordError::Layout { found: head.layout_version });
+        }
+        if data.len() != place(SLOTS) {
+            return foreign(wrong_size());
+        }
+        if head.slots != SLOTS as u32 {
+            return foreign(format!("{} slots instead of {SLOTS}", head.slots));
         }
         if head.gpu != gpu.0 {
             return foreign(format!("it is of {}", GpuUuid(head.gpu)));
@@ -256,9 +270,19 @@ mod tests {
         assert!(why().contains("5 bytes"), "{}", why());
         std::fs::write(&path, vec![0; place(SLOTS) as usize]).unwrap();
         assert!(why().contains("wrong magic"), "{}", why());
-        let other = LAYOUT_VERSION + 1;
-        Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&other.to_le_bytes(), 8).unwrap();
-        assert!(why().contains(&format!("layout {other}")), "{}", why());
+        Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+        assert!(
+            why().contains("page layout 9 and this program") && why().contains("start this program again"),
+            "{}",
+            why()
+        );
+        // Also if a record of that release has another size.
+        File::options().write(true).open(&path).unwrap().set_len(size_of::<Head>() as u64 + 8).unwrap();
+        assert!(
+            matches!(Record::open(&dir.0, GPU, true), Err(RecordError::Layout { found: 9 })),
+            "{}",
+            why()
+        );
         std::fs::remove_file(&path).unwrap();
         let victim = dir.0.join("victim");
         File::create(&victim).unwrap().write_all(b"precious").unwrap();

@@ -15,6 +15,7 @@
 //! bytes; [`crate::register`] has the sockets.
 
 use crate::page::{LAYOUT_VERSION, NAME_BYTES};
+use crate::release;
 use crate::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use crate::slot::{Owner, SlotIndex};
 use crate::text::printable;
@@ -42,9 +43,6 @@ pub const GANG_MAGIC: u64 = u64::from_le_bytes(*b"nvgang??");
 
 /// The magics with which a message to the arbiter may begin.
 const TALK_MAGICS: [u64; 5] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC, GANG_MAGIC];
-
-/// Bytes that a reply has for its sentence.
-const TEXT_BYTES: usize = 256;
 
 /// A process's request for a slot or for the page.
 #[repr(C)]
@@ -153,12 +151,7 @@ fn check_release(bytes: &[u8]) -> Result<(), Box<Reply>> {
     if !TALK_MAGICS.contains(&u64::from_le_bytes(*magic)) || version == LAYOUT_VERSION {
         return Ok(());
     }
-    Err(Reply::refuse(
-        Status::LayoutVersion,
-        &format!(
-            "the client has page layout {version} and the arbiter {LAYOUT_VERSION}; run the same nvshare release on both sides",
-        ),
-    ))
+    Err(Reply::refuse(Status::LayoutVersion, &release::refusal(version, LAYOUT_VERSION)))
 }
 
 /// What a hello asks for.
@@ -247,10 +240,13 @@ pub struct Reply {
     /// Zero.
     pub reserved: u32,
     /// A sentence for a person, zero-padded UTF-8.
-    pub text: [u8; TEXT_BYTES],
+    pub text: [u8; Reply::TEXT_BYTES],
 }
 
 impl Reply {
+    /// Bytes that it has for its sentence.
+    pub const TEXT_BYTES: usize = 256;
+
     /// Grants a slot.
     pub fn welcome(slot: SlotIndex) -> Self {
         Self { slot: slot.get() as u32, ..*Self::refuse(Status::Welcome, "") }
@@ -684,6 +680,17 @@ mod tests {
                     assert_ne!(edit, SharesUpdate::default(), "it changes nothing");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_refusal_for_another_release_is_not_cut_off() {
+        for version in [0, LAYOUT_VERSION + 1, u32::MAX] {
+            let refusal = Hello::read(bytemuck::bytes_of(&Hello {
+                layout_version: version,
+                ..Hello::look(GpuUuid([9; 16]))
+            }));
+            assert_eq!(refusal.unwrap_err().text(), release::refusal(version, LAYOUT_VERSION));
         }
     }
 

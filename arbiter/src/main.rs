@@ -19,6 +19,10 @@ use std::process::ExitCode;
 const USAGE_ERROR: u8 = 2;
 
 fn main() -> ExitCode {
+    // With libnvshare.so in /etc/ld.so.preload, this process has loaded it too. The arbiter must see the GPU as it is, and must not
+    // ask itself for the pool.
+    // SAFETY: there is no other thread yet that could read the environment.
+    unsafe { std::env::set_var("NVSHARE_DISABLE", "1") };
     let options = Options::parse();
     init_log(&options);
     // A SIGHUP that comes while NVML starts, which takes seconds, waits until the event loop reads it.

@@ -3,6 +3,7 @@
 use nvshare::page::LAYOUT_VERSION;
 use nvshare::paths;
 use nvshare::register::{self, RegisterError};
+use nvshare::release::RELEASE;
 use nvshare::scm_rights;
 use nvshare::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use nvshare::slot::{Owner, SLOTS};
@@ -131,7 +132,9 @@ fn who_cannot_be_served_is_told_why() {
     assert!(
         status == Status::LayoutVersion
             && text.contains("77")
-            && text.contains(&format!("arbiter {LAYOUT_VERSION}")),
+            && text.contains(&format!("this arbiter, nvshare {RELEASE}, has {LAYOUT_VERSION}"))
+            && text.contains("restart the arbiter")
+            && text.contains(&format!("this program has nvshare {RELEASE}")),
         "{text}"
     );
     let (status, _) = refused(arbiter.register(&Hello { magic: 0, ..hello() }));
@@ -204,6 +207,40 @@ fn a_page_of_garbage_is_moved_aside() {
         std::fs::create_dir_all(&dir).unwrap();
     }
     let _ = std::fs::remove_dir_all(dir);
+}
+
+#[test]
+fn a_record_of_another_page_layout_is_moved_aside_and_the_log_says_what_becomes_of_its_clients() {
+    use std::os::unix::fs::FileExt;
+    let dir = directory("other-layout");
+    let path = paths::page(&dir, GPU.parse().unwrap());
+    let mut first = Arbiter::start(dir.clone());
+    // A client, so that the record stays.
+    let client = first.register(&hello()).unwrap();
+    first.child.kill().unwrap();
+    first.child.wait().unwrap();
+    // Its layout stands behind the magic.
+    let record = std::fs::File::options().write(true).open(&path).unwrap();
+    record.write_all_at(&(LAYOUT_VERSION - 1).to_le_bytes(), 8).unwrap();
+
+    let mut next = command(&dir, &["--gpu", GPU, "--capacity", "64MiB"]);
+    let mut child = next.stderr(Stdio::piped()).spawn().unwrap();
+    let said = BufReader::new(child.stderr.take().unwrap());
+    let moved = said.lines().map(Result::unwrap).find(|line| line.contains("moving it aside")).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    for word in [
+        &format!(
+            "page layout {} and this arbiter, nvshare {RELEASE}, has {LAYOUT_VERSION}",
+            LAYOUT_VERSION - 1
+        ),
+        "end them and start them again",
+        GPU,
+    ] {
+        assert!(moved.contains(word), "{moved}");
+    }
+    assert!(dir.join(format!("{GPU}.page.bad-1")).exists());
+    drop(client);
 }
 
 #[test]

@@ -24,6 +24,12 @@ static EXITING: AtomicBool = AtomicBool::new(false);
 pub fn enabled() -> bool {
     static ON: OnceLock<bool> = OnceLock::new();
     *ON.get_or_init(|| {
+        // A program with other rights than those of the user who starts it (setuid), which has loaded the shim because of
+        // /etc/ld.so.preload: that user's NVSHARE_* must not direct it.
+        // SAFETY: reads a word that the kernel gave the process.
+        if unsafe { libc::getauxval(libc::AT_SECURE) } != 0 {
+            return false;
+        }
         // SAFETY: getenv with a C string; the value is read at once.
         let value = unsafe { libc::getenv(c"NVSHARE_DISABLE".as_ptr()) };
         // SAFETY: a C string, if there is one.

@@ -18,7 +18,7 @@ use crate::crew::{self, Crew, Message};
 use crate::digits::{self, significant, time};
 use crate::job::{Event, Job};
 use crate::layout::{self, figures, words};
-use crate::node::{Environment, Node, SimulatedGpu};
+use crate::node::{Environment, Node, SimulatedGpu, natively};
 use crate::{Failure, say, status};
 use comfy_table::presets;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
@@ -219,7 +219,7 @@ impl Stage {
         let began = Instant::now();
         let (mut right, mut work) = (0, 0.0);
         for index in 0..self.jobs {
-            let ended = play(&[self.job(index)], &self.environment(&[]), &view, index, &mut || ())?;
+            let ended = play(&[self.job(index)], &natively(self.environment(&[])), &view, index, &mut || ())?;
             right += ended.right;
             work += ended.work / self.jobs as f64;
         }
@@ -251,7 +251,7 @@ impl Stage {
         let job = |index| Job { managed: true, seconds: Some(UM_SECONDS), ..self.job(index) };
         let jobs: Vec<Job> = (0..self.jobs).map(job).collect();
         let view = self.view(name);
-        let environment = self.environment(&[("CONTEXT_BYTES", CONTEXT_EAGER.to_string())]);
+        let environment = natively(self.environment(&[("CONTEXT_BYTES", CONTEXT_EAGER.to_string())]));
         let began = Instant::now();
         let ended = play(&jobs, &environment, &view, 0, &mut || ())?;
         let elapsed = began.elapsed().as_secs_f64();

@@ -2,6 +2,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | [`cli`] | the command line |
 //! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
@@ -12,6 +13,7 @@
 //! | [`internal`] | what the commands start themselves again as |
 
 pub mod bench;
+pub mod cli;
 pub mod compute;
 pub mod crew;
 pub mod cuda;

@@ -60,15 +60,15 @@ fn arbiter() -> PathBuf {
     beside("nvshare-arbiter").unwrap_or_else(|| "nvshare-arbiter".into())
 }
 
-/// The simulated GPU's libraries, beside this program.
+/// The simulated GPU's libraries: beside this program, or where packages put them, in a folder of their own.
 ///
 /// # Errors
 /// They are not built.
 pub fn simulated_gpu() -> Result<(PathBuf, PathBuf), Failure> {
     let find = |name: &str| {
-        beside(name).ok_or_else(|| {
+        beside(name).or_else(|| beside(&format!("simulated/{name}"))).ok_or_else(|| {
             Failure::usage(format!(
-                "the simulated GPU ({name}) is not beside this program: build it with `cargo build --release`"
+                "the simulated GPU ({name}) is not beside this program nor in ../lib/nvshare/simulated: build it with `cargo build --release`"
             ))
         })
     };
@@ -176,6 +176,12 @@ fn forward_log(child: &mut Child) {
 
 /// Environment variables for a program.
 pub type Environment = Vec<(String, OsString)>;
+
+/// The same environment for programs that are to run without nvshare, also where /etc/ld.so.preload names the shim.
+pub fn natively(mut environment: Environment) -> Environment {
+    environment.push(("NVSHARE_DISABLE".into(), "1".into()));
+    environment
+}
 
 /// A directory of this process's own, gone when dropped.
 #[derive(Debug)]
@@ -293,6 +299,8 @@ impl Node {
         let mut environment = self.gpu.clone();
         environment.extend([
             ("LD_PRELOAD".into(), self.shim.clone().into()),
+            // Whatever this command's own environment says.
+            ("NVSHARE_DISABLE".into(), "0".into()),
             (paths::RUNTIME_DIR.into(), self.dir().into()),
             ("CUDA_MODULE_LOADING".into(), "LAZY".into()),
         ]);

@@ -3,9 +3,10 @@
 use super::page_from_client::Listen;
 use super::served::ServedPage;
 use super::takeover::{self, Survivor};
-use nvshare::page::Settings;
+use nvshare::page::{LAYOUT_VERSION, Settings};
 use nvshare::paths;
 use nvshare::record::{Record, RecordError};
+use nvshare::release::RELEASE;
 use nvshare::units::{GpuUuid, Granules, bytes_of, format_size};
 use std::fs;
 use std::io;
@@ -110,7 +111,13 @@ fn open_record(dir: &Path, gpu: GpuUuid) -> Result<Option<Record>, PageError> {
         Err(RecordError::Io(error)) => Err(fail("opened")(error)),
         Err(RecordError::Foreign(why)) => {
             let path = paths::page(dir, gpu);
-            tracing::warn!(%gpu, "{} cannot be taken over, it is no record of an arbiter of this release ({why}): moving it aside", path.display());
+            tracing::warn!(%gpu, "{} cannot be taken over, it is no record of an arbiter ({why}): moving it aside", path.display());
+            move_aside(&path).map_err(fail("moved aside"))?;
+            Ok(None)
+        }
+        Err(RecordError::Layout { found }) => {
+            let path = paths::page(dir, gpu);
+            tracing::warn!(%gpu, "{} cannot be taken over: it has page layout {found} and this arbiter, nvshare {RELEASE}, has {LAYOUT_VERSION}; moving it aside. Clients of that release that still live keep their memory for themselves: end them and start them again", path.display());
             move_aside(&path).map_err(fail("moved aside"))?;
             Ok(None)
         }

@@ -7,6 +7,7 @@ use nix::sys::socket::{AddressFamily, Backlog, MsgFlags, SockFlag, SockType, Uni
 use nix::sys::socket::{accept4, bind, listen, recv, socket};
 use nvshare::map::{self, MappedPage, scribble};
 use nvshare::page::{LAYOUT_VERSION, PAGE_BYTES};
+use nvshare::release::RELEASE;
 use nvshare::scm_rights;
 use nvshare::sealed;
 use nvshare::slot::{SLOTS, SlotIndex};
@@ -371,18 +372,20 @@ fn a_page_of_another_layout_version_is_refused() {
         file.write_all_at(&(LAYOUT_VERSION + 1).to_le_bytes(), VERSION_AT).unwrap();
         (bytes(&welcome()), Some(file))
     };
-    let (theirs, ours) = (format!("layout version {}", LAYOUT_VERSION + 1), format!("has {LAYOUT_VERSION};"));
-    answered(other, &[&theirs, &ours, "for GPU-", "same nvshare release"], &[]);
+    let theirs = format!("page layout {} and this program", LAYOUT_VERSION + 1);
+    let ours = format!("nvshare {RELEASE}, has {LAYOUT_VERSION};");
+    answered(other, &[&theirs, &ours, "for GPU-", "start this program again"], &[]);
 }
 
 #[test]
 fn an_arbiter_of_another_layout_version_is_refused() {
     let refuse = |_: &Hello| {
         let why =
-            "the client has page layout 1 and the arbiter 9; run the same nvshare release on both sides";
+            "the client has page layout 1 and this arbiter, nvshare 9.9.9, has 9; start the program again";
         (bytes(&Reply::refuse(nvshare::wire::Status::LayoutVersion, why)), None)
     };
-    answered(refuse, &["page layout 1 and the arbiter 9", "same nvshare release"], &[]);
+    let this = format!("this program has nvshare {RELEASE}");
+    answered(refuse, &["page layout 1", "nvshare 9.9.9, has 9", "start the program again", &this], &[]);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use nvshare_test_support::Patience;
 use nvshare_tools::node::{SimulatedGpu, TempDir};
 use nvshare_tools::status::{self, Gpu};
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 const TIMEOUT: Patience = Patience::seconds(60);
@@ -24,6 +25,10 @@ struct Arbiter {
 
 impl Arbiter {
     fn start(gpu: &SimulatedGpu) -> Self {
+        Self::start_with(gpu, &[])
+    }
+
+    fn start_with(gpu: &SimulatedGpu, environment: &[(&str, &Path)]) -> Self {
         let dir = TempDir::new().unwrap();
         let program = built("nvshare-arbiter");
         let mut process = Command::new(program)
@@ -31,6 +36,8 @@ impl Arbiter {
             .arg(dir.path())
             .envs(gpu.environment(&[]))
             .env("NVSHARE_LOG", "warn")
+            .env(nvshare::paths::RUNTIME_DIR, dir.path())
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -91,4 +98,18 @@ fn a_process_that_is_no_client_is_named_once_and_stands_in_status_until_it_ends(
         TIMEOUT.until("it has gone", || arbiter.gpu().foreign_processes == 0);
         assert_eq!(arbiter.gpu().foreign_bytes, 0);
     }
+}
+
+/// With /etc/ld.so.preload the arbiter has loaded the shim too, which tells programs the pool as the GPU's memory.
+#[test]
+fn an_arbiter_that_has_loaded_the_shim_sees_the_gpu_as_it_is() {
+    let gpu = gpu();
+    let shim = nvshare_tools::node::shim().unwrap();
+    let mut arbiter = Arbiter::start_with(&gpu, &[("LD_PRELOAD", &shim)]);
+    // A foreign process is in its log, as the first line: nothing of the shim is before it.
+    let one = outside(&gpu);
+    let first = arbiter.line();
+    assert!(first.contains("is no client"), "{first}");
+    TIMEOUT.until("status shows it", || arbiter.gpu().foreign_bytes == CONTEXT + DATA);
+    one.ends_well();
 }

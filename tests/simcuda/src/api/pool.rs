@@ -130,7 +130,9 @@ driver_api! {
         flags.set(vmm::flags(self::find(pool)?.rights_of(who)) as c_uint)
     }
 
+    /// Whatever is refused, for whatever reason, gives address 0 (seen on an H200), before there is a context or a driver, too.
     fn cuMemAllocAsync / cuMemAllocAsync_ptsz |null| (pointer: Out<u64>, bytes: usize, stream: Handle) {
+        let _ = pointer.set(0);
         let stream = context::stream(null, stream)?;
         let pool = DevicePools::current_of(stream.core.device)?;
         self::allocate(pointer, bytes, &pool, &stream)
@@ -139,6 +141,7 @@ driver_api! {
     fn cuMemAllocFromPoolAsync / cuMemAllocFromPoolAsync_ptsz |null| (
         pointer: Out<u64>, bytes: usize, pool: Handle, stream: Handle,
     ) {
+        let _ = pointer.set(0);
         self::allocate(pointer, bytes, &self::find(pool)?, &context::stream(null, stream)?)
     }
 

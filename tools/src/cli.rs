@@ -1,0 +1,48 @@
+//! The command line of `nvshare`. In the library, so that the manual pages and completions are made of it too.
+
+use crate::{bench, demo, internal, run, set, sim, status, trace};
+use clap::{Parser, Subcommand};
+
+/// Several processes share one GPU as if each had all of it.
+#[derive(Debug, Parser)]
+#[command(
+    name = "nvshare",
+    version,
+    arg_required_else_help = true,
+    max_term_width = 80,
+    after_help = "Examples:
+  nvshare demo                        see it work, without a GPU
+  nvshare run -- python3 train.py     run a program, as many at once as you like
+  nvshare status                      who runs, who waits, whose memory is where
+  nvshare set 4242 --priority high    change what a running client may have
+  nvshare bench handoff               what a hand-off between processes costs
+
+`nvshare COMMAND --help` has more."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a program on the shared GPUs
+    Run(run::Options),
+    /// Show GPUs and clients: who runs, who waits, whose memory is where
+    Status(status::Options),
+    /// Change a running client's weight, priority or memory limit
+    Set(set::Options),
+    /// Measure this machine: a launch, a hand-off, a switch
+    Bench(bench::Options),
+    /// See several jobs share a GPU that is too small for them; simulated, or real with --gpu
+    Demo(demo::Options),
+    /// Simulate clients, GPUs and policy from a scenario file: what would be, in seconds
+    Sim(sim::Options),
+    /// What the clients did lately, or do from now on, for a trace viewer or as a picture
+    Trace(trace::Options),
+    /// What the commands start themselves again as
+    #[command(hide = true)]
+    Internal(internal::Options),
+}
