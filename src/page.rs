@@ -245,7 +245,7 @@ mod tests {
         let other = LAYOUT_VERSION + 1;
         page.header.layout_version.store(other, Ordering::Relaxed);
         let error = page.check().unwrap_err().to_string();
-        assert!(error.contains(&format!("version {other}")), "{error}");
+        assert!(error.contains(&format!("page layout {other} ")), "{error}");
         assert!(error.contains(&format!("has {LAYOUT_VERSION}")), "{error}");
         page.header.magic.store(3, Ordering::Relaxed);
         assert!(matches!(page.check(), Err(PageError::Magic { found: 3 })));
