@@ -51,7 +51,7 @@ pub struct Options {
 /// How often a recording reads: a client would have to take a hundred turns in this time for an event to be missed.
 const INTERVAL: Nanos = 200 * MILLISECOND;
 
-/// What a client did, as [`recording`] gives it: in the order in which it ended.
+/// What a client did for a while.
 #[derive(Debug, Clone)]
 pub struct Lived {
     /// The GPU's number among those of this node.
