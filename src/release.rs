@@ -8,6 +8,7 @@
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
 
 /// What an arbiter, which has page layout `ours`, says to a process that has `theirs`. At most 256 bytes: that is the room in a reply.
+#[cfg(not(loom))]
 pub(crate) fn refusal(theirs: u32, ours: u32) -> String {
     format!(
         "the client has page layout {theirs} and this arbiter, nvshare {RELEASE}, has {ours}; {}",
@@ -32,7 +33,7 @@ pub(crate) fn of_an_arbiter(theirs: u32, ours: u32) -> String {
     )
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
