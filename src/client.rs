@@ -177,6 +177,23 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.books.note(event);
     }
 
+    /// Moves memory, and writes that into the journal if any has moved. (An eviction that finds no host memory moves nothing, and
+    /// is tried again and again.)
+    fn noted<T>(
+        &self,
+        direction: Direction,
+        begins: Event,
+        ends: impl FnOnce(u64) -> Event,
+        moves: impl FnOnce() -> T,
+    ) -> T {
+        let (resident, bytes, begun) = (self.books.resident(), self.moved(direction), now());
+        let result = moves();
+        if self.books.resident() != resident {
+            self.books.note_span(begun, begins, ends(self.moved(direction).wrapping_sub(bytes)));
+        }
+        result
+    }
+
     /// Bytes that it has copied in this direction.
     fn moved(&self, direction: Direction) -> u64 {
         match direction {
@@ -308,16 +325,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                         return Ok(Next::Sleep { seen, until: Some(until) });
                     }
                     if share > 0 && evicts {
-                        let (before, out) = (self.books.resident(), self.moved(Direction::Out));
-                        let begun = now();
+                        let before = self.books.resident();
                         let expected = policy::expected(&snapshot).is_some();
-                        let evicted = runtime.evict(if expected { share.min(AT_A_TIME) } else { share });
-                        // One that moved nothing, because the host has no memory, is tried again and again.
-                        if self.books.resident() != before {
-                            let bytes = self.moved(Direction::Out).wrapping_sub(out);
-                            self.books.note_span(begun, Event::Evicts, Event::Evicted { bytes });
-                        }
-                        evicted?;
+                        let share = if expected { share.min(AT_A_TIME) } else { share };
+                        let evicted = |bytes| Event::Evicted { bytes };
+                        self.noted(Direction::Out, Event::Evicts, evicted, || runtime.evict(share))?;
                         if policy::lacking(&snapshot) == 0 {
                             // The room is for one that is not admitted, which has not been told of it.
                             order.prefetcher().into_iter().for_each(|slot| self.page().ring(slot));
@@ -333,13 +345,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     if prefetches && order.prefetch(self.books.slot) > 0 {
                         // Once for each call: memory that the runtime has left out does not fit.
                         prefetches = false;
-                        let (before, begun) = ((self.books.resident(), self.moved(Direction::In)), now());
-                        let fetched = runtime.prefetch();
-                        if self.books.resident() != before.0 {
-                            let bytes = self.moved(Direction::In).wrapping_sub(before.1);
-                            self.books.note_span(begun, Event::Prefetches, Event::Prefetched { bytes });
-                        }
-                        fetched?;
+                        let fetched = |bytes| Event::Prefetched { bytes };
+                        self.noted(Direction::In, Event::Prefetches, fetched, || runtime.prefetch())?;
                         continue;
                     }
                     let until = match self.phase {

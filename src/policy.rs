@@ -63,7 +63,7 @@ pub use turn::{
 use crate::page::Phase;
 use crate::slot::{SlotIndex, SlotSet};
 use crate::snapshot::{SlotView, Snapshot};
-use crate::units::{Granules, Nanos, SECOND, bytes_of};
+use crate::units::{Granules, Nanos, SECOND, bytes_of, scaled};
 use ahead::all_fit;
 use order::{Place, hurry};
 use slice::Turns;
@@ -330,15 +330,8 @@ pub fn switch_time(snapshot: &Snapshot, waiter: SlotIndex) -> Nanos {
     fill.max(evict)
 }
 
-/// `time`, ns, times `by`, divided by `of`.
-fn scaled(time: Nanos, by: u64, of: u64) -> Nanos {
-    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
-    u64::try_from(scaled).unwrap_or(u64::MAX)
-}
-
 fn copy_time(granules: Granules, bandwidth: u64) -> Nanos {
-    let ns = u128::from(bytes_of(granules)) * u128::from(SECOND) / u128::from(bandwidth.max(1));
-    u64::try_from(ns).unwrap_or(u64::MAX)
+    scaled(SECOND, bytes_of(granules), bandwidth)
 }
 
 // Safe code, for which Miri would take hours.

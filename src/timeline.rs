@@ -99,6 +99,11 @@ impl Track {
         ended.into_iter().flatten()
     }
 
+    /// The pid of the process that has the slot or had it last, as it sees itself; 0 if its registration was not seen.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Events are missing: what went on has ended, and nobody knows when.
     pub fn forget(&mut self) {
         *self = Self { pid: self.pid, ..Self::default() };

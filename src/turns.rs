@@ -36,7 +36,7 @@ use crate::page::Page;
 use crate::shares::{ComputeLimit, Priority};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::sync::{AtomicU64, Ordering, now};
-use crate::units::{MILLISECOND, Nanos, SECOND};
+use crate::units::{MILLISECOND, Nanos, SECOND, scaled};
 use crate::usage::{self, DEFAULT_WEIGHT};
 
 /// How long a turn takes, in ns, if somebody else of the same priority has work. A change from one client to the next takes 0.2 to
@@ -130,28 +130,23 @@ pub fn shares_differ(clients: impl IntoIterator<Item = (u32, Priority, ComputeLi
     })
 }
 
-/// GPU time as virtual time, ns: a client of [`DEFAULT_WEIGHT`] has one for the other.
+/// GPU time as virtual time, ns ([`usage::virtual_of`]).
 fn virtual_of(time: Nanos, weight: u32) -> Nanos {
-    scaled(time, DEFAULT_WEIGHT, usage::weight(weight))
+    usage::virtual_of(time, u64::from(usage::weight(weight)))
 }
 
 /// The other way round.
 fn real_of(time: Nanos, weight: u32) -> Nanos {
-    scaled(time, usage::weight(weight), DEFAULT_WEIGHT)
+    scaled(time, u64::from(usage::weight(weight)), u64::from(DEFAULT_WEIGHT))
 }
 
-/// `time` times `by` over `over`, which is not 0.
-fn scaled(time: Nanos, by: u32, over: u32) -> Nanos {
-    let scaled = u128::from(time) * u128::from(by) / u128::from(over);
-    u64::try_from(scaled).unwrap_or(u64::MAX)
-}
-
+/// All of the time, in millionths.
 const WHOLE: u32 = 1_000_000;
 
 impl Contender {
     /// The time in which its limit allows `used` ns of GPU time, in ns; `None` without a limit.
     fn time_for(&self, used: Nanos) -> Option<Nanos> {
-        self.limit.millionths().map(|part| scaled(used, WHOLE, part))
+        self.limit.millionths().map(|part| scaled(used, u64::from(WHOLE), u64::from(part)))
     }
 
     /// When it may have the turn, as far as its limit goes, ns.
@@ -162,10 +157,10 @@ impl Contender {
 
     /// When it has used up what its limit allows, if it has the GPU from now on, ns; `None` without a limit.
     fn used_up_at(&self, now: Nanos) -> Option<Nanos> {
-        let part = self.limit.millionths()?;
-        let credit = scaled(now.saturating_sub(self.paid_until), part, WHOLE).min(CREDIT);
+        let (part, whole) = (u64::from(self.limit.millionths()?), u64::from(WHOLE));
+        let credit = scaled(now.saturating_sub(self.paid_until), part, whole).min(CREDIT);
         // The bucket fills meanwhile.
-        Some(now.saturating_add(scaled(credit, WHOLE, WHOLE - part)))
+        Some(now.saturating_add(scaled(credit, whole, whole - part)))
     }
 
     /// The same client after `used` ns of GPU time, up to now.

@@ -98,6 +98,12 @@ pub struct TimeError {
 /// The longest span of time that is read, in ns: thirty years, so that the sum of a few does not overflow.
 const LONGEST: f64 = 1e18;
 
+/// `time`, ns, times `by`, divided by `of`, or by 1 if that is 0; [`Nanos::MAX`] if it is more than that.
+pub fn scaled(time: Nanos, by: u64, of: u64) -> Nanos {
+    let scaled = u128::from(time) * u128::from(by) / u128::from(of.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
+}
+
 /// Reads a span of time and returns ns: a number, decimals allowed, and a unit, `ns us ms s min h d` (`m` is a minute too).
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 //! are placed depends on it ([`crate::placement`]). Also the bounds of a client's weight. What a client may expect against
 //! others is another matter ([`crate::policy`]).
 
-use crate::units::{Nanos, SECOND};
+use crate::units::{Nanos, SECOND, scaled};
 
 /// The time after which used GPU time counts half, ns.
 pub const HALF_LIFE: Nanos = 60 * SECOND;
@@ -16,6 +16,12 @@ pub const MAX_WEIGHT: u32 = 1_000;
 /// A weight within its bounds, 1 to [`MAX_WEIGHT`].
 pub fn weight(word: u32) -> u32 {
     word.clamp(1, MAX_WEIGHT)
+}
+
+/// GPU time as virtual time, ns, of a client of this weight, or of several whose weights are this together: a client of
+/// [`DEFAULT_WEIGHT`] has one for the other.
+pub fn virtual_of(time: Nanos, weight: u64) -> Nanos {
+    scaled(time, u64::from(DEFAULT_WEIGHT), weight)
 }
 
 fn fraction_left(elapsed: Nanos) -> f64 {

@@ -8,17 +8,11 @@
 //! which mean and lag are taken.)
 
 use crate::page::Phase;
-use crate::policy::{NOT_BEGUN, scaled};
+use crate::policy::NOT_BEGUN;
 use crate::slot::{SLOTS, SlotIndex};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::Nanos;
-use crate::usage::{self, DEFAULT_WEIGHT};
-
-/// GPU time as virtual time, ns, of a client of this weight, or of several whose weights are this together: one of
-/// [`DEFAULT_WEIGHT`] has one for the other.
-pub(super) fn virtual_of(time: Nanos, weight: u64) -> Nanos {
-    scaled(time, u64::from(DEFAULT_WEIGHT), weight)
-}
+use crate::usage::{self, virtual_of};
 
 /// When a client's slice began that is not over, ns: it runs, or it grew and fills while its work goes on.
 pub(super) fn slice_begun(view: &SlotView) -> Option<Nanos> {

@@ -1,11 +1,11 @@
 //! How long clients run: the quantum, which a switch must be worth, and turns, which grow while they are used up.
 
 use crate::page::Quantum;
-use crate::policy::fair_share::virtual_of;
-use crate::policy::{copy_time, scaled, switch_time};
+use crate::policy::{copy_time, switch_time};
 use crate::slot::SlotIndex;
 use crate::snapshot::{SlotView, Snapshot};
-use crate::units::{Granules, Nanos};
+use crate::units::{Granules, Nanos, scaled};
+use crate::usage::virtual_of;
 use std::cmp::Reverse;
 
 /// A turn is at most so many times as long for its holder's weight: the bound on everybody's wait depends on it.

@@ -8,17 +8,14 @@
 //! for ever.
 
 use crate::page::Phase;
-use crate::policy::fair_share::{
-    mean, ran, shared, slice_begun, used_of_turn, virtual_of, virtual_time, virtual_times,
-};
+use crate::policy::fair_share::{mean, ran, shared, slice_begun, used_of_turn, virtual_time, virtual_times};
 use crate::policy::order::{Order, Standing, turn_is_over};
-use crate::policy::scaled;
 use crate::policy::slice::{Turns, quantum, times_lighter};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::snapshot::Snapshot;
-use crate::units::{Nanos, SECOND};
-use crate::usage;
+use crate::units::{Nanos, SECOND, scaled};
+use crate::usage::{self, virtual_of};
 
 /// The largest lag that a client comes back with, ns of virtual time.
 pub const CREDIT: Nanos = 5 * SECOND;

@@ -7,6 +7,7 @@ use crate::digits::{self, bandwidth};
 use crate::layout::{self, Column, figures, words};
 use crate::{Failure, say};
 use comfy_table::presets;
+use nvshare::map::MappedPage;
 use nvshare::page::{Direction, Page, Stall};
 use nvshare::shares::{ComputeLimit, MemoryLimit, Shares};
 use nvshare::slot::{SLOTS, SlotIndex};
@@ -164,30 +165,49 @@ pub struct Client {
     pub drain_retries: u64,
 }
 
+/// The pages of a runtime directory.
+pub struct Pages {
+    /// Those that can be read, by UUID.
+    pub pages: Vec<MappedPage>,
+    /// The others, and why they cannot.
+    pub unreadable: Vec<String>,
+}
+
+impl Pages {
+    /// Opens all of them.
+    ///
+    /// # Errors
+    /// There is none, neither good nor bad.
+    pub fn of(dir: &Path) -> Result<Self, Failure> {
+        let nothing = |why: &str| {
+            Failure::usage(format!(
+                "{}: {why}. Start nvshare-arbiter or a program with `nvshare run`, or name the directory with --runtime-dir",
+                dir.display()
+            ))
+        };
+        let found = paths::pages(dir)
+            .map_err(|error| nothing(&format!("there is no nvshare node here ({error})")))?;
+        let mut all = Self { pages: Vec::new(), unreadable: Vec::new() };
+        for (uuid, path) in found {
+            match record::view_page(dir, uuid) {
+                Ok(page) => all.pages.push(page),
+                Err(why) => all.unreadable.push(format!("{}: {why}", path.display())),
+            }
+        }
+        if all.pages.is_empty() && all.unreadable.is_empty() {
+            return Err(nothing("no arbiter has made a page here"));
+        }
+        Ok(all)
+    }
+}
+
 /// Reads all pages of a runtime directory.
 ///
 /// # Errors
 /// The directory has none.
 pub fn read(dir: &Path) -> Result<Node, Failure> {
-    let nothing = |why: &str| {
-        Failure::usage(format!(
-            "{}: {why}. Start nvshare-arbiter or a program with `nvshare run`, or name the directory with --runtime-dir",
-            dir.display()
-        ))
-    };
-    let pages =
-        paths::pages(dir).map_err(|error| nothing(&format!("there is no nvshare node here ({error})")))?;
-    let mut node = Node { gpus: Vec::new(), unreadable: Vec::new() };
-    for (uuid, path) in pages {
-        match record::view_page(dir, uuid) {
-            Ok(page) => node.gpus.push(gpu(&page)),
-            Err(why) => node.unreadable.push(format!("{}: {why}", path.display())),
-        }
-    }
-    if node.gpus.is_empty() && node.unreadable.is_empty() {
-        return Err(nothing("no arbiter has made a page here"));
-    }
-    Ok(node)
+    let Pages { pages, unreadable } = Pages::of(dir)?;
+    Ok(Node { gpus: pages.iter().map(|page| gpu(page)).collect(), unreadable })
 }
 
 fn gpu(page: &Page) -> Gpu {

@@ -2,12 +2,12 @@
 
 use super::Lived;
 use crate::Failure;
-use nvshare::journal::Event;
+use crate::status::Pages;
 use nvshare::map::MappedPage;
 use nvshare::slot::{SLOTS, SlotIndex};
 use nvshare::timeline::{Span, Track};
 use nvshare::units::Nanos;
-use nvshare::{Page, paths, record};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// One slot, as far as it was read.
@@ -21,7 +21,7 @@ struct Reader {
 
 /// What was read of a node.
 pub struct Recording {
-    pages: Vec<(String, MappedPage)>,
+    pages: Vec<MappedPage>,
     readers: Vec<Vec<Reader>>,
     /// By GPU and slot, in the order in which they ended.
     spans: Vec<(usize, usize, Span)>,
@@ -33,26 +33,9 @@ impl Recording {
     /// # Errors
     /// There is none that can be read.
     pub fn of(dir: &Path) -> Result<Self, Failure> {
-        let found = paths::pages(dir).map_err(|why| {
-            Failure::usage(format!("{}: there is no nvshare node here ({why})", dir.display()))
-        })?;
-        let (mut pages, mut refused) = (Vec::new(), Vec::new());
-        for (uuid, path) in found {
-            match record::view_page(dir, uuid) {
-                Ok(page) => pages.push((uuid.to_string(), page)),
-                Err(why) => refused.push(format!("{}: {why}", path.display())),
-            }
-        }
+        let Pages { pages, unreadable } = Pages::of(dir)?;
         if pages.is_empty() {
-            let why = if refused.is_empty() {
-                format!(
-                    "{}: no arbiter has made a page here; start nvshare-arbiter, or a program with `nvshare run`",
-                    dir.display()
-                )
-            } else {
-                refused.join("\n         ")
-            };
-            return Err(Failure::usage(why));
+            return Err(Failure::usage(unreadable.join("\n         ")));
         }
         let readers = pages.iter().map(|_| (0..SLOTS).map(|_| Reader::default()).collect()).collect();
         Ok(Self { pages, readers, spans: Vec::new() })
@@ -60,7 +43,7 @@ impl Recording {
 
     /// Reads what has come since the last time.
     pub fn read(&mut self) {
-        for (gpu, ((_, page), readers)) in self.pages.iter().zip(&mut self.readers).enumerate() {
+        for (gpu, (page, readers)) in self.pages.iter().zip(&mut self.readers).enumerate() {
             for (slot, reader) in readers.iter_mut().enumerate() {
                 let reading = page.journals[slot].read(reader.next);
                 if reading.lost > 0 && reader.next > 0 {
@@ -78,7 +61,7 @@ impl Recording {
 
     /// The GPUs' UUIDs.
     pub fn gpus(&self) -> Vec<String> {
-        self.pages.iter().map(|(uuid, _)| uuid.clone()).collect()
+        self.pages.iter().map(|page| page.gpu().to_string()).collect()
     }
 
     /// Events that were overwritten before they were read, after the first reading.
@@ -89,35 +72,26 @@ impl Recording {
     /// All spans that lie in the time from `since` to `now`, ns, those that go on among them; cut off where they begin before.
     pub fn since(self, since: Nanos, now: Nanos) -> Vec<Lived> {
         let mut spans = self.spans;
-        for (gpu, readers) in self.readers.iter().enumerate() {
+        // Of those that have a slot: the name, and the pid that their spans have.
+        let mut present: BTreeMap<(usize, usize), (u32, String)> = BTreeMap::new();
+        for (gpu, (page, readers)) in self.pages.iter().zip(&self.readers).enumerate() {
             for (slot, reader) in readers.iter().enumerate() {
-                let lives = lives(&self.pages[gpu].1, slot);
-                spans.extend(reader.track.unfinished(now).filter(|_| lives).map(|span| (gpu, slot, span)));
+                if let Some(client) = SlotIndex::new(slot).and_then(|slot| page.details(slot)) {
+                    present.insert((gpu, slot), (reader.track.pid(), client.name));
+                    spans.extend(reader.track.unfinished(now).map(|span| (gpu, slot, span)));
+                }
             }
         }
+        let name = |place, pid| {
+            present.get(&place).filter(|(present, _)| *present == pid).map(|(_, name)| name.clone())
+        };
         spans
             .into_iter()
             .filter(|(_, _, span)| span.ended > since)
             .map(|(gpu, slot, span)| {
-                let name = name(&self.pages[gpu].1, slot, span.pid);
+                let name = name((gpu, slot), span.pid).unwrap_or_default();
                 Lived { gpu, slot, span: Span { begun: span.begun.max(since), ..span }, name }
             })
             .collect()
     }
-}
-
-fn lives(page: &Page, slot: usize) -> bool {
-    SlotIndex::new(slot).is_some_and(|slot| page.details(slot).is_some())
-}
-
-/// What the process calls itself, if it still has the slot: the latest that registered there has this pid.
-fn name(page: &Page, slot: usize, pid: u32) -> String {
-    let events = page.journals[slot].read(0).events;
-    let latest = events.iter().rev().find_map(|at| match at.event {
-        Event::Registered { pid } => Some(pid),
-        _ => None,
-    });
-    let is_same = latest.is_none_or(|latest| latest == pid);
-    let details = SlotIndex::new(slot).and_then(|slot| page.details(slot));
-    details.filter(|_| is_same).map_or(String::new(), |details| details.name)
 }
