@@ -78,6 +78,9 @@ pub mod turns;
 pub mod units;
 pub mod usage;
 
+#[cfg(all(test, not(miri)))]
+mod reachable;
+
 #[cfg(not(loom))]
 pub mod change;
 #[cfg(not(loom))]

@@ -1,6 +1,6 @@
 use super::*;
+use crate::reachable::Reachable;
 use proptest::prelude::*;
-use std::collections::{HashMap, HashSet, VecDeque};
 
 /// How many collectives a process may launch before another one has launched them.
 const AHEAD: u32 = 2;
@@ -178,33 +178,9 @@ impl Gang {
 /// From every state that can be reached, the gang can still reach one in which all run, and one in which all have left; and nobody
 /// ever leaves while another one's work waits for what it has not launched.
 fn stops_and_runs(gang: Gang) {
-    let mut known = HashMap::from([(gang.clone(), 0)]);
-    let (mut states, mut comes_from) = (vec![gang], vec![Vec::new()]);
-    let mut at = 0;
-    while at < states.len() {
-        for state in states[at].next() {
-            let number = *known.entry(state).or_insert_with_key(|state| {
-                states.push(state.clone());
-                comes_from.push(Vec::new());
-                states.len() - 1
-            });
-            comes_from[number].push(at);
-        }
-        at += 1;
-        assert!(states.len() < 3_000_000, "the numbers grow without a bound");
-    }
-    println!("{} states", states.len());
-    for goal in [Gang::all_run, Gang::all_are_out] {
-        let mut queue: VecDeque<_> = (0..states.len()).filter(|state| goal(&states[*state])).collect();
-        let mut reaches: HashSet<_> = queue.iter().copied().collect();
-        assert!(!reaches.is_empty(), "it never comes to that at all");
-        while let Some(state) = queue.pop_front() {
-            queue.extend(comes_from[state].iter().copied().filter(|from| reaches.insert(*from)));
-        }
-        if let Some(stuck) = (0..states.len()).find(|state| !reaches.contains(state)) {
-            panic!("it can never come to that again: {:#?}", states[stuck]);
-        }
-    }
+    let reachable = Reachable::from(gang, Gang::next);
+    reachable.all_lead_to("all run", Gang::all_run);
+    reachable.all_lead_to("all are out", Gang::all_are_out);
 }
 
 #[test]

@@ -1,5 +1,6 @@
 use super::*;
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use crate::reachable::Reachable;
+use std::collections::{BTreeSet, VecDeque};
 
 fn gpu(number: usize) -> GpuUuid {
     GpuUuid([number as u8; 16])
@@ -165,34 +166,11 @@ impl Machine {
 
 /// From every state that can be reached, every process can still reach a state in which it runs.
 fn nobody_is_blocked(machine: Machine) {
-    let mut known = HashMap::from([(machine.clone(), 0)]);
-    let (mut states, mut comes_from) = (vec![machine], vec![Vec::new()]);
-    let mut at = 0;
-    while at < states.len() {
-        for state in states[at].next() {
-            let number = *known.entry(state).or_insert_with_key(|state| {
-                states.push(state.clone());
-                comes_from.push(Vec::new());
-                states.len() - 1
-            });
-            comes_from[number].push(at);
-        }
-        at += 1;
-    }
-    println!("{} states", states.len());
-    for index in 0..states[0].processes.len() {
-        // Search backwards from the states in which it runs.
-        let runs = |state: &usize| states[*state].processes[index].runs();
-        let mut queue: VecDeque<_> = (0..states.len()).filter(runs).collect();
-        let mut reaches: HashSet<_> = queue.iter().copied().collect();
-        assert!(!reaches.is_empty(), "process {index} never runs at all");
-        while let Some(state) = queue.pop_front() {
-            let new = comes_from[state].iter().copied().filter(|from| reaches.insert(*from));
-            queue.extend(new);
-        }
-        if let Some(stuck) = (0..states.len()).find(|state| !reaches.contains(state)) {
-            panic!("process {index} can never run again: {:#?}", states[stuck]);
-        }
+    let processes = machine.processes.len();
+    let reachable = Reachable::from(machine, Machine::next);
+    for index in 0..processes {
+        let what = format!("process {index} runs");
+        reachable.all_lead_to(&what, |machine| machine.processes[index].runs());
     }
 }
 
