@@ -136,8 +136,9 @@ impl<P: Deref<Target = Page>> Books<P> {
     /// Sleeps while the pool's counter shows what [`Books::try_take`] returned, at most 10 ms. Then it rings those who are to make
     /// room for the admitted ones.
     ///
-    /// A decision has rung them already, but who makes room depends on the time, too: on deadlines, and on what runs meanwhile.
-    /// Whoever was rung may have looked when another one was to make room, and that one was not rung.
+    /// The last decision has rung the client that was to make room at that moment. Who that is changes with time: a deadline passes,
+    /// or a client that runs gets further ahead. So the client that was rung may look too late and find that another one is to
+    /// make room, which nobody has rung.
     pub fn wait_for_granules(&self, seen: Free) {
         let until = now().saturating_add(STARVED_POLL_INTERVAL);
         futex_wait_low(self.page.header.free.atomic(), seen.granules as u32, Some(until));
