@@ -179,14 +179,7 @@ mod tests {
     use std::io::Write;
 
     fn file(bytes: &[u8]) -> File {
-        let path = std::env::temp_dir().join(format!(
-            "nvshare-map-{}-{:?}",
-            std::process::id(),
-            std::thread::current().id()
-        ));
-        let mut file =
-            File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
         file
     }

@@ -222,39 +222,23 @@ mod tests {
 
     const GPU: GpuUuid = GpuUuid([6; 16]);
 
-    struct Dir(std::path::PathBuf);
-
-    impl Dir {
-        fn new(name: &str) -> Self {
-            let dir = std::env::temp_dir().join(format!("nvshare-record-{}-{name}", std::process::id()));
-            std::fs::create_dir_all(&dir).unwrap();
-            Self(dir)
-        }
-    }
-
-    impl Drop for Dir {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
     fn the_next_arbiter_reads_what_the_last_one_wrote() {
-        let dir = Dir::new("next");
+        let dir = tempfile::tempdir().unwrap();
         let (file, page) = map::create(GPU, 9).unwrap();
-        let record = Record::create(&dir.0, GPU, &file).unwrap();
+        let record = Record::create(dir.path(), GPU, &file).unwrap();
         let slot = SlotIndex::new(1).unwrap();
         record.set_client(slot, std::process::id()).unwrap();
         // Not through the process that wrote it, which is this one: through the client.
         record.file.write_all_at(&0u32.to_le_bytes(), std::mem::offset_of!(Head, arbiter) as u64).unwrap();
-        let next = Record::open(&dir.0, GPU, true).unwrap();
+        let next = Record::open(dir.path(), GPU, true).unwrap();
         assert!(next.is_page(&file) && !next.is_page(&map::create(GPU, 9).unwrap().0));
         assert_eq!(Identity::of(&next.page().unwrap()).unwrap(), Identity::of(&file).unwrap());
         page.set_capacity(12);
-        assert_eq!(open_page(&dir.0, GPU).unwrap().capacity(), 12);
+        assert_eq!(open_page(dir.path(), GPU).unwrap().capacity(), 12);
         drop((file, page));
-        let gone = open_page(&dir.0, GPU).err().unwrap().to_string();
+        let gone = open_page(dir.path(), GPU).err().unwrap().to_string();
         assert!(next.page().is_none() && gone.contains("no client is left"), "{gone}");
     }
 
@@ -262,15 +246,15 @@ mod tests {
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
     fn what_is_no_record_is_refused() {
         use std::io::Write;
-        let dir = Dir::new("foreign");
-        let path = paths::page(&dir.0, GPU);
+        let dir = tempfile::tempdir().unwrap();
+        let path = paths::page(dir.path(), GPU);
         let (file, _page) = map::create(GPU, 9).unwrap();
-        let why = || Record::open(&dir.0, GPU, true).unwrap_err().to_string();
+        let why = || Record::open(dir.path(), GPU, true).unwrap_err().to_string();
         std::fs::write(&path, b"short").unwrap();
         assert!(why().contains("5 bytes"), "{}", why());
         std::fs::write(&path, vec![0; place(SLOTS) as usize]).unwrap();
         assert!(why().contains("wrong magic"), "{}", why());
-        Record::create(&dir.0, GPU, &file).unwrap().file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+        Record::create(dir.path(), GPU, &file).unwrap().file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
         assert!(
             why().contains("page layout 9 and this program") && why().contains("start this program again"),
             "{}",
@@ -279,16 +263,19 @@ mod tests {
         // Also if a record of that release has another size.
         File::options().write(true).open(&path).unwrap().set_len(size_of::<Head>() as u64 + 8).unwrap();
         assert!(
-            matches!(Record::open(&dir.0, GPU, true), Err(RecordError::Layout { found: 9 })),
+            matches!(Record::open(dir.path(), GPU, true), Err(RecordError::Layout { found: 9 })),
             "{}",
             why()
         );
         std::fs::remove_file(&path).unwrap();
-        let victim = dir.0.join("victim");
+        let victim = dir.path().join("victim");
         File::create(&victim).unwrap().write_all(b"precious").unwrap();
         std::os::unix::fs::symlink(&victim, &path).unwrap();
-        assert!(matches!(Record::open(&dir.0, GPU, true), Err(RecordError::Io(_))), "no link is followed");
-        Record::create(&dir.0, GPU, &file).unwrap();
+        assert!(
+            matches!(Record::open(dir.path(), GPU, true), Err(RecordError::Io(_))),
+            "no link is followed"
+        );
+        Record::create(dir.path(), GPU, &file).unwrap();
         assert_eq!(std::fs::read(&victim).unwrap(), b"precious");
     }
 }

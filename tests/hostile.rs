@@ -199,8 +199,10 @@ fn words(page: &Page) -> Vec<u64> {
     bytes(page).chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect()
 }
 
+/// A path at which nothing is.
 fn temporary(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("nvshare-hostile-{}-{name}", std::process::id()))
+    let taken = tempfile::Builder::new().prefix(&format!("nvshare-{name}-")).tempfile().unwrap();
+    taken.path().to_owned()
 }
 
 fn file(content: &[u8]) -> File {
@@ -234,7 +236,6 @@ fn liar(name: &str, answers: Vec<Vec<u8>>, fd: Option<File>) -> PathBuf {
         AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept, bind, listen, recv, socket,
     };
     let path = temporary(name);
-    let _ = std::fs::remove_file(&path);
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
     bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     listen(&listener, Backlog::new(1).unwrap()).unwrap();
@@ -346,7 +347,6 @@ fn an_arbiter_that_never_answers() {
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
     let listening = |name| {
         let path = temporary(name);
-        let _ = std::fs::remove_file(&path);
         let listener =
             socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();

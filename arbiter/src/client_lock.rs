@@ -143,21 +143,20 @@ mod tests {
 
     const GPU: GpuUuid = GpuUuid([5; 16]);
 
-    fn create(name: &str) -> (PathBuf, ClientLock) {
-        let dir = std::env::temp_dir().join(format!("nvshare-client-lock-{}-{name}", std::process::id()));
-        fs::create_dir_all(&dir).unwrap();
+    fn create() -> (tempfile::TempDir, ClientLock) {
+        let dir = tempfile::tempdir().unwrap();
         let record =
             ClientRecord { pid: 42, started: 7, namespace: own_namespace(), generation: 3, uid: 1000 };
-        let lock = ClientLock::create(&dir, GPU, SlotIndex::new(9).unwrap(), record).unwrap();
+        let lock = ClientLock::create(dir.path(), GPU, SlotIndex::new(9).unwrap(), record).unwrap();
         (dir, lock)
     }
 
     #[test]
     fn a_lock_is_free_with_the_last_descriptor_and_any_arbiter_sees_it() {
-        let (dir, lock) = create("ends");
+        let (dir, lock) = create();
         assert!(!lock.is_held(), "nobody was lent it");
         let lent = lock.lend().unwrap();
-        let successor = ClientLock::open(&dir, GPU, SlotIndex::new(9).unwrap()).unwrap();
+        let successor = ClientLock::open(dir.path(), GPU, SlotIndex::new(9).unwrap()).unwrap();
         assert_eq!(successor.record, lock.record);
         assert!(lock.is_held() && successor.is_held());
         let inherited = lent.try_clone().unwrap();
@@ -166,27 +165,27 @@ mod tests {
         assert!(successor.is_same_file(&inherited));
         drop(inherited);
         assert!(!successor.is_held() && !lock.is_held());
-        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
     fn the_next_owner_of_a_slot_has_another_file() {
-        let (dir, first) = create("next");
+        let (dir, first) = create();
         let held = first.lend().unwrap();
-        let second = ClientLock::create(&dir, GPU, SlotIndex::new(9).unwrap(), first.record).unwrap();
+        let second = ClientLock::create(dir.path(), GPU, SlotIndex::new(9).unwrap(), first.record).unwrap();
         assert!(!second.is_held() && !second.is_same_file(&held));
         assert!(second.lend().is_ok_and(|lent| second.is_same_file(&lent)));
         second.remove();
-        assert!(ClientLock::open(&dir, GPU, SlotIndex::new(9).unwrap()).is_none());
-        fs::remove_dir_all(dir).unwrap();
+        assert!(ClientLock::open(dir.path(), GPU, SlotIndex::new(9).unwrap()).is_none());
     }
 
     #[test]
     fn a_client_cannot_write_what_it_is_lent() {
-        let (dir, lock) = create("lent");
+        let (dir, lock) = create();
         let lent = File::from(lock.lend().unwrap());
         assert!(lent.set_len(0).is_err() && (&lent).write_all(b"root").is_err());
-        assert_eq!(fs::metadata(dir.join(format!("{GPU}.slot-9.client"))).unwrap().mode() & 0o777, 0o600);
-        fs::remove_dir_all(dir).unwrap();
+        assert_eq!(
+            fs::metadata(dir.path().join(format!("{GPU}.slot-9.client"))).unwrap().mode() & 0o777,
+            0o600
+        );
     }
 }

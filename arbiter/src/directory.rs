@@ -123,9 +123,9 @@ mod tests {
     /// Whoever reads while an arbiter signs sees what an arbiter would leave that is killed then.
     #[test]
     fn an_arbiter_that_is_killed_while_it_signs_leaves_what_stood_there_or_what_it_says() {
-        let dir = std::env::temp_dir().join(format!("nvshare-sign-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let lock = DirectoryLock::acquire(&dir).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        let lock = DirectoryLock::acquire(dir).unwrap();
         assert_eq!(lock.before, None);
         let pools = ["a private arbiter with --capacity 64.00 MiB", "a service with --headroom 0 B"];
         lock.sign(pools[0]).unwrap();
@@ -139,7 +139,7 @@ mod tests {
                     }
                 }
             });
-            let said = |_| std::fs::read_to_string(paths::arbiter_lock(&dir)).unwrap();
+            let said = |_| std::fs::read_to_string(paths::arbiter_lock(dir)).unwrap();
             let torn = (0..20_000).map(said).find(|said| {
                 let lines: Vec<_> = said.lines().collect();
                 lines[..2.min(lines.len())] != [std::process::id().to_string().as_str(), pools[0]]
@@ -150,7 +150,6 @@ mod tests {
         });
         lock.sign(pools[1]).unwrap();
         drop(lock);
-        assert_eq!(DirectoryLock::acquire(&dir).unwrap().before.as_deref(), Some(pools[1]));
-        std::fs::remove_dir_all(dir).unwrap();
+        assert_eq!(DirectoryLock::acquire(dir).unwrap().before.as_deref(), Some(pools[1]));
     }
 }

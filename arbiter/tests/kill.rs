@@ -16,6 +16,7 @@ use nvshare_test_support::{Dice, Patience};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
+use tempfile::TempDir;
 
 const TIMEOUT: Patience = Patience::seconds(30);
 
@@ -47,7 +48,7 @@ fn client() {
 }
 
 struct Node {
-    dir: PathBuf,
+    dir: TempDir,
     arbiter: Child,
     clients: Vec<Child>,
 }
@@ -78,7 +79,7 @@ fn victim(dir: &Path) -> Child {
 
 impl Node {
     fn page(&self) -> MappedPage {
-        record::open_page(&self.dir, GPU.parse::<GpuUuid>().unwrap()).unwrap()
+        record::open_page(self.dir.path(), GPU.parse::<GpuUuid>().unwrap()).unwrap()
     }
 }
 
@@ -88,18 +89,16 @@ impl Drop for Node {
             let _ = child.kill();
             let _ = child.wait();
         }
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
 #[test]
 fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
     let mut dice = Dice::from_environment(0x5eed_cafe);
-    let dir = std::env::temp_dir().join(format!("nvshare-kill-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let mut node = Node { arbiter: arbiter(&dir), clients: Vec::new(), dir };
-    TIMEOUT.until("the socket is there", || paths::socket(&node.dir).exists());
-    node.clients = (0..3).map(|_| victim(&node.dir)).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = Node { arbiter: arbiter(dir.path()), clients: Vec::new(), dir };
+    TIMEOUT.until("the socket is there", || paths::socket(node.dir.path()).exists());
+    node.clients = (0..3).map(|_| victim(node.dir.path())).collect();
     let page = node.page();
     let slices =
         || -> u64 { page.occupied().iter().filter_map(|slot| page.details(slot)).map(|d| d.slices).sum() };
@@ -133,7 +132,7 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
                 let before = slices();
                 TIMEOUT.until("turns are taken without an arbiter", || slices() > before);
             }
-            node.arbiter = arbiter(&node.dir);
+            node.arbiter = arbiter(node.dir.path());
         }
         if with_client {
             if let Some(slot) = slot {
@@ -141,7 +140,7 @@ fn whoever_is_killed_the_others_go_on_and_no_granule_is_lost() {
                     page.owner(slot).is_none_or(|owner| owner.pid != pid)
                 });
             }
-            node.clients[victim_index] = victim(&node.dir);
+            node.clients[victim_index] = victim(node.dir.path());
         }
         for (index, child) in node.clients.iter_mut().enumerate() {
             assert!(child.try_wait().unwrap().is_none(), "round {round}: client {index} ended by itself");

@@ -138,21 +138,21 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
         eprintln!("not root: no namespaces can be made");
         return;
     }
-    let dir = std::env::temp_dir().join(format!("nvshare-pid-namespaces-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
 
-    let (arbiter, _) = start_arbiter(&dir, false);
-    let page = look(&dir);
-    let (one, first) = start_client(&dir, false);
-    let (two, second) = start_client(&dir, true);
+    let (arbiter, _) = start_arbiter(dir, false);
+    let page = look(dir);
+    let (one, first) = start_client(dir, false);
+    let (two, second) = start_client(dir, true);
     assert_eq!(slots(&page), [first, second]);
     end_arbiter(arbiter, &dir);
 
     // One that sees neither.
-    let (arbiter, mut log) = start_arbiter(&dir, true);
+    let (arbiter, mut log) = start_arbiter(dir, true);
     assert_eq!(slots(&page), [first, second]);
     attached(&mut log, 2);
-    let (three, third) = start_client(&dir, false);
+    let (three, third) = start_client(dir, false);
     assert_eq!(slots(&page), [first, second, third], "and a new one is given a slot");
     one.end();
     TIMEOUT.until("the dead one's slot is closed", || slots(&page) == [second, third]);
@@ -160,27 +160,26 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
 
     // One that sees all of them, after one has ended that the arbiter before saw under no pid.
     three.end();
-    let (arbiter, mut log) = start_arbiter(&dir, false);
+    let (arbiter, mut log) = start_arbiter(dir, false);
     assert_eq!(slots(&page), [second]);
     attached(&mut log, 1);
     two.end();
     TIMEOUT.until("the last one's slot is closed", || slots(&page).is_empty());
     drop((arbiter, log));
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// It neither ends nor attaches, and an arbiter that begins meanwhile cannot ask it.
 #[test]
 fn a_client_that_is_stopped_while_the_arbiter_restarts_is_kept() {
-    let dir = std::env::temp_dir().join(format!("nvshare-stopped-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (arbiter, _) = start_arbiter(&dir, false);
-    let page = look(&dir);
-    let (client, slot) = start_client(&dir, false);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (arbiter, _) = start_arbiter(dir, false);
+    let page = look(dir);
+    let (client, slot) = start_client(dir, false);
     let pid = nix::unistd::Pid::from_raw(client.0.id() as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
     arbiter.end();
-    let (arbiter, mut log) = start_arbiter(&dir, false);
+    let (arbiter, mut log) = start_arbiter(dir, false);
     // As often as it looks.
     let seen = page.audit_counts().0;
     TIMEOUT.until("it has looked a few times", || page.audit_counts().0 > seen + 8);
@@ -190,28 +189,26 @@ fn a_client_that_is_stopped_while_the_arbiter_restarts_is_kept() {
     client.end();
     TIMEOUT.until("its slot is closed", || slots(&page).is_empty());
     drop((arbiter, log));
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// An arbiter that is killed while it closes the slot of a client that leaves has cleared the page, and the client has not
 /// heard of it: it still holds its life file.
 #[test]
 fn a_client_that_left_while_its_arbiter_was_killed_keeps_no_slot() {
-    let dir = std::env::temp_dir().join(format!("nvshare-left-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (arbiter, _) = start_arbiter(&dir, false);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (arbiter, _) = start_arbiter(dir, false);
     let hello = Hello::new(GPU.parse().unwrap(), "leaves");
-    let client = register::register(&paths::socket(&dir), &hello, TIMEOUT.duration()).unwrap();
+    let client = register::register(&paths::socket(dir), &hello, TIMEOUT.duration()).unwrap();
     client.private_phase.store(Phase::Leaving.into(), Ordering::Relaxed);
     arbiter.end();
     client.page.reap(client.slot).unwrap();
-    let (arbiter, mut log) = start_arbiter(&dir, false);
+    let (arbiter, mut log) = start_arbiter(dir, false);
     attached(&mut log, 1);
     TIMEOUT.until("its slot is closed", || slots(&client.page).is_empty());
-    let life = paths::life(&dir, GPU.parse().unwrap(), client.slot);
+    let life = paths::life(dir, GPU.parse().unwrap(), client.slot);
     TIMEOUT.until("its life file is gone", || !life.exists());
     drop((arbiter, log));
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// A process whose slot was opened, and whose arbiter was killed before the process had read the answer.
@@ -230,39 +227,38 @@ fn untold(dir: &Path, log: &mut Log) -> OwnedFd {
 
 #[test]
 fn a_process_that_was_not_told_of_its_slot_loses_it_and_a_client_beside_it_keeps_its_own() {
-    let dir = std::env::temp_dir().join(format!("nvshare-untold-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (arbiter, mut log) = start_arbiter(&dir, false);
-    let page = look(&dir);
-    let (client, kept) = start_client(&dir, false);
-    let connection = untold(&dir, &mut log);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (arbiter, mut log) = start_arbiter(dir, false);
+    let page = look(dir);
+    let (client, kept) = start_client(dir, false);
+    let connection = untold(dir, &mut log);
     assert_eq!(slots(&page).len(), 2);
     arbiter.end();
     // The answer may still be read: that process may live with this slot.
-    let (arbiter, _log) = start_arbiter(&dir, false);
+    let (arbiter, _log) = start_arbiter(dir, false);
     assert_eq!(slots(&page).len(), 2);
     drop(connection);
     TIMEOUT.until("the slot of which nobody knows is closed", || slots(&page) == [kept]);
     arbiter.end();
 
-    let (arbiter, mut log) = start_arbiter(&dir, false);
-    drop(untold(&dir, &mut log));
+    let (arbiter, mut log) = start_arbiter(dir, false);
+    drop(untold(dir, &mut log));
     arbiter.end();
-    let (_arbiter, _log) = start_arbiter(&dir, false);
+    let (_arbiter, _log) = start_arbiter(dir, false);
     assert_eq!(slots(&page), [kept], "at once, if nobody can read the answer any more");
     client.end();
     TIMEOUT.until("the client's slot is closed", || slots(&page).is_empty());
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]
 fn no_arbiter_waits_for_the_page_of_a_process_that_has_let_its_slot_go() {
-    let dir = std::env::temp_dir().join(format!("nvshare-nobody-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (arbiter, mut log) = start_arbiter(&dir, false);
-    let connection = untold(&dir, &mut log);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (arbiter, mut log) = start_arbiter(dir, false);
+    let connection = untold(dir, &mut log);
     arbiter.end();
-    let (_arbiter, mut log) = spawn_arbiter(&dir, false);
+    let (_arbiter, mut log) = spawn_arbiter(dir, false);
     // Nobody has the page but the answer, from which no arbiter can take it.
     assert!(
         log.by_ref().map(Result::unwrap).any(|line| line.contains("waiting for a client to bring its page"))
@@ -273,8 +269,7 @@ fn no_arbiter_waits_for_the_page_of_a_process_that_has_let_its_slot_go() {
         said.iter().any(|line| line.contains("no client is left that could bring the page")),
         "{said:#?}"
     );
-    assert!(slots(&look(&dir)).is_empty());
-    std::fs::remove_dir_all(dir).unwrap();
+    assert!(slots(&look(dir)).is_empty());
 }
 
 #[test]
@@ -283,37 +278,36 @@ fn silent_connections_keep_no_client_from_bringing_its_page() {
         eprintln!("not root: no namespaces can be made");
         return;
     }
-    let dir = std::env::temp_dir().join(format!("nvshare-silent-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (arbiter, _) = start_arbiter(&dir, false);
-    let (client, slot) = start_client(&dir, false);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (arbiter, _) = start_arbiter(dir, false);
+    let (client, slot) = start_client(dir, false);
     end_arbiter(arbiter, &dir);
-    let socket = paths::socket(&dir);
+    let socket = paths::socket(dir);
     let silent = std::thread::spawn(move || {
         (0..200).map(|_| register::dial(&socket, TIMEOUT.duration()).unwrap()).collect::<Vec<_>>()
     });
     // It does not see the client, and so cannot take the page from it.
-    let (arbiter, mut log) = spawn_arbiter(&dir, true);
+    let (arbiter, mut log) = spawn_arbiter(dir, true);
     let said = until_it_serves(&mut log);
     assert!(said.iter().any(|line| line.contains("took its page over")), "{said:#?}");
-    assert_eq!(slots(&look(&dir)), [slot]);
+    assert_eq!(slots(&look(dir)), [slot]);
     attached(&mut log, 1);
     drop((silent.join().unwrap(), client, arbiter, log));
-    std::fs::remove_dir_all(dir).unwrap();
 }
 
 /// The states that an arbiter leaves which is killed between two steps of opening or closing a slot.
 #[test]
 fn what_a_killed_arbiter_left_half_done_the_next_one_finishes() {
-    let dir = std::env::temp_dir().join(format!("nvshare-half-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    let (arbiter, _) = start_arbiter(&dir, false);
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (arbiter, _) = start_arbiter(dir, false);
     let hello = Hello::new(GPU.parse().unwrap(), "stays");
-    let client = register::register(&paths::socket(&dir), &hello, TIMEOUT.duration()).unwrap();
+    let client = register::register(&paths::socket(dir), &hello, TIMEOUT.duration()).unwrap();
     let (kept, page) = (client.slot.get(), &client.page);
-    let (dead, slot) = start_client(&dir, false);
+    let (dead, slot) = start_client(dir, false);
     let dead_slot = SlotIndex::new(slot).unwrap();
-    let (holder, third) = start_client(&dir, false);
+    let (holder, third) = start_client(dir, false);
     let third = SlotIndex::new(third).unwrap();
     let own = page.owner(client.slot).unwrap();
     arbiter.end();
@@ -331,11 +325,10 @@ fn what_a_killed_arbiter_left_half_done_the_next_one_finishes() {
     let opened = SlotIndex::new(40).unwrap();
     page.open_slot_at(opened, own, "opened", 100);
 
-    let (arbiter, mut log) = start_arbiter(&dir, false);
+    let (arbiter, mut log) = start_arbiter(dir, false);
     assert_eq!(slots(page), [kept]);
     assert_eq!((page.view(third).resident, page.free().granules), (0, 32));
-    assert!(!paths::life(&dir, page.gpu(), dead_slot).exists());
+    assert!(!paths::life(dir, page.gpu(), dead_slot).exists());
     attached(&mut log, 1);
     drop((arbiter, log));
-    std::fs::remove_dir_all(dir).unwrap();
 }

@@ -24,6 +24,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
+use tempfile::TempDir;
 
 const GPU: &str = "GPU-00000000-0000-0000-0000-0000000000dd";
 
@@ -46,22 +47,10 @@ fn is_root() -> bool {
     root
 }
 
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("nvshare-security-{}-{name}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::set_permissions(&dir, Permissions::from_mode(0o755)).unwrap();
-        Self(dir)
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+/// A directory into which every user may look.
+fn directory(name: &str) -> TempDir {
+    let mode = Permissions::from_mode(0o755);
+    tempfile::Builder::new().prefix(&format!("nvshare-{name}-")).permissions(mode).tempdir().unwrap()
 }
 
 fn arbiter(dir: &Path, arguments: &[&str]) -> Command {
@@ -79,27 +68,28 @@ fn arbiter(dir: &Path, arguments: &[&str]) -> Command {
 }
 
 struct Arbiter {
-    dir: Dir,
+    dir: TempDir,
     child: Child,
     log: PathBuf,
 }
 
 impl Arbiter {
     fn start(name: &str, arguments: &[&str]) -> Self {
-        Self::start_in(Dir::new(name), arguments)
+        Self::start_in(directory(name), arguments)
     }
 
-    fn start_in(dir: Dir, arguments: &[&str]) -> Self {
-        let log = dir.0.join("log");
+    fn start_in(dir: TempDir, arguments: &[&str]) -> Self {
+        let log = dir.path().join("log");
         let child = Self::spawn(&dir, &log, arguments);
         Self { dir, child, log }
     }
 
-    fn spawn(dir: &Dir, log: &Path, arguments: &[&str]) -> Child {
+    fn spawn(dir: &TempDir, log: &Path, arguments: &[&str]) -> Child {
         let log = File::options().append(true).create(true).open(log).unwrap();
-        let child = arbiter(&dir.0, arguments).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        TIMEOUT
-            .until("the arbiter answers", || register::dial(&paths::socket(&dir.0), Duration::ZERO).is_ok());
+        let child = arbiter(dir.path(), arguments).stdout(Stdio::null()).stderr(log).spawn().unwrap();
+        TIMEOUT.until("the arbiter answers", || {
+            register::dial(&paths::socket(dir.path()), Duration::ZERO).is_ok()
+        });
         child
     }
 
@@ -114,7 +104,7 @@ impl Arbiter {
     }
 
     fn socket(&self) -> PathBuf {
-        paths::socket(&self.dir.0)
+        paths::socket(self.dir.path())
     }
 
     fn register(&self) -> Registration {
@@ -295,24 +285,24 @@ fn everybody_may_look_and_nobody_else_may_open_the_record() {
         return;
     }
     let arbiter = Arbiter::start("everybody", &[]);
-    assert_eq!(as_user(STRANGER, "look", &arbiter.dir.0), "64 MiB");
-    let record = paths::page(&arbiter.dir.0, gpu());
+    assert_eq!(as_user(STRANGER, "look", arbiter.dir.path()), "64 MiB");
+    let record = paths::page(arbiter.dir.path(), gpu());
     assert_eq!(record.metadata().unwrap().mode() & 0o777, 0o600);
-    assert!(record::open_page(&arbiter.dir.0, gpu()).is_ok());
+    assert!(record::open_page(arbiter.dir.path(), gpu()).is_ok());
 }
 
 #[test]
 fn the_next_arbiter_takes_the_page_over_from_any_of_its_clients() {
     let mut arbiter = Arbiter::start("takeover", &[]);
     let mut clients: Vec<_> = (0..3)
-        .map(|_| process(nix::unistd::geteuid().as_raw(), "client", &arbiter.dir.0).spawn().unwrap())
+        .map(|_| process(nix::unistd::geteuid().as_raw(), "client", arbiter.dir.path()).spawn().unwrap())
         .collect();
     clients.iter_mut().for_each(|client| drop(said(client)));
-    let generation = || record::open_page(&arbiter.dir.0, gpu()).unwrap().arbiter().1;
+    let generation = || record::open_page(arbiter.dir.path(), gpu()).unwrap().arbiter().1;
     assert_eq!(generation(), 1);
     for left in (0..3).rev() {
         arbiter.restart(&[]);
-        let page = record::open_page(&arbiter.dir.0, gpu()).unwrap();
+        let page = record::open_page(arbiter.dir.path(), gpu()).unwrap();
         assert_eq!((page.arbiter().1, page.occupied().len()), (4 - left as u32, left + 1));
         let mut client = clients.pop().unwrap();
         client.kill().unwrap();
@@ -321,7 +311,7 @@ fn the_next_arbiter_takes_the_page_over_from_any_of_its_clients() {
     }
     // Nobody has it now: the next one makes another.
     arbiter.restart(&[]);
-    let page = record::open_page(&arbiter.dir.0, gpu()).unwrap();
+    let page = record::open_page(arbiter.dir.path(), gpu()).unwrap();
     assert_eq!((page.arbiter().1, page.occupied().len(), page.free().granules), (1, 0, 32));
 }
 
@@ -333,7 +323,7 @@ fn a_page_that_somebody_has_written_full_is_taken_over_with_its_clients() {
     arbiter.kill();
     scribble(&stranger.page, &[u64::MAX, 0, 0x1234_5678]);
     arbiter.restart_dead();
-    let page = record::open_page(&arbiter.dir.0, gpu()).unwrap();
+    let page = record::open_page(arbiter.dir.path(), gpu()).unwrap();
     let own = std::process::id();
     for slot in [client.slot, stranger.slot] {
         assert_eq!(client.page.owner(slot).map(|owner| owner.pid), Some(own));
@@ -376,7 +366,7 @@ fn what_is_killed_is_the_client_and_not_whom_the_page_names() {
     let arbiter = Arbiter::start("kill", &arguments);
     let mut victim = Command::new("sleep").arg("600").spawn().unwrap();
     let user = nix::unistd::geteuid().as_raw();
-    let mut client = process(user, "client", &arbiter.dir.0).spawn().unwrap();
+    let mut client = process(user, "client", arbiter.dir.path()).spawn().unwrap();
     let slot = said(&mut client);
     let hostile = arbiter.register();
     let page = hostile.page.clone();
@@ -422,7 +412,7 @@ fn lie_about_phase(page: &MappedPage, slot: nvshare::SlotIndex, phase: Phase) {
 fn lied_about(phase: Phase, arguments: &[&str]) {
     let mut arbiter = Arbiter::start(phase.name(), arguments);
     let user = nix::unistd::geteuid().as_raw();
-    let mut client = process(user, "client", &arbiter.dir.0).spawn().unwrap();
+    let mut client = process(user, "client", arbiter.dir.path()).spawn().unwrap();
     let slot = said(&mut client).trim_start_matches("slot ").parse().unwrap();
     let slot = nvshare::SlotIndex::new(slot).unwrap();
     let hostile = arbiter.register();
@@ -479,7 +469,7 @@ fn a_slot_stays_its_owners_whatever_stands_in_the_page() {
 fn garbage_is_logged_a_few_times_and_counted() {
     let mut arbiter = Arbiter::start("garbage", &[]);
     let user = nix::unistd::geteuid().as_raw();
-    assert_eq!(as_user(user, "garbage 2000", &arbiter.dir.0), "done");
+    assert_eq!(as_user(user, "garbage 2000", arbiter.dir.path()), "done");
     let refused = |log: &str| log.lines().filter(|line| line.contains("refused")).count();
     TIMEOUT.until("some are logged", || refused(&arbiter.log()) >= 5);
     arbiter.register();
@@ -501,7 +491,7 @@ fn a_client_that_speaks_is_served_among_any_number_of_silent_ones() {
     // The honest one was here first: it is not the one that has to go.
     let honest = register::dial(&arbiter.socket(), TIMEOUT.duration()).unwrap();
     let _silent = silent(&arbiter.socket(), 900);
-    let _more = as_user(nix::unistd::geteuid().as_raw(), "garbage 50", &arbiter.dir.0);
+    let _more = as_user(nix::unistd::geteuid().as_raw(), "garbage 50", arbiter.dir.path());
     drop(honest);
     let before = std::time::Instant::now();
     let client = arbiter.register();
@@ -541,12 +531,12 @@ fn one_user_cannot_take_all_slots_and_is_told_so() {
         return;
     }
     let arbiter = Arbiter::start("slots", &["--slots-per-user", "3"]);
-    let mut greedy = process(STRANGER, "slots", &arbiter.dir.0).spawn().unwrap();
+    let mut greedy = process(STRANGER, "slots", arbiter.dir.path()).spawn().unwrap();
     let words = said(&mut greedy);
     assert!(words.starts_with("3 ") && words.contains("--slots-per-user"), "{words}");
     assert!(words.contains(&format!("user {STRANGER} has 3 slots")), "{words}");
     // Others are not bound by what that user has, and root by nothing.
-    let mut other = process(OTHER, "slots", &arbiter.dir.0).spawn().unwrap();
+    let mut other = process(OTHER, "slots", arbiter.dir.path()).spawn().unwrap();
     assert!(said(&mut other).starts_with("3 "));
     let own: Vec<_> = (0..nvshare::slot::SLOTS - 6).map(|_| arbiter.register()).collect();
     for mut child in [greedy, other] {
@@ -566,9 +556,9 @@ fn refused(output: &Output, words: &[&str]) {
 
 #[test]
 fn an_arbiter_does_not_serve_where_others_could_take_its_place() {
-    let parent = Dir::new("places");
-    let dir = parent.0.join("run");
-    std::os::unix::fs::symlink(&parent.0, &dir).unwrap();
+    let parent = directory("places");
+    let dir = parent.path().join("run");
+    std::os::unix::fs::symlink(parent.path(), &dir).unwrap();
     refused(&arbiter(&dir, &[]).output().unwrap(), &["symbolic link", dir.to_str().unwrap()]);
     std::fs::remove_file(&dir).unwrap();
     std::fs::create_dir(&dir).unwrap();
@@ -583,14 +573,14 @@ fn an_arbiter_does_not_serve_where_others_could_take_its_place() {
 
 #[test]
 fn a_link_in_the_runtime_directory_is_not_followed() {
-    let dir = Dir::new("links");
-    let victim = dir.0.join("precious");
+    let dir = directory("links");
+    let victim = dir.path().join("precious");
     std::fs::write(&victim, "precious").unwrap();
-    std::os::unix::fs::symlink(&victim, paths::arbiter_lock(&dir.0)).unwrap();
-    refused(&arbiter(&dir.0, &[]).output().unwrap(), &["arbiter.lock"]);
-    std::fs::remove_file(paths::arbiter_lock(&dir.0)).unwrap();
-    std::os::unix::fs::symlink(&victim, paths::page(&dir.0, gpu())).unwrap();
-    refused(&arbiter(&dir.0, &[]).output().unwrap(), &["page", GPU]);
+    std::os::unix::fs::symlink(&victim, paths::arbiter_lock(dir.path())).unwrap();
+    refused(&arbiter(dir.path(), &[]).output().unwrap(), &["arbiter.lock"]);
+    std::fs::remove_file(paths::arbiter_lock(dir.path())).unwrap();
+    std::os::unix::fs::symlink(&victim, paths::page(dir.path(), gpu())).unwrap();
+    refused(&arbiter(dir.path(), &[]).output().unwrap(), &["page", GPU]);
     assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
 }
 
@@ -600,16 +590,16 @@ fn files_of_others_in_the_runtime_directory_are_not_used() {
     if !is_root() {
         return;
     }
-    let dir = Dir::new("sticky");
-    std::fs::set_permissions(&dir.0, Permissions::from_mode(0o1777)).unwrap();
-    let (lock, page) = (paths::arbiter_lock(&dir.0), paths::page(&dir.0, gpu()));
+    let dir = directory("sticky");
+    std::fs::set_permissions(dir.path(), Permissions::from_mode(0o1777)).unwrap();
+    let (lock, page) = (paths::arbiter_lock(dir.path()), paths::page(dir.path(), gpu()));
     let plant = |path: &Path| {
         std::fs::write(path, [0; 1216]).unwrap();
         std::os::unix::fs::chown(path, Some(STRANGER), None).unwrap();
     };
     plant(&lock);
     let named = format!("arbiter.lock belongs to user {STRANGER}");
-    refused(&arbiter(&dir.0, &[]).output().unwrap(), &[&named]);
+    refused(&arbiter(dir.path(), &[]).output().unwrap(), &[&named]);
     std::fs::remove_file(&lock).unwrap();
     plant(&page);
     let arbiter = Arbiter::start_in(dir, &[]);
@@ -622,9 +612,9 @@ fn an_arbiter_makes_a_directory_that_is_its_users_own() {
     if !is_root() {
         return;
     }
-    let parent = Dir::new("made");
-    std::os::unix::fs::chown(&parent.0, Some(STRANGER), None).unwrap();
-    let dir = parent.0.join("run");
+    let parent = directory("made");
+    std::os::unix::fs::chown(parent.path(), Some(STRANGER), None).unwrap();
+    let dir = parent.path().join("run");
     let child = arbiter(&dir, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
     let _child = Ending(child.unwrap());
     TIMEOUT.until("it serves", || paths::socket(&dir).exists());
@@ -637,17 +627,17 @@ fn a_client_does_not_believe_another_users_arbiter() {
     if !is_root() {
         return;
     }
-    let dir = Dir::new("planted");
-    std::os::unix::fs::chown(&dir.0, Some(STRANGER), None).unwrap();
-    let planted = arbiter(&dir.0, &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
+    let dir = directory("planted");
+    std::os::unix::fs::chown(dir.path(), Some(STRANGER), None).unwrap();
+    let planted = arbiter(dir.path(), &[]).uid(STRANGER).gid(STRANGER).stderr(Stdio::null()).spawn();
     let _planted = Ending(planted.unwrap());
-    TIMEOUT.until("it listens", || paths::socket(&dir.0).exists());
-    let words = as_user(OTHER, "look", &dir.0);
+    TIMEOUT.until("it listens", || paths::socket(dir.path()).exists());
+    let words = as_user(OTHER, "look", dir.path());
     let named =
         [format!("runs as user {STRANGER}"), format!("of user {OTHER}"), "NVSHARE_RUNTIME_DIR".into()];
     assert!(named.iter().all(|name| words.contains(name)), "{words}");
-    assert_eq!(as_user(STRANGER, "look", &dir.0), "64 MiB", "its own user believes it");
-    assert!(register::dial(&paths::socket(&dir.0), Duration::ZERO).is_err(), "nor does root");
+    assert_eq!(as_user(STRANGER, "look", dir.path()), "64 MiB", "its own user believes it");
+    assert!(register::dial(&paths::socket(dir.path()), Duration::ZERO).is_err(), "nor does root");
 }
 
 #[test]
@@ -655,15 +645,15 @@ fn a_full_file_system_is_an_error_that_says_so() {
     if !is_root() {
         return;
     }
-    let dir = Dir::new("full");
+    let dir = directory("full");
     // A mount of its own, seen by this process alone.
-    let script = format!("mount -t tmpfs -o size=16k none '{0}' && exec \"$@\"", dir.0.display());
-    let command = arbiter(&dir.0, &[]);
+    let script = format!("mount -t tmpfs -o size=16k none '{0}' && exec \"$@\"", dir.path().display());
+    let command = arbiter(dir.path(), &[]);
     let output = Command::new("unshare")
         .args(["-m", "sh", "-c", &script, "sh"])
         .arg(command.get_program())
         .args(command.get_args())
         .output()
         .unwrap();
-    refused(&output, &["is full", dir.0.to_str().unwrap(), "--runtime-dir"]);
+    refused(&output, &["is full", dir.path().to_str().unwrap(), "--runtime-dir"]);
 }

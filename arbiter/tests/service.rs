@@ -37,10 +37,8 @@ fn command(dir: &Path, arguments: &[&str]) -> Command {
 }
 
 fn directory(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("nvshare-service-{}-{name}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&dir);
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
+    // The tests remove it: some hand it from one arbiter to the next.
+    tempfile::Builder::new().prefix(&format!("nvshare-{name}-")).tempdir().unwrap().keep()
 }
 
 impl Arbiter {

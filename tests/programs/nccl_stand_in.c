@@ -74,7 +74,11 @@ static void meet(void *argument) {
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     static atomic_uint number;
     memset(id, 0, sizeof *id);
-    snprintf(id->internal, sizeof id->internal, "/nccl-stand-in-%d-%u", getpid(), atomic_fetch_add(&number, 1));
+    /* With the time: a process that was killed leaves its file, and its pid comes again. */
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    snprintf(id->internal, sizeof id->internal, "/nccl-stand-in-%d-%u-%lld.%09ld", getpid(), atomic_fetch_add(&number, 1),
+             (long long)now.tv_sec, now.tv_nsec);
     return ncclSuccess;
 }
 

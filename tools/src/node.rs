@@ -14,7 +14,6 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Finds a file of ours: beside the running program, beside its test binaries' parent, or where packages
@@ -226,7 +225,6 @@ impl SimulatedGpu {
     /// # Errors
     /// The simulated GPU is not built.
     pub fn new(settings: &[(&'static str, String)]) -> Result<Self, Failure> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
         let (cuda, nvml) = simulated_gpu()?;
         let libraries = TempDir::new()?;
         // Some programs try libcuda.so before libcuda.so.1, and with a real driver they would find that one's.
@@ -235,7 +233,9 @@ impl SimulatedGpu {
             std::os::unix::fs::symlink(library, libraries.path().join(link))
                 .map_err(|error| Failure::with_status(1, format!("{}: {error}", library.display())))?;
         }
-        let name = format!("nvshare-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        // With the directory's name, because a process that was killed leaves its GPU, and its pid comes again.
+        let unique = libraries.path().file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("nvshare-{}-{unique}", std::process::id());
         Ok(Self { libraries, name, settings: settings.to_vec() })
     }
 

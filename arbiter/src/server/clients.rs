@@ -249,18 +249,16 @@ mod tests {
 
     #[test]
     fn a_lock_that_is_lent_again_counts_as_free_anew() {
-        let dir = std::env::temp_dir().join(format!("nvshare-lent-again-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let dir = tempfile::tempdir().unwrap();
         let slot = SlotIndex::new(0).unwrap();
         let record = ClientRecord { pid: 1, started: 1, namespace: 0, generation: 1, uid: 0 };
-        let lock = Some(ClientLock::create(&dir, GPU, slot, record).unwrap());
+        let lock = Some(ClientLock::create(dir.path(), GPU, slot, record).unwrap());
         let mut client = RegisteredClient::new(0, slot, lock, None);
         assert!(!client.has_ended(GPU, None) && client.free_since.is_some());
         let lent = client.lock.as_ref().unwrap().lend().unwrap();
         assert!(!client.has_ended(GPU, None));
         assert_eq!(client.free_since, None, "what runs now has just begun");
         drop(lent);
-        std::fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

@@ -190,38 +190,28 @@ impl Drop for Contents {
 mod tests {
     use super::*;
     use std::ffi::CString;
-    use std::path::PathBuf;
+    use tempfile::NamedTempFile;
 
-    struct Library(PathBuf);
-
-    impl Library {
-        fn of(name: &str, contents: &[u8]) -> (Self, CString) {
-            let path = std::env::temp_dir().join(format!("nvshare-deepbind-{}-{name}", std::process::id()));
-            std::fs::write(&path, contents).unwrap();
-            let text = CString::new(path.to_str().unwrap()).unwrap();
-            (Self(path), text)
-        }
-    }
-
-    impl Drop for Library {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_file(&self.0);
-        }
+    fn library(contents: &[u8]) -> (NamedTempFile, CString) {
+        let file = NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), contents).unwrap();
+        let path = CString::new(file.path().to_str().unwrap()).unwrap();
+        (file, path)
     }
 
     #[test]
     fn a_library_that_names_cudas_libraries_concerns_cuda() {
         for contents in [&b"..\0libcuda.so.1\0.."[..], b"\0libcudart.so.13\0", b"\0libtorch_cuda.so\0"] {
-            let (_file, path) = Library::of("named", contents);
+            let (_file, path) = library(contents);
             assert!(concerns_cuda(&path), "{}", String::from_utf8_lossy(contents));
         }
     }
 
     #[test]
     fn other_libraries_are_loaded_as_asked() {
-        let (_file, path) = Library::of("other", b"\0libstdc++.so.6\0barracuda\0");
+        let (_file, path) = library(b"\0libstdc++.so.6\0barracuda\0");
         assert!(!concerns_cuda(&path));
-        let (_file, path) = Library::of("empty", b"");
+        let (_file, path) = library(b"");
         assert!(!concerns_cuda(&path));
         assert!(!concerns_cuda(c"/nowhere/at/all.so"));
         assert!(!concerns_cuda(c"libm.so.6"));
@@ -230,7 +220,7 @@ mod tests {
 
     #[test]
     fn only_that_flag_is_removed() {
-        let (_file, path) = Library::of("flag", b"libcuda.so.1");
+        let (_file, path) = library(b"libcuda.so.1");
         let flags = libc::RTLD_NOW | libc::RTLD_GLOBAL | libc::RTLD_NODELETE;
         let given = |asked| filter(path.as_ptr(), asked).flags as c_int;
         assert_eq!(given(flags | libc::RTLD_DEEPBIND), flags);

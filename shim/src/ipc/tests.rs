@@ -395,15 +395,15 @@ fn connections_that_open_nothing_keep_no_other_out() {
 /// A peer that floods an exporter must not fill its standard error, which may be a file.
 #[test]
 fn garbage_is_logged_a_few_times_and_counted() {
-    let log = std::env::temp_dir().join(format!("nvshare-ipc-log-{}", std::process::id()));
-    let mut other = Other::start_with("files", Some(File::create(&log).unwrap()));
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let mut other = Other::start_with("files", Some(log.reopen().unwrap()));
     for _ in 0..1_000 {
         // Some are refused before they have sent anything.
         let _ = send(other.hostile().as_raw_fd(), b"garbage", MsgFlags::MSG_NOSIGNAL);
     }
     other.works();
     other.has_lent(0);
-    let said = || std::fs::read_to_string(&log).unwrap();
+    let said = || std::fs::read_to_string(log.path()).unwrap();
     nvshare_test_support::Patience::seconds(20)
         .until("the rest is counted", || said().contains("not logged"));
     let lines = said()
@@ -411,7 +411,6 @@ fn garbage_is_logged_a_few_times_and_counted() {
         .filter(|line| line.contains("no request for GPU memory of this process: the connection is closed"))
         .count();
     assert!((1..=20).contains(&lines), "{lines} lines for 1000 messages");
-    std::fs::remove_file(log).unwrap();
 }
 
 /// Needs root, to change the user of one thread.

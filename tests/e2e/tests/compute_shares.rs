@@ -8,6 +8,7 @@
 use nvshare::map::MappedPage;
 use nvshare::record;
 use nvshare::slot::SlotIndex;
+use nvshare::turns::Competition;
 use nvshare_e2e::application::quick_gpu;
 use nvshare_e2e::built;
 use nvshare_test_support::{Patience, program};
@@ -325,7 +326,11 @@ fn shares_change_at_run_time() {
         set(&node, &one, &arguments);
         TIMEOUT.until(&format!("it takes turns with {arguments:?}"), || turns(&one, &two)[0] > before[0] + 1);
         set(&node, &one, &back);
-        TIMEOUT.until("nobody takes turns any more", || page.turn().holder.is_none());
+        // Whoever had claimed the turn before has one more.
+        TIMEOUT.until("nobody takes turns any more", || {
+            let now = Competition::take(&page);
+            now.turn.holder.is_none() && now.occupied.iter().all(|slot| now.client(slot).claim.is_none())
+        });
         let settled = turns(&one, &two);
         // Kernels are done without a turn: both say how many in the end, so a third program counts the time.
         let mut clock = Program::ready(&node, &[], &["--kernels", "20"]);

@@ -36,7 +36,9 @@ struct Process {
 
 #[test]
 fn memory_and_processes_are_those_of_the_segment() {
-    let name = format!("simtest-nvml-{}", std::process::id());
+    let taken = tempfile::Builder::new().prefix("simtest-nvml-").tempfile_in("/dev/shm").unwrap();
+    let name = taken.path().file_name().unwrap().to_str().unwrap().to_owned();
+    drop(taken);
     // SAFETY: the only test of this file, and no other thread reads the environment now.
     unsafe {
         std::env::set_var("NVSHARE_SIM_NAME", &name);

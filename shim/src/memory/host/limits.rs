@@ -165,20 +165,20 @@ fn inactive(group: &Path, name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tempfile::TempDir;
 
     const GIB: u64 = 1 << 30;
 
     /// The tightest bound.
-    fn tightest(root: &Path) -> HostLimits {
+    fn tightest(root: impl AsRef<Path>) -> HostLimits {
         let none = HostLimits { bytes: u64::MAX, sharers: Sharers::Process, bound: "nothing".into() };
-        HostLimits::probe(root).into_iter().min_by_key(|limits| limits.bytes).unwrap_or(none)
+        HostLimits::probe(root.as_ref()).into_iter().min_by_key(|limits| limits.bytes).unwrap_or(none)
     }
 
-    fn tree(name: &str, files: &[(&str, String)]) -> PathBuf {
-        let root = std::env::temp_dir().join(format!("nvshare-limits-{}-{name}", std::process::id()));
-        let _ = fs::remove_dir_all(&root);
+    fn tree(files: &[(&str, String)]) -> TempDir {
+        let root = tempfile::tempdir().unwrap();
         for (path, content) in files {
-            let path = root.join(path);
+            let path = root.path().join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, content).unwrap();
         }
@@ -191,124 +191,94 @@ mod tests {
 
     #[test]
     fn the_machine_bounds_it() {
-        let root = tree("machine", &[meminfo(100 * GIB, 50 * GIB)]);
+        let root = tree(&[meminfo(100 * GIB, 50 * GIB)]);
         assert_eq!(tightest(&root).bytes, 45 * GIB);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn every_group_up_to_the_root_bounds_it() {
-        let root = tree(
-            "v2",
-            &[
-                meminfo(100 * GIB, 100 * GIB),
-                ("proc/self/cgroup", "0::/pods/job\n".into()),
-                ("sys/fs/cgroup/pods/job/memory.max", "max\n".into()),
-                ("sys/fs/cgroup/pods/memory.max", (20 * GIB).to_string()),
-                ("sys/fs/cgroup/pods/memory.current", (10 * GIB).to_string()),
-            ],
-        );
+        let root = tree(&[
+            meminfo(100 * GIB, 100 * GIB),
+            ("proc/self/cgroup", "0::/pods/job\n".into()),
+            ("sys/fs/cgroup/pods/job/memory.max", "max\n".into()),
+            ("sys/fs/cgroup/pods/memory.max", (20 * GIB).to_string()),
+            ("sys/fs/cgroup/pods/memory.current", (10 * GIB).to_string()),
+        ]);
         let limits = tightest(&root);
         assert_eq!(limits.bytes, 9 * GIB);
         assert!(limits.bound.contains("pods/memory.max"), "{}", limits.bound);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn the_first_version_of_control_groups_counts_too() {
-        let root = tree(
-            "v1",
-            &[
-                ("proc/self/cgroup", "5:cpu:/x\n4:memory:/job\n1:name=systemd:/job\n".into()),
-                ("sys/fs/cgroup/memory/job/memory.limit_in_bytes", (8 * GIB).to_string()),
-                ("sys/fs/cgroup/memory/job/memory.usage_in_bytes", (7 * GIB).to_string()),
-            ],
-        );
+        let root = tree(&[
+            ("proc/self/cgroup", "5:cpu:/x\n4:memory:/job\n1:name=systemd:/job\n".into()),
+            ("sys/fs/cgroup/memory/job/memory.limit_in_bytes", (8 * GIB).to_string()),
+            ("sys/fs/cgroup/memory/job/memory.usage_in_bytes", (7 * GIB).to_string()),
+        ]);
         assert_eq!(tightest(&root).bytes, GIB - 8 * GIB / 20);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn the_group_itself_counts_when_it_is_tighter_than_those_above() {
-        let root = tree(
-            "nested",
-            &[
-                meminfo(100 * GIB, 100 * GIB),
-                ("proc/self/cgroup", "0::/pods/job/step\n".into()),
-                ("sys/fs/cgroup/pods/job/step/memory.max", (4 * GIB).to_string()),
-                ("sys/fs/cgroup/pods/job/memory.max", (8 * GIB).to_string()),
-                ("sys/fs/cgroup/pods/memory.max", "max\n".into()),
-            ],
-        );
+        let root = tree(&[
+            meminfo(100 * GIB, 100 * GIB),
+            ("proc/self/cgroup", "0::/pods/job/step\n".into()),
+            ("sys/fs/cgroup/pods/job/step/memory.max", (4 * GIB).to_string()),
+            ("sys/fs/cgroup/pods/job/memory.max", (8 * GIB).to_string()),
+            ("sys/fs/cgroup/pods/memory.max", "max\n".into()),
+        ]);
         // 5 % of 4 GiB would be less than the least reserve.
         assert_eq!(tightest(&root).bytes, 4 * GIB - RESERVE);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn a_container_sees_only_its_own_group_at_the_root_of_the_mount() {
-        let root = tree(
-            "container",
-            &[
-                ("proc/self/cgroup", "0::/../../kubepods/elsewhere\n".into()),
-                ("sys/fs/cgroup/memory.max", (40 * GIB).to_string()),
-                ("sys/memory.max", GIB.to_string()),
-            ],
-        );
+        let root = tree(&[
+            ("proc/self/cgroup", "0::/../../kubepods/elsewhere\n".into()),
+            ("sys/fs/cgroup/memory.max", (40 * GIB).to_string()),
+            ("sys/memory.max", GIB.to_string()),
+        ]);
         assert_eq!(tightest(&root).bytes, 38 * GIB);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn page_cache_is_not_in_the_way() {
-        let root = tree(
-            "cache",
-            &[
-                ("proc/self/cgroup", "0::/job\n".into()),
-                ("sys/fs/cgroup/job/memory.max", (20 * GIB).to_string()),
-                ("sys/fs/cgroup/job/memory.current", (19 * GIB).to_string()),
-                ("sys/fs/cgroup/job/memory.stat", format!("anon 5\ninactive_file {}\nfile 7\n", 9 * GIB)),
-            ],
-        );
+        let root = tree(&[
+            ("proc/self/cgroup", "0::/job\n".into()),
+            ("sys/fs/cgroup/job/memory.max", (20 * GIB).to_string()),
+            ("sys/fs/cgroup/job/memory.current", (19 * GIB).to_string()),
+            ("sys/fs/cgroup/job/memory.stat", format!("anon 5\ninactive_file {}\nfile 7\n", 9 * GIB)),
+        ]);
         assert_eq!(tightest(&root).bytes, 9 * GIB);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn a_group_of_the_first_version_without_a_limit_bounds_nothing() {
-        let root = tree(
-            "v1-none",
-            &[
-                ("proc/self/cgroup", "4:memory:/\n".into()),
-                ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n".into()),
-            ],
-        );
+        let root = tree(&[
+            ("proc/self/cgroup", "4:memory:/\n".into()),
+            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n".into()),
+        ]);
         assert_eq!(tightest(&root).bytes, u64::MAX);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn a_group_smaller_than_the_reserve_leaves_nothing() {
-        let root = tree(
-            "small",
-            &[
-                ("proc/self/cgroup", "0::/job\n".into()),
-                ("sys/fs/cgroup/job/memory.max", (200u64 << 20).to_string()),
-            ],
-        );
+        let root = tree(&[
+            ("proc/self/cgroup", "0::/job\n".into()),
+            ("sys/fs/cgroup/job/memory.max", (200u64 << 20).to_string()),
+        ]);
         assert_eq!(tightest(&root).bytes, 0);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn garbage_bounds_nothing() {
-        let root = tree(
-            "garbage",
-            &[("proc/self/cgroup", "::::\nfoo\n0::\n".into()), ("proc/meminfo", "MemTotal: lots".into())],
-        );
+        let root = tree(&[
+            ("proc/self/cgroup", "::::\nfoo\n0::\n".into()),
+            ("proc/meminfo", "MemTotal: lots".into()),
+        ]);
         assert_eq!(tightest(&root).bytes, u64::MAX);
         assert_eq!(tightest(Path::new("/nowhere/at/all")).bytes, u64::MAX);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
@@ -316,24 +286,21 @@ mod tests {
         let limits = "Limit                     Soft Limit           Hard Limit           Units\n\
                       Max data size             1073741824           unlimited            bytes\n\
                       Max address space         unlimited            unlimited            bytes\n";
-        let root = tree(
-            "process",
-            &[
-                meminfo(100 * GIB, 100 * GIB),
-                ("proc/self/limits", limits.into()),
-                ("proc/self/status", "VmSize:\t 9000000 kB\nVmData:\t  524288 kB\n".into()),
-            ],
-        );
+        let root = tree(&[
+            meminfo(100 * GIB, 100 * GIB),
+            ("proc/self/limits", limits.into()),
+            ("proc/self/status", "VmSize:\t 9000000 kB\nVmData:\t  524288 kB\n".into()),
+        ]);
         let limits = tightest(&root);
         assert_eq!((limits.bytes, limits.sharers), (GIB / 2 - OWN_RESERVE, Sharers::Process));
         assert!(limits.bound.contains("RLIMIT_DATA"), "{}", limits.bound);
-        fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
     fn processes_in_different_places_name_a_group_alike() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
         let group = |of: &str, text: &str| {
-            let root = std::env::temp_dir().join(format!("nvshare-limits-{}-names", std::process::id()));
             let files = [("proc/self/cgroup", text.to_owned())];
             for (path, content) in files {
                 fs::create_dir_all(root.join(of).join(path).parent().unwrap()).unwrap();
@@ -344,12 +311,10 @@ mod tests {
             fs::write(shared.join("memory.max"), GIB.to_string()).unwrap();
             let mount = root.join(of).join("sys/fs/cgroup");
             fs::create_dir_all(mount.parent().unwrap()).unwrap();
-            let _ = std::os::unix::fs::symlink(if of == "host" { root.clone() } else { shared }, &mount);
+            let _ = std::os::unix::fs::symlink(if of == "host" { root } else { &shared }, &mount);
             HostLimits::probe(&root.join(of)).pop().expect("the group bounds it").sharers
         };
         // On the host by its whole path, in a container as the root of the mount.
         assert_eq!(group("host", "0::/pods/job\n"), group("container", "0::/\n"));
-        let root = std::env::temp_dir().join(format!("nvshare-limits-{}-names", std::process::id()));
-        fs::remove_dir_all(root).unwrap();
     }
 }

@@ -1,9 +1,9 @@
 use super::*;
 use std::fs;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Barrier, mpsc};
 use std::time::Duration;
+use tempfile::TempDir;
 
 const BLOCK: usize = GRANULE as usize;
 const MIB: u64 = 1 << 20;
@@ -245,12 +245,12 @@ fn a_commitment_past_the_bound_is_refused_with_the_bound_in_it() {
 }
 
 /// A machine that has `free` bytes left beyond the reserve.
-struct Machine(PathBuf);
+struct Machine(TempDir);
 
 impl Machine {
-    fn new(name: &str, free: u64) -> Self {
-        let root = std::env::temp_dir().join(format!("nvshare-hostpool-{}-{name}", std::process::id()));
-        fs::create_dir_all(root.join("proc")).unwrap();
+    fn new(free: u64) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("proc")).unwrap();
         let machine = Self(root);
         machine.has(free);
         machine
@@ -258,7 +258,7 @@ impl Machine {
 
     fn has(&self, free: u64) {
         let text = format!("MemTotal: 5120000 kB\nMemAvailable: {} kB\n", (free + 256 * MIB) >> 10);
-        fs::write(self.0.join("proc/meminfo"), text).unwrap();
+        fs::write(self.0.path().join("proc/meminfo"), text).unwrap();
     }
 
     fn pool(&self) -> HostPool {
@@ -266,22 +266,16 @@ impl Machine {
     }
 
     fn pool_with(&self, board: impl Board + 'static) -> HostPool {
-        let root = self.0.clone();
+        let root = self.0.path().to_owned();
         let limits = Arc::new(move || HostLimits::probe(&root));
         let config = HostPoolConfig { limits, ..config(8 * BLOCK, None) };
         HostPool::new(config, Box::new(Count::default()), Box::new(board))
     }
 }
 
-impl Drop for Machine {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 #[test]
 fn growing_does_not_move_the_bound() {
-    let machine = Machine::new("grown", 32 * MIB);
+    let machine = Machine::new(32 * MIB);
     let pool = machine.pool();
     pool.commit(2 * MIB).unwrap();
     pool.ensure(16 * MIB).unwrap();
@@ -293,7 +287,7 @@ fn growing_does_not_move_the_bound() {
 
 #[test]
 fn the_bound_is_cached_except_near_it_and_for_an_arena() {
-    let machine = Machine::new("asked", 4096 * MIB);
+    let machine = Machine::new(4096 * MIB);
     let pool = machine.pool();
     pool.commit(2 * MIB).unwrap();
     // Far from the bound a recent measurement is used.
@@ -559,7 +553,7 @@ impl Board for Row {
 /// Four clients of one machine, each within its bound: the memory promised to them all exists.
 #[test]
 fn promises_of_several_clients_are_counted_together() {
-    let machine = Machine::new("together", 40 * MIB);
+    let machine = Machine::new(40 * MIB);
     let rows = Rows::default();
     let pools: Vec<_> =
         (0..4).map(|row| machine.pool_with(Row(rows.clone(), row, AtomicU64::new(0)))).collect();
@@ -598,7 +592,7 @@ fn promises_of_a_process_on_several_gpus_are_counted_together() {
             &PROMISED
         }
     }
-    let machine = Machine::new("gpus", 40 * MIB);
+    let machine = Machine::new(40 * MIB);
     let [first, second] = [(); 2].map(|()| machine.pool_with(Gpu));
     first.commit(30 * MIB).unwrap();
     assert_eq!(second.commit(30 * MIB).unwrap_err().left(), 10 * MIB);

@@ -10,7 +10,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use libloading::Library;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -28,6 +27,12 @@ pub fn role() -> Option<String> {
     std::env::var(ROLE).ok()
 }
 
+/// A name that no segment has, also after a process with this pid was killed and left one.
+fn segment_name() -> String {
+    let taken = tempfile::Builder::new().prefix("simtest-").tempfile_in("/dev/shm").unwrap();
+    taken.path().file_name().unwrap().to_str().unwrap().to_owned()
+}
+
 /// A simulated machine, gone when dropped.
 pub struct Machine {
     name: String,
@@ -36,8 +41,7 @@ pub struct Machine {
 
 impl Machine {
     pub fn new(vars: &[(&'static str, &str)]) -> Machine {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("simtest-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = segment_name();
         Machine { name, vars: vars.iter().map(|(name, value)| (*name, value.to_string())).collect() }
     }
 
