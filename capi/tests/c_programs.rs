@@ -71,9 +71,22 @@ impl Installed {
         self.build(&source, name, linked)
     }
 
-    /// How a program finds the shared library.
+    /// How a program finds the shared library: as pkg-config says, where there is one.
     fn shared(&self) -> Vec<String> {
         let lib = self.lib();
+        let asked = Command::new("pkg-config")
+            .args(["--cflags", "--libs", "nvshare-client"])
+            .env("PKG_CONFIG_PATH", lib.join("pkgconfig"))
+            .output();
+        match asked {
+            Ok(said) => {
+                assert!(said.status.success(), "{}", text(&said));
+                let said = String::from_utf8(said.stdout).unwrap();
+                let flags = said.split_whitespace().map(str::to_owned);
+                return flags.chain([format!("-Wl,-rpath,{}", lib.display())]).collect();
+            }
+            Err(why) => println!("pkg-config cannot be started ({why}): nvshare-client.pc is not tested"),
+        }
         vec![
             format!("-L{}", lib.display()),
             format!("-Wl,-rpath,{}", lib.display()),

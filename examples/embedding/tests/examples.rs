@@ -2,6 +2,8 @@
 //!
 //! Needs the other parts beside the tests: `cargo build --release --workspace`.
 
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use nvshare::client::Bookkeeper;
 use nvshare::wire::Hello;
 use nvshare::{Session, paths, register};
@@ -133,6 +135,31 @@ fn processes_on_plain_memory_take_turns_and_keep_their_data() {
     let start =
         |seed: &str| Running::start(&[PLAIN, "--mib", "32", "--seed", seed], environment(&node, &gpu));
     take_turns(&node, ["1", "2", "3"].map(start).into());
+}
+
+/// Turns need no arbiter. The next one finds the clients, and closes their books when they leave.
+#[test]
+fn clients_go_on_while_their_arbiter_is_dead_and_belong_to_the_next_one() {
+    let gpu = gpu();
+    let node = node(&gpu, "5ms");
+    let start =
+        |seed: &str| Running::start(&[PLAIN, "--mib", "32", "--seed", seed], environment(&node, &gpu));
+    let mut programs: Vec<_> = ["1", "2"].map(start).into();
+    programs.iter_mut().for_each(|program| program.takes_turns(&node, 1));
+    nix::sys::signal::kill(Pid::from_raw(node.arbiter_pid() as i32), Signal::SIGKILL).unwrap();
+    TIMEOUT.until("nobody answers", || !node::answers(node.dir()));
+    let given_way = || clients(&node).iter().map(|client| client.yields).min().unwrap();
+    let before = given_way();
+    TIMEOUT.until("they go on", || given_way() > before + 2);
+
+    let arguments = ["--capacity", "56MiB"].map(str::to_owned);
+    let next = node::start_arbiter(node.dir(), &arguments, &gpu.environment(&[])).unwrap().unwrap();
+    let pid = Pid::from_raw(next.id() as i32);
+    let generation = || status::read(node.dir()).unwrap().gpus[0].arbiter_generation;
+    TIMEOUT.until("it serves them", || generation() == 2);
+    take_turns(&node, programs);
+    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
+    nix::sys::wait::waitpid(pid, None).unwrap();
 }
 
 #[test]
