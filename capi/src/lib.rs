@@ -239,8 +239,8 @@ pub unsafe extern "C" fn nvshare_grow(
         // SAFETY: the caller's word.
         let client = unsafe { client.as_ref() }.ok_or_else(|| Failure::null("client"))?;
         let add = || {
-            // SAFETY: as above.
             if let Some(add) = add {
+                // SAFETY: as above.
                 unsafe { add(argument) }
             }
         };
