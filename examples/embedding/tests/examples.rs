@@ -137,6 +137,16 @@ fn processes_on_plain_memory_take_turns_and_keep_their_data() {
     take_turns(&node, ["1", "2", "3"].map(start).into());
 }
 
+/// An arbiter that is ended with the test.
+struct Next(Child);
+
+impl Drop for Next {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(Pid::from_raw(self.0.id() as i32), Signal::SIGTERM);
+        let _ = self.0.wait();
+    }
+}
+
 /// Turns need no arbiter. The next one finds the clients, and closes their books when they leave.
 #[test]
 fn clients_go_on_while_their_arbiter_is_dead_and_belong_to_the_next_one() {
@@ -153,13 +163,11 @@ fn clients_go_on_while_their_arbiter_is_dead_and_belong_to_the_next_one() {
     TIMEOUT.until("they go on", || given_way() > before + 2);
 
     let arguments = ["--capacity", "56MiB"].map(str::to_owned);
-    let next = node::start_arbiter(node.dir(), &arguments, &gpu.environment(&[])).unwrap().unwrap();
-    let pid = Pid::from_raw(next.id() as i32);
+    let next = Next(node::start_arbiter(node.dir(), &arguments, &gpu.environment(&[])).unwrap().unwrap());
     let generation = || status::read(node.dir()).unwrap().gpus[0].arbiter_generation;
     TIMEOUT.until("it serves them", || generation() == 2);
     take_turns(&node, programs);
-    nix::sys::signal::kill(pid, Signal::SIGTERM).unwrap();
-    nix::sys::wait::waitpid(pid, None).unwrap();
+    drop(next);
 }
 
 #[test]
