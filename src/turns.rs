@@ -340,6 +340,10 @@ pub struct ComputeUse {
     pub overruns: u64,
     /// Others go on beside it now.
     pub overdue: bool,
+    /// Whether it has the turn.
+    pub has_turn: bool,
+    /// How long it has been waiting for the turn with work to submit, ns; `None` if it does not.
+    pub waiting: Option<Nanos>,
 }
 
 /// What is left of GPU time after `elapsed` ns without any.

@@ -193,6 +193,8 @@ impl Page {
         let recent = faded(read(&words.recent_ns), time.saturating_sub(read(&words.recent_at)));
         // What it would have come to if the client had had the GPU all the time since it takes turns.
         let most = gained(time.saturating_sub(read(&words.since)).max(1));
+        let has_turn = self.turn().holder == Some(slot);
+        let claim = read(&words.claim);
         ComputeUse {
             gpu_ns: read(&words.gpu_ns),
             recent_share: (recent / most).clamp(0.0, 1.0),
@@ -200,6 +202,8 @@ impl Page {
             turns: read(&words.turns),
             overruns: read(&words.overruns),
             overdue: self.is_overdue(slot),
+            has_turn,
+            waiting: (claim != 0 && !has_turn).then(|| time.saturating_sub(claim)),
         }
     }
 
