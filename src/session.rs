@@ -122,14 +122,14 @@ impl<P: Deref<Target = Page>> Shared<P> {
     fn set_open(&self, state: &mut State, open: bool) {
         state.open = open;
         self.open.store(open, Ordering::Release);
-        if open {
-            self.wake(state);
-        }
     }
 
-    fn wake(&self, state: &mut State) {
+    /// Wakes all who wait for a pass. Without the lock: a waker is the executor's code, which may poll or drop a future of ours at once.
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        let wakers = std::mem::take(&mut state.wakers);
+        drop(state);
         self.changed.notify_all();
-        std::mem::take(&mut state.wakers).into_values().for_each(Waker::wake);
+        wakers.into_values().for_each(Waker::wake);
     }
 
     /// Wakes the session's thread.
@@ -178,7 +178,7 @@ impl<P: Deref<Target = Page>> Shared<P> {
         let mut state = self.state();
         state.end = Some(why);
         self.set_open(&mut state, false);
-        self.wake(&mut state);
+        self.wake(state);
     }
 }
 
@@ -381,8 +381,7 @@ impl<P: Deref<Target = Page>> Session<P> {
         let mut state = self.shared.state();
         state.closing = true;
         self.shared.set_open(&mut state, false);
-        self.shared.wake(&mut state);
-        drop(state);
+        self.shared.wake(state);
         self.shared.ring();
         // It catches its panics.
         let _ = thread.join();
@@ -415,13 +414,13 @@ impl<P: Deref<Target = Page>> Future for Entering<P> {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         self.shared.check_process()?;
         let shared = self.shared.clone();
+        // Dropped after the lock, because it is the executor's.
+        let _before;
         let mut state = shared.state();
         if let Some(pass) = shared.try_pass(&mut state)? {
             return Poll::Ready(Ok(pass));
         }
-        if let Some(before) = self.waker.take() {
-            state.wakers.remove(&before);
-        }
+        _before = self.waker.take().and_then(|key| state.wakers.remove(&key));
         let key = state.next_waker;
         state.next_waker += 1;
         state.wakers.insert(key, context.waker().clone());
@@ -442,9 +441,7 @@ impl<P: Deref<Target = Page>> Drop for Entering<P> {
             return;
         }
         let mut state = self.shared.state();
-        if let Some(key) = self.waker.take() {
-            state.wakers.remove(&key);
-        }
+        let _waker = self.waker.take().and_then(|key| state.wakers.remove(&key));
         self.shared.no_longer_waits(&mut state);
         drop(state);
         self.shared.ring();
@@ -521,6 +518,7 @@ where
         self.client.books().begin_slice();
         if !state.closing {
             shared.set_open(&mut state, true);
+            shared.wake(state);
         }
         Then::Look
     }

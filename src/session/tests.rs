@@ -196,6 +196,38 @@ fn a_future_is_woken_when_its_turn_comes_and_takes_its_request_back_when_it_is_d
     drop(pass);
 }
 
+/// An executor that polls and drops its one future in the call that wakes it.
+struct AtOnce {
+    future: Mutex<Option<Pin<Box<Entering<Heap>>>>>,
+    ready: AtomicBool,
+}
+
+impl Wake for AtOnce {
+    fn wake(self: Arc<Self>) {
+        let mut future = self.future.lock().unwrap().take().expect("it is woken once");
+        let polled = future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        self.ready.store(matches!(polled, Poll::Ready(Ok(_))), Ordering::SeqCst);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "the kernel's look at half a word is a race of two sizes to Miri")]
+fn an_executor_may_poll_and_drop_a_future_in_the_call_that_wakes_it() {
+    let page = page(4);
+    let program = Program::with(&page, 3);
+    let executor = Arc::new(AtOnce { future: Mutex::default(), ready: AtomicBool::new(false) });
+    let waker = Waker::from(executor.clone());
+    {
+        // Its lock is kept until the future is in its place: the GPU may come at once.
+        let mut place = executor.future.lock().unwrap();
+        let mut entering = Box::pin(program.session.entering());
+        assert!(entering.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        *place = Some(entering);
+    }
+    until(|| executor.ready.load(Ordering::SeqCst));
+    drop(program.session.enter().unwrap());
+}
+
 #[test]
 #[cfg_attr(miri, ignore = "the kernel's look at half a word is a race of two sizes to Miri")]
 fn new_memory_is_in_place_with_the_next_pass() {
