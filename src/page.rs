@@ -30,7 +30,7 @@ pub use layout::{
     Slot,
 };
 pub use phase::Phase;
-pub use settings::{Quantum, Settings};
+pub use settings::{ENDLESS, Quantum, Settings};
 pub use stall::Stall;
 pub use suspension::Suspension;
 

@@ -114,6 +114,8 @@ pub struct Client {
     pub slice_left_ns: Option<u64>,
     /// The number of the gang of processes that it runs together with; null if it belongs to none.
     pub gang: Option<u64>,
+    /// Whether a user has paused it: it is not admitted until it is resumed.
+    pub paused: bool,
     /// Its share against others', 1 to 1000.
     pub weight: u32,
     /// low, normal or high: how soon its turn comes.
@@ -262,6 +264,7 @@ fn client(page: &Page, snapshot: &Snapshot, slot: SlotIndex, time: u64) -> Optio
             .filter(|_| snapshot.admitted.contains(slot))
             .map(|end| end.saturating_sub(time)),
         gang: (details.view.gang != 0).then_some(details.view.gang),
+        paused: details.view.paused,
         weight,
         priority: priority.to_string(),
         memory_limit_bytes: memory_limit.granules(snapshot.capacity).map(bytes),
@@ -407,6 +410,9 @@ fn stall(client: &Client) -> Option<String> {
 fn shares(client: &Client) -> Option<String> {
     let usual = Shares::default();
     let mut unusual = Vec::new();
+    if client.paused {
+        unusual.push(format!("paused; `nvshare ctl resume slot:{}` lets it go on", client.slot));
+    }
     unusual.extend(client.gang.map(|gang| format!("runs together with gang {gang}")));
     if client.weight != usual.weight {
         unusual.push(format!("weight {}", client.weight));
