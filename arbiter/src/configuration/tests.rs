@@ -164,6 +164,30 @@ fn a_reload_reads_the_file_again_and_drops_what_was_asked_for() {
     assert_eq!((settings.quantum, settings.deadline), (Quantum::Fixed(4 * SECOND), 60 * SECOND));
 }
 
+/// The file that is installed has examples in comments: as they stand they change nothing, without the comment signs they say
+/// what is the default.
+#[test]
+fn the_installed_file_shows_the_defaults() {
+    let text = include_str!("../../../packaging/nvshare.toml");
+    let usual = format!("{:?}", configuration(&[], &[], "").unwrap().options(None).unwrap());
+    let as_it_is = configuration(&[], &[], text).unwrap();
+    assert_eq!(format!("{:?}", as_it_is.options(None).unwrap()), usual);
+    let settings = text.lines().filter_map(|line| line.strip_prefix("# ")).filter(|line| {
+        line.split_once(" = ").is_some_and(|(name, _)| name.chars().all(|c| c.is_ascii_lowercase() || c == '-'))
+    });
+    let settings: Vec<_> = settings.collect();
+    assert!(settings.len() > 15, "{settings:?}");
+    let uncommented = configuration(&[], &[], &settings.join("\n")).unwrap();
+    let others = ["capacity", "gpu"];
+    for name in uncommented.names.iter().filter(|name| !others.contains(&name.name.as_str())) {
+        let default = name.default.clone().unwrap_or_default();
+        assert_eq!(uncommented.shown(name, None), default, "{}", name.name);
+    }
+    for name in uncommented.names.iter().filter(|name| name.change != Change::AtStart) {
+        assert!(settings.iter().any(|line| line.starts_with(&format!("{} = ", name.name))), "{}", name.name);
+    }
+}
+
 proptest! {
     /// Whatever is asked for, the options are some options, and what is refused has changed nothing.
     #[test]

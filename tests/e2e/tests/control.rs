@@ -290,9 +290,9 @@ fn who_is_paused_is_paused_on_all_gpus_and_with_its_gang_and_nobody_waits_for_it
         [("GPUS", "2"), ("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("LINK_BANDWIDTH", "256GiB")];
     let gpu = SimulatedGpu::new(&settings.map(|(name, value)| (name, value.to_owned()))).unwrap();
     let node = node(&gpu, "64MiB");
-    let started = |gang: bool| {
+    let started = |is_gang: bool| {
         let gang = [("NVSHARE_GANG", "pair:2")];
-        let mut application = Application::start(node.environment(), if gang { &gang } else { &[] });
+        let mut application = Application::start(node.environment(), if is_gang { &gang } else { &[] });
         application.does("init");
         application.does("create 1");
         application.does("create 0");
