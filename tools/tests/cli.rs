@@ -174,7 +174,8 @@ fn every_option_has_a_sentence() {
     let output = Command::new(arbiter).arg("--help").output().unwrap();
     let benches =
         ["launch", "handoff", "switch", "sim", "bookkeeping"].map(|what| vec!["bench", what, "--help"]);
-    let commands = ["run", "status", "set", "sim", "demo", "bench", "wait", "health"].map(|command| vec![command, "--help"]);
+    let commands = ["run", "status", "set", "sim", "demo", "bench", "wait", "health"]
+        .map(|command| vec![command, "--help"]);
     let helps = commands.iter().chain(&benches);
     let helps: Vec<String> = helps.map(|help| stdout(&nvshare(help).output().unwrap())).collect();
     for help in helps.iter().chain([&stdout(&output)]) {

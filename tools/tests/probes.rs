@@ -142,7 +142,7 @@ fn a_program_runs_on_simulated_gpus_that_are_gone_afterwards() {
     let output = command.output().unwrap();
     let words = said(&output);
     assert!(output.status.success() && words.contains("\"right\":true"), "{words}");
-    assert!(words.contains("2 GPUs simulated with 64.0 MiB each"), "{words}");
+    assert!(words.contains("2 GPUs simulated with 64.00 MiB each"), "{words}");
     let dir = words.split("--runtime-dir ").nth(1).unwrap().split_whitespace().next().unwrap();
     assert!(dir.starts_with('/') && !std::path::Path::new(dir).exists(), "{dir}");
 }

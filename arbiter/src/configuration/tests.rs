@@ -173,7 +173,8 @@ fn the_installed_file_shows_the_defaults() {
     let as_it_is = configuration(&[], &[], text).unwrap();
     assert_eq!(format!("{:?}", as_it_is.options(None).unwrap()), usual);
     let settings = text.lines().filter_map(|line| line.strip_prefix("# ")).filter(|line| {
-        line.split_once(" = ").is_some_and(|(name, _)| name.chars().all(|c| c.is_ascii_lowercase() || c == '-'))
+        line.split_once(" = ")
+            .is_some_and(|(name, _)| name.chars().all(|c| c.is_ascii_lowercase() || c == '-'))
     });
     let settings: Vec<_> = settings.collect();
     assert!(settings.len() > 15, "{settings:?}");
