@@ -22,6 +22,7 @@ mutants=(
   'gate left without waking the engine#src/gate.rs#            unpark_all(\&lane.passes);##gate#memory_moves_while_nobody_is_inside'
   'a decision that changes nothing is not published#src/lock.rs#            let published =#            if next.admitted == lock.admitted { return snapshot; }\n            let published =#decide#who_comes_while_the_holder_is_reaped_is_admitted'
   'an entry is overwritten before that is told#src/journal.rs#        self.begun.set(number.wrapping_add(1));\n##journal#a_reader_sees_whole_entries_in_order'
+  'a client that is resumed is not rung#src/page/suspension.rs#so no decision rings it.\n        self.ring(slot);#so no decision rings it.#suspension#who_is_resumed_gets_the_gpu'
   'doorbells not rung#src/lock.rs#                self.ring(slot);#let _ = slot;#decide#two_take_turns'
   'a gang is shown a row without a barrier#src/gang_page.rs#.row.store(row, Ordering::SeqCst);\n        fence(Ordering::SeqCst);#.row.store(row, Ordering::Release);#gang#nobody_leaves_while_another_one_begins'
   'turn claimed without a barrier#src/turns/page.rs#        fence(Ordering::SeqCst);\n        let holder = self.settle_turn();#        let holder = self.settle_turn();#turns#two_take_compute_turns'

@@ -5,7 +5,7 @@
 //! the middle of any of them; the next arbiter finishes what it has left half done.
 
 use crate::account::Free;
-use crate::page::{NAME_BYTES, Page, Phase, Stall};
+use crate::page::{NAME_BYTES, Page, Phase, Stall, Suspension};
 use crate::shares::Shares;
 use crate::slot::{Owner, Process, SLOTS, SlotIndex, SlotSet};
 use crate::sync::Ordering;
@@ -143,6 +143,7 @@ impl Page {
         own.phase.store(Phase::Idle, Ordering::Relaxed);
         own.consecutive_slices.store(0, Ordering::Relaxed);
         own.stall.store(Stall::None, Ordering::Relaxed);
+        self.slot(slot).suspension.store(Suspension::None, Ordering::Relaxed);
         let words = [
             &own.demand,
             &own.ticket,

@@ -26,7 +26,7 @@
 
 use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
 use crate::journal::{Event, Why};
-use crate::page::{Direction, Page, Phase};
+use crate::page::{Direction, Page, Phase, Suspension};
 use crate::policy::{self, NOT_BEGUN, Order, Standing};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
@@ -113,6 +113,8 @@ pub struct Client<P> {
     left_to_spares: Option<Nanos>,
     /// Bytes that it had copied in when it last entered phase Filling.
     bytes_before: u64,
+    /// It wants the GPU and is paused: it asks again when it is resumed.
+    held: bool,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
@@ -130,6 +132,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             deadline_shares: (0, Priority::default()),
             left_to_spares: None,
             bytes_before: 0,
+            held: false,
         }
     }
 
@@ -271,12 +274,36 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
     /// nothing while work is in flight: such a client drains. If a decision has admitted the client meanwhile, the next
     /// [`Client::poll`] gives the bit back.
     pub fn withdraw(&mut self) {
+        self.held = false;
         if self.phase == Phase::Waiting || (self.phase == Phase::Filling && !self.undrained) {
             let own = self.own();
             own.wait_since.store(0, Ordering::Relaxed);
             own.consecutive_slices.store(0, Ordering::Relaxed);
             self.enter(Phase::Idle);
             self.page().decide();
+        }
+    }
+
+    /// Whether a user has paused the client.
+    pub fn is_paused(&self) -> bool {
+        self.page().suspension(self.books.slot) != Suspension::None
+    }
+
+    /// Waiting -> Idle if the client has been paused: it stands in no queue. Idle -> Waiting when it is resumed, with a new place,
+    /// so that it goes ahead of nobody by what it waited meanwhile. True if the phase has changed.
+    fn hold_or_ask_again(&mut self) -> bool {
+        match (self.phase, self.is_paused()) {
+            (Phase::Waiting, true) => {
+                self.withdraw();
+                self.held = true;
+                true
+            }
+            (Phase::Idle, false) if self.held => {
+                self.held = false;
+                self.request();
+                true
+            }
+            _ => false,
         }
     }
 
@@ -312,6 +339,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                     self.enter(Phase::Idle);
                     self.page().decide();
                 }
+                Action::Serve if self.hold_or_ask_again() => {}
                 Action::Serve if self.shares_changed() => {
                     self.compute_deadline();
                     self.page().decide();
@@ -356,10 +384,11 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
                             .filter(|from| *from > self.decided),
                     };
                     let retry = (!evicts).then(|| now().saturating_add(STARVED_POLL_INTERVAL));
+                    let resumed = self.page().suspension(self.books.slot).ends();
                     match until {
                         Some(due) if due <= now() => self.end_of_slice(),
                         until => {
-                            let until = [until, retry].into_iter().flatten().min();
+                            let until = [until, retry, resumed].into_iter().flatten().min();
                             return Ok(Next::Sleep { seen, until });
                         }
                     }
@@ -476,9 +505,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         }
     }
 
-    /// Whether an admitted client lacks granules, or a client waits for its turn.
+    /// Whether the client must give way: an admitted client lacks granules, or a client waits for its turn, or a user has paused
+    /// this one.
     pub fn is_needed(&self) -> bool {
-        policy::spares_are_wanted(&self.look())
+        self.is_paused() || policy::spares_are_wanted(&self.look())
     }
 
     /// Draining -> Waiting, if there is `more` to do: at the end of the queue if it has used up its turn, else where it stood

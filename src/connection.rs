@@ -193,7 +193,8 @@ pub(crate) fn ask(
         | Status::Changed
         | Status::Attached
         | Status::Asked
-        | Status::Ganged => Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}"))),
+        | Status::Ganged
+        | Status::Settings => Err(nonsense(format!("it said {status:?} to who asked for {wanted:?}"))),
         Status::LayoutVersion => {
             // The arbiter cannot know the release of this program, only its layout.
             let text = format!("{} (this program has nvshare {RELEASE})", reply.text());

@@ -169,6 +169,8 @@ pub mod change;
 #[cfg(not(loom))]
 mod connection;
 #[cfg(not(loom))]
+pub mod control;
+#[cfg(not(loom))]
 pub mod map;
 #[cfg(not(loom))]
 pub mod membership;

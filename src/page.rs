@@ -11,6 +11,7 @@
 //! | `settings` | what the operator decides |
 //! | `bandwidth` | the link's average |
 //! | `shares` | a client's weight, priority and limits, as they stand in its row |
+//! | `suspension` | whether a client is paused |
 //!
 //! The functions of [`Page`] that belong to one part of the protocol are with that part: [`crate::pool`], [`crate::lock`],
 //! [`crate::audit`], [`crate::snapshot`].
@@ -21,6 +22,7 @@ mod phase;
 mod settings;
 mod shares;
 mod stall;
+mod suspension;
 
 pub use bandwidth::{DEFAULT_BANDWIDTH, Direction};
 pub use layout::{
@@ -28,8 +30,9 @@ pub use layout::{
     Slot,
 };
 pub use phase::Phase;
-pub use settings::{Quantum, Settings};
+pub use settings::{ENDLESS, Quantum, Settings};
 pub use stall::Stall;
+pub use suspension::Suspension;
 
 use crate::account::Free;
 use crate::release;

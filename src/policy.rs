@@ -10,6 +10,7 @@
 //! - What cannot move is there whoever runs: it counts like a context, and nobody is asked to evict it.
 //! - Exactly one is admitted whatever its size, so nobody waits for a fit that cannot come (I3).
 //! - What a client has whose drain stands still is asked for last, and who fits beside it goes ahead of who does not.
+//! - Who is paused is not admitted, and waits for nothing ([`Suspension`](crate::page::Suspension)).
 //! - Clients of one gang on a GPU are admitted together or not at all, if they fit there together.
 //!
 //! | module | what it holds |
@@ -126,7 +127,7 @@ impl Order<'_> {
         let mut queue: Vec<_> = snapshot
             .clients()
             .filter(|(slot, view)| snapshot.admitted.contains(*slot) || waits(view))
-            .filter(|(_, view)| view.phase.wants_gpu())
+            .filter(|(_, view)| view.phase.wants_gpu() && !view.paused)
             .map(|(slot, view)| (rank(slot, view), slot, view.movable()))
             .collect();
         queue.sort_unstable();

@@ -5,7 +5,7 @@
 //! on the way in, so the policy may add what it finds without overflow.
 
 use crate::account::Operation;
-use crate::page::{Direction, Page, Phase, Settings, Stall};
+use crate::page::{Direction, Page, Phase, Settings, Stall, Suspension};
 use crate::shares::{Priority, Shares};
 use crate::slot::{Owner, SLOTS, SlotIndex, SlotSet};
 use crate::sync::{Ordering, now};
@@ -56,6 +56,8 @@ pub struct SlotView {
     pub stuck: bool,
     /// The number of its gang, 0 if it belongs to none.
     pub gang: u64,
+    /// A user has paused it: it is not admitted ([`Suspension`]).
+    pub paused: bool,
 }
 
 impl SlotView {
@@ -72,6 +74,19 @@ impl SlotView {
     /// Whether it came with a lag, and has not used up a turn since: it takes no turns with the others.
     pub fn has_credit(&self) -> bool {
         self.credit > 0 && self.consecutive_slices == 0
+    }
+
+    /// The same client as decisions see it, who know whether it is admitted: one that is paused and has nothing in hand asks
+    /// for nothing and needs its memory after everybody else, whatever it would do if it were not paused.
+    fn set_aside(self, admitted: bool) -> Self {
+        if !self.paused || admitted {
+            return self;
+        }
+        let phase = match self.phase {
+            Phase::Waiting | Phase::Filling => Phase::Idle,
+            other => other,
+        };
+        Self { phase, returns_at: 0, pause: Nanos::MAX, ..self }
     }
 
     /// Granules that it can make room with.
@@ -109,7 +124,7 @@ impl Snapshot {
         let occupied = page.occupied();
         let mut slots = [SlotView::default(); SLOTS];
         for slot in occupied.iter() {
-            slots[slot.get()] = page.view(slot);
+            slots[slot.get()] = page.view(slot).set_aside(admitted.contains(slot));
         }
         Self {
             now: now(),
@@ -184,6 +199,7 @@ impl Page {
             priority,
             stuck: stalled && phase == Phase::Draining,
             gang: row.gang.load(Ordering::Relaxed),
+            paused: self.suspension(slot) != Suspension::None,
         }
     }
 

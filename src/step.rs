@@ -16,9 +16,9 @@
 //!
 //! | from | to | because of |
 //! |---|---|---|
-//! | Idle | Waiting | a request for the GPU |
+//! | Idle | Waiting | a request for the GPU, or the client is resumed |
 //! | Waiting | Filling | [`StartFilling`](Action::StartFilling) |
-//! | Waiting | Idle | the request is withdrawn |
+//! | Waiting | Idle | the request is withdrawn, or the client is paused |
 //! | Filling | Running | [`Fill`](Action::Fill) has put everything in place, and the client is still admitted |
 //! | Filling | Waiting | [`Queue`](Action::Queue) |
 //! | Filling, Running | Draining | [`Yield`](Action::Yield) |

@@ -6,6 +6,7 @@
 //! | [`Change`] | anybody | changes a running client's shares |
 //! | [`Attach`] | a client | makes itself known to an arbiter that began later |
 //! | [`GangRequest`] | a client | joins a gang of processes, or leaves it |
+//! | [`PauseRequest`], [`SettingsRequest`] | anybody | steer a client or the arbiter ([`crate::control`]) |
 //! | [`Told`] | a client | answers [`Status::Asked`] with its phase |
 //! | [`Reply`] | the arbiter | answers each of them |
 //!
@@ -14,7 +15,8 @@
 //! is checked. A message that makes no sense is refused with a sentence that says why. This module only reads and writes
 //! bytes; [`crate::register`] has the sockets.
 
-use crate::page::{LAYOUT_VERSION, NAME_BYTES};
+use crate::control::{PAUSE_MAGIC, PauseRequest, SETTINGS_MAGIC, SettingsChange, SettingsRequest};
+use crate::page::{LAYOUT_VERSION, NAME_BYTES, Suspension};
 use crate::release;
 use crate::shares::{ComputeLimit, MemoryLimit, Priority, Shares};
 use crate::slot::{Owner, SlotIndex};
@@ -42,7 +44,11 @@ pub const TOLD_MAGIC: u64 = u64::from_le_bytes(*b"nvtold!!");
 pub const GANG_MAGIC: u64 = u64::from_le_bytes(*b"nvgang??");
 
 /// The magics with which a message to the arbiter may begin.
-const TALK_MAGICS: [u64; 5] = [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC, GANG_MAGIC];
+const TALK_MAGICS: [u64; 7] =
+    [WIRE_MAGIC, LOOK_MAGIC, CHANGE_MAGIC, ATTACH_MAGIC, GANG_MAGIC, PAUSE_MAGIC, SETTINGS_MAGIC];
+
+/// The most bytes of a message to the arbiter.
+pub const MESSAGE_BYTES: usize = size_of::<SettingsRequest>();
 
 /// A process's request for a slot or for the page.
 #[repr(C)]
@@ -202,6 +208,8 @@ pub enum Status {
     /// The client has joined or left a gang. The slot's index is that of its GPU's column in the gangs' page, whose
     /// descriptor comes with the reply.
     Ganged = 12,
+    /// The descriptor of the arbiter's settings comes with the reply ([`crate::control`]).
+    Settings = 13,
 }
 
 impl Status {
@@ -219,6 +227,7 @@ impl Status {
             Self::Closed,
             Self::Asked,
             Self::Ganged,
+            Self::Settings,
         ]
         .into_iter()
         .find(|status| *status as u32 == word)
@@ -275,6 +284,16 @@ impl Reply {
     /// Says that the client's slot is closed, and why.
     pub fn closed(why: &str) -> Box<Self> {
         Self::refuse(Status::Closed, why)
+    }
+
+    /// Says what has been done, as was asked for.
+    pub fn done(what: &str) -> Self {
+        *Self::refuse(Status::Changed, what)
+    }
+
+    /// Says that the settings come with it.
+    pub fn settings() -> Self {
+        *Self::refuse(Status::Settings, "")
     }
 
     /// Says what the client's shares are now.
@@ -453,7 +472,7 @@ impl Change {
 }
 
 /// A message to the arbiter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
     /// A process asks for a slot, or for the page.
     Hello(Hello),
@@ -463,6 +482,10 @@ pub enum Message {
     Attach(Attach, SlotIndex),
     /// A client joins or leaves a gang.
     Gang(GangRequest, SlotIndex),
+    /// A user pauses or resumes a client.
+    Pause(PauseRequest, SlotIndex, Suspension),
+    /// A user asks for the settings of a GPU, or of all, or changes them.
+    Settings(Option<GpuUuid>, SettingsChange),
 }
 
 impl Message {
@@ -479,6 +502,17 @@ impl Message {
         }
         if bytes.starts_with(&GANG_MAGIC.to_le_bytes()) {
             return GangRequest::read(bytes).map(|(request, slot)| Self::Gang(request, slot));
+        }
+        let malformed = |why: String| Reply::refuse(Status::Malformed, &why);
+        if bytes.starts_with(&PAUSE_MAGIC.to_le_bytes()) {
+            check_release(bytes)?;
+            let read = PauseRequest::read(bytes).map_err(malformed);
+            return read.map(|(request, slot, suspension)| Self::Pause(request, slot, suspension));
+        }
+        if bytes.starts_with(&SETTINGS_MAGIC.to_le_bytes()) {
+            check_release(bytes)?;
+            let read = SettingsRequest::read(bytes).map_err(malformed);
+            return read.map(|(gpu, change)| Self::Settings(gpu, change));
         }
         Hello::read(bytes).map(Self::Hello)
     }

@@ -7,11 +7,12 @@
 //! - [`client_lock`], [`gpu_lock`]: locks that the kernel releases with their process: which clients live, and which GPUs
 //!   another arbiter serves.
 //! - [`directory`], [`gpu_selection`]: the lock of the runtime directory, and which GPUs are served.
-//! - [`accept`], [`process`], [`permission`], [`stall_log`], [`options`]: connections, pidfds, who may change shares, the log
-//!   of stalls, the command line.
+//! - [`configuration`], [`options`]: what the arbiter is configured to do: arguments, variables, the file, requests at run time.
+//! - [`accept`], [`process`], [`permission`], [`stall_log`]: connections, pidfds, who may change what, the log of stalls.
 
 pub mod accept;
 pub mod client_lock;
+pub mod configuration;
 pub mod directory;
 pub mod gpu_lock;
 pub mod gpu_selection;

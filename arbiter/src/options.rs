@@ -1,7 +1,8 @@
-//! The arbiter's command line.
+//! The arbiter's options, of which each is an argument, a variable and a key of the configuration file
+//! ([`crate::configuration`]).
 
 use clap::{Parser, ValueEnum};
-use nvshare::page::{Quantum, Settings};
+use nvshare::page::{ENDLESS, Quantum, Settings};
 use nvshare::slot::SLOTS;
 use nvshare::units::{GRANULE, GpuUuid, Nanos, SECOND, format_size, parse_size, parse_time};
 use std::path::PathBuf;
@@ -16,12 +17,30 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether clients take turns when their memory does not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AntiThrash {
+    /// They do.
+    On,
+    /// Whoever has the GPU keeps it until it has no work.
+    Off,
+}
+
 /// Creates the control pages of this node's GPUs, registers clients, and cleans up after the dead.
-#[derive(Debug, Parser)]
-#[command(name = "nvshare-arbiter", version, max_term_width = 80)]
+#[derive(Debug, Clone, Parser)]
+#[command(
+    name = "nvshare-arbiter",
+    version,
+    max_term_width = 80,
+    after_help = "\
+Each option is also a variable and a key of the configuration file, which has the name of the option: quantum = \"2s\". \
+An argument goes before a variable, a variable before the file.
+
+A SIGHUP has the file read again (systemctl reload nvshare-arbiter). `nvshare ctl` shows what holds and why, and changes it."
+)]
 pub struct Options {
     /// Directory of the control pages and the socket [default: /run/nvshare for root, else $XDG_RUNTIME_DIR/nvshare]
-    #[arg(long, env = "NVSHARE_RUNTIME_DIR", value_name = "DIR")]
+    #[arg(long, value_name = "DIR")]
     pub runtime_dir: Option<PathBuf>,
     /// Serve only this GPU (repeatable); without NVML, name every GPU and give --capacity
     #[arg(long = "gpu", value_name = "UUID", value_parser = gpu)]
@@ -32,6 +51,10 @@ pub struct Options {
     /// Memory of each GPU that stays outside a pool without --capacity, for the driver's own needs
     #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = size)]
     pub headroom: u64,
+    /// Whether clients take turns when their memory does not fit. Off: whoever has the GPU keeps it until it has no work, and
+    /// the others wait; what fits runs at once either way
+    #[arg(long, value_name = "on|off", value_enum, default_value = "on", hide_possible_values = true)]
+    pub anti_thrash: AntiThrash,
     /// How long a client runs while others wait: auto, or a time such as 500ms or 2s
     #[arg(long, value_name = "auto|TIME", default_value = "auto", value_parser = quantum)]
     pub quantum: QuantumOption,
@@ -70,16 +93,22 @@ pub struct Options {
     #[arg(long, value_name = "PATH", default_value = "libnvidia-ml.so.1")]
     pub nvml_library: PathBuf,
     /// What is logged: error, warn, info, debug or trace
-    #[arg(long, env = "NVSHARE_LOG", value_name = "LEVEL", default_value = "info", value_parser = level)]
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level)]
     pub log_level: LevelFilter,
     /// How log lines look: as text for people, or as JSON for programs
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
+    /// The configuration file [default: /etc/nvshare/nvshare.toml, if there is one, unless the arbiter is private]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Read arguments, variables and the configuration file, say what is wrong or what holds, and end
+    #[arg(long)]
+    pub check_config: bool,
     /// End when the process --owner-pid has ended and no client is left
     #[arg(long, requires = "owner_pid")]
     pub exit_when_idle: bool,
     /// Serve a GPU although another arbiter of this machine serves it, in another directory: each deals out its memory
-    #[arg(long, env = "NVSHARE_ALLOW_SECOND_ARBITER", value_parser = clap::builder::FalseyValueParser::new())]
+    #[arg(long)]
     pub allow_second_arbiter: bool,
     /// Process id of whoever started this private arbiter
     #[arg(long, value_name = "PID")]
@@ -162,9 +191,10 @@ impl Options {
 
     /// What the pages are told.
     pub fn settings(&self) -> Settings {
-        let quantum = match self.quantum {
-            QuantumOption::Fixed(ns) => Quantum::Fixed(ns),
-            QuantumOption::Auto => Quantum::Auto {
+        let quantum = match (self.anti_thrash, self.quantum) {
+            (AntiThrash::Off, _) => Quantum::Fixed(ENDLESS),
+            (AntiThrash::On, QuantumOption::Fixed(ns)) => Quantum::Fixed(ns),
+            (AntiThrash::On, QuantumOption::Auto) => Quantum::Auto {
                 factor_milli: (self.quantum_factor * 1_000.0) as u32,
                 longest_milli: (self.quantum_longest.max(self.quantum_factor) * 1_000.0) as u32,
                 min: self.quantum_min,

@@ -1,7 +1,8 @@
-//! Who may change a client's shares while it runs.
+//! Who may change what while it runs.
 //!
-//! As with signals: root, the user that the arbiter runs as, and the client's own user, who could as well start it again
-//! with other shares. Nobody changes another user's client.
+//! The settings of the node: root, and the user that the arbiter runs as. A client's shares, and whether it is paused, as with
+//! signals: these two, and the client's own user, who could as well stop it, or start it again with other shares. Nobody changes
+//! another user's client.
 
 /// A user's number, as the arbiter's user namespace has it.
 pub type Uid = u32;
@@ -26,6 +27,21 @@ pub fn may_change(asker: Uid, client: Option<Uid>, arbiter: Uid) -> Result<(), S
     ))
 }
 
+/// Whether `asker` may change settings of an arbiter that runs as `arbiter`.
+///
+/// # Errors
+/// Why not, and who may.
+pub fn may_configure(asker: Uid, arbiter: Uid) -> Result<(), String> {
+    if asker == 0 || asker == arbiter && asker != UNMAPPED {
+        return Ok(());
+    }
+    let user =
+        if arbiter == 0 { String::new() } else { format!(" and by user {arbiter}, whose the arbiter is") };
+    Err(format!(
+        "settings of the node are changed by root{user}, and you are user {asker}; clients of your own you may pause and give other shares"
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -38,6 +54,15 @@ mod tests {
             assert_eq!(may_change(asker, Some(1000), ARBITER), Ok(()), "{asker}");
         }
         assert_eq!(may_change(0, None, ARBITER), Ok(()));
+    }
+
+    #[test]
+    fn only_root_and_the_arbiters_user_change_settings_of_the_node() {
+        assert_eq!((may_configure(0, ARBITER), may_configure(ARBITER, ARBITER)), (Ok(()), Ok(())));
+        for (asker, arbiter) in [(1000, ARBITER), (1000, 0), (UNMAPPED, UNMAPPED)] {
+            let why = may_configure(asker, arbiter).unwrap_err();
+            assert!(why.contains(&format!("you are user {asker}")) && why.contains("root"), "{why}");
+        }
     }
 
     #[test]

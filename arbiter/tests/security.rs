@@ -7,8 +7,9 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::MsgFlags;
 use nix::unistd::Pid;
 use nvshare::change;
+use nvshare::control::{PauseRequest, SettingsChange, SettingsRequest};
 use nvshare::map::{MappedPage, scribble};
-use nvshare::page::Phase;
+use nvshare::page::{Phase, Suspension};
 use nvshare::register::{self, RegisterError, Registration};
 use nvshare::scm_rights;
 use nvshare::sealed;
@@ -166,6 +167,11 @@ fn said(child: &mut Child) -> String {
     }
 }
 
+/// The change that a process asks for.
+fn set(quantum: &str) -> SettingsChange {
+    SettingsChange::Set(vec![("quantum".into(), quantum.into())])
+}
+
 /// As a user, and ends.
 fn as_user(user: u32, does: &str, dir: &Path) -> String {
     let mut child = process(user, does, dir).spawn().unwrap();
@@ -208,6 +214,24 @@ fn other_process() {
             println!("said: {} {refusal}", all.len());
             let _ = std::io::stdin().read(&mut [0]);
         }
+        "set" => match SettingsRequest::new(None, &set(argument)) {
+            Ok(request) => match change::settings(&socket, &request, Duration::from_secs(5)) {
+                Ok(settings) => println!("said: {}", settings.contains(argument)),
+                Err(error) => println!("said: {error}"),
+            },
+            Err(error) => println!("said: {error}"),
+        },
+        // Pauses the client in slot 0, or resumes it.
+        "pause" | "resume" => {
+            let slot = nvshare::SlotIndex::new(0).unwrap();
+            let owner = ask(&Hello::look(gpu())).unwrap().page.details(slot).unwrap().owner;
+            let suspension = if what == "pause" { Suspension::WithoutEnd } else { Suspension::None };
+            let request = PauseRequest::new(gpu(), slot, owner, suspension);
+            match change::pause(&socket, &request, Duration::from_secs(5)) {
+                Ok(done) => println!("said: {done}"),
+                Err(error) => println!("said: {error}"),
+            }
+        }
         "garbage" => {
             for _ in 0..argument.parse().unwrap() {
                 let fd = register::dial(&socket, Duration::from_secs(5)).unwrap();
@@ -217,6 +241,47 @@ fn other_process() {
         }
         _ => panic!("{does}"),
     }
+}
+
+// --- Steering ---------------------------------------------------------------------------------------
+
+#[test]
+fn only_root_and_the_arbiters_user_change_settings_and_everybody_may_ask() {
+    let arbiter = Arbiter::start("settings", &[]);
+    let own = nix::unistd::geteuid().as_raw();
+    assert_eq!(as_user(own, "set 1234ms", arbiter.dir.path()), "true");
+    let page = record::view_page(arbiter.dir.path(), gpu()).unwrap();
+    let quantum = || page.settings().quantum;
+    assert_eq!(quantum(), nvshare::page::Quantum::Fixed(1_234_000_000));
+    if is_root() {
+        let said = as_user(STRANGER, "set 2s", arbiter.dir.path());
+        assert!(said.contains("changed by root") && said.contains(&format!("user {STRANGER}")), "{said}");
+        assert_eq!(quantum(), nvshare::page::Quantum::Fixed(1_234_000_000));
+    }
+    let wrong = as_user(own, "set soon", arbiter.dir.path());
+    assert!(wrong.contains("quantum: 'soon'"), "{wrong}");
+}
+
+#[test]
+fn a_client_is_paused_by_its_own_user_and_not_by_another() {
+    if !is_root() {
+        return;
+    }
+    let arbiter = Arbiter::start("pause", &[]);
+    let mut client = process(STRANGER, "client", arbiter.dir.path()).spawn().unwrap();
+    assert_eq!(said(&mut client), "slot 0");
+    let page = record::view_page(arbiter.dir.path(), gpu()).unwrap();
+    let paused = || page.suspension(nvshare::SlotIndex::new(0).unwrap()) != Suspension::None;
+    let refused = as_user(OTHER, "pause", arbiter.dir.path());
+    assert!(refused.contains(&format!("the client belongs to user {STRANGER}")) && !paused(), "{refused}");
+    assert_eq!(as_user(STRANGER, "pause", arbiter.dir.path()), "paused until it is resumed");
+    assert!(paused());
+    let refused = as_user(OTHER, "resume", arbiter.dir.path());
+    assert!(refused.contains(&format!("you are user {OTHER}")) && paused(), "{refused}");
+    assert_eq!(as_user(0, "resume", arbiter.dir.path()), "resumed");
+    assert!(!paused());
+    drop(client.stdin.take());
+    client.wait().unwrap();
 }
 
 // --- The page -------------------------------------------------------------------------------------

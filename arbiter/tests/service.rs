@@ -271,7 +271,7 @@ fn sighup_ends_no_arbiter_and_is_logged() {
     for _ in 0..2 {
         let pid = nix::unistd::Pid::from_raw(arbiter.child.id() as i32);
         nix::sys::signal::kill(pid, nix::sys::signal::SIGHUP).unwrap();
-        assert!(log.any(|line| line.contains("SIGHUP") && line.contains("going on")));
+        assert!(log.any(|line| line.contains("SIGHUP") && line.contains("again")));
     }
     assert!(arbiter.register(&hello()).is_ok());
 }

@@ -9,6 +9,7 @@
 use super::bandwidth::Bandwidth;
 use super::phase::Phase;
 use super::stall::Stall;
+use super::suspension::Suspension;
 use crate::account::{Account, Free};
 use crate::journal::Journal;
 use crate::lock_word::LockWord;
@@ -168,7 +169,8 @@ pub struct Slot {
     pub(crate) gang: AtomicU64,
     /// The client's compute limit ([`crate::shares`]). The arbiter writes it.
     pub(crate) compute_limit: Packed<ComputeLimit, AtomicU32>,
-    _to_the_next_line: Padding<4>,
+    /// Whether somebody has paused the client ([`Suspension`]). The arbiter writes it.
+    pub(crate) suspension: Packed<Suspension, AtomicU32>,
 
     /// What the owner writes.
     pub(crate) own: OwnWords,
@@ -329,7 +331,7 @@ impl Page {
             claimed: word(),
             gang: word(),
             compute_limit: packed(),
-            _to_the_next_line: Padding::new(),
+            suspension: packed(),
             own: OwnWords {
                 phase: packed(),
                 consecutive_slices: half(),

@@ -22,6 +22,9 @@ pub enum Quantum {
     },
 }
 
+/// A quantum that no slice comes to the end of, ns: a hundred years. With it nobody is preempted.
+pub const ENDLESS: Nanos = 100 * 365 * 86_400 * SECOND;
+
 impl Default for Quantum {
     fn default() -> Self {
         Self::Auto { factor_milli: 5_000, longest_milli: 20_000, min: 100 * MILLISECOND, max: 60 * SECOND }

@@ -85,7 +85,7 @@ pub(super) fn makes_room(snapshot: &Snapshot, slot: SlotIndex, expected: SlotInd
 pub fn watches_pauses(snapshot: &Snapshot, slot: SlotIndex) -> bool {
     let pauses = |(other, view): (SlotIndex, &SlotView)| {
         let idle = snapshot.now.saturating_sub(view.idle_since);
-        other != slot && view.phase == Phase::Idle && idle < view.pause.saturating_mul(4)
+        other != slot && !view.paused && view.phase == Phase::Idle && idle < view.pause.saturating_mul(4)
     };
     snapshot.clients().any(pauses) && !all_fit(snapshot)
 }

@@ -159,6 +159,8 @@ statistics! {
         slice_left_ns: Option<u64> => gauge(Nanoseconds),
         /// The number of the gang of processes that it runs together with; null if it belongs to none.
         gang: Option<u64> => identity(),
+        /// Whether a user has paused it: it is not admitted until it is resumed.
+        paused: bool => flag(),
         /// Its share against others', 1 to 1000.
         weight: u32 => gauge(Count),
         /// low, normal or high: how soon its turn comes.

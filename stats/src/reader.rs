@@ -204,6 +204,7 @@ fn client(
             .filter(|_| snapshot.admitted.contains(slot))
             .map(|end| end.saturating_sub(time)),
         gang: (details.view.gang != 0).then_some(details.view.gang),
+        paused: details.view.paused,
         weight,
         priority: priority.to_string(),
         memory_limit_bytes: memory_limit.granules(snapshot.capacity).map(bytes_of),

@@ -1,6 +1,6 @@
 //! The command line of `nvshare`. In the library, so that the manual pages and completions are made of it too.
 
-use crate::{bench, demo, internal, run, set, sim, status, trace};
+use crate::{bench, ctl, demo, health, internal, run, set, sim, status, trace, wait};
 use clap::{Parser, Subcommand};
 
 /// Several processes share one GPU as if each had all of it.
@@ -15,6 +15,7 @@ use clap::{Parser, Subcommand};
   nvshare run -- python3 train.py     run a program, as many at once as you like
   nvshare status                      who runs, who waits, whose memory is where
   nvshare set 4242 --priority high    change what a running client may have
+  nvshare ctl set quantum=2s          change what the arbiter does
   nvshare bench handoff               what a hand-off between processes costs
 
 `nvshare COMMAND --help` has more."
@@ -34,6 +35,12 @@ pub enum Command {
     Status(status::Options),
     /// Change a running client's weight, priority or memory limit
     Set(set::Options),
+    /// Show and change settings while it runs, pause and resume clients
+    Ctl(ctl::Options),
+    /// Wait until an arbiter serves, or until a client is in some state
+    Wait(wait::Options),
+    /// Say whether the node is as it should be, for scripts and probes
+    Health(health::Options),
     /// Measure this machine: a launch, a hand-off, a switch
     Bench(bench::Options),
     /// See several jobs share a GPU that is too small for them; simulated, or real with --gpu

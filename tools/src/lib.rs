@@ -3,7 +3,11 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`cli`] | the command line |
+//! | [`ctl`], [`nvsharectl`] | steering at run time, and the same as users of the C nvshare type it |
+//! | [`whom`] | which client a person means |
+//! | [`wait`], [`health`] | for scripts and probes: until something is so; whether the node is as it should be |
 //! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
+//! | [`simulate`] | simulated GPUs for `nvshare run` |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`cuda`] | the CUDA driver |
@@ -16,20 +20,26 @@ pub mod bench;
 pub mod cli;
 pub mod compute;
 pub mod crew;
+pub mod ctl;
 pub mod cuda;
 pub mod demo;
 pub mod digits;
+pub mod health;
 pub mod internal;
 pub mod job;
 pub mod layout;
 pub mod node;
+pub mod nvsharectl;
 pub mod output;
 pub mod picture;
 pub mod run;
 pub mod set;
 pub mod sim;
+pub mod simulate;
 pub mod status;
 pub mod trace;
+pub mod wait;
+pub mod whom;
 
 /// Why a command failed, and with which exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,6 +86,16 @@ fn memory_limit(text: &str) -> Result<nvshare::shares::MemoryLimit, String> {
 /// Reads a compute limit from the command line.
 fn compute_limit(text: &str) -> Result<nvshare::shares::ComputeLimit, String> {
     text.parse().map_err(|error: nvshare::shares::ShareError| error.to_string())
+}
+
+/// Reads a GPU's UUID from the command line.
+fn gpu(text: &str) -> Result<nvshare::GpuUuid, String> {
+    text.parse().map_err(|error: nvshare::units::UuidError| error.to_string())
+}
+
+/// Reads a time from the command line, ns.
+fn time(text: &str) -> Result<nvshare::Nanos, String> {
+    nvshare::units::parse_time(text).map_err(|error| error.to_string())
 }
 
 /// Reads a size from the command line.

@@ -2,7 +2,9 @@
 
 use clap::Parser;
 use nvshare_tools::cli::{Cli, Command};
-use nvshare_tools::{Failure, bench, complain, demo, internal, output, run, set, sim, status, trace};
+use nvshare_tools::{
+    Failure, bench, complain, ctl, demo, health, internal, output, run, set, sim, status, trace, wait,
+};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -11,6 +13,9 @@ fn main() -> ExitCode {
         Command::Run(options) => run::run(options),
         Command::Status(options) => status::run(&options).map(done),
         Command::Set(options) => set::run(&options).map(done),
+        Command::Ctl(options) => ctl::run(&options).map(done),
+        Command::Wait(options) => wait::run(&options).map(done),
+        Command::Health(options) => health::run(&options).map(done),
         Command::Bench(options) => bench::run(&options).map(done),
         Command::Demo(options) => demo::run(&options).map(done),
         Command::Sim(options) => sim::run(&options).map(done),

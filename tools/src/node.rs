@@ -67,7 +67,7 @@ pub fn simulated_gpu() -> Result<(PathBuf, PathBuf), Failure> {
     let find = |name: &str| {
         beside(name).or_else(|| beside(&format!("simulated/{name}"))).ok_or_else(|| {
             Failure::usage(format!(
-                "the simulated GPU ({name}) is not beside this program nor in ../lib/nvshare/simulated: build it with `cargo build --release`"
+                "the simulated GPU ({name}) is not beside this program nor in ../lib/nvshare/simulated: the Debian package has it, and `cargo build --release` in nvshare's sources makes it"
             ))
         })
     };

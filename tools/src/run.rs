@@ -1,6 +1,7 @@
 //! `nvshare run`: a program on the shared GPUs.
 
 use crate::complain;
+use crate::simulate::{self, Simulated};
 use crate::{Failure, node, status};
 use nix::sys::signal::{SigSet, Signal};
 use nvshare::paths;
@@ -28,7 +29,16 @@ use std::time::Duration;
   # Three times the GPU time of a program with the usual weight
   nvshare run --weight 300 -- python3 train.py
 
-Without an arbiter on this machine, a private one is started; it ends after the last program.")]
+  # On a simulated GPU: no hardware, no driver
+  nvshare run --simulate --memory 512MiB -- ./program
+
+Without an arbiter on this machine, a private one is started; it ends after the last program.
+
+Simulated GPUs (--simulate) are a CUDA driver and an NVML without a GPU. Memory is real: its bytes are kept, it is bounded, \
+and an access to what is not there is an error. So allocations, copies, streams, events, graphs, IPC, several GPUs and \
+several processes behave as on a GPU, and how nvshare moves memory can be seen. Times follow from the given rates and say \
+nothing about any GPU. It computes only kernels that it knows, those of nvshare's own programs (internal job, internal compute), and refuses \
+others, so PyTorch and the like do not run on it. For several programs beside each other, run a shell: nvshare run --simulate -- sh -c './a & ./b & wait'.")]
 pub struct Options {
     /// Size of each GPU's pool, such as 14.9GiB; it counts if this command starts the arbiter [default: all its memory but
     /// 512MiB]
@@ -39,7 +49,7 @@ pub struct Options {
     #[arg(long, value_name = "auto|TIME")]
     quantum: Option<String>,
     /// Directory of the arbiter's socket [default: $NVSHARE_RUNTIME_DIR, or /run/nvshare, or one of your own]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "simulate")]
     runtime_dir: Option<PathBuf>,
     /// What the program is called in `nvshare status` [default: its own name]
     #[arg(long)]
@@ -60,6 +70,8 @@ pub struct Options {
     /// such as training:2. Processes that use NCCL are recognised without it
     #[arg(long, value_name = "NAME:SIZE", value_parser = gang_as_written)]
     gang: Option<String>,
+    #[command(flatten)]
+    simulated: simulate::Options,
     /// The program to run, and its arguments
     #[arg(required = true, trailing_var_arg = true, value_name = "PROGRAM")]
     program: Vec<OsString>,
@@ -84,18 +96,25 @@ const FORWARDED: [Signal; 8] = [
 pub fn run(options: Options) -> Result<ExitCode, Failure> {
     let mut dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
     let shim = node::shim()?;
-    if node::answers(&dir) {
+    let mut arguments = Vec::new();
+    if let Some(capacity) = options.capacity {
+        arguments.extend(["--capacity".to_owned(), capacity.to_string()]);
+    }
+    if let Some(quantum) = &options.quantum {
+        arguments.extend(["--quantum".to_owned(), quantum.clone()]);
+    }
+    // Lives until the program has ended.
+    let simulated = match options.simulated.simulate {
+        true => Some(Simulated::start(&options.simulated, &arguments)?),
+        false => None,
+    };
+    if let Some(simulated) = &simulated {
+        dir = simulated.dir();
+    } else if node::answers(&dir) {
         check_capacity(&dir, options.capacity);
     } else {
         if options.runtime_dir.is_none() && !system_arbiter_is_starting(&dir)? {
             dir = paths::own_arbiter_dir();
-        }
-        let mut arguments = Vec::new();
-        if let Some(capacity) = options.capacity {
-            arguments.extend(["--capacity".to_owned(), capacity.to_string()]);
-        }
-        if let Some(quantum) = &options.quantum {
-            arguments.extend(["--quantum".to_owned(), quantum.clone()]);
         }
         if node::start_arbiter(&dir, &arguments, &[])?.is_none() {
             check_capacity(&dir, options.capacity);
@@ -107,6 +126,7 @@ pub fn run(options: Options) -> Result<ExitCode, Failure> {
         preload.push(before);
     }
     let mut command = Command::new(&options.program[0]);
+    command.envs(simulated.iter().flat_map(Simulated::environment));
     command.args(&options.program[1..]).env("LD_PRELOAD", preload).env(paths::RUNTIME_DIR, &dir);
     if std::env::var_os("CUDA_MODULE_LOADING").is_none() {
         command.env("CUDA_MODULE_LOADING", "LAZY");

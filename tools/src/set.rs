@@ -3,15 +3,13 @@
 //! The client is looked up in the pages, as `nvshare status` shows them; the arbiter makes the change.
 
 use crate::Failure;
-use crate::{complain, say};
+use crate::say;
+use crate::whom::{clients, only};
 use nvshare::change;
+use nvshare::paths;
 use nvshare::shares::{ComputeLimit, MemoryLimit, Priority};
-use nvshare::slot::{SLOTS, SlotIndex};
-use nvshare::snapshot::ClientInfo;
 use nvshare::units::GpuUuid;
 use nvshare::wire::{Change, SharesUpdate};
-use nvshare::{paths, record};
-use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -57,7 +55,7 @@ pub struct Options {
     #[arg(long, group = "shares", value_name = "PERCENT|none", value_parser = crate::compute_limit)]
     compute_limit: Option<ComputeLimit>,
     /// Look for the client on this GPU only
-    #[arg(long, value_name = "UUID", value_parser = gpu)]
+    #[arg(long, value_name = "UUID", value_parser = crate::gpu)]
     gpu: Option<GpuUuid>,
     /// Directory of the control pages and the arbiter's socket [default: $NVSHARE_RUNTIME_DIR, or /run/nvshare, or one of
     /// your own]
@@ -65,120 +63,27 @@ pub struct Options {
     runtime_dir: Option<PathBuf>,
 }
 
-fn gpu(text: &str) -> Result<GpuUuid, String> {
-    text.parse().map_err(|error: nvshare::units::UuidError| error.to_string())
-}
-
 /// How long an arbiter that is just starting is waited for.
 const TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Whom a person means by a word.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Whom {
-    pid: Option<u32>,
-    slot: Option<usize>,
-    name: Option<String>,
-}
-
-impl Whom {
-    fn read(text: &str) -> Result<Self, Failure> {
-        let nobody = Self { pid: None, slot: None, name: None };
-        let fail = |what| Failure::usage(format!("'{text}': {what}, such as `nvshare status` shows"));
-        if let Some(pid) = text.strip_prefix("pid:") {
-            return Ok(Self {
-                pid: Some(pid.parse().map_err(|_| fail("write pid: and a number"))?),
-                ..nobody
-            });
-        }
-        if let Some(slot) = text.strip_prefix("slot:") {
-            return Ok(Self {
-                slot: Some(slot.parse().map_err(|_| fail("write slot: and a number"))?),
-                ..nobody
-            });
-        }
-        if let Some(name) = text.strip_prefix("name:") {
-            return Ok(Self { name: Some(name.into()), ..nobody });
-        }
-        Ok(Self { pid: text.parse().ok(), slot: text.parse().ok(), name: Some(text.into()) })
-    }
-
-    fn means(&self, client: &ClientInfo) -> bool {
-        self.pid == Some(client.owner.pid)
-            || self.slot == Some(client.slot.get())
-            || self.name.as_ref() == Some(&client.name)
-    }
-}
-
-/// A client, and the GPU that it is one of.
-struct Found {
-    gpu: GpuUuid,
-    client: ClientInfo,
-}
-
-impl fmt::Display for Found {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ClientInfo { slot, owner, name, .. } = &self.client;
-        write!(out, "slot:{} on {}, pid:{}, name:{name}", slot.get(), self.gpu, owner.pid)
-    }
-}
-
-/// All clients of the node. A page that cannot be read has none, and that is said.
-fn clients(dir: &Path) -> Result<Vec<Found>, Failure> {
-    let no_node = |error| {
-        Failure::usage(format!(
-            "{}: there is no nvshare node here ({error}). Name its directory with --runtime-dir",
-            dir.display()
-        ))
-    };
-    let mut found = Vec::new();
-    for (gpu, path) in paths::pages(dir).map_err(no_node)? {
-        match record::view_page(dir, gpu) {
-            Ok(page) => {
-                let slots = (0..SLOTS).filter_map(SlotIndex::new);
-                found.extend(slots.filter_map(|slot| page.details(slot)).map(|client| Found { gpu, client }));
-            }
-            Err(why) => complain!("nvshare: {}: {why}; its clients are left out", path.display()),
-        }
-    }
-    Ok(found)
-}
-
-/// The one client that is meant.
-fn only(whom: &str, gpu: Option<GpuUuid>, clients: Vec<Found>) -> Result<Found, Failure> {
-    let wanted = Whom::read(whom)?;
-    let mut found: Vec<_> = clients
-        .into_iter()
-        .filter(|found| gpu.is_none_or(|gpu| found.gpu == gpu) && wanted.means(&found.client))
-        .collect();
-    match (found.pop(), found.len()) {
-        (Some(found), 0) => Ok(found),
-        (None, _) => Err(Failure::usage(format!(
-            "'{whom}' is no client{}: no pid, no slot and no name that `nvshare status` shows",
-            gpu.map(|gpu| format!(" of {gpu}")).unwrap_or_default()
-        ))),
-        (Some(last), more) => {
-            found.push(last);
-            let list: Vec<_> = found.iter().map(|found| format!("\n  {found}")).collect();
-            Err(Failure::usage(format!(
-                "'{whom}' means {} clients; say which one, with --gpu where the GPUs differ:{}",
-                more + 1,
-                list.concat()
-            )))
-        }
-    }
-}
 
 /// Changes a client's shares, and says what they are then.
 ///
 /// # Errors
 /// There is no such client, or more than one; no arbiter answers, or it refuses.
 pub fn run(options: &Options) -> Result<(), Failure> {
-    let dir = options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
-    let found = only(&options.client, options.gpu, clients(&dir)?)?;
+    run_in(&options.runtime_dir.clone().unwrap_or_else(paths::runtime_dir), options)
+}
+
+/// The same in this directory, whatever the options say.
+///
+/// # Errors
+/// As for [`run`].
+pub fn run_in(dir: &Path, options: &Options) -> Result<(), Failure> {
+    let found = only(&options.client, options.gpu, clients(dir)?)?;
     let Options { weight, priority, memory_limit, compute_limit, .. } = *options;
     let edit = SharesUpdate { weight, priority, memory_limit, compute_limit };
     let wanted = Change::new(found.gpu, found.client.slot, found.client.owner, edit);
-    let shares = change::change(&paths::socket(&dir), &wanted, TIMEOUT)
+    let shares = change::change(&paths::socket(dir), &wanted, TIMEOUT)
         .map_err(|error| Failure::usage(format!("{found}: {error}")))?;
     say!("{found}: {shares} (was: {})", found.client.shares);
     Ok(())

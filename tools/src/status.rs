@@ -215,6 +215,9 @@ fn stall(client: &Client) -> Option<String> {
 fn shares(client: &Client) -> Option<String> {
     let usual = Shares::default();
     let mut unusual = Vec::new();
+    if client.paused {
+        unusual.push(format!("paused; `nvshare ctl resume slot:{}` lets it go on", client.slot));
+    }
     unusual.extend(client.gang.map(|gang| format!("runs together with gang {gang}")));
     if client.weight != usual.weight {
         unusual.push(format!("weight {}", client.weight));

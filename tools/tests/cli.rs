@@ -101,6 +101,9 @@ fn help_has_examples() {
         &["set", "--help"],
         &["bench", "--help"],
         &["demo", "--help"],
+        &["ctl", "--help"],
+        &["wait", "--help"],
+        &["health", "--help"],
     ] {
         let output = nvshare(arguments).output().unwrap();
         assert!(output.status.success() && stdout(&output).contains("Examples:"), "{arguments:?}");
@@ -133,8 +136,19 @@ fn help_fits_the_screen_and_breaks_no_word() {
         "bench switch",
         "bench sim",
         "bench bookkeeping",
+        "ctl",
+        "ctl get",
+        "ctl set",
+        "ctl reset",
+        "ctl pause",
+        "ctl resume",
+        "ctl client",
+        "wait",
+        "health",
     ];
-    let helps = commands.iter().map(|command| (program, *command)).chain([(arbiter.as_path(), "")]);
+    let nvsharectl = program.with_file_name("nvsharectl");
+    let others = [(arbiter.as_path(), ""), (nvsharectl.as_path(), "")];
+    let helps = commands.iter().map(|command| (program, *command)).chain(others);
     for (program, command) in helps {
         let help = |columns: Option<&str>| {
             let mut help = Command::new(program);
@@ -160,7 +174,8 @@ fn every_option_has_a_sentence() {
     let output = Command::new(arbiter).arg("--help").output().unwrap();
     let benches =
         ["launch", "handoff", "switch", "sim", "bookkeeping"].map(|what| vec!["bench", what, "--help"]);
-    let commands = ["run", "status", "set", "sim", "demo", "bench"].map(|command| vec![command, "--help"]);
+    let commands = ["run", "status", "set", "sim", "demo", "bench", "wait", "health"]
+        .map(|command| vec![command, "--help"]);
     let helps = commands.iter().chain(&benches);
     let helps: Vec<String> = helps.map(|help| stdout(&nvshare(help).output().unwrap())).collect();
     for help in helps.iter().chain([&stdout(&output)]) {

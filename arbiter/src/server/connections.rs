@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use nvshare::scm_rights::receive;
 use nvshare::units::{Nanos, SECOND};
-use nvshare::wire::{Hello, Reply, Status};
+use nvshare::wire::{MESSAGE_BYTES, Reply, Status};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 
 /// How long a connection may stay without a message.
@@ -77,7 +77,7 @@ impl Connections {
 /// Answers a connection's first message. Returns the connection if no message has come yet.
 fn serve(state: &mut State, connection: Connection) -> Option<Connection> {
     let Connection { socket, peer, .. } = &connection;
-    let (bytes, sent) = match receive(socket.as_fd(), 2 * size_of::<Hello>(), MsgFlags::MSG_DONTWAIT) {
+    let (bytes, sent) = match receive(socket.as_fd(), 2 * MESSAGE_BYTES, MsgFlags::MSG_DONTWAIT) {
         Err(Errno::EAGAIN) => return Some(connection),
         // A connection that ends without a message: its process wanted to know whether an arbiter is here.
         Err(_) => return None,

@@ -21,6 +21,9 @@ pub enum StartError {
     /// The settings that size the pools could not be written into the lock file.
     #[error("how the pools are sized cannot be written into the arbiter's lock file: {0}")]
     Sign(std::io::Error),
+    /// The configuration makes no sense.
+    #[error("{0}")]
+    Configuration(String),
     /// Another arbiter serves a GPU.
     #[error(
         "{0}, and each of two arbiters would deal out all of the GPU's memory. Use that one (--runtime-dir, NVSHARE_RUNTIME_DIR), end it, or serve the GPU twice all the same with --allow-second-arbiter (NVSHARE_ALLOW_SECOND_ARBITER=1)"

@@ -4,7 +4,7 @@ use super::connections::Connections;
 use super::error::{StartError, failed};
 use super::poller::Token;
 use super::state::State;
-use super::{closing, unresponsive};
+use super::{closing, steering, unresponsive};
 use crate::gpu_lock::GpuLock;
 use crate::stall_log::StallLog;
 use nix::sys::signal::Signal;
@@ -85,11 +85,8 @@ impl Server {
         let Ok(Some(signal)) = self.signals.read_signal() else { return false };
         let (pid, user) = (signal.ssi_pid, signal.ssi_uid);
         if Signal::try_from(signal.ssi_signo as i32) == Ok(Signal::SIGHUP) {
-            tracing::info!(
-                pid,
-                user,
-                "SIGHUP: there is nothing to read again, settings are arguments; going on"
-            );
+            tracing::info!(pid, user, "SIGHUP: reading the configuration again");
+            steering::reload(&mut self.state);
             return false;
         }
         tracing::info!(
@@ -114,12 +111,12 @@ impl Server {
             gpu.served.page.beat(time);
             gpu.served.audit();
         }
-        let bound = state.options.unresponsive_after;
         for (index, gpu) in state.gpus.iter().enumerate() {
+            let bound = gpu.options.unresponsive_after;
             self.stalls.update(index, gpu.served.gpu, &gpu.served.page, bound, time);
         }
         unresponsive::check(state, time);
-        state.sampler.sample_if_due(&mut state.gpus, &state.options, time);
+        state.sampler.sample_if_due(&mut state.gpus, time);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
     }
 

@@ -4,6 +4,7 @@
 //! - `event_loop`: waits for descriptors and ticks, and calls the rest.
 //! - `state`: the GPUs, the clients, and what was logged; the following files are functions of it.
 //! - `connections`, `requests`, `registration`: a connection's first message, what it may ask for, how a slot is given.
+//! - `steering`: clients that are paused, settings that change at run time.
 //! - `closing`: how clients end.
 //! - `unresponsive`: clients that do not give way.
 //!
@@ -27,7 +28,9 @@ mod served_gpu;
 mod socket;
 mod start;
 mod state;
+mod steering;
 mod unresponsive;
 
 pub use error::StartError;
 pub use event_loop::Server;
+pub use state::SetLogLevel;

@@ -1,5 +1,5 @@
 //! What processes may ask for with their first message: a slot, a look at a page, a change of a client's shares, that a client
-//! joins a gang or leaves it, or, of a client that registered with an arbiter before this one, to be known again.
+//! joins a gang or leaves it, that a client pauses or settings change, or, of a client that registered with an arbiter before this one, to be known again.
 
 use super::clients::RegisteredClient;
 use super::log_limits::Nuisance;
@@ -7,6 +7,7 @@ use super::pending_connections::Peer;
 use super::poller::ClientId;
 use super::registration::{self, Registration};
 use super::state::State;
+use super::steering;
 use crate::client_lock::ClientRecord;
 use crate::permission;
 use nvshare::gang_page::Place;
@@ -48,6 +49,10 @@ pub(super) fn serve(
             .map(|reply| Answer::without_client(reply, Vec::new())),
         Message::Attach(request, slot) => attach(state, &request, slot, sent),
         Message::Gang(request, slot) => gang(state, peer, &request, slot),
+        Message::Pause(request, slot, suspension) => steering::pause(state, peer, &request, slot, suspension)
+            .map(|reply| Answer::without_client(reply, Vec::new())),
+        Message::Settings(gpu, change) => steering::settings(state, peer, gpu, &change)
+            .map(|(reply, file)| Answer::without_client(reply, vec![file])),
     }
     .map_err(|refusal| (Nuisance::Request, refusal))
 }

@@ -1,7 +1,6 @@
 //! When NVML is sampled, and what follows from a sample: contexts and the pool's size in the page, lines in the log.
 
 use super::served_gpu::ServedGpu;
-use crate::options::Options;
 use crate::sampling::{Change, Source, View};
 use nvshare::page::ForeignMemory;
 use nvshare::units::{GpuUuid, MILLISECOND, Nanos, format_size, granules_in};
@@ -29,20 +28,20 @@ impl Sampler {
     }
 
     /// Samples all GPUs, if the last time is long enough ago at `time` (ns).
-    pub fn sample_if_due(&mut self, gpus: &mut [ServedGpu], options: &Options, time: Nanos) {
+    pub fn sample_if_due(&mut self, gpus: &mut [ServedGpu], time: Nanos) {
         if time.saturating_sub(self.sampled) >= SAMPLE_INTERVAL {
             self.sampled = time;
-            gpus.iter_mut().for_each(|gpu| self.sample(gpu, options));
+            gpus.iter_mut().for_each(|gpu| self.sample(gpu));
         }
     }
 
     /// Samples a GPU and shows the result in its page. A failure is logged, once until a sample succeeds.
-    pub fn sample(&mut self, gpu: &mut ServedGpu, options: &Options) {
+    pub fn sample(&mut self, gpu: &mut ServedGpu) {
         let Some(source) = &self.source else { return };
         match gpu.tracker.sample(&gpu.served.page, source.as_ref()) {
             Ok(change) => {
                 self.failed = false;
-                apply(gpu, change, options);
+                apply(gpu, change);
             }
             Err(error) => {
                 if !std::mem::replace(&mut self.failed, true) {
@@ -54,7 +53,7 @@ impl Sampler {
 }
 
 /// Applies a sample that has been taken.
-fn apply(gpu: &mut ServedGpu, change: Change, options: &Options) {
+fn apply(gpu: &mut ServedGpu, change: Change) {
     let (page, uuid) = (&gpu.served.page, gpu.served.gpu);
     if let Some(view) = change.view {
         log_view(uuid, view, gpu.tracker.physical().is_some());
@@ -64,7 +63,7 @@ fn apply(gpu: &mut ServedGpu, change: Change, options: &Options) {
     }
     let (processes, granules) = (gpu.tracker.foreign_processes(), granules_in(gpu.tracker.foreign()));
     page.set_foreign(ForeignMemory { processes, granules });
-    if change.contexts | gpu.resize_pool(options) {
+    if change.contexts | gpu.resize_pool() {
         page.decide();
     }
 }

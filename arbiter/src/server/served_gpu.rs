@@ -16,13 +16,26 @@ pub(super) struct ServedGpu {
     pub total: u64,
     /// What its memory is used for.
     pub tracker: Tracker,
+    /// What the configuration says of it.
+    pub options: Options,
 }
 
 impl ServedGpu {
+    /// Does what the configuration says now, at once: clients decide anew, by settings and by a pool of another size.
+    pub fn reconfigure(&mut self, options: Options) {
+        self.options = options;
+        let page = &self.served.page;
+        page.set_settings(self.options.settings());
+        self.resize_pool();
+        page.decide();
+        // Those who sleep until the end of a slice compute it anew.
+        page.occupied().iter().for_each(|slot| page.ring(slot));
+    }
+
     /// Keeps the pool no larger than what programs outside nvshare, and memory that belongs to nobody, leave of the GPU.
     /// True if its size changed.
-    pub fn resize_pool(&self, options: &Options) -> bool {
-        let page = &self.served.page;
+    pub fn resize_pool(&self) -> bool {
+        let (page, options) = (&self.served.page, &self.options);
         let foreign = self.tracker.foreign();
         let wanted = options
             .capacity
@@ -35,9 +48,14 @@ impl ServedGpu {
         }
         tracing::info!(
             gpu = %self.served.gpu,
-            "the pool has {} now and had {}: programs outside nvshare, or memory that outlived its process, take another part of the GPU",
+            "the pool has {} now and had {}: {}",
             format_size(bytes_of(capacity)),
-            format_size(bytes_of(page.capacity()))
+            format_size(bytes_of(page.capacity())),
+            if foreign == 0 && capacity == granules_in(wanted) || options.capacity.map(granules_in) == Some(capacity) {
+                "as it is configured"
+            } else {
+                "programs outside nvshare, or memory that outlived its process, take another part of the GPU"
+            }
         );
         page.set_capacity(capacity)
     }

@@ -11,7 +11,8 @@ use super::poller::{Poller, Token};
 use super::sampler::Sampler;
 use super::served_gpu::ServedGpu;
 use super::socket::LazyListener;
-use super::state::State;
+use super::state::{SetLogLevel, State};
+use crate::configuration::Configuration;
 use crate::gpu_lock::{GpuLock, GpuLockError};
 use crate::options::Options;
 use crate::pages::{self, Succession, Survivor};
@@ -34,20 +35,21 @@ const LOCK_ATTEMPTS: usize = 20;
 type Survivors = Vec<(usize, Survivor)>;
 
 impl Server {
-    /// Serves `gpus` in `dir`; takes over what is there. `sign` writes down how this arbiter sizes its pools. It is called
+    /// Serves `gpus` in `dir` as the configuration says; takes over what is there. `sign` writes down how this arbiter sizes its pools. It is called
     /// before a pool gets another size under living clients, so that what is written down is never of an arbiter before the
     /// one that sized the pools; and not by an arbiter that is refused.
     ///
     /// # Errors
     /// Another arbiter serves a GPU, or a page, the socket or the event loop cannot be made.
     pub fn start(
-        options: Options,
+        (configuration, set_log_level): (Configuration, SetLogLevel),
         dir: PathBuf,
         succession: Succession,
         sign: &dyn Fn() -> std::io::Result<()>,
         gpus: Vec<Gpu>,
         source: Option<Box<dyn Source>>,
     ) -> Result<Self, StartError> {
+        let options = configuration.options(None).map_err(StartError::Configuration)?;
         let socket = paths::socket(&dir);
         let poller = Poller::new().map_err(failed("no epoll"))?;
         let signals = block_signals()?;
@@ -78,7 +80,9 @@ impl Server {
             sampler: Sampler::new(source),
             log_limits: LogLimits::default(),
             overdue: OverdueClients::default(),
+            configuration,
             options,
+            set_log_level,
         };
         let connections = Connections::new(listener);
         let stalls = StallLog::default();
@@ -166,7 +170,8 @@ fn open_pages(
             served.page.guess_bandwidth(bandwidth);
         }
         all_survivors.extend(survivors.into_iter().map(|survivor| (all_served.len(), survivor)));
-        all_served.push(ServedGpu { served, total: gpu.total, tracker: Tracker::default() });
+        let (tracker, options) = (Tracker::default(), options.clone());
+        all_served.push(ServedGpu { served, total: gpu.total, tracker, options });
     }
     Ok((all_served, all_survivors))
 }

@@ -9,16 +9,24 @@ use super::poller::{ClientId, Poller};
 use super::sampler::Sampler;
 use super::served_gpu::ServedGpu;
 use crate::client_lock::ClientLock;
+use crate::configuration::Configuration;
 use crate::options::Options;
 use nvshare::slot::SlotIndex;
 use nvshare::units::{GpuUuid, Nanos};
 use nvshare::wire::{Reply, Status};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Sets what is logged from now on.
+pub type SetLogLevel = Box<dyn Fn(LevelFilter)>;
 
 /// What the arbiter knows while it serves. GPUs are named by their index in `gpus`.
 pub(super) struct State {
+    pub configuration: Configuration,
+    /// The configuration's, for the node.
     pub options: Options,
+    pub set_log_level: SetLogLevel,
     /// The runtime directory.
     pub dir: PathBuf,
     pub poller: Poller,
@@ -42,6 +50,20 @@ impl State {
         })
     }
 
+    /// Does what the configuration says now, after it has changed.
+    pub fn reconfigure(&mut self) {
+        // A configuration has been read as options before it holds.
+        if let Ok(options) = self.configuration.options(None) {
+            (self.set_log_level)(options.log_level);
+            self.options = options;
+        }
+        for gpu in &mut self.gpus {
+            if let Ok(options) = self.configuration.options(Some(gpu.served.gpu)) {
+                gpu.reconfigure(options);
+            }
+        }
+    }
+
     /// Adds a client and watches its process.
     pub fn add_client(
         &mut self,
@@ -55,13 +77,12 @@ impl State {
 
     /// Samples a GPU now.
     pub fn sample(&mut self, gpu: usize) {
-        self.sampler.sample(&mut self.gpus[gpu], &self.options);
+        self.sampler.sample(&mut self.gpus[gpu]);
     }
 
     /// Puts right, in all pages, what the arbiter alone decides and everybody can overwrite. `time` in ns.
     pub fn restore_pages(&mut self, time: Nanos) {
-        let settings = self.options.settings();
-        self.gpus.iter().for_each(|gpu| gpu.served.restore(settings));
+        self.gpus.iter().for_each(|gpu| gpu.served.restore(gpu.options.settings()));
         for (_, RegisteredClient { gpu, slot, lock, .. }) in self.clients.iter() {
             let (served, Some(lock)) = (&self.gpus[*gpu].served, lock) else { continue };
             if served.page.set_owner(*slot, lock.record.process(), lock.record.generation)
@@ -81,5 +102,6 @@ impl State {
                 page.decide();
             }
         }
+        self.pause_gangs();
     }
 }

@@ -17,7 +17,7 @@ pub(super) fn check(state: &mut State, time: Nanos) {
     for index in 0..state.gpus.len() {
         let page = &state.gpus[index].served.page;
         let snapshot = Snapshot::take(page, page.admitted());
-        let bound = state.options.unresponsive_after;
+        let bound = state.gpus[index].options.unresponsive_after;
         for overdue in state.overdue.update(index, &snapshot, bound, time) {
             check_client(state, index, overdue, time);
         }
@@ -44,7 +44,7 @@ fn check_client(state: &mut State, index: usize, overdue: Overdue, time: Nanos) 
     state.overdue.set_reported(index, slot);
     let Some(client) = state.clients.get(id) else { return };
     report(served.gpu, client, &details, phase, time - since);
-    kill(served.gpu, client, &details, &state.options);
+    kill(served.gpu, client, &details, &state.gpus[index].options);
 }
 
 /// Logs that a client denies what the page says about it.

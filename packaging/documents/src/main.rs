@@ -1,11 +1,12 @@
-//! Makes the manual pages and completions of `nvshare` and `nvshare-arbiter` from their command lines:
+//! Makes the manual pages and completions of `nvshare`, `nvsharectl` and `nvshare-arbiter` from their command lines:
 //! `nvshare-documents FOLDER` writes `FOLDER/man/*` and `FOLDER/completions/{bash,zsh,fish}/*`.
 
 use clap::{Command, CommandFactory, ValueEnum};
 use clap_complete::Shell;
 use clap_mangen::Man;
-use nvshare_arbiter::options::Options;
+use nvshare_arbiter::configuration;
 use nvshare_tools::cli::Cli;
+use nvshare_tools::nvsharectl;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,8 +27,12 @@ fn main() -> ExitCode {
 }
 
 /// A program and the section of its manual page: 1 for users' commands, 8 for administrators'.
-fn programs() -> [(Command, &'static str); 2] {
-    [(without_hidden(&Cli::command()), "1"), (Options::command(), "8")]
+fn programs() -> [(Command, &'static str); 3] {
+    [
+        (without_hidden(&Cli::command()), "1"),
+        (nvsharectl::Cli::command(), "1"),
+        (configuration::command(), "8"),
+    ]
 }
 
 /// A command without its hidden subcommands, which completions would offer. clap cannot take a subcommand away, so this is a

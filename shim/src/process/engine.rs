@@ -238,6 +238,12 @@ impl Engine {
         let spares = self.device.tidy_spares();
         let of_gang = self.update_gang();
         let until = match self.client.phase() {
+            Phase::Idle if self.client.is_paused() => {
+                // A user has paused it. The arbiter rings when it is resumed; `until` is when the pause ends by itself.
+                self.client.withdraw();
+                gang::out(gpu);
+                until
+            }
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
             Phase::Idle if self.leaves_it_to_others() => by(until, now() + STUCK_POLL_INTERVAL),
             Phase::Idle if gang::is_wanted() && gang::may_ask(gpu) => {

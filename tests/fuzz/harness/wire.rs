@@ -1,6 +1,7 @@
 //! What comes over the arbiter's socket: any bytes are a message or are refused with a sentence, and what
 //! is a message is the same bytes again.
 
+use nvshare::control::{PAUSE_MAGIC, PauseRequest, SETTINGS_MAGIC, SettingsRequest};
 use nvshare::page::LAYOUT_VERSION;
 use nvshare::slot::{Owner, SlotIndex};
 use nvshare::units::GpuUuid;
@@ -29,6 +30,15 @@ pub fn run(bytes: &[u8]) {
     if first & 32 == 32 {
         bytes.resize(size_of::<Change>(), 0);
     }
+    if first & 128 == 128 && bytes.len() >= 12 {
+        let (magic, length) = match first & 1 {
+            0 => (PAUSE_MAGIC, size_of::<PauseRequest>()),
+            _ => (SETTINGS_MAGIC, size_of::<SettingsRequest>()),
+        };
+        bytes[..8].copy_from_slice(&magic.to_le_bytes());
+        bytes[8..12].copy_from_slice(&LAYOUT_VERSION.to_le_bytes());
+        bytes.resize(length, 0);
+    }
     if first & 64 == 64 {
         bytes.resize(size_of::<Attach>(), 0);
     }
@@ -56,6 +66,17 @@ fn message(bytes: &[u8]) {
             let again =
                 GangRequest::new(GpuUuid(request.gpu), slot, owner, what, request.size, request.joins());
             assert_eq!(again, request);
+        }
+        Ok(Message::Pause(request, slot, suspension)) => {
+            assert_eq!(bytemuck::bytes_of(&request), bytes);
+            let owner = Owner { generation: request.generation, pid: request.pid };
+            assert_eq!(PauseRequest::new(GpuUuid(request.gpu), slot, owner, suspension), request);
+        }
+        Ok(Message::Settings(gpu, change)) => {
+            // What is readable of it is the same again; bytes that are no text are not.
+            if let Ok(again) = SettingsRequest::new(gpu, &change) {
+                assert_eq!(SettingsRequest::read(bytemuck::bytes_of(&again)), Ok((gpu, change)));
+            }
         }
         Ok(Message::Hello(_)) => hello(bytes),
         Err(refusal) => {

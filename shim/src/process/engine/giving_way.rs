@@ -538,8 +538,10 @@ impl Engine {
         crate::async_pool::drained(&self.device);
         let more = more || gate().waiting() > 0;
         // Whoever gave way because it is blocked would be the next one again, because it has not run.
-        let may_ask =
-            gang::may_ask(gpu) && self.host_shortage.asks_at().is_none() && !self.leaves_it_to_others();
+        let may_ask = gang::may_ask(gpu)
+            && self.host_shortage.asks_at().is_none()
+            && !self.leaves_it_to_others()
+            && !self.client.is_paused();
         self.client.drained(more && may_ask);
     }
 }
