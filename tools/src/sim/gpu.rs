@@ -12,10 +12,11 @@ use super::observed::Observed;
 use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
-use super::turns::{Turns, Work};
+use super::turns::{GpuTime, Turns, Work};
 use nvshare::page::{Phase, Settings};
 use nvshare::pauses::{Pauses, Rhythm};
 use nvshare::placement::Load;
+use nvshare::policy::Spent;
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
 use nvshare::step::{Action, Facts, step};
@@ -81,8 +82,12 @@ struct Client {
     withdraws: Option<Nanos>,
     /// Since when it has nothing to do, while somebody waits or since it gave way.
     paused: Option<Nanos>,
-    /// Since when it has nothing to do.
+    /// Since when it has nothing to do, if that was seen.
     idle_from: Option<Nanos>,
+    /// What it had had in compute turns when its slice began.
+    gpu_time: GpuTime,
+    /// How long its pauses of the present slice were together that were seen to begin while nobody needed the GPU.
+    unused: Nanos,
     /// Since when it has run without interruption.
     running_since: Nanos,
     /// It has run since it last drained: work that it submitted may be on the GPU.
@@ -192,6 +197,8 @@ impl Gpu {
             withdraws: None,
             paused: None,
             idle_from: None,
+            gpu_time: GpuTime::default(),
+            unused: 0,
             running_since: now,
             undrained: false,
         });
@@ -536,6 +543,8 @@ impl Gpu {
             client.task.tally.waits.push(now - since);
             client.task.tally.slices += 1;
             client.turn.get_or_insert((now, client.task.tally.gpu));
+            let gpu_time = self.turns.gpu_time(slot);
+            self.client_mut(slot).gpu_time = gpu_time;
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
@@ -578,7 +587,11 @@ impl Gpu {
 
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
-        let end = policy::end_slice(&self.snapshot, slot);
+        let client = self.client_mut(slot);
+        let unused = std::mem::take(&mut client.unused) + client.pauses_beside_nobody(now);
+        let measured = self.turns.measured(slot, self.client(slot).gpu_time);
+        let spent = Spent { measured, unused };
+        let end = policy::end_slice(&self.snapshot, slot, spent);
         let running = self.snapshot.view(slot).phase == Phase::Running;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
@@ -835,9 +848,17 @@ impl Client {
         self.idle_from.and_then(at).unwrap_or(0)
     }
 
+    /// For how long it has paused, if the pause was seen to begin while nobody needed the GPU.
+    fn pauses_beside_nobody(&self, now: Nanos) -> Nanos {
+        self.idle_from.filter(|_| self.paused.is_none()).map_or(0, |since| now - since)
+    }
+
     /// Counts a pause that has ended. One is seen to begin only while somebody waits.
     fn watch_pause(&mut self, phase: Phase, (awaited, watched): (bool, bool), long: Nanos, now: Nanos) {
         if self.task.has_work() {
+            if phase == Phase::Running {
+                self.unused += self.pauses_beside_nobody(now);
+            }
             if let Some(since) = self.paused.take() {
                 self.pauses.observe(now - since);
             }
