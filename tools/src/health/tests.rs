@@ -105,9 +105,9 @@ fn each_thing_that_can_be_wrong_is_found_by_its_name() {
         (with_gpu(|gpu| gpu.repaired = 2), "books", Degraded, "2 times"),
         (with_gpu(stall(11 * SECOND)), "clients", Degraded, "pid 4242 (train)"),
         (with_gpu(|gpu| gpu.clients[0].overdue = true), "clients", Degraded, "compute turn"),
-        (with_gpu(|gpu| gpu.free_bytes = -(3 << 30)), "memory", Degraded, "overbooked by 3.0 GiB"),
+        (with_gpu(|gpu| gpu.free_bytes = -(3 << 30)), "memory", Degraded, "overbooked by 3.00 GiB"),
         (with_gpu(|gpu| gpu.foreign_bytes = 11 << 30), "memory", Degraded, "outside nvshare"),
-        (with(|facts| facts.host_memory = Some((9 << 30, 100 << 30))), "host-memory", Degraded, "9.0 GiB"),
+        (with(|facts| facts.host_memory = Some((9 << 30, 100 << 30))), "host-memory", Degraded, "9.00 GiB"),
         (with(|facts| facts.nvml = Some("no such file".into())), "nvml", Degraded, "no such file"),
     ] {
         let check = only(&facts);
