@@ -30,7 +30,7 @@
 //! | [`presence`] | how the arbiter knows that a client lives: a connection and a lock that end with it |
 //! | [`map`], [`sealed`], [`record`] | the mapped page, the memory that it is in, and what one arbiter writes down for the next |
 //! | [`release`] | what is said where two releases meet that do not fit together |
-//! | [`change`] | how a client's shares are changed while it runs |
+//! | [`change`], [`control`] | how clients and the arbiter are steered while they run |
 //! | [`membership`] | how a client joins a gang of processes that wait for each other |
 //! | [`standard_error`] | log lines that do no harm to the application |
 //! | [`paths`], [`runtime_dir`] | the files in the runtime directory, and whose arbiter is believed there |
@@ -154,6 +154,7 @@ pub mod slot;
 pub mod snapshot;
 pub mod step;
 pub mod stream_arena;
+mod suspension;
 pub mod sync;
 pub mod text;
 pub mod timeline;

@@ -32,7 +32,8 @@ pub use layout::{
 pub use phase::Phase;
 pub use settings::{ENDLESS, Quantum, Settings};
 pub use stall::Stall;
-pub use suspension::Suspension;
+
+pub use crate::suspension::Suspension;
 
 use crate::account::Free;
 use crate::release;

@@ -9,13 +9,13 @@
 use super::bandwidth::Bandwidth;
 use super::phase::Phase;
 use super::stall::Stall;
-use super::suspension::Suspension;
 use crate::account::{Account, Free};
 use crate::journal::Journal;
 use crate::lock_word::LockWord;
 use crate::packed::{Atomic, Packed};
 use crate::shares::{ComputeLimit, MemoryLimit, Priority};
 use crate::slot::{Owner, SLOTS, SlotSet};
+use crate::suspension::Suspension;
 use crate::sync::{AtomicU32, AtomicU64};
 use crate::turns::Turn;
 use crate::units::{Granules, MAX_GRANULES};
