@@ -3,7 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`cli`] | the command line |
-//! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
+//! | [`run`], [`status`], [`top`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
 //! | [`cuda`] | the CUDA driver |
@@ -18,7 +18,7 @@ pub mod compute;
 pub mod crew;
 pub mod cuda;
 pub mod demo;
-pub mod digits;
+pub use nvshare_stats::digits;
 pub mod internal;
 pub mod job;
 pub mod layout;
@@ -29,6 +29,7 @@ pub mod run;
 pub mod set;
 pub mod sim;
 pub mod status;
+pub mod top;
 pub mod trace;
 
 /// Why a command failed, and with which exit status.

@@ -1,15 +1,16 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::Parser;
-use nvshare_tools::cli::{Cli, Command};
-use nvshare_tools::{Failure, bench, complain, demo, internal, output, run, set, sim, status, trace};
+use nvshare_tools::cli::{self, Cli, Command};
+use nvshare_tools::{Failure, bench, complain, demo, internal, output, run, set, sim, status, top, trace};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let done = |()| ExitCode::SUCCESS;
-    let result = match Cli::parse().command {
+    let result = match Cli::parse_from(cli::arguments(std::env::args_os().collect())).command {
         Command::Run(options) => run::run(options),
         Command::Status(options) => status::run(&options).map(done),
+        Command::Top(options) => top::run(&options).map(done),
         Command::Set(options) => set::run(&options).map(done),
         Command::Bench(options) => bench::run(&options).map(done),
         Command::Demo(options) => demo::run(&options).map(done),
