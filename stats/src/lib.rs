@@ -14,6 +14,7 @@
 //! |---|---|
 //! | [`definition`] | what a statistic is: unit, kind, description; the macro [`statistics!`] |
 //! | [`model`] | the statistics themselves |
+//! | [`digits`] | figures for people |
 //! | [`description`] | all definitions, as text and for programs |
 //! | [`reader`] | reads a node |
 //! | [`pages`] | the pages of a runtime directory |
@@ -26,6 +27,7 @@
 pub mod container;
 pub mod definition;
 pub mod description;
+pub mod digits;
 pub mod hardware;
 pub mod history;
 pub mod model;
