@@ -74,6 +74,9 @@ pub struct SwitchSeen {
     pub to: (usize, u32),
     /// Bytes that came in.
     pub bytes: u64,
+    /// How long after the client before had drained the next one began to bring its memory in, ns: the decision and the wake-up. 0
+    /// if it had begun before.
+    pub handoff: Nanos,
 }
 
 /// The switches of a GPU, out of the spans of all its slots.
@@ -82,6 +85,8 @@ pub struct SwitchWatch {
     switches: Switches,
     /// Who has begun to drain first since the last switch.
     from: Option<(usize, u32)>,
+    /// When the latest drain ended, ns.
+    drained: Nanos,
 }
 
 impl SwitchWatch {
@@ -89,10 +94,12 @@ impl SwitchWatch {
     pub fn feed(&mut self, slot: usize, span: &Span) -> Option<SwitchSeen> {
         if span.activity == Activity::Phase(Phase::Draining) {
             self.from.get_or_insert((slot, span.pid));
+            self.drained = span.ended;
         }
         let took = self.switches.feed(span)?;
         let from = self.from.take();
-        Some(SwitchSeen { ended: span.ended, took, from, to: (slot, span.pid), bytes: span.bytes })
+        let handoff = span.begun.saturating_sub(self.drained);
+        Some(SwitchSeen { ended: span.ended, took, from, to: (slot, span.pid), bytes: span.bytes, handoff })
     }
 }
 

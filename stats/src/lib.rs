@@ -37,4 +37,4 @@ pub mod reader;
 
 pub use model::{Client, Gpu, Node, SCHEMA_VERSION, Switch};
 pub use pages::{Pages, ReadError};
-pub use reader::{Reader, read};
+pub use reader::{News, Reader, read};

@@ -87,6 +87,10 @@ statistics! {
         running: u32 => gauge(Count).named("running_clients"),
         /// Clients that wait for the GPU.
         waiting: u32 => gauge(Count).named("waiting_clients"),
+        /// A client that has waited for so long, and for two rounds of the shortest turns, has the GPU next, ns.
+        deadline_ns: u64 => gauge(Nanoseconds),
+        /// While a slice can end, its holder has no more work in flight than takes so long, ns.
+        drain_target_ns: u64 => gauge(Nanoseconds),
         /// The client that has the compute turn: its slot; null if none has it.
         turn_slot: Option<u32> => identity(),
         /// The latest switches that the clients' journals still have, the latest first, at most 16.
@@ -199,6 +203,8 @@ statistics! {
         bytes_in: u64 => counter(Bytes).named("copied_in"),
         /// Bytes copied to the host.
         bytes_out: u64 => counter(Bytes).named("copied_out"),
+        /// Bytes given up on the GPU without a copy, because they were zero.
+        bytes_elided: u64 => counter(Bytes).named("elided"),
         /// Time spent copying in, ns.
         fill_ns: u64 => counter(Nanoseconds),
         /// Time spent copying out, ns.

@@ -12,6 +12,7 @@ use nvshare::shares::{MemoryLimit, Shares};
 use nvshare::slot::{Process, SLOTS, SlotIndex};
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
+use nvshare::timeline::Span;
 use nvshare::units::{GRANULE, GpuUuid, Nanos, SECOND, bytes_of};
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -40,6 +41,19 @@ pub struct Reader {
     processes: Processes,
     hardware: Option<Hardware>,
     histories: BTreeMap<GpuUuid, History>,
+    /// What has happened since it was last taken, if somebody takes it.
+    news: Option<Vec<News>>,
+}
+
+/// What has happened on a GPU between two readings, as its clients' journals have it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct News {
+    /// The GPU.
+    pub gpu: GpuUuid,
+    /// Spans that have ended, each with its slot, in the order in which they ended.
+    pub spans: Vec<(usize, Span)>,
+    /// Switches among them.
+    pub switches: Vec<SwitchSeen>,
 }
 
 impl Reader {
@@ -54,7 +68,29 @@ impl Reader {
     }
 
     fn of(source: Source) -> Self {
-        Self { source, processes: Processes::default(), hardware: None, histories: BTreeMap::new() }
+        Self {
+            source,
+            processes: Processes::default(),
+            hardware: None,
+            histories: BTreeMap::new(),
+            news: None,
+        }
+    }
+
+    /// A reader that keeps what has happened for [`Reader::take_news`], which must then be called now and then.
+    #[must_use]
+    pub fn with_news(self) -> Self {
+        Self { news: Some(Vec::new()), ..self }
+    }
+
+    /// What has happened since the last call, as far as it was read; the first time, all that the journals have.
+    pub fn take_news(&mut self) -> Vec<News> {
+        self.news.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// What has been read of a GPU's journals.
+    pub fn history(&self, gpu: GpuUuid) -> Option<&History> {
+        self.histories.get(&gpu)
     }
 
     /// With what NVML says, if `library` can be loaded: a path, or a name that the loader finds, such as `libnvidia-ml.so.1`.
@@ -68,15 +104,7 @@ impl Reader {
     /// # Errors
     /// The directory has no pages.
     pub fn read(&mut self) -> Result<Node, ReadError> {
-        let (pages, unreadable) = match &mut self.source {
-            Source::Given(pages) => (pages.clone(), Vec::new()),
-            Source::Directory(open) => {
-                open.refresh()?;
-                let pages = open.pages.values().filter_map(|page| page.as_ref().ok()).cloned();
-                let unreadable = open.pages.values().filter_map(|page| page.as_ref().err()).cloned();
-                (pages.collect(), unreadable.collect())
-            }
-        };
+        let (pages, unreadable) = self.pages()?;
         let mut seen = HashSet::new();
         let gpus: Vec<_> = pages.iter().map(|page| self.gpu(page, &mut seen)).collect();
         self.processes.keep(|process| seen.contains(process));
@@ -93,12 +121,44 @@ impl Reader {
         })
     }
 
+    /// Reads only what has happened, for [`Reader::take_news`]: so often that no client writes its journal full in between.
+    ///
+    /// # Errors
+    /// The directory has no pages.
+    pub fn follow(&mut self) -> Result<(), ReadError> {
+        let (pages, _) = self.pages()?;
+        pages.iter().for_each(|page| self.follow_page(page));
+        Ok(())
+    }
+
+    /// The pages, and why others cannot be read.
+    fn pages(&mut self) -> Result<(Vec<MappedPage>, Vec<String>), ReadError> {
+        match &mut self.source {
+            Source::Given(pages) => Ok((pages.clone(), Vec::new())),
+            Source::Directory(open) => {
+                open.refresh()?;
+                let pages = open.pages.values().filter_map(|page| page.as_ref().ok()).cloned();
+                let unreadable = open.pages.values().filter_map(|page| page.as_ref().err()).cloned();
+                Ok((pages.collect(), unreadable.collect()))
+            }
+        }
+    }
+
+    fn follow_page(&mut self, page: &MappedPage) {
+        let gpu = page.gpu();
+        let (spans, switches) = self.histories.entry(gpu).or_default().read(page, now());
+        if let Some(news) = &mut self.news
+            && !spans.is_empty()
+        {
+            news.push(News { gpu, spans, switches });
+        }
+    }
+
     fn gpu(&mut self, page: &MappedPage, seen: &mut HashSet<Process>) -> Gpu {
         let uuid = page.gpu();
-        let history = self.histories.entry(uuid).or_default();
-        history.read(page, now());
+        self.follow_page(page);
         let time = now();
-        let switches = history.latest().map(|switch| shown(switch, time)).collect();
+        let switches = self.histories[&uuid].latest().map(|switch| shown(switch, time)).collect();
         let snapshot = Snapshot::take(page, page.admitted());
         let clients: Vec<_> = (0..SLOTS)
             .filter_map(SlotIndex::new)
@@ -146,6 +206,8 @@ fn of_page(
         admitted: clients.iter().filter(|client| client.admitted).count() as u32,
         running: in_phase(Phase::Running),
         waiting: in_phase(Phase::Waiting),
+        deadline_ns: snapshot.settings.deadline,
+        drain_target_ns: snapshot.settings.drain_target,
         turn_slot: page.turn().holder.map(|slot| slot.get() as u32),
         switches,
         clients,
@@ -224,6 +286,7 @@ fn client(
         yields: details.yields,
         bytes_in: details.bytes_in,
         bytes_out: details.bytes_out,
+        bytes_elided: details.bytes_elided,
         fill_ns: details.fill_ns,
         evict_ns: details.evict_ns,
         run_ns: details.run_ns,

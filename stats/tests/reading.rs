@@ -69,6 +69,7 @@ fn switches_are_read_from_the_journals_once_each_and_the_latest_comes_first() {
     for (slot, pid) in [(one, 11), (other, 12)] {
         write(slot, 0, Event::Registered { pid });
     }
+    reader = reader.with_news();
     write(one, 1, Event::Phase(Phase::Filling));
     write(one, 2, Event::Runs { bytes: 5 });
     write(other, 3, Event::Phase(Phase::Waiting));
@@ -81,6 +82,11 @@ fn switches_are_read_from_the_journals_once_each_and_the_latest_comes_first() {
     assert_eq!(seen.len(), 1, "{seen:?}");
     assert_eq!((seen[0].took_ns, seen[0].in_bytes), (20 * MILLISECOND, 7));
     assert_eq!((seen[0].from_pid, seen[0].to_pid), (Some(11), 12));
+    let news = reader.take_news();
+    assert_eq!(news.iter().map(|news| news.switches.len()).sum::<usize>(), 1);
+    assert_eq!(news[0].switches[0].handoff, MILLISECOND);
+    assert!(news[0].spans.is_sorted_by_key(|(_, span)| span.ended));
+    assert_eq!(reader.take_news(), []);
     write(other, 40, Event::Drains(Why::TurnOver));
     write(other, 41, Event::Phase(Phase::Waiting));
     write(one, 42, Event::Phase(Phase::Filling));
