@@ -147,7 +147,7 @@ impl Model {
         match event {
             Event::Reading(..) | Event::Failed(_) if self.paused => None,
             Event::Reading(node, at) => {
-                self.past.take(&node, at);
+                self.past.take(&node, at, self.settings.interval / 2);
                 self.node = *node;
                 self.trouble = None;
                 self.follow_selected();

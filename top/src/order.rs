@@ -164,8 +164,8 @@ mod tests {
 
     fn slots(choice: &Choice) -> Vec<usize> {
         let mut past = Past::default();
-        past.take(&node(0), Duration::ZERO);
-        past.take(&node(100), Duration::from_secs(1));
+        past.take(&node(0), Duration::ZERO, Duration::ZERO);
+        past.take(&node(100), Duration::from_secs(1), Duration::ZERO);
         rows(&node(100), &past, choice).iter().map(|row| row.client.slot).collect()
     }
 

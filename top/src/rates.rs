@@ -44,7 +44,8 @@ impl Rates {
     fn between(before: &Client, after: &Client, seconds: f64) -> Self {
         let per_second = |before: u64, after: u64| after.saturating_sub(before) as f64 / seconds;
         // In compute turns it is known who had the GPU; else the policy shares the time out among those who run.
-        let time = |client: &Client| if after.takes_turns { client.gpu_ns } else { client.charged_ns };
+        let in_turns = after.takes_turns && after.turns > 0;
+        let time = |client: &Client| if in_turns { client.gpu_ns } else { client.charged_ns };
         Self {
             bytes_in: per_second(before.bytes_in, after.bytes_in),
             bytes_out: per_second(before.bytes_out, after.bytes_out),
@@ -113,8 +114,12 @@ pub struct Past {
 }
 
 impl Past {
-    /// Takes a reading in, made at the time `at` since the monitor began. Forgets whatever is no longer there.
-    pub fn take(&mut self, node: &Node, at: Duration) {
+    /// Takes a reading in, made at the time `at` since the monitor began. Forgets whatever is no longer there. A reading that follows
+    /// the last one in less than `least` changes no rate: over so short a time they would say little.
+    pub fn take(&mut self, node: &Node, at: Duration, least: Duration) {
+        if self.last.as_ref().is_some_and(|(_, then)| at.saturating_sub(*then) < least) {
+            return;
+        }
         let before = self.last.replace((node.clone(), at));
         let seconds = before.as_ref().map_or(0.0, |(_, then)| at.saturating_sub(*then).as_secs_f64());
         self.rates.clear();
@@ -180,6 +185,8 @@ fn has(gpu: &Gpu, key: &ClientKey) -> bool {
 mod tests {
     use super::*;
 
+    const LEAST: Duration = Duration::from_millis(500);
+
     fn node(clients: &[Client]) -> Node {
         let gpu = Gpu { uuid: "GPU-1".into(), clients: clients.to_vec(), ..Gpu::default() };
         Node { gpus: vec![gpu], ..Node::default() }
@@ -193,32 +200,45 @@ mod tests {
     fn a_rate_is_the_difference_of_two_readings_by_the_time_between_them() {
         let mut past = Past::default();
         let key = ClientKey { gpu: "GPU-1".into(), slot: 0, pid: 7 };
-        past.take(&node(&[client(7, 1_000, 0)]), Duration::from_secs(10));
+        past.take(&node(&[client(7, 1_000, 0)]), Duration::from_secs(10), LEAST);
         assert_eq!((past.rates(&key), past.gpu_rates("GPU-1")), (None, None));
-        past.take(&node(&[client(7, 5_000, 1_000_000_000)]), Duration::from_secs(12));
+        past.take(&node(&[client(7, 5_000, 1_000_000_000)]), Duration::from_secs(12), LEAST);
         let rates = past.rates(&key).unwrap();
         assert_eq!((rates.bytes_in, rates.time), (2_000.0, 0.5));
         assert_eq!(past.gpu_rates("GPU-1").unwrap().bytes_in, 2_000.0);
-        // The same moment again tells nothing.
-        past.take(&node(&[client(7, 5_000, 0)]), Duration::from_secs(12));
-        assert_eq!(past.rates(&key), None);
+        // A moment later: the rates of before stand, and the next ones are those of the whole time.
+        past.take(&node(&[client(7, 9_000, 0)]), Duration::from_millis(12_100), LEAST);
+        assert_eq!(past.rates(&key), Some(rates));
+        past.take(&node(&[client(7, 9_000, 0)]), Duration::from_secs(14), LEAST);
+        assert_eq!(past.rates(&key).unwrap().bytes_in, 2_000.0);
     }
 
     #[test]
     fn another_client_in_the_same_slot_begins_anew_and_the_past_of_the_old_one_is_forgotten() {
         let mut past = Past::default();
         for second in 0..3 {
-            past.take(&node(&[client(7, 1_000 * second, 0)]), Duration::from_secs(second));
+            past.take(&node(&[client(7, 1_000 * second, 0)]), Duration::from_secs(second), LEAST);
         }
         let (old, new) = (7, 8);
         let key = |pid| ClientKey { gpu: "GPU-1".into(), slot: 0, pid };
         assert!(past.client(&key(old)).is_some());
-        past.take(&node(&[client(8, 1 << 40, 1 << 40)]), Duration::from_secs(3));
+        past.take(&node(&[client(8, 1 << 40, 1 << 40)]), Duration::from_secs(3), LEAST);
         assert_eq!((past.rates(&key(new)), past.client(&key(old))), (None, None));
         // Whatever a hostile page counts, a part is a part.
-        past.take(&node(&[client(8, 0, u64::MAX)]), Duration::from_secs(4));
+        past.take(&node(&[client(8, 0, u64::MAX)]), Duration::from_secs(4), LEAST);
         let rates = past.rates(&key(new)).unwrap();
         assert_eq!((rates.bytes_in, rates.time), (0.0, 1.0));
+    }
+
+    /// An embedder takes no compute turns, also where the shares differ.
+    #[test]
+    fn the_time_of_who_takes_no_turns_is_what_the_policy_says() {
+        let shares =
+            |turns, gpu_ns| Client { takes_turns: true, turns, gpu_ns, ..client(7, 0, gpu_ns + turns) };
+        let between = |turns| Rates::between(&shares(turns, 0), &shares(turns, 400_000_000), 1.0).time;
+        assert_eq!((between(0), between(9)), (0.4, 0.4));
+        let charged = Client { charged_ns: 900_000_000, ..shares(0, 0) };
+        assert_eq!(Rates::between(&shares(0, 0), &charged, 1.0).time, 0.9);
     }
 
     #[test]

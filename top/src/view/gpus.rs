@@ -179,7 +179,12 @@ fn turns(gpu: &Gpu, columns: usize, paint: Paint) -> Line<'static> {
     if nobody {
         parts.push(vec![Span::styled("nobody", paint.faint())]);
     }
-    let mut wait: Vec<_> = gpu.clients.iter().filter_map(|it| Some((it.waiting_ns?, it))).collect();
+    let mut wait: Vec<_> = gpu
+        .clients
+        .iter()
+        .filter(|it| it.phase == "waiting")
+        .filter_map(|it| Some((it.waiting_ns?, it)))
+        .collect();
     wait.sort_by_key(|(since, _)| std::cmp::Reverse(*since));
     if !wait.is_empty() {
         parts.push(vec![Span::styled(format!("{} wait", wait.len()), paint.faint())]);
