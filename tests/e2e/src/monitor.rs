@@ -35,7 +35,8 @@ impl MonitoredNode {
             let address = free.local_addr().unwrap();
             drop(free);
             let listen = address.to_string();
-            let all = ["--capacity", "64MiB", "--listen", &listen].iter().chain(arguments);
+            let own = ["--capacity", "64MiB", "--listen", &listen];
+            let all = own.iter().chain(arguments);
             let all: Vec<_> = all.map(|argument| (*argument).to_owned()).collect();
             match Node::start(gpu.environment(&[]), &all) {
                 Ok(node) => return Self { node, address },
