@@ -161,8 +161,8 @@ mod tests {
             "nvshare_gpu_slice_duration_seconds_sum 2.0",
             "nvshare_gpu_drain_duration_seconds_count 0",
             "nvshare_gpu_switch_duration_seconds_sum 1.0",
-            "nvshare_gpu_handoff_duration_seconds_bucket{le=\"0.00001\"} 0",
-            "nvshare_gpu_handoff_duration_seconds_bucket{le=\"0.00003\"} 1",
+            "nvshare_gpu_handoff_duration_seconds_bucket{le=\"1e-05\"} 0",
+            "nvshare_gpu_handoff_duration_seconds_bucket{le=\"3e-05\"} 1",
         ] {
             assert!(text.contains(line), "{line}: {text}");
         }

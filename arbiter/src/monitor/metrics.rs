@@ -297,10 +297,14 @@ mod tests {
     #[test]
     fn what_is_not_known_is_no_line() {
         let text = text(sample()).unwrap();
-        assert!(
-            !text.contains("nvshare_gpu_utilization") && !text.contains("nvshare_client_waiting_seconds")
-        );
-        assert!(!text.contains("nvshare_client_memory_limit"));
+        for name in [
+            "nvshare_gpu_utilization_ratio",
+            "nvshare_client_waiting_seconds",
+            "nvshare_client_memory_limit_bytes",
+        ] {
+            assert!(!text.lines().any(|line| line.starts_with(name)), "{name}");
+            assert!(text.contains(&format!("# TYPE {name} gauge")), "{name}");
+        }
     }
 
     #[test]

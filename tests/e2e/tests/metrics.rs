@@ -28,8 +28,7 @@ fn metrics_say_what_status_says_in_base_units() {
     let status = || status::read(monitored.node.dir()).unwrap().gpus.remove(0);
     TIMEOUT.until("only the one is left, and has moved", || {
         let gpu = status();
-        gpu.clients.len() == 1
-            && client(&gpu).is_some_and(|client| client.bytes_in > 0 && client.phase == "idle")
+        gpu.clients.len() == 1 && client(&gpu).is_some_and(|client| client.bytes_in > 0)
     });
     TIMEOUT.until("the arbiter's thread has seen the switch", || {
         number(&monitored.metrics(), "nvshare_gpu_switch_duration_seconds_count", &[]) > Some(0.0)
@@ -56,7 +55,9 @@ fn metrics_say_what_status_says_in_base_units() {
     ] {
         assert_eq!(number(&text, name, &["index=\"0\""]), Some(expected), "{name}");
     }
-    assert_eq!(number(&text, "nvshare_client_phase", &[of[0], "phase=\"idle\""]), Some(1.0));
+    let phase = format!("phase=\"{}\"", client.phase);
+    assert_eq!(number(&text, "nvshare_client_phase", &[of[0], &phase]), Some(1.0));
+    assert_eq!(number(&text, "nvshare_client_phase", &[of[0], "phase=\"filling\""]), Some(0.0));
     // Both drained once at least; whoever waited was counted.
     let counted = |name: &str| number(&text, &format!("nvshare_gpu_{name}_duration_seconds_count"), &[]);
     for name in ["switch", "handoff", "drain", "slice", "wait"] {
@@ -74,25 +75,28 @@ fn the_node_as_json_is_what_status_prints() {
     let mut one = Application::ready(&monitored.node);
     let block = one.alloc(8 * MIB);
     one.writes(block, 8 * MIB, 7);
-    TIMEOUT.until("it is idle", || {
-        status::read(monitored.node.dir()).unwrap().gpus[0]
-            .clients
-            .iter()
-            .all(|client| client.phase == "idle")
+    let mut served = status::Node::default();
+    TIMEOUT.until("both say the same", || {
+        served = serde_json::from_value(monitored.json("/api/node")).unwrap();
+        let own = nvshare_stats::Reader::new(monitored.node.dir()).read().unwrap();
+        // What goes on between the two readings: it is charged for the time that it runs.
+        let still = |node: &status::Node| {
+            let mut clients = node.gpus[0].clients.clone();
+            clients.iter_mut().for_each(|client| client.charged_ns = 0);
+            (clients, node.gpus[0].free_bytes, node.gpus[0].capacity_bytes)
+        };
+        assert_eq!(own.gpus[0].index, None, "this reader asks no NVML");
+        still(&served) == still(&own)
     });
-    let served: status::Node = serde_json::from_value(monitored.json("/api/node")).unwrap();
-    let own = nvshare_stats::Reader::new(monitored.node.dir()).read().unwrap();
-    assert_eq!(served.gpus[0].clients, own.gpus[0].clients);
-    assert_eq!(served.gpus[0].free_bytes, own.gpus[0].free_bytes);
-    assert_eq!((served.gpus[0].index, own.gpus[0].index), (Some(0), None), "the arbiter asks NVML");
+    assert_eq!((served.gpus[0].index, served.gpus[0].clients.len()), (Some(0), 1));
     let described = monitored.json("/api/describe");
     assert_eq!(described["schema_version"], served.schema_version);
     let timeline = monitored.json("/api/timeline?since=0");
-    let running = |span: &serde_json::Value| {
-        span["what"] == "running" && span["slot"] == served.gpus[0].clients[0].slot
+    let filled = |span: &serde_json::Value| {
+        span["what"] == "filling" && span["slot"] == served.gpus[0].clients[0].slot
     };
-    assert!(timeline["gpus"][0]["spans"].as_array().unwrap().iter().any(running), "{timeline}");
-    assert_eq!(timeline["gpus"][0]["current"][0]["what"], "idle");
+    assert!(timeline["gpus"][0]["spans"].as_array().unwrap().iter().any(filled), "{timeline}");
+    assert_eq!(timeline["gpus"][0]["current"][0]["what"], served.gpus[0].clients[0].phase.as_str());
     let since = timeline["now"].to_string();
     assert_eq!(
         monitored.json(&format!("/api/timeline?since={since}"))["gpus"][0]["spans"].as_array().unwrap().len(),
@@ -142,7 +146,7 @@ fn whoever_asks_can_change_nothing_and_a_page_from_elsewhere_can_read_nothing() 
 fn connections_that_say_nothing_or_read_nothing_keep_neither_others_nor_clients_out() {
     let gpu = gpu();
     let monitored = MonitoredNode::start(&gpu, &[]);
-    let silent: Vec<_> = (0..100).map(|_| monitored.connect()).collect();
+    let silent: Vec<_> = (0..40).map(|_| monitored.connect()).collect();
     let mut greedy = monitored.connect();
     write!(greedy, "GET /metrics HTTP/1.1\r\nHost: {}\r\n\r\n", monitored.address).unwrap();
     // A client is served at once.
