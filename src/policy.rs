@@ -37,11 +37,11 @@
 //! one above, and for the GPU i it is
 //!
 //! ```text
-//! W(i) = (n - 1) x (2.5 x longest quantum + longest fill + longest drain + sum of W(j) + longest fill on j),
+//! W(i) = P + (n - 1) x (2.5 x longest quantum + longest fill + longest drain + sum of W(j) + longest fill on j),
 //!        over all j after i of which some process has i and j
 //! ```
 //!
-//! It grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
+//! A process or gang waits for the sum of W(i) and a fill over its GPUs at most, because it keeps what it has. W grows with the product of the GPUs' queues, as it must where each may stand still for the next, and
 //! there is no cycle in it, so it is finite.
 
 mod ahead;
@@ -96,10 +96,9 @@ impl Order<'_> {
                 return beside;
             }
         }
-        match queue.first() {
-            Some((slot, demand)) if *demand > snapshot.usable() => {
-                fitting(snapshot, &queue[1..], 0).with(*slot)
-            }
+        // Whoever needs no memory runs beside anybody, and is in nobody's way.
+        match queue.iter().find(|(_, demand)| *demand > 0) {
+            Some((slot, demand)) if *demand > snapshot.usable() => fitting(snapshot, &queue, 0).with(*slot),
             _ => fitting(snapshot, &queue, snapshot.usable()),
         }
     }

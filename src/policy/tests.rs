@@ -93,6 +93,13 @@ fn one_that_fits_nowhere_is_admitted_alone() {
     assert_eq!(admit(&snapshot, 0), set(&[0]));
 }
 
+/// It runs beside anybody, whoever came first.
+#[test]
+fn one_without_memory_is_in_nobodys_way() {
+    let clients = [(Phase::Running, 0, 0, 1), (Phase::Waiting, 50, 0, 2), (Phase::Waiting, 1, 0, 3)];
+    assert_eq!(admit(&snapshot(10, &clients, &[0]), 0), set(&[0, 1]));
+}
+
 #[test]
 fn contexts_count() {
     let mut snapshot = snapshot(10, &[(Phase::Running, 5, 5, 1), (Phase::Waiting, 5, 0, 2)], &[0]);

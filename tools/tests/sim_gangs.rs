@@ -3,6 +3,7 @@
 //!
 //! Times are the simulation's own, so a verdict on them is the same on every machine.
 
+use nvshare::units::{MILLISECOND, granules_for};
 use nvshare_tools::sim::report::{Report, Row};
 use nvshare_tools::sim::scenario::Scenario;
 use nvshare_tools::sim::world::{self, Outcome};
@@ -19,7 +20,7 @@ fn run(name: &str) -> Report {
     let scenario = read(name);
     let outcome = world::simulate(&scenario, 1, false);
     // A context is there at once, whether there is room for it or not.
-    let context = u64::from(nvshare::units::granules_for(scenario.gpus.context.0));
+    let context = u64::from(granules_for(scenario.gpus.context.0));
     assert!(outcome.gpus.iter().all(|gpu| gpu.most_debt <= context), "a GPU's memory was given away twice");
     Report::of(&scenario, 1, &outcome)
 }
@@ -192,10 +193,10 @@ proptest! {
             prop_assert_eq!(row.finished, gpus, "{} is stuck: {:?}", index, draws);
             let needed = draw.2 as f64 * draw.3 as f64 / 1e3 * gpus as f64;
             prop_assert!((row.gpu_seconds - needed).abs() < 1e-6, "{} s for {}", row.gpu_seconds, needed);
-            // The GPUs of one process or gang are done at the same moment.
-            let ends: BTreeSet<_> =
-                outcome.clients.iter().filter(|client| client.class == index).map(|client| client.finished).collect();
-            prop_assert_eq!(ends.len(), 1);
+            // All GPUs of one process or gang are done at the same moment, but for a drain.
+            let ends = || outcome.clients.iter().filter(|client| client.class == index).filter_map(|client| client.finished);
+            let apart = ends().max().unwrap_or(0) - ends().min().unwrap_or(0);
+            prop_assert!(apart <= 2 * MILLISECOND, "{apart} ns");
         }
         for gpu in &outcome.gpus {
             prop_assert_eq!(gpu.most_debt, 0);
