@@ -10,7 +10,7 @@ use nvshare::slot::Process;
 use nvshare::{Client, Phase};
 
 /// Some 0.2 ms each.
-const PERMUTATIONS: usize = 50_000;
+const PERMUTATIONS: usize = 20_000;
 
 const PROCESS: Process = Process { pid: 7, started: 7 };
 
