@@ -167,6 +167,7 @@ impl Page {
             &own.pause,
             &own.returns_at,
             &own.charged_ns,
+            &own.bytes_elided,
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,

@@ -327,6 +327,11 @@ impl<P: Deref<Target = Page>> Books<P> {
         add(&self.page.slot(self.slot).own.drain_retries, 1);
     }
 
+    /// Counts bytes that leave the GPU without a copy, because they are zero.
+    pub fn elided(&self, bytes: u64) {
+        add(&self.page.slot(self.slot).own.bytes_elided, bytes);
+    }
+
     /// Counts a copy of `bytes` without its time, because other work shared the link or the copy was not in a hurry.
     pub fn moved(&self, direction: Direction, bytes: u64) {
         let own = &self.page.slot(self.slot).own;

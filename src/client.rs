@@ -27,11 +27,12 @@
 use crate::books::{Books, Fill, PrivatePhase, STARVED_POLL_INTERVAL, add};
 use crate::journal::{Event, Why};
 use crate::page::{Direction, Page, Phase, Suspension};
-use crate::policy::{self, NOT_BEGUN, Order, Standing};
+use crate::policy::{self, NOT_BEGUN, Order, Spent, Standing};
 use crate::shares::Priority;
 use crate::slot::SlotIndex;
 use crate::step::{Action, Facts, step};
 use crate::sync::{AtomicU64, Ordering, now};
+use crate::turns::GpuTime;
 use crate::units::{Granules, MILLISECOND, Nanos};
 use std::ops::Deref;
 
@@ -115,6 +116,10 @@ pub struct Client<P> {
     bytes_before: u64,
     /// It wants the GPU and is paused: it asks again when it is resumed.
     held: bool,
+    /// The GPU time that it had had in compute turns when its slice began.
+    gpu_time: GpuTime,
+    /// For how long it has had no work in its present slice while nobody needed the GPU, ns.
+    unused: Nanos,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
@@ -133,6 +138,8 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             left_to_spares: None,
             bytes_before: 0,
             held: false,
+            gpu_time: GpuTime::default(),
+            unused: 0,
         }
     }
 
@@ -435,6 +442,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             // Before the phase, so that nobody sees the phase Running with the beginning of an earlier slice.
             own.slice_start.store(NOT_BEGUN, Ordering::Relaxed);
             add(&own.slices, 1);
+            self.gpu_time = GpuTime::now(self.page(), self.books.slot);
         }
         self.undrained = true;
         let bytes = self.moved(Direction::In).wrapping_sub(self.bytes_before);
@@ -466,6 +474,12 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.undrained && self.phase != Phase::Draining
     }
 
+    /// Says that the client had no work for `time` ns of its present slice, in a pause in which nobody needed the GPU: it is not
+    /// charged for that.
+    pub fn paused_beside_nobody(&mut self, time: Nanos) {
+        self.unused = self.unused.saturating_add(time);
+    }
+
     /// Running -> Draining: the gate is shut and the submitted work goes on. Also from Filling, for a client that has grown and
     /// has work in flight. Returns how long the slice was, in ns; 0 if the client has no work to drain.
     pub fn drain(&mut self) -> Nanos {
@@ -473,7 +487,9 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             return 0;
         }
         let snapshot = self.look();
-        let end = policy::end_slice(&snapshot, self.books.slot);
+        let measured = self.gpu_time.since(self.page(), self.books.slot);
+        let spent = Spent { measured, unused: std::mem::take(&mut self.unused) };
+        let end = policy::end_slice(&snapshot, self.books.slot, spent);
         let own = self.own();
         add(&own.run_ns, end.ran);
         add(&own.charged_ns, end.charged);
@@ -772,6 +788,54 @@ mod tests {
         assert!(page.view(holder.books().slot()).slice_start > begun);
     }
 
+    /// Its pauses are no part of what it is charged with, once.
+    #[test]
+    fn a_pause_in_which_nobody_needed_the_gpu_is_not_charged() {
+        let page = page(4);
+        let (mut holder, mut moves) = client(&page, 3);
+        let slot = holder.books().slot();
+        let charged = |page: &Page| page.slot(slot).own.charged_ns.load(Ordering::Relaxed);
+        holder.acquire(&mut moves).unwrap();
+        let begun = page.view(slot).slice_start;
+        while now() < begun + MILLISECOND {}
+        holder.paused_beside_nobody(SECOND);
+        holder.release(true);
+        assert_eq!((charged(&page), page.view(slot).virtual_time), (0, 0));
+        holder.acquire(&mut moves).unwrap();
+        let begun = page.view(slot).slice_start;
+        while now() < begun + MILLISECOND {}
+        holder.release(false);
+        assert!(charged(&page) >= MILLISECOND && page.view(slot).virtual_time >= MILLISECOND);
+    }
+
+    /// While clients take compute turns it is measured how long each had the GPU, and it is charged with that.
+    #[test]
+    fn who_takes_compute_turns_is_charged_with_what_was_measured() {
+        let page = page(4);
+        let (mut holder, mut moves) = client(&page, 3);
+        let slot = holder.books().slot();
+        let charged = |page: &Page| page.slot(slot).own.charged_ns.load(Ordering::Relaxed);
+        let slice = |holder: &mut Client<Shared>, moves: &mut Bookkeeper<Shared>, within: &dyn Fn(&Page)| {
+            let before = charged(&page);
+            holder.acquire(moves).unwrap();
+            let begun = page.view(slot).slice_start;
+            while now() < begun + MILLISECOND {}
+            within(&page);
+            holder.release(false);
+            charged(&page) - before
+        };
+        page.begin_turns(slot, now());
+        let measured = |page: &Page| page.charge_turn(slot, 7_000, now());
+        assert_eq!(slice(&mut holder, &mut moves, &measured), 7_000);
+        // It took none for a while, or only from the middle of the slice on, or others went on beside it.
+        page.end_turns(slot);
+        assert!(slice(&mut holder, &mut moves, &measured) >= MILLISECOND);
+        assert!(slice(&mut holder, &mut moves, &|page: &Page| page.begin_turns(slot, now())) >= MILLISECOND);
+        assert_eq!(slice(&mut holder, &mut moves, &measured), 7_000);
+        let overruns = |page: &Page| add(&page.slot(slot).compute.overruns, 1);
+        assert!(slice(&mut holder, &mut moves, &overruns) >= MILLISECOND);
+    }
+
     /// Its priority is changed while it waits: its deadline follows as soon as it looks, and counts from when it began.
     #[test]
     fn a_waiter_with_new_shares_has_a_new_deadline() {
@@ -782,6 +846,8 @@ mod tests {
         let slot = waiter.books().slot();
         // It has had more than its share, so that its deadline is not nearer for that.
         page.slot(slot).own.virtual_time.store(1 << 60, Ordering::Relaxed);
+        page.slot(slot).own.slice_start.store(1, Ordering::Relaxed);
+        page.slot(slot).own.last_ran.store(2, Ordering::Relaxed);
         waiter.request();
         let deadline = |page: &Page| page.view(slot).deadline;
         let since = page.slot(slot).own.wait_since.load(Ordering::Relaxed);

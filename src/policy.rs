@@ -58,7 +58,7 @@ pub use room::{
 };
 pub use slice::{MOST_SHARES, quantum, turn_length};
 pub use turn::{
-    CREDIT, Entry, NextTurn, SliceEnd, charged, end_slice, enter_queue, next_turn, turns_in_a_row,
+    CREDIT, Entry, NextTurn, SliceEnd, Spent, charged, end_slice, enter_queue, next_turn, turns_in_a_row,
 };
 
 use crate::page::Phase;

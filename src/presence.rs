@@ -19,13 +19,13 @@
 use crate::books::PrivatePhase;
 use crate::connection::{self, Answer, RegisterError, Response};
 use crate::map::MappedPage;
+use crate::quiet_thread;
 use crate::scm_rights;
 use crate::sealed::PRESENCE_THREAD;
 use crate::slot::{Owner, SlotIndex};
 use crate::wire::{Attach, Reply, Status, Told};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::sys::socket::MsgFlags;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -90,13 +90,11 @@ pub(crate) fn keep(presence: Presence) {
     let _ = spawn("nvshare-move", move || move_over(&presence));
 }
 
-/// Starts a thread that handles no signals: a handler of the application would not find the application's descriptors in it.
+/// Starts a thread of this module. It handles no signals: a handler of the application would not find the application's descriptors
+/// in it.
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    // A thread begins with the mask of the thread that makes it.
-    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let spawned = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(run);
-    let _ = before.and_then(|before| before.thread_set_mask());
-    spawned.map(drop)
+    let builder = std::thread::Builder::new().name(name.into()).stack_size(STACK);
+    quiet_thread::spawn(builder, run).map(drop)
 }
 
 /// Bytes of stack for each of the two threads, whose calls do not nest deep.

@@ -22,6 +22,7 @@
 //! lives and runs the same program, and so the arbiter knows that it does ([`crate::presence`]).
 
 use crate::books::{NOT_TOLD, PrivatePhase};
+use crate::client::Client;
 use crate::connection::{Answer, DIAL_AGAIN, has_ended, talk};
 use crate::map::MappedPage;
 use crate::presence::{self, Presence};
@@ -44,6 +45,13 @@ pub struct Registration {
     pub slot: SlotIndex,
     /// The word for the client's phase, which the arbiter may ask for ([`crate::Client::telling`]).
     pub private_phase: PrivatePhase,
+}
+
+impl Registration {
+    /// The client that owns the slot.
+    pub fn into_client(self) -> Client<MappedPage> {
+        Client::new(self.page, self.slot).telling(self.private_phase)
+    }
 }
 
 /// Registers this process with the arbiter at `path`. If the arbiter ends before it has answered, the

@@ -228,6 +228,7 @@ impl Page {
             evict_ns: read(&own.evict_ns),
             run_ns: read(&own.run_ns),
             charged_ns: read(&own.charged_ns),
+            bytes_elided: read(&own.bytes_elided),
             stall: own.stall.load(Ordering::Acquire),
             stall_since: read(&own.stall_since),
             stalls: read(&own.stalls),
@@ -275,6 +276,8 @@ pub struct ClientInfo {
     pub run_ns: Nanos,
     /// The part of that time with which the policy charges it, in slices that have ended, ns.
     pub charged_ns: Nanos,
+    /// Bytes given up on the GPU without a copy, because they were zero.
+    pub bytes_elided: u64,
     /// Why it cannot give way, if it is to and cannot.
     pub stall: Stall,
     /// Since when it cannot, ns; 0 when it can.

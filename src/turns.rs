@@ -31,13 +31,15 @@
 
 mod page;
 
+pub(crate) use page::GpuTime;
+
 use crate::packed::Packed;
 use crate::page::Page;
 use crate::shares::{ComputeLimit, Priority};
 use crate::slot::{SLOTS, SlotIndex, SlotSet};
 use crate::sync::{AtomicU64, Ordering, now};
 use crate::units::{MILLISECOND, Nanos, SECOND, scaled};
-use crate::usage::{self, DEFAULT_WEIGHT};
+use crate::usage;
 
 /// How long a turn takes, in ns, if somebody else of the same priority has work. A change from one client to the next takes 0.2 to
 /// 0.3 ms of GPU time on an H200 (docs/decisions/0028-compute-shares.md): with turns of 5 ms, two equal clients had 47.9 % of the GPU
@@ -137,7 +139,7 @@ fn virtual_of(time: Nanos, weight: u32) -> Nanos {
 
 /// The other way round.
 fn real_of(time: Nanos, weight: u32) -> Nanos {
-    scaled(time, u64::from(usage::weight(weight)), u64::from(DEFAULT_WEIGHT))
+    usage::real_of(time, u64::from(usage::weight(weight)))
 }
 
 /// All of the time, in millionths.
@@ -340,6 +342,10 @@ pub struct ComputeUse {
     pub overruns: u64,
     /// Others go on beside it now.
     pub overdue: bool,
+    /// Whether it has the turn.
+    pub has_turn: bool,
+    /// How long it has been waiting for the turn with work to submit, ns; `None` if it does not.
+    pub waiting: Option<Nanos>,
 }
 
 /// What is left of GPU time after `elapsed` ns without any.

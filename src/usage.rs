@@ -24,6 +24,11 @@ pub fn virtual_of(time: Nanos, weight: u64) -> Nanos {
     scaled(time, u64::from(DEFAULT_WEIGHT), weight)
 }
 
+/// The other way round: virtual time, ns, as GPU time of a client of this weight, ns.
+pub fn real_of(time: Nanos, weight: u64) -> Nanos {
+    scaled(time, weight, u64::from(DEFAULT_WEIGHT))
+}
+
 fn fraction_left(elapsed: Nanos) -> f64 {
     libm::exp2(-(elapsed as f64) / HALF_LIFE as f64)
 }

@@ -4,6 +4,7 @@
 //! - [`server`]: the arbiter at work: connections, requests, ends of clients.
 //! - [`pages`]: the control pages: made, taken over, kept right.
 //! - [`sampling`]: what NVML shows of a GPU's memory, and whose it is.
+//! - [`monitor`]: metrics and a page over HTTP, in a thread of their own.
 //! - [`client_lock`], [`gpu_lock`]: locks that the kernel releases with their process: which clients live, and which GPUs
 //!   another arbiter serves.
 //! - [`directory`], [`gpu_selection`]: the lock of the runtime directory, and which GPUs are served.
@@ -16,6 +17,7 @@ pub mod configuration;
 pub mod directory;
 pub mod gpu_lock;
 pub mod gpu_selection;
+pub mod monitor;
 pub mod options;
 pub mod pages;
 pub mod permission;

@@ -1,11 +1,13 @@
 //! The arbiter's options, of which each is an argument, a variable and a key of the configuration file
 //! ([`crate::configuration`]).
 
+use crate::monitor::Listen;
 use clap::{Parser, ValueEnum};
 use nvshare::page::{ENDLESS, Quantum, Settings};
+use nvshare::paths::SYSTEM_DIR;
 use nvshare::slot::SLOTS;
 use nvshare::units::{GRANULE, GpuUuid, Nanos, SECOND, format_size, parse_size, parse_time};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tracing_subscriber::filter::LevelFilter;
 
 /// How log lines look.
@@ -104,6 +106,10 @@ pub struct Options {
     /// Read arguments, variables and the configuration file, say what is wrong or what holds, and end
     #[arg(long)]
     pub check_config: bool,
+    /// Serve metrics and a page here (repeatable): an address and a port, the path of a Unix socket, or none [default:
+    /// 127.0.0.1:9478 if the directory is /run/nvshare, else none]
+    #[arg(long, value_name = "ADDR:PORT|PATH", value_delimiter = ',')]
+    pub listen: Vec<Listen>,
     /// End when the process --owner-pid has ended and no client is left
     #[arg(long, requires = "owner_pid")]
     pub exit_when_idle: bool,
@@ -183,6 +189,16 @@ impl Options {
         }
     }
 
+    /// Where metrics and page are served by an arbiter of this runtime directory, and whether somebody has asked for it: private
+    /// arbiters come and go and listen nowhere by themselves.
+    pub fn listen_in(&self, dir: &Path) -> (Vec<Listen>, bool) {
+        match self.listen.is_empty() {
+            false => (self.listen.clone(), true),
+            true if dir == Path::new(SYSTEM_DIR) => (vec![Listen::DEFAULT], false),
+            true => (Vec::new(), false),
+        }
+    }
+
     /// The most slots of a GPU that a user may have; `None` for whoever may have all.
     pub fn most_slots_of(&self, user: u32) -> Option<usize> {
         let bounded = user != 0 && user != nix::unistd::geteuid().as_raw();
@@ -231,6 +247,12 @@ mod tests {
             let error = Options::try_parse_from(["nvshare-arbiter"].iter().chain(&bad)).unwrap_err();
             assert!(error.to_string().contains(&format!("'{}'", bad[1])), "{error}");
         }
+        let (system, other) = (Path::new(SYSTEM_DIR), Path::new("/run/user/1000/nvshare"));
+        let options = Options::parse_from(["nvshare-arbiter"]);
+        assert_eq!(options.listen_in(system), (vec![Listen::DEFAULT], false));
+        assert_eq!(options.listen_in(other), (vec![], false));
+        let options = Options::parse_from(["nvshare-arbiter", "--listen", "none"]);
+        assert_eq!(options.listen_in(system), (vec![Listen::None], true));
         let options = Options::parse_from(["nvshare-arbiter", "--quantum", "2s"]);
         assert_eq!(options.settings().quantum, Quantum::Fixed(2 * SECOND));
     }

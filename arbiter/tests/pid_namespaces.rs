@@ -146,7 +146,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     let (one, first) = start_client(dir, false);
     let (two, second) = start_client(dir, true);
     assert_eq!(slots(&page), [first, second]);
-    end_arbiter(arbiter, &dir);
+    end_arbiter(arbiter, dir);
 
     // One that sees neither.
     let (arbiter, mut log) = start_arbiter(dir, true);
@@ -156,7 +156,7 @@ fn an_arbiter_reaps_nobody_because_it_cannot_see_them() {
     assert_eq!(slots(&page), [first, second, third], "and a new one is given a slot");
     one.end();
     TIMEOUT.until("the dead one's slot is closed", || slots(&page) == [second, third]);
-    end_arbiter(arbiter, &dir);
+    end_arbiter(arbiter, dir);
 
     // One that sees all of them, after one has ended that the arbiter before saw under no pid.
     three.end();
@@ -282,7 +282,7 @@ fn silent_connections_keep_no_client_from_bringing_its_page() {
     let dir = folder.path();
     let (arbiter, _) = start_arbiter(dir, false);
     let (client, slot) = start_client(dir, false);
-    end_arbiter(arbiter, &dir);
+    end_arbiter(arbiter, dir);
     let socket = paths::socket(dir);
     let silent = std::thread::spawn(move || {
         (0..200).map(|_| register::dial(&socket, TIMEOUT.duration()).unwrap()).collect::<Vec<_>>()

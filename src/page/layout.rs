@@ -245,7 +245,9 @@ pub struct OwnWords {
     pub(crate) returns_at: AtomicU64,
     /// GPU time of its slices that have ended, as the policy charges it: a k-th where k ran at once, ns.
     pub(crate) charged_ns: AtomicU64,
-    _to_the_next_line: Padding<32>,
+    /// Bytes that it has given up on the GPU without copying them, because they were zero.
+    pub(crate) bytes_elided: AtomicU64,
+    _to_the_next_line: Padding<24>,
 }
 
 /// A slot's words about compute turns ([`crate::turns`]). Only its owner writes them, from several threads.
@@ -363,6 +365,7 @@ impl Page {
                 pause: word(),
                 returns_at: word(),
                 charged_ns: word(),
+                bytes_elided: word(),
                 _to_the_next_line: Padding::new(),
             },
             compute: ComputeWords {

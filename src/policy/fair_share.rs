@@ -1,7 +1,7 @@
 //! Who has had less than its share: virtual time, as fair queueing has it.
 //!
 //! A client's *virtual time* is the GPU time that it has had, divided by its weight: whoever is behind the others goes next.
-//! GPU time that k clients had at once counts a k-th for each ([`SharedTime`]). The *mean* is the average over those who want
+//! Time in which several clients ran at once is divided among them by weight ([`SharedTime`]). The *mean* is the average over those who want
 //! the GPU, by weight, without those who are far ahead ([`mean`]); a client's *lag* is how far it is behind the mean. Lags add up
 //! to nothing as long as nobody is, so serving those who lag keeps everybody at its share. (Parekh and Gallager, "A generalized processor sharing approach to flow control", 1993;
 //! Stoica and others, "A proportional share resource allocation algorithm for real-time, time-shared systems", 1996, from
@@ -12,7 +12,7 @@ use crate::policy::NOT_BEGUN;
 use crate::slot::{SLOTS, SlotIndex};
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::Nanos;
-use crate::usage::{self, virtual_of};
+use crate::usage::{self, real_of, virtual_of};
 
 /// When a client's slice began that is not over, ns: it runs, or it grew and fills while its work goes on.
 pub(super) fn slice_begun(view: &SlotView) -> Option<Nanos> {
@@ -26,15 +26,17 @@ fn last_slice(view: &SlotView, now: Nanos) -> Option<(Nanos, Nanos)> {
     slice_begun(view).map(|begun| (begun, now)).or_else(ended)
 }
 
-/// How the GPU's time was divided since the oldest slice began that is not over: while k ran at once, each had a k-th. Of what
-/// ran beside a slice, only the latest slice of each is known: who ran for two short ones counts for the second.
+/// How the GPU's time was divided since the oldest slice began that is not over. Those who run at once share it by weight:
+/// where weights differ they take compute turns ([`crate::turns`]), and where they don't the hardware gives each of k a k-th. So
+/// the virtual time of all of them grows alike, by the time that passes over the sum of their weights. Of what ran beside a
+/// slice, only the latest slice of each is known: who ran for two short ones counts for the second.
 ///
-/// One sweep over the beginnings and ends of all slices gives the time that a client has had who ran all along, up to each of
-/// them. What another one has had, who began later, is a difference of two of these.
+/// One sweep over the beginnings and ends of all slices gives the virtual time that a client has come to who ran all along, up
+/// to each of them. What another one has come to, who began later, is a difference of two of these.
 struct SharedTime {
     now: Nanos,
-    /// Moments at which somebody began or ended, ns, in their order, and the GPU time, ns, that one who ran all along has had
-    /// by then.
+    /// Moments at which somebody began or ended, ns, in their order, and what one who ran all along has come to by then, ns of
+    /// virtual time.
     had: [(Nanos, Nanos); 2 * SLOTS],
     moments: usize,
 }
@@ -47,31 +49,32 @@ impl SharedTime {
         let Some(oldest) = snapshot.clients().filter_map(|(_, view)| begun(view)).min() else {
             return shared;
         };
-        // How many more, or fewer, run from this time on.
-        let mut changes = [(0, 0i32); 2 * SLOTS];
+        // How much more weight runs, or less, from this time on.
+        let mut changes = [(0, 0i64); 2 * SLOTS];
         let mut count = 0;
         for (_, view) in snapshot.clients() {
             if let Some((from, to)) = last_slice(view, now)
                 && from.max(oldest) < to.min(now)
             {
-                changes[count] = (from.max(oldest), 1);
-                changes[count + 1] = (to.min(now), -1);
+                let weight = i64::from(usage::weight(view.weight));
+                changes[count] = (from.max(oldest), weight);
+                changes[count + 1] = (to.min(now), -weight);
                 count += 2;
             }
         }
         let changes = &mut changes[..count];
         changes.sort_unstable();
-        let (mut since, mut k, mut had) = (oldest, 0i32, 0u64);
+        let (mut since, mut weights, mut had) = (oldest, 0i64, 0u64);
         for (moment, (time, change)) in changes.iter().enumerate() {
-            had += (time - since) / k.max(1) as u64;
-            (since, k) = (*time, k + change);
+            had = had.saturating_add(virtual_of(time - since, weights.max(1) as u64));
+            (since, weights) = (*time, weights + change);
             shared.had[moment] = (*time, had);
         }
         shared.moments = count;
         shared
     }
 
-    /// What a client has had in its present slice, ns.
+    /// What a client has come to in its present slice, ns of virtual time.
     fn of_slice(&self, view: &SlotView) -> Nanos {
         let Some(begun) = slice_begun(view).filter(|begun| *begun < self.now) else { return 0 };
         let moments = &self.had[..self.moments];
@@ -89,20 +92,20 @@ pub(super) fn virtual_times(snapshot: &Snapshot) -> [Nanos; SLOTS] {
     let shared = SharedTime::of(snapshot);
     let mut times = [0; SLOTS];
     for (slot, view) in snapshot.clients() {
-        let had = virtual_of(shared.of_slice(view), u64::from(usage::weight(view.weight)));
-        times[slot.get()] = view.virtual_time.saturating_add(had);
+        times[slot.get()] = view.virtual_time.saturating_add(shared.of_slice(view));
     }
     times
 }
 
-/// What the client in `slot` has come to, ns of virtual time, its present slice included.
-pub(super) fn virtual_time(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    virtual_times(snapshot)[slot.get()]
+/// What the present slice of the client in `slot` adds to its virtual time, ns.
+pub(super) fn virtual_in_slice(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    SharedTime::of(snapshot).of_slice(snapshot.view(slot))
 }
 
-/// The GPU time, ns, that the client in `slot` has had in its present slice.
+/// The GPU time, ns, that the client in `slot` has had in its present slice: its part of it by weight, of those who ran.
 pub(super) fn shared(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
-    SharedTime::of(snapshot).of_slice(snapshot.view(slot))
+    let view = snapshot.view(slot);
+    real_of(virtual_in_slice(snapshot, slot), u64::from(usage::weight(view.weight))).min(ran(snapshot, slot))
 }
 
 /// The mean virtual time of those who want the GPU, by weight, without `except`; `None` if nobody else does. `times` are the

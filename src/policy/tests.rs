@@ -1,4 +1,4 @@
-use super::fair_share::{self, mean, virtual_time, virtual_times};
+use super::fair_share::{self, mean, virtual_times};
 use super::*;
 use crate::page::{Page, Quantum, Settings};
 use crate::shares::Priority;
@@ -382,8 +382,108 @@ fn a_waiter_whose_deadline_has_come_waits_for_the_least_and_no_more() {
 /// The client in slot 1 comes from phase Idle at this moment, with this virtual time; what it writes down.
 fn comes(snapshot: &Snapshot, virtual_time: Nanos) -> Entry {
     let mut snapshot = snapshot.at(100 * SECOND);
-    snapshot.slots[1] = SlotView { phase: Phase::Idle, virtual_time, ..snapshot.slots[1] };
+    // It has had the GPU before.
+    let (slice_start, last_ran) = (SECOND, 2 * SECOND);
+    snapshot.slots[1] =
+        SlotView { phase: Phase::Idle, virtual_time, slice_start, last_ran, ..snapshot.slots[1] };
     enter_queue(&snapshot, slot(1))
+}
+
+/// A newcomer comes beside those who have come to 10 and 30 s, and have used up a turn.
+#[test]
+fn a_newcomer_begins_at_the_mean_and_is_served_at_once_for_its_first_seconds() {
+    let mut snapshot = three_batch_jobs([1, 0, 1]).at(100 * SECOND);
+    (snapshot.slots[0].virtual_time, snapshot.slots[2].virtual_time) = (10 * SECOND, 30 * SECOND);
+    snapshot.slots[1].phase = Phase::Idle;
+    let first = enter_queue(&snapshot, slot(1));
+    assert_eq!(first, Entry { virtual_time: 20 * SECOND, credit: CREDIT, deadline: 100 * SECOND });
+    // It has run for 3 s of its turn, and was interrupted or comes again.
+    let entry = |used: Nanos, phase, consecutive_slices| {
+        let mut snapshot = snapshot.clone();
+        let (virtual_time, turn_start) = (first.virtual_time + used, first.virtual_time);
+        snapshot.slots[1] = SlotView {
+            phase,
+            virtual_time,
+            turn_start,
+            consecutive_slices,
+            credit: first.credit,
+            slice_start: SECOND,
+            last_ran: 2 * SECOND,
+            ..snapshot.slots[1]
+        };
+        enter_queue(&snapshot, slot(1))
+    };
+    for phase in [Phase::Idle, Phase::Draining] {
+        assert_eq!(entry(3 * SECOND, phase, 0).credit, 2 * SECOND);
+        assert_eq!(entry(3 * SECOND, phase, 0).deadline, 100 * SECOND, "what is left is enough");
+        assert_eq!(entry(5 * SECOND, phase, 0).credit, 0);
+        assert!(entry(5 * SECOND, phase, 0).deadline > 160 * SECOND);
+        assert_eq!(entry(SECOND, phase, 1).credit, 0, "it has used up a turn");
+    }
+}
+
+/// Those who begin at once are equals, whoever is idle on the GPU and whatever that one has had: turns grow as they should from
+/// the first one on. One that comes a second later has a second's credit.
+#[test]
+fn a_newcomer_beside_newcomers_has_no_credit() {
+    let mut snapshot = three_batch_jobs([0; 3]).at(100 * SECOND);
+    snapshot.slots[2] = SlotView { phase: Phase::Idle, virtual_time: 50 * SECOND, ..snapshot.slots[2] };
+    snapshot.slots[0] = SlotView { phase: Phase::Idle, ..snapshot.slots[0] };
+    snapshot.slots[1].phase = Phase::Idle;
+    let first = enter_queue(&snapshot, slot(0));
+    assert_eq!((first.virtual_time, first.credit), (50 * SECOND, 0));
+    let view = &mut snapshot.slots[0];
+    (view.phase, view.virtual_time, view.slice_start) = (Phase::Running, first.virtual_time, 100 * SECOND);
+    let second = enter_queue(&snapshot, slot(1));
+    assert_eq!((second.virtual_time, second.credit), (50 * SECOND, 0));
+    let later = enter_queue(&snapshot.at(101 * SECOND), slot(1));
+    assert_eq!((later.virtual_time, later.credit), (51 * SECOND, SECOND));
+}
+
+/// A person's requests beside a batch job that has just begun: the job is new, and has had 2 s.
+#[test]
+fn a_light_user_is_served_at_once_beside_a_newcomer() {
+    let mut snapshot = three_batch_jobs([0; 3]).at(100 * SECOND);
+    snapshot.occupied = set(&[0, 1]);
+    snapshot.slots[1] = SlotView {
+        phase: Phase::Idle,
+        virtual_time: 7 * SECOND,
+        slice_start: SECOND,
+        last_ran: 97 * SECOND,
+        ..snapshot.slots[1]
+    };
+    // Nobody wants the GPU when the job begins: it is not behind those who have had it.
+    snapshot.slots[0] = SlotView { phase: Phase::Idle, slice_start: 0, ..snapshot.slots[0] };
+    let job = enter_queue(&snapshot, slot(0));
+    assert_eq!((job.virtual_time, job.credit), (7 * SECOND, 0));
+    let view = &mut snapshot.slots[0];
+    (view.phase, view.virtual_time, view.turn_start) = (Phase::Running, job.virtual_time, job.virtual_time);
+    view.slice_start = 98 * SECOND;
+    let request = enter_queue(&snapshot, slot(1));
+    assert_eq!((request.credit, request.deadline), (2 * SECOND, 100 * SECOND));
+}
+
+/// A pause in which nobody needed the GPU cost nobody anything.
+#[test]
+fn what_nobody_needed_is_not_charged() {
+    let clients = [(Phase::Running, 3, 3, 1), (Phase::Running, 3, 3, 2)];
+    let mut snapshot = snapshot(10, &clients, &[0, 1]).at(20 * SECOND);
+    (snapshot.slots[0].slice_start, snapshot.slots[1].slice_start) = (10 * SECOND, 10 * SECOND);
+    snapshot.slots[0].weight = DEFAULT_WEIGHT;
+    snapshot.slots[1].weight = DEFAULT_WEIGHT;
+    let charged = |measured: Option<u64>, unused: u64| {
+        let spent = Spent { measured: measured.map(|s| s * SECOND), unused: unused * SECOND };
+        let end = end_slice(&snapshot, slot(0), spent);
+        assert_eq!(
+            (end.ran, end.turn_used),
+            (10 * SECOND, 10 * SECOND as i64),
+            "a turn is a turn all the same"
+        );
+        assert_eq!(end.virtual_time, end.charged);
+        end.charged / SECOND
+    };
+    assert_eq!([charged(None, 0), charged(None, 4), charged(None, 10), charged(None, 99)], [5, 3, 0, 0]);
+    assert_eq!([charged(Some(2), 0), charged(Some(9), 4), charged(Some(99), 0)], [2, 6, 10]);
 }
 
 #[test]
@@ -429,7 +529,9 @@ fn who_has_used_up_a_turn_has_no_credit_until_it_has_been_idle() {
     assert_eq!(comes(&snapshot, 0).credit, CREDIT);
     let again = |phase, credit, consecutive_slices| {
         let mut snapshot = snapshot.clone();
-        snapshot.slots[1] = SlotView { phase, credit, consecutive_slices, ..snapshot.slots[1] };
+        let (slice_start, last_ran) = (SECOND, 2 * SECOND);
+        snapshot.slots[1] =
+            SlotView { phase, credit, consecutive_slices, slice_start, last_ran, ..snapshot.slots[1] };
         enter_queue(&snapshot, slot(1)).credit
     };
     assert_eq!(again(Phase::Draining, 0, 0), 0, "it came without one");
@@ -449,9 +551,12 @@ fn time_on_the_gpu_at_once_is_divided() {
     assert_eq!(fair_share::shared(&snapshot, slot(0)), (1 + 2 + 3) * SECOND);
     assert_eq!(fair_share::shared(&snapshot, slot(1)), 3 * SECOND);
     assert_eq!(fair_share::shared(&snapshot, slot(2)), 0, "it does not run");
+    // By weight: three quarters of the last 6 s.
     snapshot.slots[1].weight = 3 * DEFAULT_WEIGHT;
-    assert_eq!(virtual_time(&snapshot, slot(1)), SECOND);
-    assert_eq!(end_slice(&snapshot, slot(1)).ran, 6 * SECOND);
+    assert_eq!(fair_share::shared(&snapshot, slot(1)), 4_500 * MILLISECOND);
+    assert_eq!(virtual_times(&snapshot)[1], 1_500 * MILLISECOND);
+    assert_eq!(fair_share::shared(&snapshot, slot(0)), (1 + 2) * SECOND + 1_500 * MILLISECOND);
+    assert_eq!(end_slice(&snapshot, slot(1), Spent::default()).ran, 6 * SECOND);
 }
 
 /// A burst in the middle of a turn: the batch job keeps its place and what is left of its turn, exactly.
@@ -468,6 +573,9 @@ fn who_is_far_ahead_does_not_lift_the_mean() {
     for (view, seconds) in snapshot.slots.iter_mut().zip([50, 50, 1_000, 40]) {
         (view.virtual_time, view.turn_start) = (seconds * SECOND, seconds * SECOND);
     }
+    // It has had the GPU before.
+    snapshot.slots[3].slice_start = 1;
+    snapshot.slots[..4].iter_mut().for_each(|view| view.weight = DEFAULT_WEIGHT);
     assert_eq!(enter_queue(&snapshot, slot(3)).virtual_time, 40 * SECOND);
     // Who is ahead by a turn or two counts.
     let times = virtual_times(&snapshot);
@@ -487,7 +595,7 @@ fn who_was_interrupted_goes_on_where_it_was() {
     assert_eq!(end, SECOND + SECOND * 3 / 2, "one and a half quanta");
     assert_eq!(admit(&snapshot, end), set(&[1]));
     let mut snapshot = snapshot.at(end);
-    let interrupted = end_slice(&snapshot, slot(0));
+    let interrupted = end_slice(&snapshot, slot(0), Spent::default());
     assert!(!interrupted.used_up);
     let view = &mut snapshot.slots[0];
     (view.turn_used, view.last_ran, view.phase) = (interrupted.turn_used, end, Phase::Waiting);
@@ -839,7 +947,7 @@ proptest! {
         for (slot, view) in snapshot.clients() {
             let entry = enter_queue(&snapshot, slot);
             prop_assert!(entry.credit <= CREDIT);
-            prop_assert!(end_slice(&snapshot, slot).virtual_time >= view.virtual_time);
+            prop_assert!(end_slice(&snapshot, slot, Spent::default()).virtual_time >= view.virtual_time);
             prop_assert!(fair_share::shared(&snapshot, slot) <= now.saturating_sub(view.slice_start));
             if let Some(turn) = next_turn(&snapshot, slot) {
                 prop_assert!(turn.turn_used <= 0 && snapshot.admitted.contains(slot));
@@ -847,26 +955,55 @@ proptest! {
         }
     }
 
-    /// The sweep over everybody's slices gives each what it would have by itself: for every ns, a part for each who ran then.
+    /// The sweep over everybody's slices gives each what it would have by itself: of every ns, its part by weight of those who ran
+    /// then. So nothing is charged twice, and those who run at once come to the same virtual time.
     #[test]
-    fn time_at_once_is_divided_among_those_who_run(
-        slices in prop::collection::vec((0..60u64, 0..60u64, any::<bool>()), 1..8),
+    fn time_at_once_is_divided_by_weight_among_those_who_run(
+        slices in prop::collection::vec((0..60u64, 0..60u64, any::<bool>(), 1..=3u32), 1..5),
         now in 30..60u64,
     ) {
-        // Of 840 ns each, which all numbers of clients divide.
-        const STEP: u64 = 840;
+        // Of 27,720 ns each, which all sums of four such weights divide.
+        const STEP: u64 = 27_720;
         let mut snapshot = snapshot(100, &vec![(Phase::Idle, 1, 1, 0); slices.len()], &[]).at(now * STEP);
-        for (view, (from, to, runs)) in snapshot.slots.iter_mut().zip(&slices) {
+        for (view, (from, to, runs, weight)) in snapshot.slots.iter_mut().zip(&slices) {
             let (phase, last_ran) = if *runs { (Phase::Running, 0) } else { (Phase::Idle, to * STEP) };
             (view.phase, view.slice_start, view.last_ran) = (phase, from * STEP, last_ran);
+            view.weight = weight * DEFAULT_WEIGHT;
         }
         let had = |from: u64, to: u64, runs: bool| if runs { (from > 0).then_some(from..now) } else { Some(from..to) };
-        let spans: Vec<_> = slices.iter().map(|(from, to, runs)| had(*from, *to, *runs).unwrap_or(0..0)).collect();
-        for (index, (_, _, runs)) in slices.iter().enumerate() {
-            let at_once = |step: u64| spans.iter().filter(|span| span.contains(&step)).count() as u64;
-            let expected: u64 = spans[index].clone().filter(|step| *step < now).map(|step| STEP / at_once(step)).sum();
-            prop_assert_eq!(fair_share::shared(&snapshot, slot(index)), if *runs { expected } else { 0 }, "{}", index);
+        let spans: Vec<_> = slices.iter().map(|(from, to, runs, _)| had(*from, *to, *runs).unwrap_or(0..0)).collect();
+        for (index, (_, _, runs, weight)) in slices.iter().enumerate() {
+            let at_once = |step: u64| -> u64 {
+                let those = spans.iter().zip(&slices).filter(|(span, _)| span.contains(&step));
+                those.map(|(_, slice)| u64::from(slice.3)).sum()
+            };
+            let steps = || spans[index].clone().filter(|step| *step < now);
+            let virtually: u64 = steps().map(|step| STEP / at_once(step)).sum();
+            let expected = if *runs { virtually } else { 0 };
+            prop_assert_eq!(virtual_times(&snapshot)[index], expected, "{}", index);
+            prop_assert_eq!(fair_share::shared(&snapshot, slot(index)), expected * u64::from(*weight), "{}", index);
         }
+    }
+
+    /// A newcomer takes nothing from anybody: the mean that lags are measured from is the same with it and without it.
+    #[test]
+    fn a_newcomer_moves_nobodys_mean(snapshot in honest(), index in 0..SLOTS) {
+        let mut snapshot = snapshot.at(1_000 * SECOND);
+        for view in &mut snapshot.slots {
+            // What can be added up.
+            view.virtual_time %= 1_000 * SECOND;
+        }
+        snapshot.occupied = snapshot.occupied.with(slot(index));
+        let weight = snapshot.slots[index].weight.max(1);
+        snapshot.slots[index] = SlotView { phase: Phase::Idle, demand: 5, weight, ..SlotView::default() };
+        let far = 10_000 * SECOND;
+        let mean = |snapshot: &Snapshot, except| mean(snapshot, &virtual_times(snapshot), far, except);
+        let Some(before) = mean(&snapshot, None) else { return Ok(()) };
+        let entry = enter_queue(&snapshot, slot(index));
+        (snapshot.slots[index].phase, snapshot.slots[index].virtual_time) = (Phase::Waiting, before);
+        prop_assert!(mean(&snapshot, None).unwrap().abs_diff(before) <= 1);
+        // What it writes down is that mean, but for those who are too far ahead to count.
+        prop_assert!(entry.virtual_time <= before);
     }
 
     /// Deciding is a function: the same snapshot and time give the same answer, and an answer that is
@@ -910,7 +1047,7 @@ proptest! {
         let _ = (next_decision(&snapshot, 0), lacking(&snapshot), evictors(&snapshot), first_waiter(&snapshot), needed(&snapshot));
         for (slot, _) in snapshot.clients() {
             let _ = (quantum(&snapshot, slot), switch_time(&snapshot, slot), evict_share(&snapshot, slot));
-            let _ = (turn_length(&snapshot, slot), enter_queue(&snapshot.at(now), slot), end_slice(&snapshot.at(now), slot));
+            let _ = (turn_length(&snapshot, slot), enter_queue(&snapshot.at(now), slot), end_slice(&snapshot.at(now), slot, Spent::default()));
             let _ = (next_turn(&snapshot.at(now), slot), prefetch(&snapshot, slot), earliest_end(&snapshot.at(now), slot));
         }
         page.decide();

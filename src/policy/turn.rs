@@ -8,12 +8,14 @@
 //! for ever.
 
 use crate::page::Phase;
-use crate::policy::fair_share::{mean, ran, shared, slice_begun, used_of_turn, virtual_time, virtual_times};
+use crate::policy::fair_share::{
+    mean, ran, shared, slice_begun, used_of_turn, virtual_in_slice, virtual_times,
+};
 use crate::policy::order::{Order, Standing, turn_is_over};
 use crate::policy::slice::{Turns, quantum, times_lighter};
 use crate::shares::Priority;
-use crate::slot::SlotIndex;
-use crate::snapshot::Snapshot;
+use crate::slot::{SLOTS, SlotIndex};
+use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Nanos, SECOND, scaled};
 use crate::usage::{self, virtual_of};
 
@@ -32,7 +34,7 @@ const AT_ONCE: Nanos = CREDIT / 4;
 pub struct Entry {
     /// Its virtual time, brought within bounds, ns.
     pub virtual_time: Nanos,
-    /// Its lag, ns of virtual time; 0 for one that takes its turns.
+    /// Its lag, or what is left of a credit, ns of virtual time; 0 for one that takes its turns.
     pub credit: Nanos,
     /// When it should have its slice, ns.
     pub deadline: Nanos,
@@ -41,8 +43,12 @@ pub struct Entry {
 /// What the client in `slot` writes down that begins to wait now.
 ///
 /// Its deadline is at most P away: nothing for high priority; for a normal one D, a setting, and twice a round of the
-/// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle and lags has
-/// a nearer deadline, and one that lags by a quarter of [`CREDIT`], or by what a switch to it is worth, has it now.
+/// shortest turns of those who want the GPU; twice all that for low priority. A client that comes from phase Idle and has a
+/// credit has a nearer deadline, and one whose credit is a quarter of [`CREDIT`], or what a switch to it is worth, has it now.
+///
+/// A *newcomer*, which has not had the GPU yet, begins at the mean: it has missed nothing. It has a credit all the same, so that
+/// somebody who opens a notebook is served at once. That moves its deadlines alone. With a lag instead, those who came
+/// before would be ahead of it for as long, and light users among them would wait.
 pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
     let view = snapshot.view(slot);
     let far = {
@@ -52,21 +58,54 @@ pub fn enter_queue(snapshot: &Snapshot, slot: SlotIndex) -> Entry {
         (view.phase, view.credit) = (Phase::Waiting, 0);
         farthest(&snapshot, slot)
     };
-    let far_ahead = Turns::of(snapshot).far();
-    let Some(mean) = mean(snapshot, &virtual_times(snapshot), far_ahead, Some(slot)) else {
+    let newcomer = is_newcomer(view);
+    let times = virtual_times(snapshot);
+    let Some(mean) = mean(snapshot, &times, Turns::of(snapshot).far(), Some(slot)) else {
         let deadline = snapshot.now.saturating_add(distance(view.priority, far, 0, AT_ONCE));
-        return Entry { virtual_time: view.virtual_time, credit: 0, deadline };
+        let virtual_time = if newcomer { farthest_ahead(snapshot, &times, slot) } else { view.virtual_time };
+        return Entry { virtual_time, credit: 0, deadline };
     };
     let debt = debt(snapshot, slot, far);
     // Who has waited all the time keeps its lag: it was not away.
     let lag = if view.phase == Phase::Idle { CREDIT } else { debt.max(CREDIT) };
-    let virtual_time = view.virtual_time.clamp(mean.saturating_sub(lag), mean.saturating_add(debt));
+    let bounds = (mean.saturating_sub(lag), mean.saturating_add(debt));
+    let virtual_time = if newcomer { mean } else { view.virtual_time.clamp(bounds.0, bounds.1) };
     let light = view.phase == Phase::Idle || view.has_credit();
-    let lag = mean.saturating_sub(virtual_time);
-    let credit = if light && lag >= LEAST_CREDIT { lag.min(CREDIT) } else { 0 };
+    let left = if newcomer { newcomers_credit(snapshot, slot) } else { credit_left(view) };
+    let credit = mean.saturating_sub(virtual_time).max(left);
+    let credit = if light && credit >= LEAST_CREDIT { credit.min(CREDIT) } else { 0 };
     let at_once = quantum(snapshot, slot).min(AT_ONCE);
     let deadline = snapshot.now.saturating_add(distance(view.priority, far, credit, at_once));
     Entry { virtual_time, credit, deadline }
+}
+
+/// Whether a client has not had the GPU yet.
+fn is_newcomer(view: &SlotView) -> bool {
+    view.slice_start == 0
+}
+
+/// The credit of the newcomer in `slot`, ns: as much as somebody has run who wants the GPU, at most [`CREDIT`]. Those who begin at
+/// the same time are equals, and take turns from the first one on.
+fn newcomers_credit(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
+    let others = snapshot.clients().filter(|(other, view)| *other != slot && view.phase.wants_gpu());
+    let has_run = |(other, view): (SlotIndex, &SlotView)| {
+        if view.consecutive_slices > 0 { CREDIT } else { used_of_turn(snapshot, other).min(CREDIT) }
+    };
+    others.map(has_run).max().unwrap_or(0)
+}
+
+/// What is left of the credit that a client came with, ns of virtual time: it uses it up as it runs. What it lags by is as much or
+/// more, unless it came as a newcomer.
+fn credit_left(view: &SlotView) -> Nanos {
+    let used = view.virtual_time.saturating_sub(view.turn_start);
+    if view.has_credit() { view.credit.saturating_sub(used) } else { 0 }
+}
+
+/// What the client has come to, other than the one in `slot`, that has had most, ns of virtual time. While nobody wants the GPU,
+/// that is where a newcomer begins, as start-time fair queueing has it: nobody is ahead of it then.
+fn farthest_ahead(snapshot: &Snapshot, times: &[Nanos; SLOTS], slot: SlotIndex) -> Nanos {
+    let others = snapshot.clients().filter(|(other, _)| *other != slot);
+    others.map(|(other, _)| times[other.get()]).max().unwrap_or(0)
 }
 
 /// How far the deadline of a client of normal priority is away at most, ns: D, and twice a round of the others' shortest turns,
@@ -107,7 +146,7 @@ fn debt(snapshot: &Snapshot, slot: SlotIndex, far: Nanos) -> Nanos {
 pub struct SliceEnd {
     /// How long the slice was, ns.
     pub ran: Nanos,
-    /// The GPU time that it is charged with: of the time in which k ran at once, a k-th, ns.
+    /// The GPU time that it is charged with, ns.
     pub charged: Nanos,
     /// Its virtual time, ns.
     pub virtual_time: Nanos,
@@ -117,12 +156,31 @@ pub struct SliceEnd {
     pub used_up: bool,
 }
 
-/// The slice of the client in `slot` ends now.
-pub fn end_slice(snapshot: &Snapshot, slot: SlotIndex) -> SliceEnd {
+/// What is known of a slice beside how long it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Spent {
+    /// The GPU time that the client has had in it, ns, if that was measured: while clients take compute turns it is
+    /// ([`crate::turns`]).
+    pub measured: Option<Nanos>,
+    /// For how long the client had no work, and nobody needed the GPU, ns. It cost nobody anything, and is not charged.
+    pub unused: Nanos,
+}
+
+/// The slice of the client in `slot` ends now. What nobody has measured is taken to be its part by weight of the time in which
+/// several ran, as if all of them had been as busy.
+pub fn end_slice(snapshot: &Snapshot, slot: SlotIndex, spent: Spent) -> SliceEnd {
+    let (view, ran) = (snapshot.view(slot), ran(snapshot, slot));
+    let used = ran.saturating_sub(spent.unused);
+    let of_used = |time| if used < ran { scaled(time, used, ran) } else { time };
+    let weight = u64::from(usage::weight(view.weight));
+    let (charged, virtually) = match spent.measured {
+        Some(time) => (time.min(used), virtual_of(time.min(used), weight)),
+        None => (of_used(shared(snapshot, slot)), of_used(virtual_in_slice(snapshot, slot))),
+    };
     SliceEnd {
-        ran: ran(snapshot, slot),
-        charged: shared(snapshot, slot),
-        virtual_time: virtual_time(snapshot, slot),
+        ran,
+        charged,
+        virtual_time: view.virtual_time.saturating_add(virtually),
         turn_used: used_of_turn(snapshot, slot) as i64,
         used_up: turn_is_over(snapshot, &Turns::of(snapshot), slot),
     }

@@ -139,7 +139,7 @@ impl World {
     }
 
     fn give_way(&mut self, index: usize, drain: Nanos) {
-        let end = end_slice(&self.snapshot, SlotIndex::new(index).unwrap());
+        let end = end_slice(&self.snapshot, SlotIndex::new(index).unwrap(), Spent::default());
         self.had[index] += end.ran;
         let now = self.now();
         let view = &mut self.snapshot.slots[index];

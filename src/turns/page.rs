@@ -181,6 +181,11 @@ impl Page {
         words.since.store(time, Ordering::Relaxed);
     }
 
+    /// The client in `slot` takes no turns any more.
+    pub fn end_turns(&self, slot: SlotIndex) {
+        self.slot(slot).compute.since.store(0, Ordering::Relaxed);
+    }
+
     /// Threads of the client in `slot` have waited for a turn for `time` ns.
     pub fn held_for_turn(&self, slot: SlotIndex, time: Nanos) {
         self.slot(slot).compute.held_ns.fetch_add(time, Ordering::Relaxed);
@@ -193,6 +198,8 @@ impl Page {
         let recent = faded(read(&words.recent_ns), time.saturating_sub(read(&words.recent_at)));
         // What it would have come to if the client had had the GPU all the time since it takes turns.
         let most = gained(time.saturating_sub(read(&words.since)).max(1));
+        let has_turn = self.turn().holder == Some(slot);
+        let claim = read(&words.claim);
         ComputeUse {
             gpu_ns: read(&words.gpu_ns),
             recent_share: (recent / most).clamp(0.0, 1.0),
@@ -200,6 +207,8 @@ impl Page {
             turns: read(&words.turns),
             overruns: read(&words.overruns),
             overdue: self.is_overdue(slot),
+            has_turn,
+            waiting: (claim != 0 && !has_turn).then(|| time.saturating_sub(claim)),
         }
     }
 
@@ -207,6 +216,35 @@ impl Page {
     pub(crate) fn forget_turn(&self, slot: SlotIndex) {
         self.set_overdue(slot, false);
         self.leave_turn(slot, false);
+    }
+}
+
+/// The GPU time that a client had had in turns at a moment, to be compared with what it has had later.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct GpuTime {
+    gpu_ns: Nanos,
+    overruns: u64,
+    /// Since when the client takes turns, ns; 0: it takes none.
+    since: Nanos,
+    overdue: bool,
+}
+
+impl GpuTime {
+    /// As it is now.
+    pub fn now(page: &Page, slot: SlotIndex) -> Self {
+        let words = &page.slot(slot).compute;
+        let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let (gpu_ns, overruns, since) = (read(&words.gpu_ns), read(&words.overruns), read(&words.since));
+        Self { gpu_ns, overruns, since, overdue: page.is_overdue(slot) }
+    }
+
+    /// What the client has had since then, ns. `None` if it has not taken turns all the time, or did not give one up: then nobody
+    /// has measured it.
+    pub fn since(self, page: &Page, slot: SlotIndex) -> Option<Nanos> {
+        let now = Self::now(page, slot);
+        let gave_all_up = !self.overdue && !now.overdue && now.overruns == self.overruns;
+        let measured = now.since != 0 && now.since == self.since && gave_all_up;
+        measured.then(|| now.gpu_ns.wrapping_sub(self.gpu_ns))
     }
 }
 

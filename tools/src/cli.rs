@@ -1,6 +1,6 @@
 //! The command line of `nvshare`. In the library, so that the manual pages and completions are made of it too.
 
-use crate::{bench, ctl, demo, health, internal, run, set, sim, status, trace, wait};
+use crate::{bench, ctl, demo, health, internal, run, set, sim, status, top, trace, wait};
 use clap::{Parser, Subcommand};
 
 /// Several processes share one GPU as if each had all of it.
@@ -14,6 +14,7 @@ use clap::{Parser, Subcommand};
   nvshare demo                        see it work, without a GPU
   nvshare run -- python3 train.py     run a program, as many at once as you like
   nvshare status                      who runs, who waits, whose memory is where
+  nvshare top                         the same, live
   nvshare set 4242 --priority high    change what a running client may have
   nvshare ctl set quantum=2s          change what the arbiter does
   nvshare bench handoff               what a hand-off between processes costs
@@ -33,6 +34,8 @@ pub enum Command {
     Run(run::Options),
     /// Show GPUs and clients: who runs, who waits, whose memory is where
     Status(status::Options),
+    /// Watch GPUs and clients live, and steer clients
+    Top(top::Options),
     /// Change a running client's weight, priority or memory limit
     Set(set::Options),
     /// Show and change settings while it runs, pause and resume clients
@@ -52,4 +55,14 @@ pub enum Command {
     /// What the commands start themselves again as
     #[command(hide = true)]
     Internal(internal::Options),
+}
+
+/// The arguments of this program, as if it had been called `nvshare`: a link to it with the name `nvshare-top` is `nvshare top`.
+pub fn arguments(mut given: Vec<std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let name = given.first().map(std::path::Path::new).and_then(std::path::Path::file_name);
+    if name.is_some_and(|name| name == "nvshare-top") {
+        given[0] = "nvshare".into();
+        given.insert(1, "top".into());
+    }
+    given
 }

@@ -90,8 +90,6 @@ pub struct Facts {
     pub report: Result<Report, String>,
     /// What the pages say, or why they cannot be read.
     pub node: Result<Node, String>,
-    /// Host memory that programs can still have, and all of it, bytes; `None` if it is not known.
-    pub host_memory: Option<(u64, u64)>,
     /// Why NVML cannot be loaded; `None` if it can.
     pub nvml: Option<String>,
 }
@@ -242,7 +240,8 @@ fn foreign(node: &Node) -> Check {
 }
 
 fn host_memory(facts: &Facts) -> Option<Check> {
-    let (available, total) = facts.host_memory?;
+    let node = facts.node.as_ref().ok()?;
+    let (available, total) = (node.host_available_bytes?, node.host_memory_bytes?);
     let found = format!("{} of {} host memory are available", format_size(available), format_size(total));
     Some(if available >= total / 100 * HOST_PERCENT {
         healthy("host-memory", found)
@@ -267,16 +266,6 @@ fn nvml(facts: &Facts) -> Option<Check> {
     })
 }
 
-/// Host memory that programs can still have, and all of it, bytes.
-fn read_host_memory() -> Option<(u64, u64)> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let bytes = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.split_ascii_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
-    };
-    Some((bytes("MemAvailable")?, bytes("MemTotal")?))
-}
-
 /// Why NVML cannot be loaded, from where the arbiter loads it.
 fn look_for_nvml(report: &Report) -> Option<String> {
     let path = report.node.iter().find(|setting| setting.name == "nvml-library")?.value.as_deref()?;
@@ -297,7 +286,6 @@ fn collect(dir: &std::path::Path) -> Facts {
         nvml: report.as_ref().ok().and_then(look_for_nvml),
         report,
         node: status::read(dir).map_err(message),
-        host_memory: read_host_memory(),
     }
 }
 

@@ -6,7 +6,7 @@
 //! | [`ctl`], [`nvsharectl`] | steering at run time, and the same as users of the C nvshare type it |
 //! | [`whom`] | which client a person means |
 //! | [`wait`], [`health`] | for scripts and probes: until something is so; whether the node is as it should be |
-//! | [`run`], [`status`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
+//! | [`run`], [`status`], [`top`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
 //! | [`simulate`] | simulated GPUs for `nvshare run` |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
@@ -23,7 +23,6 @@ pub mod crew;
 pub mod ctl;
 pub mod cuda;
 pub mod demo;
-pub mod digits;
 pub mod health;
 pub mod internal;
 pub mod job;
@@ -37,9 +36,12 @@ pub mod set;
 pub mod sim;
 pub mod simulate;
 pub mod status;
+pub mod top;
 pub mod trace;
 pub mod wait;
 pub mod whom;
+
+pub use nvshare_stats::digits;
 
 /// Why a command failed, and with which exit status.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,17 +1,18 @@
 //! `nvshare`: see `nvshare --help`.
 
 use clap::Parser;
-use nvshare_tools::cli::{Cli, Command};
+use nvshare_tools::cli::{self, Cli, Command};
 use nvshare_tools::{
-    Failure, bench, complain, ctl, demo, health, internal, output, run, set, sim, status, trace, wait,
+    Failure, bench, complain, ctl, demo, health, internal, output, run, set, sim, status, top, trace, wait,
 };
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let done = |()| ExitCode::SUCCESS;
-    let result = match Cli::parse().command {
+    let result = match Cli::parse_from(cli::arguments(std::env::args_os().collect())).command {
         Command::Run(options) => run::run(options),
         Command::Status(options) => status::run(&options).map(done),
+        Command::Top(options) => top::run(&options).map(done),
         Command::Set(options) => set::run(&options).map(done),
         Command::Ctl(options) => ctl::run(&options).map(done),
         Command::Wait(options) => wait::run(&options).map(done),

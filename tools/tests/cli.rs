@@ -291,6 +291,32 @@ fn status_shows_good_pages_and_says_what_is_wrong_with_others() {
 }
 
 #[test]
+fn status_describes_every_field_of_its_json() {
+    let output = nvshare(&["status", "--describe", "--json"]).output().unwrap();
+    let all: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let text = stdout(&nvshare(&["status", "--describe"]).env("COLUMNS", "80").output().unwrap());
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let described = |subject: &str, name: &str| {
+        let subjects = all["subjects"].as_array().unwrap();
+        let of = subjects.iter().find(|of| of["subject"] == subject).unwrap();
+        of["fields"].as_array().unwrap().iter().any(|field| field["name"] == name)
+    };
+    let (node, gpu, client) = (status::Node::default(), status::Gpu::default(), status::Client::default());
+    let fields = [
+        ("node", serde_json::to_value(node).unwrap()),
+        ("gpu", serde_json::to_value(gpu).unwrap()),
+        ("client", serde_json::to_value(client).unwrap()),
+    ];
+    for (subject, json) in fields {
+        for name in json.as_object().unwrap().keys() {
+            assert!(described(subject, name), "{subject} {name}");
+            assert!(text.contains(&format!("  {name} (")), "{subject} {name}: {text}");
+        }
+    }
+    assert!(text.contains("held_ns (counter, ns)"), "{text}");
+}
+
+#[test]
 fn status_survives_any_words_in_a_page() {
     let dir = TempDir::new().unwrap();
     let page = page(dir.path(), 1);

@@ -1,6 +1,7 @@
 //! Why the arbiter cannot begin to serve, or cannot go on.
 
 use crate::gpu_lock::Holder;
+use crate::monitor::Listen;
 use crate::pages::PageError;
 use nix::errno::Errno;
 
@@ -24,6 +25,14 @@ pub enum StartError {
     /// The configuration makes no sense.
     #[error("{0}")]
     Configuration(String),
+    /// Metrics and page cannot be served where the operator wants them.
+    #[error("--listen {place}: {cause}. Another program may listen there; give another place, or none")]
+    Listen {
+        /// Where.
+        place: Listen,
+        /// The system's reason.
+        cause: std::io::Error,
+    },
     /// Another arbiter serves a GPU.
     #[error(
         "{0}, and each of two arbiters would deal out all of the GPU's memory. Use that one (--runtime-dir, NVSHARE_RUNTIME_DIR), end it, or serve the GPU twice all the same with --allow-second-arbiter (NVSHARE_ALLOW_SECOND_ARBITER=1)"

@@ -60,6 +60,11 @@ impl OverdueClients {
         found
     }
 
+    /// How many clients of a GPU are overdue and have been reported.
+    pub fn reported(&self, gpu: usize) -> usize {
+        self.reported.iter().filter(|(of, _)| *of == gpu).count()
+    }
+
     /// The client says that it is in another phase: its time counts from `time` (ns) again.
     pub fn restart(&mut self, gpu: usize, slot: SlotIndex, time: Nanos) {
         self.since.insert((gpu, slot), time);

@@ -1,9 +1,11 @@
 //! A GPU that is served: its page, and what is known of its memory.
 
+use crate::monitor::Tallies;
 use crate::options::Options;
 use crate::pages::ServedPage;
 use crate::sampling::Tracker;
 use nvshare::units::{bytes_of, format_size, granules_in};
+use std::sync::Arc;
 
 /// A change of the pool by less than this, in granules, is not worth a decision.
 const SMALL_CHANGE: u32 = 16;
@@ -18,6 +20,8 @@ pub(super) struct ServedGpu {
     pub tracker: Tracker,
     /// What the configuration says of it.
     pub options: Options,
+    /// What is counted for the metrics.
+    pub tallies: Arc<Tallies>,
 }
 
 impl ServedGpu {

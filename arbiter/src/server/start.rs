@@ -14,15 +14,17 @@ use super::socket::LazyListener;
 use super::state::{SetLogLevel, State};
 use crate::configuration::Configuration;
 use crate::gpu_lock::{GpuLock, GpuLockError};
+use crate::monitor::{self, Listener};
 use crate::options::Options;
 use crate::pages::{self, Succession, Survivor};
 use crate::process;
-use crate::sampling::{Gpu, Source, Tracker};
+use crate::sampling::{Gpu, Source};
 use crate::stall_log::StallLog;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nvshare::paths;
+use nvshare::sync::now;
 use nvshare::units::{GpuUuid, granules_in};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -67,6 +69,7 @@ impl Server {
         }
         let listener = listener.into_open()?;
         poller.add(&listener, Token::Listener).map_err(not_watched())?;
+        let listeners = open_listeners(&options, &dir)?;
         let gangs = Gangs::new(gpus.iter().map(|gpu| gpu.uuid)).map_err(|error| {
             let cause = error.raw_os_error().map_or(Errno::ENOMEM, Errno::from_raw);
             failed("no memory for the page of gangs")(cause)
@@ -91,7 +94,21 @@ impl Server {
         for (gpu, Survivor { slot, lock, pidfd }) in survivors {
             server.state.add_client(gpu, slot, lock, pidfd);
         }
+        server.start_monitor(listeners);
         Ok(server)
+    }
+
+    /// Serves metrics and page, in a thread of its own, if they are wanted anywhere.
+    fn start_monitor(&self, listeners: Vec<Listener>) {
+        let State { gpus, options, .. } = &self.state;
+        if listeners.is_empty() {
+            return;
+        }
+        let pages = gpus.iter().map(|gpu| gpu.served.page.clone()).collect();
+        let tallies = gpus.iter().map(|gpu| (gpu.served.gpu, gpu.tallies.clone())).collect();
+        if let Err(error) = monitor::start(listeners, pages, tallies, options.nvml_library.clone()) {
+            tracing::warn!("no thread can be made for metrics and page, which are not served: {error}");
+        }
     }
 
     /// Watches signals, the GPUs' locks, and the owner of a private arbiter.
@@ -107,6 +124,30 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// Opens the places where metrics and page are served. What the operator asked for must be had; the default need not.
+fn open_listeners(options: &Options, dir: &Path) -> Result<Vec<Listener>, StartError> {
+    let (places, asked) = options.listen_in(dir);
+    let mut open = Vec::new();
+    for place in places {
+        match place.open() {
+            Ok(listener) => open.extend(listener),
+            Err(cause) if asked => return Err(StartError::Listen { place, cause }),
+            Err(cause) => tracing::warn!(
+                "metrics and page are not served at {place}: {cause}. Another program listens there; --listen names another place, or none"
+            ),
+        }
+        if place.is_on_the_network() {
+            tracing::warn!(
+                "metrics and page are served at {place}: whoever reaches it sees who uses the GPUs, without a password and unencrypted"
+            );
+        }
+    }
+    for listener in &open {
+        tracing::info!(at = %listener, "metrics and page are served");
+    }
+    Ok(open)
 }
 
 fn not_watched() -> impl FnOnce(nix::errno::Errno) -> StartError {
@@ -170,8 +211,11 @@ fn open_pages(
             served.page.guess_bandwidth(bandwidth);
         }
         all_survivors.extend(survivors.into_iter().map(|survivor| (all_served.len(), survivor)));
-        let (tracker, options) = (Tracker::default(), options.clone());
-        all_served.push(ServedGpu { served, total: gpu.total, tracker, options });
+        // Clients that connect before the first tick see an arbiter that is alive.
+        served.page.beat(now());
+        let (tracker, tallies) = Default::default();
+        let options = options.clone();
+        all_served.push(ServedGpu { served, total: gpu.total, tracker, tallies, options });
     }
     Ok((all_served, all_survivors))
 }

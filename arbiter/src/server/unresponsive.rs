@@ -21,6 +21,7 @@ pub(super) fn check(state: &mut State, time: Nanos) {
         for overdue in state.overdue.update(index, &snapshot, bound, time) {
             check_client(state, index, overdue, time);
         }
+        state.gpus[index].tallies.set_unresponsive(state.overdue.reported(index));
     }
 }
 
@@ -42,9 +43,13 @@ fn check_client(state: &mut State, index: usize, overdue: Overdue, time: Nanos) 
         PhaseAnswer::Phase(_) | PhaseAnswer::Missing | PhaseAnswer::AsThePage => {}
     }
     state.overdue.set_reported(index, slot);
+    let tallies = &state.gpus[index].tallies;
+    tallies.reported();
     let Some(client) = state.clients.get(id) else { return };
     report(served.gpu, client, &details, phase, time - since);
-    kill(served.gpu, client, &details, &state.gpus[index].options);
+    if kill(served.gpu, client, &details, &state.gpus[index].options) {
+        tallies.killed();
+    }
 }
 
 /// Logs that a client denies what the page says about it.
@@ -83,12 +88,13 @@ fn report(gpu: GpuUuid, client: &RegisteredClient, details: &ClientInfo, phase: 
 }
 
 /// Kills an unresponsive client, if the operator says so. Not for want of host memory, and not a process of which nothing
-/// is recorded.
-fn kill(gpu: GpuUuid, client: &RegisteredClient, details: &ClientInfo, options: &Options) {
+/// is recorded. Whether it was killed.
+fn kill(gpu: GpuUuid, client: &RegisteredClient, details: &ClientInfo, options: &Options) -> bool {
     if !options.kill_unresponsive || details.stall == Stall::NoHostMemory || client.lock.is_none() {
-        return;
+        return false;
     }
-    let Some(pidfd) = &client.pidfd else { return };
+    let Some(pidfd) = &client.pidfd else { return false };
     let killed = process::kill(pidfd);
     tracing::warn!(%gpu, pid = pid(client, details), "killed it, as --kill-unresponsive says: {killed:?}");
+    killed.is_ok()
 }

@@ -579,6 +579,7 @@ impl Swap {
             };
             let bytes = in_use.bytes(place.size);
             if bytes == 0 {
+                self.device.books.elided(place.size);
                 self.release_resident(&place, handle, Backing::Absent);
                 left = left.saturating_sub(place.granules());
                 leaving += place.granules();
@@ -595,6 +596,7 @@ impl Swap {
                 }
             };
             *moved += bytes;
+            self.device.books.elided(place.size.saturating_sub(bytes));
             left = left.saturating_sub(place.granules());
             leaving += place.granules();
             self.launch(place, Transfer::Out { handle, target })?;

@@ -87,6 +87,11 @@ impl Seat {
         }
     }
 
+    /// The client takes turns no more.
+    pub fn ends(&self) {
+        self.books.page().end_turns(self.books.slot());
+    }
+
     /// Whether a thread may submit now.
     fn may_submit(&self) -> bool {
         let turn = self.books.page().turn();

@@ -155,7 +155,9 @@ fn start(turns: &mut Turns, member: Member) {
 }
 
 fn end_seat(turns: &mut Turns) {
-    turns.seat = None;
+    if let Some(seat) = turns.seat.take() {
+        seat.ends();
+    }
     flow::turn(None);
     turn::stand_up();
 }

@@ -6,11 +6,13 @@
 //! | [`application::case`] | a C program of `tests/programs` that goes through a case |
 //! | [`application::running`] | a process that does a job and checks its data |
 //! | [`application::books`] | what the page says about applications; a competitor for the GPU |
+//! | [`monitor`] | an arbiter that serves metrics and the page |
 //! | [`application::async_pool`], [`application::ipc`], [`application::vmm`] | calls of one kind: stream-ordered memory, memory that several processes open, memory that the application maps itself |
 //!
 //! The tests start what is built beside them: `cargo build --workspace` first, with the same profile.
 
 pub mod application;
+pub mod monitor;
 
 use std::path::PathBuf;
 

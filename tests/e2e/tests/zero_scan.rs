@@ -22,6 +22,8 @@ fn a_switch_moves_what_is_used_and_not_what_is_allocated() {
         let clients: Vec<_> = status.gpus.iter().flat_map(|gpu| &gpu.clients).collect();
         let moved = clients.iter().find(|client| client.slot == 0).map(|client| client.bytes_out);
         assert_eq!(moved, Some(turn * 6 * MIB), "bytes that have left, after {turn} turns");
+        let elided = clients.iter().find(|client| client.slot == 0).map(|client| client.bytes_elided);
+        assert_eq!(elided, Some(turn * 18 * MIB), "bytes that were zero, after {turn} turns");
         for (offset, bytes) in [(3 * MIB, 2 * MIB), (23 * MIB, MIB)] {
             let asked = sparse.ask(&format!("check {} {bytes} 5", block + offset));
             assert_eq!(asked, (SUCCESS, "right".into()));

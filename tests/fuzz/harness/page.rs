@@ -383,7 +383,10 @@ impl World {
             assert!(shares.memory_limit.within(page.capacity()) <= page.capacity());
             let now = some_time(&snapshot);
             assert!(policy::enter_queue(&snapshot.at(now), slot).deadline >= now);
-            let _ = (policy::turn_length(&snapshot, slot), policy::end_slice(&snapshot, slot));
+            let _ = (
+                policy::turn_length(&snapshot, slot),
+                policy::end_slice(&snapshot, slot, policy::Spent::default()),
+            );
             let _ = (policy::next_turn(&snapshot, slot), policy::needed(&snapshot));
             assert!(
                 [view.demand, view.resident, view.context].into_iter().all(|count| count <= MAX_GRANULES)

@@ -15,13 +15,17 @@ use nvshare::map::MappedPage;
 use nvshare::page::{PAGE_BYTES, Quantum, Settings};
 use nvshare::slot::{Process, SlotIndex};
 use nvshare::sync::{futex_wait_low, futex_wake_low, now};
-use nvshare::units::SECOND;
+use nvshare::units::{Nanos, SECOND, parse_time};
 use nvshare::{Client, GpuUuid};
+use nvshare_stats::Reader;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Options of `nvshare bench handoff`.
 #[derive(Debug, clap::Args)]
@@ -29,6 +33,52 @@ pub struct Options {
     /// How many hand-offs are measured, and as many futex wake-ups; 1000 to 10000000
     #[arg(long, default_value_t = 40_000, value_parser = clap::value_parser!(u32).range(1_000..=10_000_000))]
     iterations: u32,
+    /// Beside it, read the page so often as a scrape of the metrics does, and twice a second what has happened, as an arbiter
+    /// that serves metrics does; such as 1s
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    read_every: Option<Nanos>,
+}
+
+/// Reads a page as an arbiter that serves metrics does, in a thread of its own, until dropped.
+struct Scraper {
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// How often an arbiter that serves metrics looks at what has happened.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
+
+impl Scraper {
+    fn start(page: MappedPage, every: Nanos) -> Self {
+        let (end, ended) = channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let mut reader = Reader::of_pages(vec![page]).with_news();
+            let every = Duration::from_nanos(every).max(Duration::from_micros(1));
+            let (mut scrape, mut follow) = (Instant::now(), Instant::now());
+            while ended.recv_timeout(scrape.min(follow).saturating_duration_since(Instant::now()))
+                == Err(RecvTimeoutError::Timeout)
+            {
+                let time = Instant::now();
+                if time >= scrape {
+                    std::hint::black_box(reader.read().ok());
+                    scrape = time + every;
+                }
+                if time >= follow {
+                    let _ = reader.follow();
+                    follow = time + FOLLOW_INTERVAL;
+                }
+                std::hint::black_box(reader.take_news());
+            }
+        });
+        Self { end: Some(end), thread: Some(thread) }
+    }
+}
+
+impl Drop for Scraper {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
 }
 
 /// What the second process is told.
@@ -264,7 +314,9 @@ pub fn measure(options: &Options) -> Result<Vec<Row>, Failure> {
     while ready.load(Ordering::Acquire) == 0 {
         futex_wait_low(ready, 0, None);
     }
+    let scraper = options.read_every.map(|every| Scraper::start(page.clone(), every));
     Side { client, board, other, count, first: true }.run();
+    drop(scraper);
     let _ = watch.join();
 
     let board = Board::map(&board_file, count)?;

@@ -3,34 +3,23 @@ use crate::ctl::Setting;
 use crate::status::{Client, Gpu};
 use proptest::prelude::*;
 
-fn client() -> Client {
-    // Every field has a value in JSON that is nothing in particular.
-    let text = r#"{"slot":3,"pid":4242,"name":"train","phase":"running","admitted":true,"demand_bytes":0,"resident_bytes":0,
-        "pinned_bytes":0,"unmovable_bytes":0,"waiting_ns":null,"slice_left_ns":null,"gang":null,"paused":false,"weight":100,
-        "priority":"normal","memory_limit_bytes":null,"memory_limit":null,"compute_limit":null,"takes_turns":false,"gpu_ns":0,
-        "gpu_share":null,"charged_ns":0,"held_ns":0,"turns":0,"overruns":0,"overdue":false,"slices":0,"yields":0,"bytes_in":0,
-        "bytes_out":0,"fill_ns":0,"evict_ns":0,"run_ns":0,"stall":null,"stalled_ns":null,"stalls":0,"drain_retries":0}"#;
-    serde_json::from_str(text).unwrap()
-}
-
 fn gpu() -> Gpu {
+    let name = "train".into();
+    let client =
+        Client { slot: 3, pid: 4242, name, phase: "running".into(), admitted: true, ..Client::default() };
     Gpu {
         uuid: "GPU-00000000-0000-0000-0000-000000000001".into(),
         capacity_bytes: 100 << 30,
         free_bytes: 1 << 30,
-        pinned_bytes: 0,
-        foreign_bytes: 0,
-        foreign_processes: 0,
-        bandwidth_in: 1,
-        bandwidth_out: 1,
-        arbiter_pid: 7,
         arbiter_alive: true,
-        arbiter_generation: 1,
-        audits: 5,
-        repaired: 0,
-        reaped: 0,
-        clients: vec![client()],
+        clients: vec![client],
+        ..Gpu::default()
     }
+}
+
+fn node() -> Node {
+    let (available, total) = (Some(50 << 30), Some(100 << 30));
+    Node { gpus: vec![gpu()], host_available_bytes: available, host_memory_bytes: total, ..Node::default() }
 }
 
 fn good() -> Facts {
@@ -41,13 +30,7 @@ fn good() -> Facts {
         changes_at_run_time: false,
     };
     let report = Report { release: RELEASE.into(), file: None, node: vec![nvml], gpus: Vec::new() };
-    Facts {
-        answers: true,
-        report: Ok(report),
-        node: Ok(Node { gpus: vec![gpu()], unreadable: Vec::new() }),
-        host_memory: Some((50 << 30, 100 << 30)),
-        nvml: None,
-    }
+    Facts { answers: true, report: Ok(report), node: Ok(node()), nvml: None }
 }
 
 /// The facts with one thing wrong.
@@ -55,6 +38,11 @@ fn with(change: impl FnOnce(&mut Facts)) -> Facts {
     let mut facts = good();
     change(&mut facts);
     facts
+}
+
+/// So much of its 100 GiB is left to the host.
+fn host_memory(gib: u64) -> impl FnOnce(&mut Facts) {
+    move |facts| facts.node.as_mut().unwrap().host_available_bytes = Some(gib << 30)
 }
 
 fn with_gpu(change: impl FnOnce(&mut Gpu)) -> Facts {
@@ -107,7 +95,7 @@ fn each_thing_that_can_be_wrong_is_found_by_its_name() {
         (with_gpu(|gpu| gpu.clients[0].overdue = true), "clients", Degraded, "compute turn"),
         (with_gpu(|gpu| gpu.free_bytes = -(3 << 30)), "memory", Degraded, "overbooked by 3.00 GiB"),
         (with_gpu(|gpu| gpu.foreign_bytes = 11 << 30), "memory", Degraded, "outside nvshare"),
-        (with(|facts| facts.host_memory = Some((9 << 30, 100 << 30))), "host-memory", Degraded, "9.00 GiB"),
+        (with(host_memory(9)), "host-memory", Degraded, "9.00 GiB"),
         (with(|facts| facts.nvml = Some("no such file".into())), "nvml", Degraded, "no such file"),
     ] {
         let check = only(&facts);
@@ -135,7 +123,7 @@ proptest! {
     ) {
         let facts = with(|facts| {
             facts.answers = answers;
-            facts.host_memory = Some((host << 30, 100 << 30));
+            host_memory(host)(facts);
             let gpu = &mut facts.node.as_mut().unwrap().gpus[0];
             (gpu.arbiter_alive, gpu.free_bytes, gpu.foreign_bytes) = (alive, free << 30, foreign << 30);
             gpu.repaired = repaired;

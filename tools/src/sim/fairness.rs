@@ -18,6 +18,9 @@ use std::ops::Range;
 /// shorter has one window, all of it.
 pub const WINDOW: Nanos = 120 * SECOND;
 
+/// How long a window is in which it is counted who gets on at all, ns.
+pub const PROGRESS_WINDOW: Nanos = 10 * SECOND;
+
 /// A client that contended in all but this part of a window contended throughout: short pauses between its turns change
 /// nothing in what it should have.
 pub const MOST_AWAY: Nanos = 100;
@@ -62,6 +65,8 @@ impl Indices {
 /// The share of a GPU that contenders got in windows of time, which follow one another from 0.
 #[derive(Debug)]
 pub struct TimeWindows {
+    /// How long each is.
+    length: Nanos,
     /// When the present window began.
     begun: Nanos,
     /// Time in this window in which the client did not contend, by seat.
@@ -71,15 +76,46 @@ pub struct TimeWindows {
     /// GPU time per weight in this window, by seat.
     time: [f64; SEATS],
     pub indices: Indices,
+    pub progress: Progress,
+}
+
+/// Who got on in windows of time: each client counts in each window that it contended throughout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Windows of clients.
+    pub windows: u64,
+    /// Those in which the client had no GPU time.
+    pub without: u64,
+}
+
+impl Progress {
+    /// Adds those of another GPU.
+    pub fn and(&mut self, other: Self) {
+        self.windows += other.windows;
+        self.without += other.without;
+    }
 }
 
 impl Default for TimeWindows {
     fn default() -> Self {
-        Self { begun: 0, away: [0; SEATS], vacated: 0, time: [0.0; SEATS], indices: Indices::default() }
+        Self::of(WINDOW)
     }
 }
 
 impl TimeWindows {
+    /// Windows of this length, ns.
+    pub fn of(length: Nanos) -> Self {
+        Self {
+            length,
+            begun: 0,
+            away: [0; SEATS],
+            vacated: 0,
+            time: [0.0; SEATS],
+            indices: Indices::default(),
+            progress: Progress::default(),
+        }
+    }
+
     /// The client in this seat has left; the next one there is another.
     pub fn vacate(&mut self, seat: usize) {
         self.vacated |= 1 << seat;
@@ -90,13 +126,13 @@ impl TimeWindows {
     pub fn spend(&mut self, time: Range<Nanos>, contenders: u64, rates: &[(usize, f64)]) {
         let mut from = time.start;
         while from < time.end {
-            let end = self.begun + WINDOW;
+            let end = self.begun + self.length;
             let to = time.end.min(end);
             let others_in_seats = if from == self.begun { 0 } else { self.vacated };
             self.vacated = 0;
             for (seat, away) in self.away.iter_mut().enumerate() {
                 if others_in_seats >> seat & 1 == 1 {
-                    *away = WINDOW;
+                    *away = self.length;
                 } else if contenders >> seat & 1 == 0 {
                     *away += to - from;
                 }
@@ -108,7 +144,7 @@ impl TimeWindows {
                 self.close(end);
                 // Windows in which nobody contends have no index.
                 if contenders.count_ones() < 2 {
-                    self.begun += (time.end - end) / WINDOW * WINDOW;
+                    self.begun += (time.end - end) / self.length * self.length;
                 }
             }
             from = to.max(self.begun);
@@ -122,7 +158,10 @@ impl TimeWindows {
         if n >= 2 {
             self.indices.add(jain(shares(), n));
         }
-        *self = Self { begun: end, indices: self.indices, ..Self::default() };
+        self.progress.windows += n as u64;
+        self.progress.without += shares().filter(|time| *time == 0.0).count() as u64;
+        let (indices, progress) = (self.indices, self.progress);
+        *self = Self { begun: end, indices, progress, ..Self::of(self.length) };
     }
 
     /// The simulation ends. A window that has not come to its end counts only if it is the first.
@@ -306,6 +345,19 @@ mod tests {
         windows.spend(0..WINDOW * 7 / 3, 0b11, &[(0, 0.5), (1, 0.5)]);
         windows.finish(WINDOW * 7 / 3);
         assert_eq!(windows.indices.windows, 2);
+    }
+
+    #[test]
+    fn who_contends_and_has_nothing_of_a_window_gets_on_in_none() {
+        let mut windows = TimeWindows::of(PROGRESS_WINDOW);
+        let half = PROGRESS_WINDOW / 2;
+        windows.spend(0..3 * half, 0b111, &[(0, 1.0)]);
+        windows.spend(3 * half..4 * half, 0b011, &[(1, 1.0)]);
+        assert_eq!(
+            windows.progress,
+            Progress { windows: 5, without: 2 },
+            "the third one leaves in the second window"
+        );
     }
 
     #[test]

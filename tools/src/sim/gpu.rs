@@ -6,16 +6,19 @@
 //! comes in and given back when it has gone out. A switch is nowhere written down: it is what comes of that.
 
 use super::fairness::Turn;
+use super::gang::{Seat, Speed};
 use super::job::Job;
 use super::metrics::{ClientMetrics, GpuMetrics, START, State, Use};
 use super::observed::Observed;
 use super::quantity::Rate;
 use super::scenario::Scenario;
 use super::task::Task;
-use super::turns::{Turns, Work};
+use super::turns::{GpuTime, Turns, Work};
+use nvshare::gang_order::GpuState;
 use nvshare::page::{Phase, Settings};
 use nvshare::pauses::{Pauses, Rhythm};
 use nvshare::placement::Load;
+use nvshare::policy::{NOT_BEGUN, Spent};
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
 use nvshare::step::{Action, Facts, step};
@@ -81,12 +84,18 @@ struct Client {
     withdraws: Option<Nanos>,
     /// Since when it has nothing to do, while somebody waits or since it gave way.
     paused: Option<Nanos>,
-    /// Since when it has nothing to do.
+    /// Since when it has nothing to do, if that was seen.
     idle_from: Option<Nanos>,
+    /// What it had had in compute turns when its slice began.
+    gpu_time: GpuTime,
+    /// How long its pauses of the present slice were together that were seen to begin while nobody needed the GPU.
+    unused: Nanos,
     /// Since when it has run without interruption.
     running_since: Nanos,
     /// It has run since it last drained: work that it submitted may be on the GPU.
     undrained: bool,
+    /// Its seat among those that it runs together with.
+    seat: Option<Seat>,
 }
 
 /// A chunk on its way.
@@ -158,8 +167,8 @@ impl Gpu {
         Load { clients: self.snapshot.occupied.len(), demand, busy: self.tally.usage() }
     }
 
-    /// A client comes. There is a slot for it.
-    pub fn arrive(&mut self, job: Job, tally: ClientMetrics, now: Nanos) {
+    /// A client comes, with its seat if it runs together with others. There is a slot for it.
+    pub fn arrive(&mut self, job: Job, tally: ClientMetrics, seat: Option<Seat>, now: Nanos) {
         self.reckon(now);
         let slot = (0..SLOTS).filter_map(SlotIndex::new).find(|slot| !self.snapshot.occupied.contains(*slot));
         let slot = slot.expect("placement leaves a slot");
@@ -176,6 +185,7 @@ impl Gpu {
         self.snapshot.free -= self.machine.context as i32;
         self.snapshot.occupied = self.snapshot.occupied.with(slot);
         self.turns.arrive(slot, &job);
+        seat.iter().for_each(|seat| seat.sit(slot));
         self.clients[slot.get()] = Some(Client {
             absent: job.memory,
             task: Task::new(job, tally, now),
@@ -192,8 +202,11 @@ impl Gpu {
             withdraws: None,
             paused: None,
             idle_from: None,
+            gpu_time: GpuTime::default(),
+            unused: 0,
             running_since: now,
             undrained: false,
+            seat,
         });
         self.tally.came(self.snapshot.occupied.len());
         self.decide();
@@ -232,6 +245,20 @@ impl Gpu {
         client.decided = 0;
         client.ready_at = None;
         client.show(phase, false, now);
+        self.show_state(slot);
+    }
+
+    /// Shows the others of its team what a client has of the GPU.
+    fn show_state(&self, slot: SlotIndex) {
+        let Some(seat) = &self.client(slot).seat else { return };
+        let admitted = self.snapshot.admitted.contains(slot);
+        seat.has(match self.snapshot.view(slot).phase {
+            Phase::Waiting if !admitted => GpuState::Waiting,
+            Phase::Filling => GpuState::Growing,
+            Phase::Running => GpuState::Ready,
+            Phase::Draining => GpuState::Draining,
+            Phase::Waiting | Phase::Idle | Phase::Leaving => GpuState::Out,
+        });
     }
 
     /// Granules of a client's memory that the GPU cannot give it whoever makes room: used over the link.
@@ -245,7 +272,7 @@ impl Gpu {
     }
 
     /// What one ns of the GPU is worth to this client, as a fraction: less where it uses memory over the link.
-    fn worth(&self, slot: SlotIndex) -> (u128, u128) {
+    fn worth(&self, slot: SlotIndex) -> Speed {
         let iteration = u128::from(self.client(slot).task.job.iteration.max(1));
         let over = bytes_of(self.overflow(slot));
         let extra = self.machine.overflow.filter(|_| over > 0).map_or(0, |rate| rate.time(over));
@@ -254,12 +281,55 @@ impl Gpu {
 
     /// Whether its work is on the GPU now.
     fn computes(&self, slot: SlotIndex) -> bool {
-        self.can_compute(slot) && self.turns.has(slot)
+        let together = |seat: &Seat| seat.speed().is_some();
+        self.can_compute(slot) && self.has_turn(slot) && self.client(slot).seat.as_ref().is_none_or(together)
+    }
+
+    /// Whether it may submit work, as far as compute turns go. Those that run together with others take none.
+    fn has_turn(&self, slot: SlotIndex) -> bool {
+        self.client(slot).seat.is_some() || self.turns.has(slot)
+    }
+
+    /// How fast it computes while `k` do on this GPU: a k-th, and no faster than those that it runs together with.
+    fn speed(&self, slot: SlotIndex, k: u128) -> Speed {
+        let (worth, of) = self.worth(slot);
+        self.client(slot).seat.as_ref().and_then(Seat::speed).unwrap_or((worth, of * k))
+    }
+
+    /// Tells those that run together with others whether they could compute: not before all of them can. True if that
+    /// makes a difference.
+    pub fn show_work(&self) {
+        for slot in self.slots() {
+            if let Some(seat) = &self.client(slot).seat {
+                seat.could_compute(self.can_compute(slot).then(|| self.worth(slot)));
+            }
+        }
+    }
+
+    /// Tells them how fast they could compute beside the others here that do.
+    pub fn show_speed(&self) {
+        let computing: Vec<SlotIndex> = self.slots().filter(|slot| self.computes(*slot)).collect();
+        for slot in &computing {
+            if let Some(seat) = &self.client(*slot).seat {
+                let (worth, of) = self.worth(*slot);
+                seat.could_compute(Some((worth, of * computing.len() as u128)));
+            }
+        }
+    }
+
+    /// Tells them whether somebody needs this GPU.
+    fn show_need(&self) {
+        let needed = self.snapshot.needed().is_some();
+        for slot in self.slots() {
+            self.client(slot).seat.iter().for_each(|seat| seat.is_needed(needed));
+        }
     }
 
     /// Whether it has work and all its memory is in place: it computes, if it takes no turns or has the turn.
     fn can_compute(&self, slot: SlotIndex) -> bool {
+        let works = self.client(slot).seat.as_ref().is_none_or(Seat::works);
         match self.snapshot.view(slot).phase {
+            _ if !works => false,
             Phase::Running => self.client(slot).task.left() > 0,
             // One that fills while its earlier work is still under way has grown.
             Phase::Draining | Phase::Filling => self.client(slot).submitted > 0,
@@ -270,7 +340,7 @@ impl Gpu {
     /// Its work, as those see it who take compute turns.
     fn work(&self, slot: SlotIndex) -> Work {
         match self.snapshot.view(slot).phase {
-            _ if !self.can_compute(slot) => Work::None,
+            _ if !self.can_compute(slot) || self.client(slot).seat.is_some() => Work::None,
             Phase::Running if self.client(slot).task.kernel_left() == 0 => Work::BetweenKernels,
             _ => Work::UnderWay,
         }
@@ -287,11 +357,16 @@ impl Gpu {
 
     /// GPU time of the work that a client has in flight when it shuts its gate, ns. Without the turn it has none.
     fn in_flight(&self, slot: SlotIndex) -> Nanos {
-        if self.turns.has(slot) { self.client(slot).task.submitted() } else { 0 }
+        let works = self.client(slot).seat.as_ref().map_or_else(|| self.turns.has(slot), Seat::works);
+        if works { self.client(slot).task.submitted() } else { 0 }
     }
 
     /// Whether a client wants the GPU, or keeps it from others in a pause.
     fn contends(&self, slot: SlotIndex) -> bool {
+        if self.client(slot).seat.is_some() {
+            // It may have to wait for another GPU before it asks for this one.
+            return self.client(slot).task.has_work();
+        }
         match self.snapshot.view(slot).phase {
             Phase::Running | Phase::Draining if !self.client(slot).task.has_work() => self.snapshot.awaited(),
             phase => phase.wants_gpu() || phase == Phase::Draining,
@@ -303,6 +378,12 @@ impl Gpu {
         if busy {
             return Use::Busy;
         }
+        // It has the GPU for when its team has all of its GPUs.
+        let holds = |slot: SlotIndex| {
+            let waits = |seat: &Seat| !seat.works();
+            let runs = self.snapshot.view(slot).phase == Phase::Running;
+            runs && self.client(slot).seat.as_ref().is_some_and(waits)
+        };
         let phase = |slot: SlotIndex| self.snapshot.view(slot).phase;
         let any = |which: &dyn Fn(SlotIndex) -> bool| self.slots().any(which);
         let moves = any(&|slot| self.moves(slot));
@@ -312,7 +393,9 @@ impl Gpu {
             Use::Idle
         } else if drains || (fills && moves) {
             Use::Switching
-        } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some() {
+        } else if any(&|slot| phase(slot) == Phase::Running) && self.snapshot.needed().is_some()
+            || any(&holds)
+        {
             Use::Kept
         } else if moves || any(&|slot| self.client(slot).task.has_work()) {
             Use::Switching
@@ -322,7 +405,7 @@ impl Gpu {
     }
 
     /// Reckons up to `now` what those who compute have done meanwhile: each of k a k-th.
-    fn reckon(&mut self, now: Nanos) {
+    pub fn reckon(&mut self, now: Nanos) {
         let time = self.snapshot.pass(now)..now;
         if time.is_empty() {
             return;
@@ -342,8 +425,8 @@ impl Gpu {
         let elapsed = time.end - time.start;
         self.tally.computed(time);
         for slot in &computing {
-            let (worth, of) = self.worth(*slot);
-            let done = (u128::from(elapsed) * worth / (of * k as u128)) as Nanos;
+            let (worth, of) = self.speed(*slot, k as u128);
+            let done = (u128::from(elapsed) * worth / of) as Nanos;
             let client = self.client_mut(*slot);
             client.submitted = client.submitted.saturating_sub(done);
             client.task.works(done, now);
@@ -351,9 +434,10 @@ impl Gpu {
         }
     }
 
-    /// Does all that is due by `now`.
-    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) {
-        self.reckon(now);
+    /// Does all that is due by `now`, up to which all has been reckoned. True if something changed, which others may have to look
+    /// at.
+    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
+        let mut any = false;
         loop {
             let mut changed = self.arrived(now);
             for slot in self.slots() {
@@ -361,9 +445,54 @@ impl Gpu {
             }
             changed |= self.depart(now);
             changed |= self.take_turns(now);
+            self.show_need();
+            self.tally.owes(-i64::from(self.snapshot.free));
             if !changed {
-                return;
+                return any;
             }
+            any = true;
+        }
+    }
+
+    /// What a client does that runs together with others, before it does what its phase says ([`nvshare::gang_order`]); as the
+    /// engine of a GPU does. True if it did something.
+    fn walk_together(&mut self, slot: SlotIndex, now: Nanos) -> bool {
+        let Some(seat) = self.client(slot).seat.clone() else { return false };
+        let task = &self.client(slot).task;
+        let (has_work, is_over) = (task.has_work(), task.is_over());
+        match self.snapshot.view(slot).phase {
+            Phase::Running if seat.must_give_up() || seat.is_called_to_drain() => {
+                self.drain(slot, now);
+                true
+            }
+            Phase::Running if seat.begins() => {
+                self.view_mut(slot).slice_start = now;
+                let client = self.client_mut(slot);
+                client.wait_since = None;
+                client.running_since = now;
+                client.task.tally.waits.push(seat.waited(now));
+                client.task.tally.slices += 1;
+                client.show(Phase::Running, false, now);
+                if self.snapshot.awaited() {
+                    self.decide();
+                }
+                true
+            }
+            // It has no work, and one of its GPUs is needed: it gives all of them up.
+            Phase::Running if !has_work && !is_over && seat.works() => {
+                let gives_way = self.keeps_until(slot) <= now && seat.anybody_is_needed();
+                if gives_way {
+                    self.drain(slot, now);
+                }
+                gives_way
+            }
+            Phase::Waiting if !self.snapshot.admitted.contains(slot) && seat.must_give_up() => {
+                self.view_mut(slot).consecutive_slices = 0;
+                self.enter(slot, Phase::Idle, now);
+                self.decide();
+                true
+            }
+            _ => false,
         }
     }
 
@@ -382,7 +511,6 @@ impl Gpu {
             client.show(phase, awaited, now);
         }
         let admitted = self.snapshot.admitted.contains(slot);
-        let client = self.client(slot);
         let busy = match phase {
             Phase::Idle | Phase::Waiting => self.moves(slot),
             Phase::Filling => self.brings_in(slot),
@@ -391,6 +519,10 @@ impl Gpu {
         if busy {
             return false;
         }
+        if self.walk_together(slot, now) {
+            return true;
+        }
+        let client = self.client(slot);
         match step(phase, Facts { admitted, in_flight: client.undrained }) {
             Action::StartFilling => {
                 self.enter(slot, Phase::Filling, now);
@@ -423,7 +555,7 @@ impl Gpu {
                     self.client_mut(slot).drained_at = Some(now + self.machine.drain);
                     true
                 }
-                Some(drained) if drained <= now => {
+                Some(drained) if drained <= now && client.seat.as_ref().is_none_or(Seat::has_drained) => {
                     self.drained(slot, now);
                     true
                 }
@@ -439,7 +571,11 @@ impl Gpu {
                 self.leave(slot, now, gone);
                 true
             }
-            Action::Serve if phase == Phase::Idle && client.task.has_work() => {
+            Action::Serve
+                if phase == Phase::Idle
+                    && client.task.has_work()
+                    && client.seat.as_ref().is_none_or(Seat::may_ask) =>
+            {
                 self.queue(slot, true, now);
                 true
             }
@@ -469,8 +605,10 @@ impl Gpu {
         }
         self.view_mut(slot).deadline = entry.deadline;
         self.client_mut(slot).wait_since = Some(now);
+        self.client(slot).seat.iter().for_each(|seat| seat.waits(now));
         self.enter(slot, Phase::Waiting, now);
         self.decide();
+        self.show_state(slot);
     }
 
     fn takes_ticket(&mut self, slot: SlotIndex) {
@@ -532,10 +670,17 @@ impl Gpu {
         if !std::mem::replace(&mut client.undrained, true) {
             client.running_since = now;
         }
-        if let Some(since) = client.wait_since.take() {
+        if client.seat.is_some() {
+            if client.wait_since.take().is_some() {
+                client.turn.get_or_insert((now, client.task.tally.gpu));
+                self.view_mut(slot).slice_start = NOT_BEGUN;
+            }
+        } else if let Some(since) = client.wait_since.take() {
             client.task.tally.waits.push(now - since);
             client.task.tally.slices += 1;
             client.turn.get_or_insert((now, client.task.tally.gpu));
+            let gpu_time = self.turns.gpu_time(slot);
+            self.client_mut(slot).gpu_time = gpu_time;
             self.view_mut(slot).slice_start = now;
         }
         self.enter(slot, Phase::Running, now);
@@ -551,6 +696,9 @@ impl Gpu {
             self.give_way(slot, now);
             self.leave(slot, now, gone);
             return true;
+        }
+        if client.seat.is_some() {
+            return self.end_of_slice(slot, now);
         }
         let returns_at = client.returns_at();
         let ahead = || returns_at > now && policy::gives_way_ahead(&self.snapshot, slot, returns_at);
@@ -578,13 +726,21 @@ impl Gpu {
 
     /// Running -> Draining.
     fn drain(&mut self, slot: SlotIndex, now: Nanos) {
-        let end = policy::end_slice(&self.snapshot, slot);
+        let client = self.client_mut(slot);
+        let unused = std::mem::take(&mut client.unused) + client.pauses_beside_nobody(now);
+        let client = self.client(slot);
+        // Those that run together with others take no compute turns.
+        let measured = if client.seat.is_none() { self.turns.measured(slot, client.gpu_time) } else { None };
+        let spent = Spent { measured, unused };
+        let end = policy::end_slice(&self.snapshot, slot, spent);
         let running = self.snapshot.view(slot).phase == Phase::Running;
         let view = self.view_mut(slot);
         (view.virtual_time, view.turn_used, view.last_ran) = (end.virtual_time, end.turn_used, now);
-        let in_flight = self.in_flight(slot);
+        let (in_flight, admitted) = (self.in_flight(slot), self.snapshot.admitted.contains(slot));
         let client = self.client_mut(slot);
-        client.turn_over = end.used_up;
+        // Who gives way with others though nobody recalled it leaves the rest of its turn.
+        client.turn_over = end.used_up || client.seat.is_some() && admitted;
+        client.seat.iter().for_each(Seat::drains);
         if running {
             client.submitted = in_flight;
         }
@@ -601,9 +757,11 @@ impl Gpu {
         client.undrained = false;
         client.task.tally.ran += now - client.running_since;
         // In a pause that it would have kept the GPU for, it wants its next turn.
-        let pauses = (keeps > now && !client.task.is_over()).then_some(keeps);
+        let pauses = (keeps > now && !client.task.is_over() && client.seat.is_none()).then_some(keeps);
         client.withdraws = pauses;
-        let more = client.task.has_work() || pauses.is_some();
+        // It waits for another GPU first, and asks for this one later.
+        let gives_up = client.seat.as_ref().is_some_and(Seat::must_give_up);
+        let more = (client.task.has_work() || pauses.is_some()) && !gives_up;
         let turn_over = client.turn_over;
         let view = self.view_mut(slot);
         view.consecutive_slices = policy::turns_in_a_row(view.consecutive_slices, more, turn_over);
@@ -615,7 +773,12 @@ impl Gpu {
         } else {
             self.client_mut(slot).turn = None;
             self.tally.turns.interrupt();
-            self.becomes_idle(slot, now);
+            if self.client(slot).task.has_work() {
+                self.enter(slot, Phase::Idle, now);
+                self.decide();
+            } else {
+                self.becomes_idle(slot, now);
+            }
         }
     }
 
@@ -661,6 +824,7 @@ impl Gpu {
         self.snapshot.occupied = self.snapshot.occupied.without(slot);
         self.turns.leave(slot);
         if let Some(mut client) = self.clients[slot.get()].take() {
+            client.seat.iter().for_each(Seat::leave);
             client.task.tally.becomes(State::Idle, now);
             client.task.tally.finished = Some(now);
             gone.push(client.task.tally);
@@ -755,10 +919,12 @@ impl Gpu {
         let of_client = |slot: SlotIndex| {
             let client = self.client(slot);
             let takes = |work: Nanos| {
-                let (worth, of) = self.worth(slot);
-                self.snapshot.now.saturating_add((u128::from(work) * k * of).div_ceil(worth) as Nanos)
+                let (worth, of) = self.speed(slot, k);
+                self.snapshot.now.saturating_add((u128::from(work) * of).div_ceil(worth) as Nanos)
             };
-            let has = self.turns.has(slot);
+            // Whoever waits for others to compute with is told when they do.
+            let has =
+                client.seat.as_ref().map_or_else(|| self.turns.has(slot), |seat| seat.speed().is_some());
             // A turn ends with the kernel that is under way then.
             let turn_ends =
                 self.turns.end().filter(|(holder, _)| *holder == slot).map(|(_, end)| {
@@ -835,9 +1001,17 @@ impl Client {
         self.idle_from.and_then(at).unwrap_or(0)
     }
 
+    /// For how long it has paused, if the pause was seen to begin while nobody needed the GPU.
+    fn pauses_beside_nobody(&self, now: Nanos) -> Nanos {
+        self.idle_from.filter(|_| self.paused.is_none()).map_or(0, |since| now - since)
+    }
+
     /// Counts a pause that has ended. One is seen to begin only while somebody waits.
     fn watch_pause(&mut self, phase: Phase, (awaited, watched): (bool, bool), long: Nanos, now: Nanos) {
         if self.task.has_work() {
+            if phase == Phase::Running {
+                self.unused += self.pauses_beside_nobody(now);
+            }
             if let Some(since) = self.paused.take() {
                 self.pauses.observe(now - since);
             }

@@ -15,9 +15,12 @@ pub struct Job {
     /// Which of the class's clients it is, from 1.
     pub number: u64,
     pub arrives: Nanos,
-    /// The one GPU that it is on, if it is not placed.
-    pub gpu: Option<usize>,
+    /// The GPUs that it is on, if it is not placed.
+    pub on: Option<Vec<usize>>,
+    /// On how many GPUs it is.
     pub vgpus: usize,
+    /// It is there as one: it runs on all of its GPUs at once.
+    pub together: bool,
     /// What it needs when it comes.
     pub memory: Granules,
     /// What its memory grows to, and in which GPU time, ns.

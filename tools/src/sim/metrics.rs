@@ -1,6 +1,6 @@
 //! What is counted while the simulation runs.
 
-use super::fairness::{TimeWindows, TurnWindows};
+use super::fairness::{PROGRESS_WINDOW, TimeWindows, TurnWindows};
 pub use crate::picture::{Segment, State};
 use nvshare::units::{Nanos, SECOND};
 use nvshare::usage;
@@ -149,7 +149,7 @@ impl TimeUse {
 }
 
 /// What one GPU came to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct GpuMetrics {
     /// What its time was spent on.
     pub time: TimeUse,
@@ -159,8 +159,26 @@ pub struct GpuMetrics {
     pub turns: TurnWindows,
     /// How fairly the GPU was shared in windows of time.
     pub windows: TimeWindows,
+    /// Who got on in shorter windows.
+    pub progress: TimeWindows,
     /// The most clients at once.
     pub most_clients: usize,
+    /// Granules in use beyond the pool, at most: a context is there at once, whether there is room for it or not.
+    pub most_debt: u64,
+}
+
+impl Default for GpuMetrics {
+    fn default() -> Self {
+        Self {
+            time: TimeUse::default(),
+            usage: (0, 0),
+            turns: TurnWindows::default(),
+            windows: TimeWindows::default(),
+            progress: TimeWindows::of(PROGRESS_WINDOW),
+            most_clients: 0,
+            most_debt: 0,
+        }
+    }
 }
 
 impl GpuMetrics {
@@ -168,7 +186,9 @@ impl GpuMetrics {
     /// GPU time per weight in each ns.
     pub fn spend(&mut self, on: Use, time: Range<Nanos>, contenders: u64, rates: &[(usize, f64)]) {
         self.time.spend(on, time.end - time.start);
-        self.windows.spend(time.start - START..time.end - START, contenders, rates);
+        let time = time.start - START..time.end - START;
+        self.progress.spend(time.clone(), contenders, rates);
+        self.windows.spend(time, contenders, rates);
     }
 
     /// The simulation ends.
@@ -188,10 +208,16 @@ impl GpuMetrics {
         self.turns.interrupt();
     }
 
+    /// So many granules are in use beyond the pool; less than nothing if some are free.
+    pub fn owes(&mut self, granules: i64) {
+        self.most_debt = self.most_debt.max(granules.max(0) as u64);
+    }
+
     /// The client in this seat has left.
     pub fn left(&mut self, seat: usize) {
         self.turns.interrupt();
         self.windows.vacate(seat);
+        self.progress.vacate(seat);
     }
 
     /// GPU time used lately, ns, as [`nvshare::usage`] has it.

@@ -1,13 +1,15 @@
 //! `nvshare sim`: what a scenario would come to, by the very policy that decides on a real GPU.
 //!
 //! A discrete-event simulation: every GPU knows when something is next due on it, and the clock jumps from one such
-//! moment to the next. GPUs know nothing of one another once clients are placed.
+//! moment to the next. GPUs know nothing of one another once clients are placed, but for those of a node where clients of
+//! several GPUs run together.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | [`scenario`], `quantity` | the file |
 //! | `random`, `job`, `task` | what clients do, and when they come |
 //! | `gpu`, `observed` | a GPU under nvshare: the phases, the link; the snapshot, and what the policy says of it |
+//! | `gang` | clients of several GPUs that run together |
 //! | `turns` | who computes, among those whose memory is in place |
 //! | `paging` | a GPU under the C nvshare: turns, and pages that the driver moves |
 //! | [`world`] | all of them, and where clients are placed |
@@ -15,6 +17,7 @@
 //! | [`report`], [`table`] | how it is told; the picture is [`crate::picture`]'s |
 
 mod fairness;
+mod gang;
 mod gpu;
 mod job;
 mod metrics;

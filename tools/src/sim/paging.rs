@@ -203,8 +203,8 @@ impl Gpu {
     }
 
     /// Does all that is due by `now`.
-    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) {
-        self.reckon(now);
+    /// Up to `now`, up to which all has been reckoned. False: nobody else must look.
+    pub fn advance(&mut self, now: Nanos, gone: &mut Vec<ClientMetrics>) -> bool {
         loop {
             for client in &mut self.clients {
                 client.task.collect(now);
@@ -213,13 +213,13 @@ impl Gpu {
             changed |= self.release(now, gone) | self.grant(now);
             self.leave(now, gone);
             if !changed {
-                return;
+                return false;
             }
         }
     }
 
     /// Says what the time up to `now` went to. An iteration's faults are spread over all of it.
-    fn reckon(&mut self, now: Nanos) {
+    pub fn reckon(&mut self, now: Nanos) {
         let time = std::mem::replace(&mut self.now, now)..now;
         if time.is_empty() {
             return;

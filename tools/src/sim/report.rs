@@ -1,6 +1,6 @@
 //! What a simulation came to, as figures: the same for the table, for JSON and for tests.
 
-use super::fairness::{Indices, WINDOW};
+use super::fairness::{Indices, PROGRESS_WINDOW, WINDOW};
 use super::metrics::{ClientMetrics, GpuMetrics, TimeUse};
 use super::scenario::{Mode, Scenario};
 use super::world::Outcome;
@@ -37,6 +37,10 @@ pub struct Report {
     pub events: u64,
     /// How fairly GPUs were shared.
     pub fairness: Fairness,
+    /// Whether clients run on several GPUs at once.
+    pub gangs: bool,
+    /// Whether everybody got on all the time.
+    pub progress: Progress,
     /// Each class.
     pub classes: Vec<Row>,
     /// Each one by itself; left out when there are more than [`MOST_CLIENTS`].
@@ -47,6 +51,35 @@ pub struct Report {
 
 /// More clients than that are told of by class alone.
 pub const MOST_CLIENTS: usize = 1_000;
+
+/// Who got on in windows of time, which follow one another: each client counts in each window in which it wanted its GPU throughout,
+/// on each of its GPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Progress {
+    /// How long a window is, s.
+    pub window_seconds: f64,
+    /// Windows of all clients.
+    pub windows: u64,
+    /// Those in which the client had no GPU time.
+    pub without: u64,
+    /// Times that somebody gave way, in a window on average.
+    pub switches: f64,
+}
+
+impl Progress {
+    fn of(outcome: &Outcome) -> Self {
+        let mut all = super::fairness::Progress::default();
+        outcome.gpus.iter().for_each(|gpu| all.and(gpu.progress.progress));
+        let switches: u64 = outcome.clients.iter().map(|tally| tally.yields).sum();
+        let windows = outcome.time as f64 / PROGRESS_WINDOW as f64;
+        Self {
+            window_seconds: seconds(PROGRESS_WINDOW),
+            windows: all.windows,
+            without: all.without,
+            switches: if windows > 0.0 { switches as f64 / windows } else { 0.0 },
+        }
+    }
+}
 
 /// How fairly a GPU was shared, or all of them: Jain's index over GPU time per weight, from 1/n to 1. `null` where there is
 /// no window.
@@ -184,7 +217,7 @@ impl Report {
         };
         let single = |tally: &ClientMetrics| {
             let class = &scenario.clients[tally.class];
-            let part = if class.vgpus > 1 { format!(".{}", tally.part + 1) } else { String::new() };
+            let part = if class.seats() > 1 { format!(".{}", tally.part + 1) } else { String::new() };
             let name = if class.count > 1 {
                 format!("{} {}{part}", class.name, tally.number)
             } else {
@@ -212,6 +245,8 @@ impl Report {
             unplaced: outcome.unplaced,
             events: outcome.events,
             fairness: Fairness::of(outcome.gpus.iter(), time),
+            gangs: scenario.clients.iter().any(super::scenario::Class::runs_together),
+            progress: Progress::of(outcome),
             classes: scenario.clients.iter().enumerate().map(|(index, it)| class(index, &it.name)).collect(),
             clients: if all.len() > MOST_CLIENTS {
                 Vec::new()

@@ -249,9 +249,17 @@ pub struct Class {
     /// The most of each GPU's time that each may have.
     #[serde(default)]
     pub compute_limit: ComputeLimitSetting,
-    /// On how many GPUs of one node each is.
+    /// On how many GPUs of one node each is, as clients that know nothing of one another.
     #[serde(default = "one_machine")]
     pub vgpus: usize,
+    /// How many GPUs of one node each process needs at once.
+    #[serde(default = "one_machine")]
+    pub gpus: usize,
+    /// Of how many processes each gang is, which run together on different GPUs of one node.
+    #[serde(default = "one_machine")]
+    pub ranks: usize,
+    /// The GPUs that each is on, with several; else they are placed.
+    pub on: Option<Vec<usize>>,
     /// When they come.
     #[serde(default)]
     pub arrival: Arrival,
@@ -405,6 +413,18 @@ fn idle_release() -> Time {
     Time(5 * nvshare::units::SECOND)
 }
 
+impl Class {
+    /// On how many GPUs each of them is.
+    pub fn seats(&self) -> usize {
+        self.vgpus * self.gpus * self.ranks
+    }
+
+    /// Whether each of them runs on several GPUs at once.
+    pub fn runs_together(&self) -> bool {
+        self.gpus * self.ranks > 1
+    }
+}
+
 impl Scenario {
     /// Reads and checks a file.
     ///
@@ -481,6 +501,7 @@ impl Scenario {
             &format!("1 to {} (gpus.per_node)", self.gpus.per_node),
         )?;
         holds(class.gpu.is_none() || class.vgpus == 1, "vgpus", "1 with a fixed gpu")?;
+        self.check_gang(class)?;
         holds((1..=MAX_WEIGHT).contains(&class.weight), "weight", &format!("1 to {MAX_WEIGHT}"))?;
         let limited = class.compute_limit.0.millionths().is_some();
         let expected = "none, because policy.mode is \"demand-paging\",";
@@ -550,6 +571,35 @@ impl Scenario {
                 self.check_end(requests.is_some() || lifetime.is_some(), "requests")
             }
         }
+    }
+
+    /// A process with several GPUs, or a gang.
+    fn check_gang(&self, class: &Class) -> Result<(), String> {
+        let holds = |right: bool, field: &str, expected: &str| {
+            if right { Ok(()) } else { Err(format!("{field}: {expected} expected")) }
+        };
+        let most = self.gpus.per_node;
+        holds((1..=most).contains(&class.gpus), "gpus", &format!("1 to {most} (gpus.per_node)"))?;
+        let ranks = format!("1 to {} (as many as gpus.per_node has room for)", most / class.gpus);
+        holds((1..=most / class.gpus).contains(&class.ranks), "ranks", &ranks)?;
+        let seats = class.gpus * class.ranks;
+        if let Some(on) = &class.on {
+            holds(seats > 1, "on", "none without gpus or ranks (one GPU is `gpu`),")?;
+            let node = |gpu: &usize| gpu / most;
+            let different = on.iter().collect::<std::collections::BTreeSet<_>>().len() == on.len();
+            let there = on.iter().all(|gpu| *gpu < self.gpu_count())
+                && on.iter().all(|gpu| node(gpu) == node(&on[0]));
+            let expected = format!("{seats} different GPUs of one node, 0 to {},", self.gpu_count() - 1);
+            holds(on.len() == seats && different && there, "on", &expected)?;
+        }
+        if seats == 1 {
+            return Ok(());
+        }
+        holds(class.vgpus == 1, "vgpus", "1 with gpus or ranks")?;
+        holds(class.gpu.is_none(), "gpu", "none with gpus or ranks (but `on`)")?;
+        holds(class.grows.is_none(), "grows", "none with gpus or ranks")?;
+        let expected = "1, because policy.mode is \"demand-paging\",";
+        holds(self.policy.mode == Mode::Nvshare, "gpus", expected)
     }
 
     fn check_end(&self, ends: bool, field: &str) -> Result<(), String> {

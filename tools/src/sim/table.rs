@@ -40,13 +40,14 @@ pub fn of(report: &Report, width: usize) -> String {
     let cells: Vec<Vec<String>> = rows.iter().map(cells).collect();
     let table = layout::table(&columns, &cells, presets::NOTHING, width);
     let fairness = fairness(&report.fairness).unwrap_or("nobody contended throughout a window".into());
+    let progress = progress(report);
     let unplaced = match report.unplaced {
         0 => String::new(),
         many => format!(" {many} clients found no place."),
     };
     let head = format!("{} ({}, seed {})", report.scenario, report.mode, report.seed);
     let body = format!(
-        "{} simulated; {} of GPU time handed out; GPUs {}; {} switches, {} in, {} out; {fairness}.{unplaced}",
+        "{} simulated; {} of GPU time handed out; GPUs {}; {} switches, {} in, {} out; {fairness}.{progress}{unplaced}",
         time(report.seconds),
         time(report.gpu_seconds),
         shares(&report.time),
@@ -90,6 +91,21 @@ fn finish(row: &Row) -> String {
         _ if row.clients == 1 => "unfinished".into(),
         _ => format!("{} of {}", row.finished, row.clients),
     }
+}
+
+/// Whether those who wanted a GPU got on, where some of them need several at once.
+fn progress(report: &Report) -> String {
+    let progress = &report.progress;
+    if !report.gangs || progress.windows == 0 {
+        return String::new();
+    }
+    format!(
+        " In {} of {} windows of {} a client that wanted its GPU throughout had none of it; {} switches in each.",
+        progress.without,
+        progress.windows,
+        time(progress.window_seconds),
+        significant(progress.switches)
+    )
 }
 
 /// What GPUs spent their time on.

@@ -26,6 +26,17 @@ pub struct Turns {
     competition: Competition,
     /// Whether the clients differ in their shares.
     taken: bool,
+    /// How often turns have begun or ceased to be taken.
+    changes: u64,
+    /// GPU time of each client in turns, ns.
+    had: [Nanos; SLOTS],
+}
+
+/// GPU time that a client had had in turns at a moment, and how often turns had begun or ceased to be taken by then.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GpuTime {
+    had: Nanos,
+    changes: u64,
 }
 
 impl Turns {
@@ -39,7 +50,7 @@ impl Turns {
             overdue: SlotSet::EMPTY,
             clients: [Contender::default(); SLOTS],
         };
-        Self { competition, taken: false }
+        Self { competition, taken: false, changes: 0, had: [0; SLOTS] }
     }
 
     /// A client comes.
@@ -61,7 +72,8 @@ impl Turns {
             let client = self.competition.client(slot);
             (client.weight, client.priority, client.limit)
         };
-        self.taken = shares_differ(self.competition.occupied.iter().map(shares));
+        let taken = shares_differ(self.competition.occupied.iter().map(shares));
+        self.changes += u64::from(std::mem::replace(&mut self.taken, taken) != taken);
     }
 
     /// Whether the client may compute.
@@ -74,7 +86,18 @@ impl Turns {
         if self.taken {
             let client = &mut self.competition.clients[slot.get()];
             *client = client.charged(time, now);
+            self.had[slot.get()] += time;
         }
+    }
+
+    /// What a client has had by now.
+    pub fn gpu_time(&self, slot: SlotIndex) -> GpuTime {
+        GpuTime { had: self.had[slot.get()], changes: self.changes }
+    }
+
+    /// What a client has had since then, ns, if turns have been taken all the time.
+    pub fn measured(&self, slot: SlotIndex, since: GpuTime) -> Option<Nanos> {
+        (self.taken && since.changes == self.changes).then(|| self.had[slot.get()] - since.had)
     }
 
     /// Ends a turn that is over at `now` and begins the next one. True if another client has it.

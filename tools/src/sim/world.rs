@@ -1,5 +1,6 @@
 //! All GPUs, the clock, and where clients are placed.
 
+use super::gang::Seat;
 use super::job::{Job, Requests};
 use super::metrics::{ClientMetrics, GpuMetrics, START};
 use super::random::Chance;
@@ -9,6 +10,7 @@ use nvshare::placement::{self, Load};
 use nvshare::units::{Nanos, granules_for};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What a simulation came to.
@@ -47,7 +49,9 @@ struct World {
     loads: Vec<Load>,
     per_node: usize,
     places: usize,
-    /// When something is due on which GPU. What is not as in `next` is outdated.
+    /// How many GPUs, which follow one another, know of each other: those of a node, if clients run on several of them at once.
+    island: usize,
+    /// When something is due on which island. What is not as in `next` is outdated.
     due: BinaryHeap<Reverse<(Nanos, usize)>>,
     next: Vec<Option<Nanos>>,
     waiting: VecDeque<Job>,
@@ -57,6 +61,9 @@ struct World {
 
 /// More can't happen at one moment, on any number of GPUs.
 const MOST_AT_ONCE: u64 = 10_000_000;
+
+/// GPUs of an island look more often than that at what happens on the others at no moment.
+const MOST_ROUNDS: u64 = 100_000;
 
 /// Runs a scenario to its end; `record` what everybody does when.
 pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
@@ -77,9 +84,9 @@ pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
         now = time;
         events += 1;
         if due == Some(time) {
-            let Some(Reverse((_, gpu))) = world.due.pop() else { break };
-            if world.next[gpu] == Some(time) {
-                world.advance(gpu, now);
+            let Some(Reverse((_, island))) = world.due.pop() else { break };
+            if world.next[island] == Some(time) {
+                world.advance(island, now);
             }
         } else if let Some(job) = arrivals.next() {
             world.waiting.push_back(job);
@@ -115,30 +122,62 @@ impl World {
                 (0..count).map(|_| Gpu::Nvshare(Box::new(gpu::Gpu::new(&machine)))).collect()
             }
         };
+        let together = scenario.clients.iter().any(Class::runs_together);
+        let island = if together { scenario.gpus.per_node } else { 1 };
         Self {
             loads: gpus.iter().map(|gpu| either!(gpu, gpu => gpu.load())).collect(),
             gpus,
             per_node: scenario.gpus.per_node,
             places: scenario.gpus.vgpus,
+            island,
             due: BinaryHeap::new(),
-            next: vec![None; count],
+            next: vec![None; count / island],
             waiting: VecDeque::new(),
             gone: Vec::new(),
             record,
         }
     }
 
-    fn advance(&mut self, index: usize, now: Nanos) {
-        let before = self.gone.len();
+    /// The GPUs of an island.
+    fn gpus_of(&self, island: usize) -> Range<usize> {
+        island * self.island..(island + 1) * self.island
+    }
+
+    /// Does all that is due on the GPUs of an island.
+    fn advance(&mut self, island: usize, now: Nanos) {
+        let (before, range) = (self.gone.len(), self.gpus_of(island));
         let gone = &mut self.gone;
-        let (next, load) = either!(&mut self.gpus[index], gpu => {
-            gpu.advance(now, gone);
-            (gpu.next(), gpu.load())
-        });
-        self.loads[index] = load;
-        self.next[index] = next;
+        let gpus = &mut self.gpus[range.clone()];
+        gpus.iter_mut().for_each(|gpu| either!(gpu, gpu => gpu.reckon(now)));
+        // What happens on one may be what another one waits for.
+        let mut rounds = 0u64;
+        while gpus
+            .iter_mut()
+            .fold(false, |changed, gpu| either!(gpu, gpu => gpu.advance(now, gone)) || changed)
+            && gpus.len() > 1
+        {
+            rounds += 1;
+            assert!(rounds < MOST_ROUNDS, "the simulator's clock stands still at {} ns", now - START);
+        }
+        if let [_, _, ..] = gpus {
+            for gpu in &*gpus {
+                if let Gpu::Nvshare(gpu) = gpu {
+                    gpu.show_work();
+                }
+            }
+            for gpu in &*gpus {
+                if let Gpu::Nvshare(gpu) = gpu {
+                    gpu.show_speed();
+                }
+            }
+        }
+        let next = gpus.iter().filter_map(|gpu| either!(gpu, gpu => gpu.next())).min();
+        for index in range {
+            self.loads[index] = either!(&self.gpus[index], gpu => gpu.load());
+        }
+        self.next[island] = next;
         if let Some(time) = next {
-            self.due.push(Reverse((time, index)));
+            self.due.push(Reverse((time, island)));
         }
         if self.gone.len() > before {
             self.place(now);
@@ -150,10 +189,19 @@ impl World {
         while let Some(job) = self.waiting.front() {
             let Some(chosen) = self.choose(job) else { return };
             let Some(job) = self.waiting.pop_front() else { return };
-            for (part, index) in chosen.into_iter().enumerate() {
+            let seats = if job.together { Seat::all_on(&chosen) } else { Vec::new() };
+            for (part, index) in chosen.iter().copied().enumerate() {
                 let tally = ClientMetrics::new(&job, part, index, now, self.record);
-                either!(&mut self.gpus[index], gpu => gpu.arrive(job.clone(), tally, now));
-                self.advance(index, now);
+                match &mut self.gpus[index] {
+                    Gpu::Nvshare(gpu) => gpu.arrive(job.clone(), tally, seats.get(part).cloned(), now),
+                    Gpu::Paging(gpu) => gpu.arrive(job.clone(), tally, now),
+                }
+                if !job.together {
+                    self.advance(index / self.island, now);
+                }
+            }
+            if job.together {
+                self.advance(chosen[0] / self.island, now);
             }
         }
     }
@@ -161,8 +209,8 @@ impl World {
     /// The GPUs that a job gets: its own, or the best one and as many more of the same node as it asks for.
     fn choose(&self, job: &Job) -> Option<Vec<usize>> {
         let free = |gpu: usize| self.loads[gpu].clients < self.places;
-        if let Some(gpu) = job.gpu {
-            return free(gpu).then(|| vec![gpu]);
+        if let Some(gpus) = &job.on {
+            return gpus.iter().all(|gpu| free(*gpu)).then(|| gpus.clone());
         }
         let load = |gpu: usize| (gpu, self.loads[gpu]);
         let node =
@@ -209,8 +257,9 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
                 class: index,
                 number,
                 arrives,
-                gpu: class.gpu,
-                vgpus: class.vgpus,
+                on: class.on.clone().or(class.gpu.map(|gpu| vec![gpu])),
+                vgpus: class.seats(),
+                together: class.runs_together(),
                 memory: granules_for(memory.0),
                 grows: class.grows.map(|grows| (granules_for(grows.to.0), grows.over.0)),
                 weight: class.weight,

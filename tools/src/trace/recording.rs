@@ -2,27 +2,19 @@
 
 use super::Lived;
 use crate::Failure;
-use crate::status::Pages;
 use nvshare::map::MappedPage;
 use nvshare::slot::{SLOTS, SlotIndex};
-use nvshare::timeline::{Span, Track};
+use nvshare::timeline::Span;
 use nvshare::units::Nanos;
+use nvshare_stats::Pages;
+use nvshare_stats::history::Journals;
 use std::collections::BTreeMap;
 use std::path::Path;
-
-/// One slot, as far as it was read.
-#[derive(Default)]
-struct Reader {
-    track: Track,
-    /// The number of the next event.
-    next: u64,
-    lost: u64,
-}
 
 /// What was read of a node.
 pub struct Recording {
     pages: Vec<MappedPage>,
-    readers: Vec<Vec<Reader>>,
+    journals: Vec<Journals>,
     /// By GPU and slot, in the order in which they ended.
     spans: Vec<(usize, usize, Span)>,
 }
@@ -37,25 +29,14 @@ impl Recording {
         if pages.is_empty() {
             return Err(Failure::usage(unreadable.join("\n         ")));
         }
-        let readers = pages.iter().map(|_| (0..SLOTS).map(|_| Reader::default()).collect()).collect();
-        Ok(Self { pages, readers, spans: Vec::new() })
+        let journals = pages.iter().map(|_| Journals::default()).collect();
+        Ok(Self { pages, journals, spans: Vec::new() })
     }
 
     /// Reads what has come since the last time.
     pub fn read(&mut self) {
-        for (gpu, (page, readers)) in self.pages.iter().zip(&mut self.readers).enumerate() {
-            for (slot, reader) in readers.iter_mut().enumerate() {
-                let reading = page.journals[slot].read(reader.next);
-                if reading.lost > 0 && reader.next > 0 {
-                    // What went on before the gap ended somewhere in it.
-                    reader.track.forget();
-                    reader.lost += reading.lost;
-                }
-                reader.next = reading.next;
-                for at in reading.events {
-                    self.spans.extend(reader.track.feed(at).map(|span| (gpu, slot, span)));
-                }
-            }
+        for (gpu, (page, journals)) in self.pages.iter().zip(&mut self.journals).enumerate() {
+            self.spans.extend(journals.read(page).into_iter().map(|(slot, span)| (gpu, slot, span)));
         }
     }
 
@@ -66,7 +47,7 @@ impl Recording {
 
     /// Events that were overwritten before they were read, after the first reading.
     pub fn lost(&self) -> u64 {
-        self.readers.iter().flatten().map(|reader| reader.lost).sum()
+        self.journals.iter().map(Journals::lost).sum()
     }
 
     /// All spans that lie in the time from `since` to `now`, ns, those that go on among them; cut off where they begin before.
@@ -74,11 +55,11 @@ impl Recording {
         let mut spans = self.spans;
         // Of those that have a slot: the name, and the pid that their spans have.
         let mut present: BTreeMap<(usize, usize), (u32, String)> = BTreeMap::new();
-        for (gpu, (page, readers)) in self.pages.iter().zip(&self.readers).enumerate() {
-            for (slot, reader) in readers.iter().enumerate() {
+        for (gpu, (page, journals)) in self.pages.iter().zip(&self.journals).enumerate() {
+            for slot in 0..SLOTS {
                 if let Some(client) = SlotIndex::new(slot).and_then(|slot| page.details(slot)) {
-                    present.insert((gpu, slot), (reader.track.pid(), client.name));
-                    spans.extend(reader.track.unfinished(now).map(|span| (gpu, slot, span)));
+                    present.insert((gpu, slot), (journals.pid(slot), client.name));
+                    spans.extend(journals.unfinished(slot, now).map(|span| (gpu, slot, span)));
                 }
             }
         }

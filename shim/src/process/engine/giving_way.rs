@@ -162,6 +162,7 @@ impl GivingWay {
 impl Engine {
     /// Begins a drain. If the client has `more` work, it asks for the GPU again right after it.
     pub(super) fn give_way(&mut self, more: bool) {
+        self.client.paused_beside_nobody(self.idle.take_unused());
         let ran = self.client.drain();
         self.begin_giving_way(more, ran, false);
         if let Look::Drained = self.look_drained() {

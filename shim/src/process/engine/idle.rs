@@ -67,6 +67,8 @@ pub(super) struct Idle {
     /// Its pauses of more than `long` ns, which is the time of the longest switch.
     rhythm: Rhythm,
     long: Nanos,
+    /// How long the pauses of the present slice were together that were seen to begin while nobody needed the GPU, ns.
+    unused: Nanos,
 }
 
 impl Idle {
@@ -82,6 +84,12 @@ impl Idle {
         (self.mark, self.paused) = (None, None);
     }
 
+    /// How long it has paused in the slice that ends now while nobody needed the GPU, ns. A pause that somebody came in is over
+    /// with the slice, and the time for which the GPU was kept then counts with it: one switch at most.
+    pub fn take_unused(&mut self) -> Nanos {
+        std::mem::take(&mut self.unused)
+    }
+
     /// Threads are back at the gate: the pause, if there was one, is over.
     pub fn returns(&mut self) {
         if let Some(pause) = self.paused.take() {
@@ -91,6 +99,8 @@ impl Idle {
             let lasted = end.saturating_sub(pause.since);
             if pause.counts {
                 self.pauses.observe(lasted);
+            } else if pause.seen {
+                self.unused += lasted;
             }
             if pause.seen && lasted > self.long {
                 self.rhythm.observe(lasted);
@@ -197,7 +207,12 @@ impl Engine {
             return Use::Look(again);
         }
         tracing::debug!(gpu = %self.device.gpu, "idle for {}: giving way", format_nanos(time - since));
-        self.idle.paused.iter_mut().for_each(|pause| pause.counts = true);
+        if let Some(pause) = &mut self.idle.paused {
+            if pause.seen && !pause.counts {
+                self.idle.unused += time - since;
+            }
+            pause.counts = true;
+        }
         self.client.idle(since, self.idle.pauses.expected(time - since), returns_at);
         Use::Idle
     }

@@ -1,0 +1,98 @@
+//! A client in one thread, on plain memory. Start several of them, with more memory together than the pool has.
+//!
+//! ```sh
+//! nvshare-arbiter --capacity 48MiB &
+//! embed-plain-memory --mib 32 --seed 1 & embed-plain-memory --mib 32 --seed 2
+//! ```
+//!
+//! The thread that works is the one that looks at the page. So it calls `should_yield` between two pieces of its work, and `serve`
+//! when it has none: others may need the memory that it has on the GPU. A program that cannot do that uses a session, as `embed-vmm`
+//! does.
+
+use clap::Parser;
+use nvshare::Granules;
+use nvshare::client::Client;
+use nvshare::map::MappedPage;
+use nvshare::sync::now;
+use nvshare::units::{MILLISECOND, granules_for};
+use nvshare_embedding_examples::data::Steps;
+use nvshare_embedding_examples::plain::PlainMemory;
+use nvshare_embedding_examples::{Where, input_has_ended};
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+/// Takes turns with other clients, on plain memory, until its standard input ends
+#[derive(Parser)]
+#[command(max_term_width = 80)]
+struct Options {
+    #[command(flatten)]
+    place: Where,
+    /// How much memory it has, MiB
+    #[arg(long, default_value_t = 32)]
+    mib: u64,
+    /// What its data begins with
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// After so many steps it has nothing to do for a moment
+    #[arg(long, default_value_t = 50)]
+    burst: u64,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("embed-plain-memory: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<(), Box<dyn Error>> {
+    let mut client = options.place.register("plain-memory", None)?;
+    let mut memory = PlainMemory::new(client.books(), options.seed);
+    let granules: Granules = granules_for(options.mib << 20);
+    if granules > client.books().usable() {
+        return Err(format!("{} MiB do not fit into the pool", options.mib).into());
+    }
+    memory.add(granules);
+    client.books().grow(granules);
+    println!("client in slot {} of {}", client.books().slot().get(), client.books().page().gpu());
+
+    let (stop, mut steps) = (input_has_ended(), Steps::default());
+    while !stop.load(Ordering::Relaxed) {
+        burst(&mut client, &mut memory, &mut steps, options.burst)?;
+        // Nothing to do: it makes room for others if they need it.
+        let pause_ends = now() + MILLISECOND;
+        while now() < pause_ends {
+            client.serve(&mut memory, Some(pause_ends))?;
+        }
+    }
+    memory.check(&steps)?;
+    println!("right after {} steps", steps.count);
+    drop(memory);
+    client.leave();
+    Ok(())
+}
+
+/// A piece of work, in as many slices as it takes.
+fn burst(
+    client: &mut Client<MappedPage>,
+    memory: &mut PlainMemory,
+    steps: &mut Steps,
+    count: u64,
+) -> Result<(), Box<dyn Error>> {
+    client.acquire(memory)?;
+    for _ in 0..count {
+        memory.step(steps.count)?;
+        steps.step();
+        if client.should_yield() {
+            // The work is done; there is more, so it queues again at once.
+            client.release(true);
+            client.acquire(memory)?;
+        }
+    }
+    client.release(false);
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! What the examples share: how a program becomes a client, and memory that moves.
+//!
+//! | program | what it shows |
+//! |---|---|
+//! | `embed-plain-memory` | a runtime of its own on plain memory, in one thread: `acquire`, `should_yield`, `release`, `serve` |
+//! | `embed-vmm` | CUDA's virtual memory management through cudarc, with a session |
+//! | `embed-async` | an asynchronous program that awaits the GPU and blocks nothing |
+//!
+//! Each works until its standard input ends, and then checks every word of its memory.
+
+pub mod data;
+pub mod plain;
+
+use nvshare::client::Client;
+use nvshare::map::MappedPage;
+use nvshare::wire::Hello;
+use nvshare::{GpuUuid, paths, register};
+use std::error::Error;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How long a program waits for an arbiter that is starting.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Which arbiter, and which GPU.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Where {
+    /// The arbiter's directory [default: as for every client]
+    #[arg(long, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// The GPU [default: the first that the arbiter serves]
+    #[arg(long, value_name = "UUID")]
+    gpu: Option<GpuUuid>,
+}
+
+impl Where {
+    /// Registers with the arbiter, for `gpu` if the program knows which one it uses.
+    ///
+    /// # Errors
+    /// No arbiter answers, it serves no GPU, or it refuses; the message says what to do.
+    pub fn register(&self, name: &str, gpu: Option<GpuUuid>) -> Result<Client<MappedPage>, Box<dyn Error>> {
+        let dir = self.runtime_dir.clone().unwrap_or_else(paths::runtime_dir);
+        let first = || Some(paths::pages(&dir).ok()?.first()?.0);
+        let gpu = gpu.or(self.gpu).or_else(first).ok_or_else(|| {
+            format!("{}: no arbiter serves a GPU there; start nvshare-arbiter, or name a directory with --runtime-dir", dir.display())
+        })?;
+        let hello = Hello::new(gpu, name);
+        Ok(register::register(&paths::socket(&dir), &hello, TIMEOUT)?.into_client())
+    }
+}
+
+/// Becomes true when the standard input ends.
+pub fn input_has_ended() -> std::sync::Arc<std::sync::atomic::AtomicBool> {
+    let ended = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let tell = ended.clone();
+    std::thread::spawn(move || {
+        // An input that cannot be read has ended.
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        tell.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    ended
+}
