@@ -45,7 +45,7 @@ pub fn settings(path: &Path, request: &SettingsRequest, timeout: Duration) -> Re
     let sent = answer.sent.into_iter().next().ok_or_else(|| nonsense("it sent no settings".into()))?;
     let file = File::from(sent);
     let mut text = String::new();
-    At(&file, 0)
+    AtBeginning(&file, 0)
         .take(MOST_BYTES)
         .read_to_string(&mut text)
         .map_err(|error| nonsense(format!("its settings cannot be read: {error}")))?;
@@ -53,9 +53,9 @@ pub fn settings(path: &Path, request: &SettingsRequest, timeout: Duration) -> Re
 }
 
 /// A file that is read from its beginning, whatever its offset is.
-struct At<'a>(&'a File, u64);
+struct AtBeginning<'a>(&'a File, u64);
 
-impl Read for At<'_> {
+impl Read for AtBeginning<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
         let read = self.0.read_at(bytes, self.1)?;
         self.1 += read as u64;
@@ -75,4 +75,51 @@ fn ask(path: &Path, message: &[u8], wanted: Status, timeout: Duration) -> Result
         }
         other => other,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::SettingsChange;
+    use crate::scm_rights::send;
+    use crate::wire::Reply;
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept, bind, listen, socket,
+    };
+    use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+    /// An arbiter that answers the one message that it gets with this.
+    fn arbiter(path: &Path, answer: Reply) -> std::thread::JoinHandle<()> {
+        let listener =
+            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        std::thread::spawn(move || {
+            // SAFETY: accept has just made it, and nobody else has it.
+            let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
+            send(peer.as_fd(), bytemuck::bytes_of(&answer), &[]).unwrap();
+        })
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no sockets of that kind")]
+    fn an_arbiter_that_does_not_know_the_request_is_said_to_be_older_and_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let ask = |name: &str, answer: Reply| {
+            let path = folder.path().join(name);
+            let arbiter = arbiter(&path, answer);
+            let request = SettingsRequest::new(None, &SettingsChange::Ask).unwrap();
+            let error = settings(&path, &request, Duration::from_secs(5)).unwrap_err().to_string();
+            arbiter.join().unwrap();
+            error
+        };
+        let unknown = "this is not an nvshare hello (wrong magic)";
+        let error = ask("older", *Reply::refuse(Status::Malformed, unknown));
+        assert!(error.contains("older than this program"), "{error}");
+        assert!(error.contains("systemctl restart nvshare-arbiter"), "{error}");
+        let error = ask("other", *Reply::refuse(Status::Refused, "you may not"));
+        assert!(error.contains("you may not") && !error.contains("older"), "{error}");
+        let error = ask("nonsense", Reply::settings());
+        assert!(error.contains("it sent no settings"), "{error}");
+    }
 }
