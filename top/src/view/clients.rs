@@ -51,7 +51,7 @@ const COLUMNS: [Column; 20] = [
     column("prio", 6, 9, |row| row.client.priority.clone()).left(),
     column("limit", 12, 14, |row| limits(row.client)),
     column("switches", 8, 12, |row| row.client.yields.to_string()),
-    column("held", 5, 13, |row| held(row)),
+    column("held", 5, 13, held),
     column("out", 10, 10, |row| row.rates.map_or_else(dash, |now| rate(now.bytes_out))).by(Sort::Link),
     column("in", 10, 10, |row| row.rates.map_or_else(dash, |now| rate(now.bytes_in))),
     // Drawn by the table itself.

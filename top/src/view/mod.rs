@@ -4,7 +4,7 @@
 //!   title     release, how many GPUs and clients, host memory
 //!   GPUs      one to five lines each, by what the height allows
 //!   clients   the table
-//!   detail    the selected client, where there is room
+//!   detail    the selected client, or else graphs of GPUs, where there is room
 //!   footer    what was said last, what is being typed, or the keys
 //! ```
 
@@ -13,6 +13,7 @@ mod clients;
 mod detail;
 mod gpus;
 mod help;
+mod lately;
 mod paint;
 mod text;
 
@@ -133,6 +134,10 @@ fn node(model: &Model, columns: usize, body: usize, paint: Paint) -> Vec<Line<'s
     if rows.is_empty() {
         lines.push(line(nobody(model), paint.faint()));
     }
+    let spare = body.saturating_sub(lines.len() + detail);
+    if model.graphs && detail == 0 && body < usize::MAX - 2 {
+        lines.extend(graphs(model, columns, spare, paint));
+    }
     if detail > 0 {
         if body < usize::MAX - 2 {
             lines.resize(body.saturating_sub(detail), Line::default());
@@ -140,6 +145,20 @@ fn node(model: &Model, columns: usize, body: usize, paint: Paint) -> Vec<Line<'s
         lines.extend(details);
     }
     lines.truncate(body);
+    lines
+}
+
+/// Graphs of as many GPUs as there is room for, at the bottom of `spare` lines: of the one that was chosen, or of the first ones.
+fn graphs(model: &Model, columns: usize, spare: usize, paint: Paint) -> Vec<Line<'static>> {
+    let gpus = model.node.gpus.iter().enumerate();
+    let wanted = gpus.filter(|(place, _)| model.choice.gpu.is_none_or(|only| only == *place));
+    // A line stays empty above.
+    let fit = spare.saturating_sub(1) / lately::LINES;
+    let mut graphs: Vec<_> =
+        wanted.take(fit).flat_map(|(place, gpu)| lately::lately(model, place, gpu, columns, paint)).collect();
+    let above = spare.saturating_sub(graphs.len());
+    let mut lines = vec![Line::default(); above];
+    lines.append(&mut graphs);
     lines
 }
 

@@ -86,6 +86,11 @@ impl Paint {
         Style::new().add_modifier(Modifier::REVERSED)
     }
 
+    /// A graph of the link's traffic.
+    pub fn traffic(self) -> Style {
+        self.with(Color::Cyan)
+    }
+
     /// A graph.
     pub fn graph(self) -> Style {
         self.with(Color::Green)

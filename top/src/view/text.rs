@@ -118,7 +118,7 @@ pub fn rate(bytes_per_second: f64) -> String {
 pub fn span(ns: u64) -> String {
     match ns as f64 / 1e9 {
         // More digits would only flicker.
-        seconds if seconds >= 1.0 && seconds < 100.0 => format!("{seconds:.1} s"),
+        seconds if (1.0..100.0).contains(&seconds) => format!("{seconds:.1} s"),
         seconds => time(seconds),
     }
 }

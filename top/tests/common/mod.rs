@@ -13,13 +13,15 @@ pub fn model(node: &Node, colour: bool) -> Model {
     for second in 0..60_u64 {
         let mut past = node.clone();
         for (at, client) in past.gpus.iter_mut().flat_map(|gpu| &mut gpu.clients).enumerate() {
-            let turns = (second / 5 + at as u64) % 3;
-            let had = |total: u64, rate: u64| total.saturating_sub((60 - second) * rate);
-            client.charged_ns =
-                (0..=second).filter(|second| (second / 5 + at as u64).is_multiple_of(3)).count() as u64
-                    * SECOND;
-            client.bytes_in = had(client.bytes_in, if turns == 1 { 4 * GIB } else { GIB });
-            client.bytes_out = had(client.bytes_out, GIB);
+            let runs = |second: &u64| (second / 5 + at as u64).is_multiple_of(3);
+            client.charged_ns = (0..=second).filter(runs).count() as u64 * SECOND;
+            // It comes in as its turn begins, and goes out when the next one's does.
+            let moves = |of: u64| {
+                (second + 1..=60).filter(|later| (later / 5 + at as u64) % 3 == of && later % 5 < 2).count()
+                    as u64
+            };
+            client.bytes_in -= moves(0) * 6 * GIB;
+            client.bytes_out -= moves(1) * 5 * GIB;
         }
         model.update(Event::Reading(Box::new(past), Duration::from_secs(second)));
     }
