@@ -149,8 +149,8 @@ fn answer<B>(request: &Request<B>, own: Option<SocketAddr>, watch: &Shared) -> A
 
 /// The time in `since=NS`; 0 if there is none.
 fn since(query: Option<&str>) -> u64 {
-    let values = query.unwrap_or("").split('&').filter_map(|part| part.strip_prefix("since="));
-    values.last().and_then(|value| value.parse().ok()).unwrap_or(0)
+    let mut values = query.unwrap_or("").split('&').filter_map(|part| part.strip_prefix("since="));
+    values.next_back().and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
 /// Whether the request names this machine. A page from elsewhere can have a browser on this machine look its own name up as

@@ -151,11 +151,12 @@ impl World {
         gpus.iter_mut().for_each(|gpu| either!(gpu, gpu => gpu.reckon(now)));
         // What happens on one may be what another one waits for.
         let mut rounds = 0u64;
-        while gpus
-            .iter_mut()
-            .fold(false, |changed, gpu| either!(gpu, gpu => gpu.advance(now, gone)) || changed)
-            && gpus.len() > 1
-        {
+        loop {
+            // Each of them, whatever the others said.
+            let changed = gpus.iter_mut().map(|gpu| either!(gpu, gpu => gpu.advance(now, gone)));
+            if changed.filter(|changed| *changed).count() == 0 || gpus.len() == 1 {
+                break;
+            }
             rounds += 1;
             assert!(rounds < MOST_ROUNDS, "the simulator's clock stands still at {} ns", now - START);
         }
