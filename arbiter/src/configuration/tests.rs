@@ -179,7 +179,7 @@ fn the_installed_file_shows_the_defaults() {
     let settings: Vec<_> = settings.collect();
     assert!(settings.len() > 15, "{settings:?}");
     let uncommented = configuration(&[], &[], &settings.join("\n")).unwrap();
-    let others = ["capacity", "gpu"];
+    let others = ["capacity", "gpu", "listen"];
     for name in uncommented.names.iter().filter(|name| !others.contains(&name.name.as_str())) {
         let default = name.default.clone().unwrap_or_default();
         assert_eq!(uncommented.shown(name, None), default, "{}", name.name);
