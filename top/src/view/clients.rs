@@ -38,7 +38,7 @@ const COLUMNS: [Column; 20] = [
     column("", 1, 0, |row| letter(row.client.slot).to_string()).left(),
     column("GPU", 4, 1, |row| row.index().to_string()).by(Sort::Gpu),
     column("pid", 7, 2, |row| row.client.pid.to_string()).by(Sort::Pid),
-    column("name", 8, 0, |row| harmless(&row.client.name)).left().by(Sort::Name),
+    column("name", 11, 0, |row| harmless(&row.client.name)).left().by(Sort::Name),
     column("user", 8, 11, |row| user(row.client)).left(),
     column("where", 20, 18, |row| place(row.client)).left(),
     column("phase", 8, 1, |row| row.client.phase.clone()).left(),
