@@ -1,5 +1,5 @@
 //! The page in a real browser, Chromium without a window. Where it is not installed the tests say so and are skipped;
-//! `tests/metrics/run` installs it and has the tests fail without.
+//! `tests/metrics/install` installs it.
 
 use nvshare_e2e::application::{Application, MIB, gpu};
 use nvshare_e2e::monitor::MonitoredNode;
@@ -25,7 +25,7 @@ fn browsed(monitored: &MonitoredNode, more: &[&str]) -> Option<String> {
         .spawn();
     let Ok(child) = child else {
         assert!(std::env::var_os("NVSHARE_NEEDS_CHROMIUM").is_none(), "chromium is not installed");
-        println!("SKIPPED: chromium is not installed; tests/metrics/run installs it");
+        println!("SKIPPED: chromium is not installed; tests/metrics/install installs it");
         return None;
     };
     let output = child.wait_with_output().unwrap();

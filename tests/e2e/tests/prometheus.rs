@@ -1,5 +1,5 @@
 //! A real Prometheus and its promtool: metrics, rules and alerts. Where they are not installed the tests say so and are skipped;
-//! `tests/metrics/run` installs them and has the tests fail without.
+//! `tests/metrics/install` installs them.
 
 use nvshare::record;
 use nvshare_e2e::application::books::Competitor;
@@ -23,7 +23,7 @@ fn has(programs: &[&str]) -> bool {
     let found = |program: &&&str| std::env::split_paths(&paths).any(|dir| dir.join(program).is_file());
     let Some(missing) = programs.iter().find(|program| !found(program)) else { return true };
     assert!(std::env::var_os("NVSHARE_NEEDS_PROMETHEUS").is_none(), "{missing} is not installed");
-    println!("SKIPPED: {missing} is not installed; tests/metrics/run installs it");
+    println!("SKIPPED: {missing} is not installed; tests/metrics/install installs it");
     false
 }
 
