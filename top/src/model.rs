@@ -77,6 +77,10 @@ pub enum Request {
     Read,
     /// Change a client's shares.
     Change(ClientKey, SharesUpdate),
+    /// Take the GPU from a client until it is resumed.
+    Pause(ClientKey),
+    /// Give a paused client its turns again.
+    Resume(ClientKey),
 }
 
 /// What the keys mean now.
@@ -231,6 +235,7 @@ impl Model {
             }
             Key::Char('+' | '=') => return self.change_priority(1),
             Key::Char('-') => return self.change_priority(-1),
+            Key::Char('z') => return self.pause_or_resume(),
             _ => {}
         }
         self.follow_selected();
@@ -265,6 +270,18 @@ impl Model {
     fn selected_key(&self) -> Option<ClientKey> {
         let rows = self.rows();
         self.selected(&rows).map(|line| rows[line].key())
+    }
+
+    /// Pauses the selected client, or resumes it if it is paused.
+    fn pause_or_resume(&mut self) -> Option<Request> {
+        let rows = self.rows();
+        let Some(line) = self.selected(&rows) else {
+            drop(rows);
+            self.say_select();
+            return None;
+        };
+        let (key, paused) = (rows[line].key(), rows[line].client.paused);
+        Some(if paused { Request::Resume(key) } else { Request::Pause(key) })
     }
 
     fn say_select(&mut self) {

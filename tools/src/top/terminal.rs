@@ -4,10 +4,11 @@
 //! a program, which one thread waits for while all others block them. When the terminal itself is closed, nothing is left to be given
 //! back, and the program ends too.
 
-use super::steer::change_client;
+use super::steer::{change_client, suspend_client};
 use crate::{Failure, complain, output};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, raise};
+use nvshare::page::Suspension;
 use nvshare_stats::Reader;
 use nvshare_top::{Event, Key, Model, Request, Settings, view};
 use ratatui::DefaultTerminal;
@@ -218,18 +219,23 @@ impl Monitor<'_> {
             }
             Request::Read => self.read(reader),
             Request::Change(client, update) => {
-                let (dir, sender) = (self.dir.to_owned(), self.sender.clone());
-                // An arbiter that is down is waited for, and the screen goes on meanwhile.
-                std::thread::spawn(move || {
-                    let event = match change_client(&dir, &client, update) {
-                        Ok(said) => Event::Answer(said),
-                        Err(why) => Event::Refused(why),
-                    };
-                    let _ = sender.send(Input::Event(event));
-                });
+                self.ask(move |dir| change_client(dir, &client, update));
             }
+            Request::Pause(client) => {
+                self.ask(move |dir| suspend_client(dir, &client, Suspension::WithoutEnd));
+            }
+            Request::Resume(client) => self.ask(move |dir| suspend_client(dir, &client, Suspension::None)),
         }
         None
+    }
+
+    /// Asks the arbiter in a thread of its own: one that is down is waited for, and the screen goes on meanwhile.
+    fn ask(&self, what: impl FnOnce(&Path) -> Result<String, String> + Send + 'static) {
+        let (dir, sender) = (self.dir.to_owned(), self.sender.clone());
+        std::thread::spawn(move || {
+            let event = what(&dir).map_or_else(Event::Refused, Event::Answer);
+            let _ = sender.send(Input::Event(event));
+        });
     }
 
     /// Gives the terminal to the shell and stops; goes on when the shell says so.

@@ -105,6 +105,20 @@ fn a_priority_is_changed_by_one_step_within_its_bounds() {
 }
 
 #[test]
+fn a_client_is_paused_and_one_that_is_paused_is_resumed() {
+    let mut model = model();
+    assert_eq!(type_in(&mut model, "z"), None);
+    assert!(model.message.as_ref().is_some_and(|(text, bad)| *bad && text.contains("Select")));
+    press(&mut model, &[Key::Down]);
+    let key = model.rows()[0].key();
+    assert_eq!(type_in(&mut model, "z"), Some(Request::Pause(key.clone())));
+    let mut paused = node();
+    paused.gpus[0].clients[0].paused = true;
+    model.update(Event::Reading(Box::new(paused), Duration::from_secs(1)));
+    assert_eq!(type_in(&mut model, "z"), Some(Request::Resume(key)));
+}
+
+#[test]
 fn what_the_arbiter_says_is_shown_until_the_next_key() {
     let mut model = model();
     assert_eq!(model.update(Event::Answer("weight 300".into())), Some(Request::Read));

@@ -5,6 +5,7 @@ use super::paint::{Paint, letter};
 use super::text::{fit, harmless, per_second, percent, rate, size, span};
 use crate::model::Model;
 use crate::order::{Row, Sort};
+use nvshare::page::Phase;
 use nvshare_stats::Client;
 use ratatui::text::{Line, Span};
 
@@ -41,7 +42,7 @@ const COLUMNS: [Column; 20] = [
     column("name", 11, 0, |row| harmless(&row.client.name)).left().by(Sort::Name),
     column("user", 8, 11, |row| user(row.client)).left(),
     column("where", 20, 18, |row| place(row.client)).left(),
-    column("phase", 8, 1, |row| row.client.phase.clone()).left(),
+    column("phase", 8, 1, |row| phase(row.client)).left(),
     column("since", 12, 3, |row| since(row.client)).by(Sort::Waiting),
     column("time", 5, 2, |row| row.rates.map_or_else(dash, |now| percent(now.time))).by(Sort::Time),
     column("on GPU", 8, 4, |row| size(row.client.resident_bytes)),
@@ -89,6 +90,11 @@ fn place(client: &Client) -> String {
         (None, Some(container)) => harmless(container),
         (None, None) => dash(),
     }
+}
+
+/// Its phase, or that a user has paused it and it has given way.
+fn phase(client: &Client) -> String {
+    if client.paused && client.phase == Phase::Idle.name() { "paused".into() } else { client.phase.clone() }
 }
 
 /// For how long it has waited, or how long its slice lasts yet.
@@ -213,7 +219,7 @@ fn client_line(model: &Model, layout: &Layout, row: &Row<'_>, paint: Paint) -> L
         let style = match column.title {
             "" | "name" => paint.client(client.slot),
             "phase" if client.stall.is_some() || client.overdue => paint.bad(),
-            "phase" => paint.phase(&client.phase),
+            "phase" => paint.phase(&phase(client)),
             _ if at == GRAPH => paint.graph(),
             _ => paint.plain(),
         };

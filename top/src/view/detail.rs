@@ -51,6 +51,7 @@ fn facts(row: &Row<'_>) -> [String; 3] {
     whose.extend(known("pod", pod.as_ref()));
     whose.extend(known("container", client.container.as_ref().or(client.container_id.as_ref())));
     whose.extend(client.gang.map(|gang| format!("gang {gang}")));
+    whose.extend(client.paused.then(|| "paused by a user (z resumes it)".to_owned()));
     let limit = client.memory_limit.as_deref().map_or_else(|| "none".into(), harmless);
     let time = client.compute_limit.map_or_else(|| "none".into(), percent);
     whose.push(format!(

@@ -5,7 +5,7 @@ use super::text::fit;
 use ratatui::text::{Line, Span};
 
 /// Each key, and what it does.
-pub const KEYS: [(&str, &str); 14] = [
+pub const KEYS: [(&str, &str); 15] = [
     ("q, Ctrl-C", "end"),
     ("?, h", "this help"),
     ("↑ ↓, k j, PgUp PgDn, Home End", "select a client, and see its details"),
@@ -18,6 +18,7 @@ pub const KEYS: [(&str, &str); 14] = [
     ("g", "graphs on and off"),
     ("w", "give the selected client another weight"),
     ("+, -", "raise, lower its priority"),
+    ("z", "pause the selected client, resume it"),
     ("Ctrl-L", "draw everything anew"),
     ("Ctrl-Z", "back to the shell; fg goes on"),
 ];

@@ -209,6 +209,7 @@ fn footer(model: &Model, columns: usize, paint: Paint) -> Line<'static> {
         ("p", "pause"),
         ("w", "weight"),
         ("+-", "priority"),
+        ("z", "pause client"),
         ("g", "graphs"),
     ];
     let state = format!(" {} ", now.join(", "));
