@@ -8,11 +8,13 @@
 //! | [`application::books`] | what the page says about applications; a competitor for the GPU |
 //! | [`monitor`] | an arbiter that serves metrics and the page |
 //! | [`application::async_pool`], [`application::ipc`], [`application::vmm`] | calls of one kind: stream-ordered memory, memory that several processes open, memory that the application maps itself |
+//! | [`ranks`] | jobs whose ranks are processes that wait for each other |
 //!
 //! The tests start what is built beside them: `cargo build --workspace` first, with the same profile.
 
 pub mod application;
 pub mod monitor;
+pub mod ranks;
 
 use std::path::PathBuf;
 
