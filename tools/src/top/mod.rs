@@ -1,7 +1,7 @@
 //! `nvshare top`: a monitor of a node's GPUs and clients.
 //!
-//! What it shows and what its keys mean is in the crate `nvshare_top`, without a terminal. Here is what needs one: [`terminal`] takes
-//! it over and gives it back, [`steer`] asks the arbiter for a change. Like `nvshare status` it reads the pages itself, so it needs no
+//! What it shows and what its keys mean is in the crate `nvshare_top`, without a terminal. Here is what needs one: `terminal.rs` takes
+//! it over and gives it back, `steer.rs` asks the arbiter for a change. Like `nvshare status` it reads the pages itself, so it needs no
 //! arbiter and no rights, and disturbs nobody.
 
 mod steer;
