@@ -118,6 +118,18 @@ fn values_that_make_no_sense_are_named() {
 }
 
 #[test]
+fn a_place_to_listen_at_that_was_asked_for_must_be_had() {
+    let dir = directory("listen");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let place = taken.local_addr().unwrap().to_string();
+    let own = ["--gpu", GPU, "--capacity", "64MiB", "--listen"];
+    let with = |place: &str| refusal(&mut command(&dir, &[&own[..], &[place]].concat()));
+    fails_with_two(&with(&place), &["--listen", &place, "or none"]);
+    fails_with_two(&with("localhost"), &["'localhost'", "127.0.0.1:9478"]);
+    let _ = std::fs::remove_dir_all(dir);
+}
+
+#[test]
 fn who_cannot_be_served_is_told_why() {
     let arbiter = Arbiter::start(directory("refusals"));
     let other: GpuUuid = "GPU-00000000-0000-0000-0000-0000000000cc".parse().unwrap();
