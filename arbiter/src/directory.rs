@@ -119,37 +119,53 @@ fn is_at(path: &Path, file: &File) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nvshare_test_support::{Dice, Patience};
+    use std::process::{Command, Stdio};
 
-    /// Whoever reads while an arbiter signs sees what an arbiter would leave that is killed then.
+    /// In the environment of an arbiter that signs and signs: its directory.
+    const SIGNS_IN: &str = "NVSHARE_TEST_SIGNS_IN";
+
+    const ITSELF: &str =
+        "directory::tests::an_arbiter_that_is_killed_while_it_signs_leaves_what_stood_there_or_what_it_says";
+
+    const POOLS: [&str; 2] = ["a private arbiter with --capacity 64.00 MiB", "a service with --headroom 0 B"];
+
     #[test]
     fn an_arbiter_that_is_killed_while_it_signs_leaves_what_stood_there_or_what_it_says() {
+        if let Some(dir) = std::env::var_os(SIGNS_IN) {
+            let lock = DirectoryLock::acquire(Path::new(&dir)).unwrap();
+            let parent = nix::unistd::getppid();
+            let mut pools = POOLS.iter().cycle();
+            while nix::unistd::getppid() == parent {
+                lock.sign(pools.next().expect("a cycle has no end")).unwrap();
+            }
+            return;
+        }
+        let mut dice = Dice::from_environment(0x516e);
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path();
-        let lock = DirectoryLock::acquire(dir).unwrap();
-        assert_eq!(lock.before, None);
-        let pools = ["a private arbiter with --capacity 64.00 MiB", "a service with --headroom 0 B"];
-        lock.sign(pools[0]).unwrap();
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for pools in pools.iter().cycle() {
-                    lock.sign(pools).unwrap();
-                    if done.load(std::sync::atomic::Ordering::Relaxed) {
-                        return;
-                    }
-                }
-            });
-            let said = |_| std::fs::read_to_string(paths::arbiter_lock(dir)).unwrap();
-            let torn = (0..20_000).map(said).find(|said| {
-                let lines: Vec<_> = said.lines().collect();
-                lines[..2.min(lines.len())] != [std::process::id().to_string().as_str(), pools[0]]
-                    && lines[..2.min(lines.len())] != [std::process::id().to_string().as_str(), pools[1]]
-            });
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
-            assert_eq!(torn, None);
-        });
-        lock.sign(pools[1]).unwrap();
-        drop(lock);
-        assert_eq!(DirectoryLock::acquire(dir).unwrap().before.as_deref(), Some(pools[1]));
+        let said = || std::fs::read_to_string(paths::arbiter_lock(dir)).unwrap_or_default();
+        for _ in 0..60 {
+            let mut arbiter = Command::new(std::env::current_exe().unwrap())
+                .args([ITSELF, "--exact"])
+                .env(SIGNS_IN, dir)
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap();
+            let signed = format!("{}\n", arbiter.id());
+            Patience::seconds(10).until("it signs", || said().starts_with(&signed));
+            dice.spin(300);
+            arbiter.kill().unwrap();
+            arbiter.wait().unwrap();
+            let left = said();
+            // It signs first with what stood there: the very first one found nothing.
+            let pools = left.lines().nth(1).unwrap_or("nothing at all").trim();
+            let whole = left.len() == FILE_SIZE && left.starts_with(&signed);
+            assert!(whole && (POOLS.contains(&pools) || pools.is_empty()), "{left:?}");
+        }
+        // The next one reads what was left.
+        let left = said();
+        let before = DirectoryLock::acquire(dir).unwrap().before;
+        assert_eq!(before.as_deref(), left.lines().nth(1).map(str::trim).filter(|pools| !pools.is_empty()));
     }
 }
