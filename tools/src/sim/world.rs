@@ -150,14 +150,15 @@ impl World {
         let gpus = &mut self.gpus[range.clone()];
         gpus.iter_mut().for_each(|gpu| either!(gpu, gpu => gpu.reckon(now)));
         // What happens on one may be what another one waits for.
-        let mut rounds = 0u64;
-        while gpus
-            .iter_mut()
-            .fold(false, |changed, gpu| either!(gpu, gpu => gpu.advance(now, gone)) || changed)
-            && gpus.len() > 1
-        {
-            rounds += 1;
-            assert!(rounds < MOST_ROUNDS, "the simulator's clock stands still at {} ns", now - START);
+        for round in 0.. {
+            assert!(round < MOST_ROUNDS, "the simulator's clock stands still at {} ns", now - START);
+            let mut changed = false;
+            for gpu in &mut *gpus {
+                changed |= either!(gpu, gpu => gpu.advance(now, gone));
+            }
+            if !changed || gpus.len() == 1 {
+                break;
+            }
         }
         if let [_, _, ..] = gpus {
             for gpu in &*gpus {
