@@ -174,7 +174,7 @@ fn bounds(draws: &[Draw], mib: u64) -> [f64; GPUS] {
     bounds
 }
 
-fn row<'a>(report: &'a Report, index: usize) -> &'a Row {
+fn row(report: &Report, index: usize) -> &Row {
     &report.classes[index]
 }
 
