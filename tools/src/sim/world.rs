@@ -150,15 +150,15 @@ impl World {
         let gpus = &mut self.gpus[range.clone()];
         gpus.iter_mut().for_each(|gpu| either!(gpu, gpu => gpu.reckon(now)));
         // What happens on one may be what another one waits for.
-        let mut rounds = 0u64;
-        loop {
-            // Each of them, whatever the others said.
-            let changed = gpus.iter_mut().map(|gpu| either!(gpu, gpu => gpu.advance(now, gone)));
-            if changed.filter(|changed| *changed).count() == 0 || gpus.len() == 1 {
+        for round in 0.. {
+            assert!(round < MOST_ROUNDS, "the simulator's clock stands still at {} ns", now - START);
+            let mut changed = false;
+            for gpu in &mut *gpus {
+                changed |= either!(gpu, gpu => gpu.advance(now, gone));
+            }
+            if !changed || gpus.len() == 1 {
                 break;
             }
-            rounds += 1;
-            assert!(rounds < MOST_ROUNDS, "the simulator's clock stands still at {} ns", now - START);
         }
         if let [_, _, ..] = gpus {
             for gpu in &*gpus {
