@@ -82,9 +82,9 @@ mod tests {
     use super::*;
     use crate::control::SettingsChange;
     use crate::scm_rights::send;
-    use crate::wire::Reply;
+    use crate::wire::{MESSAGE_BYTES, Reply};
     use nix::sys::socket::{
-        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept, bind, listen, socket,
+        AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept, bind, listen, recv, socket,
     };
     use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
@@ -97,6 +97,8 @@ mod tests {
         std::thread::spawn(move || {
             // SAFETY: accept has just made it, and nobody else has it.
             let peer = unsafe { OwnedFd::from_raw_fd(accept(listener.as_raw_fd()).unwrap()) };
+            // A connection that is closed with something unread takes its answer with it.
+            recv(peer.as_raw_fd(), &mut [0; MESSAGE_BYTES], MsgFlags::empty()).unwrap();
             send(peer.as_fd(), bytemuck::bytes_of(&answer), &[]).unwrap();
         })
     }
