@@ -37,9 +37,10 @@ def native_environment():
 def simulated_gpu(binaries, **settings):
     """This process and those that it starts have a simulated GPU; its settings are those of NVSHARE_SIM_*."""
     libraries = {"libcuda.so.1": "simcuda", "libcuda.so": "simcuda", "libnvidia-ml.so.1": "simnvml"}
-    name = f"nvshare-gpu-{os.getpid()}"
     before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="nvshare-gpu-") as folder:
+        # With the folder's name: a process that was killed leaves its GPU, and its pid comes again.
+        name = f"{os.getpid()}-{os.path.basename(folder)}"
         for link, library in libraries.items():
             os.symlink(binaries / f"lib{library}.so", f"{folder}/{link}")
         os.environ["LD_LIBRARY_PATH"] = f"{folder}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")

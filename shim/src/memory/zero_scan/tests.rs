@@ -61,7 +61,10 @@ fn simulated_driver() -> PathBuf {
 fn on_a_gpu(test: &str, variables: &[(&str, &str)], body: impl FnOnce(&'static Driver, CUstream)) {
     const ROLE: &str = "NVSHARE_TEST_ROLE";
     if std::env::var_os(ROLE).is_none() {
-        let machine = format!("nvshare-scan-{}-{test}", std::process::id());
+        // A name that no segment has, also after a process with this pid was killed and left one.
+        let folder = tempfile::tempdir().unwrap();
+        let unique = folder.path().file_name().unwrap().to_string_lossy();
+        let machine = format!("nvshare-scan-{unique}-{test}");
         let output = Command::new(std::env::current_exe().unwrap())
             .args([&format!("memory::zero_scan::tests::{test}"), "--exact", "--nocapture"])
             .envs([(ROLE, "application"), ("NVSHARE_SIM_NAME", &machine), ("NVSHARE_SIM_MEMORY", "512MiB")])
