@@ -30,7 +30,8 @@ pub struct ProcessInfo {
     pub kubernetes: Option<KubernetesName>,
 }
 
-/// Processes that were looked at. Of each, `/proc` is read once; of a container, the kubelet's names until they are found.
+/// Processes that were looked at. `/proc` is read once for each process. The kubelet's names of a container are looked for until
+/// they are found.
 pub struct Processes {
     known: HashMap<Process, ProcessInfo>,
     users: HashMap<u32, Option<String>>,

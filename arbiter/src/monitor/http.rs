@@ -124,7 +124,7 @@ fn answer<B>(request: &Request<B>, own: Option<SocketAddr>, watch: &Shared) -> A
     if !host_is_ours(request, own) {
         return plain(
             StatusCode::MISDIRECTED_REQUEST,
-            "Ask for localhost or 127.0.0.1: whoever sends another name here was led here.\n",
+            "Ask for localhost or 127.0.0.1. A request with another host name may come from a web page elsewhere, and is refused.\n",
         );
     }
     if ![Method::GET, Method::HEAD].contains(request.method()) {
