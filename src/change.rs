@@ -9,7 +9,7 @@ use crate::connection::{Answer, RegisterError, talk};
 use crate::control::{PauseRequest, SettingsRequest};
 use crate::wire::{Change, Status};
 use std::fs::File;
-use std::io::Read;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
@@ -43,24 +43,14 @@ pub fn settings(path: &Path, request: &SettingsRequest, timeout: Duration) -> Re
     let answer = ask(path, bytemuck::bytes_of(request), Status::Settings, timeout)?;
     let nonsense = |what: String| RegisterError::Nonsense { path: path.to_owned(), what };
     let sent = answer.sent.into_iter().next().ok_or_else(|| nonsense("it sent no settings".into()))?;
-    let file = File::from(sent);
-    let mut text = String::new();
-    AtBeginning(&file, 0)
-        .take(MOST_BYTES)
-        .read_to_string(&mut text)
-        .map_err(|error| nonsense(format!("its settings cannot be read: {error}")))?;
-    Ok(text)
+    text_of(&File::from(sent)).map_err(|error| nonsense(format!("its settings cannot be read: {error}")))
 }
 
-/// A file that is read from its beginning, whatever its offset is.
-struct AtBeginning<'a>(&'a File, u64);
-
-impl Read for AtBeginning<'_> {
-    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.0.read_at(bytes, self.1)?;
-        self.1 += read as u64;
-        Ok(read)
-    }
+/// A file's text from its beginning, whatever its offset is.
+fn text_of(file: &File) -> io::Result<String> {
+    let mut bytes = vec![0; file.metadata()?.len().min(MOST_BYTES) as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    String::from_utf8(bytes).map_err(io::Error::other)
 }
 
 /// As [`talk`]. An arbiter that does not know the request is older than this program.

@@ -2,20 +2,13 @@
 
 use nix::errno::Errno;
 use nvshare::slot::Process;
+pub use nvshare_stats::process::started;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// A bit in the start time of a client whose process the arbiter cannot see. Instead of its start time the word then has the
 /// time of its registration in ns, which is unique.
 pub const UNSEEN: u64 = 1 << 63;
-
-/// When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. `None` if there is no such process.
-pub fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, and may hold anything.
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
-}
 
 /// Whether a process has been killed or is exiting, so that its pidfd will report and its memory be free then. Not so a
 /// process that has executed another program.

@@ -4,7 +4,7 @@
 use super::durations::{AllDurations, HISTOGRAMS};
 use super::tallies::{TALLIES, Tallies};
 use nvshare::units::GpuUuid;
-use nvshare_stats::definition::{Field, Kind, Statistics, Value};
+use nvshare_stats::definition::{Field, Kind, Statistics, Unit, Value};
 use nvshare_stats::{Client, Gpu, Node};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, prometheus_text};
@@ -46,20 +46,24 @@ pub fn text(sample: Sample) -> Result<String, fmt::Error> {
     Ok(text)
 }
 
-/// What metrics that are no statistic of the one definition are called, and what they say: name without `_total`, kind, sentence.
-pub const OWN: [(&str, Kind, &str); 5] = [
-    ("nvshare_build_info", INFO, "1. Its label is the release of the arbiter."),
-    ("nvshare_arbiter_start_time_seconds", INFO, "When the arbiter started, seconds since 1970."),
-    ("nvshare_gpu_info", INFO, "1. Its labels say what is known of a GPU."),
-    ("nvshare_client_info", INFO, "1. Its labels say what is known of a client."),
-    (
-        "nvshare_gpu_journal_lost_events",
-        Kind::Counter(nvshare_stats::definition::Unit::Count),
-        "Events of clients that were overwritten before the arbiter read them: durations between them are in no histogram.",
-    ),
-];
+/// A metric that is no statistic of the one definition: its name without `_total`, its kind, and what it says.
+type Own = (&'static str, Kind, &'static str);
 
-const INFO: Kind = Kind::Gauge(nvshare_stats::definition::Unit::Count);
+const INFO: Kind = Kind::Gauge(Unit::Count);
+
+const BUILD_INFO: Own = ("nvshare_build_info", INFO, "1. Its label is the release of the arbiter.");
+const START_TIME: Own =
+    ("nvshare_arbiter_start_time_seconds", INFO, "When the arbiter started, seconds since 1970.");
+const GPU_INFO: Own = ("nvshare_gpu_info", INFO, "1. Its labels say what is known of a GPU.");
+const CLIENT_INFO: Own = ("nvshare_client_info", INFO, "1. Its labels say what is known of a client.");
+const LOST_EVENTS: Own = (
+    "nvshare_gpu_journal_lost_events",
+    Kind::Counter(Unit::Count),
+    "Events of clients that were overwritten before the arbiter read them: durations between them are in no histogram.",
+);
+
+/// All of them.
+const OWN: [Own; 5] = [BUILD_INFO, START_TIME, GPU_INFO, CLIENT_INFO, LOST_EVENTS];
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -98,19 +102,22 @@ impl Collector for Metrics {
         let sample = &mut *nvshare::sync::lock(&self.0);
         let node = &sample.node;
         let gpus: Vec<_> = node.gpus.iter().map(|gpu| (gpu_labels(gpu), gpu)).collect();
-        let of_gpu = |gpu| node_clients(gpu).map(|client| (client_labels(gpu, client), client));
-        let clients: Vec<_> = node.gpus.iter().flat_map(of_gpu).collect();
+        let clients: Vec<_> = node
+            .gpus
+            .iter()
+            .flat_map(|gpu| gpu.clients.iter().map(move |client| (client_labels(gpu, client), client)))
+            .collect();
         subjects(&mut encoder, &[(Labels::new(), node)])?;
         subjects(&mut encoder, &gpus)?;
         subjects(&mut encoder, &clients)?;
-        info(&mut encoder, 0, [vec![("version", node.release.clone())]])?;
-        own(&mut encoder, 1, [(Labels::new(), sample.started)])?;
+        info(&mut encoder, BUILD_INFO, [vec![("version", node.release.clone())]])?;
+        own(&mut encoder, START_TIME, [(Labels::new(), sample.started)])?;
         let known = |labels: &Labels, texts: Vec<_>| labels.iter().cloned().chain(texts).collect::<Labels>();
-        info(&mut encoder, 2, gpus.iter().map(|(labels, gpu)| known(labels, texts(*gpu).collect())))?;
+        info(&mut encoder, GPU_INFO, gpus.iter().map(|(labels, gpu)| known(labels, texts(*gpu).collect())))?;
         let user = |client: &Client| client.uid.map(|uid| ("uid", uid.to_string()));
         info(
             &mut encoder,
-            3,
+            CLIENT_INFO,
             clients.iter().map(|(labels, client)| {
                 // Its name is a label of all its metrics, and so are these.
                 let others = texts(*client).filter(|(name, _)| labels.iter().all(|(label, _)| label != name));
@@ -122,7 +129,7 @@ impl Collector for Metrics {
             .filter_map(|(labels, gpu)| Some((labels, gpu.uuid.parse::<GpuUuid>().ok()?)))
             .collect();
         let lost = |gpu| sample.lost.get(gpu).copied().unwrap_or(0) as f64;
-        own(&mut encoder, 4, uuids.iter().map(|(labels, gpu)| ((*labels).clone(), lost(gpu))))?;
+        own(&mut encoder, LOST_EVENTS, uuids.iter().map(|(labels, gpu)| ((*labels).clone(), lost(gpu))))?;
         for (name, kind, help, read) in TALLIES {
             let mut family = encoder.encode_descriptor(name, help, None, metric_type(kind))?;
             for (labels, gpu) in &uuids {
@@ -140,42 +147,30 @@ impl Collector for Metrics {
     }
 }
 
-fn node_clients(gpu: &Gpu) -> impl Iterator<Item = &Client> {
-    gpu.clients.iter()
-}
-
 /// The metrics of all subjects of a kind, a family for each field. A family is there also if none has a value: so whoever looks
 /// finds all there are.
 fn subjects<T: Statistics>(encoder: &mut DescriptorEncoder, subjects: &[(Labels, &T)]) -> fmt::Result {
     let values: Vec<_> = subjects.iter().map(|(labels, subject)| (labels, subject.values())).collect();
     for (index, field) in T::FIELDS.iter().enumerate() {
         let Some(name) = field.metric_stem(T::SUBJECT) else { continue };
-        let present = values
-            .iter()
-            .map(|(labels, values)| (*labels, values[index]))
-            .filter(|(_, value)| shows(field, *value));
-        let present: Vec<_> = present.collect();
         let mut family =
             encoder.encode_descriptor(&name, field.description, None, metric_type(field.kind()))?;
-        for (labels, value) in present {
+        for (labels, values) in &values {
+            let value = values[index];
+            // A number that is not known makes no line, and a state that does not apply makes zeros.
             if let Kind::State(words) = field.kind() {
                 for word in words {
-                    let mut labels = labels.clone();
+                    let mut labels = Labels::clone(labels);
                     labels.push((field.name, (*word).into()));
                     let is = value == Value::Text(word);
                     number(field.kind(), f64::from(u8::from(is)), family.encode_family(&labels)?)?;
                 }
             } else if let Some(value) = value.number() {
-                number(field.kind(), field.unit().scale(value), family.encode_family(labels)?)?;
+                number(field.kind(), field.unit().scale(value), family.encode_family(*labels)?)?;
             }
         }
     }
     Ok(())
-}
-
-/// Whether a value makes a line: a number that is not known makes none, and a state that does not apply makes zeros.
-fn shows(field: &Field, value: Value<'_>) -> bool {
-    matches!(field.kind(), Kind::State(_)) || value.number().is_some()
 }
 
 fn metric_type(kind: Kind) -> MetricType {
@@ -192,10 +187,9 @@ fn number(kind: Kind, value: f64, encoder: MetricEncoder) -> fmt::Result {
 
 fn own(
     encoder: &mut DescriptorEncoder,
-    index: usize,
+    (name, kind, help): Own,
     values: impl IntoIterator<Item = (Labels, f64)>,
 ) -> fmt::Result {
-    let (name, kind, help) = OWN[index];
     let mut family = encoder.encode_descriptor(name, help, None, metric_type(kind))?;
     for (labels, value) in values {
         number(kind, value, family.encode_family(&labels)?)?;
@@ -203,32 +197,26 @@ fn own(
     Ok(())
 }
 
-fn info(encoder: &mut DescriptorEncoder, index: usize, all: impl IntoIterator<Item = Labels>) -> fmt::Result {
-    own(encoder, index, all.into_iter().map(|labels| (labels, 1.0)))
+fn info(encoder: &mut DescriptorEncoder, which: Own, all: impl IntoIterator<Item = Labels>) -> fmt::Result {
+    own(encoder, which, all.into_iter().map(|labels| (labels, 1.0)))
 }
 
 /// What a metric is: its name, its type, and what it says. For the documents.
 pub fn all() -> Vec<(String, &'static str, &'static str)> {
-    fn of<T: Statistics>() -> impl Iterator<Item = (String, &'static str, &'static str)> {
-        let kind = |field: &Field| {
-            if metric_type(field.kind()) == MetricType::Counter { "counter" } else { "gauge" }
-        };
-        T::FIELDS
+    let kind = |kind: Kind| if matches!(kind, Kind::Counter(_)) { "counter" } else { "gauge" };
+    let total = |kind: Kind| if matches!(kind, Kind::Counter(_)) { "_total" } else { "" };
+    let of = |fields: &'static [Field], subject: &'static str| {
+        fields
             .iter()
-            .filter_map(move |field| Some((field.metric(T::SUBJECT)?, kind(field), field.description)))
-    }
-    let word =
-        |kind: Kind| if matches!(kind, Kind::Counter(_)) { ("counter", "_total") } else { ("gauge", "") };
-    let own = OWN.iter().map(|(name, kind, help)| (format!("{name}{}", word(*kind).1), word(*kind).0, *help));
-    let tallies = TALLIES
-        .iter()
-        .map(|(name, kind, help, _)| (format!("{name}{}", word(*kind).1), word(*kind).0, *help));
+            .filter_map(move |field| Some((field.metric(subject)?, kind(field.kind()), field.description)))
+    };
+    let own = OWN.into_iter().chain(TALLIES.map(|(name, kind, help, _)| (name, kind, help)));
+    let own = own.map(|(name, of, help)| (format!("{name}{}", total(of)), kind(of), help));
     let histograms = HISTOGRAMS.iter().map(|(name, help, _)| ((*name).to_owned(), "histogram", *help));
-    of::<Node>()
-        .chain(of::<Gpu>())
-        .chain(of::<Client>())
+    of(Node::FIELDS, Node::SUBJECT)
+        .chain(of(Gpu::FIELDS, Gpu::SUBJECT))
+        .chain(of(Client::FIELDS, Client::SUBJECT))
         .chain(own)
-        .chain(tallies)
         .chain(histograms)
         .collect()
 }

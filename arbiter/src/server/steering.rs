@@ -18,8 +18,9 @@ use nvshare::units::{GpuUuid, bytes_of, format_nanos};
 use nvshare::wire::{Reply, Status};
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{self, Seek, Write};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 
 fn refuse(why: &str) -> Box<Reply> {
     Reply::refuse(Status::Refused, why)
@@ -152,12 +153,8 @@ fn in_words(change: &SettingsChange) -> String {
 
 /// A text as memory whose descriptor can be sent.
 fn in_memory(text: &[u8]) -> io::Result<File> {
-    let mut file = File::from(nix::sys::memfd::memfd_create(
-        "nvshare-settings",
-        nix::sys::memfd::MFdFlags::MFD_CLOEXEC,
-    )?);
-    file.write_all(text)?;
-    file.rewind()?;
+    let file = nvshare::sealed::create("nvshare-settings", text.len())?;
+    file.write_all_at(text, 0)?;
     Ok(file)
 }
 

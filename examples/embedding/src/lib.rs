@@ -13,27 +13,40 @@ pub mod plain;
 
 use nvshare::client::Client;
 use nvshare::map::MappedPage;
+use nvshare::units::granules_for;
 use nvshare::wire::Hello;
-use nvshare::{GpuUuid, paths, register};
+use nvshare::{GpuUuid, Granules, paths, register};
 use std::error::Error;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 /// How long a program waits for an arbiter that is starting.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Which arbiter, and which GPU.
+/// What all programs are told: which arbiter, which GPU, and what their memory is.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Where {
+pub struct Common {
     /// The arbiter's directory [default: as for every client]
     #[arg(long, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
     /// The GPU [default: the first that the arbiter serves]
     #[arg(long, value_name = "UUID")]
     gpu: Option<GpuUuid>,
+    /// How much memory it has, MiB
+    #[arg(long, default_value_t = 32)]
+    pub mib: u64,
+    /// What its data begins with
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
 }
 
-impl Where {
+impl Common {
+    /// How much memory it has, in granules.
+    pub fn granules(&self) -> Granules {
+        granules_for(self.mib << 20)
+    }
+
     /// Registers with the arbiter, for `gpu` if the program knows which one it uses.
     ///
     /// # Errors
@@ -46,6 +59,17 @@ impl Where {
         })?;
         let hello = Hello::new(gpu, name);
         Ok(register::register(&paths::socket(&dir), &hello, TIMEOUT)?.into_client())
+    }
+}
+
+/// The exit status of a program that has done its work, or that says why not.
+pub fn ended(program: &str, result: Result<(), Box<dyn Error>>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{program}: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -5,10 +5,9 @@
 
 use clap::Parser;
 use nvshare::Session;
-use nvshare::units::granules_for;
-use nvshare_embedding_examples::Where;
 use nvshare_embedding_examples::data::Steps;
 use nvshare_embedding_examples::plain::PlainMemory;
+use nvshare_embedding_examples::{Common, ended};
 use std::error::Error;
 use std::process::ExitCode;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -18,13 +17,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 #[command(max_term_width = 80)]
 struct Options {
     #[command(flatten)]
-    place: Where,
-    /// How much memory it has, MiB
-    #[arg(long, default_value_t = 32)]
-    mib: u64,
-    /// What its data begins with
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    common: Common,
     /// How many steps its work has
     #[arg(long, default_value_t = 100)]
     steps: u64,
@@ -32,20 +25,14 @@ struct Options {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    match run(&Options::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("embed-async: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("embed-async", run(&Options::parse()).await)
 }
 
 async fn run(options: &Options) -> Result<(), Box<dyn Error>> {
-    let client = options.place.register("async", None)?;
-    let memory = PlainMemory::new(client.books(), options.seed);
+    let client = options.common.register("async", None)?;
+    let memory = PlainMemory::new(client.books(), options.common.seed);
     let session = Session::start(client, memory.clone())?;
-    let granules = granules_for(options.mib << 20);
+    let granules = options.common.granules();
     session.grow(granules, || memory.add(granules))?;
     println!("asks for the GPU");
     let (steps, ()) = tokio::try_join!(work(&session, &memory, options.steps), answer())?;

@@ -10,14 +10,13 @@
 //! does.
 
 use clap::Parser;
-use nvshare::Granules;
 use nvshare::client::Client;
 use nvshare::map::MappedPage;
 use nvshare::sync::now;
-use nvshare::units::{MILLISECOND, granules_for};
+use nvshare::units::MILLISECOND;
 use nvshare_embedding_examples::data::Steps;
 use nvshare_embedding_examples::plain::PlainMemory;
-use nvshare_embedding_examples::{Where, input_has_ended};
+use nvshare_embedding_examples::{Common, ended, input_has_ended};
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -27,34 +26,22 @@ use std::sync::atomic::Ordering;
 #[command(max_term_width = 80)]
 struct Options {
     #[command(flatten)]
-    place: Where,
-    /// How much memory it has, MiB
-    #[arg(long, default_value_t = 32)]
-    mib: u64,
-    /// What its data begins with
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    common: Common,
     /// After so many steps it has nothing to do for a moment
     #[arg(long, default_value_t = 50)]
     burst: u64,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("embed-plain-memory: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("embed-plain-memory", run(&Options::parse()))
 }
 
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
-    let mut client = options.place.register("plain-memory", None)?;
-    let mut memory = PlainMemory::new(client.books(), options.seed);
-    let granules: Granules = granules_for(options.mib << 20);
+    let mut client = options.common.register("plain-memory", None)?;
+    let mut memory = PlainMemory::new(client.books(), options.common.seed);
+    let granules = options.common.granules();
     if granules > client.books().usable() {
-        return Err(format!("{} MiB do not fit into the pool", options.mib).into());
+        return Err(format!("{} MiB do not fit into the pool", options.common.mib).into());
     }
     memory.add(granules);
     client.books().grow(granules);

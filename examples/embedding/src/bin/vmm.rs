@@ -14,9 +14,8 @@ use cudarc::nvrtc::Ptx;
 use nvshare::client::Runtime;
 use nvshare::map::MappedPage;
 use nvshare::page::Direction;
-use nvshare::units::granules_for;
 use nvshare::{Books, Fill, GRANULE, GpuUuid, Granules, Session};
-use nvshare_embedding_examples::{Where, data, input_has_ended};
+use nvshare_embedding_examples::{Common, data, ended, input_has_ended};
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -27,26 +26,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 #[command(max_term_width = 80)]
 struct Options {
     #[command(flatten)]
-    place: Where,
-    /// How much memory it has, MiB
-    #[arg(long, default_value_t = 32)]
-    mib: u64,
-    /// What its data begins with
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    common: Common,
     /// The GPU's number, as CUDA counts
     #[arg(long, default_value_t = 0)]
     ordinal: usize,
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("embed-vmm: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    ended("embed-vmm", run(&Options::parse()))
 }
 
 /// A granule of memory.
@@ -235,10 +222,10 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     let module = context.load_module(Ptx::from_src(include_str!("../../../../tests/simcuda/kernels.ptx")))?;
     let work = Work { mix: module.load_function("nvshare_mix_u64")?, stream: context.new_stream()? };
     let uuid = result::device::get_uuid(context.cu_device())?;
-    let client = options.place.register("vmm", Some(GpuUuid(uuid.bytes.map(|byte| byte as u8))))?;
+    let client = options.common.register("vmm", Some(GpuUuid(uuid.bytes.map(|byte| byte as u8))))?;
 
-    let chunks = granules_for(options.mib << 20);
-    let memory = Arc::new(Memory::new(&context, client.books(), chunks, options.seed)?);
+    let chunks = options.common.granules();
+    let memory = Arc::new(Memory::new(&context, client.books(), chunks, options.common.seed)?);
     let session = Session::start(client, Moves(memory.clone()))?;
     session.grow(chunks, || ())?;
     println!("client in slot {} of {}", session.books().slot().get(), session.books().page().gpu());
@@ -257,7 +244,7 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let mut found = vec![0; data::WORDS];
         // SAFETY: the chunk is mapped, because there is a pass, and nothing else is in flight.
         unsafe { result::memcpy_dtoh_sync(&mut found, memory.address(chunk))? };
-        let expected = data::first(options.seed, chunk).map(|word| mixed(word, steps));
+        let expected = data::first(options.common.seed, chunk).map(|word| mixed(word, steps));
         if let Some(at) = found.iter().zip(expected).position(|(found, expected)| *found != expected) {
             return Err(format!("word {at} of chunk {chunk} is wrong after {steps} steps").into());
         }
