@@ -91,8 +91,9 @@
 //! let page = Arc::<Page>::from(Page::on_heap(GpuUuid([1; 16]), 4));
 //! let program = |pid: u32| {
 //!     let page = page.clone();
+//!     // The arbiter opens slots, one after the other.
+//!     let slot = page.open_slot(Process { pid, started: 1 }, "example", 100).unwrap();
 //!     std::thread::spawn(move || {
-//!         let slot = page.open_slot(Process { pid, started: 1 }, "example", 100).unwrap();
 //!         let client = Client::new(page, slot);
 //!         let chunks = Arc::new(Mutex::new(Vec::new()));
 //!         let memory = Memory { books: client.books().clone(), chunks: chunks.clone() };
