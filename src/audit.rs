@@ -168,6 +168,8 @@ impl Page {
             &own.returns_at,
             &own.charged_ns,
             &own.bytes_elided,
+            &own.submissions,
+            &own.held_submissions,
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,

@@ -332,6 +332,13 @@ impl<P: Deref<Target = Page>> Books<P> {
         add(&self.page.slot(self.slot).own.bytes_elided, bytes);
     }
 
+    /// Writes how often threads of the process have passed the gate to submit work, in all, and how often they had to wait there.
+    pub fn submitted(&self, submissions: u64, held: u64) {
+        let own = &self.page.slot(self.slot).own;
+        own.submissions.store(submissions, Ordering::Relaxed);
+        own.held_submissions.store(held, Ordering::Relaxed);
+    }
+
     /// Counts a copy of `bytes` without its time, because other work shared the link or the copy was not in a hurry.
     pub fn moved(&self, direction: Direction, bytes: u64) {
         let own = &self.page.slot(self.slot).own;

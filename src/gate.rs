@@ -74,6 +74,10 @@ pub struct Gate {
     waiting: AtomicU32,
     /// When the first of the threads that wait began to, ns.
     waiting_since: AtomicU64,
+    /// Passes that had to wait.
+    held: AtomicU64,
+    /// Times that a thread made its lane's counter odd and turned back.
+    turned_back: AtomicU32,
     /// How many threads may go in although the gate is shut ([`Gate::let_in`]).
     tickets: AtomicU32,
     lanes: Mutex<Lanes>,
@@ -93,6 +97,8 @@ impl Gate {
             state: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             waiting_since: AtomicU64::new(0),
+            held: AtomicU64::new(0),
+            turned_back: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
             lanes: Mutex::new(Lanes::default()),
         }
@@ -138,6 +144,7 @@ impl Gate {
             return true;
         }
         self.leave(lane);
+        self.turned_back.fetch_add(1, Ordering::Relaxed);
         false
     }
 
@@ -145,6 +152,7 @@ impl Gate {
     /// wants in; before it goes into a gate that is limited, it calls `keep_pace`.
     pub fn enter(&self, lane: &Lane, keep_pace: impl Fn(), wake_engine: impl Fn()) {
         let mut paced = false;
+        let mut held = false;
         loop {
             if !paced && self.is_limited() {
                 keep_pace();
@@ -157,6 +165,9 @@ impl Gate {
             let state = self.state.load(Ordering::Acquire);
             if is_open(state) {
                 continue;
+            }
+            if !std::mem::replace(&mut held, true) {
+                self.held.fetch_add(1, Ordering::Relaxed);
             }
             if self.waiting.fetch_add(1, Ordering::AcqRel) == 0 {
                 self.waiting_since.store(now(), Ordering::Relaxed);
@@ -277,10 +288,22 @@ impl Gate {
         self.waiting_since.load(Ordering::Relaxed)
     }
 
+    /// How many passes have had to wait at the shut gate since there is this gate.
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
     /// A number that changes when a thread goes in or comes out: the sum of all lanes' counters, modulo 2^32. It tells whether
     /// anything was submitted between two looks.
     pub fn passes(&self) -> u32 {
         self.lanes().all.iter().fold(0, |sum, lane| sum.wrapping_add(lane.passes.load(Ordering::Relaxed)))
+    }
+
+    /// How often threads have gone in and come out, modulo 2^31. Unlike [`Gate::passes`], it does not count those that turned
+    /// back. A look that comes beside a thread's may count a few too many, or too few, once.
+    pub fn entered(&self) -> u32 {
+        let turned_back = self.turned_back.load(Ordering::Relaxed);
+        (self.passes() / 2).wrapping_sub(turned_back) & (u32::MAX >> 1)
     }
 
     /// Whether some thread is inside.

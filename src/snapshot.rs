@@ -229,6 +229,8 @@ impl Page {
             run_ns: read(&own.run_ns),
             charged_ns: read(&own.charged_ns),
             bytes_elided: read(&own.bytes_elided),
+            submissions: read(&own.submissions),
+            held_submissions: read(&own.held_submissions),
             stall: own.stall.load(Ordering::Acquire),
             stall_since: read(&own.stall_since),
             stalls: read(&own.stalls),
@@ -278,6 +280,10 @@ pub struct ClientInfo {
     pub charged_ns: Nanos,
     /// Bytes given up on the GPU without a copy, because they were zero.
     pub bytes_elided: u64,
+    /// Times that threads of its process passed the gate to submit work, on whatever GPU, as of its engine's last look.
+    pub submissions: u64,
+    /// Of these, those that had to wait at the gate.
+    pub held_submissions: u64,
     /// Why it cannot give way, if it is to and cannot.
     pub stall: Stall,
     /// Since when it cannot, ns; 0 when it can.

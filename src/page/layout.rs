@@ -247,7 +247,11 @@ pub struct OwnWords {
     pub(crate) charged_ns: AtomicU64,
     /// Bytes that it has given up on the GPU without copying them, because they were zero.
     pub(crate) bytes_elided: AtomicU64,
-    _to_the_next_line: Padding<24>,
+    /// Times that threads of its process passed the gate to submit work.
+    pub(crate) submissions: AtomicU64,
+    /// Of these, those that had to wait at the gate.
+    pub(crate) held_submissions: AtomicU64,
+    _to_the_next_line: Padding<8>,
 }
 
 /// A slot's words about compute turns ([`crate::turns`]). Only its owner writes them, from several threads.
@@ -366,6 +370,8 @@ impl Page {
                 returns_at: word(),
                 charged_ns: word(),
                 bytes_elided: word(),
+                submissions: word(),
+                held_submissions: word(),
                 _to_the_next_line: Padding::new(),
             },
             compute: ComputeWords {

@@ -211,6 +211,11 @@ statistics! {
         evict_ns: u64 => counter(Nanoseconds),
         /// Time spent running in slices that have ended, ns.
         run_ns: u64 => counter(Nanoseconds),
+        /// Times that its process submitted work (launches, copies and the like), on all its GPUs. Brought up to date whenever the
+        /// client's engine looks: often while somebody waits, and at the end of a slice.
+        submissions: u64 => counter(Count),
+        /// Of these, those that had to wait at the gate, because the client did not have the GPU.
+        held_submissions: u64 => counter(Count),
         /// Why it cannot give way although it is to: drain-awaits-submission, endless-work, open-capture or no-host-memory;
         /// null if it can.
         stall: Option<String> => state(STALLS),

@@ -290,6 +290,8 @@ fn client(
         fill_ns: details.fill_ns,
         evict_ns: details.evict_ns,
         run_ns: details.run_ns,
+        submissions: details.submissions,
+        held_submissions: details.held_submissions,
         stall: stalled.map(|_| details.stall.name().into()),
         stalled_ns: stalled,
         stalls: details.stalls,

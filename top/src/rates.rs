@@ -37,6 +37,8 @@ pub struct Rates {
     pub switches: f64,
     /// Compute turns a second.
     pub turns: f64,
+    /// Submissions of work a second, as far as the client's engine has told.
+    pub submissions: f64,
 }
 
 impl Rates {
@@ -53,6 +55,7 @@ impl Rates {
             held: per_second(before.held_ns, after.held_ns) / 1e9,
             switches: per_second(before.yields, after.yields),
             turns: per_second(before.turns, after.turns),
+            submissions: per_second(before.submissions, after.submissions),
         }
     }
 
@@ -63,6 +66,7 @@ impl Rates {
         self.held += other.held;
         self.switches += other.switches;
         self.turns += other.turns;
+        self.submissions += other.submissions;
     }
 }
 

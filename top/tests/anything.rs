@@ -42,7 +42,7 @@ prop_compose! {
             memory_limit_bytes: some[3].then_some(figures[8]), compute_limit: some[4].then_some(part),
             takes_turns: some[5], has_turn: some[6], turn_waiting_ns: some[7].then_some(figures[9]),
             gpu_ns: figures[10], charged_ns: figures[11], held_ns: figures[12], bytes_in: figures[13], bytes_out: figures[14],
-            yields: figures[15], stalled_ns: some[0].then_some(figures[5]), overdue: some[1],
+            yields: figures[15], submissions: figures[9], held_submissions: figures[4], stalled_ns: some[0].then_some(figures[5]), overdue: some[1],
             ..Client::default()
         }
     }

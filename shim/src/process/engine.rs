@@ -19,6 +19,7 @@ use crate::memory::swap::Swap;
 use crate::process::engine::host_shortage::HostShortage;
 use crate::state;
 use crate::submit::drain::CompletionMarker;
+use crate::submit::gate::gate;
 use crate::submit::{captures, flow, gang, turn_taking};
 use giving_way::{GivingWay, Look};
 use idle::{Idle, Use};
@@ -27,7 +28,7 @@ use nvshare::map::MappedPage;
 use nvshare::snapshot::Snapshot;
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
-use nvshare::{Client, Phase, policy};
+use nvshare::{Books, Client, Phase, policy};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -70,6 +71,27 @@ fn by(until: Option<Nanos>, again: Nanos) -> Option<Nanos> {
     Some(until.map_or(again, |until| until.min(again)))
 }
 
+/// How often the process has submitted work.
+#[derive(Default)]
+struct Submissions {
+    /// What the gate counted at the last look.
+    seen: u32,
+    /// Since the process began.
+    total: u64,
+}
+
+impl Submissions {
+    fn look(&mut self, books: &Books<MappedPage>) {
+        let entered = gate().entered();
+        let new = entered.wrapping_sub(self.seen) & (u32::MAX >> 1);
+        // Half of what the counter can tell: then it counted too few beside a thread, and catches up.
+        if new < u32::MAX / 4 {
+            (self.seen, self.total) = (entered, self.total + u64::from(new));
+            books.submitted(self.total, gate().held());
+        }
+    }
+}
+
 /// Whether memory that is mapped to the host can move back to the GPU.
 enum Overflow {
     Returns,
@@ -109,6 +131,7 @@ struct Engine {
     closing: Option<(Option<CompletionMarker>, Closing)>,
     /// When memory mapped to the host may next be moved back to the GPU, ns, and the pause after that attempt, ns.
     returns: (Nanos, Nanos),
+    submissions: Submissions,
 }
 
 impl Engine {
@@ -129,6 +152,7 @@ impl Engine {
             closing: None,
             returns: (0, OVERFLOW_POLL_INTERVAL),
             host_shortage: HostShortage::default(),
+            submissions: Submissions::default(),
         }
     }
 
@@ -232,6 +256,7 @@ impl Engine {
         if self.device.engine_context.is_leaving() || self.device.engine_context.successor().is_some() {
             return;
         }
+        self.submissions.look(&self.device.books);
         let until = if self.tidy_up() { until } else { by(until, now() + TIDY_POLL_INTERVAL) };
         let gpu = self.device.gpu;
         let host_shortage = self.host_shortage.look(&self.device);

@@ -80,3 +80,24 @@ fn nobody_looks_while_nobody_waits() {
     drop((holder.ends_well(), other.ends_well()));
     balances(&node);
 }
+
+/// What a client has submitted and how much of it had to wait is in the books when its slice is over.
+#[test]
+fn submissions_are_counted_and_those_that_had_to_wait() {
+    let gpu = quick_gpu();
+    let node = node(&gpu);
+    let [(mut counted, address, bytes), (mut other, others, other_bytes)] = two(&node);
+    // It gets its slice, sees its data so many times, and the other one takes the GPU from it.
+    let mut slice = |times: u64| {
+        let before = client(&node, &counted);
+        (0..times).for_each(|_| counted.sees(address, bytes, 1));
+        other.sees(others, other_bytes, 2);
+        let after = client(&node, &counted);
+        (after.submissions - before.submissions, after.held_submissions - before.held_submissions)
+    };
+    let ((one, held), (two, held_again), (six, held_for_six)) = (slice(1), slice(2), slice(6));
+    assert!(one > 0 && two > one, "{one}, {two}");
+    assert_eq!(six - one, 5 * (two - one), "as many each time: {one}, {two}, {six}");
+    assert_eq!([held, held_again, held_for_six], [1; 3], "the first of each slice waits for the GPU");
+    drop((counted.ends_well(), other.ends_well()));
+}

@@ -35,7 +35,7 @@ impl Column {
 }
 
 /// All columns, from left to right. The name has what is left over.
-const COLUMNS: [Column; 20] = [
+const COLUMNS: [Column; 21] = [
     column("", 1, 0, |row| letter(row.client.slot).to_string()).left(),
     column("GPU", 4, 1, |row| row.index().to_string()).by(Sort::Gpu),
     column("pid", 7, 2, |row| row.client.pid.to_string()).by(Sort::Pid),
@@ -53,6 +53,7 @@ const COLUMNS: [Column; 20] = [
     column("limit", 12, 14, |row| limits(row.client)),
     column("switches", 8, 12, |row| row.client.yields.to_string()),
     column("held", 5, 13, held),
+    column("launches", 8, 16, |row| row.rates.map_or_else(dash, |now| per_second(now.submissions))),
     column("out", 10, 10, |row| row.rates.map_or_else(dash, |now| rate(now.bytes_out))).by(Sort::Link),
     column("in", 10, 10, |row| row.rates.map_or_else(dash, |now| rate(now.bytes_in))),
     // Drawn by the table itself.
@@ -66,10 +67,10 @@ const NAME: usize = 3;
 const WIDEST_NAME: usize = 28;
 
 /// The places of the columns with bytes out and in, which are both there or neither.
-const LINK: [usize; 2] = [17, 18];
+const LINK: [usize; 2] = [18, 19];
 
 /// The place of the column with the graphs.
-const GRAPH: usize = 19;
+const GRAPH: usize = 20;
 
 fn dash() -> String {
     "-".into()

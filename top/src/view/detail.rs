@@ -2,7 +2,7 @@
 
 use super::bar::graph;
 use super::paint::{Paint, letter};
-use super::text::{cut, harmless, percent, rate, size, span, width, wrapped};
+use super::text::{cut, harmless, per_second, percent, rate, size, span, width, wrapped};
 use crate::model::Model;
 use crate::order::Row;
 use nvshare::page::Stall;
@@ -35,7 +35,7 @@ pub fn detail(model: &Model, row: &Row<'_>, columns: usize, paint: Paint) -> Vec
     lines
 }
 
-fn facts(row: &Row<'_>) -> [String; 3] {
+fn facts(row: &Row<'_>) -> [String; 4] {
     let client = row.client;
     let now = row.rates.unwrap_or_default();
     let known = |word: &str, text: Option<&String>| {
@@ -78,7 +78,13 @@ fn facts(row: &Row<'_>) -> [String; 3] {
         span(client.held_ns),
         if client.takes_turns { format!(", {} compute turns", client.turns) } else { String::new() }
     );
-    [whose.join(", "), memory, work]
+    let submissions = format!(
+        "submitted work {} times ({} a second), {} of them had to wait for the GPU",
+        client.submissions,
+        per_second(now.submissions),
+        client.held_submissions
+    );
+    [whose.join(", "), memory, work, submissions]
 }
 
 /// Why it does not give way, if it is to.

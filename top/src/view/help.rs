@@ -27,12 +27,14 @@ pub const KEYS: [(&str, &str); 15] = [
 const RIGHTS: &str = "  Whose client it is, whom the arbiter runs as, and root may change it.";
 
 /// What the signs mean.
-const SIGNS: [&str; 6] = [
+const SIGNS: [&str; 8] = [
     "In the bars a letter is a client's memory, # is contexts, · is free. The bar",
     "\"host\" has memory that is not on the GPU, in the same scale.",
     "\"time\" is the part of the GPU's time that a client had. Where several ran at",
     "once and take no compute turns, the policy divides it among them.",
     "\"held\" is how many threads waited for a compute turn, on the average.",
+    "\"launches\" is how often a second a client submitted work, copies too, as",
+    "its engine told last: at the end of a slice, and often while somebody waits.",
     "\"load\" is NVML's; \"out\" and \"in\" are what clients copied.",
 ];
 
