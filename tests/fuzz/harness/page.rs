@@ -415,10 +415,11 @@ fn check_admitted(snapshot: &Snapshot, admitted: SlotSet) {
     let sum: u64 = demands.iter().copied().map(u64::from).sum();
     let needy = demands.iter().filter(|demand| **demand > 0).count();
     assert!(sum <= u64::from(snapshot.usable()) || needy == 1, "{demands:?} in {}", snapshot.usable());
-    // Who runs and was recalled has yet to see it, and comes back as a waiter.
+    // Who runs and was recalled has yet to see it, and comes back as a waiter. Who is paused is not admitted.
     let recalled = |slot, phase| phase == Phase::Running && !snapshot.admitted.contains(slot);
-    let somebody =
-        snapshot.clients().any(|(slot, view)| view.phase.wants_gpu() && !recalled(slot, view.phase));
+    let somebody = snapshot
+        .clients()
+        .any(|(slot, view)| view.phase.wants_gpu() && !view.paused && !recalled(slot, view.phase));
     assert_eq!(admitted.is_empty(), !somebody, "somebody must run");
 }
 
