@@ -8,9 +8,11 @@ use nvshare_kubernetes::cdi::Spec;
 use nvshare_kubernetes::device_plugin::protocol::{
     ContainerAllocateResponse, DevicePluginOptions, Empty, RegisterRequest,
 };
+use nvshare_tools::node::start_arbiter;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::process::{Command, Output};
+use std::path::Path;
+use std::process::{Child, Command, Output};
 use tonic::Code;
 
 /// The GPU of this number on a machine whose UUIDs ascend.
@@ -60,6 +62,10 @@ async fn it_registers_again_with_a_kubelet_that_has_started_anew() {
         kubelet.registration().await;
         assert_eq!(plugin.watch().await.next().await, before);
     }
+    // Another kubelet's socket is in the place of the one before, and the plugin's is still there.
+    let folder = kubelet.end();
+    kubelet = Kubelet::take_over(&folder);
+    kubelet.registration().await;
     // Somebody removes the socket, and the kubelet stays.
     fs::remove_file(machine.device_plugins().join("nvshare.com-gpu.sock")).unwrap();
     kubelet.registration().await;
@@ -98,7 +104,8 @@ async fn the_new_plugin_of_an_upgrade_takes_over_while_the_old_one_ends() {
     old.says("this one steps back");
     let (status, said) = old.end();
     assert!(status.success(), "{said}");
-    // The new one's socket is still there, and so is its specification.
+    // The new one's socket has always been there, and so has its specification.
+    assert!(!new.said().contains("the socket is gone"), "{}", new.said());
     assert!(!new.watch().await.next().await.is_empty());
     assert!(
         fs::read_to_string(machine.cdi().join("nvshare.com-client.json"))
@@ -146,27 +153,57 @@ async fn a_gpu_that_fails_is_offered_no_more() {
 }
 
 #[tokio::test]
-async fn without_an_arbiter_nothing_is_offered() {
-    let machine = Machine::new(1);
-    let mut kubelet = Kubelet::start(&machine.device_plugins());
+async fn while_nvml_hangs_nothing_is_offered() {
+    let machine = Machine::new(2);
     let node = machine.arbiter();
-    let runtime = node.dir().to_owned();
+    let mut kubelet = Kubelet::start(&machine.device_plugins());
+    let plugin = machine.plugin(node.dir(), &["--nvml-timeout", "100ms"]);
+    kubelet.registration().await;
+    let mut lists = plugin.watch().await;
+    let all = |list: &[_], wanted| healthy(list).values().all(|count| *count == wanted);
+    let list = lists.until("all are healthy", |list| all(list, 10)).await;
+    machine.faults("1 hang");
+    lists.until("NVML hangs", |list| all(list, 0)).await;
+    // The kubelet waits for the answer to every request.
+    let refused = plugin.allocate(&[&list[0].id]).await.unwrap_err();
+    assert!(refused.message().contains("NVML has not answered"), "{}", refused.message());
+    machine.faults("");
+    lists.until("NVML answers again", |list| all(list, 10)).await;
+    plugin.allocate(&[&list[0].id]).await.unwrap();
+}
+
+/// An arbiter in this directory, which another one may have served before.
+fn arbiter_in(machine: &Machine, dir: &Path) -> Child {
+    let arguments = ["--capacity", "64MiB"].map(str::to_owned);
+    start_arbiter(dir, &arguments, &machine.gpu.environment(&[]))
+        .unwrap()
+        .expect("no other arbiter serves there")
+}
+
+#[tokio::test]
+async fn without_an_arbiter_nothing_is_offered() {
+    let machine = Machine::new(2);
+    let runtime = machine.dir.path().join("run");
+    let mut kubelet = Kubelet::start(&machine.device_plugins());
     let plugin = machine.plugin(&runtime, &[]);
     kubelet.registration().await;
     let mut lists = plugin.watch().await;
     let all = |list: &[_], wanted| healthy(list).values().all(|count| *count == wanted);
-    let list = lists.until("the arbiter serves", |list| all(list, 10)).await;
+    let list = lists.next().await;
+    assert!(list.len() == 20 && all(&list, 0), "{list:?}");
     let id = list[0].id.clone();
-    drop(node);
-    lists.until("the arbiter has gone", |list| all(list, 0)).await;
-    let refused = plugin.allocate(&[&id]).await.unwrap_err();
-    assert_eq!(refused.code(), Code::FailedPrecondition);
-    for part in ["there is no nvshare node here", &id] {
-        assert!(
-            refused.message().contains(part) || refused.message().contains("no arbiter answers"),
-            "{}",
-            refused.message()
-        );
+    for _ in 0..2 {
+        let refused = plugin.allocate(&[&id]).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        for part in ["no arbiter answers", "systemctl restart nvshare-arbiter", &id] {
+            assert!(refused.message().contains(part), "{}", refused.message());
+        }
+        let mut arbiter = arbiter_in(&machine, &runtime);
+        lists.until("the arbiter serves", |list| all(list, 10)).await;
+        plugin.allocate(&[&id]).await.unwrap();
+        arbiter.kill().unwrap();
+        arbiter.wait().unwrap();
+        lists.until("the arbiter has gone", |list| all(list, 0)).await;
     }
 }
 

@@ -148,7 +148,7 @@ impl Plugin {
         )
     }
 
-    /// What two GPUs or more get who ask for these.
+    /// What a container gets that is given these.
     pub async fn allocate(&self, ids: &[&str]) -> Result<AllocateResponse, Status> {
         let devices_ids = ids.iter().map(|&id| id.to_owned()).collect();
         let request = AllocateRequest { container_requests: vec![ContainerAllocateRequest { devices_ids }] };
@@ -240,6 +240,12 @@ impl Kubelet {
         for entry in std::fs::read_dir(folder).unwrap() {
             std::fs::remove_file(entry.unwrap().path()).unwrap();
         }
+        Self::take_over(folder)
+    }
+
+    /// Makes its socket in the place of another's, and leaves the plugins' sockets where they are.
+    pub fn take_over(folder: &Path) -> Self {
+        let _ = std::fs::remove_file(folder.join("kubelet.sock"));
         let listener = UnixListener::bind(folder.join("kubelet.sock")).unwrap();
         let (sender, registrations) = mpsc::unbounded_channel();
         let server = Server::builder().add_service(RegistrationServer::new(Takes(sender)));
