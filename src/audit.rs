@@ -170,6 +170,7 @@ impl Page {
             &own.bytes_elided,
             &own.submissions,
             &own.held_submissions,
+            &own.bytes_unchanged,
             &own.stall_since,
             &own.stalls,
             &own.drain_retries,

@@ -332,6 +332,11 @@ impl<P: Deref<Target = Page>> Books<P> {
         add(&self.page.slot(self.slot).own.bytes_elided, bytes);
     }
 
+    /// Counts bytes that leave the GPU without a copy, because the host has the same.
+    pub fn unchanged(&self, bytes: u64) {
+        add(&self.page.slot(self.slot).own.bytes_unchanged, bytes);
+    }
+
     /// Writes how often threads of the process have passed the gate to submit work, in all, and how often they had to wait there.
     pub fn submitted(&self, submissions: u64, held: u64) {
         let own = &self.page.slot(self.slot).own;

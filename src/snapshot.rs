@@ -229,6 +229,7 @@ impl Page {
             run_ns: read(&own.run_ns),
             charged_ns: read(&own.charged_ns),
             bytes_elided: read(&own.bytes_elided),
+            bytes_unchanged: read(&own.bytes_unchanged),
             submissions: read(&own.submissions),
             held_submissions: read(&own.held_submissions),
             stall: own.stall.load(Ordering::Acquire),
@@ -280,6 +281,8 @@ pub struct ClientInfo {
     pub charged_ns: Nanos,
     /// Bytes given up on the GPU without a copy, because they were zero.
     pub bytes_elided: u64,
+    /// Bytes given up on the GPU without a copy, because the host had the same.
+    pub bytes_unchanged: u64,
     /// Times that threads of its process passed the gate to submit work, on whatever GPU, as of its engine's last look.
     pub submissions: u64,
     /// Of these, those that had to wait at the gate.

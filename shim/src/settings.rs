@@ -15,6 +15,17 @@ pub enum OnMissingArbiter {
     Passthrough,
 }
 
+/// Whether the copies of memory in host memory are kept when it comes back to the GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeepCopies {
+    /// They are freed.
+    Off,
+    /// They are kept, and what has not changed since is not copied again.
+    On,
+    /// They are kept, everything is copied again, and what should not have changed is compared.
+    Verify,
+}
+
 /// The process's settings.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -35,6 +46,8 @@ pub struct Settings {
     pub unmovable: Option<bool>,
     /// NVSHARE_KEEP_FREED: how long memory that the application has freed is kept for its next allocation.
     pub keep_freed: Duration,
+    /// NVSHARE_KEEP_COPIES: `off`, `on` or `verify`.
+    pub keep_copies: KeepCopies,
     /// NVSHARE_GANG: the name of the processes that this one waits for and that wait for it, and how many they are with it.
     pub gang: Option<(String, u32)>,
     /// NVSHARE_WEIGHT, NVSHARE_PRIORITY, NVSHARE_MEMORY_LIMIT and NVSHARE_COMPUTE_LIMIT: the shares with which the process registers.
@@ -125,6 +138,18 @@ impl Settings {
                 "write seconds between 0 and 86400 for which freed memory is kept for the next allocation, such as 1",
                 Duration::from_secs(1),
                 seconds,
+            )?,
+            keep_copies: parse(
+                get("NVSHARE_KEEP_COPIES"),
+                "NVSHARE_KEEP_COPIES",
+                "write on to keep copies in host memory, so that what has not changed is not copied again, off, or verify to compare it",
+                KeepCopies::Off,
+                |text| match text {
+                    "" | "off" | "0" => Some(KeepCopies::Off),
+                    "on" | "1" => Some(KeepCopies::On),
+                    "verify" => Some(KeepCopies::Verify),
+                    _ => None,
+                },
             )?,
             gang: parse(
                 get("NVSHARE_GANG").filter(|text| !text.is_empty()),

@@ -251,7 +251,8 @@ pub struct OwnWords {
     pub(crate) submissions: AtomicU64,
     /// Of these, those that had to wait at the gate.
     pub(crate) held_submissions: AtomicU64,
-    _to_the_next_line: Padding<8>,
+    /// Bytes that it has given up on the GPU without copying them, because the host had the same.
+    pub(crate) bytes_unchanged: AtomicU64,
 }
 
 /// A slot's words about compute turns ([`crate::turns`]). Only its owner writes them, from several threads.
@@ -372,7 +373,7 @@ impl Page {
                 bytes_elided: word(),
                 submissions: word(),
                 held_submissions: word(),
-                _to_the_next_line: Padding::new(),
+                bytes_unchanged: word(),
             },
             compute: ComputeWords {
                 claim: word(),

@@ -205,6 +205,8 @@ statistics! {
         bytes_out: u64 => counter(Bytes).named("copied_out"),
         /// Bytes given up on the GPU without a copy, because they were zero.
         bytes_elided: u64 => counter(Bytes).named("elided"),
+        /// Bytes given up on the GPU without a copy, because host memory had the same ones.
+        bytes_unchanged: u64 => counter(Bytes).named("unchanged"),
         /// Time spent copying in, ns.
         fill_ns: u64 => counter(Nanoseconds),
         /// Time spent copying out, ns.

@@ -287,6 +287,7 @@ fn client(
         bytes_in: details.bytes_in,
         bytes_out: details.bytes_out,
         bytes_elided: details.bytes_elided,
+        bytes_unchanged: details.bytes_unchanged,
         fill_ns: details.fill_ns,
         evict_ns: details.evict_ns,
         run_ns: details.run_ns,

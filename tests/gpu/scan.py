@@ -1,10 +1,13 @@
-"""The kernel by which the shim finds granules that are all zero (shim/src/memory/zero_scan.ptx), on this machine's GPU: whether it
-is right, and how fast it is. Speaks to the driver directly and needs nothing but Python; prints a line of JSON for
+"""The kernels by which the shim finds granules that are all zero (shim/src/memory/zero_scan.ptx), and granules that have not changed
+(shim/src/memory/fingerprint.ptx), on this machine's GPU: whether they are right, and how fast they are. Speaks to the driver directly and needs nothing but Python; prints a line of JSON for
 each finding, and fails at the first wrong answer.
 
 Right: memory in chunks of 1 to 32 granules, in any order, has single bytes that are not zero: at each place where a
 16-byte load, a warp, a block or a granule begins or ends, and at random ones. The kernel's answer, on grids of several
 sizes, is compared with what a copy of the memory on the host says.
+
+The fingerprints of random granules are what their definition gives, computed here; nothing else of the table is written; and a granule
+of which one bit has changed has another one, at each of the places above.
 
 Fast: the median of 9 runs over --gib GiB in chunks of 64 MiB, timed on the GPU: all zero, dense, and one byte in each
 hundredth granule."""
@@ -22,7 +25,9 @@ import time
 GRANULE = 2 << 20
 SLOTS = 32
 ENTRY = struct.Struct("<QQ32s")
+PRINTS = struct.Struct("<QQ64Q")
 PLACES = [0, 1, 15, 16, 511, 512, 4095, 4096, 8191, 12288, 16383, 16384, GRANULE // 2, GRANULE - 16384]
+MASK = 2**64 - 1
 PLACES += [GRANULE // 2 - 1, GRANULE - 16, GRANULE - 2, GRANULE - 1]
 DEVICEMAP = 2
 
@@ -50,6 +55,7 @@ SIGNATURES = {
     "cuMemGetInfo_v2": [pointer, pointer],
     "cuMemsetD8Async": [u64, ctypes.c_ubyte, size_t, pointer],
     "cuMemcpyDtoH_v2": [pointer, u64, size_t],
+    "cuMemcpyHtoD_v2": [u64, pointer, size_t],
     "cuStreamCreate": [pointer, u32],
     "cuEventCreate": [pointer, u32],
     "cuEventRecord": [pointer, pointer],
@@ -123,6 +129,94 @@ class Scanner:
                 sys.exit(f"chunk {index}: the kernel wrote where it has no business: {address:x} {granules} {zero}")
             bits.append(sum(1 << i for i in range(granules) if zero[i] != 1))
         return bits, milliseconds / 1e3, answered - called, called - asked
+
+
+class Fingerprinter(Scanner):
+    """The same as in shim/src/memory/fingerprint.rs."""
+
+    def __init__(self, chunks):
+        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/memory/fingerprint.ptx"
+        self.module = made("cuModuleLoadData", pointer, ptx.read_bytes() + b"\0")
+        self.kernel = made("cuModuleGetFunction", pointer, self.module, b"nvshare_fingerprints")
+        self.host = made("cuMemHostAlloc", pointer, chunks * PRINTS.size, DEVICEMAP)
+        self.device = made("cuMemHostGetDevicePointer_v2", u64, self.host, 0)
+        self.table = (ctypes.c_ubyte * (chunks * PRINTS.size)).from_address(self.host.value)
+        self.stream = made("cuStreamCreate", pointer, 1)
+        self.began, self.ended = made("cuEventCreate", pointer, 0), made("cuEventCreate", pointer, 0)
+        self.keys = [random.getrandbits(64), random.getrandbits(64)]
+
+    def scan(self, chunks, blocks=None):
+        """The fingerprints of each chunk's granules, and the seconds that the GPU took."""
+        slots = SLOTS * len(chunks)
+        for index, (address, size) in enumerate(chunks):
+            PRINTS.pack_into(self.table, index * PRINTS.size, address, size // GRANULE, *[0] * 64)
+        values = [u64(self.device.value), u64(slots), u64(self.keys[0]), u64(self.keys[1])]
+        parameters = (pointer * 4)(*[ctypes.addressof(value) for value in values])
+        call("cuEventRecord", self.began, self.stream)
+        call("cuLaunchKernel", self.kernel, blocks or slots, 1, 1, 256, 1, 1, 0, self.stream, parameters, None)
+        call("cuEventRecord", self.ended, self.stream)
+        call("cuEventSynchronize", self.ended)
+        found = []
+        for index, (address, size) in enumerate(chunks):
+            at, granules, *prints = PRINTS.unpack_from(self.table, index * PRINTS.size)
+            if (at, granules) != (address, size // GRANULE) or any(prints[2 * granules:]):
+                sys.exit(f"chunk {index}: the kernel wrote where it has no business: {at:x} {granules} {prints}")
+            found.append(list(zip(prints[::2], prints[1::2]))[:granules])
+        return found, made_time(self.began, self.ended) / 1e3
+
+    def definition(self, data):
+        """The fingerprint of a granule with these bytes."""
+        sums, (key0, key1) = [], self.keys
+        words = struct.unpack(f"<{GRANULE // 8}Q", data)
+        for start, key in ((key0, key1 | 1), (key1, key0 | 1)):
+            total = 0
+            for thread in range(256):
+                state = (start + thread) & MASK
+                for block in range(0, len(words), 512):
+                    for word in words[block + 2 * thread:block + 2 * thread + 2]:
+                        product = (state ^ word) * key
+                        state = (product & MASK) ^ (product >> 64)
+                total += state
+            sums.append(total & MASK)
+        return tuple(sums)
+
+
+def check_fingerprints(scanner):
+    dice = random.Random(arguments.seed)
+    given, base = allocate(SLOTS * GRANULE)
+    whole = [(base, SLOTS * GRANULE)]
+    for granule in (0, 13, SLOTS - 1):
+        data = dice.randbytes(GRANULE)
+        call("cuMemcpyHtoD_v2", base + granule * GRANULE, data, GRANULE)
+        for blocks in (None, 1, 7):
+            said, is_so = scanner.scan(whole, blocks)[0][0][granule], scanner.definition(data)
+            if said != is_so:
+                sys.exit(f"granule {granule}, {blocks} blocks: {said} is {is_so}")
+    scanner.fill(base, 0x5A, SLOTS * GRANULE)
+    before = scanner.scan(whole)[0][0]
+    if len(set(before)) != 1:
+        sys.exit(f"granules with the same contents have several fingerprints: {before}")
+    for place in PLACES:
+        for granule in (0, 13, SLOTS - 1):
+            scanner.fill(base + granule * GRANULE + place, 0x5A ^ 1 << dice.randrange(8), 1)
+            now = scanner.scan(whole)[0][0]
+            changed = [index for index in range(SLOTS) if now[index] != before[index]]
+            if changed != [granule]:
+                sys.exit(f"byte {place} of granule {granule} has changed, the fingerprints of {changed}")
+            scanner.fill(base + granule * GRANULE + place, 0x5A, 1)
+    call("cuMemFree_v2", given)
+    say(check="fingerprints", places=len(PLACES), right=True)
+
+
+def measure_fingerprints(scanner, chunk_count):
+    chunk = SLOTS * GRANULE
+    given, base = allocate(chunk_count * chunk)
+    scanner.fill(base, 1, chunk_count * chunk)
+    chunks = [(base + index * chunk, chunk) for index in range(chunk_count)]
+    on_gpu = statistics.median(scanner.scan(chunks)[1] for _ in range(9))
+    gib = chunk_count * chunk / 2**30
+    say(measure="fingerprints", gib=gib, gpu_ms=on_gpu * 1e3, gib_per_s=gib / on_gpu)
+    call("cuMemFree_v2", given)
 
 
 def made_time(began, ended):
@@ -239,3 +333,6 @@ say(
 )
 check(scanner, 256 if arguments.gib >= 1 else 2 * SLOTS)
 measure(scanner, chunk_count)
+fingerprinter = Fingerprinter(max(chunk_count, 256))
+check_fingerprints(fingerprinter)
+measure_fingerprints(fingerprinter, chunk_count)

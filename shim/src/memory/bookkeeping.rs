@@ -3,8 +3,8 @@
 
 use crate::cuda::abi::CUcontext;
 use crate::memory::host::{HostPool, HostPoolError};
-use crate::memory::map::{Freed, Memory};
-use crate::memory::region::{Backing, HostCopy, InUse};
+use crate::memory::map::{Freed, Memory, Outgoing};
+use crate::memory::region::{Backing, HostCopy, InUse, Seen};
 use nix::time::{ClockId, clock_gettime};
 use nvshare::slot::Process;
 use nvshare::units::{GRANULE, GpuUuid, Granules, Nanos, SECOND};
@@ -42,10 +42,10 @@ pub fn measure(regions: Granules) -> Result<[Nanos; 4], HostPoolError> {
     }
     let allocated = now();
     for (address, _) in memory.unseen() {
-        memory.saw(address, InUse::All);
+        memory.saw(address, Seen { in_use: InUse::All, fingerprints: None });
     }
-    while let Some((place, _, in_use)) = memory.next_resident(u64::MAX) {
-        let copy = HostCopy { memory: host.alloc(place.size)?, in_use };
+    while let Some(Outgoing { place, seen, .. }) = memory.next_resident(u64::MAX) {
+        let copy = HostCopy { memory: host.alloc(place.size)?, in_use: seen.in_use, fingerprints: None };
         memory.settle(place.address, Backing::Evicted(copy));
         books.give(1);
     }

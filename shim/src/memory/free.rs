@@ -156,6 +156,9 @@ impl Device {
         if chunk.pinned {
             self.books.unpin(granules);
         }
+        if let Some(kept) = chunk.kept {
+            self.host.free(kept.memory);
+        }
         match chunk.backing {
             Backing::Device(handle) => {
                 self.release(&place, handle);

@@ -29,27 +29,33 @@ pub struct Index {
     overflowed: u64,
     /// How many chunks the GPU cannot use, including those that are being moved.
     unusable: usize,
-    /// Chunks that can be evicted, by the granules that a copy takes and by address; the value is the chunk's granules.
-    by_need: BTreeMap<(Granules, CUdeviceptr), Granules>,
+    /// Chunks that can be evicted, by what it takes; the value is the chunk's granules.
+    by_need: BTreeMap<Need, Granules>,
     /// The sum of the granules in `by_need`.
     evictable: u64,
-    /// Of `by_need`, the chunks that need a copy.
+    /// Of `by_need`, the chunks that need host memory.
     resident: BTreeSet<CUdeviceptr>,
     /// Chunks on the GPU that were not scanned since the client last ran, and that a scan can handle.
     unseen: BTreeSet<CUdeviceptr>,
     /// Chunks that were scanned since.
     seen: BTreeSet<CUdeviceptr>,
+    /// Chunks on the GPU of which a copy was kept.
+    kept: BTreeSet<CUdeviceptr>,
     /// Reservations that wait for the GPU.
     reservations: BTreeSet<CUdeviceptr>,
 }
 
-/// Granules of host memory that evicting a chunk needs.
-fn need(chunk: &Chunk) -> Granules {
-    match (&chunk.backing, chunk.seen) {
-        (Backing::Booked, _) => 0,
-        (_, Some(InUse::Granules(bits))) => bits.count_ones(),
-        _ => chunk.granules(),
-    }
+/// What it takes to evict a chunk: granules of host memory beside what it has there, granules to be copied; and its address.
+type Need = (Granules, Granules, CUdeviceptr);
+
+fn need(chunk: &Chunk) -> Need {
+    let (host, copies) = match (&chunk.backing, chunk.changed(), chunk.in_use()) {
+        (Backing::Booked, ..) => (0, 0),
+        (_, Some(changed), _) => (0, changed.count_ones()),
+        (_, None, InUse::Granules(bits)) => (bits.count_ones(), bits.count_ones()),
+        (_, None, InUse::All) => (chunk.granules(), chunk.granules()),
+    };
+    (host, copies, chunk.address)
 }
 
 /// A chunk's entries in the index: for each set the key, if the chunk is in it.
@@ -60,10 +66,11 @@ pub struct Keys {
     overflow: Option<FillOrder>,
     overflowed: Granules,
     unusable: bool,
-    by_need: Option<((Granules, CUdeviceptr), Granules)>,
+    by_need: Option<(Need, Granules)>,
     resident: Option<CUdeviceptr>,
     unseen: Option<CUdeviceptr>,
     seen: Option<CUdeviceptr>,
+    kept: Option<CUdeviceptr>,
     reservation: Option<CUdeviceptr>,
 }
 
@@ -82,11 +89,12 @@ impl Keys {
             overflow: (overflowed && !chunk.pinned).then_some(place),
             overflowed: if overflowed { granules } else { 0 },
             unusable: !backing.usable(),
-            by_need: evictable.then_some(((need, address), granules)),
-            resident: (evictable && need > 0).then_some(address),
+            by_need: evictable.then_some((need, granules)),
+            resident: (evictable && need.0 > 0).then_some(address),
             unseen: (evictable && is_memory && chunk.seen.is_none() && chunk.size <= CHUNK)
                 .then_some(address),
-            seen: chunk.seen.map(|_| address),
+            seen: chunk.seen.as_ref().map(|_| address),
+            kept: chunk.kept.as_ref().map(|_| address),
             reservation: (is_reservation && matches!(backing, Backing::Absent)).then_some(address),
         }
     }
@@ -121,6 +129,7 @@ impl Index {
         change(&mut self.resident, before.resident, after.resident);
         change(&mut self.unseen, before.unseen, after.unseen);
         change(&mut self.seen, before.seen, after.seen);
+        change(&mut self.kept, before.kept, after.kept);
         change(&mut self.reservations, before.reservation, after.reservation);
         self.overflowed = self.overflowed + u64::from(after.overflowed) - u64::from(before.overflowed);
         self.unusable = self.unusable + usize::from(after.unusable) - usize::from(before.unusable);
@@ -176,17 +185,24 @@ impl Index {
         self.unusable > 0
     }
 
-    /// The next chunk to evict that needs at most `most` granules of host memory. Chunks that need no copy come first; then
-    /// those with the highest addresses, because large allocations tend to lie there, and large chunks move fastest.
+    /// The next chunk to evict that needs at most `most` granules of host memory. Chunks that need none come first, and of these
+    /// the ones that need no copy; then those with the highest addresses, because large allocations tend to lie there, and large
+    /// chunks move fastest.
     pub fn next_resident(&self, most: Granules) -> Option<CUdeviceptr> {
-        let ((need, smallest), _) = self.by_need.first_key_value()?;
+        let ((need, _, smallest), _) = self.by_need.first_key_value()?;
         if *need == 0 {
             return Some(*smallest);
         }
-        if self.by_need.last_key_value().is_some_and(|((largest, _), _)| *largest <= most) {
+        if self.by_need.last_key_value().is_some_and(|((largest, ..), _)| *largest <= most) {
             return self.resident.last().copied();
         }
-        self.by_need.range(..=(most, CUdeviceptr::MAX)).next_back().map(|((_, address), _)| *address)
+        let within = (most, Granules::MAX, CUdeviceptr::MAX);
+        self.by_need.range(..=within).next_back().map(|((.., address), _)| *address)
+    }
+
+    /// The chunks of which a copy was kept.
+    pub fn kept(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.kept.iter().copied()
     }
 
     /// Granules that can be evicted if there is enough host memory.
@@ -198,7 +214,7 @@ impl Index {
     /// evicted whole.
     pub fn evictable_with(&self, host: Granules) -> Granules {
         let mut left = host;
-        let fits = self.by_need.iter().take_while(|((need, _), _)| {
+        let fits = self.by_need.iter().take_while(|((need, ..), _)| {
             let fits = *need <= left;
             left = left.saturating_sub(*need);
             fits
@@ -208,7 +224,7 @@ impl Index {
 
     /// The least granules of host memory with which a chunk can be evicted.
     pub fn least_need(&self) -> Option<Granules> {
-        self.by_need.first_key_value().map(|((need, _), _)| *need)
+        self.by_need.first_key_value().map(|((need, ..), _)| *need)
     }
 
     /// The chunks on the GPU that were not scanned.

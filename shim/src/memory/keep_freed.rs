@@ -23,9 +23,13 @@ fn life() -> Nanos {
 
 impl Device {
     /// Keeps an unused region as a spare if that is useful, or releases it.
-    pub fn retire(&self, memory: &mut Memory, region: Region) {
+    pub fn retire(&self, memory: &mut Memory, mut region: Region) {
         if !memory.open || !Spares::suits(&region) || !self.may_keep(memory, region.granules()) {
             return self.dispose(region);
+        }
+        // Host memory is promised for it no more.
+        for copy in region.chunks.iter_mut().filter_map(|chunk| chunk.kept.take()) {
+            self.host.free(copy.memory);
         }
         self.host.uncommit(region.size);
         let granules = region.granules();

@@ -19,7 +19,9 @@ use crate::cuda::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGeneric
 use crate::memory::bounds;
 use crate::memory::gaps::Gaps;
 use crate::memory::index::{Index, Keys};
-use crate::memory::region::{Backing, Chunk, ChunkMapping, HostCopy, InUse, Kind, Object, Region, View};
+use crate::memory::region::{
+    Backing, Chunk, ChunkMapping, HostCopy, InUse, Kind, Object, Region, Seen, View,
+};
 use crate::memory::spares::Spares;
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
@@ -48,6 +50,21 @@ pub struct Allocation {
     pub region: CUdeviceptr,
     /// How many allocations were made before it.
     pub number: u64,
+}
+
+/// A chunk on its way out.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// Where it is mapped.
+    pub place: ChunkMapping,
+    /// Where its bytes are.
+    pub backing: Backing,
+    /// What scans have found. With fingerprints if its copy is to be kept when it comes back.
+    pub seen: Seen,
+    /// What it held when it was last evicted.
+    pub kept: Option<HostCopy>,
+    /// The granules in use that differ from that, one bit for each; `None` if that is not known.
+    pub changed: Option<u32>,
 }
 
 /// The map.
@@ -478,28 +495,53 @@ impl Memory {
         });
     }
 
-    /// Takes a chunk to be moved and marks it as moving. Returns where it is mapped, its backing, the granules in use, and
-    /// whether it is to be filled in host memory.
-    fn take(&mut self, address: Option<CUdeviceptr>) -> Option<(ChunkMapping, Backing, InUse, bool)> {
+    /// Records that a chunk is on the GPU, and that a copy of what it held when it was evicted is kept.
+    pub fn settle_kept(
+        &mut self,
+        address: CUdeviceptr,
+        handle: CUmemGenericAllocationHandle,
+        copy: HostCopy,
+    ) {
+        self.change(address, |chunk| chunk.kept = Some(copy));
+        self.settle(address, Backing::Device(handle));
+    }
+
+    /// Takes kept copies of at least `bytes` bytes, or all.
+    pub fn take_kept(&mut self, bytes: u64) -> Vec<HostCopy> {
+        let (mut copies, mut taken) = (Vec::new(), 0);
+        while taken < bytes {
+            let Some(address) = self.index.kept().next() else { break };
+            let copy = self.change(address, |chunk| chunk.kept.take()).flatten();
+            taken += copy.as_ref().map_or(0, |copy| copy.memory.length());
+            copies.extend(copy);
+        }
+        copies
+    }
+
+    /// Takes a chunk to be moved and marks it as moving. Returns where it is mapped, its backing, and what `read` finds of it.
+    fn take<T>(
+        &mut self,
+        address: Option<CUdeviceptr>,
+        read: impl FnOnce(&mut Chunk) -> T,
+    ) -> Option<(ChunkMapping, Backing, T)> {
         let address = address?;
         let (region, at) = self.chunk(address)?;
         let place = region.place(&region.chunks[at]);
         self.change(address, |chunk| {
-            let backing = std::mem::replace(&mut chunk.backing, Backing::Moving);
-            (place, backing, chunk.seen.unwrap_or(InUse::All), chunk.spill)
+            let read = read(chunk);
+            (place, std::mem::replace(&mut chunk.backing, Backing::Moving), read)
         })
     }
 
     /// Takes the next chunk that the GPU cannot use and marks it as moving. Also returns whether it is to be filled in host
     /// memory: such chunks come first, because the others fit on the GPU only without them.
     pub fn next_missing(&mut self) -> Option<(ChunkMapping, Backing, bool)> {
-        let (place, backing, _, spill) = self.take(self.index.next_missing())?;
-        Some((place, backing, spill))
+        self.take(self.index.next_missing(), |chunk| chunk.spill)
     }
 
     /// Takes the largest evicted chunk of at most `room` granules that is to be filled on the GPU, and marks it as moving.
     pub fn next_evicted(&mut self, room: Granules) -> Option<(ChunkMapping, HostCopy)> {
-        match self.take(self.index.next_evicted(room))? {
+        match self.take(self.index.next_evicted(room), |_| ())? {
             (place, Backing::Evicted(copy), ..) => Some((place, copy)),
             _ => unreachable!("the index says that it is evicted"),
         }
@@ -507,7 +549,7 @@ impl Memory {
 
     /// Takes the next chunk that is mapped to host memory, and marks it as moving.
     pub fn next_overflow(&mut self) -> Option<(ChunkMapping, CUmemGenericAllocationHandle)> {
-        match self.take(self.index.next_overflow())? {
+        match self.take(self.index.next_overflow(), |_| ())? {
             (place, Backing::Overflow(handle), ..) => Some((place, handle)),
             _ => unreachable!("the index says that it is in host memory"),
         }
@@ -520,9 +562,17 @@ impl Memory {
         self.index.unseen().filter_map(chunk).collect()
     }
 
+    /// Of [`Memory::unseen`], those that are to be evicted with fingerprints.
+    pub fn tried(&self) -> Vec<(CUdeviceptr, u64)> {
+        let tried = |(address, _): &_| {
+            self.chunk(*address).is_some_and(|(region, at)| region.chunks[at].constancy.is_tried())
+        };
+        self.unseen().into_iter().filter(tried).collect()
+    }
+
     /// Records what a scan of a chunk has found.
-    pub fn saw(&mut self, address: CUdeviceptr, in_use: InUse) {
-        self.change(address, |chunk| chunk.seen = Some(in_use));
+    pub fn saw(&mut self, address: CUdeviceptr, seen: Seen) {
+        self.change(address, |chunk| chunk.seen = Some(seen));
     }
 
     /// The client runs: earlier scans are no longer valid.
@@ -532,12 +582,25 @@ impl Memory {
         }
     }
 
-    /// Takes the next chunk to be evicted that needs at most `most` bytes of host memory, and marks it as moving. Also returns
-    /// the granules in use. Chunks that need no copy come first.
-    pub fn next_resident(&mut self, most: u64) -> Option<(ChunkMapping, Backing, InUse)> {
+    /// Takes the next chunk to be evicted that needs at most `most` bytes of host memory, and marks it as moving. Chunks that
+    /// need no copy come first.
+    pub fn next_resident(&mut self, most: u64) -> Option<Outgoing> {
         let most = Granules::try_from(most / GRANULE).unwrap_or(Granules::MAX);
-        let (place, backing, in_use, _) = self.take(self.index.next_resident(most))?;
-        Some((place, backing, in_use))
+        let (place, backing, (seen, kept, changed)) = self.take(self.index.next_resident(most), |chunk| {
+            let mut seen = chunk.seen.clone().unwrap_or(Seen { in_use: InUse::All, fingerprints: None });
+            let (changed, all) = (chunk.changed(), seen.in_use.bytes(chunk.size) / GRANULE);
+            match (&seen.fingerprints, &chunk.kept) {
+                (None, _) => chunk.constancy.rest(),
+                (Some(_), None) => {}
+                (Some(_), Some(_)) => {
+                    let unchanged = changed.map_or(0, |changed| all as u32 - changed.count_ones());
+                    chunk.constancy.compared(unchanged, all as u32);
+                }
+            }
+            seen.fingerprints = seen.fingerprints.filter(|_| chunk.constancy.is_tried());
+            (seen, chunk.kept.take(), changed)
+        })?;
+        Some(Outgoing { place, backing, seen, kept, changed })
     }
 
     /// Granules that can be evicted if there is enough host memory.

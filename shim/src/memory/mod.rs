@@ -9,7 +9,8 @@
 //! | [`keep_freed`], [`spares`] | memory that was freed a moment ago, for the next allocation |
 //! | [`mapping`] | physical memory of chunks: creating and mapping it |
 //! | [`vmm`], [`mappings`], [`stale_objects`] | memory that the application maps itself (cuMemCreate, cuMemMap) |
-//! | [`swap`], [`zero_scan`] | moving chunks between GPU and host; finding granules that are all zero |
+//! | [`swap`] | moving chunks between GPU and host |
+//! | [`scan`], [`zero_scan`], [`fingerprint`] | what the GPU finds in its memory before it moves: granules that are all zero, fingerprints of the others |
 //! | [`host`] | the pool of host memory for evicted data |
 //! | [`engine_context`] | the context that the engine works in, and how it leaves one that is being destroyed |
 //! | [`bounds`] | where allocations end, for copies and memsets |
@@ -27,6 +28,7 @@ pub mod device;
 pub mod devices;
 pub mod engine_context;
 pub mod error;
+pub mod fingerprint;
 pub mod free;
 mod gaps;
 pub mod host;
@@ -37,6 +39,7 @@ pub mod mapping;
 pub mod mappings;
 pub mod peer_access;
 pub mod region;
+pub mod scan;
 pub mod spares;
 pub mod stale_objects;
 pub mod swap;

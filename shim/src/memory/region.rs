@@ -4,9 +4,11 @@ use crate::cuda::abi::{
     CUcontext, CUdeviceptr, CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle,
 };
 use crate::memory::CHUNK;
+use crate::memory::fingerprint::Fingerprints;
 use crate::memory::gaps::Gaps;
 use crate::memory::host::HostMemory;
 use nvshare::units::{GRANULE, Granules};
+use std::sync::Arc;
 
 /// Objects of up to this many bytes that the application may export to another process are one chunk, because an export
 /// has one handle. Larger ones move in chunks like any other memory and cannot be exported: XLA asks for most
@@ -31,20 +33,43 @@ impl InUse {
         }
     }
 
-    /// The runs of granules in use: offset in the chunk, offset in the copy, and length of each, in bytes.
-    pub fn runs(self, size: u64) -> Vec<(u64, u64, u64)> {
-        let Self::Granules(bits) = self else { return vec![(0, 0, size)] };
+    /// The runs of granules that are in use and also in `some`: offset in the chunk, offset in the copy, and length of each, in bytes. The
+    /// copy has all granules in use.
+    pub fn runs_of(self, size: u64, some: Self) -> Vec<(u64, u64, u64)> {
+        if (self, some) == (Self::All, Self::All) {
+            return vec![(0, 0, size)];
+        }
         let mut runs: Vec<(u64, u64, u64)> = Vec::new();
         let mut copied = 0;
-        for offset in (0..size / GRANULE).filter(|granule| bits >> granule & 1 == 1).map(|g| g * GRANULE) {
-            match runs.last_mut() {
-                Some((begin, _, length)) if *begin + *length == offset => *length += GRANULE,
-                _ => runs.push((offset, copied, GRANULE)),
+        for granule in (0..size / GRANULE).filter(|granule| self.has(*granule)) {
+            let offset = granule * GRANULE;
+            if some.has(granule) {
+                match runs.last_mut() {
+                    Some((begin, _, length)) if *begin + *length == offset => *length += GRANULE,
+                    _ => runs.push((offset, copied, GRANULE)),
+                }
             }
             copied += GRANULE;
         }
         runs
     }
+
+    /// Whether a granule is one of them. `Granules` knows the first 32 only.
+    fn has(self, granule: u64) -> bool {
+        match self {
+            Self::All => true,
+            Self::Granules(bits) => granule < 32 && bits >> granule & 1 == 1,
+        }
+    }
+}
+
+/// What scans have found of a chunk since its client last ran.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Its granules in use.
+    pub in_use: InUse,
+    /// Their fingerprints, if these were asked for.
+    pub fingerprints: Option<Arc<Fingerprints>>,
 }
 
 /// A copy of a chunk in host memory: its granules in use, one after the other.
@@ -54,18 +79,106 @@ pub struct HostCopy {
     pub memory: HostMemory,
     /// Which granules they are.
     pub in_use: InUse,
+    /// The fingerprints that they had when they were copied, if these were asked for.
+    pub fingerprints: Option<Arc<Fingerprints>>,
 }
 
 impl HostCopy {
     /// The pieces to copy for a chunk of `size` bytes: offset in the chunk, host address, and length of each, in bytes.
     pub fn pieces(&self, size: u64) -> impl Iterator<Item = (u64, *mut u8, u64)> {
-        self.in_use.runs(size).into_iter().flat_map(|(at, from, length)| {
+        self.pieces_of(size, InUse::All)
+    }
+
+    /// The same for those of its granules that are also in `some`.
+    pub fn pieces_of(&self, size: u64, some: InUse) -> impl Iterator<Item = (u64, *mut u8, u64)> {
+        self.in_use.runs_of(size, some).into_iter().flat_map(|(at, from, length)| {
             let mut done = 0;
             self.memory.pieces(from, length).map(move |(address, length)| {
                 done += length;
                 (at + done - length, address, length)
             })
         })
+    }
+}
+
+impl HostCopy {
+    /// Of a chunk with so many granules in which scans have found this, the granules in use that differ from the copy, one bit for
+    /// each. `None` if that is not known, or if other granules are in use than in the copy, which then has no place for them.
+    pub fn changed(&self, seen: &Seen, granules: Granules) -> Option<u32> {
+        let (then, now) = (self.fingerprints.as_deref()?, seen.fingerprints.as_deref()?);
+        let differs = |granule: &u64| {
+            let at = *granule as usize;
+            self.in_use.has(*granule) && !then[at].is_still(now[at])
+        };
+        (self.in_use == seen.in_use)
+            .then(|| (0..u64::from(granules)).filter(differs).fold(0, |bits, granule| bits | 1 << granule))
+    }
+
+    /// Cuts it in two where granule number `first` of the chunk begins. `size` is what the chunk has, in bytes. A part with no
+    /// granules in use is `None`.
+    fn cut(self, first: Granules, size: u64) -> [Option<Self>; 2] {
+        let (before, after) = match self.in_use {
+            InUse::All => (InUse::All, InUse::All),
+            InUse::Granules(bits) => {
+                (InUse::Granules(bits & ((1u32 << first) - 1)), InUse::Granules(bits >> first))
+            }
+        };
+        let of_the_rest = self.fingerprints.as_deref().map(|all| {
+            let mut rest = *all;
+            rest.rotate_left(first as usize);
+            Arc::new(rest)
+        });
+        let copy = |memory, in_use, fingerprints| Some(Self { memory, in_use, fingerprints });
+        let offset = u64::from(first) * GRANULE;
+        let length = before.bytes(offset);
+        match (length, after.bytes(size - offset)) {
+            (0, 0) => [None, None],
+            (0, _) => [None, copy(self.memory, after, of_the_rest)],
+            (_, 0) => [copy(self.memory, before, self.fingerprints), None],
+            (length, _) => {
+                let (head, tail) = self.memory.split_at(length);
+                [copy(head, before, self.fingerprints), copy(tail, after, of_the_rest)]
+            }
+        }
+    }
+}
+
+/// The most evictions that a chunk which changes goes without fingerprints, as a power of two.
+const LONGEST_REST: u32 = 6;
+
+/// What part of a chunk must stay the same for fingerprints to be worth while: to copy a granule takes about a hundred times as
+/// long as to look at it, and the copy takes host memory while it is kept.
+const WORTH_WHILE: u32 = 8;
+
+/// Whether it is worth while to take a chunk's fingerprints when it is evicted, and to keep its copy when it is filled: what
+/// changes each time, as in training, is soon left alone, and tried again after 2, 4, ... 64 evictions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Constancy {
+    /// Evictions before which it had changed, one after the other.
+    failures: u32,
+    /// Evictions that it goes without fingerprints.
+    rests: u32,
+}
+
+impl Constancy {
+    /// Whether its next eviction is one with fingerprints.
+    pub fn is_tried(self) -> bool {
+        self.rests == 0
+    }
+
+    /// It is evicted without fingerprints.
+    pub(super) fn rest(&mut self) {
+        self.rests = self.rests.saturating_sub(1);
+    }
+
+    /// It is evicted, and of its `in_use` granules in use, so many hold the same as when it was evicted before.
+    pub(super) fn compared(&mut self, unchanged: u32, in_use: u32) {
+        if unchanged.saturating_mul(WORTH_WHILE) >= in_use {
+            self.failures = 0;
+        } else {
+            self.failures = (self.failures + 1).min(LONGEST_REST);
+            self.rests = 1 << self.failures;
+        }
     }
 }
 
@@ -109,17 +222,40 @@ pub struct Chunk {
     /// It is to be filled in host memory, because it does not fit on the GPU.
     pub(super) spill: bool,
     /// The result of a scan since the client last ran.
-    pub(super) seen: Option<InUse>,
+    pub(super) seen: Option<Seen>,
+    /// While it is on the GPU: what it held when it was last evicted, in host memory.
+    pub kept: Option<HostCopy>,
+    /// Whether it is worth while to keep that.
+    pub(super) constancy: Constancy,
 }
 
 impl Chunk {
     fn new(address: CUdeviceptr, size: u64) -> Self {
-        Self { address, size, backing: Backing::Absent, pinned: false, spill: false, seen: None }
+        Self {
+            address,
+            size,
+            backing: Backing::Absent,
+            pinned: false,
+            spill: false,
+            seen: None,
+            kept: None,
+            constancy: Constancy::default(),
+        }
     }
 
     /// Its size in granules.
     pub fn granules(&self) -> Granules {
         (self.size / GRANULE) as Granules
+    }
+
+    /// The granules in use, as far as it is known.
+    pub(super) fn in_use(&self) -> InUse {
+        self.seen.as_ref().map_or(InUse::All, |seen| seen.in_use)
+    }
+
+    /// The granules in use that differ from the copy that was kept ([`HostCopy::changed`]); `None` if there is none.
+    pub(super) fn changed(&self) -> Option<u32> {
+        self.kept.as_ref()?.changed(self.seen.as_ref()?, self.granules())
     }
 
     pub(super) fn evictable(&self) -> bool {
@@ -337,31 +473,12 @@ impl Region {
     fn cut(&mut self, index: usize, offset: u64) {
         let chunk = &mut self.chunks[index];
         let mut rest = Chunk::new(chunk.address + offset, chunk.size - offset);
-        let first = (offset / GRANULE) as u32;
-        let split = |in_use: InUse| match in_use {
-            InUse::All => (InUse::All, InUse::All),
-            InUse::Granules(bits) => {
-                (InUse::Granules(bits & ((1u32 << first) - 1)), InUse::Granules(bits >> first))
-            }
-        };
-        (chunk.backing, rest.backing) = match std::mem::replace(&mut chunk.backing, Backing::Absent) {
-            Backing::Evicted(HostCopy { memory, in_use }) => {
-                let (before, after) = split(in_use);
-                let length = before.bytes(offset);
-                match (length, after.bytes(rest.size)) {
-                    (0, _) => (Backing::Absent, Backing::Evicted(HostCopy { memory, in_use: after })),
-                    (_, 0) => (Backing::Evicted(HostCopy { memory, in_use: before }), Backing::Absent),
-                    (length, _) => {
-                        let (head, tail) = memory.split_at(length);
-                        (
-                            Backing::Evicted(HostCopy { memory: head, in_use: before }),
-                            Backing::Evicted(HostCopy { memory: tail, in_use: after }),
-                        )
-                    }
-                }
-            }
-            _ => (Backing::Absent, Backing::Absent),
-        };
+        rest.constancy = chunk.constancy;
+        if let Backing::Evicted(copy) = std::mem::replace(&mut chunk.backing, Backing::Absent) {
+            let [before, after] = copy.cut((offset / GRANULE) as Granules, chunk.size);
+            let backing = |copy: Option<HostCopy>| copy.map_or(Backing::Absent, Backing::Evicted);
+            (chunk.backing, rest.backing) = (backing(before), backing(after));
+        }
         chunk.size = offset;
         self.chunks.insert(index + 1, rest);
     }

@@ -9,6 +9,11 @@
 //! ([`crate::memory::zero_scan`]), once after each time the client ran. A chunk that is all zero is dropped, and comes back
 //! as fresh memory, which is zero (docs/driver-facts.md). Of other chunks only the granules in use are copied.
 //!
+//! Nor are granules copied that have not changed (NVSHARE_KEEP_COPIES). When a chunk comes back, its copy in host memory is
+//! kept. Before the next eviction the GPU takes the fingerprints of its granules ([`crate::memory::fingerprint`]), and those that
+//! are the same as when the copy was made stay as they are in it. The copy is given up as soon as anything else needs the host
+//! memory. A chunk that changes each time is not kept ([`crate::memory::region::Constancy`]).
+//!
 //! Memory that does not fit on the GPU, because contexts of other clients have grown, is mapped to host memory
 //! ([`Backing::Overflow`]), which the GPU uses over the link. It returns to the GPU at the first fill that has room.
 //!
@@ -19,15 +24,20 @@ use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::device::Device;
 use crate::memory::error::{SwapError, driver_said};
-use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse};
-use crate::memory::zero_scan::{Loading, Scan, Scanner};
+use crate::memory::fingerprint::FingerprintEntry;
+use crate::memory::host::HostPoolError;
+use crate::memory::map::Outgoing;
+use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse, Seen};
+use crate::memory::scan::{Entry, Loading, Scan, Scanner};
+use crate::memory::zero_scan::ZeroEntry;
+use crate::settings::{KeepCopies, settings};
 use crate::submit::gang;
 use crate::submit::gate::gate;
 use nvshare::page::{Direction, Phase};
 use nvshare::sync::now;
 use nvshare::units::{GRANULE, Granules, MILLISECOND, Nanos, SECOND, bytes_of, format_nanos, format_size};
 use nvshare::{Fill, Runtime};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +49,11 @@ const FORECAST_WAIT: Nanos = 5 * MILLISECOND;
 
 /// How long a fill retries when the driver has no memory although the pool had room. Then the client gives up its turn.
 const CREATE_TIMEOUT: Nanos = 5 * SECOND;
+
+/// Whether copies in host memory are kept.
+fn keep_copies() -> KeepCopies {
+    settings().map_or(KeepCopies::Off, |settings| settings.keep_copies)
+}
 
 /// The events recorded before and after a copy.
 #[derive(Clone, Copy)]
@@ -73,32 +88,87 @@ struct InFlight {
 }
 
 enum Transfer {
-    /// To the GPU; the host copy is freed afterwards.
+    /// To the GPU; the host copy is kept or freed afterwards.
     In { handle: CUmemGenericAllocationHandle, overflow: bool, source: Option<HostCopy> },
-    /// To the host; the GPU memory is freed afterwards.
-    Out { handle: CUmemGenericAllocationHandle, target: HostCopy },
+    /// To the host: of the granules in use, those of `changed`. The GPU memory is freed afterwards.
+    Out { handle: CUmemGenericAllocationHandle, target: HostCopy, changed: InUse, expected: Option<Expected> },
 }
 
-/// The scan for granules that are all zero.
-enum ZeroScan {
+/// A copy that should not differ from the one under way, to find out whether fingerprints tell the truth.
+struct Expected {
+    copy: HostCopy,
+    /// The granules that should not differ, one bit for each.
+    unchanged: u32,
+}
+
+/// A kernel that scans memory.
+enum Kernel<E: Entry> {
     /// Not needed yet: nothing was evicted.
     NotTried,
-    Loading(Loading),
-    Ready(Scanner),
-    /// The driver cannot compile the kernel: all granules are copied.
+    Loading(Loading<E>),
+    Ready(Scanner<E>),
+    /// The driver cannot compile it: memory is copied as if it had not been scanned.
     Unavailable,
+}
+
+impl<E: Entry> Kernel<E> {
+    /// Begins to load it, if that has not begun.
+    fn begin(&mut self, device: &Device) {
+        if matches!(self, Self::NotTried) {
+            let context = device.driver.ctx_current().unwrap_or(CUcontext::NULL);
+            match Loading::begin(device.driver, context) {
+                Ok(loading) => *self = Self::Loading(loading),
+                Err(error) => self.unavailable(device, &error),
+            }
+        }
+    }
+
+    /// The kernel, if it is loaded. The first call waits for it.
+    fn ready(&mut self, device: &Device) -> Option<&mut Scanner<E>> {
+        self.begin(device);
+        if let Self::Loading(loading) = self {
+            match loading.look() {
+                Some(Ok(scanner)) => *self = Self::Ready(scanner),
+                Some(Err(error)) => self.unavailable(device, &error),
+                None => {}
+            }
+        }
+        match self {
+            Self::Ready(scanner) => Some(scanner),
+            _ => None,
+        }
+    }
+
+    fn unavailable(&mut self, device: &Device, why: &dyn std::fmt::Display) {
+        tracing::info!(
+            gpu = %device.gpu,
+            "cannot load the kernel {}, so memory that it would have found needless to copy is copied: {why}",
+            E::KERNEL.to_string_lossy()
+        );
+        *self = Self::Unavailable;
+    }
+
+    /// Unloads it. The context may be destroyed afterwards.
+    fn leave(&mut self) {
+        match std::mem::replace(self, Self::NotTried) {
+            Self::Ready(scanner) => scanner.destroy(),
+            // Dropping it waits for its thread.
+            Self::Loading(loading) => drop(loading),
+            Self::NotTried | Self::Unavailable => {}
+        }
+    }
 }
 
 /// A scan that a forecast waits for.
 enum PendingScan {
     /// A scan of no chunks, to see whether the GPU runs anything beside the application's work.
-    Probe(Scan),
+    Probe(Scan<ZeroEntry>),
     /// A scan of memory. The memory counts as moving until the scan ends.
-    Memory(Scan),
+    Memory(Scan<ZeroEntry>),
 }
 
 impl PendingScan {
-    fn scan(&self) -> &Scan {
+    fn scan(&self) -> &Scan<ZeroEntry> {
         let (Self::Probe(scan) | Self::Memory(scan)) = self;
         scan
     }
@@ -117,7 +187,8 @@ pub struct Swap {
     in_flight: VecDeque<InFlight>,
     /// How long the copies of the present fill, prefetch or eviction have taken, by the GPU's clock, ns.
     copying: Nanos,
-    zero_scan: ZeroScan,
+    zero_scan: Kernel<ZeroEntry>,
+    fingerprints: Kernel<FingerprintEntry>,
     /// The scan that a forecast waits for.
     pending: Option<PendingScan>,
     /// When a probe was last seen to have ended ([`PendingScan::Probe`]), if no forecast has used that yet.
@@ -141,7 +212,8 @@ impl Swap {
             events,
             in_flight: VecDeque::new(),
             copying: 0,
-            zero_scan: ZeroScan::NotTried,
+            zero_scan: Kernel::NotTried,
+            fingerprints: Kernel::NotTried,
             pending: None,
             probed: None,
             forecast: None,
@@ -172,12 +244,8 @@ impl Swap {
         }
         let _ = self.finish();
         let _ = self.finish_scan();
-        match std::mem::replace(&mut self.zero_scan, ZeroScan::NotTried) {
-            ZeroScan::Ready(scanner) => scanner.destroy(),
-            // Dropping it waits for its thread.
-            ZeroScan::Loading(loading) => drop(loading),
-            ZeroScan::NotTried | ZeroScan::Unavailable => {}
-        }
+        self.zero_scan.leave();
+        self.fingerprints.leave();
         for Ends { begin, end } in self.events.drain(..) {
             let _ = self.device.driver.event_destroy(begin);
             let _ = self.device.driver.event_destroy(end);
@@ -197,7 +265,7 @@ impl Swap {
                 },
             ),
             Transfer::In { source: None, .. } => Ok(()),
-            Transfer::Out { target, .. } => target.pieces(place.size).try_for_each(
+            Transfer::Out { target, changed, .. } => target.pieces_of(place.size, *changed).try_for_each(
                 // SAFETY: as above, and nobody else writes to it.
                 |(at, target, length)| unsafe {
                     driver.memcpy_dtoh_async(target, place.address + at, length as usize, self.stream)
@@ -229,8 +297,9 @@ impl Swap {
                 }
                 source.map_or(Backing::Absent, Backing::Evicted)
             }
-            Transfer::Out { handle, target } => {
+            Transfer::Out { handle, target, expected, .. } => {
                 self.device.host.free(target.memory);
+                self.free_copies(expected.map(|expected| expected.copy));
                 Backing::Device(handle)
             }
         };
@@ -252,18 +321,57 @@ impl Swap {
         self.copying += (f64::from(milliseconds) * MILLISECOND as f64) as Nanos;
         let InFlight { place, transfer, .. } = oldest;
         match transfer {
-            Transfer::In { handle, overflow, source } => {
-                let backing = if overflow { Backing::Overflow(handle) } else { Backing::Device(handle) };
-                self.device.memory().settle(place.address, backing);
-                if let Some(source) = source {
-                    self.device.host.free(source.memory);
+            Transfer::In { handle, overflow, source } => match source {
+                Some(source) if !overflow && source.fingerprints.is_some() => {
+                    self.device.memory().settle_kept(place.address, handle, source);
                 }
-            }
-            Transfer::Out { handle, target } => {
+                source => {
+                    let backing = if overflow { Backing::Overflow(handle) } else { Backing::Device(handle) };
+                    self.device.memory().settle(place.address, backing);
+                    self.free_copies(source);
+                }
+            },
+            Transfer::Out { handle, target, expected, .. } => {
+                if let Some(expected) = expected {
+                    self.verify(&place, &target, expected);
+                }
                 self.release_resident(&place, handle, Backing::Evicted(target))
             }
         }
         Ok(())
+    }
+
+    fn free_copies(&self, copies: impl IntoIterator<Item = HostCopy>) {
+        copies.into_iter().for_each(|copy| self.device.host.free(copy.memory));
+    }
+
+    /// Gives up copies of chunks that are on the GPU, so that `bytes` more of host memory are free. False if there are none.
+    fn give_up_copies(&self, bytes: u64) -> bool {
+        let copies = self.device.memory().take_kept(bytes);
+        let some = !copies.is_empty();
+        self.free_copies(copies);
+        some
+    }
+
+    /// Compares what has just been copied with the copy that was there before.
+    fn verify(&self, place: &ChunkMapping, target: &HostCopy, expected: Expected) {
+        let unchanged = InUse::Granules(expected.unchanged);
+        // Both have the same granules in use, and each granule may lie in several pieces.
+        let bytes = |copy: &HostCopy| -> Vec<u8> {
+            // SAFETY: the copy's own memory, which nothing writes to now.
+            let piece = |(_, at, length): (u64, *mut u8, u64)| unsafe {
+                std::slice::from_raw_parts(at, length as usize)
+            };
+            copy.pieces_of(place.size, unchanged).flat_map(piece).copied().collect()
+        };
+        if bytes(target) != bytes(&expected.copy) {
+            tracing::error!(
+                gpu = %self.device.gpu,
+                "memory at {:#x} has changed and its fingerprints have not: do not use NVSHARE_KEEP_COPIES=on on this GPU, and report this as a bug in nvshare",
+                place.address
+            );
+        }
+        self.free_copies([expected.copy]);
     }
 
     /// Gives a chunk's GPU memory back to the pool: its bytes have been copied out, or are all zero.
@@ -416,7 +524,10 @@ impl Swap {
         drop(memory);
         if spilled > 0 {
             let bytes = bytes_of(spilled);
-            self.device.host.spare(bytes).map_err(|error| SwapError::Host(error.to_string()))?;
+            let spare = || self.device.host.spare(bytes);
+            let spared =
+                spare().or_else(|error| if self.give_up_copies(u64::MAX) { spare() } else { Err(error) });
+            spared.map_err(|error| SwapError::Host(error.to_string()))?;
             tracing::info!(
                 gpu = %self.device.gpu,
                 "this process needs {} more than the GPU has left for it: it uses as much host memory over the link, which is slower",
@@ -569,7 +680,7 @@ impl Swap {
                 break;
             }
             let next = self.device.memory().next_resident(most);
-            let Some((place, backing, in_use)) = next else { break };
+            let Some(Outgoing { place, backing, seen, kept, changed }) = next else { break };
             let Backing::Device(handle) = backing else {
                 self.device.memory().settle(place.address, Backing::Absent);
                 self.device.books.give(place.granules());
@@ -577,84 +688,121 @@ impl Swap {
                 leaving += place.granules();
                 continue;
             };
-            let bytes = in_use.bytes(place.size);
+            let bytes = seen.in_use.bytes(place.size);
+            // A copy that has no place for what is in use now is of no use.
+            let (kept, stale) = if changed.is_some() { (kept, None) } else { (None, kept) };
+            self.free_copies(stale);
             if bytes == 0 {
+                self.free_copies(kept);
                 self.device.books.elided(place.size);
                 self.release_resident(&place, handle, Backing::Absent);
                 left = left.saturating_sub(place.granules());
                 leaving += place.granules();
                 continue;
             }
-            let target = match self.device.host.alloc(bytes) {
-                Ok(memory) => HostCopy { memory, in_use },
-                Err(error) => {
-                    self.device.memory().settle(place.address, Backing::Device(handle));
-                    // Smaller each time, so the loop ends.
-                    most = error.left().min(bytes - GRANULE);
-                    refused = Some(SwapError::Host(error.to_string()));
+            let transfer = match self.way_out(handle, &place, seen, kept.zip(changed)) {
+                Ok(transfer) => transfer,
+                Err((error, kept)) => {
+                    match kept {
+                        Some(kept) => self.device.memory().settle_kept(place.address, handle, kept),
+                        None => self.device.memory().settle(place.address, Backing::Device(handle)),
+                    }
+                    if !self.give_up_copies(bytes) {
+                        // Smaller each time, so the loop ends.
+                        most = error.left().min(bytes - GRANULE);
+                        refused = Some(SwapError::Host(error.to_string()));
+                    }
                     continue;
                 }
             };
-            *moved += bytes;
             self.device.books.elided(place.size.saturating_sub(bytes));
             left = left.saturating_sub(place.granules());
             leaving += place.granules();
-            self.launch(place, Transfer::Out { handle, target })?;
+            let Transfer::Out { target, changed, .. } = &transfer else { unreachable!("it goes out") };
+            let copied: u64 = target.pieces_of(place.size, *changed).map(|(.., length)| length).sum();
+            *moved += copied;
+            self.device.books.unchanged(bytes - copied);
+            match transfer {
+                Transfer::Out { handle, target, .. } if copied == 0 => {
+                    self.release_resident(&place, handle, Backing::Evicted(target));
+                }
+                transfer => self.launch(place, transfer)?,
+            }
         }
         refused.filter(|_| left > 0).map_or(Ok(()), Err)
+    }
+
+    /// How a chunk leaves the GPU in which scans have found this: into its kept copy, as far as it has changed, or into new host
+    /// memory.
+    ///
+    /// # Errors
+    /// There is no host memory. With the kept copy.
+    fn way_out(
+        &self,
+        handle: CUmemGenericAllocationHandle,
+        place: &ChunkMapping,
+        seen: Seen,
+        kept: Option<(HostCopy, u32)>,
+    ) -> Result<Transfer, (HostPoolError, Option<HostCopy>)> {
+        let verifies = keep_copies() == KeepCopies::Verify;
+        let Seen { in_use, fingerprints } = seen;
+        let (kept, changed) = match kept {
+            Some((kept, changed)) if !verifies => {
+                let (target, changed) = (HostCopy { fingerprints, ..kept }, InUse::Granules(changed));
+                return Ok(Transfer::Out { handle, target, changed, expected: None });
+            }
+            Some((kept, changed)) => (Some(kept), changed),
+            None => (None, u32::MAX),
+        };
+        match self.device.host.alloc(in_use.bytes(place.size)) {
+            Ok(memory) => {
+                let target = HostCopy { memory, in_use, fingerprints };
+                let expected = kept.map(|copy| Expected { copy, unchanged: !changed });
+                Ok(Transfer::Out { handle, target, changed: InUse::All, expected })
+            }
+            Err(error) => Err((error, kept)),
+        }
     }
 
     /// Scans the chunks that were not scanned since the client last ran. None of the client's work may be under way: the
     /// engine drains before it evicts.
     fn scan_unseen(&mut self) -> Result<(), SwapError> {
-        let unseen = self.device.memory().unseen();
-        let Some(seen) = self.scan(&unseen)? else { return Ok(()) };
-        let mut memory = self.device.memory();
+        let (unseen, tried) = {
+            let memory = self.device.memory();
+            (memory.unseen(), memory.tried())
+        };
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        let keeps = keep_copies() != KeepCopies::Off && !tried.is_empty();
+        if keeps {
+            // So that both kernels are compiled at the same time.
+            self.fingerprints.begin(&self.device);
+        }
+        let (device, stream) = (&self.device, self.stream);
+        let Some(scanner) = self.zero_scan.ready(device) else { return Ok(()) };
+        let scan = scanner.scan(&unseen, stream)?;
+        let fingerprints = if keeps { self.fingerprints.ready(device) } else { None };
+        let mut found = BTreeMap::new();
+        if let Some(scanner) = fingerprints {
+            let scan = scanner.scan(&tried, stream)?;
+            let answers = scanner.finish(scan)?;
+            found.extend(tried.iter().map(|(address, _)| *address).zip(answers));
+        }
+        let seen = scanner.finish(scan)?;
+        let mut memory = device.memory();
         for ((address, size), bits) in unseen.into_iter().zip(seen) {
             let all = InUse::Granules(bits).bytes(size) == size;
-            memory.saw(address, if all { InUse::All } else { InUse::Granules(bits) });
+            let in_use = if all { InUse::All } else { InUse::Granules(bits) };
+            memory.saw(address, Seen { in_use, fingerprints: found.remove(&address).map(Arc::new) });
         }
         Ok(())
     }
 
-    /// For each chunk a bit for each granule that is in use; `None` if the GPU cannot scan.
-    fn scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Vec<u32>>, SwapError> {
-        if chunks.is_empty() {
-            return Ok(None);
-        }
-        match (self.submit_scan(chunks)?, &mut self.zero_scan) {
-            (Some(scan), ZeroScan::Ready(scanner)) => scanner.finish(scan).map(Some),
-            _ => Ok(None),
-        }
-    }
-
-    /// Submits a scan of chunks, if the GPU can scan; with no chunks, a probe of when the GPU runs it.
-    fn submit_scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan>, SwapError> {
-        self.load_scanner();
-        let ZeroScan::Ready(scanner) = &mut self.zero_scan else { return Ok(None) };
+    /// Submits a scan of chunks for granules that are zero, if the GPU can scan; with no chunks, a probe of when the GPU runs it.
+    fn submit_scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan<ZeroEntry>>, SwapError> {
+        let Some(scanner) = self.zero_scan.ready(&self.device) else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
-    }
-
-    fn load_scanner(&mut self) {
-        if matches!(self.zero_scan, ZeroScan::NotTried) {
-            let driver = self.device.driver;
-            let context = driver.ctx_current().unwrap_or(CUcontext::NULL);
-            match Loading::begin(driver, context) {
-                Ok(loading) => self.zero_scan = ZeroScan::Loading(loading),
-                Err(error) => return self.scan_unavailable(&error),
-            }
-        }
-        let ZeroScan::Loading(loading) = &mut self.zero_scan else { return };
-        match loading.look() {
-            Some(Ok(scanner)) => self.zero_scan = ZeroScan::Ready(scanner),
-            Some(Err(error)) => self.scan_unavailable(&error),
-            None => {}
-        }
-    }
-
-    fn scan_unavailable(&mut self, why: &dyn std::fmt::Display) {
-        tracing::info!(gpu = %self.device.gpu, "cannot scan for memory that is all zero, so it is copied like any other: {why}");
-        self.zero_scan = ZeroScan::Unavailable;
     }
 
     /// Bytes that evicting everything would copy now, so that host memory can be allocated before it is needed. The
@@ -741,7 +889,7 @@ impl Swap {
         let held = pending.holds_memory();
         let (PendingScan::Probe(scan) | PendingScan::Memory(scan)) = pending;
         let seen = match &mut self.zero_scan {
-            ZeroScan::Ready(scanner) => scanner.finish(scan).ok(),
+            Kernel::Ready(scanner) => scanner.finish(scan).ok(),
             _ => None,
         };
         if held {

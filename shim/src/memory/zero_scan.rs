@@ -1,340 +1,76 @@
 //! Finds the granules that hold only zeros, so that they are never copied: a framework that allocates most of the
-//! GPU and uses a little of it then switches at the cost of what it uses.
-//!
-//! The GPU scans at the speed of its memory (16 GiB in 4 ms, docs/driver-facts.md), with a kernel that is stored as PTX text
-//! (`zero_scan.ptx`) and compiled by the driver. The chunks to scan and the results are in one table in pinned host
-//! memory, because a full GPU may have no room even for that. One launch scans any number of chunks.
+//! GPU and uses a little of it then switches at the cost of what it uses. The kernel scans 16 GiB in 4 ms
+//! (docs/driver-facts.md).
 //!
 //! A wrong "all zero" loses an application's data, a wrong "in use" costs a copy of 2 MiB. So a granule counts as zero only
 //! if the kernel has read all of it and written so; in every other case it counts as in use.
-//!
-//! A result is valid only for the moment of the scan. Until the memory is evicted nothing may write to it:
-//! the gate is shut, and the submitted work is done.
 
-use crate::cuda::abi::*;
-use crate::cuda::driver::Driver;
-use crate::memory::CHUNK;
-use crate::memory::error::{SwapError, driver_said};
-use nvshare::units::GRANULE;
-use std::ffi::{CStr, c_void};
-use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
-
-/// The kernel, for the driver's compiler.
-const PTX: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("zero_scan.ptx"), "\0").as_bytes()) {
-    Ok(text) => text,
-    Err(_) => panic!("the text has no NUL"),
-};
-
-/// The kernel's name in it.
-const KERNEL: &CStr = c"nvshare_zero_granules";
-
-/// Threads of a block, as the kernel requires.
-const THREADS: u32 = 256;
-
-/// Granules of one entry of the table, as in the kernel.
-const SLOTS: usize = 32;
-const _: () =
-    assert!(CHUNK == SLOTS as u64 * GRANULE, "a chunk has an entry, and a bit of a u32 for each granule");
-
-/// The least capacity of a table, in chunks: 16 GiB of full ones.
-const LEAST: usize = 256;
-
-/// Bytes of a page of host memory.
-const PAGE: usize = 4096;
+use crate::cuda::abi::CUdeviceptr;
+use crate::memory::scan::{Entry, SLOTS};
+use std::ffi::CStr;
 
 /// What the kernel writes for a granule that is all zero.
 const ZERO: u8 = 1;
 
-/// One chunk in the table: the host writes address and granules, the kernel writes a byte for each granule.
+/// One chunk in the table: the kernel writes a byte for each granule.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Entry {
+pub struct ZeroEntry {
     address: CUdeviceptr,
     granules: u64,
     zero: [u8; SLOTS],
 }
 
-impl Entry {
-    /// An entry for a chunk that is to be scanned; `None` if it is not one to [`CHUNK`] bytes of whole granules.
-    fn new(address: CUdeviceptr, size: u64) -> Option<Self> {
-        let whole = address.is_multiple_of(GRANULE) && size.is_multiple_of(GRANULE);
-        (whole && (GRANULE..=CHUNK).contains(&size)).then_some(Self {
-            address,
-            granules: size / GRANULE,
-            zero: [0; SLOTS],
-        })
+// SAFETY: every byte is a valid one.
+unsafe impl Entry for ZeroEntry {
+    const PTX: &'static CStr =
+        match CStr::from_bytes_with_nul(concat!(include_str!("zero_scan.ptx"), "\0").as_bytes()) {
+            Ok(text) => text,
+            Err(_) => panic!("the text has no NUL"),
+        };
+    const KERNEL: &'static CStr = c"nvshare_zero_granules";
+    /// A bit for each granule, the lowest for the first. It is clear if the granule is all zero.
+    type Answer = u32;
+
+    fn new(address: CUdeviceptr, granules: u64) -> Self {
+        Self { address, granules, zero: [0; SLOTS] }
     }
 
-    /// The result: bit i is set unless granule i is known to be all zero.
-    fn in_use(&self) -> u32 {
+    fn answer(&self) -> u32 {
         (0..self.granules as usize).filter(|i| self.zero[*i] != ZERO).fold(0, |bits, i| bits | 1 << i)
     }
 }
 
-/// Pinned memory for the entries of a scan, and the event that passes when the scan is done.
-struct Table {
-    host: NonNull<c_void>,
-    device: CUdeviceptr,
-    capacity: usize,
-    answered: CUevent,
-}
-
-impl Table {
-    fn new(driver: &Driver, entries: usize) -> Result<Self, SwapError> {
-        let capacity = entries.next_power_of_two().max(LEAST);
-        let answered = driver
-            .event_create(CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING)
-            .map_err(driver_said("cuEventCreate"))?;
-        match driver.mem_host_alloc(Self::bytes(capacity)) {
-            Ok((host, device)) => Ok(Self { host, device, capacity, answered }),
-            Err(result) => {
-                let _ = driver.event_destroy(answered);
-                Err(driver_said("cuMemHostRegister")(result))
-            }
-        }
-    }
-
-    /// Bytes for so many entries, whole pages.
-    fn bytes(capacity: usize) -> usize {
-        (capacity * size_of::<Entry>()).next_multiple_of(PAGE)
-    }
-
-    /// The entries, which begin at a page boundary.
-    fn entries(&self) -> *mut Entry {
-        self.host.as_ptr().cast()
-    }
-
-    fn write(&mut self, entries: &[Entry]) {
-        assert!(entries.len() <= self.capacity);
-        // SAFETY: the table has the capacity, and no kernel uses it, because it was spare (see `Scanner::spare`).
-        unsafe { self.entries().copy_from_nonoverlapping(entries.as_ptr(), entries.len()) };
-    }
-
-    /// Reads the first entries, after the kernel is done.
-    fn read(&self, entries: usize) -> Vec<Entry> {
-        assert!(entries <= self.capacity);
-        // SAFETY: `write` has initialised these, and every byte that the kernel may write is a valid value.
-        (0..entries).map(|index| unsafe { self.entries().add(index).read_volatile() }).collect()
-    }
-
-    fn destroy(self, driver: &Driver) {
-        let _ = driver.event_destroy(self.answered);
-        // SAFETY: no kernel uses it, because it was spare.
-        unsafe { driver.mem_free_host(self.host, Self::bytes(self.capacity)) };
-    }
-}
-
-/// A scan in progress. Its table stays pinned until the scan is finished, or until its context is destroyed.
-#[must_use = "the result comes from Scanner::finish"]
-pub struct Scan {
-    table: Table,
-    chunks: usize,
-}
-
-impl Scan {
-    /// Whether the scan is done, or can never be.
-    pub fn is_answered(&self, driver: &Driver) -> bool {
-        driver.event_is_past(self.table.answered)
-    }
-}
-
-/// The kernel, loaded into a context.
-pub struct Scanner {
-    driver: &'static Driver,
-    module: CUmodule,
-    kernel: CUfunction,
-    /// Tables that no kernel uses.
-    spare: Vec<Table>,
-}
-
-impl Scanner {
-    /// Loads the kernel into the current context. The first time in a process, the driver loads its compiler for that.
-    ///
-    /// # Errors
-    /// The driver's, for example if its compiler is not installed. Then all memory counts as in use.
-    pub fn new(driver: &'static Driver) -> Result<Self, SwapError> {
-        let module = driver.module_load_ptx(PTX).map_err(driver_said("cuModuleLoadData"))?;
-        let begun = driver.module_function(module, KERNEL).map_err(driver_said("cuModuleGetFunction"));
-        let begun = begun.and_then(|kernel| Ok((kernel, Table::new(driver, LEAST)?)));
-        match begun {
-            Ok((kernel, table)) => {
-                // A driver with lazy loading would load the kernel at its first launch. Older drivers have no such call, and
-                // have loaded it with the module.
-                let _ = driver.func_load(kernel);
-                Ok(Self { driver, module, kernel, spare: vec![table] })
-            }
-            Err(error) => {
-                let _ = driver.module_unload(module);
-                Err(error)
-            }
-        }
-    }
-
-    /// Submits a scan of chunks to `stream`, given the address and bytes of each: whole granules, [`CHUNK`] at most. Several
-    /// scans may be in progress.
-    ///
-    /// All of the memory must be mapped until the scan is done: an access to unmapped memory would break the application's
-    /// context.
-    ///
-    /// # Errors
-    /// The driver's, or CUDA_ERROR_INVALID_VALUE for what is not a chunk. No scan is in progress then.
-    pub fn scan(&mut self, chunks: &[(CUdeviceptr, u64)], stream: CUstream) -> Result<Scan, SwapError> {
-        let no_chunk = || SwapError::Driver { call: "a scan", result: CuResult::INVALID_VALUE };
-        let entries = chunks.iter().map(|(address, size)| Entry::new(*address, *size));
-        let entries: Vec<_> = entries.collect::<Option<_>>().ok_or_else(no_chunk)?;
-        let slots = u32::try_from(entries.len() * SLOTS).map_err(|_| no_chunk())?;
-        let mut table = self.table(entries.len())?;
-        table.write(&entries);
-        // SAFETY: these are the kernel's two parameters. It accesses the table, which nothing else uses until the event
-        // below has passed, and the memory, for which the caller is responsible.
-        let launched = unsafe {
-            let parameters = [table.device, u64::from(slots)];
-            self.driver.launch(self.kernel, slots.max(1), THREADS, stream, parameters)
-        };
-        if let Err(result) = launched {
-            self.spare.push(table);
-            return Err(driver_said("cuLaunchKernel")(result));
-        }
-        // If recording fails, it is unknown when the kernel is done with the table: it is not reused, and the driver frees it
-        // with the context.
-        self.driver.event_record(table.answered, stream).map_err(driver_said("cuEventRecord"))?;
-        Ok(Scan { table, chunks: entries.len() })
-    }
-
-    /// Waits for a scan. The result is for each chunk, in the order in which they were passed, a bit for each granule, the
-    /// lowest for the first. The bit is clear if the granule is all zero.
-    ///
-    /// # Errors
-    /// The driver's: the context is broken.
-    pub fn finish(&mut self, scan: Scan) -> Result<Vec<u32>, SwapError> {
-        let Scan { table, chunks } = scan;
-        self.driver.event_synchronize(table.answered).map_err(driver_said("cuEventSynchronize"))?;
-        let answer = table.read(chunks).iter().map(Entry::in_use).collect();
-        self.spare.push(table);
-        Ok(answer)
-    }
-
-    /// A table that no kernel uses.
-    fn table(&mut self, entries: usize) -> Result<Table, SwapError> {
-        match self.spare.iter().position(|table| table.capacity >= entries) {
-            Some(index) => Ok(self.spare.swap_remove(index)),
-            None => Table::new(self.driver, entries),
-        }
-    }
-
-    /// Releases everything. The context in which it was made must be current, and all scans finished.
-    pub fn destroy(self) {
-        for table in self.spare {
-            table.destroy(self.driver);
-        }
-        let _ = self.driver.module_unload(self.module);
-    }
-}
-
-// SAFETY: the pinned memory of a table belongs to the scanner, and is accessed only through it.
-unsafe impl Send for Scanner {}
-
-/// How long an engine waits for the kernel to be loaded: the driver's compiler takes some tenths of a second for it, once per
-/// machine and driver, because the driver caches the result.
-const LOADED_WITHIN: Duration = Duration::from_secs(2);
-
-/// How long the end of a context is delayed because a kernel is being loaded into it. No compilation takes so long: a load that
-/// does is waiting for the dynamic loader's lock, which was free when it began, and the thread that holds the lock may be the
-/// one that destroys the context.
-const GIVEN_UP_WITHIN: Duration = Duration::from_secs(30);
-
-/// The kernel while it is being loaded.
-///
-/// To compile it the driver opens its compiler, which is a library, and so needs the dynamic loader's lock. An application's
-/// library that does CUDA work in a constructor holds that lock while it waits at the gate for this client's next turn. So a
-/// separate thread loads the kernel. The engine waits for that thread once, and until the kernel is loaded, copies zeros like
-/// other data.
-///
-/// That library may also destroy its context in the constructor. So the thread does not begin to load before the lock is
-/// free, and until then it can be cancelled.
-pub struct Loading {
-    loaded: Receiver<Result<Scanner, SwapError>>,
-    step: Arc<AtomicU8>,
-    waited: bool,
-}
-
-/// The thread has not called the driver yet.
-const WAITS: u8 = 0;
-/// The driver loads the kernel, or has loaded it.
-const LOADS: u8 = 1;
-/// The thread must not call the driver.
-const GIVEN_UP: u8 = 2;
-
-/// Changes the step from `from` to `to`. False if it is another.
-fn go(step: &AtomicU8, from: u8, to: u8) -> bool {
-    step.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-}
-
-/// Waits until the dynamic loader's lock is free.
-fn await_loader() {
-    // SAFETY: without a name this opens the program itself, which is never unloaded.
-    unsafe { libc::dlclose(libc::dlopen(std::ptr::null(), libc::RTLD_LAZY)) };
-}
-
-impl Loading {
-    /// Begins to load the kernel into a context.
-    ///
-    /// # Errors
-    /// The system has no thread for it.
-    pub fn begin(driver: &'static Driver, context: CUcontext) -> std::io::Result<Self> {
-        let (tell, loaded) = sync_channel(1);
-        let step = Arc::new(AtomicU8::new(WAITS));
-        let begins = step.clone();
-        std::thread::Builder::new().name("nvshare-scan".into()).spawn(move || {
-            // The application's signals are for its own threads.
-            let _ = nix::sys::signal::SigSet::all().thread_set_mask();
-            await_loader();
-            if !go(&begins, WAITS, LOADS) {
-                return;
-            }
-            let _ = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
-            let current = driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"));
-            // If the receiver is gone, so is the context, and the kernel with it.
-            let _ = tell.send(current.and_then(|()| Scanner::new(driver)));
-        })?;
-        Ok(Self { loaded, step, waited: false })
-    }
-
-    /// The loaded kernel, or why it cannot be loaded; `None` if it is not loaded yet. The first call waits for it.
-    pub fn look(&mut self) -> Option<Result<Scanner, SwapError>> {
-        let patience = if self.waited { Duration::ZERO } else { LOADED_WITHIN };
-        self.waited = true;
-        match self.loaded.recv_timeout(patience) {
-            Ok(loaded) => Some(loaded),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => {
-                Some(Err(SwapError::Panic("while loading a kernel".into())))
-            }
-        }
-    }
-}
-
-impl Drop for Loading {
-    /// Cancels the load, or waits for it and unloads the kernel. The context may be destroyed only after that: otherwise the
-    /// driver would go on loading into memory that it has freed.
-    fn drop(&mut self) {
-        if go(&self.step, WAITS, GIVEN_UP) {
-            return;
-        }
-        match self.loaded.recv_timeout(GIVEN_UP_WITHIN) {
-            Ok(Ok(scanner)) => scanner.destroy(),
-            Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {}
-            Err(RecvTimeoutError::Timeout) => tracing::error!(
-                "a context is being destroyed although the driver has been loading nvshare's kernel into it for {} s; the driver may crash",
-                GIVEN_UP_WITHIN.as_secs()
-            ),
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::memory::CHUNK;
+    use crate::memory::scan::THREADS;
+    use nvshare::units::GRANULE;
+
+    #[test]
+    fn an_entry_is_what_the_kernel_reads() {
+        assert_eq!(size_of::<ZeroEntry>(), 48);
+        assert_eq!(std::mem::offset_of!(ZeroEntry, granules), 8);
+        assert_eq!(std::mem::offset_of!(ZeroEntry, zero), 16);
+        let kernel = include_str!("zero_scan.ptx");
+        assert!(kernel.contains(&format!(".entry {}(", ZeroEntry::KERNEL.to_str().unwrap())));
+        assert!(kernel.contains(&format!(".reqntid {THREADS}, 1, 1")));
+        assert!(kernel.contains(&format!("add.u64         %end, %at, {GRANULE};")));
+    }
+
+    #[test]
+    fn granules_that_were_not_found_zero_are_in_use() {
+        let mut entry = ZeroEntry::new(CHUNK, CHUNK / GRANULE);
+        assert_eq!(entry.answer(), u32::MAX, "no answer");
+        entry.zero = [ZERO; SLOTS];
+        assert_eq!(entry.answer(), 0);
+        entry.zero[31] = 0;
+        entry.zero[4] = 0xff;
+        assert_eq!(entry.answer(), 1 << 31 | 1 << 4);
+        let mut entry = ZeroEntry::new(CHUNK, 3);
+        assert_eq!(entry.answer(), 0b111);
+        entry.zero[1] = ZERO;
+        assert_eq!(entry.answer(), 0b101, "and nothing of what lies behind the chunk");
+    }
+}

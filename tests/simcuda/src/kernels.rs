@@ -1,8 +1,8 @@
 //! The kernels that the simulated GPU knows, and running them.
 //!
 //! A module's image is PTX text. Nobody interprets it: the entry names are read, and those of the kernels below can be
-//! launched. `kernels.ptx`, beside this crate's manifest, has the same kernels for a real GPU, but for that in
-//! [`crate::zeros`], which is the shim's own.
+//! launched. `kernels.ptx`, beside this crate's manifest, has the same kernels for a real GPU, but for those in
+//! [`crate::scans`], which are the shim's own.
 //!
 //! A kernel that touches memory takes `max(NVSHARE_SIM_KERNEL_NS, bytes / NVSHARE_SIM_DEVICE_BANDWIDTH)` of the
 //! compute engine, plus what its managed pages cost. The empty kernel takes nothing: in an idle stream it is complete
@@ -17,8 +17,8 @@ use crate::driver::driver;
 use crate::memory::access::Range;
 use crate::memory::va::User;
 use crate::op::{compute, page_in};
+use crate::scans;
 use crate::value::{Condition, Value};
-use crate::zeros;
 
 /// A kernel.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,10 +42,11 @@ enum Body {
     NonzeroU64,
     AwaitU32,
     ZeroGranules,
+    Fingerprints,
 }
 
 /// All kernels.
-pub static KERNELS: [Kernel; 11] = [
+pub static KERNELS: [Kernel; 12] = [
     Kernel { name: "nvshare_null", parameters: &[], body: Body::Null },
     Kernel { name: "nvshare_spin", parameters: &[8], body: Body::Spin },
     // An iteration takes a nanosecond.
@@ -58,6 +59,7 @@ pub static KERNELS: [Kernel; 11] = [
     Kernel { name: "nvshare_nonzero_u64", parameters: &[8, 8, 8], body: Body::NonzeroU64 },
     Kernel { name: "nvshare_await_u32", parameters: &[8, 4], body: Body::AwaitU32 },
     Kernel { name: "nvshare_zero_granules", parameters: &[8, 8], body: Body::ZeroGranules },
+    Kernel { name: "nvshare_fingerprints", parameters: &[8, 8, 8, 8], body: Body::Fingerprints },
 ];
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -136,7 +138,12 @@ impl Launch {
         let [a, b, c, d] = self.arguments;
         let array = |address, element, write| Range { address, element, write };
         match self.kernel.body {
-            Body::Null | Body::Spin | Body::Work | Body::AwaitU32 | Body::ZeroGranules => (vec![], 0, None),
+            Body::Null
+            | Body::Spin
+            | Body::Work
+            | Body::AwaitU32
+            | Body::ZeroGranules
+            | Body::Fingerprints => (vec![], 0, None),
             Body::FillU32 => (vec![array(a, 4, true)], b, None),
             Body::IotaU64 | Body::MixU64 => (vec![array(a, 8, true)], b, None),
             Body::AddF32 => (vec![array(a, 4, true), array(b, 4, false), array(c, 4, false)], d, None),
@@ -165,7 +172,11 @@ impl Launch {
                 }
                 return value.wait(core, Condition::Equal);
             }
-            Body::ZeroGranules => return zeros::execute(device, user, self.arguments[0], self.arguments[1]),
+            Body::ZeroGranules => return scans::zeros(device, user, self.arguments[0], self.arguments[1]),
+            Body::Fingerprints => {
+                let [table, slots, keys @ ..] = self.arguments;
+                return scans::fingerprints(device, user, table, slots, keys);
+            }
             _ => driver.config.kernel_ns,
         };
         let (arrays, count, result) = self.memory();
@@ -199,7 +210,12 @@ impl Launch {
             for i in 0..n {
                 let index = first + i;
                 match self.kernel.body {
-                    Body::Null | Body::Spin | Body::Work | Body::AwaitU32 | Body::ZeroGranules => {}
+                    Body::Null
+                    | Body::Spin
+                    | Body::Work
+                    | Body::AwaitU32
+                    | Body::ZeroGranules
+                    | Body::Fingerprints => {}
                     Body::FillU32 => store(at[0], i, argument as u32),
                     Body::IotaU64 => store(at[0], i, argument.wrapping_add(index).wrapping_mul(GOLDEN)),
                     Body::MixU64 => {

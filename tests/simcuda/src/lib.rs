@@ -28,7 +28,7 @@
 //! | `module`, `kernels` | PTX images and the kernels that really compute |
 //! | `value` | values in memory that streams and kernels wait for |
 //! | `watch` | calls that come while memory is out |
-//! | `zeros` | nvshare's own kernel, which looks for memory that is all zero |
+//! | `scans` | nvshare's own kernels, which look for memory that need not be copied |
 
 mod abi;
 mod api;
@@ -45,8 +45,8 @@ mod memory;
 mod module;
 mod op;
 mod pool;
+mod scans;
 mod stream;
 mod um;
 mod value;
 mod watch;
-mod zeros;

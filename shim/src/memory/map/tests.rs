@@ -1,6 +1,9 @@
 use super::*;
 use crate::memory::CHUNK;
+use crate::memory::fingerprint::Fingerprint;
+use crate::memory::host::HostPool;
 use crate::memory::region::WHOLE;
+use std::sync::Arc;
 
 const CONTEXT: CUcontext = CUcontext(1);
 
@@ -183,9 +186,9 @@ fn spilled(memory: &Memory) -> Vec<CUdeviceptr> {
 
 #[test]
 fn only_granules_in_use_are_copied_and_adjacent_ones_in_one_run() {
-    assert_eq!(InUse::All.runs(CHUNK), [(0, 0, CHUNK)]);
+    assert_eq!(InUse::All.runs_of(CHUNK, InUse::All), [(0, 0, CHUNK)]);
     let in_use = InUse::Granules(0b1011_0110);
-    let runs = in_use.runs(8 * GRANULE);
+    let runs = in_use.runs_of(8 * GRANULE, InUse::All);
     assert_eq!(
         runs,
         [
@@ -195,7 +198,10 @@ fn only_granules_in_use_are_copied_and_adjacent_ones_in_one_run() {
         ]
     );
     assert_eq!(runs.iter().map(|(.., length)| length).sum::<u64>(), in_use.bytes(8 * GRANULE));
-    assert!(InUse::Granules(0).runs(CHUNK).is_empty());
+    assert!(InUse::Granules(0).runs_of(CHUNK, InUse::All).is_empty());
+    // Some of them, each where it is in the copy; what is not in use is not there.
+    let some = in_use.runs_of(8 * GRANULE, InUse::Granules(0b1000_1100));
+    assert_eq!(some, [(2 * GRANULE, GRANULE, GRANULE), (7 * GRANULE, 4 * GRANULE, GRANULE)]);
 }
 
 #[test]
@@ -289,9 +295,9 @@ fn visits_of_a_switch(count: u64) -> u64 {
     }
     memory.visits.set(0);
     for (address, _) in memory.unseen() {
-        memory.saw(address, InUse::Granules(0));
+        memory.saw(address, Seen { in_use: InUse::Granules(0), fingerprints: None });
     }
-    while let Some((place, ..)) = memory.next_resident(u64::MAX) {
+    while let Some(Outgoing { place, .. }) = memory.next_resident(u64::MAX) {
         assert!(memory.is_missing() && memory.overflow() == 0 && memory.deferred() == 0);
         memory.settle(place.address, Backing::Absent);
     }
@@ -323,6 +329,7 @@ fn the_index_agrees_with_the_chunks() {
         }
         index
     };
+    let pool = HostPool::untouched(64 << 30).unwrap();
     for seed in 1..=40u64 {
         let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut below = |bound: u64| {
@@ -333,7 +340,7 @@ fn the_index_agrees_with_the_chunks() {
         };
         let (mut memory, mut bases, mut next) = (Memory::default(), Vec::new(), 1u64 << 40);
         for _ in 0..200 {
-            match below(12) {
+            match below(13) {
                 0..=2 => {
                     let size = (1 + below(70)) * GRANULE;
                     match below(3) {
@@ -354,18 +361,31 @@ fn the_index_agrees_with_the_chunks() {
                     next += 1 << 32;
                 }
                 3 | 4 => {
-                    if let Some((place, _, spill)) = memory.next_missing() {
-                        let backing = match (place.reservation, spill) {
-                            (true, _) => Backing::Booked,
-                            (_, true) => Backing::Overflow(2),
+                    if let Some((place, backing, spill)) = memory.next_missing() {
+                        let backing = match (place.reservation, spill, backing) {
+                            (true, ..) => Backing::Booked,
+                            (_, true, _) => Backing::Overflow(2),
+                            (_, _, Backing::Evicted(copy)) => {
+                                memory.settle_kept(place.address, 1, copy);
+                                continue;
+                            }
                             _ => Backing::Device(1),
                         };
                         memory.settle(place.address, backing);
                     }
                 }
                 5 => {
-                    if let Some((place, ..)) = memory.next_resident(below(40) * GRANULE) {
-                        memory.settle(place.address, Backing::Absent);
+                    if let Some(Outgoing { place, seen, .. }) = memory.next_resident(below(40) * GRANULE) {
+                        let bytes = seen.in_use.bytes(place.size);
+                        let backing = match seen.fingerprints {
+                            Some(fingerprints) if bytes > 0 => Backing::Evicted(HostCopy {
+                                memory: pool.alloc(bytes).unwrap(),
+                                in_use: seen.in_use,
+                                fingerprints: Some(fingerprints),
+                            }),
+                            _ => Backing::Absent,
+                        };
+                        memory.settle(place.address, backing);
                     }
                 }
                 6 => {
@@ -373,9 +393,11 @@ fn the_index_agrees_with_the_chunks() {
                 }
                 7 => {
                     let unseen = memory.unseen();
-                    unseen
-                        .iter()
-                        .for_each(|(address, _)| memory.saw(*address, InUse::Granules(below(3) as u32)));
+                    for (address, _) in unseen {
+                        let in_use = InUse::Granules(below(3) as u32);
+                        let fingerprints = (below(3) > 0).then(|| Arc::new([Fingerprint::of(below(2)); 32]));
+                        memory.saw(address, Seen { in_use, fingerprints });
+                    }
                 }
                 8 => memory.unsee(),
                 9 => {
@@ -389,11 +411,144 @@ fn the_index_agrees_with_the_chunks() {
                 11 if !bases.is_empty() => {
                     memory.take_back(bases.swap_remove(below(bases.len() as u64) as usize));
                 }
+                12 => drop(memory.take_kept(below(4) * GRANULE)),
                 _ => memory.deny_reservations(),
             }
             assert_eq!(memory.index, fresh(&memory), "seed {seed}");
         }
         memory.take_all();
         assert_eq!(memory.index, Index::default());
+    }
+}
+
+/// A chunk of so many granules on the GPU, with a pool for its copies.
+fn one_chunk(granules: u64) -> (Memory, CUdeviceptr, HostPool) {
+    let (mut memory, base) = (Memory::default(), 1 << 40);
+    memory.add_whole(base, granules * GRANULE, granules * GRANULE, CONTEXT);
+    memory.settle(base, Backing::Device(1));
+    (memory, base, HostPool::untouched(1 << 30).unwrap())
+}
+
+/// A look at a chunk whose granules have these contents; 0 is nothing but zeros.
+fn look(contents: &[u64]) -> Seen {
+    let mut fingerprints = [Fingerprint::of(0); 32];
+    let mut bits = 0;
+    for (granule, content) in contents.iter().enumerate() {
+        fingerprints[granule] = Fingerprint::of(*content);
+        bits |= u32::from(*content != 0) << granule;
+    }
+    let all = contents.iter().all(|content| *content != 0);
+    let in_use = if all { InUse::All } else { InUse::Granules(bits) };
+    Seen { in_use, fingerprints: Some(Arc::new(fingerprints)) }
+}
+
+/// What the swap engine does with a chunk that is to go out and to come back, if there is a copy to keep.
+fn out_and_in(memory: &mut Memory, pool: &HostPool, outgoing: Outgoing) {
+    let Outgoing { place, seen: Seen { in_use, fingerprints }, kept, changed, .. } = outgoing;
+    let kept = kept.filter(|_| changed.is_some());
+    let host = kept.map_or_else(|| pool.alloc(in_use.bytes(place.size)).unwrap(), |kept| kept.memory);
+    memory.settle(place.address, Backing::Evicted(HostCopy { memory: host, in_use, fingerprints }));
+    memory.unsee();
+    let (place, backing, _) = memory.next_missing().unwrap();
+    match backing {
+        Backing::Evicted(copy) if copy.fingerprints.is_some() => memory.settle_kept(place.address, 1, copy),
+        _ => memory.settle(place.address, Backing::Device(1)),
+    }
+}
+
+#[test]
+fn a_copy_that_was_kept_tells_what_has_changed() {
+    let (mut memory, base, pool) = one_chunk(4);
+    let mut evict = |contents: &[u64]| {
+        memory.saw(base, look(contents));
+        let need = memory.least_need();
+        let outgoing = memory.next_resident(u64::MAX).unwrap();
+        let changed = outgoing.changed;
+        out_and_in(&mut memory, &pool, outgoing);
+        (need / GRANULE, changed)
+    };
+    assert_eq!(evict(&[1, 2, 3, 4]), (4, None), "there is no copy");
+    assert_eq!(evict(&[1, 2, 3, 4]), (0, Some(0)));
+    assert_eq!(evict(&[1, 5, 3, 6]), (0, Some(0b1010)), "into the copy");
+    assert_eq!(evict(&[1, 5, 3, 6]), (0, Some(0)), "which is a copy of that now");
+    assert_eq!(evict(&[1, 5, 0, 6]), (3, None), "other granules are in use");
+}
+
+#[test]
+fn what_changes_each_time_is_left_alone_for_longer_and_longer() {
+    let (mut memory, base, pool) = one_chunk(2);
+    let mut content = 0;
+    // Whether fingerprints were asked for in each of the evictions, and a copy kept.
+    let mut tries = |evictions: usize, changes: bool| -> String {
+        (0..evictions)
+            .map(|_| {
+                content += u64::from(changes);
+                let tried = !memory.tried().is_empty();
+                let seen = look(&[content + 1, content + 1]);
+                memory.saw(base, Seen { fingerprints: seen.fingerprints.filter(|_| tried), ..seen });
+                let outgoing = memory.next_resident(u64::MAX).unwrap();
+                out_and_in(&mut memory, &pool, outgoing);
+                let kept = memory.region(base).unwrap().chunks[0].kept.is_some();
+                match (tried, kept) {
+                    (true, true) => 'k',
+                    (true, false) => 't',
+                    (false, false) => '.',
+                    (false, true) => panic!("kept for nothing"),
+                }
+            })
+            .collect()
+    };
+    assert_eq!(tries(18, true), "kt..kt....kt......");
+    assert_eq!(tries(4, true), "..kt", "eight of them");
+    assert_eq!(tries(18, false), "................kk", "and once it stays the same it is kept again");
+    assert_eq!(tries(3, false), "kkk");
+    assert_eq!(tries(4, true), "t..k", "from the beginning");
+}
+
+#[test]
+fn copies_are_given_up_for_other_memory_as_far_as_it_needs() {
+    let (mut memory, pool) = (Memory::default(), HostPool::untouched(1 << 30).unwrap());
+    for index in 0..3 {
+        let base = (1 << 40) + index * (1 << 32);
+        memory.add_whole(base, 4 * GRANULE, 4 * GRANULE, CONTEXT);
+        let copy = HostCopy {
+            memory: pool.alloc(4 * GRANULE).unwrap(),
+            in_use: InUse::All,
+            fingerprints: Some(Arc::new([Fingerprint::of(1); 32])),
+        };
+        memory.settle_kept(base, 1, copy);
+    }
+    assert_eq!(memory.take_kept(5 * GRANULE).len(), 2);
+    assert_eq!(memory.take_kept(u64::MAX).len(), 1);
+    assert!(memory.take_kept(1).is_empty() && memory.evictable() == 12, "the memory itself stays");
+}
+
+#[test]
+fn a_copy_that_is_cut_keeps_its_fingerprints_in_their_places() {
+    let (mut memory, base, pool) = one_chunk(4);
+    let Seen { in_use, fingerprints } = look(&[1, 0, 3, 4]);
+    let copy = HostCopy { memory: pool.alloc(3 * GRANULE).unwrap(), in_use, fingerprints };
+    memory.settle(base, Backing::Evicted(copy));
+    // The granule in the middle becomes a chunk of its own.
+    assert_eq!(memory.spill(1), 1);
+    let mut pieces = Vec::new();
+    while let Some((place, backing, _)) = memory.next_missing() {
+        let granules = place.granules();
+        let now = look(
+            &[[1, 0, 3, 4], [0; 4]].concat()[((place.address - base) / GRANULE) as usize..]
+                [..granules as usize],
+        );
+        let changed = match &backing {
+            Backing::Evicted(copy) => copy.changed(&Seen { in_use: copy.in_use, ..now }, granules),
+            _ => None,
+        };
+        pieces.push(((place.address - base) / GRANULE, granules, changed));
+        memory.settle(place.address, Backing::Device(1));
+    }
+    pieces.sort_unstable();
+    assert!(pieces.len() > 1, "{pieces:?}");
+    for (at, granules, changed) in pieces {
+        let used = [1, 0, 3, 4][at as usize..][..granules as usize].iter().any(|content| *content != 0);
+        assert_eq!(changed, used.then_some(0), "{granules} granules at {at}");
     }
 }

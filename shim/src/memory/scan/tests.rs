@@ -2,26 +2,20 @@
 //! the simulated GPU runs in a process of its own, because a process has one driver and one machine.
 
 use super::*;
+use crate::memory::fingerprint::FingerprintEntry;
+use crate::memory::zero_scan::ZeroEntry;
 use nvshare_test_support::Dice;
 use std::path::PathBuf;
 use std::process::Command;
 
 #[test]
-fn an_entry_is_what_the_kernel_reads() {
-    assert_eq!(size_of::<Entry>(), 48);
-    assert_eq!(std::mem::offset_of!(Entry, granules), 8);
-    assert_eq!(std::mem::offset_of!(Entry, zero), 16);
-    let kernel = include_str!("../zero_scan.ptx");
-    assert!(kernel.contains(&format!(".entry {}(", KERNEL.to_str().unwrap())));
-    assert!(kernel.contains(&format!(".reqntid {THREADS}, 1, 1")));
-    assert!(kernel.contains(&format!("add.u64         %end, %at, {GRANULE};")));
-}
-
-#[test]
 fn an_entry_is_for_whole_granules_of_at_most_a_chunk() {
     let at = 7 * CHUNK;
     for size in [GRANULE, 3 * GRANULE, CHUNK] {
-        assert_eq!(Entry::new(at, size).unwrap().granules, size / GRANULE);
+        assert_eq!(
+            entry::<ZeroEntry>(at, size).map(|entry| entry.answer().count_ones()),
+            Some((size / GRANULE) as u32)
+        );
     }
     for (address, size) in [
         (at, 0),
@@ -31,23 +25,8 @@ fn an_entry_is_for_whole_granules_of_at_most_a_chunk() {
         (at, u64::MAX),
         (at + 512, GRANULE),
     ] {
-        assert!(Entry::new(address, size).is_none(), "{address:x} {size}");
+        assert!(entry::<ZeroEntry>(address, size).is_none(), "{address:x} {size}");
     }
-}
-
-#[test]
-fn granules_that_were_not_found_zero_are_in_use() {
-    let mut entry = Entry::new(CHUNK, CHUNK).unwrap();
-    assert_eq!(entry.in_use(), u32::MAX, "no answer");
-    entry.zero = [ZERO; SLOTS];
-    assert_eq!(entry.in_use(), 0);
-    entry.zero[31] = 0;
-    entry.zero[4] = 0xff;
-    assert_eq!(entry.in_use(), 1 << 31 | 1 << 4);
-    let mut entry = Entry::new(CHUNK, 3 * GRANULE).unwrap();
-    assert_eq!(entry.in_use(), 0b111);
-    entry.zero[1] = ZERO;
-    assert_eq!(entry.in_use(), 0b101, "and nothing of what lies behind the chunk");
 }
 
 /// The driver that cargo has built beside the tests.
@@ -66,7 +45,7 @@ fn on_a_gpu(test: &str, variables: &[(&str, &str)], body: impl FnOnce(&'static D
         let unique = folder.path().file_name().unwrap().to_string_lossy();
         let machine = format!("nvshare-scan-{unique}-{test}");
         let output = Command::new(std::env::current_exe().unwrap())
-            .args([&format!("memory::zero_scan::tests::{test}"), "--exact", "--nocapture"])
+            .args([&format!("memory::scan::tests::{test}"), "--exact", "--nocapture"])
             .envs([(ROLE, "application"), ("NVSHARE_SIM_NAME", &machine), ("NVSHARE_SIM_MEMORY", "512MiB")])
             .envs(variables.iter().copied())
             .output()
@@ -95,11 +74,11 @@ fn chunk(driver: &Driver, stream: CUstream, granules: u64) -> (CUdeviceptr, u64)
 }
 
 /// Scans, and waits for the result.
-fn answer(
-    scanner: &mut Scanner,
+fn answer<E: Entry>(
+    scanner: &mut Scanner<E>,
     chunks: &[(CUdeviceptr, u64)],
     stream: CUstream,
-) -> Result<Vec<u32>, SwapError> {
+) -> Result<Vec<E::Answer>, SwapError> {
     let scan = scanner.scan(chunks, stream)?;
     scanner.finish(scan)
 }
@@ -107,7 +86,7 @@ fn answer(
 #[test]
 fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
     on_a_gpu("zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart", &[], |driver, stream| {
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let mut dice = Dice::from_environment(1);
         let (mut chunks, mut expected) = (Vec::new(), Vec::new());
         for granules in [1, 2, 5, 31, 32] {
@@ -142,7 +121,7 @@ fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
 #[test]
 fn a_scan_sees_the_work_before_it_in_its_stream() {
     on_a_gpu("a_scan_sees_the_work_before_it_in_its_stream", &[], |driver, stream| {
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let chunk = chunk(driver, stream, 4);
         let before = scanner.scan(&[chunk], stream).unwrap();
         driver.memset_d8_async(chunk.0 + 2 * GRANULE, 1, 1, stream).unwrap();
@@ -155,7 +134,7 @@ fn a_scan_sees_the_work_before_it_in_its_stream() {
 #[test]
 fn more_chunks_than_a_table_holds_are_one_scan() {
     on_a_gpu("more_chunks_than_a_table_holds_are_one_scan", &[], |driver, stream| {
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let (base, _) = chunk(driver, stream, 32);
         driver.memset_d8_async(base + 5 * GRANULE, 1, 1, stream).unwrap();
         let chunks: Vec<_> =
@@ -171,7 +150,7 @@ fn it_takes_no_room_on_the_gpu() {
         let chunk = chunk(driver, stream, 1);
         while driver.mem_alloc(GRANULE as usize).is_ok() {}
         let (free, _) = driver.mem_info().unwrap();
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
         assert_eq!(driver.mem_info().unwrap().0, free);
     });
@@ -180,13 +159,13 @@ fn it_takes_no_room_on_the_gpu() {
 #[test]
 fn it_moves_to_another_context() {
     on_a_gpu("it_moves_to_another_context", &[], |driver, stream| {
-        let first = Scanner::new(driver).unwrap();
+        let first = Scanner::<ZeroEntry>::new(driver).unwrap();
         first.destroy();
         let _ = driver.stream_destroy(stream);
         driver.primary_ctx_release(0).unwrap();
         driver.ctx_set_current(driver.primary_ctx_retain(0).unwrap()).unwrap();
         let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).unwrap();
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let chunk = chunk(driver, stream, 2);
         assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
     });
@@ -197,10 +176,13 @@ fn a_driver_that_cannot_compile_is_an_error_and_no_harm() {
     let no_compiler = [("NVSHARE_SIM_FAIL", "cuModuleLoadData:1:221,cuModuleGetFunction:1:500")];
     on_a_gpu("a_driver_that_cannot_compile_is_an_error_and_no_harm", &no_compiler, |driver, stream| {
         let refused = |call, result| Some(SwapError::Driver { call, result });
-        let said = Scanner::new(driver).err();
+        let said = Scanner::<ZeroEntry>::new(driver).err();
         assert_eq!(said, refused("cuModuleLoadData", CuResult::JIT_COMPILER_NOT_FOUND));
-        assert_eq!(Scanner::new(driver).err(), refused("cuModuleGetFunction", CuResult::NOT_FOUND));
-        let mut scanner = Scanner::new(driver).unwrap();
+        assert_eq!(
+            Scanner::<ZeroEntry>::new(driver).err(),
+            refused("cuModuleGetFunction", CuResult::NOT_FOUND)
+        );
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let chunk = chunk(driver, stream, 1);
         assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
     });
@@ -210,7 +192,7 @@ fn a_driver_that_cannot_compile_is_an_error_and_no_harm() {
 fn a_failed_launch_is_an_error_and_its_table_is_reused() {
     let refused = [("NVSHARE_SIM_FAIL", "cuLaunchKernel:1:701")];
     on_a_gpu("a_failed_launch_is_an_error_and_its_table_is_reused", &refused, |driver, stream| {
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let chunk = chunk(driver, stream, 1);
         let failed = answer(&mut scanner, &[chunk], stream);
         let result = CuResult::LAUNCH_OUT_OF_RESOURCES;
@@ -224,12 +206,67 @@ fn a_failed_launch_is_an_error_and_its_table_is_reused() {
 #[test]
 fn unmapped_memory_has_no_result() {
     on_a_gpu("unmapped_memory_has_no_result", &[], |driver, stream| {
-        let mut scanner = Scanner::new(driver).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
         let there = chunk(driver, stream, 1);
         let gone = driver.mem_address_reserve(GRANULE as usize, 0, 0, 0).unwrap();
         let failed = answer(&mut scanner, &[there, (gone, GRANULE)], stream);
         let result = CuResult::ILLEGAL_ADDRESS;
         assert_eq!(failed, Err(SwapError::Driver { call: "cuEventSynchronize", result }));
         assert!(scanner.spare.is_empty(), "nobody knows whether the kernel is done with the table");
+    });
+}
+
+#[test]
+fn a_granule_that_has_changed_in_any_byte_has_another_fingerprint() {
+    on_a_gpu("a_granule_that_has_changed_in_any_byte_has_another_fingerprint", &[], |driver, stream| {
+        let mut scanner = Scanner::<FingerprintEntry>::new(driver).unwrap();
+        let mut dice = Dice::from_environment(2);
+        let chunks = [1, 5, 32].map(|granules| chunk(driver, stream, granules));
+        let before = answer(&mut scanner, &chunks, stream).unwrap();
+        let again = answer(&mut scanner, &chunks, stream).unwrap();
+        for ((_, size), (one, other)) in chunks.iter().zip(before.iter().zip(&again)) {
+            let granules = (size / GRANULE) as usize;
+            assert!(
+                (0..granules).all(|granule| one[granule].is_still(other[granule])),
+                "nothing has changed"
+            );
+            assert!(
+                !(granules..SLOTS).any(|granule| one[granule].is_still(other[granule])),
+                "there is nothing"
+            );
+        }
+        // The table of a scan that is over is used again: nothing of the last answers is left.
+        for _ in 0..40 {
+            let which = dice.below(3) as usize;
+            let (base, size) = chunks[which];
+            let granule = dice.below(size / GRANULE);
+            let offset = [0, GRANULE - 1, GRANULE / 2, dice.below(GRANULE)][dice.below(4) as usize];
+            let byte = base + granule * GRANULE + offset;
+            driver.memset_d8_async(byte, 1 << dice.below(8), 1, stream).unwrap();
+            let now = answer(&mut scanner, &chunks, stream).unwrap();
+            for (index, (one, other)) in before.iter().zip(&now).enumerate() {
+                for at in 0..(chunks[index].1 / GRANULE) as usize {
+                    let same = (index, at as u64) != (which, granule);
+                    assert_eq!(
+                        one[at].is_still(other[at]),
+                        same,
+                        "{offset} in granule {granule} of {which}; {at} of {index}"
+                    );
+                }
+            }
+            driver.memset_d8_async(byte, 0, 1, stream).unwrap();
+        }
+        scanner.destroy();
+    });
+}
+
+#[test]
+fn fingerprints_of_memory_that_is_gone_are_an_error() {
+    on_a_gpu("fingerprints_of_memory_that_is_gone_are_an_error", &[], |driver, stream| {
+        let mut scanner = Scanner::<FingerprintEntry>::new(driver).unwrap();
+        let gone = driver.mem_address_reserve(GRANULE as usize, 0, 0, 0).unwrap();
+        let failed = answer(&mut scanner, &[(gone, GRANULE)], stream);
+        let result = CuResult::ILLEGAL_ADDRESS;
+        assert_eq!(failed.err(), Some(SwapError::Driver { call: "cuEventSynchronize", result }));
     });
 }
