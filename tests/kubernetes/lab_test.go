@@ -88,7 +88,7 @@ func setting(name, usual string) string {
 func (l *lab) image(name string, files map[string]string) {
 	l.Helper()
 	for file, place := range files {
-		to := filepath.Join(l.Folder, "images", name, place)
+		to := filepath.Join(l.Images(), name, place)
 		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 			l.Fatal(err)
 		}

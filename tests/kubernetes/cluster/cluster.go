@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/clientcmd"
 )
@@ -19,7 +20,7 @@ import (
 type Config struct {
 	// Binary is the program with the components (cmd/kubernetes).
 	Binary string
-	// Folder is where everything is kept: data, certificates, logs. It is on a file system that is no overlay.
+	// Folder is where everything is kept: data, certificates, logs.
 	Folder string
 	// SchedulerConfig is a KubeSchedulerConfiguration; empty for the scheduler's defaults.
 	SchedulerConfig string
@@ -45,10 +46,17 @@ type Cluster struct {
 // Start starts a control plane without nodes.
 func Start(ctx context.Context, config Config) (*Cluster, error) {
 	c := &Cluster{Config: config}
-	for _, folder := range []string{"logs", "certificates", "images"} {
+	for _, folder := range []string{"logs", "certificates", "layers"} {
 		if err := os.MkdirAll(filepath.Join(c.Folder, folder), 0o755); err != nil {
 			return nil, err
 		}
+	}
+	// A layer of an overlay may not lie below another one, and the machine's root is one of a container's layers.
+	if err := unix.Mount("tmpfs", c.layers(), "tmpfs", 0, "mode=755"); err != nil {
+		return nil, fmt.Errorf("mount a file system for images and containers: %w", err)
+	}
+	if err := os.Mkdir(c.Images(), 0o755); err != nil {
+		return nil, err
 	}
 	var err error
 	if c.authority, err = newAuthority(filepath.Join(c.Folder, "certificates")); err != nil {
@@ -86,7 +94,14 @@ func (c *Cluster) Stop() {
 			process.Stop()
 		}
 	}
+	_ = unix.Unmount(c.layers(), unix.MNT_DETACH)
 }
+
+// layers is where images are, and what containers write.
+func (c *Cluster) layers() string { return filepath.Join(c.Folder, "layers") }
+
+// Images is the folder of images, each a folder that has the image's name. They are on all nodes.
+func (c *Cluster) Images() string { return filepath.Join(c.layers(), "images") }
 
 // component prepares one of Kubernetes' components.
 func (c *Cluster) component(name string, options ...string) *Process {

@@ -65,8 +65,8 @@ func (c *Cluster) AddNode(ctx context.Context, name string, labels map[string]st
 	socket := filepath.Join(n.Folder, "cri.sock")
 	n.Runtime = newProcess(filepath.Join(c.Folder, "logs"), name+"-runtime", nil,
 		"unshare", "--mount", "--", "/bin/sh", "-c", mounts, "sh", n.Folder,
-		c.Binary, "runtime", "--listen="+socket, "--state="+filepath.Join(n.Folder, "containers"),
-		"--images="+filepath.Join(c.Folder, "images"), "--address="+n.Address)
+		c.Binary, "runtime", "--listen="+socket, "--state="+filepath.Join(c.layers(), name),
+		"--images="+c.Images(), "--address="+n.Address)
 	if err := n.Runtime.Start(); err != nil {
 		return nil, err
 	}

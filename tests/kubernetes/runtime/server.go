@@ -29,7 +29,7 @@ import (
 type Options struct {
 	// Listen is the path of the socket that the kubelet connects to.
 	Listen string
-	// State is a folder for containers' roots. Its file system must be able to hold an overlay's upper layer.
+	// State is a folder for containers' roots. It and Images are on a file system that is not the root's, nor an overlay.
 	State string
 	// Images is the folder of images.
 	Images string
@@ -49,7 +49,7 @@ func Command() *cobra.Command {
 	}
 	flags := command.Flags()
 	flags.StringVar(&options.Listen, "listen", "", "path of the socket for the kubelet")
-	flags.StringVar(&options.State, "state", "", "folder for containers' roots, on a file system that is no overlay")
+	flags.StringVar(&options.State, "state", "", "folder for containers' roots")
 	flags.StringVar(&options.Images, "images", "", "folder of images, each a folder")
 	flags.StringSliceVar(&options.CDI, "cdi-dir", cdi.DefaultSpecDirs, "folders of CDI specs")
 	flags.StringVar(&options.Address, "address", "", "the pods' IP address")

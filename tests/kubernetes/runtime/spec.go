@@ -35,7 +35,6 @@ func specification(options Options, id, root string, pod *cri.PodSandboxConfig, 
 			Cwd:             config.WorkingDir,
 			Env:             []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
 			NoNewPrivileges: security.GetNoNewPrivs(),
-			Rlimits:         []oci.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1 << 16, Hard: 1 << 16}},
 		},
 		Mounts: []oci.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
