@@ -4,7 +4,7 @@
 //! A process has one set of shares, which holds on each of its GPUs. So a promise is made for a GPU and not for the sum of them.
 
 use nvshare::shares::{ComputeLimit, MemoryLimit, Priority};
-use nvshare::units::{bytes_of, format_size, parse_size};
+use nvshare::units::bytes_of;
 use nvshare::usage::{DEFAULT_WEIGHT, MAX_WEIGHT};
 
 /// What a container was promised of each of its GPUs.
@@ -69,14 +69,13 @@ impl Grant {
     }
 }
 
-/// A limit as text that is read back as the same limit: sizes for people are rounded.
+/// A limit as text that is read back as the same limit: [`MemoryLimit`]'s own text rounds, for people.
 fn exact(limit: MemoryLimit) -> String {
     match limit {
-        MemoryLimit::Size(granules) => {
-            let (bytes, text) = (bytes_of(granules), format_size(bytes_of(granules)));
-            let text = text.replace(' ', "");
-            if parse_size(&text) == Ok(bytes) { text } else { bytes.to_string() }
-        }
+        MemoryLimit::Size(granules) => match bytes_of(granules) >> 20 {
+            mib if mib % 1_024 == 0 => format!("{}GiB", mib / 1_024),
+            mib => format!("{mib}MiB"),
+        },
         limit => limit.to_string(),
     }
 }

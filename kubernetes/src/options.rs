@@ -138,6 +138,9 @@ pub struct DevicePlugin {
     /// How often health and load are looked at
     #[arg(long, value_name = "TIME", default_value = "1s", env = "NVSHARE_INTERVAL", value_parser = interval)]
     pub interval: Duration,
+    /// If NVML does not answer for so long, all GPUs count as unhealthy until it does
+    #[arg(long, value_name = "TIME", default_value = "30s", env = "NVSHARE_NVML_TIMEOUT", value_parser = time)]
+    pub nvml_timeout: Duration,
     /// Write the GPUs and the order in which the next pods get them, and end
     #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true, default_missing_value = "table")]
     pub print: Option<PrintFormat>,

@@ -13,9 +13,14 @@ const PROGRAM: &str = "nvshare-kubernetes";
 
 /// Options of `nvshare device-plugin` and `nvshare dra-driver`: the other program's own.
 #[derive(Debug, clap::Args)]
-#[command(disable_help_flag = true)]
+#[command(
+    disable_help_flag = true,
+    after_help = "\
+It is another program, nvshare-kubernetes, which is installed with nvshare: its manual pages are nvshare-kubernetes(8) and those of its \
+commands."
+)]
 pub struct Options {
-    /// What nvshare-kubernetes is told; --help lists it
+    /// An option of nvshare-kubernetes; --help lists them
     #[arg(value_name = "OPTION", trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }

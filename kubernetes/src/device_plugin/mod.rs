@@ -30,7 +30,6 @@ use crate::options::DevicePlugin as Options;
 use plugin::Plugin;
 use presence::Presence;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::time::{MissedTickBehavior, interval};
 
 /// Serves until a signal ends it (SIGTERM, SIGINT), or prints and ends.
 ///
@@ -57,27 +56,17 @@ async fn serve(options: Options, inventory: Inventory) -> Result<(), Error> {
     // First, so that a signal that comes while NVML is asked ends the process as it should.
     let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
     let every = options.interval;
-    let plugin = Plugin::new(options, inventory);
+    let plugin = Plugin::new(options, inventory)?;
+    // The kubelet, which connects at once, finds the list as it is.
     plugin.look().await;
-    let watching = tokio::spawn({
-        let plugin = plugin.clone();
-        async move {
-            let mut tick = interval(every);
-            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                tick.tick().await;
-                plugin.look().await;
-            }
-        }
-    });
-    let mut presence = Presence::new(plugin)?;
+    let mut presence = Presence::new(plugin.clone())?;
     let result = tokio::select! {
         result = presence.keep(every) => result,
+        () = plugin.watch() => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
     };
     presence.leave();
-    watching.abort();
     result
 }
 

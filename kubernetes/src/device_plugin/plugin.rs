@@ -7,13 +7,16 @@ use super::protocol::{
     Empty, ListAndWatchResponse, PreStartContainerRequest, PreStartContainerResponse,
     PreferredAllocationRequest, PreferredAllocationResponse,
 };
+use crate::Error;
 use crate::inventory::{Gpu, Health, Inventory};
 use crate::options::DevicePlugin as Options;
+use nvshare::units::format_nanos;
 use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
@@ -27,7 +30,8 @@ pub struct Plugin(Arc<Shared>);
 
 struct Shared {
     options: Options,
-    inventory: Arc<Mutex<Inventory>>,
+    /// To the thread that looks: who wants to know.
+    looker: mpsc::Sender<oneshot::Sender<Vec<Gpu>>>,
     /// What the last look found.
     gpus: Mutex<Vec<Gpu>>,
     /// The list for the kubelet; told anew only when it differs.
@@ -35,15 +39,28 @@ struct Shared {
 }
 
 impl Plugin {
-    /// With the GPUs of this inventory.
-    pub fn new(options: Options, inventory: Inventory) -> Self {
-        let shared = Shared {
-            options,
-            inventory: Arc::new(Mutex::new(inventory)),
-            gpus: Mutex::new(Vec::new()),
-            devices: watch::Sender::new(Vec::new()),
-        };
-        Self(Arc::new(shared))
+    /// With the GPUs of this inventory. A thread of its own looks at them: NVML may take long, and hangs while a driver waits for a GPU that
+    /// has failed.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn new(options: Options, mut inventory: Inventory) -> Result<Self, Error> {
+        let (looker, asked) = mpsc::channel::<oneshot::Sender<Vec<Gpu>>>();
+        let looks = std::thread::Builder::new().name("inventory".into()).spawn(move || {
+            while let Ok(first) = asked.recv() {
+                // One look is for all who have asked before it.
+                let all: Vec<_> = std::iter::once(first).chain(asked.try_iter()).collect();
+                let gpus = inventory.look();
+                for who in all {
+                    // Who has waited too long has gone.
+                    let _ = who.send(gpus.clone());
+                }
+            }
+        });
+        looks.map_err(|cause| Error::System { what: "a thread cannot be started", cause })?;
+        let shared =
+            Shared { options, looker, gpus: Mutex::new(Vec::new()), devices: watch::Sender::new(Vec::new()) };
+        Ok(Self(Arc::new(shared)))
     }
 
     /// What it was told on its command line.
@@ -56,34 +73,64 @@ impl Plugin {
         DevicePluginOptions { pre_start_required: false, get_preferred_allocation_available: true }
     }
 
+    /// Looks at the GPUs now and then, for ever. If NVML does not answer, no GPU can be relied on: all are unhealthy until it does.
+    pub async fn watch(&self) {
+        let mut tick = interval(self.0.options.interval);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let look = self.look();
+            tokio::pin!(look);
+            let most = self.0.options.nvml_timeout;
+            if timeout(most, &mut look).await.is_err() {
+                self.hangs(most);
+                look.await;
+            }
+        }
+    }
+
     /// Looks at the GPUs, tells whoever watches if their health has changed, and logs it.
     pub async fn look(&self) -> Vec<Gpu> {
-        let inventory = self.0.inventory.clone();
-        let look = tokio::task::spawn_blocking(move || {
-            inventory.lock().unwrap_or_else(PoisonError::into_inner).look()
-        });
-        let Ok(now) = look.await else { return self.last() };
-        let before = std::mem::replace(&mut *self.lock(), now.clone());
-        log_changes(&before, &now);
+        let (answer, found) = oneshot::channel();
+        // The thread lives as long as this.
+        let _ = self.0.looker.send(answer);
+        let Ok(gpus) = found.await else { return self.last() };
+        self.publish(gpus.clone());
+        gpus
+    }
+
+    fn hangs(&self, waited: Duration) {
+        let waited = format_nanos(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX));
+        let why = format!(
+            "NVML has not answered for {waited}: the driver waits for a GPU of this node that has failed. `dmesg | grep -e Xid -e NVRM` on the \
+             node says which; reset it (nvidia-smi -r) or restart the node"
+        );
+        let unhealthy = |gpu: Gpu| Gpu { health: Health::Unhealthy(why.clone()), ..gpu };
+        self.publish(self.last().into_iter().map(unhealthy).collect());
+    }
+
+    fn publish(&self, now: Vec<Gpu>) {
         let devices = answer::devices(&now, self.0.options.common.shares);
+        let mut last = self.lock();
+        log_changes(&last, &now);
+        *last = now;
         self.0.devices.send_if_modified(|told| {
             let changed = *told != devices;
             *told = devices;
             changed
         });
-        now
     }
 
     /// The GPUs as they are now, or as they were when they were last looked at, if NVML takes long.
     async fn gpus(&self) -> Vec<Gpu> {
-        tokio::time::timeout(FRESH_WITHIN, self.look()).await.unwrap_or_else(|_| self.last())
+        timeout(FRESH_WITHIN, self.look()).await.unwrap_or_else(|_| self.last())
     }
 
     fn last(&self) -> Vec<Gpu> {
         self.lock().clone()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Gpu>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Gpu>> {
         self.0.gpus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,15 +3,22 @@
 //! | line | what happens |
 //! |---|---|
 //! | `1 lost` | GPU 1 has fallen off the bus: every call for it fails as NVML's do (NVML_ERROR_GPU_IS_LOST) |
+//! | `1 hang` | calls for GPU 1 do not return until the line is gone, as those of a driver that waits for a GPU |
 //! | `0 xid 79` | GPU 0 has had this critical error, which every set of events that GPU 0 is registered in gets once |
 
 use std::ffi::c_uint;
+use std::time::Duration;
+
+/// How often a call that waits reads the file again.
+pub const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What a line says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// NVML no longer reaches the GPU.
     Lost(usize),
+    /// Calls for the GPU do not return.
+    Hang(usize),
     /// The GPU has had a critical error of this number.
     Xid(usize, u64),
 }
@@ -40,13 +47,17 @@ fn read(line: &str) -> Option<Fault> {
     let words: Vec<_> = line.split_whitespace().collect();
     match words[..] {
         [gpu, "lost"] => Some(Fault::Lost(gpu.parse().ok()?)),
+        [gpu, "hang"] => Some(Fault::Hang(gpu.parse().ok()?)),
         [gpu, "xid", number] => Some(Fault::Xid(gpu.parse().ok()?, number.parse().ok()?)),
         _ => None,
     }
 }
 
-/// Whether NVML still reaches a GPU.
+/// Whether NVML still reaches a GPU. Does not return while the GPU hangs.
 pub fn reached(gpu: usize) -> bool {
+    while all().contains(&Fault::Hang(gpu)) {
+        std::thread::sleep(LOOK_AGAIN);
+    }
     !all().contains(&Fault::Lost(gpu))
 }
 

@@ -309,7 +309,7 @@ nvml_api! {
             if Instant::now() >= end {
                 return Err(Error::TIMEOUT);
             }
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(faults::LOOK_AGAIN);
         }
     }
 
