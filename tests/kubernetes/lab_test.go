@@ -27,6 +27,8 @@ const (
 	// An image with programs that use a GPU, and with nothing of nvshare.
 	applicationImage = "application:1"
 	resourceName     = "nvshare.com/gpu"
+	// Lines in this file of a node are faults that its simulated GPUs have (tests/simnvml/src/faults.rs).
+	faults = "/dev/shm/faults"
 )
 
 // lab is a cluster in which nvshare is tried.
@@ -122,6 +124,7 @@ func (l *lab) addNode(name string, gpus int) *gpuNode {
 		fmt.Sprintf("NVSHARE_SIM_GPUS=%d", gpus),
 		"NVSHARE_SIM_MEMORY=256MiB",
 		"NVSHARE_SIM_UUIDS=ascending",
+		"NVSHARE_SIM_NVML_FAULTS=" + faults,
 	}
 	n.environment = append([]string{"LD_LIBRARY_PATH=" + driver}, simulated...)
 	n.install("libsimcuda.so", driver+"/libcuda.so.1")
@@ -281,6 +284,14 @@ func (l *lab) get(name string) *corev1.Pod {
 	pod, err := l.Client.CoreV1().Pods("default").Get(l.ctx, name, metav1.GetOptions{})
 	l.must(err)
 	return pod
+}
+
+// isRunning says whether a pod runs.
+func isRunning(pod *corev1.Pod) error {
+	if pod.Status.Phase != corev1.PodRunning {
+		return fmt.Errorf("%s: %s %s %s", pod.Name, pod.Status.Phase, pod.Status.Reason, pod.Status.Message)
+	}
+	return nil
 }
 
 func (l *lab) delete(names ...string) {
