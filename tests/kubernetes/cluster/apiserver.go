@@ -29,6 +29,8 @@ func (c *Cluster) startAPIServer(ctx context.Context) error {
 		"--client-ca-file="+pki.path("ca.crt"),
 		"--kubelet-client-certificate="+pki.path("apiserver-kubelet.crt"),
 		"--kubelet-client-key="+pki.path("apiserver-kubelet.key"),
+		// Nodes' names are in no DNS.
+		"--kubelet-preferred-address-types=InternalIP",
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+pki.path("service-accounts.key"),
 		"--service-account-signing-key-file="+pki.path("service-accounts.key"),
