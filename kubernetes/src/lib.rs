@@ -9,9 +9,11 @@
 //! | [`grant`] | what a container was promised, and the environment that tells the shim |
 //! | [`cdi`] | CDI specifications: what a container needs that uses the GPU |
 //! | [`device_plugin`] | the kubelet's device plugin protocol |
+//! | [`dra`] | the driver for dynamic resource allocation |
 
 pub mod cdi;
 pub mod device_plugin;
+pub mod dra;
 pub mod error;
 pub mod grant;
 pub mod inventory;

@@ -2,8 +2,8 @@
 
 use clap::Parser;
 use nvshare::standard_error::StandardError;
-use nvshare_kubernetes::device_plugin;
 use nvshare_kubernetes::options::{Cli, Command, Log, LogFormat};
+use nvshare_kubernetes::{device_plugin, dra};
 use std::io::Write;
 use std::process::ExitCode;
 use tracing_subscriber::layer::SubscriberExt;
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     init_log(&log);
     let result = match command {
         Command::DevicePlugin(options) => device_plugin::run(options),
+        Command::DraDriver(options) => dra::run(options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,6 @@
 //! The command line. Each option is also a variable: `NVSHARE_` and its name in capitals.
 
+use crate::dra::options::DraDriver;
 use crate::virtual_gpu::MOST_SHARES;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nvshare::shares::{MemoryLimit, ShareError, parse_weight};
@@ -25,6 +26,8 @@ pub struct Cli {
 pub enum Command {
     /// Offer each GPU as several virtual ones, by the kubelet's device plugin protocol
     DevicePlugin(DevicePlugin),
+    /// Offer each GPU as one device that claims share, by dynamic resource allocation
+    DraDriver(DraDriver),
 }
 
 /// How lines of the log look.
@@ -199,7 +202,10 @@ mod tests {
         Cli::command().debug_assert();
         let plugin = |arguments: &[&str]| {
             let given = ["nvshare-kubernetes", "device-plugin"].iter().chain(arguments);
-            Cli::try_parse_from(given).map(|Cli { command: Command::DevicePlugin(options), .. }| options)
+            Cli::try_parse_from(given).map(|cli| match cli.command {
+                Command::DevicePlugin(options) => options,
+                Command::DraDriver(_) => unreachable!(),
+            })
         };
         let usual = plugin(&[]).unwrap();
         assert_eq!(usual.common.host_runtime_dir(), Path::new("/run/nvshare"));
