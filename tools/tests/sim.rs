@@ -6,7 +6,7 @@ use nvshare::page::Quantum;
 use nvshare::units::{Nanos, SECOND};
 use nvshare_tools::picture::State;
 use nvshare_tools::sim::report::{Report, Row};
-use nvshare_tools::sim::scenario::{Scenario, Work};
+use nvshare_tools::sim::scenario::{Placement, Scenario, Work};
 use nvshare_tools::sim::{draw, world};
 use proptest::prelude::*;
 use std::path::Path;
@@ -567,4 +567,44 @@ proptest! {
             prop_assert_eq!(gpu.time.total(), outcome.time, "{:?}", gpu.time);
         }
     }
+}
+
+/// By live figures clients come to where least has to move for them; filling one GPU after the other is the worst.
+#[test]
+fn where_clients_are_placed_decides_how_much_moves() {
+    let moved = |placement| {
+        let mut scenario = read("vgpus-come-and-go.toml");
+        scenario.gpus.placement = placement;
+        scenario.until.as_mut().expect("it has an end").0 = 45 * 60 * SECOND;
+        let report = report(&scenario, 1);
+        assert_eq!(report.unplaced, 0, "{placement:?}");
+        report.bytes_in
+    };
+    let least_loaded = moved(Placement::LeastLoaded);
+    let count = moved(Placement::Count);
+    let random = moved(Placement::Random);
+    let packed = moved(Placement::Packed);
+    assert!(
+        least_loaded < count && count < random && random < packed,
+        "{least_loaded}, {count}, {random}, {packed}"
+    );
+}
+
+/// Whatever the figures of the others are: who comes while a GPU is empty, gets that one.
+#[test]
+fn nobody_shares_a_gpu_while_another_one_is_empty() {
+    let most_on_one = |placement, seed| {
+        let mut scenario = read("vgpus-come-and-go.toml");
+        scenario.gpus.placement = placement;
+        // Eight at most at once.
+        scenario.clients.retain(|class| class.name == "batch");
+        scenario.clients[0].count = 8;
+        report(&scenario, seed).gpus.iter().map(|gpu| gpu.most_clients).max()
+    };
+    for placement in [Placement::FewestClients, Placement::LeastLoaded, Placement::Count] {
+        for seed in 1..=20 {
+            assert_eq!(most_on_one(placement, seed), Some(1), "{placement:?}, seed {seed}");
+        }
+    }
+    assert!(most_on_one(Placement::Packed, 1) > Some(1));
 }

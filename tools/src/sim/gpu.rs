@@ -17,7 +17,7 @@ use super::turns::{GpuTime, Turns, Work};
 use nvshare::gang_order::GpuState;
 use nvshare::page::{Phase, Settings};
 use nvshare::pauses::{Pauses, Rhythm};
-use nvshare::placement::Load;
+use nvshare::placement::{self, Load};
 use nvshare::policy::{NOT_BEGUN, Spent};
 use nvshare::slot::{SLOTS, SlotIndex, SlotSet};
 use nvshare::snapshot::{SlotView, Snapshot};
@@ -165,6 +165,16 @@ impl Gpu {
     pub fn load(&self) -> Load {
         let demand = self.snapshot.clients().map(|(_, view)| view.demand).sum();
         Load { clients: self.snapshot.occupied.len(), demand, busy: self.tally.usage() }
+    }
+
+    /// How much a newcomer would be held up, by what can be seen of the GPU now.
+    pub fn held_up(&mut self, now: Nanos) -> f64 {
+        self.reckon(now);
+        let need: Granules = self.snapshot.clients().map(|(_, view)| view.demand + view.context).sum();
+        let waits = self.clients.iter().flatten().filter_map(|client| client.wait_since);
+        let longest = waits.map(|since| now.saturating_sub(since)).max().unwrap_or(0);
+        let need = f64::from(need) / f64::from(self.machine.capacity.max(1));
+        placement::held_up(need, self.tally.recently(now), longest)
     }
 
     /// A client comes, with its seat if it runs together with others. There is a slot for it.

@@ -155,6 +155,8 @@ pub struct GpuMetrics {
     pub time: TimeUse,
     /// The time that something was on the GPU, faded, and when it was that.
     usage: (Nanos, Nanos),
+    /// The part of the last second in which something was on the GPU, faded, and when it was that.
+    recently: (f64, Nanos),
     /// How fairly turns were taken.
     pub turns: TurnWindows,
     /// How fairly the GPU was shared in windows of time.
@@ -172,6 +174,7 @@ impl Default for GpuMetrics {
         Self {
             time: TimeUse::default(),
             usage: (0, 0),
+            recently: (0.0, START),
             turns: TurnWindows::default(),
             windows: TimeWindows::default(),
             progress: TimeWindows::of(PROGRESS_WINDOW),
@@ -179,6 +182,11 @@ impl Default for GpuMetrics {
             most_debt: 0,
         }
     }
+}
+
+/// What is left after so long of what fades in about a second.
+fn left_of(time: Nanos) -> f64 {
+    (-(time as f64 / SECOND as f64)).exp()
 }
 
 impl GpuMetrics {
@@ -200,6 +208,13 @@ impl GpuMetrics {
     pub fn computed(&mut self, time: Range<Nanos>) {
         let (usage, at) = self.usage;
         self.usage = (usage::slice_over(usage, at, time.start, time.end).usage, time.end);
+        self.recently = (1.0 - (1.0 - self.recently(time.start)) * left_of(time.end - time.start), time.end);
+    }
+
+    /// The part of the last second in which something was on the GPU, as NVML's utilisation, 0 to 1.
+    pub fn recently(&self, now: Nanos) -> f64 {
+        let (part, at) = self.recently;
+        part * left_of(now.saturating_sub(at))
     }
 
     /// A client has come; so many are there.

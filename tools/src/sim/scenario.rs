@@ -41,6 +41,23 @@ pub enum Mode {
     DemandPaging,
 }
 
+/// Which GPU a client gets that has none of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// `nvshare::placement::choose`: the fewest clients, then the least demand, then the least busy lately.
+    #[default]
+    FewestClients,
+    /// `nvshare::placement::Standing`, by live figures: without clients first, then where a newcomer is held up least.
+    LeastLoaded,
+    /// The fewest clients, and of equals the lowest number.
+    Count,
+    /// The most clients, so that others stay free.
+    Packed,
+    /// Any that has a place, by chance.
+    Random,
+}
+
 /// `[policy]`
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -181,6 +198,9 @@ pub struct Gpus {
     /// The most clients of a GPU.
     #[serde(default = "slots")]
     pub vgpus: usize,
+    /// Which of the GPUs that have a place a client gets.
+    #[serde(default)]
+    pub placement: Placement,
     /// Pinned copies to the GPU.
     pub link_in: Rate,
     /// Pinned copies from the GPU.
@@ -469,6 +489,11 @@ impl Scenario {
         let policy = &self.policy;
         holds((0.0..=1e6).contains(&policy.factor), "policy.factor", "0 to 1000000")?;
         holds((0.0..=1e6).contains(&policy.longest), "policy.longest", "0 to 1000000")?;
+        holds(
+            policy.mode == Mode::Nvshare || gpus.placement != Placement::LeastLoaded,
+            "gpus.placement",
+            "another one, because the C nvshare has no live figures,",
+        )?;
         if policy.mode == Mode::DemandPaging {
             holds(
                 gpus.paging.is_some(),

@@ -4,9 +4,9 @@ use super::gang::Seat;
 use super::job::{Job, Requests};
 use super::metrics::{ClientMetrics, GpuMetrics, START};
 use super::random::Chance;
-use super::scenario::{Class, Mode, Scenario, Work};
+use super::scenario::{Class, Mode, Placement, Scenario, Work};
 use super::{gpu, paging};
-use nvshare::placement::{self, Load};
+use nvshare::placement::{self, Load, Standing};
 use nvshare::units::{Nanos, granules_for};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -49,6 +49,9 @@ struct World {
     loads: Vec<Load>,
     per_node: usize,
     places: usize,
+    placement: Placement,
+    /// For placement by chance.
+    chance: Chance,
     /// How many GPUs, which follow one another, know of each other: those of a node, if clients run on several of them at once.
     island: usize,
     /// When something is due on which island. What is not as in `next` is outdated.
@@ -68,7 +71,7 @@ const MOST_ROUNDS: u64 = 100_000;
 /// Runs a scenario to its end; `record` what everybody does when.
 pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
     let mut arrivals = arrivals(scenario, seed).into_iter().peekable();
-    let mut world = World::of(scenario, record);
+    let mut world = World::of(scenario, seed, record);
     let until = scenario.until.map_or(Nanos::MAX, |time| START.saturating_add(time.0));
     let (mut now, mut events, mut standing) = (START, 0, 0u64);
     loop {
@@ -110,7 +113,7 @@ pub fn simulate(scenario: &Scenario, seed: u64, record: bool) -> Outcome {
 }
 
 impl World {
-    fn of(scenario: &Scenario, record: bool) -> Self {
+    fn of(scenario: &Scenario, seed: u64, record: bool) -> Self {
         let count = scenario.gpu_count();
         let gpus: Vec<Gpu> = match (scenario.policy.mode, paging::Machine::of(scenario)) {
             (Mode::DemandPaging, Some(machine)) => {
@@ -129,6 +132,9 @@ impl World {
             gpus,
             per_node: scenario.gpus.per_node,
             places: scenario.gpus.vgpus,
+            placement: scenario.gpus.placement,
+            // Classes have the streams from 0 on.
+            chance: Chance::new(seed, u64::MAX),
             island,
             due: BinaryHeap::new(),
             next: vec![None; count / island],
@@ -187,9 +193,11 @@ impl World {
 
     /// Places those who wait for a GPU, in the order in which they came, as far as there are places.
     fn place(&mut self, now: Nanos) {
-        while let Some(job) = self.waiting.front() {
-            let Some(chosen) = self.choose(job) else { return };
-            let Some(job) = self.waiting.pop_front() else { return };
+        while let Some(job) = self.waiting.pop_front() {
+            let Some(chosen) = self.choose(&job, now) else {
+                self.waiting.push_front(job);
+                return;
+            };
             let seats = if job.together { Seat::all_on(&chosen) } else { Vec::new() };
             for (part, index) in chosen.iter().copied().enumerate() {
                 let tally = ClientMetrics::new(&job, part, index, now, self.record);
@@ -208,23 +216,49 @@ impl World {
     }
 
     /// The GPUs that a job gets: its own, or the best one and as many more of the same node as it asks for.
-    fn choose(&self, job: &Job) -> Option<Vec<usize>> {
-        let free = |gpu: usize| self.loads[gpu].clients < self.places;
+    fn choose(&mut self, job: &Job, now: Nanos) -> Option<Vec<usize>> {
+        let (places, per_node) = (self.places, self.per_node);
+        let loads = &self.loads;
+        let free = |gpu: &usize| loads[*gpu].clients < places;
         if let Some(gpus) = &job.on {
-            return gpus.iter().all(|gpu| free(*gpu)).then(|| gpus.clone());
+            return gpus.iter().all(free).then(|| gpus.clone());
         }
-        let load = |gpu: usize| (gpu, self.loads[gpu]);
-        let node =
-            |gpu: usize| gpu / self.per_node * self.per_node..(gpu / self.per_node + 1) * self.per_node;
-        let enough = |gpu: usize| job.vgpus == 1 || node(gpu).filter(|gpu| free(*gpu)).count() >= job.vgpus;
-        let first =
-            placement::choose((0..self.gpus.len()).filter(|gpu| free(*gpu) && enough(*gpu)).map(load))?;
+        let node = |gpu: usize| gpu / per_node * per_node..(gpu / per_node + 1) * per_node;
+        let enough = |gpu: &usize| job.vgpus == 1 || node(*gpu).filter(free).count() >= job.vgpus;
+        let candidates = (0..loads.len()).filter(free).filter(enough).collect();
+        let first = self.best_of(candidates, now)?;
         let mut chosen = vec![first];
         while chosen.len() < job.vgpus {
-            let others = node(first).filter(|gpu| free(*gpu) && !chosen.contains(gpu));
-            chosen.push(placement::choose(others.map(load))?);
+            let loads = &self.loads;
+            let others =
+                node(first).filter(|gpu| loads[*gpu].clients < places && !chosen.contains(gpu)).collect();
+            chosen.push(self.best_of(others, now)?);
         }
         Some(chosen)
+    }
+
+    /// Of these GPUs the one that a client gets.
+    fn best_of(&mut self, candidates: Vec<usize>, now: Nanos) -> Option<usize> {
+        let clients = |gpu: &usize| self.loads[*gpu].clients;
+        match self.placement {
+            Placement::FewestClients => {
+                placement::choose(candidates.into_iter().map(|gpu| (gpu, self.loads[gpu])))
+            }
+            Placement::LeastLoaded => {
+                let mut standing = |gpu: usize| match &mut self.gpus[gpu] {
+                    Gpu::Nvshare(one) => Standing::of(gpu, self.loads[gpu].clients, one.held_up(now)),
+                    // A scenario with such GPUs is refused with this placement.
+                    Gpu::Paging(_) => Standing::of(gpu, self.loads[gpu].clients, 0.0),
+                };
+                candidates.into_iter().map(&mut standing).min().map(|best| best.gpu)
+            }
+            Placement::Count => candidates.into_iter().min_by_key(|gpu| (clients(gpu), *gpu)),
+            Placement::Packed => candidates.into_iter().max_by_key(|gpu| (clients(gpu), Reverse(*gpu))),
+            Placement::Random => {
+                let count = candidates.len();
+                (count > 0).then(|| candidates[self.chance.below(count)])
+            }
+        }
     }
 }
 
