@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,14 @@ def parse_size(text):
         if text.endswith(unit):
             return int(float(text[: -len(unit)]) * bytes_)
     raise ValueError(f"{text}: a size such as 14.9GiB was expected")
+
+
+def parse_seconds(text):
+    """Seconds of a time such as 5s or 300ms."""
+    found = re.fullmatch(r"([0-9.]+)(ms|s)", text)
+    if not found:
+        raise ValueError(f"{text}: a time such as 5s or 300ms was expected")
+    return float(found[1]) / {"s": 1, "ms": 1000}[found[2]]
 
 
 class Service:
