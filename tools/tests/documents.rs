@@ -319,12 +319,9 @@ impl Help {
         unknown.map(|name| format!("nvshare {subcommand} has no {name}"))
     }
 
-    /// What is wrong with a command whose options are fields of a struct in this folder; nothing where the folder is not.
+    /// What is wrong with a command whose options are fields of a struct in this folder.
     fn wrong_in_source(&mut self, folder: &str, words: &[&str]) -> Option<String> {
         let sources = sources(&root().join(folder));
-        if sources.is_empty() {
-            return None;
-        }
         let is_there =
             |name: &&str| sources.contains(&name[2..].replace('-', "_")) || sources.contains(&name[2..]);
         let unknown = words.iter().filter_map(|word| option(word)).find(|name| !is_there(name));
