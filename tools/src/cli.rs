@@ -1,6 +1,6 @@
 //! The command line of `nvshare`. In the library, so that the manual pages and completions are made of it too.
 
-use crate::{bench, ctl, demo, health, internal, run, set, sim, status, top, trace, wait};
+use crate::{bench, ctl, demo, health, internal, kubernetes, run, set, sim, status, top, trace, wait};
 use clap::{Parser, Subcommand};
 
 /// Several processes share one GPU as if each had all of it.
@@ -52,6 +52,8 @@ pub enum Command {
     Sim(sim::Options),
     /// What the clients did lately, or do from now on, for a trace viewer or as a picture
     Trace(trace::Options),
+    /// Offer this node's GPUs to pods of Kubernetes as virtual ones, by the kubelet's device plugin protocol
+    DevicePlugin(kubernetes::Options),
     /// What the commands start themselves again as
     #[command(hide = true)]
     Internal(internal::Options),

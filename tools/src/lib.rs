@@ -7,6 +7,7 @@
 //! | [`whom`] | which client a person means |
 //! | [`wait`], [`health`] | for scripts and probes: until something is so; whether the node is as it should be |
 //! | [`run`], [`status`], [`top`], [`set`], [`bench`](mod@bench), [`demo`], [`sim`], [`trace`] | the commands |
+//! | [`kubernetes`] | what a node of Kubernetes runs: another program |
 //! | [`simulate`] | simulated GPUs for `nvshare run` |
 //! | [`node`] | the parts of nvshare on this machine; a private arbiter, a simulated GPU |
 //! | [`job`], [`crew`] | a program that checks what it computes, and several of them as processes |
@@ -26,6 +27,7 @@ pub mod demo;
 pub mod health;
 pub mod internal;
 pub mod job;
+pub mod kubernetes;
 pub mod layout;
 pub mod node;
 pub mod nvsharectl;

@@ -3,7 +3,8 @@
 use clap::Parser;
 use nvshare_tools::cli::{self, Cli, Command};
 use nvshare_tools::{
-    Failure, bench, complain, ctl, demo, health, internal, output, run, set, sim, status, top, trace, wait,
+    Failure, bench, complain, ctl, demo, health, internal, kubernetes, output, run, set, sim, status, top,
+    trace, wait,
 };
 use std::process::ExitCode;
 
@@ -21,6 +22,9 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options).map(done),
         Command::Sim(options) => sim::run(&options).map(done),
         Command::Trace(options) => trace::run(&options).map(done),
+        Command::DevicePlugin(options) => {
+            kubernetes::run("device-plugin", &options).map(|never| match never {})
+        }
         Command::Internal(options) => internal::run(options).map(done),
     };
     result.and_then(|code| output::finish().map(|()| code)).unwrap_or_else(|Failure { status, message }| {

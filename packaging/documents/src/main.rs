@@ -1,4 +1,4 @@
-//! Makes the manual pages and completions of `nvshare`, `nvsharectl` and `nvshare-arbiter` from their command lines:
+//! Makes the manual pages and completions of `nvshare`, `nvsharectl`, `nvshare-arbiter` and `nvshare-kubernetes` from their command lines:
 //! `nvshare-documents FOLDER` writes `FOLDER/man/*` and `FOLDER/completions/{bash,zsh,fish}/*`.
 
 use clap::{Command, CommandFactory, ValueEnum};
@@ -27,11 +27,12 @@ fn main() -> ExitCode {
 }
 
 /// A program and the section of its manual page: 1 for users' commands, 8 for administrators'.
-fn programs() -> [(Command, &'static str); 3] {
+fn programs() -> [(Command, &'static str); 4] {
     [
         (without_hidden(&Cli::command()), "1"),
         (nvsharectl::Cli::command(), "1"),
         (configuration::command(), "8"),
+        (nvshare_kubernetes::options::Cli::command(), "8"),
     ]
 }
 

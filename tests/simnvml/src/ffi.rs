@@ -16,6 +16,8 @@ impl Error {
     pub const NOT_FOUND: Error = Error(6);
     pub const INSUFFICIENT_SIZE: Error = Error(7);
     pub const DRIVER_NOT_LOADED: Error = Error(9);
+    pub const TIMEOUT: Error = Error(10);
+    pub const GPU_IS_LOST: Error = Error(15);
     pub const VERSION_MISMATCH: Error = Error(25);
 }
 

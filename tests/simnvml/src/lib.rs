@@ -9,12 +9,15 @@
 // Entry points are named as in `nvml.h`.
 #![allow(non_snake_case)]
 
+mod faults;
 mod ffi;
 
 use std::ffi::{CStr, c_char, c_uint};
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use faults::{CRITICAL_XID, EventData, EventSet};
 use ffi::{Error, Memory, MemoryV2, Out, PciInfo, Process, ProcessV1, Result, Text, Utilization, set_text};
 use simstate::{Gpu, ProcessUsage, Segment, ledger, time};
 
@@ -39,7 +42,7 @@ fn gpu(device: Device) -> Result<(usize, Segment, &'static Gpu)> {
     let segment = segment()?;
     let index = device.checked_sub(1).ok_or(Error::INVALID_ARGUMENT)?;
     let gpu = segment.gpu(index).ok_or(Error::INVALID_ARGUMENT)?;
-    Ok((index, segment, gpu))
+    if faults::reached(index) { Ok((index, segment, gpu)) } else { Err(Error::GPU_IS_LOST) }
 }
 
 fn init() -> Result {
@@ -138,7 +141,9 @@ nvml_api! {
         let wanted = uuid.get()?;
         let segment = segment()?;
         let found = (0..segment.gpu_count()).find(|&index| segment.uuid_text(index) == wanted);
-        device.set(found.ok_or(Error::NOT_FOUND)? + 1)
+        let found = found.ok_or(Error::NOT_FOUND)? + 1;
+        gpu(found)?;
+        device.set(found)
     }
 
     fn nvmlDeviceGetHandleByPciBusId_v2 / nvmlDeviceGetHandleByPciBusId(id: Text, device: Out<Device>) {
@@ -269,11 +274,65 @@ nvml_api! {
         minor.set(5)
     }
 
+    fn nvmlEventSetCreate(set: Out<usize>) {
+        segment()?;
+        set.set(Box::into_raw(Box::<Mutex<EventSet>>::default()) as usize)
+    }
+
+    fn nvmlDeviceGetSupportedEventTypes(device: Device, types: Out<u64>) {
+        gpu(device)?;
+        types.set(CRITICAL_XID)
+    }
+
+    fn nvmlDeviceRegisterEvents(device: Device, types: u64, set: usize) {
+        let (index, _, _) = gpu(device)?;
+        if types & !CRITICAL_XID != 0 {
+            return Err(Error::NOT_SUPPORTED);
+        }
+        events(set)?.lock().unwrap_or_else(PoisonError::into_inner).gpus.push(index);
+        Ok(())
+    }
+
+    fn nvmlEventSetWait_v2(set: usize, data: Out<EventData>, timeout_ms: c_uint) {
+        let set = events(set)?;
+        let end = Instant::now() + Duration::from_millis(u64::from(timeout_ms));
+        loop {
+            if let Some((gpu, xid)) = set.lock().unwrap_or_else(PoisonError::into_inner).next() {
+                return data.set(EventData {
+                    device: gpu + 1,
+                    event_type: CRITICAL_XID,
+                    event_data: xid,
+                    gpu_instance: VALUE_NOT_AVAILABLE,
+                    compute_instance: VALUE_NOT_AVAILABLE,
+                });
+            }
+            if Instant::now() >= end {
+                return Err(Error::TIMEOUT);
+            }
+            std::thread::sleep(faults::LOOK_AGAIN);
+        }
+    }
+
+    fn nvmlEventSetFree(set: usize) {
+        if set == 0 {
+            return Err(Error::UNINITIALIZED);
+        }
+        // SAFETY: nvmlEventSetCreate made it of a box, and the caller frees it once.
+        drop(unsafe { Box::from_raw(set as *mut Mutex<EventSet>) });
+        Ok(())
+    }
+
     fn nvmlDeviceGetMigMode(device: Device, current: Out<c_uint>, pending: Out<c_uint>) {
         let _ = (current, pending);
         gpu(device)?;
         Err(Error::NOT_SUPPORTED)
     }
+}
+
+/// A set of events by its handle.
+fn events(set: usize) -> Result<&'static Mutex<EventSet>> {
+    // SAFETY: null, or nvmlEventSetCreate made it and the caller has not freed it, as nvml.h asks for.
+    unsafe { (set as *const Mutex<EventSet>).as_ref() }.ok_or(Error::UNINITIALIZED)
 }
 
 #[unsafe(no_mangle)]
@@ -287,7 +346,9 @@ extern "C" fn nvmlErrorString(error: c_uint) -> *const c_char {
         6 => c"Not Found",
         7 => c"Insufficient Size",
         9 => c"Driver Not Loaded",
+        10 => c"Timeout",
         13 => c"Function Not Found",
+        15 => c"GPU is lost",
         25 => c"Argument Version Mismatch",
         _ => c"Unknown Error",
     };
@@ -336,5 +397,6 @@ mod tests {
         assert_eq!(size_of::<ffi::ProcessV1>(), 16);
         assert_eq!(size_of::<ffi::Process>(), 24);
         assert_eq!(size_of::<ffi::PciInfo>(), 68);
+        assert_eq!(size_of::<crate::faults::EventData>(), 32);
     }
 }

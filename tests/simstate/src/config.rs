@@ -14,6 +14,7 @@
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
 //! | `NVSHARE_SIM_NVML_PIDS` | how the simulated GPU's NVML shows processes: `own`; `other`: as from a container, by pids of another namespace; `none`: not at all | own |
+//! | `NVSHARE_SIM_NVML_FAULTS` | a file with faults that the simulated GPU's NVML lets GPUs have (`tests/simnvml/src/faults.rs`) | none |
 //! | `NVSHARE_SIM_UUIDS` | the order of the GPUs' UUIDs: `ascending` with their numbers; `any`: as the machine's name makes them | any |
 //! | `NVSHARE_SIM_WATCH` | 1: a call that submits work while memory is out is an illegal access | 0 |
 //! | `NVSHARE_SIM_FAIL` | `name:count[:error],...`: the next calls of a driver function fail | none |

@@ -1,0 +1,407 @@
+//! Keeps the node's ResourceSlices in the API server as they should be.
+//!
+//! What there should be follows from the GPUs, the claims and the time; what there is, a watch tells. Whenever either changes they are
+//! compared, so it does not matter who has changed or deleted a slice: a kubelet that starts deletes all slices of its node.
+//!
+//! What changes is written at once, but for a change of nothing but the order, which live load alone brings about. Such changes
+//! are at least [`Timing::reorder`] apart, and twice as far each time up to [`Timing::reorder_longest`], until something else
+//! changes: the API server must not pay for load that wavers.
+
+use super::allocations::{Allocations, Taken};
+use super::slices::{self, Owner, Plan, comparable, device_name};
+use super::spread::{Pace, Seat, Spread, turns};
+use super::terms::Terms;
+use super::{api_error, complain};
+use crate::inventory::Gpu;
+use crate::placement::Candidate;
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::resource::v1::{Device, ResourceSlice};
+use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Api, Client};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// How long the API server may take for one request.
+const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// After a failure it is tried again after so long, then after twice as long, up to the second.
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+
+/// When what is done.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// The least time between two changes of nothing but the order.
+    pub reorder: Duration,
+    /// The longest that it grows to.
+    pub reorder_longest: Duration,
+    /// When no claim has come for so long, none comes ([`Pace::Quiet`]).
+    pub quiet_after: Duration,
+    /// How long publishing waits for a list of the claims after the start.
+    pub claims_within: Duration,
+}
+
+impl Timing {
+    /// As it is, but for the first figure.
+    pub fn new(reorder: Duration) -> Self {
+        Self {
+            reorder,
+            reorder_longest: reorder.max(Duration::from_secs(60)),
+            quiet_after: Duration::from_secs(2),
+            claims_within: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What is published.
+#[derive(Debug, Clone)]
+pub struct Offer {
+    /// The driver's name.
+    pub driver: String,
+    /// The node's.
+    pub node: String,
+    /// How GPUs are offered.
+    pub terms: Terms,
+    /// How claims are spread over them.
+    pub spread: Spread,
+    /// When what is done.
+    pub timing: Timing,
+}
+
+/// Publishes.
+pub struct Publisher {
+    offer: Offer,
+    client: Client,
+    gpus: watch::Receiver<Vec<Gpu>>,
+    claims: watch::Receiver<Option<Allocations>>,
+    slices: Slices,
+    complaint: Option<String>,
+}
+
+/// The slices that are in the API server, as far as it is known here, and when they may be changed.
+#[derive(Default)]
+struct Slices {
+    /// By name; `None` before they have been listed.
+    present: Option<BTreeMap<String, ResourceSlice>>,
+    listing: BTreeMap<String, ResourceSlice>,
+    /// The newest generation that was written.
+    generation: i64,
+    /// The next change of nothing but the order is not before this, and how far it is from the last one.
+    reorder: Option<(Instant, Duration)>,
+    /// After a failure: nothing is written before this, and how long that was.
+    retry: Option<(Instant, Duration)>,
+}
+
+impl Publisher {
+    /// Publishes these GPUs, with regard to these claims.
+    pub fn new(
+        offer: Offer,
+        client: Client,
+        gpus: watch::Receiver<Vec<Gpu>>,
+        claims: watch::Receiver<Option<Allocations>>,
+    ) -> Self {
+        Self { offer, client, gpus, claims, slices: Slices::default(), complaint: None }
+    }
+
+    fn api(&self) -> Api<ResourceSlice> {
+        Api::all(self.client.clone())
+    }
+
+    fn selector(&self) -> String {
+        format!("spec.driver={},spec.nodeName={}", self.offer.driver, self.offer.node)
+    }
+
+    /// Publishes for as long as it is polled.
+    pub async fn run(mut self) {
+        let owner = self.owner().await;
+        let config = watcher::Config::default().fields(&self.selector());
+        let events = watcher(self.api(), config).default_backoff();
+        self.follow(&owner, events).await;
+    }
+
+    /// Who the slices belong to. It is asked until it is known: without an owner they would outlive their node.
+    async fn owner(&mut self) -> Owner {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let mut pause = RETRY.0;
+        loop {
+            let name = &self.offer.node;
+            let why = match timeout(ANSWER_WITHIN, nodes.get(name)).await {
+                Ok(Ok(node)) => match node.metadata.uid {
+                    Some(node_uid) => {
+                        let Offer { driver, node, .. } = &self.offer;
+                        return Owner { driver: driver.clone(), node: node.clone(), node_uid };
+                    }
+                    None => "it has no UID".into(),
+                },
+                Ok(Err(kube::Error::Api(status))) if status.code == 404 => {
+                    "the API server has no node of this name: give it by --node-name (in a DaemonSet, from spec.nodeName)".into()
+                }
+                Ok(Err(error)) => api_error(&error, "get on nodes"),
+                Err(_) => "the API server does not answer".into(),
+            };
+            let what = format!("node {name} cannot be read, and nothing is published: {why}");
+            complain(&mut self.complaint, what);
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY.1);
+        }
+    }
+
+    async fn follow(
+        mut self,
+        owner: &Owner,
+        events: impl Stream<Item = watcher::Result<Event<ResourceSlice>>>,
+    ) {
+        let started = Instant::now();
+        let mut events = std::pin::pin!(events);
+        loop {
+            let due = self.step(owner, started).await;
+            let never = Instant::now() + Duration::from_secs(86_400);
+            tokio::select! {
+                event = events.next() => match event {
+                    Some(event) => self.take(event),
+                    None => return,
+                },
+                changed = self.gpus.changed() => if changed.is_err() { return },
+                changed = self.claims.changed() => if changed.is_err() { return },
+                () = sleep_until(due.unwrap_or(never)) => {}
+            }
+        }
+    }
+
+    fn take(&mut self, event: watcher::Result<Event<ResourceSlice>>) {
+        match event {
+            Ok(event) => {
+                if self.slices.present.is_none() && matches!(event, Event::InitDone) {
+                    self.complaint = None;
+                }
+                self.slices.take(event);
+            }
+            Err(error) => {
+                let why = api_error(&error, "list and watch on resourceslices");
+                complain(&mut self.complaint, format!("ResourceSlices cannot be watched: {why}"));
+            }
+        }
+    }
+
+    /// The devices as they should be, and when that may change by itself.
+    fn wanted(&mut self, now: Instant) -> (Vec<Device>, Option<Instant>) {
+        let gpus = self.gpus.borrow_and_update().clone();
+        let claims = self.claims.borrow_and_update();
+        let Offer { driver, node, terms, spread, timing } = &self.offer;
+        let taken = |gpu: &Gpu| match &*claims {
+            Some(claims) => claims.of(node, &device_name(&gpu.uuid)),
+            None => Taken::default(),
+        };
+        let seat = |gpu| {
+            let Taken { claims, shares, places } = taken(gpu);
+            Seat { candidate: Candidate { gpu, given: claims }, shares, places }
+        };
+        let seats: Vec<_> = gpus.iter().map(seat).collect();
+        let quiet_at =
+            claims.as_ref().and_then(Allocations::gained).map(|gained| gained + timing.quiet_after);
+        let quiet_at = quiet_at.filter(|at| *at > now);
+        let pace = if quiet_at.is_some() { Pace::Busy } else { Pace::Quiet };
+        // Without the scheduler's books there is no number of places that would be right.
+        let spread = if claims.is_some() { *spread } else { Spread::Order };
+        let turns = turns(&seats, terms.shares, spread, pace);
+        (slices::devices(driver, &gpus, &turns, terms), quiet_at)
+    }
+
+    /// Compares and writes. When it is to be called again at the latest, if nothing happens before.
+    async fn step(&mut self, owner: &Owner, started: Instant) -> Option<Instant> {
+        let now = Instant::now();
+        self.slices.present.as_ref()?;
+        let listed_by = started + self.offer.timing.claims_within;
+        if self.claims.borrow().is_none() && now < listed_by {
+            return Some(listed_by);
+        }
+        let (devices, changes_at) = self.wanted(now);
+        let plan = match self.slices.due(owner, &devices, now) {
+            Due::Nothing => return changes_at,
+            Due::At(at) => return Some(changes_at.map_or(at, |changes_at| changes_at.min(at))),
+            Due::Now(plan) => plan,
+        };
+        let order_alone = self.slices.is_only_order(&devices);
+        let order: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
+        match self.write(plan).await {
+            Ok(()) => {
+                self.slices.written(&self.offer.timing, order_alone, now);
+                self.complaint = None;
+                let generation = self.slices.generation;
+                tracing::info!(
+                    node = owner.node,
+                    generation,
+                    order = order.join(" "),
+                    "ResourceSlices published"
+                );
+            }
+            Err(why) => {
+                complain(&mut self.complaint, format!("ResourceSlices cannot be published: {why}"));
+                let at = self.slices.failed(now);
+                // Somebody else may have changed them; the watch tells that later.
+                if let Ok(Ok(list)) =
+                    timeout(ANSWER_WITHIN, self.api().list(&ListParams::default().fields(&self.selector())))
+                        .await
+                {
+                    self.slices.present = Some(named(list.items));
+                }
+                return Some(at);
+            }
+        }
+        Some(now)
+    }
+
+    async fn write(&mut self, plan: Plan) -> Result<(), String> {
+        let api = self.api();
+        let params = PostParams::default();
+        let rights = "create, update and delete on resourceslices";
+        let late = |_| format!("the API server has not answered within {} s", ANSWER_WITHIN.as_secs());
+        let wrong = |error: kube::Error| api_error(&error, rights);
+        for slice in &plan.replace {
+            let name = slice.metadata.name.as_deref().unwrap_or_default();
+            let written = timeout(ANSWER_WITHIN, api.replace(name, &params, slice)).await;
+            self.slices.put(written.map_err(late)?.map_err(wrong)?);
+        }
+        for slice in &plan.create {
+            let written = timeout(ANSWER_WITHIN, api.create(&params, slice)).await;
+            self.slices.put(written.map_err(late)?.map_err(wrong)?);
+        }
+        for name in &plan.delete {
+            match timeout(ANSWER_WITHIN, api.delete(name, &DeleteParams::default())).await.map_err(late)? {
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
+                deleted => drop(deleted.map_err(wrong)?),
+            }
+            self.slices.present.iter_mut().for_each(|present| drop(present.remove(name)));
+        }
+        Ok(())
+    }
+}
+
+/// Deletes the slices of a node.
+///
+/// # Errors
+/// A sentence.
+pub async fn withdraw(client: Client, driver: &str, node: &str) -> Result<(), String> {
+    let slices: Api<ResourceSlice> = Api::all(client);
+    let which = ListParams::default().fields(&format!("spec.driver={driver},spec.nodeName={node}"));
+    let rights = "list and delete on resourceslices";
+    let list =
+        timeout(ANSWER_WITHIN, slices.list(&which)).await.map_err(|_| "the API server does not answer")?;
+    for slice in list.map_err(|error| api_error(&error, rights))? {
+        let name = slice.metadata.name.unwrap_or_default();
+        let deleted = timeout(ANSWER_WITHIN, slices.delete(&name, &DeleteParams::default())).await;
+        deleted.map_err(|_| "the API server does not answer")?.map_err(|error| api_error(&error, rights))?;
+    }
+    Ok(())
+}
+
+fn named(slices: Vec<ResourceSlice>) -> BTreeMap<String, ResourceSlice> {
+    slices.into_iter().map(|slice| (slice.metadata.name.clone().unwrap_or_default(), slice)).collect()
+}
+
+/// Resource versions grow; Kubernetes lets clients compare them as numbers.
+fn version(slice: &ResourceSlice) -> u64 {
+    slice.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or_default()
+}
+
+/// What is to be written, and when.
+#[derive(Debug, PartialEq)]
+enum Due {
+    Nothing,
+    At(Instant),
+    Now(Plan),
+}
+
+impl Slices {
+    fn take(&mut self, event: Event<ResourceSlice>) {
+        match event {
+            Event::Init => self.listing.clear(),
+            Event::InitApply(slice) => {
+                self.listing.insert(slice.metadata.name.clone().unwrap_or_default(), slice);
+            }
+            Event::InitDone => {
+                let mut listed = std::mem::take(&mut self.listing);
+                for (name, ours) in self.present.take().unwrap_or_default() {
+                    if listed.get(&name).is_some_and(|listed| version(listed) < version(&ours)) {
+                        listed.insert(name, ours);
+                    }
+                }
+                self.present = Some(listed);
+            }
+            Event::Apply(slice) => self.put(slice),
+            Event::Delete(slice) => {
+                let name = slice.metadata.name.as_deref().unwrap_or_default();
+                let Some(present) = &mut self.present else { return };
+                if present.get(name).is_some_and(|ours| version(ours) <= version(&slice)) {
+                    tracing::warn!(
+                        name,
+                        "ResourceSlice deleted by somebody else, as by a kubelet that starts: it is made anew"
+                    );
+                    present.remove(name);
+                }
+            }
+        }
+    }
+
+    /// Takes a slice in that the API server has told of, unless a newer one is known.
+    fn put(&mut self, slice: ResourceSlice) {
+        self.generation = self.generation.max(slice.spec.pool.generation);
+        let Some(present) = &mut self.present else { return };
+        let name = slice.metadata.name.clone().unwrap_or_default();
+        if present.get(&name).is_none_or(|ours| version(ours) <= version(&slice)) {
+            present.insert(name, slice);
+        }
+    }
+
+    /// What is to be written so that these devices are published.
+    fn due(&self, owner: &Owner, devices: &[Device], now: Instant) -> Due {
+        let present: Vec<_> = self.present.iter().flat_map(BTreeMap::values).cloned().collect();
+        let plan = slices::plan(owner, devices, &present, self.generation);
+        if plan.is_empty() {
+            return Due::Nothing;
+        }
+        if let Some((at, _)) = self.retry.filter(|(at, _)| now < *at) {
+            return Due::At(at);
+        }
+        match self.reorder {
+            Some((at, _)) if now < at && self.is_only_order(devices) => Due::At(at),
+            _ => Due::Now(plan),
+        }
+    }
+
+    /// Whether devices differ from the published ones in nothing but their order.
+    fn is_only_order(&self, devices: &[Device]) -> bool {
+        let present: Vec<_> = self.present.iter().flat_map(BTreeMap::values).collect();
+        let complete = present.windows(2).all(|two| two[0].spec.pool == two[1].spec.pool)
+            && present.iter().all(|slice| slice.spec.pool.resource_slice_count == present.len() as i64);
+        let published =
+            present.iter().flat_map(|slice| slice.spec.devices.iter().flatten()).cloned().collect();
+        let sorted = |devices: Vec<Device>| {
+            let mut devices = comparable(Some(&devices));
+            devices.sort_by(|one, other| one.name.cmp(&other.name));
+            devices
+        };
+        complete && sorted(devices.to_vec()) == sorted(published)
+    }
+
+    /// All has been written that was due.
+    fn written(&mut self, timing: &Timing, order_alone: bool, now: Instant) {
+        self.retry = None;
+        let pause = match self.reorder {
+            Some((_, pause)) if order_alone => (pause * 2).min(timing.reorder_longest),
+            _ => timing.reorder,
+        };
+        self.reorder = Some((now + pause, pause));
+    }
+
+    /// Something could not be written. When to try again.
+    fn failed(&mut self, now: Instant) -> Instant {
+        let pause = self.retry.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
+        self.retry = Some((now + pause, pause));
+        now + pause
+    }
+}
