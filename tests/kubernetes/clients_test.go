@@ -87,11 +87,13 @@ const mib = 1 << 20
 
 // Two pods each need most of one GPU: they take turns, and both come out right. A third is killed in the middle, and leaves nothing
 // behind.
-func TestPodsShareAGPU(t *testing.T) {
+func TestPodsShareAGPU(t *testing.T) { onEach(t, podsShareAGPU) }
+
+func podsShareAGPU(t *testing.T, by offer) {
 	l := newLab(t, "")
 	n := l.addNode("node-1", 1)
 	n.startArbiter()
-	n.startPlugin()
+	n.start(by)
 
 	l.create(pod("endless", 1, job("120MiB")...))
 	n.wants("endless", 120*mib)
@@ -132,8 +134,13 @@ func TestPodsShareAGPU(t *testing.T) {
 		}
 		return nil
 	})
-	// All ten virtual GPUs can be had again, and all of the memory.
-	l.create(pod("all", 10, job("160MiB", "--iterations=2")...))
+	// All of the memory can be had again, and, from the device plugin, all ten virtual GPUs.
+	all := int64(10)
+	if by == dra {
+		// A claim gets a GPU once.
+		all = 1
+	}
+	l.create(pod("all", all, job("160MiB", "--iterations=2")...))
 	l.until("a pod that needs everything has finished", func() error {
 		pod := l.get("all")
 		if pod.Status.Phase == corev1.PodFailed {
@@ -144,25 +151,4 @@ func TestPodsShareAGPU(t *testing.T) {
 		}
 		return nil
 	})
-}
-
-// By number of pods the second GPU has more. By what they do the first is fuller.
-func TestNewPodsGoWhereThereIsLeastToDo(t *testing.T) {
-	l := newLab(t, "")
-	n := l.addNode("node-1", 2)
-	n.startArbiter()
-	n.startPlugin()
-	l.create(pod("large", 1, job("160MiB")...))
-	n.wants("large", 160*mib)
-	_, byPod := n.held()
-	full := byPod["large"][0]
-	for i := range 3 {
-		name := fmt.Sprintf("small-%d", i)
-		l.create(pod(name, 1, "sleep", "infinity"))
-		l.until(name+" runs", func() error { return isRunning(l.get(name)) })
-		_, byPod := n.held()
-		if gpu := byPod[name][0]; gpu == full {
-			t.Fatalf("%s came to GPU %d, where a client needs nearly all: pods have %v", name, gpu, byPod)
-		}
-	}
 }

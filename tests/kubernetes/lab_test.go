@@ -105,7 +105,9 @@ type gpuNode struct {
 	// uuids of the GPUs, by their numbers.
 	uuids   []string
 	arbiter *cluster.Process
-	plugin  *cluster.Process
+	// by is what offers its GPUs, and offered the process that does.
+	by      offer
+	offered *cluster.Process
 	// environment leads programs on the node to its simulated GPUs.
 	environment []string
 }
@@ -200,52 +202,11 @@ func (n *gpuNode) arbiterReady() {
 	})
 }
 
-// startPlugin starts the device plugin on the node, and waits until the node has its virtual GPUs.
-func (n *gpuNode) startPlugin(options ...string) {
-	n.lab.Helper()
-	n.plugin = n.Program("device-plugin", n.environment, append([]string{
-		filepath.Join(n.lab.built, "nvshare-kubernetes"), "device-plugin", "--gpu-cdi-kind=" + simulatedKind,
-	}, options...)...)
-	n.lab.must(n.plugin.Start())
-	n.lab.until("the node offers its virtual GPUs", func() error {
-		return n.allocatable(int64(10 * len(n.uuids)))
-	})
-}
-
-// allocatable says whether the node offers so many virtual GPUs.
-func (n *gpuNode) allocatable(wanted int64) error {
-	node, err := n.lab.Client.CoreV1().Nodes().Get(n.lab.ctx, n.Name, metav1.GetOptions{})
-	if err != nil {
-		return err
-	}
-	quantity := node.Status.Allocatable[resourceName]
-	if quantity.Value() != wanted {
-		return fmt.Errorf("%s offers %d, not %d", n.Name, quantity.Value(), wanted)
-	}
-	return nil
-}
-
-// held is how many virtual GPUs of each GPU pods have, by the GPUs' numbers, and which pod has which GPUs.
-func (n *gpuNode) held() (counts []int, byPod map[string][]int) {
-	n.lab.Helper()
-	devices, err := n.Devices(n.lab.ctx)
-	n.lab.must(err)
-	counts, byPod = make([]int, len(n.uuids)), make(map[string][]int)
-	for pod, resources := range devices {
-		for _, id := range resources[resourceName] {
-			uuid, _, _ := strings.Cut(id, "::")
-			number := n.number(uuid)
-			counts[number]++
-			byPod[strings.TrimPrefix(pod, "default/")] = append(byPod[strings.TrimPrefix(pod, "default/")], number)
-		}
-	}
-	return counts, byPod
-}
-
 func (n *gpuNode) number(uuid string) int {
 	n.lab.Helper()
 	for number, known := range n.uuids {
-		if known == uuid {
+		// A device's name in DRA is in small letters.
+		if strings.EqualFold(known, uuid) {
 			return number
 		}
 	}

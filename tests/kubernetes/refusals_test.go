@@ -57,7 +57,7 @@ func TestRequestsThatCannotBeMet(t *testing.T) {
 	l := newLab(t, "")
 	n := l.addNode("node-1", 1)
 	n.startArbiter()
-	n.startPlugin()
+	n.start(devicePlugin)
 
 	for _, count := range []string{"-1", "0.5"} {
 		wrong := pod("wrong", 1, "true")
@@ -90,10 +90,10 @@ func TestAGPUThatGoesAway(t *testing.T) {
 	l := newLab(t, "")
 	n := l.addNode("node-1", 2)
 	n.startArbiter()
-	n.startPlugin()
+	n.start(devicePlugin)
 	l.must(n.Write(l.ctx, faults, "1 lost\n"))
-	l.until("ten of twenty virtual GPUs are left", func() error { return n.allocatable(10) })
-	says(t, n.plugin.Tail(1000), "NVML does not reach "+n.uuids[1], "nvidia-smi -r")
+	l.until("ten of twenty virtual GPUs are left", func() error { return n.offers(1) })
+	says(t, n.offered.Tail(1000), "NVML does not reach "+n.uuids[1], "nvidia-smi -r")
 	for i := range 10 {
 		counts := n.comes(fmt.Sprintf("pod-%d", i))
 		if counts[1] > 0 {
@@ -117,12 +117,12 @@ func TestAnArbiterThatIsGone(t *testing.T) {
 	l := newLab(t, "")
 	n := l.addNode("node-1", 1)
 	n.startArbiter()
-	n.startPlugin("--arbiter-grace=2s")
+	n.start(devicePlugin, "--arbiter-grace=2s")
 	l.create(pod("before", 1, "sleep", "infinity"))
 	l.until("the first pod runs", func() error { return isRunning(l.get("before")) })
 	n.arbiter.Kill()
-	l.until("no virtual GPU can be had", func() error { return n.allocatable(0) })
-	says(t, n.plugin.Tail(1000), "no arbiter answers in /run/nvshare", "start it again")
+	l.until("no virtual GPU can be had", func() error { return n.offers(0) })
+	says(t, n.offered.Tail(1000), "no arbiter answers in /run/nvshare", "start it again")
 	l.create(pod("meanwhile", 1, "true"))
 	says(t, l.event("meanwhile", "FailedScheduling"), "Insufficient "+resourceName)
 	l.must(isRunning(l.get("before")))
@@ -141,7 +141,7 @@ func TestASocketThatIsGone(t *testing.T) {
 	l := newLab(t, "")
 	n := l.addNode("node-1", 1)
 	n.startArbiter()
-	n.startPlugin()
+	n.start(devicePlugin)
 	_, err := n.Run(l.ctx, nil, "/bin/sh", "-c", "rm /var/lib/kubelet/device-plugins/nvshare*.sock")
 	l.must(err)
 	l.until("there is a socket again", func() error {
