@@ -148,10 +148,28 @@ pub fn client_edits(options: &Common) -> Edits {
     }
 }
 
+/// The shim in a container, as on the host.
+fn shim(options: &Common) -> PathBuf {
+    options.host_library_dir.join("libnvshare.so")
+}
+
+/// Why no container can become a client: the shim is not where containers look for it. The loader would only complain and start the program
+/// without it, on a GPU that others share. `None` also where this process does not see that folder of the host.
+pub fn missing_shim(options: &Common) -> Option<String> {
+    let (dir, shim) = (&options.host_library_dir, shim(options));
+    (dir.is_dir() && !shim.is_file()).then(|| {
+        format!(
+            "{} is not there, so a container would run without nvshare: install it on this node (nvshare's DaemonSets do when they start, or \
+             the Debian package), or name its folder with --host-library-dir",
+            shim.display()
+        )
+    })
+}
+
 /// The variables that every client needs.
 pub fn client_environment(options: &Common) -> Vec<(&'static str, String)> {
     vec![
-        ("LD_PRELOAD", options.host_library_dir.join("libnvshare.so").display().to_string()),
+        ("LD_PRELOAD", shim(options).display().to_string()),
         (nvshare::paths::RUNTIME_DIR, options.host_runtime_dir().display().to_string()),
         ("CUDA_MODULE_LOADING", "LAZY".into()),
     ]

@@ -153,6 +153,25 @@ async fn a_gpu_that_fails_is_offered_no_more() {
 }
 
 #[tokio::test]
+async fn without_the_shim_on_the_node_nothing_is_offered() {
+    let machine = Machine::new(1);
+    let node = machine.arbiter();
+    let mut kubelet = Kubelet::start(&machine.device_plugins());
+    let library = machine.dir.path().join("library");
+    fs::create_dir(&library).unwrap();
+    let plugin = machine.plugin(node.dir(), &["--host-library-dir", library.to_str().unwrap()]);
+    kubelet.registration().await;
+    let mut lists = plugin.watch().await;
+    let all = |list: &[_], wanted| healthy(list).values().all(|count| *count == wanted);
+    let list = lists.next().await;
+    assert!(all(&list, 0), "{list:?}");
+    let refused = plugin.allocate(&[&list[0].id]).await.unwrap_err();
+    assert!(refused.message().contains("library/libnvshare.so is not there"), "{}", refused.message());
+    fs::write(library.join("libnvshare.so"), "").unwrap();
+    lists.until("it is there", |list| all(list, 10)).await;
+}
+
+#[tokio::test]
 async fn while_nvml_hangs_nothing_is_offered() {
     let machine = Machine::new(2);
     let node = machine.arbiter();

@@ -104,12 +104,42 @@ fn help_has_examples() {
         &["ctl", "--help"],
         &["wait", "--help"],
         &["health", "--help"],
+        &["device-plugin", "--help"],
     ] {
         let output = nvshare(arguments).output().unwrap();
         assert!(output.status.success() && stdout(&output).contains("Examples:"), "{arguments:?}");
     }
     let version = nvshare(&["--version"]).output().unwrap();
     assert!(stdout(&version).contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn the_program_for_kubernetes_is_started_where_it_is_installed_and_named_where_it_is_not() {
+    let output = nvshare(&["device-plugin", "--shares", "0"]).output().unwrap();
+    assert!(stderr(&output).contains("'--shares <N>'"), "its own message: {}", stderr(&output));
+    // A program of that name in PATH gets the arguments as they are.
+    let dir = TempDir::new().unwrap();
+    let program = dir.path().join("nvshare");
+    std::fs::copy(env!("CARGO_BIN_EXE_nvshare"), &program).unwrap();
+    let run = || {
+        Command::new(&program)
+            .args(["device-plugin", "--print", "-h"])
+            .env("PATH", dir.path().join("bin"))
+            .output()
+            .unwrap()
+    };
+    let output = run();
+    assert_eq!(output.status.code(), Some(2));
+    for part in
+        ["nvshare-kubernetes is neither beside this program nor in $PATH", "Debian package", "cargo build"]
+    {
+        assert!(stderr(&output).contains(part), "{}", stderr(&output));
+    }
+    std::fs::create_dir(dir.path().join("bin")).unwrap();
+    let script = dir.path().join("bin/nvshare-kubernetes");
+    std::fs::write(&script, "#!/bin/sh\necho told \"$@\"\n").unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    assert_eq!(stdout(&run()), "told device-plugin --print -h\n");
 }
 
 /// No line is longer than a screen of `width` columns.
@@ -145,6 +175,7 @@ fn help_fits_the_screen_and_breaks_no_word() {
         "ctl client",
         "wait",
         "health",
+        "device-plugin",
     ];
     let nvsharectl = program.with_file_name("nvsharectl");
     let others = [(arbiter.as_path(), ""), (nvsharectl.as_path(), "")];

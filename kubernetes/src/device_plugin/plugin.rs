@@ -8,6 +8,7 @@ use super::protocol::{
     PreferredAllocationRequest, PreferredAllocationResponse,
 };
 use crate::Error;
+use crate::cdi;
 use crate::inventory::{Gpu, Health, Inventory};
 use crate::options::DevicePlugin as Options;
 use nvshare::units::format_nanos;
@@ -95,6 +96,10 @@ impl Plugin {
         // The thread lives as long as this.
         let _ = self.0.looker.send(answer);
         let Ok(gpus) = found.await else { return self.last() };
+        let gpus = match cdi::missing_shim(&self.0.options.common) {
+            Some(why) => all_unhealthy(gpus, &why),
+            None => gpus,
+        };
         self.publish(gpus.clone());
         gpus
     }
@@ -105,8 +110,7 @@ impl Plugin {
             "NVML has not answered for {waited}: the driver waits for a GPU of this node that has failed. `dmesg | grep -e Xid -e NVRM` on the \
              node says which; reset it (nvidia-smi -r) or restart the node"
         );
-        let unhealthy = |gpu: Gpu| Gpu { health: Health::Unhealthy(why.clone()), ..gpu };
-        self.publish(self.last().into_iter().map(unhealthy).collect());
+        self.publish(all_unhealthy(self.last(), &why));
     }
 
     fn publish(&self, now: Vec<Gpu>) {
@@ -133,6 +137,11 @@ impl Plugin {
     fn lock(&self) -> MutexGuard<'_, Vec<Gpu>> {
         self.0.gpus.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn all_unhealthy(gpus: Vec<Gpu>, why: &str) -> Vec<Gpu> {
+    let unhealthy = |gpu| Gpu { health: Health::Unhealthy(why.to_owned()), ..gpu };
+    gpus.into_iter().map(unhealthy).collect()
 }
 
 fn log_changes(before: &[Gpu], now: &[Gpu]) {
