@@ -27,16 +27,17 @@ func tool(name string) string {
 	return setting("NVSHARE_TEST_"+strings.ToUpper(name), "../../target/deploy-tools/"+name)
 }
 
-// command runs helm or kubectl as the cluster's administrator, and gives what it wrote.
+// command runs helm or kubectl as the cluster's administrator, and gives its standard output.
 func (l *lab) command(name string, arguments ...string) (string, error) {
 	command := exec.CommandContext(l.ctx, tool(name), arguments...)
 	home := filepath.Join(l.Folder, "home")
 	command.Env = append(os.Environ(), "KUBECONFIG="+l.Kubeconfig, "HOME="+home)
-	out, err := command.CombinedOutput()
-	if err != nil {
-		return string(out), fmt.Errorf("%s %s: %w: %s", name, strings.Join(arguments, " "), err, out)
+	var stdout, stderr strings.Builder
+	command.Stdout, command.Stderr = &stdout, &stderr
+	if err := command.Run(); err != nil {
+		return "", fmt.Errorf("%s %s: %w: %s%s", name, strings.Join(arguments, " "), err, &stdout, &stderr)
 	}
-	return string(out), nil
+	return stdout.String(), nil
 }
 
 func (l *lab) runs(name string, arguments ...string) string {
@@ -101,7 +102,7 @@ func TestChart(t *testing.T) {
 		l.must(os.WriteFile(path, []byte(rendered), 0o644))
 		l.runs("kubectl", "apply", "--namespace", namespace, "--dry-run=server", "--filename", path)
 
-		install := []string{"upgrade", "--install", "nvshare", chart, "--namespace", namespace, "--wait", "--timeout", "3m"}
+		install := []string{"upgrade", "--install", "nvshare", chart, "--namespace", namespace, "--wait", "--timeout", setting("NVSHARE_TEST_PATIENCE", "4m")}
 		if _, err := l.command("helm", append(install, "--values", values)...); err != nil {
 			t.Fatalf("%v\n%s", err, l.describe())
 		}

@@ -35,6 +35,9 @@ evictionHard:
   imagefs.available: "0%%"
   nodefs.inodesFree: "0%%"
 imageGCHighThresholdPercent: 100
+# A pod whose claims could not be prepared is tried again only after this long. The API server refuses a node's first look at a claim if it has
+# not yet seen that the claim's pod is bound there.
+syncFrequency: 5s
 # Labels and status reach the API server at once.
 nodeStatusUpdateFrequency: 1s
 nodeStatusReportFrequency: 5m

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	oci "github.com/opencontainers/runtime-spec/specs-go"
@@ -133,8 +134,21 @@ func limits(spec *oci.Spec, resources *cri.LinuxContainerResources) {
 			spec.Linux.Resources.CPU.Quota, spec.Linux.Resources.CPU.Period = &quota, &period
 		}
 	}
-	score := int(resources.OomScoreAdj)
+	// To be spared more than one's parent takes CAP_SYS_RESOURCE, which the root of a test machine may not have.
+	score := max(int(resources.OomScoreAdj), ownOOMScore())
 	spec.Process.OOMScoreAdj = &score
+}
+
+func ownOOMScore() int {
+	text, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0
+	}
+	score, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		return 0
+	}
+	return score
 }
 
 func mounts(spec *oci.Spec, wanted []*cri.Mount) error {
