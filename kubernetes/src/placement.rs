@@ -27,17 +27,9 @@
 
 use crate::inventory::Gpu;
 use crate::virtual_gpu::VirtualGpu;
+use nvshare::placement::{Standing, held_up};
+use nvshare::units::Nanos;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
-
-/// Beyond the pool, memory counts so many times.
-const BEYOND_POOL: f64 = 2.0;
-
-/// A wait so long counts as a half.
-const LONG_WAIT: Duration = Duration::from_secs(10);
-
-/// A score is rounded to one part in so many.
-const STEPS: f64 = 20.0;
 
 /// A GPU that a container may come to.
 #[derive(Debug, Clone, Copy)]
@@ -53,14 +45,9 @@ pub struct Candidate<'a> {
 pub struct Rank {
     /// It takes no new clients.
     pub unhealthy: bool,
-    /// It has a tenant.
-    pub occupied: bool,
-    /// The score, in twentieths.
-    pub score: u32,
-    /// Its tenants: clients, or virtual GPUs that were given away, whichever are more.
-    pub tenants: u32,
-    /// Its number on the node.
-    pub index: u32,
+    /// Where it stands among those that do ([`nvshare::placement`]). Its tenants are clients, or virtual GPUs that were given away,
+    /// whichever are more; its number is that on the node.
+    pub standing: Standing,
 }
 
 impl Candidate<'_> {
@@ -69,10 +56,7 @@ impl Candidate<'_> {
         let tenants = self.gpu.load.tenants.max(self.given);
         Rank {
             unhealthy: !self.gpu.health.is_healthy(),
-            occupied: tenants > 0,
-            score: (self.score(shares) * STEPS).round() as u32,
-            tenants,
-            index: self.gpu.index,
+            standing: Standing::of(self.gpu.index as usize, tenants as usize, self.score(shares)),
         }
     }
 
@@ -82,9 +66,7 @@ impl Candidate<'_> {
         let unseen = self.given.saturating_sub(load.tenants);
         let need =
             load.demand as f64 / self.gpu.memory.max(1) as f64 + f64::from(unseen) / f64::from(shares.max(1));
-        let memory = need + (need - 1.0).max(0.0) * (BEYOND_POOL - 1.0);
-        let waiting = load.waiting.as_secs_f64();
-        memory + load.busy.clamp(0.0, 1.0) + waiting / (waiting + LONG_WAIT.as_secs_f64())
+        held_up(need, load.busy, Nanos::try_from(load.waiting.as_nanos()).unwrap_or(Nanos::MAX))
     }
 }
 

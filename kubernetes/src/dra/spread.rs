@@ -21,6 +21,7 @@
 
 use crate::placement::{Candidate, Rank};
 use clap::ValueEnum;
+use nvshare::placement::Standing;
 
 /// The name of the capacity that spreads claims.
 pub const PLACES: &str = "places";
@@ -90,8 +91,9 @@ pub fn turns(seats: &[Seat<'_>], shares: u32, spread: Spread, pace: Pace) -> Vec
 /// Whether a GPU is as good for the next claim as the best one: the number on the node says nothing, and among empty ones
 /// neither does the load of those who use the GPU without being clients.
 fn as_good(rank: &Rank, best: &Rank) -> bool {
-    let empty = |rank: &Rank| !rank.unhealthy && !rank.occupied;
-    if empty(best) { empty(rank) } else { Rank { index: best.index, ..*rank } == *best }
+    let empty = |rank: &Rank| !rank.unhealthy && !rank.standing.occupied;
+    let same_number = Standing { gpu: best.standing.gpu, ..rank.standing };
+    if empty(best) { empty(rank) } else { (rank.unhealthy, same_number) == (best.unhealthy, best.standing) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 use super::*;
 use crate::inventory::{Health, Load};
 use proptest::prelude::*;
+use std::time::Duration;
 
 const GIB: u64 = 1 << 30;
 
