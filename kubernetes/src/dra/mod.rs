@@ -394,12 +394,12 @@ mod tests {
         let (found, looks) = watch::channel(vec![gpu(Health::Healthy)]);
         let (tell, mut gpus) = watch::channel(looks.borrow().clone());
         tokio::spawn(judge(looks, common(folder.path()), Duration::from_millis(10), tell));
-        gpus.changed().await.unwrap();
+        timeout(Duration::from_secs(10), gpus.changed()).await.expect("it is told").unwrap();
         assert!(
             matches!(&gpus.borrow_and_update()[0].health, Health::Unhealthy(why) if why.contains("10ms"))
         );
         found.send_replace(vec![gpu(Health::Healthy)]);
-        gpus.changed().await.unwrap();
+        timeout(Duration::from_secs(10), gpus.changed()).await.expect("it is told").unwrap();
         assert!(gpus.borrow_and_update()[0].health.is_healthy());
     }
 

@@ -183,27 +183,6 @@ async fn the_order_follows_the_load_and_nothing_is_written_without_need() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn load_that_wavers_is_not_written_each_time() {
-    let machine = Machine::new(2);
-    let _driver = machine.driver(&["--reorder-interval", "1h"]).await;
-    machine.api.until_order(&[0, 1]).await;
-    for step in 0..10 {
-        machine.change(step % 2, |gpu| gpu.load = busy(1, 0.9));
-        machine.change(1 - step % 2, |gpu| gpu.load = Load::default());
-    }
-    // Something else than the order changes, and is written at once with the order of this moment.
-    machine.change(0, |gpu| gpu.model = "NVIDIA H200".into());
-    machine.change(0, |gpu| gpu.load = busy(3, 0.9));
-    machine.change(1, |gpu| gpu.load = Load::default());
-    let model = |api: &ApiServer| {
-        let named = |device: &&Value| device["attributes"]["productName"]["string"] == "NVIDIA H200";
-        api.devices().iter().find(named).map(|_| ())
-    };
-    machine.api.until("the model", model).await;
-    assert_eq!(machine.api.writes(), 2);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slices_that_somebody_deletes_or_changes_are_made_anew() {
     let machine = Machine::new(1);
     let _driver = machine.driver(&[]).await;
