@@ -117,16 +117,18 @@ fn help_has_examples() {
 fn the_program_for_kubernetes_is_started_where_it_is_installed_and_named_where_it_is_not() {
     let output = nvshare(&["device-plugin", "--shares", "0"]).output().unwrap();
     assert!(stderr(&output).contains("'--shares <N>'"), "its own message: {}", stderr(&output));
-    // A program of that name in PATH gets the arguments as they are.
+    // Where it is not beside this one. Another process writes what is to be started: one that this process had open for
+    // writing could not be, while a child of another test still has it.
     let dir = TempDir::new().unwrap();
-    let program = dir.path().join("nvshare");
-    std::fs::copy(env!("CARGO_BIN_EXE_nvshare"), &program).unwrap();
+    let does = |script: &str| {
+        let mut shell = Command::new("sh");
+        shell.args(["-ec", script, "sh", env!("CARGO_BIN_EXE_nvshare")]).current_dir(dir.path());
+        assert!(shell.status().unwrap().success(), "{script}");
+    };
+    does("cp \"$1\" nvshare");
     let run = || {
-        Command::new(&program)
-            .args(["device-plugin", "--print", "-h"])
-            .env("PATH", dir.path().join("bin"))
-            .output()
-            .unwrap()
+        let mut command = Command::new(dir.path().join("nvshare"));
+        command.args(["device-plugin", "--print", "-h"]).env("PATH", dir.path().join("bin")).output().unwrap()
     };
     let output = run();
     assert_eq!(output.status.code(), Some(2));
@@ -135,10 +137,10 @@ fn the_program_for_kubernetes_is_started_where_it_is_installed_and_named_where_i
     {
         assert!(stderr(&output).contains(part), "{}", stderr(&output));
     }
-    std::fs::create_dir(dir.path().join("bin")).unwrap();
-    let script = dir.path().join("bin/nvshare-kubernetes");
-    std::fs::write(&script, "#!/bin/sh\necho told \"$@\"\n").unwrap();
-    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    // One of that name in PATH gets the arguments as they are.
+    does(
+        "mkdir bin; printf '#!/bin/sh\\necho told \"$@\"\\n' > bin/nvshare-kubernetes; chmod +x bin/nvshare-kubernetes",
+    );
     assert_eq!(stdout(&run()), "told device-plugin --print -h\n");
 }
 
