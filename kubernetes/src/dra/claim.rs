@@ -460,7 +460,7 @@ mod tests {
 
         /// Whatever stands in a claim, it is answered.
         #[test]
-        fn any_claim_is_answered(memory in "\\PC{0,12}", cores in "[0-9a-zA-Z.]{0,8}", limit in "\\PC{0,8}", pool in 0u64..1 << 40) {
+        fn any_claim_is_answered(memory in "[0-9]{1,4}[MG]i|\\PC{0,12}", cores in "[0-9a-zA-Z.]{0,8}", limit in "[0-9]{1,3}([MG]i|%)|\\PC{0,8}", pool in 0u64..1 << 40) {
             let allotment = one(
                 json!({"memory": memory, "cores": cores}),
                 json!([config("FromClaim", &[], json!({"memoryLimit": limit}))]),

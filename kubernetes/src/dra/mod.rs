@@ -40,7 +40,9 @@ pub mod spread;
 pub mod terms;
 
 use crate::Error;
+use crate::cdi;
 use crate::inventory::{Gpu, Health, Inventory};
+use crate::options::Common;
 use k8s_openapi::api::resource::v1::{DeviceRequestAllocationResult, ResourceClaim};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::WatchStreamExt;
@@ -57,7 +59,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 use tonic::transport::Server;
 
 /// How often health is told to the kubelet, which forgets it after 30 seconds.
@@ -81,7 +83,7 @@ pub fn run(options: Options) -> Result<(), Error> {
     let done = runtime.block_on(async {
         let stop = signals()?;
         let client = client(&options).await?;
-        let gpus = look_often(inventory, options.interval)?;
+        let gpus = look_often(inventory, &options)?;
         serve(options, client, gpus, stop).await
     });
     // A call of NVML that hangs must not keep this process.
@@ -122,16 +124,12 @@ async fn client(options: &Options) -> Result<Client, Error> {
 }
 
 /// Looks at the GPUs again and again, in a thread of its own, because NVML may take its time.
-fn look_often(mut inventory: Inventory, every: Duration) -> Result<watch::Receiver<Vec<Gpu>>, Error> {
-    let (tell, gpus) = watch::channel(inventory.look());
+fn look_often(mut inventory: Inventory, options: &Options) -> Result<watch::Receiver<Vec<Gpu>>, Error> {
+    let (common, every, limit) = (options.common.clone(), options.interval, options.nvml_timeout);
+    let (found, looks) = watch::channel(inventory.look());
     let look = move || {
-        while !tell.is_closed() {
-            let now = inventory.look();
-            tell.send_if_modified(|told| {
-                let changed = *told != now;
-                *told = now;
-                changed
-            });
+        while !found.is_closed() {
+            found.send_replace(inventory.look());
             std::thread::sleep(every);
         }
     };
@@ -139,7 +137,48 @@ fn look_often(mut inventory: Inventory, every: Duration) -> Result<watch::Receiv
         .name("inventory".into())
         .spawn(look)
         .map_err(|cause| Error::System { what: "threads cannot be started", cause })?;
+    let (tell, gpus) = watch::channel(judged(looks.borrow().clone(), &common));
+    tokio::spawn(judge(looks, common, limit, tell));
     Ok(gpus)
+}
+
+/// Passes on what each look has found, if it is anything new, and says so when no look comes to its end any more.
+async fn judge(
+    mut looks: watch::Receiver<Vec<Gpu>>,
+    common: Common,
+    limit: Duration,
+    tell: watch::Sender<Vec<Gpu>>,
+) {
+    loop {
+        let now = match timeout(limit, looks.changed()).await {
+            Ok(Ok(())) => judged(looks.borrow_and_update().clone(), &common),
+            Ok(Err(_)) => return,
+            Err(_) => all_unhealthy(
+                looks.borrow().clone(),
+                &format!(
+                    "NVML has not answered for {limit:?}: the driver waits for a GPU of this node that has failed. `dmesg | grep -e Xid -e \
+                     NVRM` on the node says which; reset it (nvidia-smi -r) or restart the node"
+                ),
+            ),
+        };
+        tell.send_if_modified(|told| {
+            let changed = *told != now;
+            *told = now;
+            changed
+        });
+    }
+}
+
+/// Without the shim on this node, no GPU takes clients: a container would have one to itself.
+fn judged(gpus: Vec<Gpu>, common: &Common) -> Vec<Gpu> {
+    match cdi::missing_shim(common) {
+        Some(why) => all_unhealthy(gpus, &why),
+        None => gpus,
+    }
+}
+
+fn all_unhealthy(gpus: Vec<Gpu>, why: &str) -> Vec<Gpu> {
+    gpus.into_iter().map(|gpu| Gpu { health: Health::Unhealthy(why.to_owned()), ..gpu }).collect()
 }
 
 /// Serves the kubelet and publishes, until `stop` is over.
@@ -304,5 +343,75 @@ fn complain(last: &mut Option<String>, what: String) {
     if last.as_ref() != Some(&what) {
         tracing::warn!("{what}");
         *last = Some(what);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inventory::Load;
+
+    fn gpu(health: Health) -> Gpu {
+        Gpu {
+            uuid: "GPU-1".into(),
+            index: 0,
+            model: String::new(),
+            memory: 1 << 30,
+            numa_node: None,
+            health,
+            load: Load::default(),
+        }
+    }
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        common: Common,
+    }
+
+    fn common(library_dir: &std::path::Path) -> Common {
+        let line = ["x", "--host-library-dir", library_dir.to_str().unwrap()];
+        <Line as clap::Parser>::parse_from(line).common
+    }
+
+    #[test]
+    fn a_node_without_the_shim_takes_no_clients() {
+        let folder = tempfile::tempdir().unwrap();
+        let why = |gpus: Vec<Gpu>| match &gpus[0].health {
+            Health::Healthy => String::new(),
+            Health::Unhealthy(why) => why.clone(),
+        };
+        assert!(why(judged(vec![gpu(Health::Healthy)], &common(folder.path()))).contains("libnvshare.so"));
+        std::fs::write(folder.path().join("libnvshare.so"), "").unwrap();
+        assert_eq!(why(judged(vec![gpu(Health::Healthy)], &common(folder.path()))), "");
+    }
+
+    // One thread: what one look brings about is seen before the next one is late.
+    #[tokio::test]
+    async fn nvml_that_does_not_answer_is_told_and_so_is_that_it_answers_again() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("libnvshare.so"), "").unwrap();
+        let (found, looks) = watch::channel(vec![gpu(Health::Healthy)]);
+        let (tell, mut gpus) = watch::channel(looks.borrow().clone());
+        tokio::spawn(judge(looks, common(folder.path()), Duration::from_millis(10), tell));
+        timeout(Duration::from_secs(10), gpus.changed()).await.expect("it is told").unwrap();
+        assert!(
+            matches!(&gpus.borrow_and_update()[0].health, Health::Unhealthy(why) if why.contains("10ms"))
+        );
+        found.send_replace(vec![gpu(Health::Healthy)]);
+        timeout(Duration::from_secs(10), gpus.changed()).await.expect("it is told").unwrap();
+        assert!(gpus.borrow_and_update()[0].health.is_healthy());
+    }
+
+    #[test]
+    fn a_right_that_is_missing_is_named_whoever_tells_of_it() {
+        let status = kube::core::Status { code: 403, message: "no".into(), ..Default::default() };
+        let direct = kube::Error::Api(Box::new(status.clone()));
+        let list = watcher::Error::InitialListFailed(kube::Error::Api(Box::new(status.clone())));
+        let watch = watcher::Error::WatchError(Box::new(status));
+        for error in [&direct as &(dyn std::error::Error + 'static), &list, &watch] {
+            let text = api_error(error, "list on things");
+            assert!(text.starts_with("no. ") && text.contains("needs list on things"), "{text}");
+        }
     }
 }

@@ -42,6 +42,9 @@ pub struct DraDriver {
     /// How often health and load are looked at
     #[arg(long, value_name = "TIME", default_value = "1s", env = "NVSHARE_INTERVAL", value_parser = interval)]
     pub interval: Duration,
+    /// If NVML does not answer for so long, all GPUs count as unhealthy until it does
+    #[arg(long, value_name = "TIME", default_value = "30s", env = "NVSHARE_NVML_TIMEOUT", value_parser = interval)]
+    pub nvml_timeout: Duration,
     /// Remove this node's ResourceSlices at the end, as before the driver is taken away for good. Pods that run go on either way
     #[arg(long, env = "NVSHARE_WITHDRAW")]
     pub withdraw: bool,

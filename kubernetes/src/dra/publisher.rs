@@ -405,3 +405,92 @@ impl Slices {
         now + pause
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn owner() -> Owner {
+        Owner { driver: "gpu.nvshare.com".into(), node: "node-1".into(), node_uid: "u".into() }
+    }
+
+    /// Devices of these names, with so many places each.
+    fn devices(names: &[&str], places: u32) -> Vec<Device> {
+        let device =
+            |name: &&str| json!({"name": name, "capacity": {"places": {"value": places.to_string()}}});
+        names.iter().map(|name| serde_json::from_value(device(name)).unwrap()).collect()
+    }
+
+    /// Carries out what is due now, as the API server would. Whether anything was.
+    fn carry_out(slices: &mut Slices, devices: &[Device], timing: &Timing, now: Instant) -> bool {
+        let Due::Now(plan) = slices.due(&owner(), devices, now) else { return false };
+        let order_alone = slices.is_only_order(devices);
+        for mut slice in plan.create.into_iter().chain(plan.replace) {
+            slice.metadata.resource_version = Some(slice.spec.pool.generation.to_string());
+            slices.put(slice);
+        }
+        slices.written(timing, order_alone, now);
+        true
+    }
+
+    fn listed() -> Slices {
+        Slices { present: Some(BTreeMap::new()), ..Slices::default() }
+    }
+
+    #[test]
+    fn changes_of_the_order_alone_come_ever_more_seldom() {
+        let timing = Timing { reorder_longest: 4 * SECOND, ..Timing::new(SECOND) };
+        let (mut slices, mut now) = (listed(), Instant::now());
+        let orders = [devices(&["a", "b"], 1), devices(&["b", "a"], 1)];
+        assert!(carry_out(&mut slices, &orders[0], &timing, now));
+        for (number, pause) in [1, 2, 4, 4].into_iter().enumerate() {
+            let other = &orders[1 - number % 2];
+            let at = now + pause * SECOND;
+            assert_eq!(slices.due(&owner(), other, at - SECOND / 10), Due::At(at), "change {number}");
+            assert!(carry_out(&mut slices, other, &timing, at));
+            assert_eq!(slices.due(&owner(), other, at), Due::Nothing);
+            now = at;
+        }
+        // Anything else is written at once, and afterwards the order may change as soon as at the beginning.
+        assert!(carry_out(&mut slices, &devices(&["a", "b"], 2), &timing, now));
+        assert_eq!(slices.due(&owner(), &devices(&["b", "a"], 2), now), Due::At(now + SECOND));
+    }
+
+    #[test]
+    fn what_fails_is_tried_again_later_and_later() {
+        let (mut slices, now) = (listed(), Instant::now());
+        let wanted = devices(&["a"], 1);
+        let first = slices.failed(now);
+        assert_eq!(slices.due(&owner(), &wanted, now), Due::At(first));
+        assert!(matches!(slices.due(&owner(), &wanted, first), Due::Now(_)));
+        let pauses: Vec<_> = (0..10).map(|_| slices.failed(now) - now).collect();
+        assert_eq!(pauses[0], 2 * (first - now));
+        assert_eq!(*pauses.last().unwrap(), RETRY.1);
+    }
+
+    #[test]
+    fn what_is_told_late_does_not_undo_what_is_known() {
+        let timing = Timing::new(SECOND);
+        let (mut slices, now) = (listed(), Instant::now());
+        carry_out(&mut slices, &devices(&["a"], 1), &timing, now);
+        let old: Vec<_> = slices.present.iter().flat_map(BTreeMap::values).cloned().collect();
+        carry_out(&mut slices, &devices(&["a"], 2), &timing, now);
+        let is_current = |slices: &Slices| slices.due(&owner(), &devices(&["a"], 2), now) == Due::Nothing;
+        // An event of before the last write, a list of before it, and that the old one was deleted.
+        slices.take(Event::Apply(old[0].clone()));
+        assert!(is_current(&slices));
+        slices.take(Event::Init);
+        slices.take(Event::InitApply(old[0].clone()));
+        slices.take(Event::InitDone);
+        assert!(is_current(&slices));
+        slices.take(Event::Delete(old[0].clone()));
+        assert!(is_current(&slices));
+        // A list without it: it is gone.
+        slices.take(Event::Init);
+        slices.take(Event::InitDone);
+        assert!(!is_current(&slices));
+    }
+}

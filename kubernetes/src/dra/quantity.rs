@@ -113,8 +113,8 @@ mod tests {
         }
 
         #[test]
-        fn any_text_is_read_or_refused(text in "[-+0-9.eEKMGTPkmnui]{0,40}|\\PC{0,8}") {
-            let _ = read(&text);
+        fn any_text_is_read_or_refused(text in "([0-9]{19,20}|[-+]?[0-9]{0,25})\\.?[0-9]{0,5}(e[-+]?[0-9]{1,3}|[KMGTPE]i|[numkMGTPE])?|\\PC{0,8}") {
+            prop_assert!(read(&text).is_none_or(|value| i64::try_from(value).is_ok()));
         }
     }
 }

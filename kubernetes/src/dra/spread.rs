@@ -10,6 +10,8 @@
 //! driver has seen the claim and has published anew; meanwhile the next pod goes to the next GPU. So no GPU gets a second claim
 //! while another one is empty, however fast pods come. The number is absolute: a claim that the driver has not seen yet has
 //! taken its place in the scheduler's books, so a slow driver makes pods wait and never has two go where one should.
+//! (Places of claims that leave are free at once: for the milliseconds until the driver has published anew, as many as have left may
+//! go there.)
 //!
 //! While claims come ([`Pace::Busy`]), only the GPUs that are best for the next one have a place. When none has come for a
 //! while ([`Pace::Quiet`]), each GPU has one: whoever asks for several GPUs, or for a certain one, must find them.

@@ -200,14 +200,15 @@ impl ApiServer {
 
     /// What a scheduler does for a claim that asks for nothing in particular: the first device that has room. Its number.
     pub fn schedule(&self, name: &str) -> Option<usize> {
-        self.change(|state| {
+        let mut state = self.lock();
+        let found = (|| {
             let claims = state.all(Kind::Claims);
             let slices = state.all(Kind::Slices);
             let mut devices =
                 slices.iter().flat_map(|slice| slice["spec"]["devices"].as_array().into_iter().flatten());
             let fits = devices.find(|device| {
                 let room = |one: &&str| used(&claims, device, one) < capacity(device, one);
-                device["taints"].is_null() && ["shares", "places"].iter().all(|one| room(&one))
+                device["taints"].is_null() && ["shares", "places"].iter().all(room)
             })?;
             let device = fits["name"].as_str().unwrap().to_owned();
             let usual: serde_json::Map<_, _> = fits["capacity"]
@@ -219,7 +220,10 @@ impl ApiServer {
             let claim = allocated(name, &[(&device, Value::Object(usual))], json!([]));
             state.put(Kind::Claims, &key(&claim), claim);
             Some(number(fits))
-        })
+        })();
+        drop(state);
+        // What did not fit changes nothing, and wakes nobody.
+        found.inspect(|_| self.changed.send_modify(|count| *count += 1))
     }
 
     /// Whether a device has a place and a share left.
@@ -228,11 +232,6 @@ impl ApiServer {
         ["shares", "places"]
             .iter()
             .all(|one| used(&state.all(Kind::Claims), device, one) < capacity(device, one))
-    }
-
-    /// The number of the first device with room.
-    pub fn first_with_room(&self) -> Option<usize> {
-        self.devices().iter().find(|device| self.has_room(device)).map(number)
     }
 
     /// The numbers of the devices that claims have, one for each claim.
