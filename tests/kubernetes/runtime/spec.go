@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	oci "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -91,12 +92,13 @@ func specification(options Options, id, root string, pod *cri.PodSandboxConfig, 
 }
 
 func granted(security *cri.LinuxContainerSecurityContext) []string {
-	has := make(map[string]bool)
+	has, own := make(map[string]bool), ownCapabilities()
 	set := func(names []string, value bool) {
 		for _, name := range names {
 			if name == "ALL" {
-				for _, every := range capabilities {
-					has[every] = value
+				// All is what the runtime has itself, as with containerd: the root of a test machine may not have everything.
+				for number, every := range capabilities {
+					has[every] = value && own>>number&1 == 1
 				}
 			}
 			has[strings.TrimPrefix(name, "CAP_")] = value
@@ -118,6 +120,16 @@ func granted(security *cri.LinuxContainerSecurityContext) []string {
 		}
 	}
 	return names
+}
+
+// ownCapabilities are this process's, a bit for each number.
+func ownCapabilities() uint64 {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return 0
+	}
+	return uint64(data[1].Effective)<<32 | uint64(data[0].Effective)
 }
 
 func limits(spec *oci.Spec, resources *cri.LinuxContainerResources) {
