@@ -54,6 +54,8 @@ pub enum Command {
     Trace(trace::Options),
     /// Offer this node's GPUs to pods of Kubernetes as virtual ones, by the kubelet's device plugin protocol
     DevicePlugin(kubernetes::Options),
+    /// Offer this node's GPUs to claims of Kubernetes as devices with memory, compute and shares (DRA)
+    DraDriver(kubernetes::Options),
     /// What the commands start themselves again as
     #[command(hide = true)]
     Internal(internal::Options),

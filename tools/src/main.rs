@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Command::DevicePlugin(options) => {
             kubernetes::run("device-plugin", &options).map(|never| match never {})
         }
+        Command::DraDriver(options) => kubernetes::run("dra-driver", &options).map(|never| match never {}),
         Command::Internal(options) => internal::run(options).map(done),
     };
     result.and_then(|code| output::finish().map(|()| code)).unwrap_or_else(|Failure { status, message }| {

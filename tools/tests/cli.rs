@@ -105,6 +105,7 @@ fn help_has_examples() {
         &["wait", "--help"],
         &["health", "--help"],
         &["device-plugin", "--help"],
+        &["dra-driver", "--help"],
     ] {
         let output = nvshare(arguments).output().unwrap();
         assert!(output.status.success() && stdout(&output).contains("Examples:"), "{arguments:?}");
@@ -126,11 +127,11 @@ fn the_program_for_kubernetes_is_started_where_it_is_installed_and_named_where_i
         assert!(shell.status().unwrap().success(), "{script}");
     };
     does("cp \"$1\" nvshare");
-    let run = || {
+    let run = |subcommand: &str| {
         let mut command = Command::new(dir.path().join("nvshare"));
-        command.args(["device-plugin", "--print", "-h"]).env("PATH", dir.path().join("bin")).output().unwrap()
+        command.args([subcommand, "--print", "-h"]).env("PATH", dir.path().join("bin")).output().unwrap()
     };
-    let output = run();
+    let output = run("device-plugin");
     assert_eq!(output.status.code(), Some(2));
     for part in
         ["nvshare-kubernetes is neither beside this program nor in $PATH", "Debian package", "cargo build"]
@@ -141,7 +142,9 @@ fn the_program_for_kubernetes_is_started_where_it_is_installed_and_named_where_i
     does(
         "mkdir bin; printf '#!/bin/sh\\necho told \"$@\"\\n' > bin/nvshare-kubernetes; chmod +x bin/nvshare-kubernetes",
     );
-    assert_eq!(stdout(&run()), "told device-plugin --print -h\n");
+    for subcommand in ["device-plugin", "dra-driver"] {
+        assert_eq!(stdout(&run(subcommand)), format!("told {subcommand} --print -h\n"));
+    }
 }
 
 /// No line is longer than a screen of `width` columns.
@@ -178,6 +181,7 @@ fn help_fits_the_screen_and_breaks_no_word() {
         "wait",
         "health",
         "device-plugin",
+        "dra-driver",
     ];
     let nvsharectl = program.with_file_name("nvsharectl");
     let others = [(arbiter.as_path(), ""), (nvsharectl.as_path(), "")];
