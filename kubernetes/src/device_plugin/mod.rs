@@ -7,7 +7,7 @@
 //! | [`answer`] | what containers get; pure |
 //! | [`presence`] | the plugin's socket, and its registration with the kubelet |
 //! | [`folder`] | tells of changes in the kubelet's folder |
-//! | [`print`] | `--print` |
+//! | [`mod@print`] | `--print` |
 //!
 //! Nothing is kept but the GPUs themselves: what was given to whom, the kubelet knows, and what is available it says with every request. So the
 //! plugin can end and begin at any time. Containers that run do not notice.
