@@ -24,8 +24,6 @@ import time
 
 GRANULE = 2 << 20
 SLOTS = 32
-ENTRY = struct.Struct("<QQ32s")
-PRINTS = struct.Struct("<QQ64Q")
 PLACES = [0, 1, 15, 16, 511, 512, 4095, 4096, 8191, 12288, 16383, 16384, GRANULE // 2, GRANULE - 16384]
 MASK = 2**64 - 1
 PLACES += [GRANULE // 2 - 1, GRANULE - 16, GRANULE - 2, GRANULE - 1]
@@ -90,16 +88,16 @@ def say(**finding):
     print(json.dumps(finding), flush=True)
 
 
-class Scanner:
-    """The same as in shim/src/memory/zero_scan.rs."""
+class Kernel:
+    """A kernel of the shim, loaded, with a table for so many chunks."""
 
     def __init__(self, chunks):
-        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/memory/zero_scan.ptx"
+        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/memory" / self.PTX
         self.module = made("cuModuleLoadData", pointer, ptx.read_bytes() + b"\0")
-        self.kernel = made("cuModuleGetFunction", pointer, self.module, b"nvshare_zero_granules")
-        self.host = made("cuMemHostAlloc", pointer, chunks * ENTRY.size, DEVICEMAP)
+        self.kernel = made("cuModuleGetFunction", pointer, self.module, self.NAME)
+        self.host = made("cuMemHostAlloc", pointer, chunks * self.ENTRY.size, DEVICEMAP)
         self.device = made("cuMemHostGetDevicePointer_v2", u64, self.host, 0)
-        self.table = (ctypes.c_ubyte * (chunks * ENTRY.size)).from_address(self.host.value)
+        self.table = (ctypes.c_ubyte * (chunks * self.ENTRY.size)).from_address(self.host.value)
         self.stream = made("cuStreamCreate", pointer, 1)
         self.began, self.ended = made("cuEventCreate", pointer, 0), made("cuEventCreate", pointer, 0)
 
@@ -107,62 +105,62 @@ class Scanner:
         """In the order of the scans."""
         call("cuMemsetD8Async", address, value, size, self.stream)
 
+    def run(self, slots, blocks, *keys):
+        """Runs it over the table's first slots, and waits; the seconds that the GPU took."""
+        values = [u64(self.device.value), u64(slots), *map(u64, keys)]
+        parameters = (pointer * len(values))(*[ctypes.addressof(value) for value in values])
+        call("cuEventRecord", self.began, self.stream)
+        call("cuLaunchKernel", self.kernel, blocks or slots, 1, 1, 256, 1, 1, 0, self.stream, parameters, None)
+        call("cuEventRecord", self.ended, self.stream)
+        call("cuEventSynchronize", self.ended)
+        return made_time(self.began, self.ended) / 1e3
+
+
+class Scanner(Kernel):
+    """The same as in shim/src/memory/zero_scan.rs."""
+
+    PTX, NAME, ENTRY = "zero_scan.ptx", b"nvshare_zero_granules", struct.Struct("<QQ32s")
+
     def scan(self, chunks, blocks=None):
         """The bits of granules in use for each chunk, and the seconds that the GPU and the whole of it took."""
         slots = SLOTS * len(chunks)
         asked = time.monotonic()
         for index, (address, size) in enumerate(chunks):
-            ENTRY.pack_into(self.table, index * ENTRY.size, address, size // GRANULE, bytes(32))
+            self.ENTRY.pack_into(self.table, index * self.ENTRY.size, address, size // GRANULE, bytes(32))
         called = time.monotonic()
-        table, number = u64(self.device.value), u64(slots)
-        parameters = (pointer * 2)(ctypes.addressof(table), ctypes.addressof(number))
-        call("cuEventRecord", self.began, self.stream)
-        call("cuLaunchKernel", self.kernel, blocks or slots, 1, 1, 256, 1, 1, 0, self.stream, parameters, None)
-        call("cuEventRecord", self.ended, self.stream)
-        call("cuEventSynchronize", self.ended)
+        on_gpu = self.run(slots, blocks)
         answered = time.monotonic()
-        milliseconds = made_time(self.began, self.ended)
         bits = []
         for index, chunk in enumerate(chunks):
-            address, granules, zero = ENTRY.unpack_from(self.table, index * ENTRY.size)
+            address, granules, zero = self.ENTRY.unpack_from(self.table, index * self.ENTRY.size)
             if (address, granules) != (chunk[0], chunk[1] // GRANULE) or any(zero[granules:]):
                 sys.exit(f"chunk {index}: the kernel wrote where it has no business: {address:x} {granules} {zero}")
             bits.append(sum(1 << i for i in range(granules) if zero[i] != 1))
-        return bits, milliseconds / 1e3, answered - called, called - asked
+        return bits, on_gpu, answered - called, called - asked
 
 
-class Fingerprinter(Scanner):
+class Fingerprinter(Kernel):
     """The same as in shim/src/memory/fingerprint.rs."""
 
+    PTX, NAME, ENTRY = "fingerprint.ptx", b"nvshare_fingerprints", struct.Struct("<QQ64Q")
+
     def __init__(self, chunks):
-        ptx = pathlib.Path(__file__).resolve().parents[2] / "shim/src/memory/fingerprint.ptx"
-        self.module = made("cuModuleLoadData", pointer, ptx.read_bytes() + b"\0")
-        self.kernel = made("cuModuleGetFunction", pointer, self.module, b"nvshare_fingerprints")
-        self.host = made("cuMemHostAlloc", pointer, chunks * PRINTS.size, DEVICEMAP)
-        self.device = made("cuMemHostGetDevicePointer_v2", u64, self.host, 0)
-        self.table = (ctypes.c_ubyte * (chunks * PRINTS.size)).from_address(self.host.value)
-        self.stream = made("cuStreamCreate", pointer, 1)
-        self.began, self.ended = made("cuEventCreate", pointer, 0), made("cuEventCreate", pointer, 0)
+        super().__init__(chunks)
         self.keys = [random.getrandbits(64), random.getrandbits(64)]
 
     def scan(self, chunks, blocks=None):
         """The fingerprints of each chunk's granules, and the seconds that the GPU took."""
         slots = SLOTS * len(chunks)
         for index, (address, size) in enumerate(chunks):
-            PRINTS.pack_into(self.table, index * PRINTS.size, address, size // GRANULE, *[0] * 64)
-        values = [u64(self.device.value), u64(slots), u64(self.keys[0]), u64(self.keys[1])]
-        parameters = (pointer * 4)(*[ctypes.addressof(value) for value in values])
-        call("cuEventRecord", self.began, self.stream)
-        call("cuLaunchKernel", self.kernel, blocks or slots, 1, 1, 256, 1, 1, 0, self.stream, parameters, None)
-        call("cuEventRecord", self.ended, self.stream)
-        call("cuEventSynchronize", self.ended)
+            self.ENTRY.pack_into(self.table, index * self.ENTRY.size, address, size // GRANULE, *[0] * 64)
+        on_gpu = self.run(slots, blocks, *self.keys)
         found = []
         for index, (address, size) in enumerate(chunks):
-            at, granules, *prints = PRINTS.unpack_from(self.table, index * PRINTS.size)
+            at, granules, *prints = self.ENTRY.unpack_from(self.table, index * self.ENTRY.size)
             if (at, granules) != (address, size // GRANULE) or any(prints[2 * granules:]):
                 sys.exit(f"chunk {index}: the kernel wrote where it has no business: {at:x} {granules} {prints}")
             found.append(list(zip(prints[::2], prints[1::2]))[:granules])
-        return found, made_time(self.began, self.ended) / 1e3
+        return found, on_gpu
 
     def definition(self, data):
         """The fingerprint of a granule with these bytes."""
