@@ -53,7 +53,7 @@ const COLUMNS: [Column; 21] = [
     column("limit", 12, 14, |row| limits(row.client)),
     column("switches", 8, 12, |row| row.client.yields.to_string()),
     column("held", 5, 13, held),
-    column("launches", 8, 16, |row| row.rates.map_or_else(dash, |now| per_second(now.submissions))),
+    column("launches", 8, 19, |row| row.rates.map_or_else(dash, |now| per_second(now.submissions))),
     column("out", 10, 10, |row| row.rates.map_or_else(dash, |now| rate(now.bytes_out))).by(Sort::Link),
     column("in", 10, 10, |row| row.rates.map_or_else(dash, |now| rate(now.bytes_in))),
     // Drawn by the table itself.
