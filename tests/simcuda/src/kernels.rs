@@ -263,8 +263,11 @@ mod tests {
 
     #[test]
     fn the_ptx_has_every_kernel() {
-        let ptx =
-            concat!(include_str!("../kernels.ptx"), include_str!("../../../shim/src/memory/zero_scan.ptx"));
+        let ptx = concat!(
+            include_str!("../kernels.ptx"),
+            include_str!("../../../shim/src/memory/zero_scan.ptx"),
+            include_str!("../../../shim/src/memory/fingerprint.ptx")
+        );
         let names = crate::module::entries(ptx);
         let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
         assert_eq!(names, known);
