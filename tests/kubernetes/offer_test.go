@@ -95,6 +95,21 @@ func (n *gpuNode) offers(gpus int) error {
 	return nil
 }
 
+// published are the node's GPUs in the order in which the DRA driver has published them.
+func (n *gpuNode) published() []int {
+	n.lab.Helper()
+	slices, err := n.lab.Client.ResourceV1().ResourceSlices().List(n.lab.ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + n.Name})
+	n.lab.must(err)
+	if len(slices.Items) != 1 {
+		n.lab.Fatalf("%s has %d ResourceSlices and not 1", n.Name, len(slices.Items))
+	}
+	var gpus []int
+	for _, device := range slices.Items[0].Spec.Devices {
+		gpus = append(gpus, n.number(device.Name))
+	}
+	return gpus
+}
+
 // held is how many virtual GPUs of each GPU pods have, by the GPUs' numbers, and which pod has which GPUs.
 func (n *gpuNode) held() (counts []int, byPod map[string][]int) {
 	n.lab.Helper()

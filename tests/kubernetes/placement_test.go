@@ -157,6 +157,15 @@ func TestNewPodsGoWhereThereIsLeastToDo(t *testing.T) {
 		l.create(pod("large", 1, job("160MiB")...))
 		n.wants("large", 160*mib)
 		full := n.gpusOf("large")[0]
+		if by == dra {
+			// The device plugin looks when it is asked. The driver is not asked: it publishes what it has seen, every now and then.
+			l.until("the other GPU is published before the full one", func() error {
+				if first := n.published()[0]; first == full {
+					return fmt.Errorf("GPU %d is the first", first)
+				}
+				return nil
+			})
+		}
 		for i := range 3 {
 			name := fmt.Sprintf("small-%d", i)
 			l.create(pod(name, 1, "sleep", "infinity"))

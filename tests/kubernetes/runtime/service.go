@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -288,6 +290,13 @@ func (s *service) removeAll() {
 	for _, container := range s.containers {
 		container.stop(context.Background(), 0)
 		container.remove()
+	}
+	// runc leaves the group above its containers' groups, in every hierarchy. That of another node that runs is not empty, and stays.
+	for _, pattern := range []string{"/sys/fs/cgroup" + controlGroup, "/sys/fs/cgroup/*" + controlGroup} {
+		groups, _ := filepath.Glob(pattern)
+		for _, group := range groups {
+			_ = os.Remove(group)
+		}
 	}
 }
 
