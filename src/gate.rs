@@ -300,7 +300,7 @@ impl Gate {
     }
 
     /// How often threads have gone in and come out, modulo 2^31. Unlike [`Gate::passes`], it does not count those that turned
-    /// back. A look that comes beside a thread's may count a few too many, or too few, once.
+    /// back. While threads pass, the number may be off by a few; the next look corrects it.
     pub fn entered(&self) -> u32 {
         let turned_back = self.turned_back.load(Ordering::Relaxed);
         (self.passes() / 2).wrapping_sub(turned_back) & (u32::MAX >> 1)

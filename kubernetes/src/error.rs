@@ -53,3 +53,9 @@ impl Error {
         Self::File { path: path.to_owned(), what, cause }
     }
 }
+
+/// An error with its causes: tonic's and kube's own sentences say little.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -8,6 +8,7 @@
 //! | [`placement`] | in which order GPUs are filled; pure |
 //! | [`grant`] | what a container was promised, and the environment that tells the shim |
 //! | [`cdi`] | CDI specifications: what a container needs that uses the GPU |
+//! | [`runtime`], [`socket`], [`mod@error`] | threads, signals, sockets and errors of both programs |
 //! | [`device_plugin`] | the kubelet's device plugin protocol |
 //! | [`dra`] | the driver for dynamic resource allocation |
 
@@ -19,6 +20,8 @@ pub mod grant;
 pub mod inventory;
 pub mod options;
 pub mod placement;
+pub mod runtime;
+pub mod socket;
 pub mod virtual_gpu;
 
 pub use error::Error;

@@ -36,11 +36,7 @@ async fn it_registers_and_offers_each_gpu_ten_times() {
     assert_eq!(kubelet.registration().await, expected);
     let told = plugin.client().await.get_device_plugin_options(Empty {}).await.unwrap().into_inner();
     assert_eq!(told, options);
-    let list = plugin
-        .watch()
-        .await
-        .until("all are healthy", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     let ids: BTreeSet<_> = list.iter().map(|one| one.id.as_str()).collect();
     assert_eq!((list.len(), ids.len()), (20, 20));
     assert_eq!(healthy(&list).into_values().collect::<Vec<_>>(), [10, 10]);
@@ -233,11 +229,7 @@ async fn an_arbiter_that_starts_anew_is_waited_for() {
     let mut kubelet = Kubelet::start(&machine.device_plugins());
     let plugin = machine.plugin(node.dir(), &["--arbiter-grace", "1h"]);
     kubelet.registration().await;
-    let list = plugin
-        .watch()
-        .await
-        .until("the arbiter serves", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     drop(node);
     // A container that comes now waits for the next arbiter, as every client does.
     plugin.allocate(&[&list[0].id]).await.unwrap();
@@ -263,11 +255,7 @@ async fn eighty_pods_are_spread_over_eight_gpus() {
     let mut kubelet = Kubelet::start(&machine.device_plugins());
     let plugin = machine.plugin(node.dir(), &[]);
     kubelet.registration().await;
-    let list = plugin
-        .watch()
-        .await
-        .until("all are healthy", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     let mut free: BTreeSet<_> = list.into_iter().map(|one| one.id).collect();
     let gpus = come(&plugin, &mut free, 80).await;
     let first: BTreeSet<_> = gpus[..8].iter().collect();
@@ -285,11 +273,7 @@ async fn a_pod_comes_to_the_gpu_that_is_least_loaded() {
     let mut kubelet = Kubelet::start(&machine.device_plugins());
     let plugin = machine.plugin(node.dir(), &[]);
     kubelet.registration().await;
-    let list = plugin
-        .watch()
-        .await
-        .until("all are healthy", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     let all = healthy(&list);
     let mut free: BTreeSet<_> = list.into_iter().map(|one| one.id).collect();
     // Each GPU has a tenant. What they need differs from what their number says.
@@ -332,11 +316,7 @@ async fn a_container_gets_cdi_devices_and_what_it_was_promised() {
     ];
     let plugin = machine.plugin(node.dir(), &arguments);
     kubelet.registration().await;
-    let list = plugin
-        .watch()
-        .await
-        .until("all are healthy", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     let (first, second) = (list[0].id.clone(), list[10].id.clone());
     let gpu = |id: &str| format!("nvidia.com/gpu={}", id.split("::").next().unwrap());
 
@@ -380,11 +360,7 @@ async fn a_container_runtime_without_cdi_gets_mounts_and_environment() {
     let plugin =
         machine.plugin(node.dir(), &["--device-injection", "mounts", "--host-runtime-dir", "/run/on-host"]);
     kubelet.registration().await;
-    let list = plugin
-        .watch()
-        .await
-        .until("all are healthy", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     let container =
         plugin.allocate(&[&list[0].id, &list[10].id]).await.unwrap().container_responses.remove(0);
     assert_eq!(container.cdi_devices, []);
@@ -415,11 +391,7 @@ async fn requests_that_cannot_be_served_are_told_why() {
     let mut kubelet = Kubelet::start(&machine.device_plugins());
     let plugin = machine.plugin(node.dir(), &["--shares", "4"]);
     kubelet.registration().await;
-    let list = plugin
-        .watch()
-        .await
-        .until("all are healthy", |list| list.iter().all(|one| one.health == "Healthy"))
-        .await;
+    let list = plugin.all_healthy().await;
     assert_eq!(list.len(), 4);
     let first = list[0].id.clone();
     let beyond = first.replace("::0", "::4");

@@ -27,9 +27,9 @@ pub mod protocol {
 use crate::Error;
 use crate::inventory::Inventory;
 use crate::options::DevicePlugin as Options;
+use crate::runtime;
 use plugin::Plugin;
 use presence::Presence;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Serves until a signal ends it (SIGTERM, SIGINT), or prints and ends.
 ///
@@ -41,20 +41,12 @@ pub fn run(options: Options) -> Result<(), Error> {
     if let Some(format) = options.print {
         return print::print(inventory, &options, format);
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|cause| Error::System { what: "threads cannot be started", cause })?;
-    let done = runtime.block_on(serve(options, inventory));
-    // A call of NVML that hangs must not keep this process.
-    runtime.shutdown_background();
-    done
+    runtime::run(serve(options, inventory))
 }
 
 async fn serve(options: Options, inventory: Inventory) -> Result<(), Error> {
     // First, so that a signal that comes while NVML is asked ends the process as it should.
-    let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+    let stop = runtime::signals()?;
     let every = options.interval;
     let plugin = Plugin::new(options, inventory)?;
     // The kubelet, which connects at once, finds the list as it is.
@@ -63,13 +55,8 @@ async fn serve(options: Options, inventory: Inventory) -> Result<(), Error> {
     let result = tokio::select! {
         result = presence.keep(every) => result,
         () = plugin.watch() => Ok(()),
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        () = stop => Ok(()),
     };
     presence.leave();
     result
-}
-
-fn on(kind: SignalKind) -> Result<Signal, Error> {
-    signal(kind).map_err(|cause| Error::System { what: "signals cannot be waited for", cause })
 }

@@ -8,8 +8,6 @@
 //! | no socket of this plugin | it is made, and the plugin registers |
 //! | another plugin's socket in its place | nothing: during an upgrade the new plugin starts before the old one ends. It serves from now on |
 //! | the kubelet's socket is another one than at the registration | the plugin registers |
-//!
-//! A socket is made under another name and then moved into place, so that nobody finds it before it is listened on.
 
 use super::folder::Folder;
 use super::plugin::Plugin;
@@ -18,15 +16,14 @@ use super::protocol::device_plugin_server::DevicePluginServer;
 use super::protocol::registration_client::RegistrationClient;
 use crate::Error;
 use crate::cdi;
+use crate::error::chain;
 use crate::options::DeviceInjection;
+use crate::socket::{Found, Serving};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::net::UnixListener;
-use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Endpoint, Server};
 
 /// The version of the protocol.
@@ -38,29 +35,14 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Tells the kubelet's socket from the one that another kubelet has put in its place, perhaps in the same inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FileId {
-    file: Inode,
+    file: (u64, u64),
     changed: (i64, i64),
 }
-
-/// Tells the plugin's own socket from another's: no other has its inode while it is listened on.
-type Inode = (u64, u64);
 
 impl FileId {
     fn of(path: &Path) -> Option<Self> {
         let data = fs::symlink_metadata(path).ok()?;
         Some(Self { file: (data.dev(), data.ino()), changed: (data.ctime(), data.ctime_nsec()) })
-    }
-}
-
-/// A socket that is served.
-struct Serving {
-    socket: Inode,
-    server: JoinHandle<Result<(), tonic::transport::Error>>,
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        self.server.abort();
     }
 }
 
@@ -123,27 +105,21 @@ impl Presence {
     }
 
     async fn reconcile(&mut self) -> Result<(), Error> {
-        let found = self.found();
-        match (&self.serving, found) {
-            (_, None) => {
+        match self.found() {
+            Found::Served => {}
+            Found::Gone => {
                 tracing::warn!(socket = %self.socket.display(), "the socket is gone, as after a restart of the kubelet: it is made anew");
                 self.serve()?;
             }
-            (Some(serving), Some(found)) if serving.socket == found => {}
-            (Some(_), Some(_)) => {
-                tracing::warn!(socket = %self.socket.display(), "another plugin serves this socket now: this one steps back");
-                self.serving = None;
+            Found::Anothers => {
+                if self.serving.take().is_some() {
+                    tracing::warn!(socket = %self.socket.display(), "another plugin serves this socket now: this one steps back");
+                }
             }
-            (None, Some(_)) => {}
         }
         let Some(serving) = &mut self.serving else { return Ok(()) };
-        if serving.server.is_finished() {
-            let cause = match (&mut serving.server).await {
-                Ok(Ok(())) => "it was ended".into(),
-                Ok(Err(error)) => error.to_string(),
-                Err(error) => error.to_string(),
-            };
-            return Err(Error::Server { path: self.socket.clone(), cause });
+        if let Some(error) = serving.ended().await {
+            return Err(error);
         }
         match FileId::of(&self.kubelet) {
             Some(kubelet) if self.registered != Some(kubelet) => match self.register().await {
@@ -161,9 +137,13 @@ impl Presence {
         Ok(())
     }
 
-    /// The socket that is in this plugin's place.
-    fn found(&self) -> Option<Inode> {
-        FileId::of(&self.socket).map(|id| id.file)
+    /// How the socket is now. A plugin that has stepped back serves again when there is none.
+    fn found(&self) -> Found {
+        match &self.serving {
+            Some(serving) => serving.found(),
+            None if self.socket.symlink_metadata().is_ok() => Found::Anothers,
+            None => Found::Gone,
+        }
     }
 
     fn complain(&mut self, what: String) {
@@ -175,16 +155,9 @@ impl Presence {
 
     /// Makes the socket and serves it, in place of whatever was there.
     fn serve(&mut self) -> Result<(), Error> {
-        let fail = |cause| Error::file(&self.socket, "the socket cannot be made", cause);
-        let made = self.socket.with_extension(format!("{}.new", std::process::id()));
-        let _ = fs::remove_file(&made);
-        let listener = UnixListener::bind(&made).map_err(fail)?;
-        fs::rename(&made, &self.socket).map_err(fail)?;
-        let socket = self.found();
         let server = Server::builder().add_service(DevicePluginServer::new(self.plugin.clone()));
-        let server = tokio::spawn(server.serve_with_incoming(UnixListenerStream::new(listener)));
-        // One that has vanished again is found at the next look.
-        self.serving = socket.map(|socket| Serving { socket, server });
+        let serving = Serving::start(self.socket.clone(), |listener| server.serve_with_incoming(listener))?;
+        self.serving = Some(serving);
         self.registered = None;
         Ok(())
     }
@@ -215,16 +188,7 @@ impl Presence {
 
     /// Takes the socket away, if it is still this plugin's.
     pub fn leave(&mut self) {
-        let own = self.serving.take().is_some_and(|serving| self.found() == Some(serving.socket));
-        if own {
-            let _ = fs::remove_file(&self.socket);
-        }
+        self.serving = None;
         tracing::info!("ended; containers that run go on");
     }
-}
-
-/// An error with its causes: tonic's own say little.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -41,8 +41,11 @@ pub mod terms;
 
 use crate::Error;
 use crate::cdi;
+use crate::error::chain;
 use crate::inventory::{Gpu, Health, Inventory};
 use crate::options::Common;
+use crate::runtime;
+use crate::socket::Found;
 use k8s_openapi::api::resource::v1::{DeviceRequestAllocationResult, ResourceClaim};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::WatchStreamExt;
@@ -52,7 +55,6 @@ use kubelet::{Registrar, Services};
 use options::DraDriver as Options;
 use prepare::Preparer;
 use publisher::{Offer, Publisher, Timing};
-use sockets::{Found, Serving};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -75,33 +77,11 @@ const SOCKETS_EVERY: Duration = Duration::from_secs(1);
 pub fn run(options: Options) -> Result<(), Error> {
     let common = &options.common;
     let inventory = Inventory::open(&common.nvml, &common.runtime_dir, common.arbiter_grace)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .map_err(|cause| Error::System { what: "threads cannot be started", cause })?;
-    let done = runtime.block_on(async {
-        let stop = signals()?;
+    runtime::run(async {
+        let stop = runtime::signals()?;
         let client = client(&options).await?;
         let gpus = look_often(inventory, &options)?;
         serve(options, client, gpus, stop).await
-    });
-    // A call of NVML that hangs must not keep this process.
-    runtime.shutdown_background();
-    done
-}
-
-/// Ends when SIGTERM or SIGINT comes.
-fn signals() -> Result<impl Future<Output = ()>, Error> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let on =
-        |kind| signal(kind).map_err(|cause| Error::System { what: "signals cannot be waited for", cause });
-    let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
     })
 }
 
@@ -246,12 +226,12 @@ async fn keep_sockets(options: &Options, services: Services) -> Result<(), Error
             .add_service(kubelet::health_v1alpha1::dra_resource_health_server::DraResourceHealthServer::new(
                 services.clone(),
             ));
-        Serving::start(own.clone(), |listener| server.serve_with_incoming(listener))
+        sockets::start(own.clone(), |listener| server.serve_with_incoming(listener))
     };
     let serve_registration = || {
         let service = kubelet::registration::registration_server::RegistrationServer::new(registrar.clone());
         let server = Server::builder().add_service(service);
-        Serving::start(sockets::registration(dir, driver), |listener| server.serve_with_incoming(listener))
+        sockets::start(sockets::registration(dir, driver), |listener| server.serve_with_incoming(listener))
     };
     // The kubelet connects to the driver's own socket as soon as it finds the other.
     let mut own_socket = serve_own()?;
@@ -311,12 +291,6 @@ fn claims_of<'a>(
     let devices = allocation.and_then(|allocation| allocation.devices.as_ref());
     let results = devices.and_then(|devices| devices.results.as_deref()).unwrap_or_default();
     results.iter().filter(move |result| result.driver == driver)
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// An error of the API server, for people: its own sentence, and the right that is missing if that is what it says.

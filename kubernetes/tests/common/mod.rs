@@ -161,6 +161,12 @@ impl Plugin {
         Lists(self.client().await.list_and_watch(Empty {}).await.unwrap().into_inner())
     }
 
+    /// The list in which all virtual GPUs can be given away.
+    pub async fn all_healthy(&self) -> Vec<Device> {
+        let all = |list: &[Device]| list.iter().all(|one| one.health == "Healthy");
+        self.watch().await.until("all are healthy", all).await
+    }
+
     /// Which the plugin would choose of these.
     pub async fn preferred(&self, available: &BTreeSet<String>, size: i32) -> Vec<String> {
         let request = ContainerPreferredAllocationRequest {

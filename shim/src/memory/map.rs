@@ -562,12 +562,12 @@ impl Memory {
         self.index.unseen().filter_map(chunk).collect()
     }
 
-    /// Of [`Memory::unseen`], those that are to be evicted with fingerprints.
-    pub fn tried(&self) -> Vec<(CUdeviceptr, u64)> {
-        let tried = |(address, _): &_| {
+    /// Of these chunks, given by [`Memory::unseen`], those that are to be evicted with fingerprints.
+    pub fn tried(&self, unseen: &[(CUdeviceptr, u64)]) -> Vec<(CUdeviceptr, u64)> {
+        let tried = |(address, _): &&_| {
             self.chunk(*address).is_some_and(|(region, at)| region.chunks[at].constancy.is_tried())
         };
-        self.unseen().into_iter().filter(tried).collect()
+        unseen.iter().filter(tried).copied().collect()
     }
 
     /// Records what a scan of a chunk has found.

@@ -90,8 +90,16 @@ struct InFlight {
 enum Transfer {
     /// To the GPU; the host copy is kept or freed afterwards.
     In { handle: CUmemGenericAllocationHandle, overflow: bool, source: Option<HostCopy> },
-    /// To the host: of the granules in use, those of `changed`. The GPU memory is freed afterwards.
-    Out { handle: CUmemGenericAllocationHandle, target: HostCopy, changed: InUse, expected: Option<Expected> },
+    /// To the host; the GPU memory is freed afterwards.
+    Out { handle: CUmemGenericAllocationHandle, way: WayOut },
+}
+
+/// Into which copy a chunk leaves the GPU.
+struct WayOut {
+    target: HostCopy,
+    /// Of the granules in use, those that are copied into it. The others are in it already.
+    changed: InUse,
+    expected: Option<Expected>,
 }
 
 /// A copy that should not differ from the one under way, to find out whether fingerprints tell the truth.
@@ -265,7 +273,7 @@ impl Swap {
                 },
             ),
             Transfer::In { source: None, .. } => Ok(()),
-            Transfer::Out { target, changed, .. } => target.pieces_of(place.size, *changed).try_for_each(
+            Transfer::Out { way, .. } => way.target.pieces_of(place.size, way.changed).try_for_each(
                 // SAFETY: as above, and nobody else writes to it.
                 |(at, target, length)| unsafe {
                     driver.memcpy_dtoh_async(target, place.address + at, length as usize, self.stream)
@@ -297,9 +305,8 @@ impl Swap {
                 }
                 source.map_or(Backing::Absent, Backing::Evicted)
             }
-            Transfer::Out { handle, target, expected, .. } => {
-                self.device.host.free(target.memory);
-                self.free_copies(expected.map(|expected| expected.copy));
+            Transfer::Out { handle, way } => {
+                self.free_copies([way.target].into_iter().chain(way.expected.map(|expected| expected.copy)));
                 Backing::Device(handle)
             }
         };
@@ -331,7 +338,7 @@ impl Swap {
                     self.free_copies(source);
                 }
             },
-            Transfer::Out { handle, target, expected, .. } => {
+            Transfer::Out { handle, way: WayOut { target, expected, .. } } => {
                 if let Some(expected) = expected {
                     self.verify(&place, &target, expected);
                 }
@@ -700,8 +707,8 @@ impl Swap {
                 leaving += place.granules();
                 continue;
             }
-            let transfer = match self.way_out(handle, &place, seen, kept.zip(changed)) {
-                Ok(transfer) => transfer,
+            let way = match self.way_out(&place, seen, kept.zip(changed)) {
+                Ok(way) => way,
                 Err((error, kept)) => {
                     match kept {
                         Some(kept) => self.device.memory().settle_kept(place.address, handle, kept),
@@ -718,15 +725,13 @@ impl Swap {
             self.device.books.elided(place.size.saturating_sub(bytes));
             left = left.saturating_sub(place.granules());
             leaving += place.granules();
-            let Transfer::Out { target, changed, .. } = &transfer else { unreachable!("it goes out") };
-            let copied: u64 = target.pieces_of(place.size, *changed).map(|(.., length)| length).sum();
+            let copied: u64 = way.target.pieces_of(place.size, way.changed).map(|(.., length)| length).sum();
             *moved += copied;
             self.device.books.unchanged(bytes - copied);
-            match transfer {
-                Transfer::Out { handle, target, .. } if copied == 0 => {
-                    self.release_resident(&place, handle, Backing::Evicted(target));
-                }
-                transfer => self.launch(place, transfer)?,
+            if copied == 0 {
+                self.release_resident(&place, handle, Backing::Evicted(way.target));
+            } else {
+                self.launch(place, Transfer::Out { handle, way })?;
             }
         }
         refused.filter(|_| left > 0).map_or(Ok(()), Err)
@@ -739,17 +744,16 @@ impl Swap {
     /// There is no host memory. With the kept copy.
     fn way_out(
         &self,
-        handle: CUmemGenericAllocationHandle,
         place: &ChunkMapping,
         seen: Seen,
         kept: Option<(HostCopy, u32)>,
-    ) -> Result<Transfer, (HostPoolError, Option<HostCopy>)> {
+    ) -> Result<WayOut, (HostPoolError, Option<HostCopy>)> {
         let verifies = keep_copies() == KeepCopies::Verify;
         let Seen { in_use, fingerprints } = seen;
         let (kept, changed) = match kept {
             Some((kept, changed)) if !verifies => {
                 let (target, changed) = (HostCopy { fingerprints, ..kept }, InUse::Granules(changed));
-                return Ok(Transfer::Out { handle, target, changed, expected: None });
+                return Ok(WayOut { target, changed, expected: None });
             }
             Some((kept, changed)) => (Some(kept), changed),
             None => (None, u32::MAX),
@@ -758,7 +762,7 @@ impl Swap {
             Ok(memory) => {
                 let target = HostCopy { memory, in_use, fingerprints };
                 let expected = kept.map(|copy| Expected { copy, unchanged: !changed });
-                Ok(Transfer::Out { handle, target, changed: InUse::All, expected })
+                Ok(WayOut { target, changed: InUse::All, expected })
             }
             Err(error) => Err((error, kept)),
         }
@@ -769,12 +773,14 @@ impl Swap {
     fn scan_unseen(&mut self) -> Result<(), SwapError> {
         let (unseen, tried) = {
             let memory = self.device.memory();
-            (memory.unseen(), memory.tried())
+            let unseen = memory.unseen();
+            let tried = if keep_copies() == KeepCopies::Off { Vec::new() } else { memory.tried(&unseen) };
+            (unseen, tried)
         };
         if unseen.is_empty() {
             return Ok(());
         }
-        let keeps = keep_copies() != KeepCopies::Off && !tried.is_empty();
+        let keeps = !tried.is_empty();
         if keeps {
             // So that both kernels are compiled at the same time.
             self.fingerprints.begin(&self.device);

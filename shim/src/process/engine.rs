@@ -84,7 +84,8 @@ impl Submissions {
     fn look(&mut self, books: &Books<MappedPage>) {
         let entered = gate().entered();
         let new = entered.wrapping_sub(self.seen) & (u32::MAX >> 1);
-        // Half of what the counter can tell: then it counted too few beside a thread, and catches up.
+        // A difference of more than half of the counter's range means that this look counted fewer than the last one: threads were
+        // passing. The next look catches up.
         if new < u32::MAX / 4 {
             (self.seen, self.total) = (entered, self.total + u64::from(new));
             books.submitted(self.total, gate().held());

@@ -483,7 +483,7 @@ fn what_changes_each_time_is_left_alone_for_longer_and_longer() {
         (0..evictions)
             .map(|_| {
                 content += u64::from(changes);
-                let tried = !memory.tried().is_empty();
+                let tried = !memory.tried(&memory.unseen()).is_empty();
                 let seen = look(&[content + 1, content + 1]);
                 memory.saw(base, Seen { fingerprints: seen.fingerprints.filter(|_| tried), ..seen });
                 let outgoing = memory.next_resident(u64::MAX).unwrap();
