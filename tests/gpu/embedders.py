@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from harness import HERE, MIB, Arbiter, Competitor, Job, native_environment, program, report, say, simulated_gpu
+from harness import HERE, MIB, Arbiter, Competitor, Job, native_environment, program, report, say, simulated_gpu, started
 
 ROOT = HERE.parent.parent
 
@@ -53,8 +53,15 @@ class Example:
     def __init__(self, command, environment):
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [str(word) for word in command], env=native_environment() | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+            [str(word) for word in command],
+            env=native_environment() | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            start_new_session=True,
         )
+        started.add(self.process.pid)
 
     def finish(self):
         try:

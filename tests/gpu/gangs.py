@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 
-from harness import GIB, HERE, Arbiter, Watch, last_object, native_environment, report, say
+from harness import GIB, HERE, Arbiter, Watch, last_object, native_environment, report, say, started
 
 CAPACITY = "12GiB"
 
@@ -184,6 +184,7 @@ class Job:
             )
             for rank in range(count)
         ]
+        started.update(process.pid for process in self.processes)
 
     def wait_ready(self):
         for rank, process in enumerate(self.processes):

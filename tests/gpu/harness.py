@@ -1,6 +1,7 @@
 """What the programs for real GPUs share: a private arbiter, samples of its books, processes that may take only so
 long, jobs that are told what to do, and a competitor that always wants the GPU."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -22,6 +23,26 @@ GIB = 1 << 30
 
 # Processes that are stuck are ended with SIGABRT, for their stacks; nobody wants gigabytes of core with them.
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+# Process groups that were started here and may still run.
+started = set()
+
+
+@atexit.register
+def end_all_that_was_started():
+    for group in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+# Whoever ends one of these programs ends with it what it has started: it would go on computing beside the next one.
+def end_by_signal(*_):
+    end_all_that_was_started()
+    sys.exit(143)
+
+
+signal.signal(signal.SIGTERM, end_by_signal)
 
 
 def native_environment():
@@ -255,6 +276,7 @@ def threads_of(group):
 
 def end_group(process, stuck):
     """Ends a process and all that it started; those that are stuck say first where they are."""
+    started.discard(process.pid)
     signals = [(signal.SIGABRT, 3), (signal.SIGKILL, 10)] if stuck else [(signal.SIGKILL, 10)]
     for number, patience in signals:
         try:
@@ -280,6 +302,7 @@ def run(command, environment, timeout, cwd=None):
             start_new_session=True,
             cwd=cwd,
         )
+        started.add(process.pid)
         stuck = []
         try:
             process.wait(timeout)
@@ -307,6 +330,7 @@ class Job:
             text=True,
             start_new_session=True,
         )
+        started.add(self.process.pid)
         self.answers = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
 

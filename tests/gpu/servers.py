@@ -90,6 +90,8 @@ def one_run(name, arguments, arbiter, environment, link):
     role = [*program("servers.py"), "--role", "serve", f"--gib={arguments.gib}"]
     if name == "written":
         role.append(f"--every={arguments.every}")
+    if arguments.log and environment:
+        environment |= {"NVSHARE_LOG": "debug"}
     servers = []
     for number in range(1 if name == "in" else arguments.servers):
         servers.append(Job(role, environment, f"server {number + 1}"))
@@ -98,7 +100,9 @@ def one_run(name, arguments, arbiter, environment, link):
     # Each has had its turn, and its first eviction, which makes host memory.
     times, right = [], True
     before = moved() if arbiter else [0] * 3
-    for number in range(arguments.requests):
+    # To verify is to compare every byte on the host: a second for each request.
+    requests = arguments.requests // 3 if name == "verify" else arguments.requests
+    for number in range(requests):
         if number == 2 * len(servers):
             times, before = [], moved() if arbiter else [0] * 3
         server = servers[number % len(servers)]
@@ -107,12 +111,17 @@ def one_run(name, arguments, arbiter, environment, link):
         answer = server.answer(120)
         times.append(time.monotonic() - asked)
         right &= answer["right"]
+        if arguments.log:
+            say("request", server=number % len(servers) + 1, asked_ns=round(asked * 1e9), answered_ns=round((asked + times[-1]) * 1e9))
     after = moved() if arbiter else [0] * 3
     for server in servers:
         server.tell("")
         server.close()
         server.log.seek(0)
-        right &= "fingerprints" not in server.log.read()
+        said = server.log.read()
+        right &= "fingerprints" not in said
+        if arguments.log:
+            print("\n".join([server.name, *said.splitlines()[-40:]]))
     each = [(one - other) / len(times) / GIB for one, other in zip(after, before)]
     figures = dict(zip(("gib_in", "gib_out", "gib_unchanged"), each))
     figures |= {"p50_s": percentile(times, 50), "p99_s": percentile(times, 99), "in_place_s": setup["alone_s"]}
@@ -129,6 +138,7 @@ def main():
     parser.add_argument("--gib", type=float, default=12.65, help="weights of each server")
     parser.add_argument("--capacity", default="16GiB")
     parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--log", action="store_true", help="print when requests came, and the end of each server's log: what a request's time goes to")
     parser.add_argument("--every", type=int, default=0, help=argparse.SUPPRESS)
     runs = ["in", "off", "on", "verify", "written"]
     parser.add_argument("--only", nargs="*", choices=runs, default=runs)

@@ -148,6 +148,9 @@ class Test:
         done = turns(jobs, begun, ended)
         counts = [sum(one.pid == job.process.pid for one in done) for job in jobs]
         self.report.check(max(counts, default=0) - min(counts, default=0) <= 1 and min(counts, default=0) >= 1, "slices of each job while all wanted the GPU", counts, "the same for all, or one less")
+        if done and not self.machine.simulated:
+            numbers = {job.process.pid: number for number, job in enumerate(jobs, 1)}
+            self.report.note("slices in order, job: seconds: " + ", ".join(f"{numbers[one.pid]}: {one.ran:.2f}" for one in done if one.pid in numbers))
         return done
 
     def fair(self, done, jobs):

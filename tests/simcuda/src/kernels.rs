@@ -37,6 +37,7 @@ enum Body {
     FillU32,
     IotaU64,
     MixU64,
+    AffineU64,
     AddF32,
     ChecksumU64,
     NonzeroU64,
@@ -46,7 +47,7 @@ enum Body {
 }
 
 /// All kernels.
-pub static KERNELS: [Kernel; 12] = [
+pub static KERNELS: [Kernel; 13] = [
     Kernel { name: "nvshare_null", parameters: &[], body: Body::Null },
     Kernel { name: "nvshare_spin", parameters: &[8], body: Body::Spin },
     // An iteration takes a nanosecond.
@@ -54,6 +55,7 @@ pub static KERNELS: [Kernel; 12] = [
     Kernel { name: "nvshare_fill_u32", parameters: &[8, 8, 4], body: Body::FillU32 },
     Kernel { name: "nvshare_iota_u64", parameters: &[8, 8, 8], body: Body::IotaU64 },
     Kernel { name: "nvshare_mix_u64", parameters: &[8, 8, 8], body: Body::MixU64 },
+    Kernel { name: "nvshare_affine_u64", parameters: &[8, 8, 8], body: Body::AffineU64 },
     Kernel { name: "nvshare_add_f32", parameters: &[8, 8, 8, 8], body: Body::AddF32 },
     Kernel { name: "nvshare_checksum_u64", parameters: &[8, 8, 8], body: Body::ChecksumU64 },
     Kernel { name: "nvshare_nonzero_u64", parameters: &[8, 8, 8], body: Body::NonzeroU64 },
@@ -145,7 +147,7 @@ impl Launch {
             | Body::ZeroGranules
             | Body::Fingerprints => (vec![], 0, None),
             Body::FillU32 => (vec![array(a, 4, true)], b, None),
-            Body::IotaU64 | Body::MixU64 => (vec![array(a, 8, true)], b, None),
+            Body::IotaU64 | Body::MixU64 | Body::AffineU64 => (vec![array(a, 8, true)], b, None),
             Body::AddF32 => (vec![array(a, 4, true), array(b, 4, false), array(c, 4, false)], d, None),
             Body::ChecksumU64 | Body::NonzeroU64 => (vec![array(b, 8, false)], c, Some(a)),
         }
@@ -221,6 +223,9 @@ impl Launch {
                     Body::MixU64 => {
                         let x: u64 = load(at[0], i);
                         store(at[0], i, x.rotate_left(13).wrapping_mul(GOLDEN).wrapping_add(argument));
+                    }
+                    Body::AffineU64 => {
+                        store(at[0], i, load::<u64>(at[0], i).wrapping_mul(GOLDEN).wrapping_add(argument));
                     }
                     Body::AddF32 => store(at[0], i, load::<f32>(at[1], i) + load::<f32>(at[2], i)),
                     Body::ChecksumU64 => {

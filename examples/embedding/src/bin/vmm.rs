@@ -15,7 +15,8 @@ use nvshare::client::Runtime;
 use nvshare::map::MappedPage;
 use nvshare::page::Direction;
 use nvshare::{Books, Fill, GRANULE, GpuUuid, Granules, Session};
-use nvshare_embedding_examples::{Common, data, ended, input_has_ended};
+use nvshare_embedding_examples::data::{self, Steps};
+use nvshare_embedding_examples::{Common, ended, input_has_ended};
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -191,7 +192,7 @@ impl Runtime for Moves {
 
 /// The kernel and its stream.
 struct Work {
-    mix: CudaFunction,
+    affine: CudaFunction,
     stream: Arc<CudaStream>,
 }
 
@@ -203,24 +204,18 @@ impl Work {
             let address = memory.address(chunk);
             // SAFETY: the kernel takes an address, a number of words that are there, and a number.
             unsafe {
-                self.stream.launch_builder(&self.mix).arg(&address).arg(&words).arg(&step).launch(grid)?
+                self.stream.launch_builder(&self.affine).arg(&address).arg(&words).arg(&step).launch(grid)?
             };
         }
         self.stream.synchronize()
     }
 }
 
-/// What the kernel makes of a word, so often.
-fn mixed(word: u64, steps: u64) -> u64 {
-    let mix = |word: u64, step| word.rotate_left(13).wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(step);
-    (0..steps).fold(word, mix)
-}
-
 fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     // The context first: what the process has on the GPU when it registers is its context.
     let context = CudaContext::new(options.ordinal)?;
     let module = context.load_module(Ptx::from_src(include_str!("../../../../tests/simcuda/kernels.ptx")))?;
-    let work = Work { mix: module.load_function("nvshare_mix_u64")?, stream: context.new_stream()? };
+    let work = Work { affine: module.load_function("nvshare_affine_u64")?, stream: context.new_stream()? };
     let uuid = result::device::get_uuid(context.cu_device())?;
     let client = options.common.register("vmm", Some(GpuUuid(uuid.bytes.map(|byte| byte as u8))))?;
 
@@ -230,12 +225,12 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
     session.grow(chunks, || ())?;
     println!("client in slot {} of {}", session.books().slot().get(), session.books().page().gpu());
 
-    let (stop, mut steps) = (input_has_ended(), 0);
+    let (stop, mut steps) = (input_has_ended(), Steps::default());
     while !stop.load(Ordering::Relaxed) {
         let pass = session.enter()?;
         while !pass.should_yield() && !stop.load(Ordering::Relaxed) {
-            work.step(&memory, chunks as usize, steps)?;
-            steps += 1;
+            work.step(&memory, chunks as usize, steps.count)?;
+            steps.step();
         }
     }
 
@@ -244,12 +239,9 @@ fn run(options: &Options) -> Result<(), Box<dyn Error>> {
         let mut found = vec![0; data::WORDS];
         // SAFETY: the chunk is mapped, because there is a pass, and nothing else is in flight.
         unsafe { result::memcpy_dtoh_sync(&mut found, memory.address(chunk))? };
-        let expected = data::first(options.common.seed, chunk).map(|word| mixed(word, steps));
-        if let Some(at) = found.iter().zip(expected).position(|(found, expected)| *found != expected) {
-            return Err(format!("word {at} of chunk {chunk} is wrong after {steps} steps").into());
-        }
+        steps.check(options.common.seed, chunk, &found)?;
     }
-    println!("right after {steps} steps");
+    println!("right after {} steps", steps.count);
     drop((pass, memory));
     session.close()?;
     Ok(())
