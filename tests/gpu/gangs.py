@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from harness import GIB, HERE, Arbiter, Watch, last_object, native_environment, report, say, started
@@ -186,13 +187,17 @@ class Job:
         ]
         started.update(process.pid for process in self.processes)
 
-    def wait_ready(self):
+    def wait_ready(self, timeout):
+        """Waits until each rank has said a line. A rank that does not within `timeout` seconds is ended."""
+        watch = threading.Timer(timeout, self.end)
+        watch.start()
         for rank, process in enumerate(self.processes):
             for line in process.stdout:
                 if line.startswith("{"):
                     break
             else:
-                raise RuntimeError(f"rank {rank} ended before it was ready: {self.said(rank)}")
+                raise RuntimeError(f"rank {rank} ended before it was ready, or was not ready after {timeout} s: {self.said(rank)}")
+        watch.cancel()
 
     def go(self):
         for process in self.processes:
@@ -226,7 +231,7 @@ def at_once(jobs, timeout):
     """Runs jobs from the moment when all are ready. The results of each."""
     try:
         for job in jobs:
-            job.wait_ready()
+            job.wait_ready(timeout)
         for job in jobs:
             job.go()
         return [job.finish(timeout) for job in jobs]
@@ -286,7 +291,16 @@ class Machine:
         one_after_another = sum(self.alone(kind)[0] for kind in kinds)
         wanted = self.alone("rank")[1]
         with Arbiter(self.binaries, CAPACITY) as arbiter, Watch(arbiter) as watch:
-            results = at_once([self.start(kind, arbiter.environment()) for kind in kinds], self.timeout)
+            jobs = [self.start(kind, arbiter.environment()) for kind in kinds]
+            try:
+                results = at_once(jobs, self.timeout)
+            except RuntimeError:
+                # For whoever looks for the reason: how all stood at the end, and what each rank said.
+                for at, gpus in watch.samples[-40::13]:
+                    say("stood", at=at, clients=[client for gpu in gpus for client in gpu["clients"]])
+                for job in jobs:
+                    print("\n".join(job.said(rank, 20_000) for rank in range(len(job.processes))))
+                raise
         clients = list(watch.last(NAME).values())
         factor, pause = span(results) / one_after_another, longest_pause(results)
         retries = sum(client["drain_retries"] for client in clients)
@@ -317,7 +331,7 @@ def a_rank_dies(machine):
         first, second = (machine.start("rank", arbiter.environment()) for _ in range(2))
         try:
             for job in (first, second):
-                job.wait_ready()
+                job.wait_ready(machine.timeout)
             for job in (first, second):
                 job.go()
             time.sleep(machine.alone("rank")[0] / 4)

@@ -102,6 +102,21 @@ impl HostCopy {
 }
 
 impl HostCopy {
+    /// Whether both hold the same bytes in `some` of their granules in use, which are the same granules in both. `size`: of the chunk,
+    /// in bytes.
+    ///
+    /// # Safety
+    /// Nothing writes to either meanwhile.
+    pub unsafe fn holds_the_same(&self, other: &Self, size: u64, some: InUse) -> bool {
+        // SAFETY: pieces of the copies' own memory, and as the caller has promised.
+        let bytes = |copy: &Self| {
+            let pieces = copy.pieces_of(size, some);
+            pieces.map(|(_, at, length)| unsafe { std::slice::from_raw_parts(at, length as usize) }).collect()
+        };
+        let (ours, theirs): (Vec<&[u8]>, Vec<&[u8]>) = (bytes(self), bytes(other));
+        same_bytes(ours, theirs)
+    }
+
     /// Of a chunk with so many granules in which scans have found this, the granules in use that differ from the copy, one bit for
     /// each. `None` if that is not known, or if other granules are in use than in the copy, which then has no place for them.
     pub fn changed(&self, seen: &Seen, granules: Granules) -> Option<u32> {
@@ -140,6 +155,31 @@ impl HostCopy {
                 [copy(head, before, self.fingerprints), copy(tail, after, of_the_rest)]
             }
         }
+    }
+}
+
+/// Whether two sequences of pieces hold the same bytes, wherever each piece begins and ends.
+fn same_bytes(ours: Vec<&[u8]>, theirs: Vec<&[u8]>) -> bool {
+    let (mut ours, mut theirs) = (ours.into_iter(), theirs.into_iter());
+    let (mut one, mut other): (&[u8], &[u8]) = (&[], &[]);
+    loop {
+        while one.is_empty() {
+            match ours.next() {
+                Some(piece) => one = piece,
+                None => return other.is_empty() && theirs.all(<[u8]>::is_empty),
+            }
+        }
+        while other.is_empty() {
+            match theirs.next() {
+                Some(piece) => other = piece,
+                None => return false,
+            }
+        }
+        let length = one.len().min(other.len());
+        if one[..length] != other[..length] {
+            return false;
+        }
+        (one, other) = (&one[length..], &other[length..]);
     }
 }
 
@@ -492,4 +532,34 @@ pub fn present(region: &Region) -> impl Iterator<Item = (u64, u64, CUmemGenericA
         }
         _ => None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::same_bytes;
+    use proptest::prelude::*;
+
+    fn cut<'a>(bytes: &'a [u8], mut ends: Vec<usize>) -> Vec<&'a [u8]> {
+        ends.iter_mut().for_each(|end| *end %= bytes.len() + 1);
+        ends.extend([0, bytes.len()]);
+        ends.sort_unstable();
+        ends.windows(2).map(|two| &bytes[two[0]..two[1]]).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_compared_wherever_they_begin(
+            bytes in prop::collection::vec(any::<u8>(), 1..200),
+            ours in prop::collection::vec(any::<usize>(), 0..8),
+            theirs in prop::collection::vec(any::<usize>(), 0..8),
+            at in any::<prop::sample::Index>(),
+        ) {
+            prop_assert!(same_bytes(cut(&bytes, ours.clone()), cut(&bytes, theirs.clone())));
+            let mut other = bytes.clone();
+            *at.get_mut(&mut other) ^= 1;
+            prop_assert!(!same_bytes(cut(&bytes, ours.clone()), cut(&other, theirs.clone())));
+            prop_assert!(!same_bytes(cut(&bytes, ours.clone()), cut(&bytes[..bytes.len() - 1], theirs.clone())));
+            prop_assert!(!same_bytes(cut(&bytes[..bytes.len() - 1], ours), cut(&bytes, theirs)));
+        }
+    }
 }

@@ -363,15 +363,8 @@ impl Swap {
     /// Compares what has just been copied with the copy that was there before.
     fn verify(&self, place: &ChunkMapping, target: &HostCopy, expected: Expected) {
         let unchanged = InUse::Granules(expected.unchanged);
-        // Both have the same granules in use, and each granule may lie in several pieces.
-        let bytes = |copy: &HostCopy| -> Vec<u8> {
-            // SAFETY: the copy's own memory, which nothing writes to now.
-            let piece = |(_, at, length): (u64, *mut u8, u64)| unsafe {
-                std::slice::from_raw_parts(at, length as usize)
-            };
-            copy.pieces_of(place.size, unchanged).flat_map(piece).copied().collect()
-        };
-        if bytes(target) != bytes(&expected.copy) {
+        // SAFETY: the copy into `target` is done, and nothing else writes to either.
+        if !unsafe { target.holds_the_same(&expected.copy, place.size, unchanged) } {
             tracing::error!(
                 gpu = %self.device.gpu,
                 "memory at {:#x} has changed and its fingerprints have not: do not use NVSHARE_KEEP_COPIES=on on this GPU, and report this as a bug in nvshare",
