@@ -143,10 +143,10 @@ impl Settings {
                 get("NVSHARE_KEEP_COPIES"),
                 "NVSHARE_KEEP_COPIES",
                 "write on to keep copies in host memory, so that what has not changed is not copied again, off, or verify to compare it",
-                KeepCopies::Off,
+                KeepCopies::On,
                 |text| match text {
-                    "" | "off" | "0" => Some(KeepCopies::Off),
-                    "on" | "1" => Some(KeepCopies::On),
+                    "" | "on" | "1" => Some(KeepCopies::On),
+                    "off" | "0" => Some(KeepCopies::Off),
                     "verify" => Some(KeepCopies::Verify),
                     _ => None,
                 },

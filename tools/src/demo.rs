@@ -1,5 +1,5 @@
-//! `nvshare demo`: several jobs, each of which needs most of the GPU, in three ways: one after another, together under
-//! nvshare, and together in Unified Memory.
+//! `nvshare demo`: several jobs, each of which needs most of the GPU, in four ways: one after another, together under
+//! nvshare, the same with jobs that only read their memory, and together in Unified Memory.
 //!
 //! The simulated GPU is the field report's T4 at a hundredth of its size and of its rates, in half its time:
 //!
@@ -71,6 +71,10 @@ const LINK_BANDWIDTH: u64 = 240_000_000;
 const UM_BANDWIDTH: u64 = 168_000_000;
 const NEVER_SLOW: u64 = 1 << 40;
 
+/// Two of the ways.
+const TOGETHER: &str = "together, nvshare";
+const READING: &str = "reading, nvshare";
+
 /// Unified Memory would take all day: it gets this long, and the rest is reckoned from its rate.
 const UM_SECONDS: f64 = 15.0;
 
@@ -92,6 +96,8 @@ struct Way {
     reckoned: bool,
     /// Times that the GPU changed hands; `None` where nothing counts them.
     switches: Option<u64>,
+    /// Bytes that were copied out of the GPU; `None` where nothing counts them.
+    out: Option<u64>,
     right: usize,
     jobs: usize,
     /// Time in which a job iterated, on average, s.
@@ -117,9 +123,10 @@ pub fn run(options: &Options) -> Result<(), Failure> {
     crew::clean_up_when_interrupted();
     stage.introduce();
     let native = stage.one_after_another()?;
-    let (shared, switch) = stage.shared()?;
+    let (shared, switch) = stage.shared(TOGETHER, false)?;
+    let (reading, _) = stage.shared(READING, true)?;
     let managed = if options.gpu { None } else { Some(stage.managed()?) };
-    let ways: Vec<Way> = [Some(native), Some(shared), managed].into_iter().flatten().collect();
+    let ways: Vec<Way> = [Some(native), Some(shared), Some(reading), managed].into_iter().flatten().collect();
     stage.conclude(&ways, switch);
     match ways.iter().find(|way| way.right < way.jobs) {
         Some(way) => Err(Failure::with_status(1, format!("{}: wrong results", way.name))),
@@ -167,6 +174,7 @@ impl Stage {
             devices: vec![0],
             seed: 1,
             managed: false,
+            read_only: false,
             seconds: None,
             controlled: false,
         };
@@ -225,24 +233,25 @@ impl Stage {
         }
         let seconds = began.elapsed().as_secs_f64();
         view.close();
-        Ok(Way { name, seconds, reckoned: false, switches: Some(0), right, jobs: self.jobs, work })
+        let none = Some(0);
+        Ok(Way { name, seconds, reckoned: false, switches: none, out: none, right, jobs: self.jobs, work })
     }
 
     /// Also gives how long a switch takes, s; 0 where no page says how fast the link is.
-    fn shared(&self) -> Result<(Way, f64), Failure> {
-        let name = "together, nvshare";
+    fn shared(&self, name: &'static str, read_only: bool) -> Result<(Way, f64), Failure> {
         let arguments = ["--capacity".to_owned(), self.capacity.to_string()];
         let node = Node::start(self.environment(&[]), &arguments)?;
-        let jobs: Vec<Job> = (0..self.jobs).map(|index| self.job(index)).collect();
+        let jobs: Vec<Job> = (0..self.jobs).map(|index| Job { read_only, ..self.job(index) }).collect();
         let view = self.view(name);
         let began = Instant::now();
         let mut looks = Looks::default();
         let ended = play(&jobs, &node.environment(), &view, 0, &mut || looks.look(node.dir()))?;
         let seconds = began.elapsed().as_secs_f64();
         view.close();
-        let switches = Some(looks.switches());
+        let (switches, out) = (Some(looks.switches()), Some(looks.out()));
         let work = ended.work / self.jobs as f64;
-        let way = Way { name, seconds, reckoned: false, switches, right: ended.right, jobs: self.jobs, work };
+        let way =
+            Way { name, seconds, reckoned: false, switches, out, right: ended.right, jobs: self.jobs, work };
         Ok((way, if looks.bandwidth == 0 { 0.0 } else { self.job.size as f64 / looks.bandwidth as f64 }))
     }
 
@@ -260,13 +269,14 @@ impl Stage {
         let reckoned = ended.iterations < self.job.iterations * self.jobs as u64;
         let seconds = if reckoned { elapsed * wanted / ended.iterations.max(1) as f64 } else { elapsed };
         let work = ended.work / self.jobs as f64;
-        Ok(Way { name, seconds, reckoned, switches: None, right: ended.right, jobs: self.jobs, work })
+        let (switches, out) = (None, None);
+        Ok(Way { name, seconds, reckoned, switches, out, right: ended.right, jobs: self.jobs, work })
     }
 
     fn conclude(&self, ways: &[Way], switch: f64) {
         let (alone, work) = ways.first().map_or((1.0, 1.0), |way| (way.seconds, way.work));
-        let columns =
-            [words(""), figures("total"), figures("slowdown"), figures("switches"), figures("results")];
+        let columns = ["total", "slowdown", "switches", "copied out", "results"].map(figures);
+        let columns: Vec<_> = std::iter::once(words("")).chain(columns).collect();
         let cells = |way: &Way| {
             let about = if way.reckoned { "~ " } else { "" };
             vec![
@@ -274,6 +284,7 @@ impl Stage {
                 format!("{about}{}", time(way.seconds)),
                 format!("{about}{} x", significant(way.seconds / alone)),
                 way.switches.map_or("-".into(), |switches| switches.to_string()),
+                way.out.map_or("-".into(), format_size),
                 if way.right == way.jobs {
                     "right".into()
                 } else {
@@ -284,6 +295,9 @@ impl Stage {
         let rows: Vec<Vec<String>> = ways.iter().map(cells).collect();
         say!("\n{}", layout::table(&columns, &rows, presets::UTF8_HORIZONTAL_ONLY, self.width));
         self.tell("slowdown: the total against one after another.");
+        self.tell(&format!(
+            "{READING}: the jobs only read what they have, as servers do with weights. It is copied out once; when it leaves the GPU again, nothing of it has changed, and it needs no copy."
+        ));
         if let Some(short) = too_short(work, switch, alone / self.jobs as f64) {
             self.tell(&short);
         }
@@ -374,6 +388,8 @@ fn play(
 struct Looks {
     /// How often each client has given way.
     yields: HashMap<u32, u64>,
+    /// What each client has copied out, bytes.
+    out: HashMap<u32, u64>,
     /// Into the GPU, as measured last, bytes a second.
     bandwidth: u64,
 }
@@ -385,12 +401,18 @@ impl Looks {
             for client in gpu.clients {
                 let yields = self.yields.entry(client.pid).or_default();
                 *yields = client.yields.max(*yields);
+                let out = self.out.entry(client.pid).or_default();
+                *out = client.bytes_out.max(*out);
             }
         }
     }
 
     fn switches(&self) -> u64 {
         self.yields.values().sum()
+    }
+
+    fn out(&self) -> u64 {
+        self.out.values().sum()
     }
 }
 

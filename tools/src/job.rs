@@ -1,7 +1,7 @@
 //! A job: the program that the bench, the demo and the tests run on the GPU, alone or beside others.
 //!
 //! It fills a few buffers with a pattern, walks over all of them again and again (each iteration mixes every word of
-//! every buffer), and takes a checksum of each at the end. What the checksum must be is computed on the CPU to the last
+//! every buffer, or with `--read-only` reads it), and takes a checksum of each at the end. What the checksum must be is computed on the CPU to the last
 //! bit, so memory that was lost, mixed up between processes or granules, or moved while a kernel used it is seen.
 //!
 //! On several GPUs it has a part of its buffers on each, and each iteration walks over all of them.
@@ -47,6 +47,9 @@ pub struct Job {
     /// Use Unified Memory, which the driver pages on demand
     #[arg(long)]
     pub managed: bool,
+    /// Read all of them, and change none, as a server does with its weights
+    #[arg(long)]
+    pub read_only: bool,
     /// End after so many seconds of iterations, if they are not done
     #[arg(long)]
     pub seconds: Option<f64>,
@@ -107,6 +110,9 @@ impl Job {
         if self.managed {
             arguments.push("--managed".into());
         }
+        if self.read_only {
+            arguments.push("--read-only".into());
+        }
         if let Some(seconds) = self.seconds {
             arguments.push(format!("--seconds={seconds}"));
         }
@@ -142,7 +148,8 @@ impl Job {
         // The others need the room more than the arithmetic below does.
         drop(places);
         let words = self.buffer_bytes() / 8;
-        let wrong = |(buffer, sum): &(u64, u64)| expected(words, self.seed_of(*buffer), iterations) != *sum;
+        let mixes = if self.read_only { 0 } else { iterations };
+        let wrong = |(buffer, sum): &(u64, u64)| expected(words, self.seed_of(*buffer), mixes) != *sum;
         let mut wrong_buffers: Vec<_> = sums.into_iter().filter(wrong).map(|(buffer, _)| buffer).collect();
         wrong_buffers.sort_unstable();
         let outcome = Outcome { iterations, seconds, right: wrong_buffers.is_empty(), wrong_buffers };
@@ -220,7 +227,7 @@ impl Job {
                 say(Event::Progress { done: begun - ahead.len() as u64 });
             }
             for (station, event) in stations.iter().zip(&events) {
-                station.mix(words, begun, *event)?;
+                station.walk(words, (!self.read_only).then_some(begun), *event)?;
             }
             ahead.push_back(events);
             begun += 1;
@@ -266,11 +273,14 @@ impl Station<'_> {
         self.gpu.event()
     }
 
-    /// One iteration, and an event at its end.
-    fn mix(&self, words: u64, iteration: u64, event: Handle) -> Result {
+    /// One iteration, and an event at its end. `mixes`: its number, if it changes what it walks over.
+    fn walk(&self, words: u64, mixes: Option<u64>, event: Handle) -> Result {
         self.gpu.make_current()?;
         for (_, pointer) in &self.buffers {
-            self.kernels.mix(*pointer, words, iteration, self.stream)?;
+            match mixes {
+                Some(iteration) => self.kernels.mix(*pointer, words, iteration, self.stream)?,
+                None => self.kernels.checksum(self.out, *pointer, words, self.stream)?,
+            }
         }
         self.gpu.record(event, self.stream)
     }

@@ -311,6 +311,34 @@ fn forecasts_that_are_wrong_move_little() {
     assert!(bytes <= 12 << 30, "{bytes} B for a step");
 }
 
+/// Memory that never changes is copied out the first time that it is evicted; of memory of which half changes, half goes out later.
+#[test]
+fn what_never_changes_is_copied_out_once() {
+    let run = |unchanged: &str| {
+        let jobs: String =
+            ["a", "b"].map(|name| job(name, 40, 300, &format!("unchanged = {unchanged}"))).concat();
+        let extra = "[policy]\nquantum = \"500ms\"";
+        report(&Scenario::parse(&small(extra, &jobs)).unwrap_or_else(|error| panic!("{error}")), 1)
+    };
+    let (changing, half, reading) = (run("0"), run("0.5"), run("1"));
+    assert_eq!(changing.bytes_unchanged, 0);
+    assert!(changing.bytes_out > 100 << 20, "{} bytes", changing.bytes_out);
+    assert!((1..=80 << 20).contains(&reading.bytes_out), "{} bytes", reading.bytes_out);
+    for report in [&changing, &half, &reading] {
+        assert_eq!(
+            report.bytes_out + report.bytes_unchanged,
+            report.bytes_in,
+            "what leaves is what comes back"
+        );
+    }
+    assert!(reading.bytes_out < half.bytes_out && half.bytes_out < changing.bytes_out);
+    assert!(reading.seconds <= changing.seconds);
+    for wrong in ["1.1", "-0.1"] {
+        let text = small("", &job("a", 8, 1, &format!("unchanged = {wrong}")));
+        assert!(Scenario::parse(&text).unwrap_err().contains("unchanged"));
+    }
+}
+
 /// 100 iterations of 10 ms and a pause of 30 ms after every tenth but the last: 1.27 s, which alone is no slowdown.
 #[test]
 fn a_batch_job_pauses_after_so_many_iterations() {

@@ -83,6 +83,7 @@ impl Jobs {
             iterations: u64::MAX,
             seed,
             managed: false,
+            read_only: false,
             seconds: None,
             controlled: true,
         };

@@ -183,6 +183,7 @@ fn job(seed: u64, size: u64, devices: &[i32], iterations: u64) -> Job {
         iterations,
         seed,
         managed: false,
+        read_only: false,
         seconds: None,
         controlled: iterations == u64::MAX,
     }

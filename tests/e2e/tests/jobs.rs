@@ -18,6 +18,7 @@ fn job(seed: u64, iterations: u64) -> Job {
         iterations,
         seed,
         managed: false,
+        read_only: false,
         seconds: None,
         controlled: false,
     }

@@ -36,6 +36,7 @@ fn job(seed: u64, devices: &[i32], iterations: u64) -> Job {
         iterations,
         seed,
         managed: false,
+        read_only: false,
         seconds: None,
         controlled: false,
     }

@@ -21,6 +21,7 @@ fn two_take_turns(node: &Node) {
         iterations: 60,
         seed,
         managed: false,
+        read_only: false,
         seconds: None,
         controlled: false,
     };

@@ -76,6 +76,42 @@ fn of_what_is_written_only_the_granules_go_out_that_were_written() {
     balances(&node);
 }
 
+/// There are more chunks than the GPU looks at before the first of them leave.
+#[test]
+fn of_many_chunks_those_leave_with_a_copy_that_have_changed() {
+    let gpu = quick_gpu();
+    let node = node(&gpu);
+    let (mut writer, first) = keeping(&node, "on", 1);
+    writer.does(&format!("free {first}"));
+    let chunks: Vec<u64> = (0..20).map(|_| writer.alloc(GRANULE)).collect();
+    let mut seeds: Vec<u64> = (1..=20).collect();
+    for (chunk, seed) in chunks.iter().zip(&seeds) {
+        writer.writes(*chunk, GRANULE, *seed);
+    }
+    let mut other = Competitor::start(&node);
+    other.takes_all(&node, &writer);
+    for changed in [vec![], vec![3], vec![18], (0..20).collect(), vec![0, 19]] {
+        let before = moved(&node, &writer);
+        for at in &changed {
+            seeds[*at] += 100;
+            writer.writes(chunks[*at], GRANULE, seeds[*at]);
+        }
+        for (chunk, seed) in chunks.iter().zip(&seeds) {
+            writer.sees(*chunk, GRANULE, *seed);
+        }
+        other.takes_all(&node, &writer);
+        let after = moved(&node, &writer);
+        let (out, all) = (changed.len() as u64 * GRANULE, 20 * GRANULE);
+        assert_eq!([0, 1, 2].map(|at| after[at] - before[at]), [out, all - out, all], "{changed:?}");
+    }
+    for (chunk, seed) in chunks.iter().zip(&seeds) {
+        writer.sees(*chunk, GRANULE, *seed);
+    }
+    other.ends();
+    writer.ends_well();
+    balances(&node);
+}
+
 #[test]
 fn what_changes_each_time_is_copied_each_time_and_soon_keeps_no_copies() {
     let gpu = quick_gpu();

@@ -197,6 +197,7 @@ pub fn really(options: &Options) -> Result<(Run, Nanos), Failure> {
         iterations: options.iterations.into(),
         seed,
         managed: false,
+        read_only: false,
         seconds: None,
         controlled: true,
     };

@@ -32,6 +32,9 @@ pub struct Options {
     /// Memory of each of the two processes, such as 12GiB [default: 120MiB, 12GiB with --gpu]
     #[arg(long, value_name = "SIZE", value_parser = crate::size)]
     size: Option<u64>,
+    /// The two only read their memory, as servers do with weights: what leaves the GPU needs no copy after the first time
+    #[arg(long)]
+    read_only: bool,
     /// How many switches are measured; 1 to 100000
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     iterations: u32,
@@ -67,6 +70,7 @@ const WARM_UP: usize = 2;
 struct Plan {
     capacity: u64,
     size: u64,
+    read_only: bool,
     switches: usize,
 }
 
@@ -96,7 +100,7 @@ impl Plan {
                 format_size(capacity.saturating_sub(GRANULE + contexts) / GRANULE * GRANULE)
             )));
         }
-        Ok(Self { capacity, size, switches: options.iterations as usize })
+        Ok(Self { capacity, size, read_only: options.read_only, switches: options.iterations as usize })
     }
 }
 
@@ -214,6 +218,7 @@ fn forced(node: &Node, plan: &Plan) -> Result<Vec<Switch>, Failure> {
         iterations: u64::MAX,
         seed,
         managed: false,
+        read_only: plan.read_only,
         seconds: None,
         controlled: true,
     };
@@ -330,6 +335,7 @@ mod tests {
             gpu: false,
             capacity: Some(crate::size(capacity).unwrap()),
             size: Some(crate::size(size).unwrap()),
+            read_only: false,
             iterations: 1,
         })
     }

@@ -29,6 +29,8 @@ pub struct Job {
     pub priority: Priority,
     pub compute_limit: ComputeLimit,
     pub iteration: Nanos,
+    /// The part of its memory that never changes.
+    pub unchanged: f64,
     pub in_flight: u64,
     pub buffers: usize,
     pub walks: Arc<Vec<Vec<usize>>>,

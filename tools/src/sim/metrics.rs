@@ -34,6 +34,8 @@ pub struct ClientMetrics {
     pub yields: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
+    /// Bytes that left the GPU without a copy, because the host had them already.
+    pub bytes_unchanged: u64,
     /// What it did when, if somebody wants to see it.
     pub segments: Option<Vec<Segment>>,
     state: (State, Nanos),
@@ -60,6 +62,7 @@ impl ClientMetrics {
             yields: 0,
             bytes_in: 0,
             bytes_out: 0,
+            bytes_unchanged: 0,
             segments: record.then(Vec::new),
             state: (State::Idle, now),
         }

@@ -31,6 +31,8 @@ pub struct Report {
     pub bytes_in: u64,
     /// Bytes copied from GPUs.
     pub bytes_out: u64,
+    /// Bytes that left GPUs without a copy, because the host had them already.
+    pub bytes_unchanged: u64,
     /// Clients for whom there was no place to the end.
     pub unplaced: u64,
     /// Times that the clock jumped.
@@ -169,6 +171,8 @@ pub struct Row {
     pub bytes_in: u64,
     /// Bytes copied from it.
     pub bytes_out: u64,
+    /// Bytes that left it without a copy, because the host had them already.
+    pub bytes_unchanged: u64,
     /// Time that answers took, against alone.
     pub slowdown: f64,
     /// When the last one was done, s.
@@ -242,6 +246,7 @@ impl Report {
             switches: all.iter().map(|tally| tally.yields).sum(),
             bytes_in: all.iter().map(|tally| tally.bytes_in).sum(),
             bytes_out: all.iter().map(|tally| tally.bytes_out).sum(),
+            bytes_unchanged: all.iter().map(|tally| tally.bytes_unchanged).sum(),
             unplaced: outcome.unplaced,
             events: outcome.events,
             fairness: Fairness::of(outcome.gpus.iter(), time),
@@ -302,6 +307,7 @@ impl Row {
             switches: sum(&|tally| tally.yields),
             bytes_in: sum(&|tally| tally.bytes_in),
             bytes_out: sum(&|tally| tally.bytes_out),
+            bytes_unchanged: sum(&|tally| tally.bytes_unchanged),
             slowdown: if needed > 0 { answered as f64 / needed as f64 } else { 0.0 },
             finish_seconds: tallies.iter().filter_map(|tally| tally.finished).max().map(seconds),
         }

@@ -287,6 +287,10 @@ pub struct Class {
     pub work: Work,
     /// How its memory grows while it runs.
     pub grows: Option<Growth>,
+    /// The part of its memory that never changes after it was filled, as a server's weights: its copy in host memory is kept, and it
+    /// leaves the GPU without another one (`NVSHARE_KEEP_COPIES=on`).
+    #[serde(default)]
+    pub unchanged: f64,
     /// How many iterations are submitted at once: what a drain must wait for.
     #[serde(default = "one")]
     pub in_flight: u64,
@@ -532,6 +536,9 @@ impl Scenario {
         let expected = "none, because policy.mode is \"demand-paging\",";
         holds(!limited || self.policy.mode == Mode::Nvshare, "compute_limit", expected)?;
         holds((1..=1_000_000).contains(&class.in_flight), "in_flight", "1 to 1000000")?;
+        holds((0.0..=1.0).contains(&class.unchanged), "unchanged", "0 to 1")?;
+        let expected = "0, because policy.mode is \"demand-paging\",";
+        holds(class.unchanged == 0.0 || self.policy.mode == Mode::Nvshare, "unchanged", expected)?;
         holds(!class.memory.all().is_empty(), "memory", "at least one size")?;
         let most = u64::from(self.capacity()) * GRANULE;
         let fits = |size: &Size| {

@@ -45,9 +45,13 @@ pub fn of(report: &Report, width: usize) -> String {
         0 => String::new(),
         many => format!(" {many} clients found no place."),
     };
+    let unchanged = match report.bytes_unchanged {
+        0 => String::new(),
+        bytes => format!(", {} unchanged", format_size(bytes)),
+    };
     let head = format!("{} ({}, seed {})", report.scenario, report.mode, report.seed);
     let body = format!(
-        "{} simulated; {} of GPU time handed out; GPUs {}; {} switches, {} in, {} out; {fairness}.{progress}{unplaced}",
+        "{} simulated; {} of GPU time handed out; GPUs {}; {} switches, {} in, {} out{unchanged}; {fairness}.{progress}{unplaced}",
         time(report.seconds),
         time(report.gpu_seconds),
         shares(&report.time),

@@ -301,6 +301,7 @@ fn jobs_of(class: &Class, index: usize, seed: u64) -> Vec<Job> {
                 priority: class.priority.0,
                 compute_limit: class.compute_limit.0,
                 iteration,
+                unchanged: class.unchanged,
                 in_flight: class.in_flight,
                 buffers: class.buffers,
                 walks: walks.clone(),
