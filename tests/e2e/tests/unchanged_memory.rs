@@ -90,7 +90,8 @@ fn of_many_chunks_those_leave_with_a_copy_that_have_changed() {
     }
     let mut other = Competitor::start(&node);
     other.takes_all(&node, &writer);
-    for changed in [vec![], vec![3], vec![18], (0..20).collect(), vec![0, 19]] {
+    // A chunk that has changed altogether goes without fingerprints for its next two evictions, so it is copied then, and once more.
+    for (changed, copied) in [(vec![], 0), (vec![3], 1), (vec![18], 2), (vec![], 2), (vec![0, 19], 4)] {
         let before = moved(&node, &writer);
         for at in &changed {
             seeds[*at] += 100;
@@ -101,7 +102,7 @@ fn of_many_chunks_those_leave_with_a_copy_that_have_changed() {
         }
         other.takes_all(&node, &writer);
         let after = moved(&node, &writer);
-        let (out, all) = (changed.len() as u64 * GRANULE, 20 * GRANULE);
+        let (out, all) = (copied * GRANULE, 20 * GRANULE);
         assert_eq!([0, 1, 2].map(|at| after[at] - before[at]), [out, all - out, all], "{changed:?}");
     }
     for (chunk, seed) in chunks.iter().zip(&seeds) {
