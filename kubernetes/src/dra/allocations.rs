@@ -2,6 +2,11 @@
 //!
 //! The driver watches the claims of the whole cluster, because the API server cannot select them by node. It keeps a line for each
 //! that has a device of this driver.
+//!
+//! A watch can stand still without an error: a connection that a proxy has forgotten, for example. Pods would then wait for places
+//! that the driver does not publish. What the kubelet asks for shows it: when a claim is prepared, the API server has just told of a
+//! device in it, and a watch that has not shown that claim [`SHOWN_WITHIN`] later is begun anew with a list. The claim itself is not
+//! taken in from there: it may have been deleted since, and nothing would remove it again.
 
 use super::claims_of;
 use super::quantity;
@@ -11,8 +16,16 @@ use futures::{Stream, StreamExt};
 use k8s_openapi::api::resource::v1::ResourceClaim;
 use kube::runtime::watcher::{self, Event};
 use std::collections::BTreeMap;
-use tokio::sync::watch;
-use tokio::time::Instant;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+/// How long the watch may take to show a claim that is prepared.
+const SHOWN_WITHIN: Duration = Duration::from_secs(3);
+
+/// How long a list of all claims may be silent before it is begun anew, and how far apart two beginnings are at least: a server that is
+/// slow must not be asked for ever more lists.
+const BEGIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// What a claim has of one device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,52 +117,110 @@ impl Allocations {
     }
 }
 
-/// Follows the claims and tells of every change. `None` until all have been listed.
-pub async fn follow(
+/// Follows the claims and tells of every change. `None` until all have been listed. `watch` begins a watch; `prepared` are the UIDs of
+/// claims that have a device of this pool.
+pub async fn follow<S>(
     driver: String,
     pool: String,
-    events: impl Stream<Item = watcher::Result<Event<ResourceClaim>>>,
+    mut watch: impl FnMut() -> S,
+    mut prepared: mpsc::Receiver<String>,
     tell: watch::Sender<Option<Allocations>>,
-) {
-    let mut events = std::pin::pin!(events);
-    let mut listing = Allocations::default();
-    let mut complaint = None;
-    while let Some(event) = events.next().await {
+) where
+    S: Stream<Item = watcher::Result<Event<ResourceClaim>>>,
+{
+    let mut follower =
+        Follower { driver, pool, tell, listing: Some(Allocations::default()), complaint: None };
+    let mut events = Box::pin(watch());
+    let mut heard = Instant::now();
+    let mut begun_again: Option<Instant> = None;
+    // Claims that the watch has not shown, and when they were prepared.
+    let mut unseen: BTreeMap<String, Instant> = BTreeMap::new();
+    loop {
+        let silent_since = follower.listing.as_ref().map(|_| heard);
+        let not_before = silent_since.max(begun_again).map(|at| at + BEGIN_AGAIN_AFTER);
+        let late = unseen.values().min().map(|since| not_before.max(Some(*since + SHOWN_WITHIN)));
+        tokio::select! {
+            event = events.next() => {
+                let Some(event) = event else { return };
+                heard = Instant::now();
+                match &event {
+                    // What a whole list does not have is gone.
+                    Ok(Event::InitDone) => unseen.clear(),
+                    Ok(Event::Apply(claim)) => {
+                        claim.metadata.uid.as_ref().and_then(|uid| unseen.remove(uid));
+                    }
+                    _ => {}
+                }
+                follower.take(event);
+            }
+            Some(uid) = prepared.recv() => if !follower.knows(&uid) {
+                unseen.entry(uid).or_insert_with(Instant::now);
+            },
+            () = sleep_until(late.flatten().unwrap_or(heard)), if late.is_some() => {
+                tracing::warn!(
+                    claims = unseen.keys().map(String::as_str).collect::<Vec<_>>().join(" "),
+                    "the watch of ResourceClaims does not show claims that the API server has: it is begun anew"
+                );
+                events = Box::pin(watch());
+                (heard, begun_again) = (Instant::now(), Some(Instant::now()));
+                follower.listing = Some(Allocations::default());
+            }
+        }
+    }
+}
+
+/// Takes in what a watch tells.
+struct Follower {
+    driver: String,
+    pool: String,
+    tell: watch::Sender<Option<Allocations>>,
+    /// What a list has told so far, until it is complete.
+    listing: Option<Allocations>,
+    complaint: Option<String>,
+}
+
+impl Follower {
+    fn knows(&self, uid: &str) -> bool {
+        self.tell.borrow().as_ref().is_some_and(|known| known.has(uid))
+    }
+
+    fn take(&mut self, event: watcher::Result<Event<ResourceClaim>>) {
+        let Self { driver, pool, tell, listing, complaint } = self;
         match event {
             Ok(Event::Init) => {
                 // The begin of a list that may fail again: no reason to complain anew.
-                listing = Allocations::default();
-                continue;
+                *listing = Some(Allocations::default());
+                return;
             }
             Ok(Event::InitApply(claim)) => {
-                listing.put(&driver, &claim);
+                listing.get_or_insert_default().put(driver, &claim);
             }
             Ok(Event::InitDone) => tell.send_modify(|known| {
                 let gained = known.as_ref().and_then(|known| known.gained);
-                *known = Some(Allocations { gained, ..std::mem::take(&mut listing) });
+                *known = Some(Allocations { gained, ..listing.take().unwrap_or_default() });
             }),
-            Ok(Event::Apply(claim)) => change(&tell, |known| {
-                if known.gains(&driver, &pool, &claim) {
+            Ok(Event::Apply(claim)) => change(tell, |known| {
+                if known.gains(driver, pool, &claim) {
                     known.gained = Some(Instant::now());
                 }
-                known.put(&driver, &claim)
+                known.put(driver, &claim)
             }),
-            Ok(Event::Delete(claim)) => change(&tell, |known| {
+            Ok(Event::Delete(claim)) => change(tell, |known| {
                 claim.metadata.uid.as_ref().and_then(|uid| known.claims.remove(uid)).is_some()
             }),
             Err(error) => {
                 super::complain(
-                    &mut complaint,
+                    complaint,
                     format!(
                         "ResourceClaims cannot be watched: {}. Until they can, GPUs are published without regard to claims whose pods have \
                          not started yet",
                         super::api_error(&error, "list and watch on resourceclaims")
                     ),
                 );
-                continue;
+                return;
             }
         }
-        complaint = None;
+        *complaint = None;
     }
 }
 
@@ -190,8 +261,9 @@ mod tests {
                 Event::InitApply(claim) => vec![Event::Init, Event::InitApply(claim), Event::InitDone],
                 event => vec![event],
             };
-            let events = futures::stream::iter(events.into_iter().map(Ok));
-            follow(DRIVER.into(), "node".into(), events, tell.clone()).await;
+            let mut events = Some(futures::stream::iter(events.into_iter().map(Ok)));
+            let watch = || events.take().expect("one watch");
+            follow(DRIVER.into(), "node".into(), watch, mpsc::channel(1).1, tell.clone()).await;
             seen.push(tell.borrow().clone());
         }
         seen
@@ -230,5 +302,93 @@ mod tests {
         .await;
         let gained: Vec<_> = seen.iter().map(|known| known.as_ref().unwrap().gained().is_some()).collect();
         assert_eq!(gained, [false, false, false, false, true]);
+    }
+
+    /// Follows watches of which each tells its events and then stands still; the last one again and again.
+    struct Standing {
+        prepared: mpsc::Sender<String>,
+        known: watch::Receiver<Option<Allocations>>,
+        begun: watch::Receiver<usize>,
+        task: tokio::task::JoinHandle<()>,
+    }
+
+    impl Standing {
+        fn after(watches: Vec<Vec<Event<ResourceClaim>>>) -> Self {
+            let (prepared, receive) = mpsc::channel(10);
+            let (tell, known) = watch::channel(None);
+            let (count, begun) = watch::channel(0);
+            let watch = move || {
+                let number = (*count.borrow()).min(watches.len() - 1);
+                count.send_modify(|count| *count += 1);
+                futures::stream::iter(watches[number].clone().into_iter().map(Ok))
+                    .chain(futures::stream::pending())
+            };
+            let task = tokio::spawn(follow(DRIVER.into(), "node".into(), watch, receive, tell));
+            Self { prepared, known, begun, task }
+        }
+
+        /// How many watches have been begun after so long.
+        async fn begun_after(&self, time: Duration) -> usize {
+            tokio::time::sleep(time).await;
+            *self.begun.borrow()
+        }
+    }
+
+    impl Drop for Standing {
+        fn drop(&mut self) {
+            self.task.abort();
+        }
+    }
+
+    fn list(claims: &[ResourceClaim]) -> Vec<Event<ResourceClaim>> {
+        let claims = claims.iter().cloned().map(Event::InitApply);
+        [Event::Init].into_iter().chain(claims).chain([Event::InitDone]).collect()
+    }
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_watch_that_stands_still_is_begun_anew_for_a_claim_that_it_has_not_shown() {
+        let here = [("node", "gpu-1")];
+        let all = [claim("a", &here), claim("b", &here)];
+        let mut standing = Standing::after(vec![list(&all[..1]), list(&all)]);
+        for uid in ["a", "b"] {
+            standing.prepared.send(uid.into()).await.unwrap();
+        }
+        let both = |known: &Option<Allocations>| known.as_ref().is_some_and(|known| known.has("b"));
+        let known = standing.known.wait_for(both);
+        tokio::time::timeout(HOUR, known).await.expect("the watch is begun anew").unwrap();
+        assert_eq!(standing.begun_after(HOUR).await, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_that_is_gone_by_then_begins_it_anew_once() {
+        let standing = Standing::after(vec![list(&[])]);
+        assert_eq!(standing.begun_after(HOUR).await, 1);
+        standing.prepared.send("gone".into()).await.unwrap();
+        assert_eq!(standing.begun_after(HOUR).await, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_that_the_watch_shows_begins_nothing_anew() {
+        let here = [("node", "gpu-1")];
+        let mut events = list(&[claim("a", &here)]);
+        events.push(Event::Apply(claim("b", &here)));
+        let standing = Standing::after(vec![events]);
+        // Before the watch tells anything, and afterwards.
+        for _ in 0..2 {
+            for uid in ["a", "b"] {
+                standing.prepared.send(uid.into()).await.unwrap();
+            }
+            assert_eq!(standing.begun_after(HOUR).await, 1);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_that_does_not_come_is_asked_for_again_and_not_too_often() {
+        let standing = Standing::after(vec![vec![Event::Init]]);
+        standing.prepared.send("a".into()).await.unwrap();
+        assert_eq!(standing.begun_after(BEGIN_AGAIN_AFTER / 2).await, 1);
+        assert_eq!(standing.begun_after(10 * BEGIN_AGAIN_AFTER).await, 11);
     }
 }

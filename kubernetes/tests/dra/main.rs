@@ -246,6 +246,37 @@ async fn whoever_wants_all_gpus_finds_room_on_each_after_a_while() {
     assert_eq!(order, [device(1), device(2), device(0)]);
 }
 
+// The scheduler looks once at a pod for which it finds no room, and again when the slices change.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scheduler_that_has_counted_a_claim_twice_is_made_to_count_again() {
+    let machine = Machine::new(2);
+    let _driver = machine.driver(&[]).await;
+    machine.api.until_order(&[0, 1]).await;
+    assert_eq!((machine.api.schedule("c-1"), machine.api.schedule("c-2")), (Some(0), Some(1)));
+    let room =
+        |api: &ApiServer| api.devices().iter().all(|device| api.has_room(device)).then(|| api.generation());
+    let counted = machine.api.until("a place on both", room).await;
+    // It has taken both for full. There is nothing to change: both have a place, whether claims come or not.
+    for time in 1..=2 {
+        let again = |api: &ApiServer| (api.generation() >= counted + time).then(|| api.devices());
+        let devices = machine.api.until("the scheduler counts again", again).await;
+        assert!(devices.iter().all(|device| device["capacity"]["places"]["value"] == "2"), "{devices:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_of_claims_that_stands_still_keeps_no_pod_waiting() {
+    let machine = Machine::new(2);
+    let _driver = machine.driver(&[]).await;
+    let kubelet = machine.kubelet().await;
+    machine.api.until_order(&[0, 1]).await;
+    machine.api.stand_still().await;
+    // The two places that there are.
+    assert_eq!((machine.api.schedule("c-1"), machine.api.schedule("c-2")), (Some(0), Some(1)));
+    kubelet.prepare_one("c-1").await.unwrap();
+    machine.api.until("room for a claim", |api| api.schedule("c-3")).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gpu_in_trouble_is_tainted_until_it_is_well() {
     let machine = Machine::new(2);
