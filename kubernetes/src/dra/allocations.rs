@@ -128,44 +128,77 @@ pub async fn follow<S>(
 ) where
     S: Stream<Item = watcher::Result<Event<ResourceClaim>>>,
 {
-    let mut follower =
-        Follower { driver, pool, tell, listing: Some(Allocations::default()), complaint: None };
+    let mut follower = Follower { driver, pool, tell, listing: Allocations::default(), complaint: None };
     let mut events = Box::pin(watch());
-    let mut heard = Instant::now();
-    let mut begun_again: Option<Instant> = None;
-    // Claims that the watch has not shown, and when they were prepared.
-    let mut unseen: BTreeMap<String, Instant> = BTreeMap::new();
+    let mut doubts = Doubts::new(Instant::now());
     loop {
-        let silent_since = follower.listing.as_ref().map(|_| heard);
-        let not_before = silent_since.max(begun_again).map(|at| at + BEGIN_AGAIN_AFTER);
-        let late = unseen.values().min().map(|since| not_before.max(Some(*since + SHOWN_WITHIN)));
+        let due = doubts.due();
         tokio::select! {
             event = events.next() => {
                 let Some(event) = event else { return };
-                heard = Instant::now();
-                match &event {
-                    // What a whole list does not have is gone.
-                    Ok(Event::InitDone) => unseen.clear(),
-                    Ok(Event::Apply(claim)) => {
-                        claim.metadata.uid.as_ref().and_then(|uid| unseen.remove(uid));
-                    }
-                    _ => {}
-                }
+                doubts.told(&event, Instant::now());
                 follower.take(event);
             }
             Some(uid) = prepared.recv() => if !follower.knows(&uid) {
-                unseen.entry(uid).or_insert_with(Instant::now);
+                doubts.prepared(uid, Instant::now());
             },
-            () = sleep_until(late.flatten().unwrap_or(heard)), if late.is_some() => {
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                 tracing::warn!(
-                    claims = unseen.keys().map(String::as_str).collect::<Vec<_>>().join(" "),
+                    claims = doubts.unseen.keys().map(String::as_str).collect::<Vec<_>>().join(" "),
                     "the watch of ResourceClaims does not show claims that the API server has: it is begun anew"
                 );
                 events = Box::pin(watch());
-                (heard, begun_again) = (Instant::now(), Some(Instant::now()));
-                follower.listing = Some(Allocations::default());
+                doubts.begun_again(Instant::now());
             }
         }
+    }
+}
+
+/// Whether a watch stands still. Pure.
+struct Doubts {
+    /// Claims that the watch has not shown, and when they were prepared.
+    unseen: BTreeMap<String, Instant>,
+    /// Since when the list has been silent that is not complete yet.
+    listing: Option<Instant>,
+    begun_again: Option<Instant>,
+}
+
+impl Doubts {
+    fn new(now: Instant) -> Self {
+        Self { unseen: BTreeMap::new(), listing: Some(now), begun_again: None }
+    }
+
+    /// A claim is prepared that is not known.
+    fn prepared(&mut self, uid: String, now: Instant) {
+        self.unseen.entry(uid).or_insert(now);
+    }
+
+    /// The watch tells something.
+    fn told(&mut self, event: &watcher::Result<Event<ResourceClaim>>, now: Instant) {
+        match event {
+            Ok(Event::Init) => self.listing = Some(now),
+            Ok(Event::InitApply(_)) => self.listing = self.listing.map(|_| now),
+            Ok(Event::InitDone) => {
+                self.listing = None;
+                // What a whole list does not have is gone.
+                self.unseen.clear();
+            }
+            Ok(Event::Apply(claim)) => {
+                claim.metadata.uid.as_ref().and_then(|uid| self.unseen.remove(uid));
+            }
+            Ok(Event::Delete(_)) | Err(_) => {}
+        }
+    }
+
+    /// When the watch is to be begun anew, unless it tells something before.
+    fn due(&self) -> Option<Instant> {
+        let since = *self.unseen.values().min()?;
+        let not_before = self.listing.max(self.begun_again).map(|at| at + BEGIN_AGAIN_AFTER);
+        not_before.max(Some(since + SHOWN_WITHIN))
+    }
+
+    fn begun_again(&mut self, now: Instant) {
+        (self.listing, self.begun_again) = (Some(now), Some(now));
     }
 }
 
@@ -174,8 +207,8 @@ struct Follower {
     driver: String,
     pool: String,
     tell: watch::Sender<Option<Allocations>>,
-    /// What a list has told so far, until it is complete.
-    listing: Option<Allocations>,
+    /// What a list that is not complete has told so far.
+    listing: Allocations,
     complaint: Option<String>,
 }
 
@@ -189,15 +222,15 @@ impl Follower {
         match event {
             Ok(Event::Init) => {
                 // The begin of a list that may fail again: no reason to complain anew.
-                *listing = Some(Allocations::default());
+                *listing = Allocations::default();
                 return;
             }
             Ok(Event::InitApply(claim)) => {
-                listing.get_or_insert_default().put(driver, &claim);
+                listing.put(driver, &claim);
             }
             Ok(Event::InitDone) => tell.send_modify(|known| {
                 let gained = known.as_ref().and_then(|known| known.gained);
-                *known = Some(Allocations { gained, ..listing.take().unwrap_or_default() });
+                *known = Some(Allocations { gained, ..std::mem::take(listing) });
             }),
             Ok(Event::Apply(claim)) => change(tell, |known| {
                 if known.gains(driver, pool, &claim) {
@@ -304,91 +337,64 @@ mod tests {
         assert_eq!(gained, [false, false, false, false, true]);
     }
 
-    /// Follows watches of which each tells its events and then stands still; the last one again and again.
-    struct Standing {
-        prepared: mpsc::Sender<String>,
-        known: watch::Receiver<Option<Allocations>>,
-        begun: watch::Receiver<usize>,
-        task: tokio::task::JoinHandle<()>,
+    const MILLISECOND: Duration = Duration::from_millis(1);
+
+    /// A watch that has listed everything, and now.
+    fn listed() -> (Doubts, Instant) {
+        let now = Instant::now();
+        let mut doubts = Doubts::new(now);
+        doubts.told(&Ok(Event::InitDone), now);
+        (doubts, now)
     }
 
-    impl Standing {
-        fn after(watches: Vec<Vec<Event<ResourceClaim>>>) -> Self {
-            let (prepared, receive) = mpsc::channel(10);
-            let (tell, known) = watch::channel(None);
-            let (count, begun) = watch::channel(0);
-            let watch = move || {
-                let number = (*count.borrow()).min(watches.len() - 1);
-                count.send_modify(|count| *count += 1);
-                futures::stream::iter(watches[number].clone().into_iter().map(Ok))
-                    .chain(futures::stream::pending())
-            };
-            let task = tokio::spawn(follow(DRIVER.into(), "node".into(), watch, receive, tell));
-            Self { prepared, known, begun, task }
+    #[test]
+    fn a_watch_that_does_not_show_a_claim_is_begun_anew() {
+        let (mut doubts, now) = listed();
+        assert_eq!(doubts.due(), None);
+        doubts.prepared("a".into(), now);
+        doubts.prepared("b".into(), now + MILLISECOND);
+        // The first time counts, also when the kubelet asks again.
+        doubts.prepared("a".into(), now + 2 * MILLISECOND);
+        assert_eq!(doubts.due(), Some(now + SHOWN_WITHIN));
+        doubts.told(&Ok(Event::Apply(claim("a", &[]))), now);
+        assert_eq!(doubts.due(), Some(now + MILLISECOND + SHOWN_WITHIN));
+        doubts.told(&Ok(Event::Apply(claim("b", &[]))), now);
+        assert_eq!(doubts.due(), None);
+    }
+
+    #[test]
+    fn a_claim_that_is_gone_begins_a_watch_anew_once() {
+        let (mut doubts, now) = listed();
+        doubts.prepared("gone".into(), now);
+        let at = doubts.due().unwrap();
+        doubts.begun_again(at);
+        for event in [Event::Init, Event::InitApply(claim("another", &[])), Event::InitDone] {
+            assert!(doubts.due().is_some());
+            doubts.told(&Ok(event), at);
         }
+        assert_eq!(doubts.due(), None);
+    }
 
-        /// How many watches have been begun after so long.
-        async fn begun_after(&self, time: Duration) -> usize {
-            tokio::time::sleep(time).await;
-            *self.begun.borrow()
+    #[test]
+    fn a_list_that_is_slow_is_left_alone_while_it_tells_something() {
+        let now = Instant::now();
+        let mut doubts = Doubts::new(now);
+        doubts.prepared("a".into(), now);
+        assert_eq!(doubts.due(), Some(now + BEGIN_AGAIN_AFTER));
+        let later = now + BEGIN_AGAIN_AFTER - MILLISECOND;
+        doubts.told(&Ok(Event::InitApply(claim("b", &[]))), later);
+        assert_eq!(doubts.due(), Some(later + BEGIN_AGAIN_AFTER));
+    }
+
+    #[test]
+    fn a_server_that_is_slow_is_not_asked_for_ever_more_lists() {
+        let (mut doubts, mut now) = listed();
+        for pause in [SHOWN_WITHIN, BEGIN_AGAIN_AFTER, BEGIN_AGAIN_AFTER] {
+            doubts.prepared("a".into(), now);
+            assert_eq!(doubts.due(), Some(now + pause));
+            now += pause;
+            doubts.begun_again(now);
+            doubts.told(&Ok(Event::InitDone), now);
         }
-    }
-
-    impl Drop for Standing {
-        fn drop(&mut self) {
-            self.task.abort();
-        }
-    }
-
-    fn list(claims: &[ResourceClaim]) -> Vec<Event<ResourceClaim>> {
-        let claims = claims.iter().cloned().map(Event::InitApply);
-        [Event::Init].into_iter().chain(claims).chain([Event::InitDone]).collect()
-    }
-
-    const HOUR: Duration = Duration::from_secs(3600);
-
-    #[tokio::test(start_paused = true)]
-    async fn a_watch_that_stands_still_is_begun_anew_for_a_claim_that_it_has_not_shown() {
-        let here = [("node", "gpu-1")];
-        let all = [claim("a", &here), claim("b", &here)];
-        let mut standing = Standing::after(vec![list(&all[..1]), list(&all)]);
-        for uid in ["a", "b"] {
-            standing.prepared.send(uid.into()).await.unwrap();
-        }
-        let both = |known: &Option<Allocations>| known.as_ref().is_some_and(|known| known.has("b"));
-        let known = standing.known.wait_for(both);
-        tokio::time::timeout(HOUR, known).await.expect("the watch is begun anew").unwrap();
-        assert_eq!(standing.begun_after(HOUR).await, 2);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_claim_that_is_gone_by_then_begins_it_anew_once() {
-        let standing = Standing::after(vec![list(&[])]);
-        assert_eq!(standing.begun_after(HOUR).await, 1);
-        standing.prepared.send("gone".into()).await.unwrap();
-        assert_eq!(standing.begun_after(HOUR).await, 2);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_claim_that_the_watch_shows_begins_nothing_anew() {
-        let here = [("node", "gpu-1")];
-        let mut events = list(&[claim("a", &here)]);
-        events.push(Event::Apply(claim("b", &here)));
-        let standing = Standing::after(vec![events]);
-        // Before the watch tells anything, and afterwards.
-        for _ in 0..2 {
-            for uid in ["a", "b"] {
-                standing.prepared.send(uid.into()).await.unwrap();
-            }
-            assert_eq!(standing.begun_after(HOUR).await, 1);
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_list_that_does_not_come_is_asked_for_again_and_not_too_often() {
-        let standing = Standing::after(vec![vec![Event::Init]]);
-        standing.prepared.send("a".into()).await.unwrap();
-        assert_eq!(standing.begun_after(BEGIN_AGAIN_AFTER / 2).await, 1);
-        assert_eq!(standing.begun_after(10 * BEGIN_AGAIN_AFTER).await, 11);
     }
 }

@@ -513,4 +513,30 @@ mod tests {
         slices.take(Event::InitDone);
         assert!(!is_current(&slices));
     }
+
+    #[test]
+    fn the_scheduler_counts_again_twice_after_the_last_claim() {
+        let timing = Timing::new(SECOND);
+        let (mut slices, start) = (listed(), Instant::now());
+        let wanted = devices(&["a"], 1);
+        // Published when the claim comes, as the scheduler counts wrong.
+        assert!(carry_out(&mut slices, &wanted, &timing, start));
+        let recounts = timing.recount.map(|after| start + after);
+        let mut written = Vec::new();
+        for second in 0..60 {
+            let now = start + second * SECOND;
+            let recount = slices.is_before_any(&recounts, now);
+            if let Due::Now(plan) = slices.due(&owner(), &wanted, recount, now) {
+                assert_eq!((plan.replace.len(), plan.create.len(), plan.delete.len()), (1, 0, 0));
+                written.push(now);
+                plan.replace.into_iter().for_each(|slice| slices.put(slice));
+                slices.written(&timing, false, now);
+            }
+        }
+        assert_eq!(written, recounts);
+        // A write for another reason will do.
+        let after = start + 60 * SECOND;
+        assert!(carry_out(&mut slices, &devices(&["a"], 2), &timing, after));
+        assert!(!slices.is_before_any(&[after], after + SECOND));
+    }
 }

@@ -116,8 +116,15 @@ impl Machine {
     /// The CDI specifications of claims, by the names of their files.
     fn specs(&self) -> BTreeMap<String, Value> {
         let entries = std::fs::read_dir(self.cdi_dir()).into_iter().flatten().flatten();
-        let read = |path: &Path| serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        entries.map(|entry| (entry.file_name().into_string().unwrap(), read(&entry.path()))).collect()
+        let specs = entries.filter_map(|entry| match std::fs::read(entry.path()) {
+            Ok(text) => {
+                Some((entry.file_name().into_string().unwrap(), serde_json::from_slice(&text).unwrap()))
+            }
+            // The driver removes them meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => panic!("{}: {error}", entry.path().display()),
+        });
+        specs.collect()
     }
 
     /// How often the devices that are there were given.
