@@ -250,6 +250,12 @@ impl ApiServer {
             .all(|one| used(&state.all(Kind::Claims), device, one) < capacity(device, one))
     }
 
+    /// How many places of a device no claim has taken.
+    pub fn places_left(&self, device: &Value) -> u64 {
+        let claims = self.lock().all(Kind::Claims);
+        capacity(device, "places").saturating_sub(used(&claims, device, "places"))
+    }
+
     /// The numbers of the devices that claims have, one for each claim.
     pub fn claimed(&self) -> Vec<usize> {
         self.claims_with_devices().into_iter().map(|(_, device)| device).collect()
@@ -317,6 +323,14 @@ impl ApiServer {
             return Ok(failure(StatusCode::FORBIDDEN, &format!("forbidden: cannot {what}")));
         }
         if verb == "list" && query.get("watch") == Some(&"true") {
+            // One without an end of its own could stand still unnoticed for as long as the client likes.
+            if query
+                .get("timeoutSeconds")
+                .and_then(|seconds| seconds.parse().ok())
+                .is_none_or(|seconds: u32| seconds > 60)
+            {
+                return Ok(failure(StatusCode::BAD_REQUEST, "a watch for more than a minute"));
+            }
             let since =
                 query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or_default();
             return Ok(self.watch(kind, since));
