@@ -2,6 +2,11 @@
 //!
 //! The driver watches the claims of the whole cluster, because the API server cannot select them by node. It keeps a line for each
 //! that has a device of this driver.
+//!
+//! A watch can stand still without an error: a connection that a proxy has forgotten, for example. Pods would then wait for places
+//! that the driver does not publish. What the kubelet asks for shows it: when a claim is prepared, the API server has just told of a
+//! device in it, and a watch that has not shown that claim [`SHOWN_WITHIN`] later is begun anew with a list. The claim itself is not
+//! taken in from there: it may have been deleted since, and nothing would remove it again.
 
 use super::claims_of;
 use super::quantity;
@@ -11,8 +16,16 @@ use futures::{Stream, StreamExt};
 use k8s_openapi::api::resource::v1::ResourceClaim;
 use kube::runtime::watcher::{self, Event};
 use std::collections::BTreeMap;
-use tokio::sync::watch;
-use tokio::time::Instant;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+/// How long the watch may take to show a claim that is prepared.
+const SHOWN_WITHIN: Duration = Duration::from_secs(3);
+
+/// How long a list of all claims may be silent before it is begun anew, and how far apart two beginnings are at least: a server that is
+/// slow must not be asked for ever more lists.
+const BEGIN_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// What a claim has of one device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,52 +117,143 @@ impl Allocations {
     }
 }
 
-/// Follows the claims and tells of every change. `None` until all have been listed.
-pub async fn follow(
+/// Follows the claims and tells of every change. `None` until all have been listed. `watch` begins a watch; `prepared` are the UIDs of
+/// claims that have a device of this pool.
+pub async fn follow<S>(
     driver: String,
     pool: String,
-    events: impl Stream<Item = watcher::Result<Event<ResourceClaim>>>,
+    mut watch: impl FnMut() -> S,
+    mut prepared: mpsc::Receiver<String>,
     tell: watch::Sender<Option<Allocations>>,
-) {
-    let mut events = std::pin::pin!(events);
-    let mut listing = Allocations::default();
-    let mut complaint = None;
-    while let Some(event) = events.next().await {
+) where
+    S: Stream<Item = watcher::Result<Event<ResourceClaim>>>,
+{
+    let mut follower = Follower { driver, pool, tell, listing: Allocations::default(), complaint: None };
+    let mut events = Box::pin(watch());
+    let mut doubts = Doubts::new(Instant::now());
+    loop {
+        let due = doubts.due();
+        tokio::select! {
+            event = events.next() => {
+                let Some(event) = event else { return };
+                doubts.told(&event, Instant::now());
+                follower.take(event);
+            }
+            Some(uid) = prepared.recv() => if !follower.knows(&uid) {
+                doubts.prepared(uid, Instant::now());
+            },
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                tracing::warn!(
+                    claims = doubts.unseen.keys().map(String::as_str).collect::<Vec<_>>().join(" "),
+                    "the watch of ResourceClaims does not show claims that the API server has: it is begun anew"
+                );
+                events = Box::pin(watch());
+                doubts.begun_again(Instant::now());
+            }
+        }
+    }
+}
+
+/// Whether a watch stands still. Pure.
+struct Doubts {
+    /// Claims that the watch has not shown, and when they were prepared.
+    unseen: BTreeMap<String, Instant>,
+    /// Since when the list has been silent that is not complete yet.
+    listing: Option<Instant>,
+    begun_again: Option<Instant>,
+}
+
+impl Doubts {
+    fn new(now: Instant) -> Self {
+        Self { unseen: BTreeMap::new(), listing: Some(now), begun_again: None }
+    }
+
+    /// A claim is prepared that is not known.
+    fn prepared(&mut self, uid: String, now: Instant) {
+        self.unseen.entry(uid).or_insert(now);
+    }
+
+    /// The watch tells something.
+    fn told(&mut self, event: &watcher::Result<Event<ResourceClaim>>, now: Instant) {
+        match event {
+            Ok(Event::Init) => self.listing = Some(now),
+            Ok(Event::InitApply(_)) => self.listing = self.listing.map(|_| now),
+            Ok(Event::InitDone) => {
+                self.listing = None;
+                // What a whole list does not have is gone.
+                self.unseen.clear();
+            }
+            Ok(Event::Apply(claim)) => {
+                claim.metadata.uid.as_ref().and_then(|uid| self.unseen.remove(uid));
+            }
+            Ok(Event::Delete(_)) | Err(_) => {}
+        }
+    }
+
+    /// When the watch is to be begun anew, unless it tells something before.
+    fn due(&self) -> Option<Instant> {
+        let since = *self.unseen.values().min()?;
+        let not_before = self.listing.max(self.begun_again).map(|at| at + BEGIN_AGAIN_AFTER);
+        not_before.max(Some(since + SHOWN_WITHIN))
+    }
+
+    fn begun_again(&mut self, now: Instant) {
+        (self.listing, self.begun_again) = (Some(now), Some(now));
+    }
+}
+
+/// Takes in what a watch tells.
+struct Follower {
+    driver: String,
+    pool: String,
+    tell: watch::Sender<Option<Allocations>>,
+    /// What a list that is not complete has told so far.
+    listing: Allocations,
+    complaint: Option<String>,
+}
+
+impl Follower {
+    fn knows(&self, uid: &str) -> bool {
+        self.tell.borrow().as_ref().is_some_and(|known| known.has(uid))
+    }
+
+    fn take(&mut self, event: watcher::Result<Event<ResourceClaim>>) {
+        let Self { driver, pool, tell, listing, complaint } = self;
         match event {
             Ok(Event::Init) => {
                 // The begin of a list that may fail again: no reason to complain anew.
-                listing = Allocations::default();
-                continue;
+                *listing = Allocations::default();
+                return;
             }
             Ok(Event::InitApply(claim)) => {
-                listing.put(&driver, &claim);
+                listing.put(driver, &claim);
             }
             Ok(Event::InitDone) => tell.send_modify(|known| {
                 let gained = known.as_ref().and_then(|known| known.gained);
-                *known = Some(Allocations { gained, ..std::mem::take(&mut listing) });
+                *known = Some(Allocations { gained, ..std::mem::take(listing) });
             }),
-            Ok(Event::Apply(claim)) => change(&tell, |known| {
-                if known.gains(&driver, &pool, &claim) {
+            Ok(Event::Apply(claim)) => change(tell, |known| {
+                if known.gains(driver, pool, &claim) {
                     known.gained = Some(Instant::now());
                 }
-                known.put(&driver, &claim)
+                known.put(driver, &claim)
             }),
-            Ok(Event::Delete(claim)) => change(&tell, |known| {
+            Ok(Event::Delete(claim)) => change(tell, |known| {
                 claim.metadata.uid.as_ref().and_then(|uid| known.claims.remove(uid)).is_some()
             }),
             Err(error) => {
                 super::complain(
-                    &mut complaint,
+                    complaint,
                     format!(
                         "ResourceClaims cannot be watched: {}. Until they can, GPUs are published without regard to claims whose pods have \
                          not started yet",
                         super::api_error(&error, "list and watch on resourceclaims")
                     ),
                 );
-                continue;
+                return;
             }
         }
-        complaint = None;
+        *complaint = None;
     }
 }
 
@@ -190,8 +294,9 @@ mod tests {
                 Event::InitApply(claim) => vec![Event::Init, Event::InitApply(claim), Event::InitDone],
                 event => vec![event],
             };
-            let events = futures::stream::iter(events.into_iter().map(Ok));
-            follow(DRIVER.into(), "node".into(), events, tell.clone()).await;
+            let mut events = Some(futures::stream::iter(events.into_iter().map(Ok)));
+            let watch = || events.take().expect("one watch");
+            follow(DRIVER.into(), "node".into(), watch, mpsc::channel(1).1, tell.clone()).await;
             seen.push(tell.borrow().clone());
         }
         seen
@@ -230,5 +335,66 @@ mod tests {
         .await;
         let gained: Vec<_> = seen.iter().map(|known| known.as_ref().unwrap().gained().is_some()).collect();
         assert_eq!(gained, [false, false, false, false, true]);
+    }
+
+    const MILLISECOND: Duration = Duration::from_millis(1);
+
+    /// A watch that has listed everything, and now.
+    fn listed() -> (Doubts, Instant) {
+        let now = Instant::now();
+        let mut doubts = Doubts::new(now);
+        doubts.told(&Ok(Event::InitDone), now);
+        (doubts, now)
+    }
+
+    #[test]
+    fn a_watch_that_does_not_show_a_claim_is_begun_anew() {
+        let (mut doubts, now) = listed();
+        assert_eq!(doubts.due(), None);
+        doubts.prepared("a".into(), now);
+        doubts.prepared("b".into(), now + MILLISECOND);
+        // The first time counts, also when the kubelet asks again.
+        doubts.prepared("a".into(), now + 2 * MILLISECOND);
+        assert_eq!(doubts.due(), Some(now + SHOWN_WITHIN));
+        doubts.told(&Ok(Event::Apply(claim("a", &[]))), now);
+        assert_eq!(doubts.due(), Some(now + MILLISECOND + SHOWN_WITHIN));
+        doubts.told(&Ok(Event::Apply(claim("b", &[]))), now);
+        assert_eq!(doubts.due(), None);
+    }
+
+    #[test]
+    fn a_claim_that_is_gone_begins_a_watch_anew_once() {
+        let (mut doubts, now) = listed();
+        doubts.prepared("gone".into(), now);
+        let at = doubts.due().unwrap();
+        doubts.begun_again(at);
+        for event in [Event::Init, Event::InitApply(claim("another", &[])), Event::InitDone] {
+            assert!(doubts.due().is_some());
+            doubts.told(&Ok(event), at);
+        }
+        assert_eq!(doubts.due(), None);
+    }
+
+    #[test]
+    fn a_list_that_is_slow_is_left_alone_while_it_tells_something() {
+        let now = Instant::now();
+        let mut doubts = Doubts::new(now);
+        doubts.prepared("a".into(), now);
+        assert_eq!(doubts.due(), Some(now + BEGIN_AGAIN_AFTER));
+        let later = now + BEGIN_AGAIN_AFTER - MILLISECOND;
+        doubts.told(&Ok(Event::InitApply(claim("b", &[]))), later);
+        assert_eq!(doubts.due(), Some(later + BEGIN_AGAIN_AFTER));
+    }
+
+    #[test]
+    fn a_server_that_is_slow_is_not_asked_for_ever_more_lists() {
+        let (mut doubts, mut now) = listed();
+        for pause in [SHOWN_WITHIN, BEGIN_AGAIN_AFTER, BEGIN_AGAIN_AFTER] {
+            doubts.prepared("a".into(), now);
+            assert_eq!(doubts.due(), Some(now + pause));
+            now += pause;
+            doubts.begun_again(now);
+            doubts.told(&Ok(Event::InitDone), now);
+        }
     }
 }

@@ -59,13 +59,23 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tonic::transport::Server;
 
 /// How often health is told to the kubelet, which forgets it after 30 seconds.
 const HEALTH_EVERY: Duration = Duration::from_secs(10);
+
+/// A watch is begun anew after so many seconds, from where it was. So one that stands still without an error, which nobody notices
+/// earlier, does so for no longer.
+const WATCH_FOR: u32 = 60;
+
+/// When the API server has been silent for so long, the connection is dead: no watch is silent for longer.
+const SILENT_FOR: Duration = Duration::from_secs(WATCH_FOR as u64 + 15);
+
+/// How many claims may be waiting to be compared with what the watch has shown.
+const CLAIMS_TO_COMPARE: usize = 256;
 
 /// How often the sockets are looked at.
 const SOCKETS_EVERY: Duration = Duration::from_secs(1);
@@ -88,7 +98,7 @@ pub fn run(options: Options) -> Result<(), Error> {
 async fn client(options: &Options) -> Result<Client, Error> {
     let fail =
         |what: &'static str, cause: String| Error::System { what, cause: std::io::Error::other(cause) };
-    let config = match &options.kubeconfig {
+    let mut config = match &options.kubeconfig {
         Some(file) => {
             let what = "the file that --kubeconfig names cannot be used";
             let read = Kubeconfig::read_from(file).map_err(|error| fail(what, chain(&error)))?;
@@ -99,6 +109,7 @@ async fn client(options: &Options) -> Result<Client, Error> {
             fail("this is no pod with a service account, and there is no --kubeconfig", chain(&error))
         })?,
     };
+    (config.read_timeout, config.reset_reader_on_write) = (Some(SILENT_FOR), true);
     Client::try_from(config)
         .map_err(|error| fail("the API server's address or certificates cannot be used", chain(&error)))
 }
@@ -172,6 +183,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     let (driver, node) = (options.driver_name.clone(), options.node_name.clone());
+    let (seen, prepared) = mpsc::channel(CLAIMS_TO_COMPARE);
     let preparer = Preparer {
         client: client.clone(),
         driver: driver.clone(),
@@ -179,11 +191,13 @@ pub async fn serve(
         terms: options.terms(),
         options: Arc::new(options.common.clone()),
         gpus: gpus.clone(),
+        seen,
     };
     let (tell, claims) = watch::channel(None);
-    let events = watcher(Api::all(client.clone()), watcher::Config::default()).default_backoff();
+    let all = Api::all(client.clone());
+    let watch = move || watcher(all.clone(), watched()).default_backoff();
     let mut tasks = JoinSet::new();
-    tasks.spawn(allocations::follow(driver.clone(), node.clone(), events, tell));
+    tasks.spawn(allocations::follow(driver.clone(), node.clone(), watch, prepared, tell));
     tasks.spawn(tidy(preparer.clone(), claims.clone()));
     tasks.spawn(log_changes(gpus.clone()));
     let offer = Offer {
@@ -280,6 +294,11 @@ async fn log_changes(mut gpus: watch::Receiver<Vec<Gpu>>) {
             return;
         }
     }
+}
+
+/// How the driver watches.
+fn watched() -> watcher::Config {
+    watcher::Config::default().timeout(WATCH_FOR)
 }
 
 /// What a claim was given of this driver's devices.

@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// The kind of the CDI devices of claims.
 pub const CLAIM_KIND: &str = "nvshare.com/claim";
@@ -70,6 +70,8 @@ pub struct Preparer {
     pub options: Arc<Common>,
     /// The GPUs of this node.
     pub gpus: watch::Receiver<Vec<Gpu>>,
+    /// Whoever follows the claims is told the UIDs of those that have a device of this pool.
+    pub seen: mpsc::Sender<String>,
 }
 
 impl Preparer {
@@ -79,6 +81,10 @@ impl Preparer {
     /// A sentence that the kubelet shows in an event of the pod: why not, and what to do.
     pub async fn prepare(&self, name: &ClaimName) -> Result<Vec<Ready>, String> {
         let claim = self.read(name).await?;
+        if super::claims_of(&claim, &self.driver).any(|result| result.pool == self.pool) {
+            // When there is no room, those that are there are reason enough to look.
+            let _ = self.seen.try_send(name.uid.clone());
+        }
         let allotments = claim::allotments(&claim, &self.driver).map_err(|refusal| refusal.to_string())?;
         let gpus = self.gpus.borrow().clone();
         let mut devices = Vec::with_capacity(allotments.len());

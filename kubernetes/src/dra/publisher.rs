@@ -6,12 +6,17 @@
 //! What changes is written at once, but for a change of nothing but the order, which live load alone brings about. Such changes
 //! are at least [`Timing::reorder`] apart, and twice as far each time up to [`Timing::reorder_longest`], until something else
 //! changes: the API server must not pay for load that wavers.
+//!
+//! Slices that have not been written since claims came are written once more [`Timing::recount`] later, with nothing new but the
+//! generation. The scheduler of Kubernetes 1.37 counts what a claim consumes twice while it binds the claim's pod: the claim is among the
+//! allocations in flight, and already among those that the API server has told of. A pod that it looks at in this moment finds no room
+//! where there is some, and it looks again only when something changes, or after five minutes. A slice that is written is such a change.
 
 use super::allocations::{Allocations, Taken};
 use super::slices::{self, Owner, Plan, comparable, device_name};
 use super::spread::{Pace, Seat, Spread, turns};
 use super::terms::Terms;
-use super::{api_error, complain};
+use super::{api_error, complain, watched};
 use crate::inventory::Gpu;
 use crate::placement::Candidate;
 use futures::{Stream, StreamExt};
@@ -41,6 +46,8 @@ pub struct Timing {
     pub reorder_longest: Duration,
     /// When no claim has come for so long, none comes ([`Pace::Quiet`]).
     pub quiet_after: Duration,
+    /// How long after the last claim the scheduler is made to count again; the second time is for one that is slow.
+    pub recount: [Duration; 2],
     /// How long publishing waits for a list of the claims after the start.
     pub claims_within: Duration,
 }
@@ -52,6 +59,7 @@ impl Timing {
             reorder,
             reorder_longest: reorder.max(Duration::from_secs(60)),
             quiet_after: Duration::from_secs(2),
+            recount: [2, 10].map(Duration::from_secs),
             claims_within: Duration::from_secs(10),
         }
     }
@@ -90,6 +98,8 @@ struct Slices {
     listing: BTreeMap<String, ResourceSlice>,
     /// The newest generation that was written.
     generation: i64,
+    /// When this process last wrote all that was due.
+    written: Option<Instant>,
     /// The next change of nothing but the order is not before this, and how far it is from the last one.
     reorder: Option<(Instant, Duration)>,
     /// After a failure: nothing is written before this, and how long that was.
@@ -118,7 +128,7 @@ impl Publisher {
     /// Publishes for as long as it is polled.
     pub async fn run(mut self) {
         let owner = self.owner().await;
-        let config = watcher::Config::default().fields(&self.selector());
+        let config = watched().fields(&self.selector());
         let events = watcher(self.api(), config).default_backoff();
         self.follow(&owner, events).await;
     }
@@ -187,8 +197,8 @@ impl Publisher {
         }
     }
 
-    /// The devices as they should be, and when that may change by itself.
-    fn wanted(&mut self, now: Instant) -> (Vec<Device>, Option<Instant>) {
+    /// The devices as they should be, when that may change by itself, and when the scheduler is to count again.
+    fn wanted(&mut self, now: Instant) -> (Vec<Device>, Option<Instant>, Vec<Instant>) {
         let gpus = self.gpus.borrow_and_update().clone();
         let claims = self.claims.borrow_and_update();
         let Offer { driver, node, terms, spread, timing } = &self.offer;
@@ -201,14 +211,14 @@ impl Publisher {
             Seat { candidate: Candidate { gpu, given: claims }, shares, places }
         };
         let seats: Vec<_> = gpus.iter().map(seat).collect();
-        let quiet_at =
-            claims.as_ref().and_then(Allocations::gained).map(|gained| gained + timing.quiet_after);
-        let quiet_at = quiet_at.filter(|at| *at > now);
+        let gained = claims.as_ref().and_then(Allocations::gained);
+        let quiet_at = gained.map(|gained| gained + timing.quiet_after).filter(|at| *at > now);
+        let recounts = gained.into_iter().flat_map(|gained| timing.recount.map(|after| gained + after));
         let pace = if quiet_at.is_some() { Pace::Busy } else { Pace::Quiet };
         // Without the scheduler's books there is no number of places that would be right.
         let spread = if claims.is_some() { *spread } else { Spread::Order };
         let turns = turns(&seats, terms.shares, spread, pace);
-        (slices::devices(driver, &gpus, &turns, terms), quiet_at)
+        (slices::devices(driver, &gpus, &turns, terms), quiet_at, recounts.collect())
     }
 
     /// Compares and writes. When it is to be called again at the latest, if nothing happens before.
@@ -219,13 +229,15 @@ impl Publisher {
         if self.claims.borrow().is_none() && now < listed_by {
             return Some(listed_by);
         }
-        let (devices, changes_at) = self.wanted(now);
-        let plan = match self.slices.due(owner, &devices, now) {
-            Due::Nothing => return changes_at,
-            Due::At(at) => return Some(changes_at.map_or(at, |changes_at| changes_at.min(at))),
+        let (devices, quiet_at, recounts) = self.wanted(now);
+        let recount = self.slices.is_before_any(&recounts, now);
+        let later = recounts.into_iter().filter(|at| *at > now).chain(quiet_at);
+        let plan = match self.slices.due(owner, &devices, recount, now) {
+            Due::Nothing => return later.min(),
+            Due::At(at) => return later.chain([at]).min(),
             Due::Now(plan) => plan,
         };
-        let order_alone = self.slices.is_only_order(&devices);
+        let order_alone = !recount && self.slices.is_only_order(&devices);
         let order: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
         match self.write(plan).await {
             Ok(()) => {
@@ -357,10 +369,16 @@ impl Slices {
         }
     }
 
-    /// What is to be written so that these devices are published.
-    fn due(&self, owner: &Owner, devices: &[Device], now: Instant) -> Due {
+    /// Whether the last write was before one of these moments that have passed.
+    fn is_before_any(&self, moments: &[Instant], now: Instant) -> bool {
+        moments.iter().any(|at| *at <= now && self.written.is_none_or(|written| written < *at))
+    }
+
+    /// What is to be written so that these devices are published; with `recount` it is written even if they are.
+    fn due(&self, owner: &Owner, devices: &[Device], recount: bool, now: Instant) -> Due {
         let present: Vec<_> = self.present.iter().flat_map(BTreeMap::values).cloned().collect();
-        let plan = slices::plan(owner, devices, &present, self.generation);
+        let plan = if recount { slices::anew } else { slices::plan };
+        let plan = plan(owner, devices, &present, self.generation);
         if plan.is_empty() {
             return Due::Nothing;
         }
@@ -368,7 +386,7 @@ impl Slices {
             return Due::At(at);
         }
         match self.reorder {
-            Some((at, _)) if now < at && self.is_only_order(devices) => Due::At(at),
+            Some((at, _)) if now < at && !recount && self.is_only_order(devices) => Due::At(at),
             _ => Due::Now(plan),
         }
     }
@@ -391,6 +409,7 @@ impl Slices {
     /// All has been written that was due.
     fn written(&mut self, timing: &Timing, order_alone: bool, now: Instant) {
         self.retry = None;
+        self.written = Some(now);
         let pause = match self.reorder {
             Some((_, pause)) if order_alone => (pause * 2).min(timing.reorder_longest),
             _ => timing.reorder,
@@ -426,7 +445,7 @@ mod tests {
 
     /// Carries out what is due now, as the API server would. Whether anything was.
     fn carry_out(slices: &mut Slices, devices: &[Device], timing: &Timing, now: Instant) -> bool {
-        let Due::Now(plan) = slices.due(&owner(), devices, now) else { return false };
+        let Due::Now(plan) = slices.due(&owner(), devices, false, now) else { return false };
         let order_alone = slices.is_only_order(devices);
         for mut slice in plan.create.into_iter().chain(plan.replace) {
             slice.metadata.resource_version = Some(slice.spec.pool.generation.to_string());
@@ -449,14 +468,14 @@ mod tests {
         for (number, pause) in [1, 2, 4, 4].into_iter().enumerate() {
             let other = &orders[1 - number % 2];
             let at = now + pause * SECOND;
-            assert_eq!(slices.due(&owner(), other, at - SECOND / 10), Due::At(at), "change {number}");
+            assert_eq!(slices.due(&owner(), other, false, at - SECOND / 10), Due::At(at), "change {number}");
             assert!(carry_out(&mut slices, other, &timing, at));
-            assert_eq!(slices.due(&owner(), other, at), Due::Nothing);
+            assert_eq!(slices.due(&owner(), other, false, at), Due::Nothing);
             now = at;
         }
         // Anything else is written at once, and afterwards the order may change as soon as at the beginning.
         assert!(carry_out(&mut slices, &devices(&["a", "b"], 2), &timing, now));
-        assert_eq!(slices.due(&owner(), &devices(&["b", "a"], 2), now), Due::At(now + SECOND));
+        assert_eq!(slices.due(&owner(), &devices(&["b", "a"], 2), false, now), Due::At(now + SECOND));
     }
 
     #[test]
@@ -464,8 +483,8 @@ mod tests {
         let (mut slices, now) = (listed(), Instant::now());
         let wanted = devices(&["a"], 1);
         let first = slices.failed(now);
-        assert_eq!(slices.due(&owner(), &wanted, now), Due::At(first));
-        assert!(matches!(slices.due(&owner(), &wanted, first), Due::Now(_)));
+        assert_eq!(slices.due(&owner(), &wanted, false, now), Due::At(first));
+        assert!(matches!(slices.due(&owner(), &wanted, false, first), Due::Now(_)));
         let pauses: Vec<_> = (0..10).map(|_| slices.failed(now) - now).collect();
         assert_eq!(pauses[0], 2 * (first - now));
         assert_eq!(*pauses.last().unwrap(), RETRY.1);
@@ -478,7 +497,8 @@ mod tests {
         carry_out(&mut slices, &devices(&["a"], 1), &timing, now);
         let old: Vec<_> = slices.present.iter().flat_map(BTreeMap::values).cloned().collect();
         carry_out(&mut slices, &devices(&["a"], 2), &timing, now);
-        let is_current = |slices: &Slices| slices.due(&owner(), &devices(&["a"], 2), now) == Due::Nothing;
+        let is_current =
+            |slices: &Slices| slices.due(&owner(), &devices(&["a"], 2), false, now) == Due::Nothing;
         // An event of before the last write, a list of before it, and that the old one was deleted.
         slices.take(Event::Apply(old[0].clone()));
         assert!(is_current(&slices));
@@ -492,5 +512,31 @@ mod tests {
         slices.take(Event::Init);
         slices.take(Event::InitDone);
         assert!(!is_current(&slices));
+    }
+
+    #[test]
+    fn the_scheduler_counts_again_twice_after_the_last_claim() {
+        let timing = Timing::new(SECOND);
+        let (mut slices, start) = (listed(), Instant::now());
+        let wanted = devices(&["a"], 1);
+        // Published when the claim comes, as the scheduler counts wrong.
+        assert!(carry_out(&mut slices, &wanted, &timing, start));
+        let recounts = timing.recount.map(|after| start + after);
+        let mut written = Vec::new();
+        for second in 0..60 {
+            let now = start + second * SECOND;
+            let recount = slices.is_before_any(&recounts, now);
+            if let Due::Now(plan) = slices.due(&owner(), &wanted, recount, now) {
+                assert_eq!((plan.replace.len(), plan.create.len(), plan.delete.len()), (1, 0, 0));
+                written.push(now);
+                plan.replace.into_iter().for_each(|slice| slices.put(slice));
+                slices.written(&timing, false, now);
+            }
+        }
+        assert_eq!(written, recounts);
+        // A write for another reason will do.
+        let after = start + 60 * SECOND;
+        assert!(carry_out(&mut slices, &devices(&["a"], 2), &timing, after));
+        assert!(!slices.is_before_any(&[after], after + SECOND));
     }
 }

@@ -130,26 +130,22 @@ impl Plan {
 /// Compares the devices with the slices that are there. If anything differs, all slices get a new generation: consumers use only the
 /// newest. `published`: the newest generation that this process has made, which may have been deleted meanwhile.
 pub fn plan(owner: &Owner, devices: &[Device], present: &[ResourceSlice], published: i64) -> Plan {
-    // A pool without devices has a slice too: who looks sees that the driver is there.
-    let chunks: Vec<&[Device]> =
-        if devices.is_empty() { vec![&[]] } else { devices.chunks(DEVICES).collect() };
-    let newest = present.iter().map(|slice| slice.spec.pool.generation).max();
-    let wanted = |generation| -> Vec<ResourceSlice> {
-        let pool =
-            ResourcePool { generation, name: owner.node.clone(), resource_slice_count: chunks.len() as i64 };
-        chunks
-            .iter()
-            .enumerate()
-            .map(|(number, devices)| slice(owner, number, devices, pool.clone()))
-            .collect()
-    };
-    let current = wanted(newest.unwrap_or_default());
+    let current = slices(owner, devices, newest(present));
     let same = |wanted: &ResourceSlice| present.iter().any(|present| is_same(wanted, present));
     if present.len() == current.len() && current.iter().all(same) {
         return Plan::default();
     }
-    let mut plan = Plan::default();
-    for mut slice in wanted(newest.unwrap_or_default().max(published).saturating_add(1)) {
+    anew(owner, devices, present, published)
+}
+
+/// All slices with a new generation, whether or not anything differs.
+pub fn anew(owner: &Owner, devices: &[Device], present: &[ResourceSlice], published: i64) -> Plan {
+    let slices = slices(owner, devices, newest(present).max(published).saturating_add(1));
+    let names = present.iter().filter_map(|slice| slice.metadata.name.clone());
+    let delete =
+        names.filter(|name| !slices.iter().any(|slice| slice.metadata.name.as_ref() == Some(name))).collect();
+    let mut plan = Plan { delete, ..Plan::default() };
+    for mut slice in slices {
         match present.iter().find(|present| present.metadata.name == slice.metadata.name) {
             Some(present) => {
                 slice.metadata.resource_version.clone_from(&present.metadata.resource_version);
@@ -159,11 +155,22 @@ pub fn plan(owner: &Owner, devices: &[Device], present: &[ResourceSlice], publis
             None => plan.create.push(slice),
         }
     }
-    let names = present.iter().filter_map(|slice| slice.metadata.name.clone());
-    plan.delete = names
-        .filter(|name| !current.iter().any(|slice| slice.metadata.name.as_ref() == Some(name)))
-        .collect();
     plan
+}
+
+fn newest(present: &[ResourceSlice]) -> i64 {
+    present.iter().map(|slice| slice.spec.pool.generation).max().unwrap_or_default()
+}
+
+/// The slices of these devices in a generation.
+fn slices(owner: &Owner, devices: &[Device], generation: i64) -> Vec<ResourceSlice> {
+    // A pool without devices has a slice too: who looks sees that the driver is there.
+    let chunks: Vec<&[Device]> =
+        if devices.is_empty() { vec![&[]] } else { devices.chunks(DEVICES).collect() };
+    let pool =
+        ResourcePool { generation, name: owner.node.clone(), resource_slice_count: chunks.len() as i64 };
+    let numbered = chunks.iter().enumerate();
+    numbered.map(|(number, devices)| slice(owner, number, devices, pool.clone())).collect()
 }
 
 fn slice(owner: &Owner, number: usize, devices: &[Device], pool: ResourcePool) -> ResourceSlice {

@@ -43,6 +43,10 @@ struct State {
     events: Vec<(u64, Kind, &'static str, Value)>,
     /// Requests are cut off without an answer.
     away: bool,
+    /// So many of the first watches of claims tell nothing more, and do not end.
+    standing: usize,
+    /// Watches of claims that have been begun.
+    watches: usize,
     /// Verbs and kinds that are forbidden, such as `list ResourceClaim`.
     forbidden: BTreeSet<String>,
     /// Writes of slices that were carried out.
@@ -138,6 +142,12 @@ impl ApiServer {
         self.change(|state| state.away = away);
     }
 
+    /// Waits until claims are watched. From then on these watches stand still.
+    pub async fn stand_still(&self) {
+        self.until("claims are watched", |api| (api.lock().watches > 0).then_some(())).await;
+        self.change(|state| state.standing = state.watches);
+    }
+
     pub fn forbid(&self, what: &str) {
         self.change(|state| state.forbidden.insert(what.to_owned()));
     }
@@ -226,12 +236,24 @@ impl ApiServer {
         found.inspect(|_| self.changed.send_modify(|count| *count += 1))
     }
 
+    /// The newest generation that is published.
+    pub fn generation(&self) -> i64 {
+        let generations = self.slices();
+        generations.iter().filter_map(|slice| slice["spec"]["pool"]["generation"].as_i64()).max().unwrap_or(0)
+    }
+
     /// Whether a device has a place and a share left.
     pub fn has_room(&self, device: &Value) -> bool {
         let state = self.lock();
         ["shares", "places"]
             .iter()
             .all(|one| used(&state.all(Kind::Claims), device, one) < capacity(device, one))
+    }
+
+    /// How many places of a device no claim has taken.
+    pub fn places_left(&self, device: &Value) -> u64 {
+        let claims = self.lock().all(Kind::Claims);
+        capacity(device, "places").saturating_sub(used(&claims, device, "places"))
     }
 
     /// The numbers of the devices that claims have, one for each claim.
@@ -301,6 +323,14 @@ impl ApiServer {
             return Ok(failure(StatusCode::FORBIDDEN, &format!("forbidden: cannot {what}")));
         }
         if verb == "list" && query.get("watch") == Some(&"true") {
+            // One without an end of its own could stand still unnoticed for as long as the client likes.
+            if query
+                .get("timeoutSeconds")
+                .and_then(|seconds| seconds.parse().ok())
+                .is_none_or(|seconds: u32| seconds > 60)
+            {
+                return Ok(failure(StatusCode::BAD_REQUEST, "a watch for more than a minute"));
+            }
             let since =
                 query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or_default();
             return Ok(self.watch(kind, since));
@@ -311,6 +341,10 @@ impl ApiServer {
 
     /// All that happens from this version on. It ends when the server is away.
     fn watch(&self, kind: Kind, since: u64) -> Response<Body> {
+        let number = self.change(|state| {
+            state.watches += usize::from(kind == Kind::Claims);
+            state.watches
+        });
         let start = (self.clone(), self.changed.subscribe(), since);
         let events = futures::stream::unfold(start, move |(server, mut changed, since)| async move {
             loop {
@@ -319,8 +353,9 @@ impl ApiServer {
                     if state.away {
                         return None;
                     }
+                    let stands = kind == Kind::Claims && number <= state.standing;
                     let next = state.events.iter().find(|(version, of, ..)| *version > since && *of == kind);
-                    if let Some((version, _, what, object)) = next {
+                    if let Some((version, _, what, object)) = next.filter(|_| !stands) {
                         let mut object = object.clone();
                         object["apiVersion"] = json!("resource.k8s.io/v1");
                         object["kind"] = json!(kind.name());

@@ -14,7 +14,7 @@ use nvshare_kubernetes::inventory::{Gpu, Health, Load};
 use nvshare_kubernetes::options::{Cli, Command};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -116,8 +116,15 @@ impl Machine {
     /// The CDI specifications of claims, by the names of their files.
     fn specs(&self) -> BTreeMap<String, Value> {
         let entries = std::fs::read_dir(self.cdi_dir()).into_iter().flatten().flatten();
-        let read = |path: &Path| serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-        entries.map(|entry| (entry.file_name().into_string().unwrap(), read(&entry.path()))).collect()
+        let specs = entries.filter_map(|entry| match std::fs::read(entry.path()) {
+            Ok(text) => {
+                Some((entry.file_name().into_string().unwrap(), serde_json::from_slice(&text).unwrap()))
+            }
+            // The driver removes them meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => panic!("{}: {error}", entry.path().display()),
+        });
+        specs.collect()
     }
 
     /// How often the devices that are there were given.
@@ -221,10 +228,11 @@ async fn eighty_claims_at_once_spread_evenly_over_eight_gpus() {
     }
     // Until the driver has seen that they have left, their places are there for others.
     let one_place = |api: &ApiServer| {
-        let first = api.devices().into_iter().next()?;
-        (first["name"] == device(2) && first["capacity"]["places"]["value"] == "1").then_some(())
+        let devices = api.devices();
+        let seen = devices.iter().all(|device| api.places_left(device) <= 1);
+        (seen && devices[0]["name"] == device(2)).then_some(())
     };
-    machine.api.until("GPU 2 is the first and has one place", one_place).await;
+    machine.api.until("GPU 2 is the first, and no GPU has more than one place", one_place).await;
     for number in 100..110 {
         let on = machine.api.until("room for a claim", |api| api.schedule(&format!("c-{number}"))).await;
         assert!(number > 100 || on == 2, "the first went to {on}");
@@ -244,6 +252,37 @@ async fn whoever_wants_all_gpus_finds_room_on_each_after_a_while() {
     machine.api.until("room on all three", |api| (room(api) == 3).then_some(())).await;
     let order: Vec<_> = machine.api.devices().iter().map(|device| device["name"].clone()).collect();
     assert_eq!(order, [device(1), device(2), device(0)]);
+}
+
+// The scheduler looks once at a pod for which it finds no room, and again when the slices change.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scheduler_that_has_counted_a_claim_twice_is_made_to_count_again() {
+    let machine = Machine::new(2);
+    let _driver = machine.driver(&[]).await;
+    machine.api.until_order(&[0, 1]).await;
+    assert_eq!((machine.api.schedule("c-1"), machine.api.schedule("c-2")), (Some(0), Some(1)));
+    let room =
+        |api: &ApiServer| api.devices().iter().all(|device| api.has_room(device)).then(|| api.generation());
+    let counted = machine.api.until("a place on both", room).await;
+    // It has taken both for full. There is nothing to change: both have a place, whether claims come or not.
+    for time in 1..=2 {
+        let again = |api: &ApiServer| (api.generation() >= counted + time).then(|| api.devices());
+        let devices = machine.api.until("the scheduler counts again", again).await;
+        assert!(devices.iter().all(|device| device["capacity"]["places"]["value"] == "2"), "{devices:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_of_claims_that_stands_still_keeps_no_pod_waiting() {
+    let machine = Machine::new(2);
+    let _driver = machine.driver(&[]).await;
+    let kubelet = machine.kubelet().await;
+    machine.api.until_order(&[0, 1]).await;
+    machine.api.stand_still().await;
+    // The two places that there are.
+    assert_eq!((machine.api.schedule("c-1"), machine.api.schedule("c-2")), (Some(0), Some(1)));
+    kubelet.prepare_one("c-1").await.unwrap();
+    machine.api.until("room for a claim", |api| api.schedule("c-3")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,6 +18,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/google/uuid"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -37,6 +38,9 @@ type Options struct {
 	CDI []string
 	// Address is the pods' IP address: the node's own.
 	Address string
+
+	// controlGroup is above those of all containers. It is this runtime's alone: others on the machine remove theirs when they end.
+	controlGroup string
 }
 
 // Command serves the CRI until it is told to end (SIGTERM).
@@ -71,6 +75,7 @@ func serve(options Options) error {
 	if err != nil {
 		return err
 	}
+	options.controlGroup = "/nvshare-test-" + uuid.NewString()
 	server := grpc.NewServer()
 	service := &service{
 		options:    options,

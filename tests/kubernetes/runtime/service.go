@@ -291,8 +291,8 @@ func (s *service) removeAll() {
 		container.stop(context.Background(), 0)
 		container.remove()
 	}
-	// runc leaves the group above its containers' groups, in every hierarchy. That of another node that runs is not empty, and stays.
-	for _, pattern := range []string{"/sys/fs/cgroup" + controlGroup, "/sys/fs/cgroup/*" + controlGroup} {
+	// runc leaves the group above its containers' groups, in every hierarchy.
+	for _, pattern := range []string{"/sys/fs/cgroup" + s.options.controlGroup, "/sys/fs/cgroup/*" + s.options.controlGroup} {
 		groups, _ := filepath.Glob(pattern)
 		for _, group := range groups {
 			_ = os.Remove(group)

@@ -25,9 +25,6 @@ var capabilities = strings.Fields(`CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSE
 var usual = strings.Fields(`CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE NET_RAW SYS_CHROOT MKNOD
 	AUDIT_WRITE SETFCAP`)
 
-// controlGroup is above those of all containers.
-const controlGroup = "/nvshare-test"
-
 // specification is the container as runc is to run it.
 func specification(options Options, id, root string, pod *cri.PodSandboxConfig, config *cri.ContainerConfig) (*oci.Spec, error) {
 	security := config.GetLinux().GetSecurityContext()
@@ -49,7 +46,7 @@ func specification(options Options, id, root string, pod *cri.PodSandboxConfig, 
 			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
 		},
 		Linux: &oci.Linux{
-			CgroupsPath: filepath.Join(controlGroup, id),
+			CgroupsPath: filepath.Join(options.controlGroup, id),
 			Namespaces:  []oci.LinuxNamespace{{Type: oci.MountNamespace}, {Type: oci.UTSNamespace}},
 			Resources:   &oci.LinuxResources{Devices: []oci.LinuxDeviceCgroup{{Allow: security.GetPrivileged(), Access: "rwm"}}},
 		},
