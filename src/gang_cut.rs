@@ -21,7 +21,7 @@
 //! ```
 //!
 //! **Work that stands still.** If the gates were shut while some process had launched a collective and another had not, the
-//! first one's work does not end. Only a process that is in stage Shut, with such work, begins one of two stages:
+//! first one's work does not end. Only a process that is in stage Shut begins one of two stages:
 //!
 //! - Step: those that have drained let the threads at their gates submit a few calls at a time, and wait for the end of these. So
 //!   those that are behind catch up with those that are ahead, and not much further. It ends when the work that stood
@@ -31,10 +31,20 @@
 //!
 //! Then all shut again, under a new number.
 //!
+//! **Who does not answer.** A process may wait in a call of the driver until its work has ended, because a thread of it that loads a
+//! kernel, for example, has the driver's lock. Then it cannot begin Step or Let, and it may be the only one in stage Shut.
+//! So if it neither drains nor goes on for a while, and threads wait, one that has drained goes back to stage Shut under a new
+//! number, which takes back what it has shown. If the other one still does not answer after that, it begins Let.
+//!
+//! A process whose memory comes in while it has work in flight does not run, so it has no gate to shut. It drains all the
+//! same when another one does ([`is_called_from_filling`]).
+//!
 //! **Why a cut is consistent.** A process that leaves in stage Drained(n) has seen every other process that works in
 //! Drained(n), or beyond it in Left. Step(n + 1) and Let(n + 1) are begun by a process in Shut(n) only, and whoever was seen in Drained(n) was
 //! past that: the number grows, so it cannot be in Shut(n) again. So nobody lets threads in under n + 1 once one has seen all
-//! in Drained(n), and each finds the same.
+//! in Drained(n), and each finds the same. A process that goes back from Drained(n) to Shut(n + 1) begins Let only if it has seen another
+//! one after that which had not drained yet; so nobody has left, if whoever leaves has seen all in Drained(n) twice, one look after
+//! the other.
 //!
 //! A process that had no work when the cut began is not waited for. It sets [`Row::works`] before it opens its gate, looks at
 //! the others after that, and opens only if none of them has begun a cut; a process that begins a cut writes its stage and
@@ -125,6 +135,24 @@ pub struct Row {
     pub too_large: bool,
     /// The process waits for this GPU, and a client there whose work does not end is in its way.
     pub blocked: bool,
+}
+
+/// For logs.
+impl std::fmt::Display for Row {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{:?}, {:?} {}", self.state, self.cut.stage, self.cut.number)?;
+        let flags = [
+            (self.works, "has work"),
+            (self.stands, "its work stands still"),
+            (self.wants, "threads wait at its gate"),
+            (self.needed, "others need the GPU"),
+            (self.idle, "idle"),
+            (self.endless, "its work does not end"),
+            (self.too_large, "too large"),
+            (self.blocked, "blocked"),
+        ];
+        flags.iter().filter(|(set, _)| *set).try_for_each(|(_, what)| write!(out, ", {what}"))
+    }
 }
 
 /// The bits of a row that stand for themselves, from the lowest on.
@@ -220,6 +248,14 @@ pub fn is_called_to_shut(own: Cut, others: &[Row]) -> bool {
     news(own, others).is_some_and(Cut::is_shut)
 }
 
+/// Whether a process with work in flight that waits for memory must drain instead, because another one drains or lets threads go
+/// on. What that one waits for may be what this one's threads submit, and those who have the memory may wait in the same way.
+pub fn is_called_from_filling(own: Cut, others: &[Row]) -> bool {
+    // Also under its own number, if it began to run while others let their threads go on.
+    let stops = |cut: Cut| (cut.is_shut() || goes_on(cut.stage)) && !own.is_newer_than(cut);
+    others.iter().any(|row| row.works && stops(row.cut))
+}
+
 /// Whether a process that drains, or has drained, must let its threads go on.
 pub fn is_called_to_let(own: Cut, others: &[Row]) -> bool {
     let news = || news(own, others).is_some_and(|cut| matches!(cut.stage, Stage::Let | Stage::Run));
@@ -240,6 +276,12 @@ pub fn shut(own: Cut, others: &[Row]) -> Cut {
         _ if own.is_shut() => own,
         newest => Cut::new(Stage::Shut, newest.unwrap_or(own).number.wrapping_add(1)),
     }
+}
+
+/// The cut of a process that has drained and begins anew, because [`somebody_is_absent`].
+#[must_use]
+pub fn anew(own: Cut, others: &[Row]) -> Cut {
+    Cut::new(Stage::Shut, news(own, others).unwrap_or(own).number.wrapping_add(1))
 }
 
 /// The cut of a process that lets its threads go on, on its own account or because it is called to.
@@ -304,6 +346,18 @@ pub fn work_stands(others: &[Row]) -> bool {
 pub fn somebody_is_behind(own: Cut, others: &[Row]) -> bool {
     let behind = |row: &Row| row.works && row.wants && row.cut == Cut::new(Stage::Drained, own.number);
     others.iter().any(behind)
+}
+
+/// Whether another process works that has neither drained nor seen this cut. If that lasts, it waits in a call of the driver, which
+/// may end only when a thread of this process submits what that process's work waits for.
+pub fn somebody_is_absent(own: Cut, others: &[Row]) -> bool {
+    let answers = |cut: Cut| matches!(cut.stage, Stage::Drained | Stage::Left) || cut.is_newer_than(own);
+    others.iter().any(|row| row.works && !row.endless && !answers(row.cut))
+}
+
+/// Whether other processes work, so that one that has its GPU and gives it up must drain with them, even if it has not worked.
+pub fn others_work(others: &[Row]) -> bool {
+    others.iter().any(|row| row.works && !row.endless)
 }
 
 /// Whether a process may open its gate as far as the others are concerned: they have their GPUs, and none has begun a cut.

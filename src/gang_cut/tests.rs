@@ -5,16 +5,17 @@ use proptest::prelude::*;
 /// How many collectives a process may launch before another one has launched them.
 const AHEAD: u32 = 2;
 
-/// How far the number of one process may be ahead of another's that has not looked meanwhile. Else a process could try again and
-/// again before the other one looks once, and there would be no end of states.
-const NUMBERS: u32 = 5;
-
 /// A process whose only work is collectives: one ends when all processes have launched it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Process {
     row: Row,
     /// Collectives that it has launched.
     launched: u32,
+    /// It has allocated memory for which there is no room before the gang has left: its threads wait, unless it is in stage Let, in
+    /// which all memory is in place on the host.
+    lacks: bool,
+    /// Its engine waits in a call of the driver until its work has ended.
+    blocked: bool,
 }
 
 /// Processes of one gang, a GPU each. A step is one action of one engine or of one thread, and any step that is possible may come
@@ -26,7 +27,7 @@ struct Gang {
 
 impl Gang {
     fn new(count: usize) -> Self {
-        let process = Process { row: Row::default(), launched: 0 };
+        let process = Process { row: Row::default(), launched: 0, lacks: false, blocked: false };
         Self { processes: vec![process; count] }
     }
 
@@ -62,9 +63,22 @@ impl Gang {
         };
         // A process that has left takes the newest number when it runs again, so an old one is as good as any.
         let number = numbers(false).or_else(|| numbers(true)).unwrap();
-        for process in processes {
+        for process in &mut *processes {
             process.launched -= launched;
             process.row.cut.number = process.row.cut.number.saturating_sub(number);
+        }
+        // A process may try again and again before another one looks once. How far it is ahead does not count, only whether by more
+        // than one.
+        let mut numbers: Vec<_> = processes.iter().map(|process| process.row.cut.number).collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        let mut near = vec![numbers[0]];
+        for pair in numbers.windows(2) {
+            near.push(near[near.len() - 1] + (pair[1] - pair[0]).min(2));
+        }
+        for process in processes {
+            let at = numbers.iter().position(|number| *number == process.row.cut.number).unwrap();
+            process.row.cut.number = near[at];
         }
         self
     }
@@ -75,15 +89,27 @@ impl Gang {
 
     /// The states that one step leads to.
     fn next(&self) -> Vec<Gang> {
-        let steps = (0..self.processes.len()).flat_map(|index| self.steps_of(index));
-        let near = |gang: &Gang| gang.processes.iter().all(|process| process.row.cut.number <= NUMBERS);
-        steps.filter(near).collect()
+        (0..self.processes.len()).flat_map(|index| self.steps_of(index)).collect()
     }
 
     fn steps_of(&self, index: usize) -> Vec<Gang> {
         let (row, others, done) = (self.processes[index].row, self.others(index), self.done(index));
-        let cut = row.cut;
+        let (cut, lacks) = (row.cut, self.processes[index].lacks);
         let mut steps = Vec::new();
+        if self.processes[index].blocked {
+            if done {
+                steps.push(self.with(index, |process| process.blocked = false));
+            }
+            return steps;
+        }
+        if !done && matches!(cut.stage, Stage::Shut | Stage::Step) {
+            steps.push(self.with(index, |process| process.blocked = true));
+        }
+        if cut.stage == Stage::Run && !lacks {
+            steps.push(
+                self.with(index, |process| (process.lacks, process.row.state) = (true, GpuState::Growing)),
+            );
+        }
         let mut step =
             |change: &dyn Fn(&mut Row)| steps.push(self.with(index, |process| change(&mut process.row)));
         let shut = |row: &mut Row| {
@@ -92,11 +118,31 @@ impl Gang {
         };
         match cut.stage {
             Stage::Left if row.state == GpuState::Out => step(&|row| row.state = GpuState::Ready),
-            Stage::Left if may_run(cut, &others, false) => step(&|row| {
-                row.cut = run_on(cut, &others);
-                (row.works, row.wants) = (true, false);
-            }),
-            Stage::Left => {}
+            Stage::Left => {
+                if may_run(cut, &others, false) {
+                    step(&|row| {
+                        row.cut = run_on(cut, &others);
+                        (row.works, row.wants) = (true, false);
+                    });
+                }
+                // It is recalled before it has worked.
+                if others_work(&others) {
+                    step(&|row| {
+                        row.works = true;
+                        shut(row);
+                    });
+                } else {
+                    step(&|row| row.state = GpuState::Out);
+                }
+            }
+            Stage::Run if lacks => {
+                // Its memory does not come before the gang has left. Its GPU may have chosen it to be filled, and another GPU may have
+                // recalled another one; some GPU recalls one.
+                let all_run = others.iter().all(|row| !row.works || row.cut.stage == Stage::Run);
+                if all_run || is_called_from_filling(cut, &others) {
+                    step(&shut);
+                }
+            }
             Stage::Run => {
                 // It is recalled, or called.
                 step(&shut);
@@ -125,9 +171,18 @@ impl Gang {
                         (0..self.processes.len()).all(|other| self.done(other)),
                         "process {index} leaves while work waits for it: {self:#?}"
                     );
+                    steps.push(self.with(index, |process| {
+                        process.row.cut = leave(drained);
+                        (process.row.works, process.row.wants) = (false, false);
+                        (process.row.state, process.lacks) = (GpuState::Out, false);
+                    }));
+                } else if somebody_is_absent(drained, &others) {
                     step(&|row| {
-                        row.cut = leave(drained);
-                        (row.works, row.wants, row.state) = (false, false, GpuState::Out);
+                        row.cut = anew(drained, &others);
+                        if somebody_is_absent(row.cut, &others) {
+                            row.cut = let_go_on(row.cut, &others);
+                            (row.stands, row.state) = (false, GpuState::DrainPaused);
+                        }
                     });
                 }
             }
@@ -153,11 +208,14 @@ impl Gang {
                 } else if row.stands && done {
                     step(&|row| row.stands = false);
                 }
-                if cut.stage == Stage::Step && row.stands && !done {
+                if cut.stage == Stage::Step && !over {
                     // After a while in which it was of no use.
-                    step(&|row| (row.cut, row.state) = (let_go_on(cut, &others), GpuState::DrainPaused));
+                    step(&|row| {
+                        row.cut = let_go_on(cut, &others);
+                        (row.stands, row.state) = (true, GpuState::DrainPaused);
+                    });
                 }
-                let may = cut.stage == Stage::Let || done && !row.stands && !over;
+                let may = cut.stage == Stage::Let || done && !row.stands && !over && !lacks;
                 if may && self.may_launch(index) {
                     steps.push(self.launch(index));
                 }

@@ -7,7 +7,7 @@ use crate::memory::error::SwapError;
 use crate::memory::map::{Memory, SMALL};
 use crate::memory::region::{Backing, ChunkMapping, Region};
 use crate::state;
-use crate::submit::captures;
+use crate::submit::{captures, gang};
 use nvshare::policy;
 use nvshare::shares::MemoryLimit;
 use nvshare::sync::now;
@@ -157,7 +157,8 @@ impl Device {
     ///
     /// While a capture is open the gate must stay open: the capturing thread has to pass it to end the
     /// capture, and the engine waits for the capture to end before it moves anything, so a shut gate would be a deadlock.
-    /// Memory for which there is no room then is mapped to host memory at once, and moves to the GPU later.
+    /// Memory for which there is no room then is mapped to host memory at once, and moves to the GPU later. So is memory that is
+    /// allocated while a drain is paused.
     ///
     /// # Errors
     /// OUT_OF_MEMORY if a capture is open and the host has no memory either. The region is removed.
@@ -171,6 +172,10 @@ impl Device {
             self.back(memory, base);
         }
         if memory.region(base).is_some_and(Region::usable) {
+            return Ok(());
+        }
+        // The threads go on for work that does not end without them, so they must not wait for room.
+        if gang::is_paused(self.gpu) && self.back_by_host(memory, base).is_ok() {
             return Ok(());
         }
         if captures::close_unless_capturing(self.gpu) {

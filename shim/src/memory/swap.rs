@@ -571,7 +571,10 @@ impl Swap {
             return TakeOutcome::Ready;
         }
         let too_large = || self.shortage() > 0;
-        let called_away = || self.device.engine_context.is_called_away();
+        let called_away = || {
+            self.device.engine_context.is_called_away()
+                || !self.quiet && gang::is_called_away(self.device.gpu)
+        };
         loop {
             if !books.admitted() {
                 return TakeOutcome::Recalled;

@@ -176,6 +176,12 @@ impl Engine {
                 // Recalled while it used the GPU: assume that it has more work.
                 Ok(Next::Yield) => self.give_way(true),
                 Ok(Next::Sleep { seen, until }) => self.rest(seen, until),
+                // Recalled or not: what its work waits for may be waiting for what this fill waits for.
+                Err(SwapError::Interrupted)
+                    if self.client.has_work() && gang::is_called_away(self.device.gpu) =>
+                {
+                    self.give_way(true);
+                }
                 Err(SwapError::Interrupted) => {}
                 Err(SwapError::Host(why) | SwapError::Gpu(why)) => self.no_memory(&why),
                 Err(error) => return Err(error),

@@ -308,6 +308,32 @@ pub fn update(gpu: GpuUuid, report: Report) -> Option<Nanos> {
     gang.seats.next_check()
 }
 
+/// What this process and the others of its gang wait for, for the log.
+pub fn describe() -> String {
+    let mut gang = gang();
+    gang.look();
+    let own = Row {
+        cut: gang.cut,
+        works: gang.works,
+        stands: gang.stands,
+        endless: gang.endless,
+        ..Row::default()
+    };
+    let own = gang.order.members().map(|((gpu, _), state)| format!("{gpu}: {}", Row { state, ..own }));
+    let own = own.collect::<Vec<_>>().join("; ");
+    let others = gang
+        .seats
+        .look()
+        .into_iter()
+        .map(|((gpu, slot), row)| format!("; slot {} of {gpu}: {row}", slot.get()));
+    format!(
+        "this process, {own}, {} threads at its gate, {} inside{}",
+        gate().waiting(),
+        if gate().occupied() { "some" } else { "none" },
+        others.collect::<String>()
+    )
+}
+
 /// Whether this process shares a gang with others, or has several GPUs.
 pub fn is_shared() -> bool {
     let gang = gang();
@@ -354,6 +380,44 @@ pub fn is_called_to_drain() -> bool {
     let mut gang = gang();
     gang.look();
     gang.works && gang_cut::is_called_to_shut(gang.cut, &gang.others)
+}
+
+/// Whether a process with work in flight that waits for memory on a GPU must drain instead: another GPU of the process drains, or
+/// another process of the gang does.
+pub fn is_called_away(gpu: GpuUuid) -> bool {
+    let mut gang = gang();
+    if !gang.works {
+        return false;
+    }
+    gang.look();
+    let drains =
+        |state| matches!(state, GpuState::Draining | GpuState::DrainingIncomplete | GpuState::DrainPaused);
+    let another_drains = gang.order.members().any(|((of, _), state)| of != gpu && drains(state));
+    another_drains || gang_cut::is_called_from_filling(gang.cut, &gang.others)
+}
+
+/// This process has drained, and threads stand at a gate. If another one does not answer, a new cut begins, in which this process
+/// has not drained yet, so that nobody leaves by what it has shown. Whether that other one still does not answer: then the threads
+/// must go on, because it may be waiting for them in a call of the driver.
+pub fn cut_anew() -> bool {
+    let mut gang = gang();
+    gang.look();
+    let anew = gang.works
+        && gang.cut.stage == Stage::Drained
+        && gang_cut::somebody_is_absent(gang.cut, &gang.others);
+    if anew {
+        gang.cut = gang_cut::anew(gang.cut, &gang.others);
+        gang.show();
+        gang.look();
+    }
+    anew && gang_cut::somebody_is_absent(gang.cut, &gang.others)
+}
+
+/// Whether a process of the gang works that neither drains nor answers: see [`gang_cut::somebody_is_absent`].
+pub fn is_somebody_absent() -> bool {
+    let mut gang = gang();
+    gang.look();
+    gang.works && gang_cut::somebody_is_absent(gang.cut, &gang.others)
 }
 
 /// Whether a drain must pause because another process's does, for work that waits for threads.
@@ -500,12 +564,19 @@ pub fn out(gpu: GpuUuid) {
 pub fn drain(gpu: GpuUuid, incomplete: bool, leaves: bool) {
     let mut gang = gang();
     let stage = if incomplete { GpuState::DrainingIncomplete } else { GpuState::Draining };
+    let was_ready = gang.order.state(gpu) == GpuState::Ready;
+    if gang.order.set(gpu, stage) {
+        gang.wake_all_but(gpu);
+    }
+    if was_ready && !gang.works && !leaves {
+        // Shown before the others are looked at: one that begins now because this one was ready is seen here, or sees this.
+        gang.show();
+        gang.look();
+        gang.works = gang_cut::others_work(&gang.others);
+    }
     gang.look();
     if gang.works && !leaves {
         (gang.cut, gang.stands, gang.endless) = (gang_cut::shut(gang.cut, &gang.others), false, false);
-    }
-    if gang.order.set(gpu, stage) {
-        gang.wake_all_but(gpu);
     }
     // Also if it is shut already: another engine may be shutting it and not have executed its memory barrier yet.
     shut_gate();
@@ -525,9 +596,12 @@ pub fn drained(gpu: GpuUuid, leaves: bool, steps: u64) -> Drained {
         let cut = gang_cut::keep_up(gang.cut, &gang.others);
         gang.cut = Cut::new(Stage::Drained, cut.number);
         gang.show();
-        gang.look();
-        if !gang_cut::all_have_drained(gang.cut, &gang.others) {
-            return Drained::OthersWork;
+        // Twice, because a look reads one row after the other, and one that has drained may take that back meanwhile.
+        for _ in 0..2 {
+            gang.look();
+            if !gang_cut::all_have_drained(gang.cut, &gang.others) {
+                return Drained::OthersWork;
+            }
         }
     }
     gang.stop_working();

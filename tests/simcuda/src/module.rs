@@ -3,8 +3,8 @@
 //! A library (`cuLibraryLoadData`) is a module that isn't tied to a context, and a kernel of a library is a function:
 //! the handles are the same.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::abi::{Error, Handle, Result};
@@ -65,6 +65,37 @@ impl Drop for Loading {
     }
 }
 
+/// Held by a thread that loads a module and waits for the context's work.
+static LOCK: RwLock<()> = RwLock::new(());
+
+/// The real driver may synchronise the context when it loads a kernel, which CUDA's documentation of lazy loading names as a cause
+/// of deadlocks: here with NVSHARE_SIM_LOADS_WAIT, and it holds its lock meanwhile.
+fn await_work(context: Handle) {
+    let Ok(driver) = driver() else { return };
+    if driver.config.loads_wait {
+        let _lock = LOCK.write().unwrap_or_else(PoisonError::into_inner);
+        // Work that has failed is the next call's.
+        let _ = driver.contexts.get(context).map(|context| context.synchronize());
+    }
+}
+
+/// Calls that need the driver's lock wait for a thread that loads a module.
+pub fn await_loads(call: &str) {
+    const NEEDS: [&str; 8] = [
+        "cuMemCreate",
+        "cuMemMap",
+        "cuMemSetAccess",
+        "cuMemUnmap",
+        "cuMemRelease",
+        "cuEventRecord",
+        "cuLaunchHostFunc",
+        "cuMemsetD32Async",
+    ];
+    if driver().is_ok_and(|driver| driver.config.loads_wait) && NEEDS.contains(&call) {
+        drop(LOCK.read().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
 /// Loads PTX text. The real driver's compiler is a library that it opens for that, so the dynamic loader's lock is needed.
 pub fn load(image: &[u8], context: Handle) -> Result<Arc<Module>> {
     let driver = driver()?;
@@ -72,6 +103,7 @@ pub fn load(image: &[u8], context: Handle) -> Result<Arc<Module>> {
     // SAFETY: a C string, of a library that is loaded in any case.
     unsafe { libc::dlclose(libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY)) };
     std::thread::sleep(Duration::from_nanos(driver.config.compile_ns));
+    await_work(context);
     let text = std::str::from_utf8(image).map_err(|_| Error::INVALID_IMAGE)?;
     if !text.contains(".version") || !text.contains(".target") {
         return Err(Error::INVALID_IMAGE);

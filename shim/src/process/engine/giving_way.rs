@@ -69,6 +69,9 @@ const MOST_STEPS: u32 = 64;
 /// How long a gang goes on by steps before all its gates open, ns.
 const STEPS_TIMEOUT: Nanos = SECOND / 2;
 
+/// After so long a drain says in the log what it waits for, ns.
+const TOLD_AFTER: Nanos = 10 * SECOND;
+
 /// A drain in progress.
 pub struct GivingWay {
     /// The client is expected to have more work.
@@ -81,6 +84,8 @@ pub struct GivingWay {
     ran: Nanos,
     backoff: DrainBackoff,
     state: State,
+    /// The log says why it takes so long.
+    told: bool,
 }
 
 enum State {
@@ -101,6 +106,8 @@ struct Shut {
     progress: Nanos,
     /// Since when threads wait at the gate, ns.
     standing: Option<Nanos>,
+    /// The process has drained: since when threads wait, and another process of the gang does not answer, ns.
+    absent: Option<Nanos>,
     /// The end of all work; made when no thread is inside the gate.
     mark: Option<CompletionMarker>,
     /// How much of the marked work was left at the last poll ([`CompletionMarker::left`]).
@@ -192,7 +199,7 @@ impl Engine {
         let time = now();
         let backoff = DrainBackoff::new(self.page().settings().drain_target, 0);
         let state = self.shut(leaves);
-        self.giving_way = Some(GivingWay { more, leaves, began: time, ran, backoff, state });
+        self.giving_way = Some(GivingWay { more, leaves, began: time, ran, backoff, state, told: false });
         self.foresee();
     }
 
@@ -217,6 +224,7 @@ impl Engine {
             beside_captures,
             progress: since,
             standing: None,
+            absent: None,
             mark: None,
             left: usize::MAX,
             step: None,
@@ -252,6 +260,7 @@ impl Engine {
     pub(super) fn look_drained(&mut self) -> Look {
         loop {
             let Some(mut giving_way) = self.giving_way.take() else { return Look::Again(Nanos::MAX) };
+            self.tell(&mut giving_way);
             let looked = match &mut giving_way.state {
                 State::Capturing { hold, since } => self.look_at_captures(hold, *since),
                 State::Shut(shut) => {
@@ -295,6 +304,29 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Says once what a drain waits for that takes very long.
+    fn tell(&self, giving_way: &mut GivingWay) {
+        let took = now().saturating_sub(giving_way.began);
+        if giving_way.told || took < TOLD_AFTER {
+            return;
+        }
+        giving_way.told = true;
+        let missing = self.device.memory().is_missing();
+        let stage = match &giving_way.state {
+            State::Capturing { .. } => "waits for a capture to end",
+            State::Shut(Shut { mark: None, .. }) => "waits until no thread is inside a call",
+            State::Shut(_) => "waits for the work in flight",
+            State::Paused(_) => "lets threads go on for work that does not end without them",
+        };
+        tracing::warn!(
+            gpu = %self.device.gpu,
+            "has not been able to give the GPU up for {}: it {stage}{}. {}",
+            format_nanos(took),
+            if missing { ", and memory that was allocated meanwhile is not in place" } else { "" },
+            gang::describe()
+        );
     }
 
     fn look_at_captures(&mut self, hold: &CaptureHold, since: Nanos) -> Step {
@@ -349,8 +381,7 @@ impl Engine {
             if looked == Some(true) {
                 match self.is_drained(mark, leaves, shut.steps) {
                     Drained::Yes => return Step::Look(Look::Drained),
-                    // Whoever drains rings, and so does whoever lets its threads go on.
-                    Drained::OthersWork => return Step::Look(Look::Again(time + LONGEST_POLL_INTERVAL)),
+                    Drained::OthersWork => return self.look_at_absent(shut, stand, time),
                     Drained::No => {}
                 }
             }
@@ -380,6 +411,24 @@ impl Engine {
             }
         }
         Step::Look(again(shut.progress, time))
+    }
+
+    /// The process has drained, and others of its gang have not. If one of them does nothing about it although threads wait, those
+    /// go on: that one may be waiting for them in a call of the driver, and cannot say so.
+    fn look_at_absent(&mut self, shut: &mut Shut, stand: Nanos, time: Nanos) -> Step {
+        let waited_for = (gate().waiting() > 0 || gang::others_want()) && gang::is_somebody_absent();
+        if !waited_for {
+            shut.absent = None;
+        } else if time.saturating_sub(*shut.absent.get_or_insert(time)) >= stand + STEPS_TIMEOUT
+            && gang::cut_anew()
+        {
+            self.device.books.stalled(Stall::DrainAwaitsSubmission);
+            if self.open_again() {
+                return Step::Pause(shut.mark.take());
+            }
+        }
+        // Whoever drains rings, and so does whoever lets its threads go on.
+        Step::Look(Look::Again(time + LONGEST_POLL_INTERVAL))
     }
 
     /// Takes part in the gang's stage Step, if it is in one. `None`: go on as usual.
@@ -476,7 +525,7 @@ impl Engine {
         }
         if let Some(took) = paused.ended {
             self.device.books.stalled(Stall::DrainAwaitsSubmission);
-            if gang::stands_no_more() {
+            if gang::stands_no_more() || went_on < LONG && gang::is_somebody_absent() {
                 // The last process of the gang whose work stands still calls all to drain.
                 return Step::Look(Look::Again(time + LONGEST_POLL_INTERVAL));
             }

@@ -79,6 +79,7 @@ fn enter(name: &str, body: impl FnOnce() -> Result) -> i32 {
     if let Some(error) = crate::driver::injected_fault(name) {
         return error;
     }
+    crate::module::await_loads(name);
     match crate::watch::check(name).and_then(|()| body()) {
         Ok(()) => 0,
         Err(error) => error.0,
