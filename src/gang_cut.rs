@@ -351,7 +351,10 @@ pub fn somebody_is_behind(own: Cut, others: &[Row]) -> bool {
 /// Whether another process works that has neither drained nor seen this cut. If that lasts, it waits in a call of the driver, which
 /// may end only when a thread of this process submits what that process's work waits for.
 pub fn somebody_is_absent(own: Cut, others: &[Row]) -> bool {
-    let answers = |cut: Cut| matches!(cut.stage, Stage::Drained | Stage::Left) || cut.is_newer_than(own);
+    let answers = |cut: Cut| {
+        let drained = matches!(cut.stage, Stage::Drained | Stage::Left);
+        drained || cut.is_newer_than(own) || cut.number == own.number && cut.stage != Stage::Shut
+    };
     others.iter().any(|row| row.works && !row.endless && !answers(row.cut))
 }
 

@@ -251,6 +251,21 @@ fn three_processes_stop_together() {
     stops_and_runs(Gang::new(3));
 }
 
+/// Else two that let their threads go on would wait for each other.
+#[test]
+fn whoever_goes_on_under_the_same_number_is_not_absent() {
+    let at = |stage, number| Row { works: true, cut: Cut::new(stage, number), ..Row::default() };
+    assert!(!somebody_is_absent(Cut::new(Stage::Let, 7), &[at(Stage::Let, 7)]));
+    assert!(somebody_is_absent(Cut::new(Stage::Let, 7), &[at(Stage::Shut, 5)]));
+    assert!(somebody_is_absent(Cut::new(Stage::Drained, 7), &[at(Stage::Shut, 7)]));
+    assert!(somebody_is_absent(Cut::new(Stage::Drained, 7), &[at(Stage::Run, 6)]));
+    assert!(
+        !somebody_is_absent(Cut::new(Stage::Drained, 7), &[at(Stage::Drained, 6)]),
+        "its engine will look"
+    );
+    assert!(!somebody_is_absent(Cut::new(Stage::Drained, 7), &[Row { works: false, ..at(Stage::Run, 6) }]));
+}
+
 #[test]
 fn a_member_whose_work_does_not_end_is_not_waited_for() {
     let own = Cut::new(Stage::Drained, 7);

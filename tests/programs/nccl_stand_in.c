@@ -39,8 +39,15 @@ struct collective {
     unsigned number, value, sum;
 };
 
-static struct collective ring[IN_FLIGHT];
+/* In pinned memory, or the thread that launches a collective would wait for the copy of its sum, and so for all ranks. */
+static struct collective *ring;
 static atomic_uint next_in_ring;
+
+static void make_ring(void) {
+    void *memory;
+    CHECK(cuMemHostAlloc(&memory, IN_FLIGHT * sizeof *ring, 0));
+    ring = memory;
+}
 
 static int somebody_has_ended(struct meeting *meeting, int ranks) {
     for (int rank = 0; rank < ranks; rank++) {
@@ -131,6 +138,8 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) {
 }
 
 ncclResult_t standInAllReduce(unsigned value, CUdeviceptr to, ncclComm_t comm, CUstream stream) {
+    static pthread_once_t made = PTHREAD_ONCE_INIT;
+    pthread_once(&made, make_ring);
     struct collective *this = &ring[atomic_fetch_add(&next_in_ring, 1) % IN_FLIGHT];
     this->comm = comm;
     this->number = ++comm->launched;

@@ -8,7 +8,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use nvshare_e2e::application::{self, Application, MIB};
 use nvshare_e2e::ranks::{Job, Rank, Shape, TIMEOUT, all_get_on, all_take_turns, job, machine, machine_with};
-use nvshare_test_support::program_with_nccl;
+use nvshare_test_support::{Dice, program_with_nccl};
 use nvshare_tools::status::{self, Client};
 use std::os::unix::process::ExitStatusExt;
 
@@ -197,4 +197,60 @@ fn the_next_arbiter_knows_the_gangs() {
     all_get_on(&[&first, &second]);
     [first, second].into_iter().for_each(Job::ends_well);
     machine.balances();
+}
+
+/// Jobs as they begin: ranks that fit beside each other's, until each has allocated its largest block.
+fn training(variables: &[(&'static str, &str)]) -> Shape {
+    Shape {
+        mib: 32,
+        ahead: 3,
+        program: program_with_nccl("trainer", false),
+        variables: variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect(),
+        ..job(&[0, 1])
+    }
+}
+
+/// On each GPU another job came first, and so keeps the GPU when both have allocated more than fits: a rank of each job waits for
+/// memory, and its other rank is to give way.
+#[test]
+fn two_jobs_that_grow_and_of_which_each_is_the_first_on_one_gpu() {
+    let machine = machine(2);
+    let first = training(&[("AFTER", "second"), ("AFTER_RANK", "1")]);
+    let second = training(&[("AFTER", "first"), ("AFTER_RANK", "0")]);
+    let jobs = [("first", first), ("second", second)].map(|(name, shape)| Job::start(&machine, name, &shape));
+    all_get_on(&[&jobs[0], &jobs[1]]);
+    jobs.into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
+
+/// With a driver that waits for all work of a context when it loads a module, and holds its lock meanwhile: the rank's engine cannot
+/// do anything before the other rank has submitted what the work waits for.
+#[test]
+fn a_rank_that_waits_in_the_driver_for_what_the_other_one_submits() {
+    let machine = machine(2);
+    let shape = training(&[("LOADS", "1"), ("NVSHARE_SIM_LOADS_WAIT", "1")]);
+    let jobs = ["first", "second"].map(|name| Job::start(&machine, name, &shape));
+    all_get_on(&[&jobs[0], &jobs[1]]);
+    jobs.into_iter().for_each(Job::ends_well);
+    machine.balances();
+}
+
+/// Three jobs that allocate, copy, load modules and make communicators while their collectives are in flight, each in its own order
+/// of ranks and at its own pace.
+#[test]
+fn three_jobs_that_grow_while_collectives_are_in_flight() {
+    let mut dice = Dice::from_environment(3);
+    for _ in 0..4 {
+        let machine = machine(2);
+        let jobs = ["first", "second", "third"].map(|name| {
+            let seed = dice.below(1000).to_string();
+            let gpus = if dice.below(3) == 0 { [1, 0] } else { [0, 1] };
+            let shape = training(&[("SEED", &seed), ("NVSHARE_SIM_LOADS_WAIT", "1")]);
+            Job::start(&machine, name, &Shape { ranks: gpus.map(|gpu| vec![gpu]).to_vec(), ..shape })
+        });
+        let all = jobs.each_ref();
+        TIMEOUT.until("all jobs are ready", || all.iter().all(|job| job.is_ready()));
+        jobs.into_iter().for_each(Job::ends_well);
+        machine.balances();
+    }
 }

@@ -22,6 +22,8 @@
 //!
 //! The processes of a gang drain together: none gives its GPUs up before all have drained, and a drain that stands still while
 //! threads wait at any of their gates pauses those of all ([`nvshare::gang_cut`]).
+//!
+//! While a drain is paused, memory that is allocated lies in host memory if there is no room, so that the gate stays open.
 
 use crate::process::engine::Engine;
 use crate::settings::settings;
