@@ -21,8 +21,8 @@
 //! loses a later GPU is given up: the process cannot run, so it is idle on the earlier one ([`GangOrder::waits_beyond`]).
 //!
 //! A process of a gang sees what the others have in memory that they share ([`crate::gang_page`]), a moment after they have it.
-//! At worst one begins just as another one gives up a GPU that it has not used yet, and its work waits for that one.
-//! How the processes stop together is in [`crate::gang_cut`].
+//! One may begin just as another one gives up a GPU that it has not used yet. That one sees it and drains with it
+//! ([`crate::gang_cut::others_work`]). How the processes stop together is in [`crate::gang_cut`].
 //!
 //! **Who blocks for ever.** A process that waits for a GPU where a client's work does not end ([`GangOrder::is_blocked`]) does
 //! not keep its other GPUs from those who wait for them: that work may be waiting for one of those.

@@ -4,11 +4,11 @@
  * A rank does AHEAD steps without waiting for its GPU: layers that compute in one stream, and a collective for each of them in another
  * stream, as far apart as two events keep them. In the first steps it allocates as it goes: gradients, what the optimizer keeps, a
  * workspace. Then it allocates a large block, BLOCK_MIB, writes to it and reads from it, while the collectives may still be in
- * flight. It says "ready" when all of that is done, and "round N" now and then; each round is such a step, which uses the block too. It goes on until the standard input of rank 0 ends, and looks at its data.
+ * flight. It says "ready" when all of that is done, and "round N" now and then; each round is such a step, which uses the block too. It
+ * goes on until the standard input of rank 0 ends, and looks at its data.
  *
  * The variable SEED decides how long the host takes between the calls, in each rank differently, and what else a rank does in the first
- * steps, in all ranks at the same place: it frees memory, copies and waits for that, makes a second communicator, or makes
- * memory that cannot move. With AFTER=OTHER and AFTER_RANK=N, rank N comes to its first work on the GPU after that of the job OTHER, which
+ * steps, in all ranks at the same place: it frees memory, copies and waits for that, or makes a second communicator. With AFTER=OTHER and AFTER_RANK=N, rank N comes to its first work on the GPU after that of the job OTHER, which
  * is in the same folder. With LOADS=1, all ranks but the first load a module after each collective of a round, in which
  * the first one is late. JOB is a name for a file, by which the ranks find their communicator. Exits with 5 if another rank has
  * ended.

@@ -108,11 +108,10 @@ impl HostCopy {
     /// # Safety
     /// Nothing writes to either meanwhile.
     pub unsafe fn holds_the_same(&self, other: &Self, size: u64, some: InUse) -> bool {
-        // SAFETY: pieces of the copies' own memory, and as the caller has promised.
-        let bytes = |copy: &Self| {
-            let pieces = copy.pieces_of(size, some);
-            pieces.map(|(_, at, length)| unsafe { std::slice::from_raw_parts(at, length as usize) }).collect()
-        };
+        // SAFETY: a piece of the copy's own memory, and as the caller has promised.
+        let piece =
+            |(_, at, length): (u64, *mut u8, u64)| unsafe { std::slice::from_raw_parts(at, length as usize) };
+        let bytes = |copy: &Self| copy.pieces_of(size, some).map(piece).collect();
         let (ours, theirs): (Vec<&[u8]>, Vec<&[u8]>) = (bytes(self), bytes(other));
         same_bytes(ours, theirs)
     }
@@ -539,7 +538,7 @@ mod tests {
     use super::same_bytes;
     use proptest::prelude::*;
 
-    fn cut<'a>(bytes: &'a [u8], mut ends: Vec<usize>) -> Vec<&'a [u8]> {
+    fn cut(bytes: &[u8], mut ends: Vec<usize>) -> Vec<&[u8]> {
         ends.iter_mut().for_each(|end| *end %= bytes.len() + 1);
         ends.extend([0, bytes.len()]);
         ends.sort_unstable();

@@ -844,6 +844,10 @@ impl Swap {
 
     /// Submits a scan of chunks for granules that are zero, if the GPU can scan; with no chunks, a probe of when the GPU runs it.
     fn submit_scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan<ZeroEntry>>, SwapError> {
+        if keep_copies() != KeepCopies::Off {
+            // It is compiled meanwhile, so that the first eviction need not wait for that.
+            self.fingerprints.begin(&self.device);
+        }
         let Some(scanner) = self.zero_scan.ready(&self.device) else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
     }
