@@ -5,7 +5,7 @@
 //!
 //! A watch can stand still without an error: a connection that a proxy has forgotten, for example. Pods would then wait for places
 //! that the driver does not publish. What the kubelet asks for shows it: when a claim is prepared, the API server has just told of a
-//! device in it, and a watch that has not shown that claim [`SHOWN_WITHIN`] later is begun anew with a list. The claim itself is not
+//! device in it, and a watch that has not shown that claim three seconds later is begun anew with a list. The claim itself is not
 //! taken in from there: it may have been deleted since, and nothing would remove it again.
 
 use super::claims_of;
