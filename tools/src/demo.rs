@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 /// Options of `nvshare demo`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  nvshare demo                              about a minute, on any machine
+  nvshare demo                              a minute or two, on any machine
   nvshare demo --jobs 3 --iterations 500    longer, and more to the point
   nvshare demo --gpu                        on this machine's GPU
 
