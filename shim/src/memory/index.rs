@@ -200,11 +200,6 @@ impl Index {
         self.by_need.range(..=within).next_back().map(|((.., address), _)| *address)
     }
 
-    /// Whether there is a chunk that can be evicted with neither host memory nor a copy.
-    pub fn is_some_free_at_once(&self) -> bool {
-        self.by_need.first_key_value().is_some_and(|((host, copies, _), _)| (*host, *copies) == (0, 0))
-    }
-
     /// The chunks of which a copy was kept.
     pub fn kept(&self) -> impl Iterator<Item = CUdeviceptr> {
         self.kept.iter().copied()

@@ -603,16 +603,6 @@ impl Memory {
         Some(Outgoing { place, backing, seen, kept, changed })
     }
 
-    /// Whether a chunk can be evicted without a copy, as far as scans have shown.
-    pub fn is_some_free_at_once(&self) -> bool {
-        self.index.is_some_free_at_once()
-    }
-
-    /// Whether a chunk on the GPU has a copy that was kept.
-    pub fn keeps_copies(&self) -> bool {
-        self.index.kept().next().is_some()
-    }
-
     /// Granules that can be evicted if there is enough host memory.
     pub fn evictable(&self) -> Granules {
         self.index.evictable()

@@ -50,10 +50,6 @@ const FORECAST_WAIT: Nanos = 5 * MILLISECOND;
 /// How long a fill retries when the driver has no memory although the pool had room. Then the client gives up its turn.
 const CREATE_TIMEOUT: Nanos = 5 * SECOND;
 
-/// How many chunks are looked at before the first of them leaves the GPU: 1 GiB of full ones, which takes half a millisecond. To look at
-/// more than that would keep a client waiting that could already bring its own in.
-const FIRST_SCAN: usize = 16;
-
 /// Whether copies in host memory are kept.
 fn keep_copies() -> KeepCopies {
     settings().map_or(KeepCopies::Off, |settings| settings.keep_copies)
@@ -111,28 +107,6 @@ struct Expected {
     copy: HostCopy,
     /// The granules that should not differ, one bit for each.
     unchanged: u32,
-}
-
-/// An eviction under way.
-struct Eviction {
-    /// What is still to leave, granules.
-    left: Granules,
-    /// What the client had on the GPU when the eviction began, granules.
-    resident: Granules,
-    /// What is on its way out, or has gone, granules.
-    leaving: Granules,
-    /// A chunk that takes more bytes of host memory than this does not leave.
-    most: u64,
-    /// Why the last one did not for which there was no host memory.
-    refused: Option<SwapError>,
-}
-
-impl Eviction {
-    /// This chunk leaves the GPU.
-    fn leaves(&mut self, place: &ChunkMapping) {
-        self.left = self.left.saturating_sub(place.granules());
-        self.leaving += place.granules();
-    }
 }
 
 /// A kernel that scans memory.
@@ -393,7 +367,7 @@ impl Swap {
         if !unsafe { target.holds_the_same(&expected.copy, place.size, unchanged) } {
             tracing::error!(
                 gpu = %self.device.gpu,
-                "memory at {:#x} has changed and its fingerprints have not: do not use NVSHARE_KEEP_COPIES=on on this GPU, and report this as a bug in nvshare",
+                "memory at {:#x} has changed and its fingerprints have not: set NVSHARE_KEEP_COPIES=off on this GPU, and report this as a bug in nvshare",
                 place.address
             );
         }
@@ -695,82 +669,68 @@ impl Swap {
 
     /// Evicts `granules`, as far as there is host memory: if a chunk does not fit in it, smaller chunks are evicted instead.
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
+        self.scan_unseen()?;
         let spare = self.device.drop_spares(&mut self.device.memory());
-        let mut eviction = Eviction {
-            left: granules.saturating_sub(spare),
-            resident: self.device.books.resident(),
-            leaving: 0,
-            most: u64::MAX,
-            refused: None,
-        };
-        if self.device.memory().keeps_copies() {
-            // Whoever waits for room begins to fill it while the GPU looks at the rest.
-            self.scan_unseen(FIRST_SCAN)?;
-            while self.device.memory().is_some_free_at_once() && self.evict_next(&mut eviction, moved)? {}
-        }
-        if eviction.left > 0 {
-            self.scan_unseen(usize::MAX)?;
-        }
-        while self.evict_next(&mut eviction, moved)? {}
-        let Eviction { left, refused, .. } = eviction;
-        refused.filter(|_| left > 0).map_or(Ok(()), Err)
-    }
-
-    /// Evicts the next chunk, or finds that there is less host memory than it takes. False if the eviction is done, or there is no
-    /// chunk for it.
-    fn evict_next(&mut self, eviction: &mut Eviction, moved: &mut u64) -> Result<bool, SwapError> {
-        // Others may have given way meanwhile whose memory is needed later, and nobody may need it any more.
-        let gone = eviction.resident.saturating_sub(self.device.books.resident());
-        let leaving = eviction.leaving - gone.min(eviction.leaving);
-        eviction.left = eviction.left.min(self.device.books.to_evict().saturating_sub(leaving));
-        if eviction.left == 0 {
-            return Ok(false);
-        }
-        let next = self.device.memory().next_resident(eviction.most);
-        let Some(Outgoing { place, backing, seen, kept, changed }) = next else { return Ok(false) };
-        let Backing::Device(handle) = backing else {
-            self.device.memory().settle(place.address, Backing::Absent);
-            self.device.books.give(place.granules());
-            eviction.leaves(&place);
-            return Ok(true);
-        };
-        let bytes = seen.in_use.bytes(place.size);
-        // A copy that has no place for what is in use now is of no use.
-        let (kept, stale) = if changed.is_some() { (kept, None) } else { (None, kept) };
-        self.free_copies(stale);
-        if bytes == 0 {
-            self.free_copies(kept);
-            self.device.books.elided(place.size);
-            self.release_resident(&place, handle, Backing::Absent);
-            eviction.leaves(&place);
-            return Ok(true);
-        }
-        let way = match self.way_out(&place, seen, kept.zip(changed)) {
-            Ok(way) => way,
-            Err((error, kept)) => {
-                match kept {
-                    Some(kept) => self.device.memory().settle_kept(place.address, handle, kept),
-                    None => self.device.memory().settle(place.address, Backing::Device(handle)),
-                }
-                if !self.give_up_copies(bytes) {
-                    // Smaller each time, so it comes to an end.
-                    eviction.most = error.left().min(bytes - GRANULE);
-                    eviction.refused = Some(SwapError::Host(error.to_string()));
-                }
-                return Ok(true);
+        let (mut left, mut most, mut refused) = (granules.saturating_sub(spare), u64::MAX, None);
+        let resident = self.device.books.resident();
+        // What is on its way out, granules.
+        let mut leaving = 0;
+        while left > 0 {
+            // Others may have given way meanwhile whose memory is needed later, and nobody may need it any more.
+            let gone = resident.saturating_sub(self.device.books.resident());
+            left = left.min(self.device.books.to_evict().saturating_sub(leaving - gone.min(leaving)));
+            if left == 0 {
+                break;
             }
-        };
-        self.device.books.elided(place.size.saturating_sub(bytes));
-        eviction.leaves(&place);
-        let copied: u64 = way.target.pieces_of(place.size, way.changed).map(|(.., length)| length).sum();
-        *moved += copied;
-        self.device.books.unchanged(bytes - copied);
-        if copied == 0 {
-            self.release_resident(&place, handle, Backing::Evicted(way.target));
-        } else {
-            self.launch(place, Transfer::Out { handle, way })?;
+            let next = self.device.memory().next_resident(most);
+            let Some(Outgoing { place, backing, seen, kept, changed }) = next else { break };
+            let Backing::Device(handle) = backing else {
+                self.device.memory().settle(place.address, Backing::Absent);
+                self.device.books.give(place.granules());
+                left = left.saturating_sub(place.granules());
+                leaving += place.granules();
+                continue;
+            };
+            let bytes = seen.in_use.bytes(place.size);
+            // A copy that has no place for what is in use now is of no use.
+            let (kept, stale) = if changed.is_some() { (kept, None) } else { (None, kept) };
+            self.free_copies(stale);
+            if bytes == 0 {
+                self.free_copies(kept);
+                self.device.books.elided(place.size);
+                self.release_resident(&place, handle, Backing::Absent);
+                left = left.saturating_sub(place.granules());
+                leaving += place.granules();
+                continue;
+            }
+            let way = match self.way_out(&place, seen, kept.zip(changed)) {
+                Ok(way) => way,
+                Err((error, kept)) => {
+                    match kept {
+                        Some(kept) => self.device.memory().settle_kept(place.address, handle, kept),
+                        None => self.device.memory().settle(place.address, Backing::Device(handle)),
+                    }
+                    if !self.give_up_copies(bytes) {
+                        // Smaller each time, so the loop ends.
+                        most = error.left().min(bytes - GRANULE);
+                        refused = Some(SwapError::Host(error.to_string()));
+                    }
+                    continue;
+                }
+            };
+            self.device.books.elided(place.size.saturating_sub(bytes));
+            left = left.saturating_sub(place.granules());
+            leaving += place.granules();
+            let copied: u64 = way.target.pieces_of(place.size, way.changed).map(|(.., length)| length).sum();
+            *moved += copied;
+            self.device.books.unchanged(bytes - copied);
+            if copied == 0 {
+                self.release_resident(&place, handle, Backing::Evicted(way.target));
+            } else {
+                self.launch(place, Transfer::Out { handle, way })?;
+            }
         }
-        Ok(true)
+        refused.filter(|_| left > 0).map_or(Ok(()), Err)
     }
 
     /// How a chunk leaves the GPU in which scans have found this: into its kept copy, as far as it has changed, or into new host
@@ -804,13 +764,12 @@ impl Swap {
         }
     }
 
-    /// Scans the chunks that were not scanned since the client last ran, so many at most. None of the client's work may be under
-    /// way: the engine drains before it evicts.
-    fn scan_unseen(&mut self, most: usize) -> Result<(), SwapError> {
+    /// Scans the chunks that were not scanned since the client last ran. None of the client's work may be under way: the
+    /// engine drains before it evicts.
+    fn scan_unseen(&mut self) -> Result<(), SwapError> {
         let (unseen, tried) = {
             let memory = self.device.memory();
-            let mut unseen = memory.unseen();
-            unseen.truncate(most);
+            let unseen = memory.unseen();
             let tried = if keep_copies() == KeepCopies::Off { Vec::new() } else { memory.tried(&unseen) };
             (unseen, tried)
         };

@@ -76,7 +76,7 @@ fn of_what_is_written_only_the_granules_go_out_that_were_written() {
     balances(&node);
 }
 
-/// There are more chunks than the GPU looks at before the first of them leave.
+/// Small chunks, of which some change altogether and most do not.
 #[test]
 fn of_many_chunks_those_leave_with_a_copy_that_have_changed() {
     let gpu = quick_gpu();
