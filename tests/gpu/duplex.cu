@@ -7,7 +7,7 @@
 // One line for each case: GiB/s each way by the wall clock and by the GPU's, median of five rounds, and how long the two
 // processes' driver calls took in it, ms.
 
-#include <cuda.h>
+#include "timed.cuh"
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -16,23 +16,11 @@
 #include <deque>
 #include <sys/mman.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 #include <vector>
 
 constexpr size_t CHUNK = 64 << 20, HUGE = 2 << 20;
 constexpr int DEPTH = 8, ROUNDS = 5;
-
-#define CHECK(call)                                                                                  \
-    do {                                                                                             \
-        CUresult said = (call);                                                                      \
-        if (said != CUDA_SUCCESS) {                                                                  \
-            const char *name = "?";                                                                  \
-            cuGetErrorName(said, &name);                                                             \
-            fprintf(stderr, "%s:%d: %s said %s\n", __FILE__, __LINE__, #call, name);                 \
-            _exit(1);                                                                                \
-        }                                                                                            \
-    } while (0)
 
 struct Result {
     double wall_s, copying_s, calls_s;
@@ -99,12 +87,6 @@ __global__ void copy(uint4 *to, const uint4 *from, size_t count) {
         for (int each = 0; each < AHEAD; each++)
             if (at + each * step < count) __stcs(to + at + each * step, held[each]);
     }
-}
-
-static double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
 }
 
 // Both processes are here.

@@ -1,5 +1,5 @@
 """The two embedding examples, in C and in Rust, take turns on a real GPU with a preloaded PyTorch program, in a pool that has room for
-one of the three and a half. Memory of all three moves, and each checks every word of its own at the end.
+the memory of one and a half of the three. Memory of all three moves, and each checks every word of its own at the end.
 
     python3 tests/gpu/embedders.py [--bin target/release] [--mib 2048] [--turns 6]
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from harness import HERE, MIB, Arbiter, Competitor, Job, native_environment, program, report, say, simulated_gpu, started
+from harness import HERE, MIB, Arbiter, Competitor, Job, program, report, say, simulated_gpu, start
 
 ROOT = HERE.parent.parent
 
@@ -52,16 +52,7 @@ class Example:
 
     def __init__(self, command, environment):
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            env=native_environment() | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            start_new_session=True,
-        )
-        started.add(self.process.pid)
+        self.process = start(command, environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
     def finish(self):
         try:

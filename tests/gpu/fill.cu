@@ -5,35 +5,17 @@
 //
 // One line for each case, the median of five rounds: GiB/s by the wall clock, and how long the driver's calls took, us for each 64 MiB.
 
-#include <cuda.h>
+#include "timed.cuh"
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <sys/mman.h>
-#include <time.h>
 #include <vector>
 
 constexpr size_t MIB = 1 << 20, UNIT = 64 * MIB;
 constexpr int DEPTH = 8, ROUNDS = 5;
-
-#define CHECK(call)                                                                                  \
-    do {                                                                                             \
-        CUresult said = (call);                                                                      \
-        if (said != CUDA_SUCCESS) {                                                                  \
-            const char *name = "?";                                                                  \
-            cuGetErrorName(said, &name);                                                             \
-            fprintf(stderr, "%s:%d: %s said %s\n", __FILE__, __LINE__, #call, name);                 \
-            exit(1);                                                                                 \
-        }                                                                                            \
-    } while (0)
-
-static double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec + t.tv_nsec / 1e9;
-}
 
 struct Case {
     const char *name;

@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 
-from harness import GIB, HERE, Arbiter, Watch, last_object, native_environment, report, say, started
+from harness import GIB, HERE, Arbiter, Watch, last_object, report, say, start
 
 CAPACITY = "12GiB"
 
@@ -170,34 +170,29 @@ class Job:
         count = ranks if kind == "rank" else 1
         self.logs = [open(f"{self.folder}/{rank}.log", "w+", errors="replace") for rank in range(count)]
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--kind", kind, "--rank", str(rank), "--ranks", str(ranks)]
-                + ["--iterations", str(iterations), "--meet", f"{self.folder}/meet"],
-                env=native_environment()
-                | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "NCCL_MAX_NCHANNELS": "1"}
+            start(
+                [sys.executable, __file__, "--kind", kind, "--rank", rank, "--ranks", ranks]
+                + ["--iterations", iterations, "--meet", f"{self.folder}/meet"],
+                {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "NCCL_MAX_NCHANNELS": "1"}
                 | environment
                 | {"NVSHARE_CLIENT_NAME": NAME},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.logs[rank],
-                text=True,
-                start_new_session=True,
             )
             for rank in range(count)
         ]
-        started.update(process.pid for process in self.processes)
 
     def wait_ready(self, timeout):
         """Waits until each rank has said a line. A rank that does not within `timeout` seconds is ended."""
         watch = threading.Timer(timeout, self.end)
         watch.start()
-        for rank, process in enumerate(self.processes):
-            for line in process.stdout:
-                if line.startswith("{"):
-                    break
-            else:
-                raise RuntimeError(f"rank {rank} ended before it was ready, or was not ready after {timeout} s: {self.said(rank)}")
-        watch.cancel()
+        try:
+            for rank, process in enumerate(self.processes):
+                if not any(line.startswith("{") for line in process.stdout):
+                    raise RuntimeError(f"rank {rank} ended before it was ready, or was not ready after {timeout} s: {self.said(rank)}")
+        finally:
+            watch.cancel()
 
     def go(self):
         for process in self.processes:

@@ -75,6 +75,15 @@ def simulated_gpu(binaries, **settings):
             pathlib.Path("/dev/shm", name).unlink(missing_ok=True)
 
 
+def start(command, environment, **more):
+    """Starts a program in a process group of its own, which is ended with this process at the latest."""
+    process = subprocess.Popen(
+        [str(word) for word in command], env=native_environment() | environment, text=True, start_new_session=True, **more
+    )
+    started.add(process.pid)
+    return process
+
+
 def last_object(text):
     """The last line that is a JSON object."""
     for line in reversed(text.splitlines()):
@@ -293,16 +302,7 @@ def run(command, environment, timeout, cwd=None):
     """Runs a program to its end, or for so many seconds."""
     with tempfile.TemporaryFile("w+", errors="replace") as out, tempfile.TemporaryFile("w+", errors="replace") as log:
         began = time.monotonic()
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            env=native_environment() | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=log,
-            start_new_session=True,
-            cwd=cwd,
-        )
-        started.add(process.pid)
+        process = start(command, environment, stdin=subprocess.DEVNULL, stdout=out, stderr=log, cwd=cwd)
         stuck = []
         try:
             process.wait(timeout)
@@ -321,16 +321,8 @@ class Job:
     def __init__(self, command, environment, name):
         self.name = name
         self.log = tempfile.TemporaryFile("w+", errors="replace")
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            env=native_environment() | environment | {"NVSHARE_CLIENT_NAME": name},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            start_new_session=True,
-        )
-        started.add(self.process.pid)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.process = start(command, environment | {"NVSHARE_CLIENT_NAME": name}, **pipes)
         self.answers = queue.Queue()
         threading.Thread(target=self.listen, daemon=True).start()
 

@@ -13,8 +13,6 @@
  */
 #include "nccl.h"
 #include <dlfcn.h>
-#include <fcntl.h>
-#include <poll.h>
 
 enum { MOST_DEVICES = 4, SAY_EVERY = 10 };
 
@@ -23,31 +21,6 @@ static CUdeviceptr memory[MOST_DEVICES], sums;
 static CUstream streams[MOST_DEVICES];
 
 static ncclResult_t (*init)(ncclComm_t *, int, ncclUniqueId, int) = ncclCommInitRank;
-
-/* The unique id: rank 0 makes it and the others read it, by way of a file. */
-static ncclUniqueId unique_id(const char *job, int rank) {
-    ncclUniqueId id;
-    char made[256];
-    snprintf(made, sizeof made, "%s.made", job);
-    if (rank == 0) {
-        ncclGetUniqueId(&id);
-        int file = open(made, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-        if (file < 0 || write(file, &id, sizeof id) != sizeof id || close(file) || rename(made, job)) exit(2);
-        return id;
-    }
-    for (;;) {
-        int file = open(job, O_RDONLY);
-        if (file >= 0 && read(file, &id, sizeof id) == sizeof id) return id;
-        if (file >= 0) close(file);
-        usleep(1000);
-    }
-}
-
-static int input_has_ended(void) {
-    struct pollfd input = {.fd = 0, .events = POLLIN};
-    char byte;
-    return poll(&input, 1, 0) > 0 && read(0, &byte, 1) <= 0;
-}
 
 int main(int count, char **arguments) {
     if (count < 7) return 2;

@@ -15,7 +15,6 @@
  */
 #include "nccl.h"
 #include <fcntl.h>
-#include <poll.h>
 
 enum { LAYERS = 2, LAYER_MIB = 2, SAY_EVERY = 10, MOST = 64 };
 
@@ -41,29 +40,11 @@ static void host_works(void) {
     usleep(kind < 15 ? next(&of_rank) % 500 : next(&of_rank) % 20000);
 }
 
-/* The unique id: rank 0 makes it and the others read it, by way of a file. */
-static ncclUniqueId unique_id(const char *job, int number, int rank) {
-    ncclUniqueId id;
-    char name[256], made[300];
-    snprintf(name, sizeof name, "%s.%d", job, number);
-    snprintf(made, sizeof made, "%s.made", name);
-    if (rank == 0) {
-        ncclGetUniqueId(&id);
-        int file = open(made, O_WRONLY | O_CREAT | O_TRUNC, 0600);
-        if (file < 0 || write(file, &id, sizeof id) != sizeof id || close(file) || rename(made, name)) exit(2);
-        return id;
-    }
-    for (;;) {
-        int file = open(name, O_RDONLY);
-        if (file >= 0 && read(file, &id, sizeof id) == sizeof id) return id;
-        if (file >= 0) close(file);
-        usleep(1000);
-    }
-}
-
 static ncclComm_t join(const char *job, int number, int rank, int ranks) {
+    char name[256];
+    snprintf(name, sizeof name, "%s.%d", job, number);
     ncclComm_t made;
-    ncclResult_t result = ncclCommInitRank(&made, ranks, unique_id(job, number, rank), rank);
+    ncclResult_t result = ncclCommInitRank(&made, ranks, unique_id(name, rank), rank);
     if (result) exit(result == ncclRemoteError ? 5 : 2);
     return made;
 }
@@ -149,12 +130,6 @@ static void begin(const char *job, int rank, CUdeviceptr memory) {
     write_words(memory, LAYER_MIB << 20, 0);
     int file = open(begun(job, rank), O_WRONLY | O_CREAT, 0600);
     if (file < 0 || close(file)) exit(2);
-}
-
-static int input_has_ended(void) {
-    struct pollfd input = {.fd = 0, .events = POLLIN};
-    char byte;
-    return poll(&input, 1, 0) > 0 && read(0, &byte, 1) <= 0;
 }
 
 int main(int count, char **arguments) {

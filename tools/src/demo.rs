@@ -233,8 +233,8 @@ impl Stage {
         }
         let seconds = began.elapsed().as_secs_f64();
         view.close();
-        let none = Some(0);
-        Ok(Way { name, seconds, reckoned: false, switches: none, out: none, right, jobs: self.jobs, work })
+        let (switches, out) = (Some(0), Some(0));
+        Ok(Way { name, seconds, reckoned: false, switches, out, right, jobs: self.jobs, work })
     }
 
     /// Also gives how long a switch takes, s; 0 where no page says how fast the link is.

@@ -1,8 +1,8 @@
 //! A job: the program that the bench, the demo and the tests run on the GPU, alone or beside others.
 //!
 //! It fills a few buffers with a pattern, walks over all of them again and again (each iteration mixes every word of
-//! every buffer, or with `--read-only` reads it), and takes a checksum of each at the end. What the checksum must be is computed on the CPU to the last
-//! bit, so memory that was lost, mixed up between processes or granules, or moved while a kernel used it is seen.
+//! every buffer, or with `--read-only` reads it), and takes a checksum of each at the end. What the checksum must be is
+//! computed on the CPU to the last bit, so memory that was lost, mixed up between processes or granules, or moved while a kernel used it is seen.
 //!
 //! On several GPUs it has a part of its buffers on each, and each iteration walks over all of them.
 //!

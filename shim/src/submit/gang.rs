@@ -173,28 +173,29 @@ impl Gang {
         self.others = rows.into_iter().map(|(_, row)| row).collect();
     }
 
-    /// Shows the other processes what they must know of this one.
-    fn show(&mut self) {
-        if self.seats.is_empty() {
-            return;
-        }
-        let common = Row {
-            state: GpuState::Out,
+    /// What the others must know of this process and a GPU.
+    fn row(&self, gpu: GpuUuid) -> Row {
+        let report = self.reports.iter().find(|(of, _)| *of == gpu).map(|(_, report)| *report);
+        let Report { needed, too_large, blocked, .. } = report.unwrap_or_default();
+        Row {
+            state: self.order.state(gpu),
             cut: self.cut,
             works: self.works,
             wants: gate().waiting() > 0,
+            needed,
             idle: self.idle,
             stands: self.stands,
             endless: self.endless,
-            ..Row::default()
-        };
-        let (order, reports) = (&self.order, &self.reports);
-        self.seats.show(|gpu| {
-            let report =
-                reports.iter().find(|(of, _)| *of == gpu).map(|(_, report)| *report).unwrap_or_default();
-            let Report { needed, too_large, blocked, .. } = report;
-            Row { state: order.state(gpu), needed, too_large, blocked, ..common }
-        });
+            too_large,
+            blocked,
+        }
+    }
+
+    /// Shows the other processes what they must know of this one.
+    fn show(&mut self) {
+        let mut seats = std::mem::replace(&mut self.seats, Seats::new());
+        seats.show(|gpu| self.row(gpu));
+        self.seats = seats;
     }
 
     /// The process runs from now on: begins its slices. A slice that has begun earlier on a GPU that the process kept while it
@@ -311,23 +312,16 @@ pub fn update(gpu: GpuUuid, report: Report) -> Option<Nanos> {
 /// What this process and the others of its gang wait for, for the log.
 pub fn describe() -> String {
     let mut gang = gang();
-    gang.look();
-    let own = Row {
-        cut: gang.cut,
-        works: gang.works,
-        stands: gang.stands,
-        endless: gang.endless,
-        ..Row::default()
-    };
-    let own = gang.order.members().map(|((gpu, _), state)| format!("{gpu}: {}", Row { state, ..own }));
-    let own = own.collect::<Vec<_>>().join("; ");
+    let own: Vec<_> =
+        gang.members.iter().map(|member| format!("{}: {}", member.gpu, gang.row(member.gpu))).collect();
     let others = gang
         .seats
         .look()
         .into_iter()
         .map(|((gpu, slot), row)| format!("; slot {} of {gpu}: {row}", slot.get()));
     format!(
-        "this process, {own}, {} threads at its gate, {} inside{}",
+        "this process, {}, {} threads at its gate, {} inside{}",
+        own.join("; "),
         gate().waiting(),
         if gate().occupied() { "some" } else { "none" },
         others.collect::<String>()
