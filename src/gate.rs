@@ -70,6 +70,9 @@ struct Lanes {
 /// The gate of a process.
 pub struct Gate {
     state: AtomicU32,
+    /// How often threads that stand before the gate were told to try again. They sleep on it, and not on the state, because tickets
+    /// let them in too and leave the state as it is.
+    calls: AtomicU32,
     /// Threads that stand before the shut gate.
     waiting: AtomicU32,
     /// When the first of the threads that wait began to, ns.
@@ -99,6 +102,7 @@ impl Gate {
             waiting_since: AtomicU64::new(0),
             held: AtomicU64::new(0),
             turned_back: AtomicU32::new(0),
+            calls: AtomicU32::new(0),
             tickets: AtomicU32::new(0),
             lanes: Mutex::new(Lanes::default()),
         }
@@ -154,6 +158,8 @@ impl Gate {
         let mut paced = false;
         let mut held = false;
         loop {
+            // Read before everything that may let the thread in: whoever changes that calls afterwards.
+            let calls = self.calls.load(Ordering::Acquire);
             if !paced && self.is_limited() {
                 keep_pace();
                 paced = true;
@@ -162,8 +168,7 @@ impl Gate {
             if self.enter_if(lane, |state| may(state) || !is_open(state) && self.take_ticket()) {
                 return;
             }
-            let state = self.state.load(Ordering::Acquire);
-            if is_open(state) {
+            if is_open(self.state.load(Ordering::Acquire)) {
                 continue;
             }
             if !std::mem::replace(&mut held, true) {
@@ -173,7 +178,7 @@ impl Gate {
                 self.waiting_since.store(now(), Ordering::Relaxed);
             }
             wake_engine();
-            park(&self.state, state);
+            park(&self.calls, calls);
             self.waiting.fetch_sub(1, Ordering::AcqRel);
             // It kept the pace of the slice that is over.
             paced = false;
@@ -216,7 +221,7 @@ impl Gate {
     /// stays until the tickets are [taken back](Gate::let_nobody_in).
     pub fn let_in(&self, threads: u32) {
         self.tickets.store(threads, Ordering::SeqCst);
-        unpark_all(&self.state);
+        self.call();
     }
 
     /// Lets nobody in any more. Threads may be inside ([`Gate::vacated`]).
@@ -245,16 +250,22 @@ impl Gate {
         true
     }
 
+    /// Tells the threads that stand before the gate to try again.
+    fn call(&self) {
+        self.calls.fetch_add(1, Ordering::Release);
+        unpark_all(&self.calls);
+    }
+
     /// Opens the gate, and wakes the threads that stand before it. All memory is in place (I2).
     pub fn open(&self) {
         self.state.fetch_or(OPEN, Ordering::Release);
-        unpark_all(&self.state);
+        self.call();
     }
 
     /// Lets every thread in from now on, by [`Gate::enter`], to be told of an error. It cannot be taken back.
     pub fn fail(&self) {
         self.state.fetch_or(FAILED, Ordering::SeqCst);
-        unpark_all(&self.state);
+        self.call();
     }
 
     /// From now on, or once the gate opens, a thread keeps the pace before it goes in.

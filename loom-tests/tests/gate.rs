@@ -132,6 +132,19 @@ fn whoever_waits_is_let_in() {
     });
 }
 
+/// A thread that stands before the shut gate goes in when one is let in by a step, and so does one that comes just then.
+#[test]
+fn whoever_waits_is_let_in_by_a_step() {
+    check(3, || {
+        let gate = Arc::new(Gate::new());
+        let memory = Arc::new(Memory(UnsafeCell::new(0)));
+        let submitter = submitter(&gate, &memory);
+        let engine = thread::spawn(move || gate.let_in(1));
+        engine.join().unwrap();
+        submitter.join().unwrap();
+    });
+}
+
 /// The gate is limited while somebody goes in, and shut: who takes the long way in is inside, too.
 #[test]
 fn memory_moves_while_nobody_is_inside_a_limited_gate() {
