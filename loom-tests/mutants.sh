@@ -20,7 +20,7 @@ mutants=(
   'giving back wakes nobody#src/pool.rs#crate::sync::futex_wake_low(self.header.free.atomic());\n        amount#amount#pool#a_starved_fill_is_woken'
   'gate entered without a barrier#src/gate.rs#        light_barrier();\n        if may(self.state.load(Ordering::Acquire))#        if may(self.state.load(Ordering::Acquire))#gate#memory_moves_while_nobody_is_inside'
   'gate opened without waking#src/gate.rs#fetch_or(OPEN, Ordering::Release);\n        self.call();#fetch_or(OPEN, Ordering::Release);#gate#whoever_waits_is_let_in'
-  'thread let in without a call#src/gate.rs#self.tickets.store(threads, Ordering::SeqCst);\n        self.call();#self.tickets.store(threads, Ordering::SeqCst);\n        unpark_all(\&self.calls);#gate#whoever_waits_is_let_in_by_a_step'
+  'thread let in without a call#src/gate.rs#self.tickets.store(threads, Ordering::SeqCst);\n        self.call();#self.tickets.store(threads, Ordering::SeqCst);\n        unpark_all(&self.calls);#gate#whoever_waits_is_let_in_by_a_step'
   'gate shut without waiting#src/gate.rs#if passes \& 1 == 0 {#if true {#gate#memory_moves_while_nobody_is_inside'
   'limited gate entered without the pace#src/gate.rs#has_failed(state) || paced \&\& is_open(state)#is_open(state)#gate#nobody_goes_into_a_limited_gate_unpaced'
   'gate left without waking the engine#src/gate.rs#            unpark_all(\&lane.passes);##gate#memory_moves_while_nobody_is_inside'

@@ -42,9 +42,9 @@
 //! **Why a cut is consistent.** A process that leaves in stage Drained(n) has seen every other process that works in
 //! Drained(n), or beyond it in Left. Step(n + 1) and Let(n + 1) are begun by a process in Shut(n) only, and whoever was seen in Drained(n) was
 //! past that: the number grows, so it cannot be in Shut(n) again. So nobody lets threads in under n + 1 once one has seen all
-//! in Drained(n), and each finds the same. A process that goes back from Drained(n) to Shut(n + 1) begins Let only if it has seen another
-//! one after that which had not drained yet; so nobody has left, if whoever leaves has seen all in Drained(n) twice, one look after
-//! the other.
+//! in Drained(n), and each finds the same. A process may also go back from Drained(n) to Shut(n + 1). It begins Let only if it then
+//! still sees another process that has not drained. And a process leaves only after two looks in a row have shown all in
+//! Drained(n). So when Let begins, nobody has left.
 //!
 //! A process that had no work when the cut began is not waited for. It sets [`Row::works`] before it opens its gate, looks at
 //! the others after that, and opens only if none of them has begun a cut; a process that begins a cut writes its stage and

@@ -67,11 +67,11 @@ use tonic::transport::Server;
 /// How often health is told to the kubelet, which forgets it after 30 seconds.
 const HEALTH_EVERY: Duration = Duration::from_secs(10);
 
-/// A watch is begun anew after so many seconds, from where it was. So one that stands still without an error, which nobody notices
-/// earlier, does so for no longer.
+/// A watch ends after so many seconds and is begun again from where it was. So a watch that stands still unnoticed does so for this long
+/// at most.
 const WATCH_FOR: u32 = 60;
 
-/// When the API server has been silent for so long, the connection is dead: no watch is silent for longer.
+/// A connection on which nothing has come for so long is dead: every watch on it would have ended before.
 const SILENT_FOR: Duration = Duration::from_secs(WATCH_FOR as u64 + 15);
 
 /// How many claims may be waiting to be compared with what the watch has shown.

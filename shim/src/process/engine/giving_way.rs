@@ -415,8 +415,8 @@ impl Engine {
         Step::Look(again(shut.progress, time))
     }
 
-    /// The process has drained, and others of its gang have not. If one of them does nothing about it although threads wait, those
-    /// go on: that one may be waiting for them in a call of the driver, and cannot say so.
+    /// The process has drained, and others of its gang have not. If threads wait, and one of the others neither drains nor answers,
+    /// the threads go on: that other process may wait in a call of the driver for what they submit.
     fn look_at_absent(&mut self, shut: &mut Shut, stand: Nanos, time: Nanos) -> Step {
         let waited_for = (gate().waiting() > 0 || gang::others_want()) && gang::is_somebody_absent();
         if !waited_for {
