@@ -71,7 +71,8 @@ PROGRAMS = [
     Program("oom", "oom.py", shared=("--fill",), pool=8),
     Program("nvml", "nvml.py"),
     Program("cupy_pools", "cupy_pools.py"),
-    Program("fork_exec", "fork_exec.py", processes=6),
+    # Its processes come and go, so at most times some of their contexts' room in the pool is free. Both sides hold more than that.
+    Program("fork_exec", "fork_exec.py", processes=6, competitor=4),
     Program("bindings", "bindings.py", processes=2),
     Program("runtime_forms", "runtime_forms.cu", flags=("-cudart", "static")),
     Program("threads", "threads.cu", flags=("-cudart", "shared")),

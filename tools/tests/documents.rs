@@ -123,6 +123,37 @@ fn every_link_between_documents_leads_somewhere() {
     assert!(broken.is_empty(), "{}", broken.join("\n"));
 }
 
+/// How many cells a row of a table has. A bar in a cell is written `\\|`, in code too.
+fn cells(row: &str) -> usize {
+    let bars = row.replace("\\|", "").matches('|').count();
+    bars.saturating_sub(1)
+}
+
+/// The rows of tables that have more or fewer cells than their tables' heads: what is beyond the head is not shown.
+fn uneven_rows(text: &str) -> Vec<String> {
+    let (mut uneven, mut head, mut in_code) = (Vec::new(), None, false);
+    for line in text.lines() {
+        in_code ^= line.trim_start().starts_with("```");
+        if in_code || !line.starts_with('|') {
+            head = None;
+        } else if cells(line) != *head.get_or_insert(cells(line)) {
+            uneven.push(line.to_owned());
+        }
+    }
+    uneven
+}
+
+#[test]
+fn the_rows_of_a_table_have_as_many_cells_as_its_head() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for document in documents(&root) {
+        let uneven = uneven_rows(&fs::read_to_string(&document).expect("a document can be read"));
+        assert!(uneven.is_empty(), "{}:\n{}", document.display(), uneven.join("\n"));
+    }
+    let table = "| a | b |\n|---|---|\n| `x \\| y` | 1 |\n| 2 |\n\n```text\n| 1 | 2 |\n| 3 |\n```\n| c |\n|---|\n| 3 | 4 |\n";
+    assert_eq!(uneven_rows(table), ["| 2 |", "| 3 | 4 |"]);
+}
+
 #[test]
 fn links_that_lead_nowhere_are_named() {
     let root = TempDir::new().unwrap();

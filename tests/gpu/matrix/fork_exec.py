@@ -91,7 +91,8 @@ def main():
     with open("/proc/self/maps") as maps:
         early = "libcuda.so" in maps.read()
     driver = common.Driver()
-    ballast = common.Ballast(driver=driver)
+    # More than five contexts: see matrix.py.
+    ballast = common.Ballast(mib=4096, driver=driver)
     with driver:
         held, out = driver.alloc(SIZE), driver.alloc(8)
 
