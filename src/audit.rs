@@ -315,6 +315,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "a quarter of an hour there, and each step of it is in other tests")]
     fn every_slot_can_be_had_and_no_more() {
         let page = Page::for_tests(100);
         for index in 0..SLOTS {

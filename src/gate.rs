@@ -55,6 +55,7 @@ impl Lane {
     }
 
     /// Whether the lane's thread is inside.
+    #[inline]
     pub fn inside(&self) -> bool {
         self.passes.load(Ordering::Relaxed) & 1 == 1
     }

@@ -223,6 +223,8 @@ handles! {
     CUdevResourceDesc;
     /// Loaded code.
     CUmodule;
+    /// A compilation in progress.
+    CUlinkState;
     /// A kernel of a module.
     CUfunction;
     /// An array, mipmapped or not: memory that only the driver can place.
@@ -615,6 +617,12 @@ pub const CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID: i32 = 134;
 pub const CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED: i32 = 141;
 /// `cuDeviceGetAttribute`: how many copy engines there are.
 pub const CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: i32 = 40;
+/// `cuDeviceGetAttribute`: the 9 of compute capability 9.0.
+pub const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: i32 = 75;
+/// `cuDeviceGetAttribute`: the 0 of compute capability 9.0.
+pub const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: i32 = 76;
+/// `cuLinkAddData`: PTX text.
+pub const CU_JIT_INPUT_PTX: u32 = 1;
 /// `cuDeviceGetAttribute`: how many multiprocessors there are.
 pub const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: i32 = 16;
 

@@ -293,6 +293,10 @@ driver! {
         }
         by_hand {
             cuModuleLoadData(*mut CUmodule, *const c_void);
+            cuLinkCreate_v2(u32, *mut u32, *mut *mut c_void, *mut CUlinkState);
+            cuLinkAddData_v2(CUlinkState, u32, *mut c_void, usize, *const c_char, u32, *mut u32, *mut *mut c_void);
+            cuLinkComplete(CUlinkState, *mut *mut c_void, *mut usize);
+            cuLinkDestroy(CUlinkState);
             cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
             cuLaunchKernel(
                 CUfunction, u32, u32, u32, u32, u32, u32, u32, CUstream, *mut *mut c_void, *mut *mut c_void
@@ -516,13 +520,51 @@ impl Driver {
         let _ = unsafe { munmap(host, size) };
     }
 
-    /// Loads PTX text into the current context; the driver compiles it for the GPU.
-    pub fn module_load_ptx(&self, ptx: &CStr) -> Result<CUmodule, CuResult> {
+    /// Loads code that was compiled for the GPU (a cubin) into the current context. Waits for all work of the context.
+    pub fn module_load(&self, code: &[u8]) -> Result<CUmodule, CuResult> {
         let call = self.cuModuleLoadData.ok_or(CuResult::NOT_FOUND)?;
         let mut module = CUmodule::NULL;
-        // SAFETY: the module has room for what the driver writes; the text ends in NUL and is only read during the call.
-        unsafe { call(&mut module, ptx.as_ptr().cast()) }.ok()?;
+        // SAFETY: the module has room for what the driver writes; the code says itself how long it is, and is only read during the call.
+        unsafe { call(&mut module, code.as_ptr().cast()) }.ok()?;
         Ok(module)
+    }
+
+    /// Compiles PTX text for the GPU of the current context. Does not wait for the GPU.
+    pub fn compile(&self, ptx: &CStr) -> Result<Vec<u8>, CuResult> {
+        let (create, add) = (
+            self.cuLinkCreate_v2.ok_or(CuResult::NOT_FOUND)?,
+            self.cuLinkAddData_v2.ok_or(CuResult::NOT_FOUND)?,
+        );
+        let complete = self.cuLinkComplete.ok_or(CuResult::NOT_FOUND)?;
+        let destroy = self.cuLinkDestroy.ok_or(CuResult::NOT_FOUND)?;
+        let (none, no_values) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let mut linker = CUlinkState::NULL;
+        // SAFETY: no options; there is room for what the driver writes.
+        unsafe { create(0, none, no_values, &mut linker) }.ok()?;
+        let (mut code, mut size) = (std::ptr::null_mut::<c_void>(), 0);
+        let text = ptx.to_bytes_with_nul();
+        // SAFETY: the linker is a valid one. The text ends in NUL, as PTX must, and the driver only reads it.
+        let compiled = unsafe {
+            add(
+                linker,
+                CU_JIT_INPUT_PTX,
+                text.as_ptr().cast_mut().cast(),
+                text.len(),
+                c"nvshare".as_ptr(),
+                0,
+                none,
+                no_values,
+            )
+        }
+        .ok()
+        // SAFETY: as above; there is room for what the driver writes.
+        .and_then(|()| unsafe { complete(linker, &mut code, &mut size) }.ok())
+        .and_then(|()| if code.is_null() { Err(CuResult::INVALID_IMAGE) } else { Ok(()) })
+        // SAFETY: the driver has written so many bytes there, which stay until the linker is destroyed.
+        .map(|()| unsafe { std::slice::from_raw_parts(code.cast::<u8>(), size) }.to_vec());
+        // SAFETY: a valid linker, which nobody uses any more.
+        let _ = unsafe { destroy(linker) };
+        compiled
     }
 
     /// A kernel of a module.

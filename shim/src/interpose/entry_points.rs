@@ -260,7 +260,7 @@ const RENAMED: &[Renamed] =
 /// Passes the gate as the class of a forwarded call requires.
 macro_rules! enter {
     (Submit $at:ident $name:ident $($a:ident)*) => {
-        crate::submit::pass::enter(|| {
+        crate::submit::pass::enter(move || {
             let per_thread = const { is_per_thread(stringify!($name)) };
             crate::submit::queue::Queue::of(CUstream(stream!($at $($a)*)), per_thread)
         })
@@ -342,23 +342,34 @@ macro_rules! forward {
     (($class:ident $at:ident $checks:tt $name:ident) $($a:ident)*) => {
         #[inline(always)]
         pub(super) unsafe fn $name($($a: usize),*) -> CuResult {
+            type Real = unsafe extern "C" fn($(word!($a)),*) -> CuResult;
             let Some(real) = symbol::$name.get() else { return CuResult::NOT_FOUND };
-            let real: unsafe extern "C" fn($(word!($a)),*) -> CuResult =
+            let real: Real =
                 // SAFETY: the address is that of the driver's function of this name, and the module's head says why a
                 // function of as many words can be called in its place.
                 unsafe { std::mem::transmute(real) };
             if let Some(refused) = check_bounds!($checks $name $($a)*) {
                 return refused;
             }
-            let call = || {
+            /// # Safety
+            /// The caller's arguments.
+            #[inline(always)]
+            unsafe fn once(real: Real, $($a: usize),*) -> CuResult {
                 let _pass = match enter!($class $at $name $($a)*) {
                     Ok(pass) => pass,
                     Err(result) => return result,
                 };
                 // SAFETY: the application's own arguments, unchanged; the pass keeps memory in place meanwhile.
                 unsafe { real($($a),*) }
-            };
-            crate::process::driver_memory::with_room(call)
+            }
+            // SAFETY: the caller's arguments.
+            let result = unsafe { once(real, $($a),*) };
+            if result != CuResult::OUT_OF_MEMORY {
+                return result;
+            }
+            // The closure keeps the arguments in memory. For the first try they stay in registers: a launch has eleven.
+            // SAFETY: as above.
+            crate::process::driver_memory::make_room(&move || unsafe { once(real, $($a),*) })
         }
     };
 }

@@ -9,6 +9,7 @@
 //! A wrong "the same" loses an application's data, so a granule has a fingerprint only if the kernel has written one.
 
 use crate::cuda::abi::CUdeviceptr;
+use crate::memory::scan::compiled::{Compiled, compiled};
 use crate::memory::scan::{Entry, SLOTS};
 use std::collections::hash_map::RandomState;
 use std::ffi::CStr;
@@ -59,6 +60,7 @@ unsafe impl Entry for FingerprintEntry {
             Ok(text) => text,
             Err(_) => panic!("the text has no NUL"),
         };
+    const COMPILED: &'static [Compiled] = compiled!("fingerprint");
     const KERNEL: &'static CStr = c"nvshare_fingerprints";
     type Answer = Fingerprints;
 

@@ -1,25 +1,29 @@
 //! Kernels by which the GPU looks at its own memory before it moves: which granules are all zero ([`crate::memory::zero_scan`]),
 //! and what the fingerprint of each is ([`crate::memory::fingerprint`]).
 //!
-//! The GPU scans at the speed of its memory, with kernels that are stored as PTX text and compiled by the driver. The chunks to
-//! scan and the results are in one table in pinned host memory, because a full GPU may have no room even for that. One launch
-//! scans any number of chunks.
+//! The GPU scans at the speed of its memory. The kernels are written in PTX; [`compiled`] has their code for most GPUs, and the
+//! driver compiles it for others ([`compiling`]). The chunks to scan and the results are in one table in pinned host memory, because a
+//! full GPU may have no room even for that. One launch scans any number of chunks.
 //!
 //! A result is valid only for the moment of the scan. Until the memory is evicted nothing may write to it:
 //! the gate is shut, and the submitted work is done.
+//!
+//! The driver loads a kernel only when all work of the context is done, and keeps other threads' calls out meanwhile
+//! (docs/driver-facts.md). So a kernel is loaded only while the client has no work in flight ([`kernel`]).
+
+pub mod compiled;
+mod compiling;
+pub mod kernel;
 
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::CHUNK;
 use crate::memory::error::{SwapError, driver_said};
+use compiled::Compiled;
 use nvshare::units::GRANULE;
 use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::time::Duration;
 
 /// Threads of a block, as the kernel requires.
 pub const THREADS: u32 = 256;
@@ -43,6 +47,8 @@ const PAGE: usize = 4096;
 pub unsafe trait Entry: Copy + Send + 'static {
     /// The kernel as PTX text, for the driver's compiler.
     const PTX: &'static CStr;
+    /// The kernel as code, for the GPUs that it was compiled for.
+    const COMPILED: &'static [Compiled];
     /// The kernel's name in it.
     const KERNEL: &'static CStr;
     /// What a scan finds of a chunk.
@@ -144,12 +150,12 @@ pub struct Scanner<E: Entry> {
 }
 
 impl<E: Entry> Scanner<E> {
-    /// Loads the kernel into the current context. The first time in a process, the driver loads its compiler for that.
+    /// Loads the kernel's code into the current context. No work of the context may be in flight, because the driver waits for it.
     ///
     /// # Errors
-    /// The driver's, for example if its compiler is not installed.
-    pub fn new(driver: &'static Driver) -> Result<Self, SwapError> {
-        let module = driver.module_load_ptx(E::PTX).map_err(driver_said("cuModuleLoadData"))?;
+    /// The driver's, for example that the code is for another GPU.
+    pub fn new(driver: &'static Driver, code: &[u8]) -> Result<Self, SwapError> {
+        let module = driver.module_load(code).map_err(driver_said("cuModuleLoadData"))?;
         let begun = driver.module_function(module, E::KERNEL).map_err(driver_said("cuModuleGetFunction"));
         let begun = begun.and_then(|kernel| Ok((kernel, Table::new(driver, LEAST)?)));
         match begun {
@@ -218,7 +224,8 @@ impl<E: Entry> Scanner<E> {
         }
     }
 
-    /// Releases everything. The context in which it was made must be current, and all scans finished.
+    /// Releases everything. The context in which it was made must be current, and all scans finished. Waits for all work of the
+    /// context.
     pub fn destroy(self) {
         for table in self.spare {
             table.destroy(self.driver);
@@ -229,104 +236,6 @@ impl<E: Entry> Scanner<E> {
 
 // SAFETY: the pinned memory of a table belongs to the scanner, and is accessed only through it.
 unsafe impl<E: Entry> Send for Scanner<E> {}
-
-/// How long an engine waits for the kernel to be loaded: the driver's compiler takes some tenths of a second for it, once per
-/// machine and driver, because the driver caches the result.
-const LOADED_WITHIN: Duration = Duration::from_secs(2);
-
-/// How long the end of a context is delayed because a kernel is being loaded into it. No compilation takes so long: a load that
-/// does is waiting for the dynamic loader's lock, which was free when it began, and the thread that holds the lock may be the
-/// one that destroys the context.
-const GIVEN_UP_WITHIN: Duration = Duration::from_secs(30);
-
-/// The kernel while it is being loaded.
-///
-/// To compile it the driver opens its compiler, which is a library, and so needs the dynamic loader's lock. An application's
-/// library that does CUDA work in a constructor holds that lock while it waits at the gate for this client's next turn. So a
-/// separate thread loads the kernel. The engine waits for that thread once, and until the kernel is loaded, copies zeros like
-/// other data.
-///
-/// That library may also destroy its context in the constructor. So the thread does not begin to load before the lock is
-/// free, and until then it can be cancelled.
-pub struct Loading<E: Entry> {
-    loaded: Receiver<Result<Scanner<E>, SwapError>>,
-    step: Arc<AtomicU8>,
-    waited: bool,
-}
-
-/// The thread has not called the driver yet.
-const WAITS: u8 = 0;
-/// The driver loads the kernel, or has loaded it.
-const LOADS: u8 = 1;
-/// The thread must not call the driver.
-const GIVEN_UP: u8 = 2;
-
-/// Changes the step from `from` to `to`. False if it is another.
-fn go(step: &AtomicU8, from: u8, to: u8) -> bool {
-    step.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-}
-
-/// Waits until the dynamic loader's lock is free.
-fn await_loader() {
-    // SAFETY: without a name this opens the program itself, which is never unloaded.
-    unsafe { libc::dlclose(libc::dlopen(std::ptr::null(), libc::RTLD_LAZY)) };
-}
-
-impl<E: Entry> Loading<E> {
-    /// Begins to load the kernel into a context.
-    ///
-    /// # Errors
-    /// The system has no thread for it.
-    pub fn begin(driver: &'static Driver, context: CUcontext) -> std::io::Result<Self> {
-        let (tell, loaded) = sync_channel(1);
-        let step = Arc::new(AtomicU8::new(WAITS));
-        let begins = step.clone();
-        std::thread::Builder::new().name("nvshare-scan".into()).spawn(move || {
-            // The application's signals are for its own threads.
-            let _ = nix::sys::signal::SigSet::all().thread_set_mask();
-            await_loader();
-            if !go(&begins, WAITS, LOADS) {
-                return;
-            }
-            let _ = driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
-            let current = driver.ctx_set_current(context).map_err(driver_said("cuCtxSetCurrent"));
-            // If the receiver is gone, so is the context, and the kernel with it.
-            let _ = tell.send(current.and_then(|()| Scanner::new(driver)));
-        })?;
-        Ok(Self { loaded, step, waited: false })
-    }
-
-    /// The loaded kernel, or why it cannot be loaded; `None` if it is not loaded yet. The first call waits for it.
-    pub fn look(&mut self) -> Option<Result<Scanner<E>, SwapError>> {
-        let patience = if self.waited { Duration::ZERO } else { LOADED_WITHIN };
-        self.waited = true;
-        match self.loaded.recv_timeout(patience) {
-            Ok(loaded) => Some(loaded),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => {
-                Some(Err(SwapError::Panic("while loading a kernel".into())))
-            }
-        }
-    }
-}
-
-impl<E: Entry> Drop for Loading<E> {
-    /// Cancels the load, or waits for it and unloads the kernel. The context may be destroyed only after that: otherwise the
-    /// driver would go on loading into memory that it has freed.
-    fn drop(&mut self) {
-        if go(&self.step, WAITS, GIVEN_UP) {
-            return;
-        }
-        match self.loaded.recv_timeout(GIVEN_UP_WITHIN) {
-            Ok(Ok(scanner)) => scanner.destroy(),
-            Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {}
-            Err(RecvTimeoutError::Timeout) => tracing::error!(
-                "a context is being destroyed although the driver has been loading nvshare's kernel into it for {} s; the driver may crash",
-                GIVEN_UP_WITHIN.as_secs()
-            ),
-        }
-    }
-}
 
 #[cfg(test)]
 mod tests;

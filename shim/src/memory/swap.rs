@@ -28,7 +28,8 @@ use crate::memory::fingerprint::FingerprintEntry;
 use crate::memory::host::HostPoolError;
 use crate::memory::map::Outgoing;
 use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse, Seen};
-use crate::memory::scan::{Entry, Loading, Scan, Scanner};
+use crate::memory::scan::Scan;
+use crate::memory::scan::kernel::Kernel;
 use crate::memory::zero_scan::ZeroEntry;
 use crate::settings::{KeepCopies, settings};
 use crate::submit::gang;
@@ -107,64 +108,6 @@ struct Expected {
     copy: HostCopy,
     /// The granules that should not differ, one bit for each.
     unchanged: u32,
-}
-
-/// A kernel that scans memory.
-enum Kernel<E: Entry> {
-    /// Not needed yet: nothing was evicted.
-    NotTried,
-    Loading(Loading<E>),
-    Ready(Scanner<E>),
-    /// The driver cannot compile it: memory is copied as if it had not been scanned.
-    Unavailable,
-}
-
-impl<E: Entry> Kernel<E> {
-    /// Begins to load it, if that has not begun.
-    fn begin(&mut self, device: &Device) {
-        if matches!(self, Self::NotTried) {
-            let context = device.driver.ctx_current().unwrap_or(CUcontext::NULL);
-            match Loading::begin(device.driver, context) {
-                Ok(loading) => *self = Self::Loading(loading),
-                Err(error) => self.unavailable(device, &error),
-            }
-        }
-    }
-
-    /// The kernel, if it is loaded. The first call waits for it.
-    fn ready(&mut self, device: &Device) -> Option<&mut Scanner<E>> {
-        self.begin(device);
-        if let Self::Loading(loading) = self {
-            match loading.look() {
-                Some(Ok(scanner)) => *self = Self::Ready(scanner),
-                Some(Err(error)) => self.unavailable(device, &error),
-                None => {}
-            }
-        }
-        match self {
-            Self::Ready(scanner) => Some(scanner),
-            _ => None,
-        }
-    }
-
-    fn unavailable(&mut self, device: &Device, why: &dyn std::fmt::Display) {
-        tracing::info!(
-            gpu = %device.gpu,
-            "cannot load the kernel {}, so memory that it would have found needless to copy is copied: {why}",
-            E::KERNEL.to_string_lossy()
-        );
-        *self = Self::Unavailable;
-    }
-
-    /// Unloads it. The context may be destroyed afterwards.
-    fn leave(&mut self) {
-        match std::mem::replace(self, Self::NotTried) {
-            Self::Ready(scanner) => scanner.destroy(),
-            // Dropping it waits for its thread.
-            Self::Loading(loading) => drop(loading),
-            Self::NotTried | Self::Unavailable => {}
-        }
-    }
 }
 
 /// A scan that a forecast waits for.
@@ -524,7 +467,7 @@ impl Swap {
         drop(memory);
         if spilled > 0 {
             let bytes = bytes_of(spilled);
-            let spare = || self.device.host.spare(bytes);
+            let spare = || self.device.host.spare(bytes, self.quiet);
             let spared =
                 spare().or_else(|error| if self.give_up_copies(u64::MAX) { spare() } else { Err(error) });
             spared.map_err(|error| SwapError::Host(error.to_string()))?;
@@ -777,14 +720,15 @@ impl Swap {
             return Ok(());
         }
         let keeps = !tried.is_empty();
-        if keeps {
-            // So that both kernels are compiled at the same time.
-            self.fingerprints.begin(&self.device);
-        }
         let (device, stream) = (&self.device, self.stream);
-        let Some(scanner) = self.zero_scan.ready(device) else { return Ok(()) };
+        if keeps {
+            // So that both kernels are compiled at the same time, if they must be.
+            self.fingerprints.load_if_compiled(device);
+            self.fingerprints.prepare(device);
+        }
+        let Some(scanner) = self.zero_scan.load(device) else { return Ok(()) };
         let scan = scanner.scan(&unseen, stream)?;
-        let fingerprints = if keeps { self.fingerprints.ready(device) } else { None };
+        let fingerprints = if keeps { self.fingerprints.load(device) } else { None };
         let mut found = BTreeMap::new();
         if let Some(scanner) = fingerprints {
             let scan = scanner.scan(&tried, stream)?;
@@ -801,14 +745,25 @@ impl Swap {
         Ok(())
     }
 
-    /// Submits a scan of chunks for granules that are zero, if the GPU can scan; with no chunks, a probe of when the GPU runs it.
+    /// Submits a scan of chunks for granules that are zero, if the kernel is loaded; with no chunks, a probe of when the GPU runs it.
     fn submit_scan(&mut self, chunks: &[(CUdeviceptr, u64)]) -> Result<Option<Scan<ZeroEntry>>, SwapError> {
+        // What must be compiled is compiled meanwhile, so that the first eviction need not wait for that. It is loaded then.
+        self.zero_scan.prepare(&self.device);
         if keep_copies() != KeepCopies::Off {
-            // It is compiled meanwhile, so that the first eviction need not wait for that.
-            self.fingerprints.begin(&self.device);
+            self.fingerprints.prepare(&self.device);
         }
-        let Some(scanner) = self.zero_scan.ready(&self.device) else { return Ok(None) };
+        let Some(scanner) = self.zero_scan.ready() else { return Ok(None) };
         scanner.scan(chunks, self.stream).map(Some)
+    }
+
+    /// Loads the kernels for scans, if their code is at hand. Only while no work of the client is in flight.
+    fn load_kernels(&mut self) {
+        if self.quiet {
+            self.zero_scan.load_if_compiled(&self.device);
+            if keep_copies() != KeepCopies::Off {
+                self.fingerprints.load_if_compiled(&self.device);
+            }
+        }
     }
 
     /// Bytes that evicting everything would copy now, so that host memory can be allocated before it is needed. The
@@ -936,6 +891,7 @@ impl Runtime for Swap {
     fn fill(&mut self) -> Result<Fill, SwapError> {
         // The process's next GPU can be asked for and filled at the same time.
         gang::filling(self.device.gpu);
+        self.load_kernels();
         let (filled, moved, took) = self.moving(Self::fill_all);
         // Only the time of the copies counts, not the time waiting for another client to evict.
         self.device.books.copied(Direction::In, moved, self.copying);

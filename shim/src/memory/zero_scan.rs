@@ -6,6 +6,7 @@
 //! if the kernel has read all of it and written so; in every other case it counts as in use.
 
 use crate::cuda::abi::CUdeviceptr;
+use crate::memory::scan::compiled::{Compiled, compiled};
 use crate::memory::scan::{Entry, SLOTS};
 use std::ffi::CStr;
 
@@ -28,6 +29,7 @@ unsafe impl Entry for ZeroEntry {
             Ok(text) => text,
             Err(_) => panic!("the text has no NUL"),
         };
+    const COMPILED: &'static [Compiled] = compiled!("zero_scan");
     const KERNEL: &'static CStr = c"nvshare_zero_granules";
     /// A bit for each granule, the lowest for the first. It is clear if the granule is all zero.
     type Answer = u32;

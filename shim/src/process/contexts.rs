@@ -75,8 +75,10 @@ pub fn end(
     has_ended: impl FnOnce(CuResult) -> bool,
 ) -> CuResult {
     let Some((device, successor)) = devices::ending(context) else { return call() };
-    device.leave_context(context, successor);
+    // Before the engine leaves: it unloads modules and unregisters host memory, for which the driver would wait with a lock that keeps
+    // other threads' calls out, and the context's work may be waiting for one of these.
     let idle = await_context(&device, context);
+    device.leave_context(context, successor);
     let parted = device.streams.part(context, !idle);
     flow::drop_markers();
     if idle {

@@ -28,7 +28,7 @@ pub fn reserve(
         }
         _ => None,
     };
-    let result = with_room(call);
+    let result = with_room(&call);
     if let (CuResult::SUCCESS, Some(reservation)) = (result, reservation) {
         reservation::keep(handle(), reservation);
     }
@@ -58,9 +58,14 @@ pub unsafe fn reserve_address(
 /// is outside the gate.
 pub fn with_room(call: impl Fn() -> CuResult) -> CuResult {
     let result = call();
+    if result == CuResult::OUT_OF_MEMORY { make_room(&call) } else { result }
+}
+
+/// Repeats a call for which the driver found no memory, with a reservation, if there can be one. The caller is outside the gate.
+#[cold]
+#[inline(never)]
+pub fn make_room(call: &dyn Fn() -> CuResult) -> CuResult {
     // A call within another call is inside the gate, and cannot wait for it.
-    if result != CuResult::OUT_OF_MEMORY || !state::enabled() || pass::is_inside() {
-        return result;
-    }
-    contexts::current().map_or(result, |(device, context)| reservation::make_room(&device, context, call))
+    let room = if state::enabled() && !pass::is_inside() { contexts::current() } else { None };
+    room.map_or(CuResult::OUT_OF_MEMORY, |(device, context)| reservation::make_room(&device, context, call))
 }

@@ -83,7 +83,11 @@ pub fn is_inside() -> bool {
 /// The result that the call must return without being made: memory could not be moved, and data is lost.
 #[inline]
 pub fn enter(queue: impl Fn() -> Queue) -> Result<Pass, CuResult> {
-    try_enter_fast().map_or_else(|| enter_slow(&|| flow::pace(queue())), Ok)
+    match try_enter_fast() {
+        Some(pass) => Ok(pass),
+        // What the closure has is moved to memory here, and not before the fast path.
+        None => enter_slow(&move || flow::pace(queue())),
+    }
 }
 
 /// Passes the gate for a call that needs memory mapped and submits nothing.

@@ -142,10 +142,20 @@ both_go_on! {
     a_thread_that_frees_memory: "free";
 }
 
+fn gpu_with(settings: &[(&'static str, &str)]) -> SimulatedGpu {
+    let settings: Vec<_> = settings.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    SimulatedGpu::new(&settings).expect("the workspace is built: cargo build --workspace")
+}
+
 fn two_gpus() -> SimulatedGpu {
-    let settings = [("GPUS", "2"), ("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB")];
-    SimulatedGpu::new(&settings.map(|(name, value)| (name, value.to_owned())))
-        .expect("the workspace is built: cargo build --workspace")
+    gpu_with(&[("GPUS", "2"), ("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB")])
+}
+
+/// The driver must compile the kernels that scan memory. To load one, it waits for the resident kernel, and keeps the copy out that feeds
+/// it.
+#[test]
+fn a_resident_kernel_beside_scan_kernels_that_must_be_compiled() {
+    both_go_on("copy", &gpu_with(&[("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("REFUSES_CODE", "1")]));
 }
 
 /// One process launches its part on one GPU, and not yet on the other.

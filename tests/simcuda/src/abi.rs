@@ -21,6 +21,7 @@ impl Error {
     pub const DEINITIALIZED: Error = Error(4);
     pub const INVALID_DEVICE: Error = Error(101);
     pub const INVALID_IMAGE: Error = Error(200);
+    pub const NO_BINARY_FOR_GPU: Error = Error(209);
     pub const INVALID_CONTEXT: Error = Error(201);
     pub const UNSUPPORTED_LIMIT: Error = Error(215);
     pub const PEER_ACCESS_UNSUPPORTED: Error = Error(217);
@@ -185,6 +186,39 @@ impl Text {
 }
 
 impl In<c_void> {
+    /// A module's image: text, or the binary kinds, of which only ELF files are read to their end.
+    pub fn image(self) -> Result<Vec<u8>> {
+        let text = self.bytes_to_zero()?;
+        if !text.starts_with(crate::module::ELF) {
+            return Ok(text);
+        }
+        // An ELF header of 64 bytes says where the table of sections is, and each of its 64-byte rows where a section is.
+        // SAFETY: the caller promises a module image, and one that begins so is an ELF file.
+        let at = |offset: usize, length: usize| unsafe {
+            std::slice::from_raw_parts(self.0.cast::<u8>().add(offset), length)
+        };
+        let number = |offset: usize, length: usize| {
+            at(offset, length).iter().rev().fold(0_usize, |number, byte| number << 8 | usize::from(*byte))
+        };
+        let (table, rows) = (number(0x28, 8), number(0x3c, 2));
+        const NO_BITS: usize = 8;
+        let ends = (0..rows).map(|row| table + 64 * row).map(|row| {
+            let length = if number(row + 4, 4) == NO_BITS { 0 } else { number(row + 0x20, 8) };
+            number(row + 0x18, 8) + length
+        });
+        let end = ends.chain([table + 64 * rows]).max().unwrap_or(0);
+        Ok(at(0, end).to_vec())
+    }
+
+    /// So many bytes, for text whose length is given.
+    pub fn bytes(self, length: usize) -> Result<Vec<u8>> {
+        if self.0.is_null() {
+            return Err(Error::INVALID_VALUE);
+        }
+        // SAFETY: the caller promises so many bytes.
+        Ok(unsafe { std::slice::from_raw_parts(self.0.cast(), length) }.to_vec())
+    }
+
     /// The bytes before the first zero byte, for a module image that may be text.
     pub fn bytes_to_zero(self) -> Result<Vec<u8>> {
         if self.0.is_null() {

@@ -3,8 +3,9 @@
 //! A library (`cuLibraryLoadData`) is a module that isn't tied to a context, and a kernel of a library is a function:
 //! the handles are the same.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::abi::{Error, Handle, Result};
@@ -12,6 +13,9 @@ use crate::context::Context;
 use crate::driver::driver;
 use crate::handles;
 use crate::kernels::Kernel;
+
+/// How an ELF file begins.
+pub const ELF: &[u8] = b"\x7fELF";
 
 /// A module or a library.
 pub struct Module {
@@ -68,9 +72,9 @@ impl Drop for Loading {
 /// Held by a thread that loads a module and waits for the context's work.
 static LOCK: RwLock<()> = RwLock::new(());
 
-/// The real driver may synchronise the context when it loads a kernel, which CUDA's documentation of lazy loading names as a cause
-/// of deadlocks: here with NVSHARE_SIM_LOADS_WAIT, and it holds its lock meanwhile.
-fn await_work(context: Handle) {
+/// The real driver waits for all work of the context when it loads or unloads a module, and when it unregisters host memory, and
+/// holds its lock meanwhile (tests/gpu/waits.cu). So does this one with NVSHARE_SIM_LOADS_WAIT.
+pub fn await_work(context: Handle) {
     let Ok(driver) = driver() else { return };
     if driver.config.loads_wait {
         let _lock = LOCK.write().unwrap_or_else(PoisonError::into_inner);
@@ -81,7 +85,7 @@ fn await_work(context: Handle) {
 
 /// Calls that need the driver's lock wait for a thread that loads a module.
 pub fn await_loads(call: &str) {
-    const NEEDS: [&str; 8] = [
+    const NEEDS: [&str; 9] = [
         "cuMemCreate",
         "cuMemMap",
         "cuMemSetAccess",
@@ -90,24 +94,86 @@ pub fn await_loads(call: &str) {
         "cuEventRecord",
         "cuLaunchHostFunc",
         "cuMemsetD32Async",
+        "cuMemcpyHtoDAsync_v2",
     ];
     if driver().is_ok_and(|driver| driver.config.loads_wait) && NEEDS.contains(&call) {
         drop(LOCK.read().unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-/// Loads PTX text. The real driver's compiler is a library that it opens for that, so the dynamic loader's lock is needed.
+/// Takes the time that a compiler takes. The real driver's compiler is a library that it opens for that, so the dynamic loader's lock
+/// is needed.
+fn compile() -> Result {
+    // SAFETY: a C string, of a library that is loaded in any case.
+    unsafe { libc::dlclose(libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY)) };
+    std::thread::sleep(Duration::from_nanos(driver()?.config.compile_ns));
+    Ok(())
+}
+
+/// Whether it may be PTX text.
+fn is_text(image: &[u8]) -> bool {
+    std::str::from_utf8(image).is_ok_and(|text| text.contains(".version") && text.contains(".target"))
+}
+
+/// PTX texts that are being compiled, by the handle of the compilation. Each has a zero byte at its end.
+static LINKERS: Mutex<BTreeMap<Handle, Vec<u8>>> = Mutex::new(BTreeMap::new());
+
+/// Begins a compilation.
+pub fn begin_link() -> Handle {
+    let handle = handles::fresh();
+    crate::driver::lock(&LINKERS).insert(handle, vec![0]);
+    handle
+}
+
+/// Compiles a text. What is made of it is the text: nobody interprets it.
+pub fn add_to_link(linker: Handle, text: &[u8]) -> Result {
+    compile()?;
+    if !is_text(text) {
+        return Err(Error::INVALID_IMAGE);
+    }
+    let mut linkers = crate::driver::lock(&LINKERS);
+    let code = linkers.get_mut(&linker).ok_or(Error::INVALID_HANDLE)?;
+    code.splice(code.len() - 1.., text.iter().copied().chain([0]));
+    Ok(())
+}
+
+/// What was compiled: where it is, until the compilation ends, and how many bytes.
+pub fn linked(linker: Handle) -> Result<(usize, usize)> {
+    let linkers = crate::driver::lock(&LINKERS);
+    let code = linkers.get(&linker).ok_or(Error::INVALID_HANDLE)?;
+    Ok((code.as_ptr().addr(), code.len()))
+}
+
+/// Ends a compilation.
+pub fn end_link(linker: Handle) -> Result {
+    crate::driver::lock(&LINKERS).remove(&linker).map(|_| ()).ok_or(Error::INVALID_HANDLE)
+}
+
+/// The kernels that compiled code names.
+fn names_in(code: &[u8]) -> Vec<&'static str> {
+    let named = |name: &str| {
+        code.windows(name.len() + 1)
+            .any(|part| part[..name.len()] == *name.as_bytes() && part[name.len()] == 0)
+    };
+    crate::kernels::KERNELS.iter().map(|kernel| kernel.name).filter(|name| named(name)).collect()
+}
+
+/// Loads PTX text, or compiled code (an ELF file) that names kernels of the simulated GPU.
 pub fn load(image: &[u8], context: Handle) -> Result<Arc<Module>> {
     let driver = driver()?;
     let _loading = driver.contexts.get(context).ok().map(Loading::begin);
-    // SAFETY: a C string, of a library that is loaded in any case.
-    unsafe { libc::dlclose(libc::dlopen(c"libc.so.6".as_ptr(), libc::RTLD_LAZY)) };
-    std::thread::sleep(Duration::from_nanos(driver.config.compile_ns));
+    let is_code = image.starts_with(ELF);
+    if !is_code {
+        compile()?;
+    } else if driver.config.refuses_code {
+        return Err(Error::NO_BINARY_FOR_GPU);
+    }
     await_work(context);
-    let text = std::str::from_utf8(image).map_err(|_| Error::INVALID_IMAGE)?;
-    if !text.contains(".version") || !text.contains(".target") {
+    if !is_code && !is_text(image) {
         return Err(Error::INVALID_IMAGE);
     }
+    let names =
+        if is_code { names_in(image) } else { entries(std::str::from_utf8(image).unwrap_or_default()) };
     let module = handles::fresh();
     let function = |kernel: &'static Kernel| {
         Arc::new(Function {
@@ -120,7 +186,7 @@ pub fn load(image: &[u8], context: Handle) -> Result<Arc<Module>> {
             carveout: AtomicI32::new(-1),
         })
     };
-    let functions: Vec<_> = entries(text).into_iter().filter_map(Kernel::by_name).map(function).collect();
+    let functions: Vec<_> = names.into_iter().filter_map(Kernel::by_name).map(function).collect();
     for function in &functions {
         driver.functions.insert(function.handle, function.clone());
     }
@@ -146,6 +212,9 @@ pub fn unload(handle: Handle, library: bool) -> Result {
     let driver = driver()?;
     if (driver.modules.get(handle)?.context == 0) != library {
         return Err(Error::INVALID_HANDLE);
+    }
+    if !library {
+        await_work(driver.modules.get(handle)?.context);
     }
     let module = driver.modules.remove(handle)?;
     driver.functions.remove_if(|function| function.module == module.handle);

@@ -11,7 +11,8 @@
 //! | `NVSHARE_SIM_DEVICE_BANDWIDTH` | bytes/s inside the GPU | 8GiB |
 //! | `NVSHARE_SIM_KERNEL_NS` | least duration of a kernel that touches memory | 0 |
 //! | `NVSHARE_SIM_COMPILE_NS` | how long the driver's compiler takes for PTX text | 0 |
-//! | `NVSHARE_SIM_LOADS_WAIT` | 1: loading a module waits for all work of the context, and calls that need the driver's lock wait for that | 0 |
+//! | `NVSHARE_SIM_LOADS_WAIT` | 1: loading and unloading a module and unregistering host memory wait for all work of the context, and calls that need the driver's lock wait for that, as on a real GPU (`tests/gpu/waits.cu`); 0: they do not | 1 |
+//! | `NVSHARE_SIM_REFUSES_CODE` | 1: code that was compiled before (a cubin) is for another GPU, so only PTX text can be loaded | 0 |
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
 //! | `NVSHARE_SIM_NVML_PIDS` | how the simulated GPU's NVML shows processes: `own`; `other`: as from a container, by pids of another namespace; `none`: not at all | own |
@@ -54,8 +55,11 @@ pub struct Config {
     pub name: String,
     /// Number of GPUs; `None` takes what the segment has.
     pub gpus: Option<u32>,
-    /// Loading a module waits for all work of the context, and calls that need the driver's lock wait for that.
+    /// Loading and unloading a module and unregistering host memory wait for all work of the context, and calls that need the
+    /// driver's lock wait for that.
     pub loads_wait: bool,
+    /// Compiled code is for another GPU.
+    pub refuses_code: bool,
     /// Bytes of memory per GPU; `None` takes what the segment has.
     pub memory: Option<u64>,
     /// Bytes that a context costs.
@@ -130,7 +134,8 @@ impl Config {
             device_bandwidth: bytes(var, "NVSHARE_SIM_DEVICE_BANDWIDTH")?.unwrap_or(8 * GIB),
             kernel_ns: number(var, "NVSHARE_SIM_KERNEL_NS", "a number of nanoseconds")?.unwrap_or(0),
             compile_ns: number(var, "NVSHARE_SIM_COMPILE_NS", "a number of nanoseconds")?.unwrap_or(0),
-            loads_wait: number::<u8>(var, "NVSHARE_SIM_LOADS_WAIT", "0 or 1")?.unwrap_or(0) != 0,
+            loads_wait: number::<u8>(var, "NVSHARE_SIM_LOADS_WAIT", "0 or 1")?.unwrap_or(1) != 0,
+            refuses_code: number::<u8>(var, "NVSHARE_SIM_REFUSES_CODE", "0 or 1")?.unwrap_or(0) != 0,
             um_fault_bandwidth: bytes(var, "NVSHARE_SIM_UM_FAULT_BANDWIDTH")?.unwrap_or(um),
             um_evict_bandwidth: bytes(var, "NVSHARE_SIM_UM_EVICT_BANDWIDTH")?.unwrap_or(um),
             ascending_uuids: match var("NVSHARE_SIM_UUIDS").as_deref() {

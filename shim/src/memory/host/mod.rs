@@ -595,11 +595,12 @@ impl HostPool {
     }
 
     /// Checks that the bounds leave `bytes` outside the pool, for memory that the pool has promised and the driver will
-    /// allocate.
+    /// allocate. If they do not, and `quiet`, gives up unused arenas: the driver unregisters memory only when all work of the context is
+    /// done (tests/gpu/waits.cu), so no work of the client may be in flight then.
     ///
     /// # Errors
     /// They leave fewer.
-    pub fn spare(&self, bytes: u64) -> Result<(), HostPoolError> {
+    pub fn spare(&self, bytes: u64, quiet: bool) -> Result<(), HostPoolError> {
         self.ours()?;
         let resizing = self.resize();
         let measure = || {
@@ -607,7 +608,7 @@ impl HostPool {
             (self.left(&bound), bound)
         };
         let (mut left, mut bound) = measure();
-        if left < bytes {
+        if left < bytes && quiet {
             self.release(&resizing, 0);
             (left, bound) = measure();
         }
@@ -684,7 +685,7 @@ impl HostPool {
         }
     }
 
-    /// Unmaps unused arenas, as long as the pool keeps at least `keep` bytes.
+    /// Unmaps unused arenas, as long as the pool keeps at least `keep` bytes. Waits for the work of the context.
     pub fn trim(&self, keep: u64) {
         if !self.forked() {
             self.release(&self.resize(), keep);

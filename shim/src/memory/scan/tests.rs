@@ -65,6 +65,11 @@ fn on_a_gpu(test: &str, variables: &[(&str, &str)], body: impl FnOnce(&'static D
     body(driver, driver.stream_create(CU_STREAM_NON_BLOCKING).unwrap());
 }
 
+/// The kernel, from the code that is at hand for the simulated GPU.
+fn loaded<E: Entry>(driver: &'static Driver) -> Result<Scanner<E>, SwapError> {
+    Scanner::new(driver, compiled::code_for(E::COMPILED, compiled::Capability::new(7, 5)).unwrap())
+}
+
 /// A chunk of the GPU's memory, all zero.
 fn chunk(driver: &Driver, stream: CUstream, granules: u64) -> (CUdeviceptr, u64) {
     let size = granules * GRANULE;
@@ -86,7 +91,7 @@ fn answer<E: Entry>(
 #[test]
 fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
     on_a_gpu("zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart", &[], |driver, stream| {
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let mut dice = Dice::from_environment(1);
         let (mut chunks, mut expected) = (Vec::new(), Vec::new());
         for granules in [1, 2, 5, 31, 32] {
@@ -121,7 +126,7 @@ fn zero_sparse_and_dense_chunks_of_all_sizes_are_told_apart() {
 #[test]
 fn a_scan_sees_the_work_before_it_in_its_stream() {
     on_a_gpu("a_scan_sees_the_work_before_it_in_its_stream", &[], |driver, stream| {
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let chunk = chunk(driver, stream, 4);
         let before = scanner.scan(&[chunk], stream).unwrap();
         driver.memset_d8_async(chunk.0 + 2 * GRANULE, 1, 1, stream).unwrap();
@@ -134,7 +139,7 @@ fn a_scan_sees_the_work_before_it_in_its_stream() {
 #[test]
 fn more_chunks_than_a_table_holds_are_one_scan() {
     on_a_gpu("more_chunks_than_a_table_holds_are_one_scan", &[], |driver, stream| {
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let (base, _) = chunk(driver, stream, 32);
         driver.memset_d8_async(base + 5 * GRANULE, 1, 1, stream).unwrap();
         let chunks: Vec<_> =
@@ -150,7 +155,7 @@ fn it_takes_no_room_on_the_gpu() {
         let chunk = chunk(driver, stream, 1);
         while driver.mem_alloc(GRANULE as usize).is_ok() {}
         let (free, _) = driver.mem_info().unwrap();
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
         assert_eq!(driver.mem_info().unwrap().0, free);
     });
@@ -159,30 +164,27 @@ fn it_takes_no_room_on_the_gpu() {
 #[test]
 fn it_moves_to_another_context() {
     on_a_gpu("it_moves_to_another_context", &[], |driver, stream| {
-        let first = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let first = loaded::<ZeroEntry>(driver).unwrap();
         first.destroy();
         let _ = driver.stream_destroy(stream);
         driver.primary_ctx_release(0).unwrap();
         driver.ctx_set_current(driver.primary_ctx_retain(0).unwrap()).unwrap();
         let stream = driver.stream_create(CU_STREAM_NON_BLOCKING).unwrap();
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let chunk = chunk(driver, stream, 2);
         assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
     });
 }
 
 #[test]
-fn a_driver_that_cannot_compile_is_an_error_and_no_harm() {
-    let no_compiler = [("NVSHARE_SIM_FAIL", "cuModuleLoadData:1:221,cuModuleGetFunction:1:500")];
-    on_a_gpu("a_driver_that_cannot_compile_is_an_error_and_no_harm", &no_compiler, |driver, stream| {
+fn a_driver_that_cannot_load_is_an_error_and_no_harm() {
+    let refuses = [("NVSHARE_SIM_FAIL", "cuModuleLoadData:1:209,cuModuleGetFunction:1:500")];
+    on_a_gpu("a_driver_that_cannot_load_is_an_error_and_no_harm", &refuses, |driver, stream| {
         let refused = |call, result| Some(SwapError::Driver { call, result });
-        let said = Scanner::<ZeroEntry>::new(driver).err();
-        assert_eq!(said, refused("cuModuleLoadData", CuResult::JIT_COMPILER_NOT_FOUND));
-        assert_eq!(
-            Scanner::<ZeroEntry>::new(driver).err(),
-            refused("cuModuleGetFunction", CuResult::NOT_FOUND)
-        );
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let said = loaded::<ZeroEntry>(driver).err();
+        assert_eq!(said, refused("cuModuleLoadData", CuResult::NO_BINARY_FOR_GPU));
+        assert_eq!(loaded::<ZeroEntry>(driver).err(), refused("cuModuleGetFunction", CuResult::NOT_FOUND));
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let chunk = chunk(driver, stream, 1);
         assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
     });
@@ -192,7 +194,7 @@ fn a_driver_that_cannot_compile_is_an_error_and_no_harm() {
 fn a_failed_launch_is_an_error_and_its_table_is_reused() {
     let refused = [("NVSHARE_SIM_FAIL", "cuLaunchKernel:1:701")];
     on_a_gpu("a_failed_launch_is_an_error_and_its_table_is_reused", &refused, |driver, stream| {
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let chunk = chunk(driver, stream, 1);
         let failed = answer(&mut scanner, &[chunk], stream);
         let result = CuResult::LAUNCH_OUT_OF_RESOURCES;
@@ -206,7 +208,7 @@ fn a_failed_launch_is_an_error_and_its_table_is_reused() {
 #[test]
 fn unmapped_memory_has_no_result() {
     on_a_gpu("unmapped_memory_has_no_result", &[], |driver, stream| {
-        let mut scanner = Scanner::<ZeroEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let there = chunk(driver, stream, 1);
         let gone = driver.mem_address_reserve(GRANULE as usize, 0, 0, 0).unwrap();
         let failed = answer(&mut scanner, &[there, (gone, GRANULE)], stream);
@@ -219,7 +221,7 @@ fn unmapped_memory_has_no_result() {
 #[test]
 fn a_granule_that_has_changed_in_any_byte_has_another_fingerprint() {
     on_a_gpu("a_granule_that_has_changed_in_any_byte_has_another_fingerprint", &[], |driver, stream| {
-        let mut scanner = Scanner::<FingerprintEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<FingerprintEntry>(driver).unwrap();
         let mut dice = Dice::from_environment(2);
         let chunks = [1, 5, 32].map(|granules| chunk(driver, stream, granules));
         let before = answer(&mut scanner, &chunks, stream).unwrap();
@@ -263,10 +265,23 @@ fn a_granule_that_has_changed_in_any_byte_has_another_fingerprint() {
 #[test]
 fn fingerprints_of_memory_that_is_gone_are_an_error() {
     on_a_gpu("fingerprints_of_memory_that_is_gone_are_an_error", &[], |driver, stream| {
-        let mut scanner = Scanner::<FingerprintEntry>::new(driver).unwrap();
+        let mut scanner = loaded::<FingerprintEntry>(driver).unwrap();
         let gone = driver.mem_address_reserve(GRANULE as usize, 0, 0, 0).unwrap();
         let failed = answer(&mut scanner, &[(gone, GRANULE)], stream);
         let result = CuResult::ILLEGAL_ADDRESS;
         assert_eq!(failed.err(), Some(SwapError::Driver { call: "cuEventSynchronize", result }));
+    });
+}
+
+#[test]
+fn the_drivers_compiler_makes_the_code_where_there_is_none() {
+    let refuses = [("NVSHARE_SIM_FAIL", "cuLinkCreate_v2:1:221,cuLinkAddData_v2:1:218")];
+    on_a_gpu("the_drivers_compiler_makes_the_code_where_there_is_none", &refuses, |driver, stream| {
+        assert_eq!(driver.compile(ZeroEntry::PTX), Err(CuResult::JIT_COMPILER_NOT_FOUND));
+        assert_eq!(driver.compile(ZeroEntry::PTX), Err(CuResult(218)));
+        let code = driver.compile(ZeroEntry::PTX).unwrap();
+        let mut scanner = Scanner::<ZeroEntry>::new(driver, &code).unwrap();
+        let chunk = chunk(driver, stream, 1);
+        assert_eq!(answer(&mut scanner, &[chunk], stream).unwrap(), [0]);
     });
 }

@@ -44,6 +44,37 @@ driver_api! {
         self::load(module, image)
     }
 
+    /// Options are for a compiler, and there is none.
+    fn cuLinkCreate_v2(count: c_uint, options: In<c_uint>, values: In<usize>, linker: Out<Handle>) {
+        let _ = (count, options, values);
+        context::healthy()?;
+        linker.required()?;
+        linker.set(module::begin_link())
+    }
+
+    fn cuLinkAddData_v2(
+        linker: Handle, kind: c_uint, data: In<c_void>, bytes: usize, name: In<c_char>,
+        count: c_uint, options: In<c_uint>, values: In<usize>,
+    ) {
+        let _ = (name, count, options, values);
+        const PTX: c_uint = 1;
+        if kind != PTX {
+            return Err(Error::INVALID_VALUE);
+        }
+        let data = data.bytes(bytes)?;
+        module::add_to_link(linker, data.split(|&byte| byte == 0).next().unwrap_or_default())
+    }
+
+    fn cuLinkComplete(linker: Handle, code: Out<usize>, bytes: Out<usize>) {
+        let (address, length) = module::linked(linker)?;
+        code.set(address)?;
+        bytes.set(length)
+    }
+
+    fn cuLinkDestroy(linker: Handle) {
+        module::end_link(linker)
+    }
+
     fn cuModuleUnload(module: Handle) {
         context::healthy()?;
         module::unload(module, false)
@@ -84,7 +115,7 @@ driver_api! {
     ) {
         let _ = (jit, jit_values, jit_count, options, values, count);
         library.required()?;
-        library.set(module::load(&code.bytes_to_zero()?, 0)?.handle)
+        library.set(module::load(&code.image()?, 0)?.handle)
     }
 
     fn cuLibraryLoadFromFile(
@@ -265,7 +296,7 @@ driver_api! {
 fn load(module: Out<Handle>, image: In<c_void>) -> Result {
     let context = context::healthy()?;
     module.required()?;
-    module.set(module::load(&image.bytes_to_zero()?, context.owner())?.handle)
+    module.set(module::load(&image.image()?, context.owner())?.handle)
 }
 
 fn parameter(function: Handle, index: usize, offset: Out<usize>, size: Out<usize>) -> Result {

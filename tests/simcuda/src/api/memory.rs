@@ -140,6 +140,7 @@ driver_api! {
     fn cuMemHostUnregister(host: u64) {
         let context = context::healthy()?;
         graph::refuse_unsafe(&context.core)?;
+        crate::module::await_work(context.owner());
         self::free(&context, host, |kind| matches!(kind, Kind::HostRegistration { .. }))
             .map_err(|_| Error::HOST_MEMORY_NOT_REGISTERED)
     }
