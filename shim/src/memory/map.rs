@@ -23,6 +23,7 @@ use crate::memory::region::{
     Backing, Chunk, ChunkMapping, HostCopy, InUse, Kind, Object, Region, Seen, View,
 };
 use crate::memory::spares::Spares;
+use crate::replicas::{Digest, MOST_OFFERED};
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -492,6 +493,7 @@ impl Memory {
             chunk.backing = backing;
             // A chunk is chosen for host memory for one fill; the next fill chooses again.
             chunk.spill &= chunk.is_missing();
+            chunk.promised &= matches!(chunk.backing, Backing::Evicted(_));
         });
     }
 
@@ -586,7 +588,18 @@ impl Memory {
     /// need no copy come first.
     pub fn next_resident(&mut self, most: u64) -> Option<Outgoing> {
         let most = Granules::try_from(most / GRANULE).unwrap_or(Granules::MAX);
-        let (place, backing, (seen, kept, changed)) = self.take(self.index.next_resident(most), |chunk| {
+        self.outgoing(self.index.next_resident(most)?)
+    }
+
+    /// The same for the chunk that begins at an address, if it can be evicted.
+    pub fn take_resident(&mut self, address: CUdeviceptr) -> Option<Outgoing> {
+        let (region, at) = self.chunk(address)?;
+        let chunk = &region.chunks[at];
+        (chunk.address == address && chunk.evictable()).then(|| self.outgoing(address))?
+    }
+
+    fn outgoing(&mut self, address: CUdeviceptr) -> Option<Outgoing> {
+        let (place, backing, (seen, kept, changed)) = self.take(Some(address), |chunk| {
             let mut seen = chunk.seen.clone().unwrap_or(Seen { in_use: InUse::All, fingerprints: None });
             let (changed, all) = (chunk.changed(), seen.in_use.bytes(chunk.size) / GRANULE);
             match (&seen.fingerprints, &chunk.kept) {
@@ -601,6 +614,100 @@ impl Memory {
             (seen, chunk.kept.take(), changed)
         })?;
         Some(Outgoing { place, backing, seen, kept, changed })
+    }
+
+    /// What could be handed over to a replica if it was evicted: the address of each chunk, and what stands for its contents. At most
+    /// `most`, those first that need no copy.
+    pub fn offers(&self, most: usize) -> Vec<(CUdeviceptr, Digest)> {
+        let offer = |address: CUdeviceptr| {
+            let (region, at) = self.chunk(address)?;
+            let chunk = &region.chunks[at];
+            let seen = chunk.seen.as_ref().filter(|_| region.may_change_hands())?;
+            Some((address, seen.digest(chunk.size)?))
+        };
+        self.index.by_need().filter_map(offer).take(most).collect()
+    }
+
+    /// Of chunks that a replica offers, those that are in host memory here, until they have `most` granules together: the place of each
+    /// in the offer, in that order, and the address of the chunk with the same contents. They are promised from now on.
+    pub fn promise(&mut self, offered: &[Digest], most: Granules) -> Vec<(u32, CUdeviceptr)> {
+        let mut lacking: BTreeMap<Digest, Vec<(CUdeviceptr, Granules)>> = BTreeMap::new();
+        for address in self.index.evicted().take(2 * MOST_OFFERED) {
+            let Some((region, at)) = self.chunk(address) else { continue };
+            let chunk = &region.chunks[at];
+            if let Some(digest) = chunk.digest_of_copy().filter(|_| region.may_change_hands()) {
+                lacking.entry(digest).or_default().push((address, chunk.granules()));
+            }
+        }
+        let mut left = most;
+        let mut promised = Vec::new();
+        for (place, digest) in (0..).zip(offered) {
+            // Chunks are only evicted whole, so the last one may be too large by a part.
+            if left == 0 {
+                break;
+            }
+            if let Some((address, granules)) = lacking.get_mut(digest).and_then(Vec::pop) {
+                left = left.saturating_sub(granules);
+                promised.push((place, address));
+            }
+        }
+        for (_, address) in &promised {
+            self.change(*address, |chunk| chunk.promised = true);
+        }
+        promised
+    }
+
+    /// Chunks that were promised will not come, or not in time.
+    pub fn unpromise(&mut self, addresses: &[CUdeviceptr]) {
+        for address in addresses {
+            self.change(*address, |chunk| chunk.promised &= chunk.address != *address);
+        }
+    }
+
+    /// The chunks that are promised.
+    pub fn promised(&self) -> Vec<CUdeviceptr> {
+        self.index.promised().collect()
+    }
+
+    /// Whether all that is left to fill on the GPU is promised, and there is such a chunk.
+    pub fn is_next_promised(&self) -> bool {
+        self.index.is_next_promised()
+    }
+
+    /// Takes the chunk of `size` bytes that begins at an address and marks it as moving, if it is in host memory and has these
+    /// contents: its memory has come from a replica.
+    pub fn take_handed(
+        &mut self,
+        address: CUdeviceptr,
+        size: u64,
+        digest: Digest,
+    ) -> Option<(ChunkMapping, HostCopy)> {
+        let (region, at) = self.chunk(address)?;
+        let chunk = &region.chunks[at];
+        let fits = (chunk.address, chunk.size) == (address, size) && region.may_change_hands();
+        if !fits || chunk.digest_of_copy() != Some(digest) {
+            return None;
+        }
+        match self.take(Some(address), |_| ())? {
+            (place, Backing::Evicted(copy), ()) => Some((place, copy)),
+            _ => unreachable!("a chunk with the digest of a copy has one"),
+        }
+    }
+
+    /// Forgets all fingerprints, which were taken with another key than those to come. Returns the copies that were kept and are of no
+    /// use without them.
+    pub fn forget_fingerprints(&mut self) -> Vec<HostCopy> {
+        self.unsee();
+        let copies = self.take_kept(u64::MAX);
+        let missing: Vec<_> = self.index.missing().collect();
+        for address in missing {
+            self.change(address, |chunk| {
+                if let Backing::Evicted(copy) = &mut chunk.backing {
+                    copy.fingerprints = None;
+                }
+            });
+        }
+        copies
     }
 
     /// Granules that can be evicted if there is enough host memory.
