@@ -154,11 +154,6 @@ impl Index {
         self.missing.first().map(|(.., (_, address))| *address)
     }
 
-    /// Whether all that can be filled on the GPU is handed over by another replica, and there is such a chunk.
-    pub fn is_next_promised(&self) -> bool {
-        self.missing.first().is_some_and(|(Reverse(spill), promised, _)| !spill && *promised)
-    }
-
     /// The chunks that another replica hands over.
     pub fn promised(&self) -> impl Iterator<Item = CUdeviceptr> {
         self.missing.iter().filter(|(_, promised, _)| *promised).map(|(.., (_, address))| *address)

@@ -669,9 +669,12 @@ impl Memory {
         self.index.promised().collect()
     }
 
-    /// Whether all that is left to fill on the GPU is promised, and there is such a chunk.
-    pub fn is_next_promised(&self) -> bool {
-        self.index.is_next_promised()
+    /// The next chunk to fill on the GPU: its granules, and whether it is promised. `None` if there is none, or if another is to be
+    /// filled in host memory first.
+    pub fn next_on_gpu(&self) -> Option<(Granules, bool)> {
+        let (region, at) = self.chunk(self.index.next_missing()?)?;
+        let chunk = &region.chunks[at];
+        (!chunk.spill).then_some((chunk.granules(), chunk.promised))
     }
 
     /// Takes the chunk of `size` bytes that begins at an address and marks it as moving, if it is in host memory and has these

@@ -99,8 +99,9 @@ impl Swap {
         self.device.replicas.get().is_some_and(|group| group.inbox.has_some())
     }
 
-    /// Takes what a replica has handed over, or waits for it if nothing else is left to fill. False if there is something else to do.
-    /// `heard` is when the last chunk came or the wait began, ns.
+    /// Takes what a replica has handed over. Waits for it if nothing else is left to fill; and for granules for the next chunk, because
+    /// a chunk for which granules are waited for elsewhere is being moved and cannot be promised. False if there is something else
+    /// to do. `heard` is when the last chunk came or the wait for one began, ns.
     ///
     /// # Errors
     /// The driver's, of a copy that was in flight.
@@ -111,13 +112,21 @@ impl Swap {
             *heard = Some(now());
             return Ok(true);
         }
-        if !self.device.memory().is_next_promised() {
-            return Ok(false);
+        let next = self.device.memory().next_on_gpu();
+        let Some((granules, promised)) = next else { return Ok(false) };
+        let books = &self.device.books;
+        let goes_on = books.admitted() && !self.is_called_away() && self.shortage() == 0;
+        let free = books.page().free();
+        if !promised {
+            let waits = goes_on && free.granules < granules as i32;
+            if waits {
+                books.wait_for_granules(free);
+            }
+            return Ok(waits);
         }
         // The copies in flight are done meanwhile.
         self.finish()?;
         let since = *heard.get_or_insert_with(now);
-        let goes_on = self.device.books.admitted() && !self.is_called_away() && self.shortage() == 0;
         if goes_on && now().saturating_sub(since) < PATIENCE {
             group.inbox.wait(LOOK);
         } else {
