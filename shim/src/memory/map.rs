@@ -17,6 +17,7 @@ mod tests;
 
 use crate::cuda::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
 use crate::memory::bounds;
+use crate::memory::fingerprint::Fingerprints;
 use crate::memory::gaps::Gaps;
 use crate::memory::index::{Index, Keys};
 use crate::memory::region::{
@@ -27,6 +28,7 @@ use crate::replicas::{Digest, MOST_OFFERED};
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// Allocations of up to this many bytes share slabs.
 pub const SMALL: u64 = 1 << 20;
@@ -694,6 +696,26 @@ impl Memory {
         match self.take(Some(address), |_| ())? {
             (place, Backing::Evicted(copy), ()) => Some((place, copy)),
             _ => unreachable!("a chunk with the digest of a copy has one"),
+        }
+    }
+
+    /// Takes the chunk that begins at an address and marks it as moving, if its granules in use have other fingerprints now than the
+    /// copy that is kept of it, or if `now` is not known: its memory, and that copy.
+    pub fn take_wrong(
+        &mut self,
+        address: CUdeviceptr,
+        now: Option<&Fingerprints>,
+    ) -> Option<(ChunkMapping, CUmemGenericAllocationHandle, HostCopy)> {
+        let (region, at) = self.chunk(address)?;
+        let (chunk, kept) = (&region.chunks[at], region.chunks[at].kept.as_ref()?);
+        let seen = now.map(|now| Seen { in_use: kept.in_use, fingerprints: Some(Arc::new(*now)) });
+        let is_right = seen.is_some_and(|seen| kept.changed(&seen, chunk.granules()) == Some(0));
+        if is_right || !matches!(chunk.backing, Backing::Device(_)) {
+            return None;
+        }
+        match self.take(Some(address), |chunk| chunk.kept.take())? {
+            (place, Backing::Device(handle), Some(copy)) => Some((place, handle, copy)),
+            _ => unreachable!("it is on the GPU and has a copy"),
         }
     }
 

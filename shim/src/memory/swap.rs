@@ -212,6 +212,8 @@ pub struct Swap {
     giving: Option<Giving>,
     /// During an eviction: the chunks that a replica lacks, by address.
     handing: BTreeMap<CUdeviceptr, Wanted>,
+    /// During a fill: the chunks whose memory has come from a replica, and their bytes.
+    taken: Vec<(CUdeviceptr, u64)>,
 }
 
 impl Swap {
@@ -224,6 +226,7 @@ impl Swap {
         Ok(Self {
             giving: device.replicas.get().cloned().map(Giving::new),
             handing: BTreeMap::new(),
+            taken: Vec::new(),
             device,
             stream,
             events,
@@ -422,6 +425,15 @@ impl Swap {
     }
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
+        loop {
+            let filled = self.fill_chunks(moved);
+            if !self.drop_what_is_wrong()? || filled != Ok(Fill::Complete) {
+                return filled;
+            }
+        }
+    }
+
+    fn fill_chunks(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
         // A fill means that memory is wanted: release freed memory that was kept for reuse.
         self.device.drop_spares(&mut self.device.memory());
         let (mut refused, mut heard) = (None, None);
@@ -800,6 +812,11 @@ impl Swap {
         }
     }
 
+    /// The key with which fingerprints are taken.
+    fn keys(&self) -> [u64; 2] {
+        self.giving.as_ref().map_or_else(own_keys, |giving| giving.group().key().halves())
+    }
+
     /// Scans the chunks that were not scanned since the client last ran. None of the client's work may be under way: the
     /// engine drains before it evicts.
     fn scan_unseen(&mut self) -> Result<(), SwapError> {
@@ -817,10 +834,10 @@ impl Swap {
             // So that both kernels are compiled at the same time.
             self.fingerprints.begin(&self.device);
         }
+        let keys = self.keys();
         let (device, stream) = (&self.device, self.stream);
         let Some(scanner) = self.zero_scan.ready(device) else { return Ok(()) };
         let scan = scanner.scan(&unseen, stream, [0; 2])?;
-        let keys = self.giving.as_ref().map_or_else(own_keys, |giving| giving.group().key().halves());
         let fingerprints = if keeps { self.fingerprints.ready(device) } else { None };
         let mut found = BTreeMap::new();
         if let Some(scanner) = fingerprints {

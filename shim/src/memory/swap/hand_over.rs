@@ -13,7 +13,7 @@ use crate::replicas::MOST_OFFERED;
 use crate::replicas::giving::PATIENCE;
 use crate::replicas::inbox::Handed;
 use nvshare::sync::now;
-use nvshare::units::{Granules, Nanos};
+use nvshare::units::{Granules, Nanos, format_size};
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Once;
@@ -144,7 +144,7 @@ impl Swap {
 
     /// Maps what a replica has handed over in place of a chunk with the same contents. If that fails, the chunk is copied from host
     /// memory.
-    fn take_over(&self, handed: &Handed) {
+    fn take_over(&mut self, handed: &Handed) {
         let Handed { address, size, digest, .. } = *handed;
         let taken = self.device.memory().take_handed(address, size, digest);
         // It has come too late: the chunk was copied, or freed.
@@ -164,6 +164,7 @@ impl Swap {
             Ok(handle) => {
                 self.device.books.taken_over(size);
                 self.device.memory().settle_kept(address, handle, copy);
+                self.taken.push((address, size));
             }
             Err(error) => {
                 let mut memory = self.device.memory();
@@ -194,6 +195,50 @@ impl Swap {
             }
         }
         false
+    }
+
+    /// Looks at what has come from replicas in this fill: memory with other contents than the copy in host memory is dropped, to be copied
+    /// from there. Then this client hands and takes nothing any more, because one of the group is not what it says. True if there was
+    /// such memory.
+    ///
+    /// # Errors
+    /// The driver's: the context is broken.
+    pub(super) fn drop_what_is_wrong(&mut self) -> Result<bool, SwapError> {
+        let taken = std::mem::take(&mut self.taken);
+        if taken.is_empty() {
+            return Ok(false);
+        }
+        let (keys, stream) = (self.keys(), self.stream);
+        let found = match self.fingerprints.ready(&self.device) {
+            Some(scanner) => {
+                let scan = scanner.scan(&taken, stream, keys)?;
+                scanner.finish(scan)?.into_iter().map(Some).collect()
+            }
+            None => vec![None; taken.len()],
+        };
+        let mut wrong = 0;
+        for ((address, size), found) in taken.into_iter().zip(found) {
+            let dropped = self.device.memory().take_wrong(address, found.as_ref());
+            if let Some((place, handle, copy)) = dropped {
+                self.device.release(&place, handle);
+                self.device.memory().settle(address, Backing::Evicted(copy));
+                self.device.books.give(place.granules());
+                wrong += size;
+            }
+        }
+        if wrong > 0 {
+            tracing::error!(
+                gpu = %self.device.gpu,
+                "{} of GPU memory that replicas have handed over hold something else than they said, and are copied from host memory: this process has no replicas from now on. If all processes with this NVSHARE_REPLICAS run the same release of nvshare, report this as a bug",
+                format_size(wrong)
+            );
+            self.device.leave_replicas();
+            // It takes fingerprints with a key of its own from now on.
+            self.giving = None;
+            let copies = self.device.memory().forget_fingerprints();
+            self.free_copies(copies);
+        }
+        Ok(wrong > 0)
     }
 
     /// The fill has ended, in whatever way.
