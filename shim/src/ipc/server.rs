@@ -267,8 +267,7 @@ fn answer<L>(
         Ok(pieces) => {
             let bytes = Answer::given(*extent, &pieces);
             let fds = descriptors(&pieces);
-            send_with(peer.socket.as_fd(), bytemuck::bytes_of(&bytes), &fds, MsgFlags::MSG_DONTWAIT)
-                .is_ok()
+            send_with(peer.socket.as_fd(), bytemuck::bytes_of(&bytes), &fds, MsgFlags::MSG_DONTWAIT).is_ok()
         }
         Err(result) => {
             let why = if result == CuResult::INVALID_VALUE { Refusal::Gone } else { Refusal::Driver(result) };

@@ -7,8 +7,8 @@ use crate::memory::CHUNK;
 use crate::memory::fingerprint::Fingerprints;
 use crate::memory::gaps::Gaps;
 use crate::memory::host::HostMemory;
-use crate::replicas::Digest;
 use crate::memory::scan::SLOTS;
+use crate::replicas::Digest;
 use nvshare::units::{GRANULE, Granules};
 use std::sync::Arc;
 
@@ -94,7 +94,8 @@ impl Seen {
 }
 
 fn digest(size: u64, in_use: InUse, fingerprints: &Fingerprints) -> Option<Digest> {
-    let granules = u32::try_from(size / GRANULE).ok().filter(|granules| (1..=SLOTS as u32).contains(granules))?;
+    let granules =
+        u32::try_from(size / GRANULE).ok().filter(|granules| (1..=SLOTS as u32).contains(granules))?;
     let places = (0..granules).filter(|granule| in_use.has(u64::from(*granule)));
     let sums = |place: u32| fingerprints[place as usize].sums();
     let bits = places.clone().try_fold(0, |bits, place| sums(place).map(|_| bits | 1 << place))?;
@@ -552,6 +553,8 @@ impl Region {
     fn cut(&mut self, index: usize, offset: u64) {
         let chunk = &mut self.chunks[index];
         let mut rest = Chunk::new(chunk.address + offset, chunk.size - offset);
+        // What a replica hands over has the size of the whole.
+        chunk.promised = false;
         rest.constancy = chunk.constancy;
         if let Backing::Evicted(copy) = std::mem::replace(&mut chunk.backing, Backing::Absent) {
             let [before, after] = copy.cut((offset / GRANULE) as Granules, chunk.size);

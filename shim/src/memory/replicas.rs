@@ -30,7 +30,8 @@ impl Device {
             return;
         }
         let group = Arc::new(Group::new(gpu, name));
-        let started = taking::start(&group, self.books.page(), self.books.slot(), Lacking(Arc::downgrade(self)));
+        let started =
+            taking::start(&group, self.books.page(), self.books.slot(), Lacking(Arc::downgrade(self)));
         match started {
             Ok(()) => {
                 tracing::debug!(%gpu, "a member of the replicas '{name}'");

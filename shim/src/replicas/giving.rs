@@ -160,8 +160,7 @@ impl Giving {
     /// refused are asked again after a pause.
     pub fn meet(&mut self, page: &Page, own: SlotIndex) {
         let others = page.occupied().without(own);
-        let names: Vec<_> =
-            others.iter().filter_map(|slot| Some((slot, socket_name(page, slot)?))).collect();
+        let names: Vec<_> = others.iter().filter_map(|slot| Some((slot, socket_name(page, slot)?))).collect();
         self.peers.retain(|peer| names.iter().any(|(slot, name)| (*slot, name) == (peer.slot, &peer.name)));
         for (slot, name) in names {
             let known = self.peers.iter().position(|peer| peer.slot == slot);
@@ -202,11 +201,15 @@ impl Giving {
             let said = connection.say(&Message::Offer(granules, offer), &[]);
             let answer = if said.is_ok() { connection.answer() } else { None };
             match answer {
-                Some(Message::Wanted(places)) if places.iter().all(|place| (*place as usize) < left.len()) => {
+                Some(Message::Wanted(places))
+                    if places.iter().all(|place| (*place as usize) < left.len()) =>
+                {
                     connection.expects = !places.is_empty();
                     let by = peer.slot;
-                    let new: Vec<_> =
-                        places.iter().map(|place| Wanted { at: left[*place as usize], by, place: *place }).collect();
+                    let new: Vec<_> = places
+                        .iter()
+                        .map(|place| Wanted { at: left[*place as usize], by, place: *place })
+                        .collect();
                     left.retain(|at| !new.iter().any(|wanted| wanted.at == *at));
                     wanted.extend(new);
                 }

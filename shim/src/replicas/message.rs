@@ -1,7 +1,7 @@
 //! What replicas say to each other. Each message is a head and what its kind has behind it; nothing in it is trusted.
 
-use crate::replicas::key::Key;
 use crate::replicas::GroupId;
+use crate::replicas::key::Key;
 use bytemuck::{Pod, Zeroable};
 use nvshare::units::{GRANULE, Granules};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -184,7 +184,8 @@ mod tests {
 
     #[test]
     fn a_digest_tells_contents_apart() {
-        let of = |size, in_use, fingerprints: &[[u64; 2]]| Digest::of(size, in_use, fingerprints.iter().copied());
+        let of =
+            |size, in_use, fingerprints: &[[u64; 2]]| Digest::of(size, in_use, fingerprints.iter().copied());
         let one = of(2 * GRANULE, 3, &[[1, 2], [3, 4]]);
         assert_eq!(one, of(2 * GRANULE, 3, &[[1, 2], [3, 4]]));
         for other in [

@@ -6,9 +6,9 @@
 //! lines and in time: after a number of refusals no connection is accepted for a moment.
 
 use crate::local_socket::{self, Socket, peer};
+use crate::replicas::group::Serving;
 use crate::replicas::inbox::Handed;
 use crate::replicas::message::{Digest, MOST_BYTES, Message};
-use crate::replicas::group::Serving;
 use crate::replicas::{Group, MOST_UNDER_WAY, socket_name};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -222,7 +222,8 @@ impl<T: Taker> Server<T> {
 
 /// Takes back what was promised to a peer.
 fn take_back(peer: &mut Peer, taker: &impl Taker) {
-    let addresses: Vec<_> = std::mem::take(&mut peer.promised).into_values().map(|(address, _)| address).collect();
+    let addresses: Vec<_> =
+        std::mem::take(&mut peer.promised).into_values().map(|(address, _)| address).collect();
     if !addresses.is_empty() {
         taker.take_back(&addresses);
     }
@@ -295,4 +296,3 @@ fn hear(peer: &mut Peer, group: &Group, taker: &impl Taker, nuisances: &mut Nuis
         false
     })
 }
-

@@ -181,9 +181,9 @@ fn a_taker_that_takes_nothing_gets_no_more_than_the_most_under_way() {
     let mut giving = giver(&page, "weights");
     let wanted = giving.offer(taker.admitted(), &offered(0..20), 1000);
     let (mut reader, writer) = memory();
-    let sent = wanted.iter().take_while(|wanted| {
-        giving.has_room(wanted) && giving.send(wanted, SIZE, writer.as_fd())
-    });
+    let sent = wanted
+        .iter()
+        .take_while(|wanted| giving.has_room(wanted) && giving.send(wanted, SIZE, writer.as_fd()));
     assert_eq!(sent.count(), MOST_UNDER_WAY);
     TIMEOUT.until("the promises are taken back, because the giver has given up", || {
         lock(&taker.shelf.promised).len() == MOST_UNDER_WAY
@@ -240,7 +240,13 @@ fn one_that_does_not_answer_is_asked_once_and_holds_nobody_up() {
 }
 
 /// Says something to a member over a new connection, after a greeting if there is one. What comes back; nothing: it is closed.
-fn says(page: &Page, member: &Member, greeting: Option<GroupId>, bytes: &[u8], memory: &[&OwnedFd]) -> Vec<u8> {
+fn says(
+    page: &Page,
+    member: &Member,
+    greeting: Option<GroupId>,
+    bytes: &[u8],
+    memory: &[&OwnedFd],
+) -> Vec<u8> {
     let socket = connect_to(&socket_name(page, member.slot).unwrap()).unwrap();
     let hear = || {
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];

@@ -5,6 +5,7 @@ use nvshare_e2e::application::books::{Competitor, balances, client, clients};
 use nvshare_e2e::application::{Application, MIB, node, quick_gpu};
 use nvshare_test_support::{Dice, Patience};
 use nvshare_tools::node::Node;
+use std::collections::BTreeSet;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -174,7 +175,8 @@ fn what_differs_is_copied_and_each_keeps_its_own() {
     }
     let after = [0, 1].map(|which| replicas[which].moved(&node));
     for which in [0, 1] {
-        let [taken, copied] = [after[which].taken - before[which].taken, after[which].copied_in - before[which].copied_in];
+        let [taken, copied] =
+            [after[which].taken - before[which].taken, after[which].copied_in - before[which].copied_in];
         assert!(taken > 0, "{before:?} {after:?}");
         assert!(copied <= 4 * PIECE, "more than the piece that differs: {before:?} {after:?}");
     }
@@ -323,7 +325,9 @@ fn sockets(replica: &Replica) -> Vec<String> {
     let pid = format!("-{}-", replica.application.pid());
     let all = std::fs::read_to_string("/proc/net/unix").unwrap();
     let names = all.lines().filter_map(|line| line.split('@').nth(1));
-    names.filter(|name| name.starts_with("nvshare-replica-") && name.contains(&pid)).map(str::to_owned).collect()
+    let of_process = |name: &&str| name.starts_with("nvshare-replica-") && name.contains(&pid);
+    // Once for the listener, and once for each connection.
+    names.filter(of_process).map(str::to_owned).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn connected(name: &str) -> OwnedFd {

@@ -41,7 +41,8 @@ impl Swap {
         if admitted.is_empty() || granules == 0 {
             return VecDeque::new();
         }
-        let (addresses, digests): (Vec<_>, Vec<_>) = self.device.memory().offers(MOST_OFFERED).into_iter().unzip();
+        let (addresses, digests): (Vec<_>, Vec<_>) =
+            self.device.memory().offers(MOST_OFFERED).into_iter().unzip();
         let mut wanted = giving.offer(admitted, &digests, granules);
         wanted.sort_unstable_by_key(|wanted| wanted.at);
         self.handing = wanted.iter().map(|wanted| (addresses[wanted.at], *wanted)).collect();
@@ -64,7 +65,11 @@ impl Swap {
     }
 
     /// The descriptor of a chunk's memory, if a replica lacks the chunk and can be sent it now.
-    fn memory_for_replica(&mut self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle) -> Option<Socket> {
+    fn memory_for_replica(
+        &mut self,
+        place: &ChunkMapping,
+        handle: CUmemGenericAllocationHandle,
+    ) -> Option<Socket> {
         let (giving, wanted) = (self.giving.as_mut()?, self.handing.get(&place.address)?);
         if !giving.has_room(wanted) {
             self.handing.remove(&place.address);
