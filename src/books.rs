@@ -337,6 +337,16 @@ impl<P: Deref<Target = Page>> Books<P> {
         add(&self.page.slot(self.slot).own.bytes_unchanged, bytes);
     }
 
+    /// Counts bytes whose GPU memory was handed to a replica.
+    pub fn handed_over(&self, bytes: u64) {
+        add(&self.page.slot(self.slot).compute.bytes_handed_over, bytes);
+    }
+
+    /// Counts bytes whose GPU memory has come from a replica.
+    pub fn taken_over(&self, bytes: u64) {
+        add(&self.page.slot(self.slot).compute.bytes_taken_over, bytes);
+    }
+
     /// Writes how often threads of the process have passed the gate to submit work, in all, and how often they had to wait there.
     pub fn submitted(&self, submissions: u64, held: u64) {
         let own = &self.page.slot(self.slot).own;

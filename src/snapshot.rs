@@ -230,6 +230,8 @@ impl Page {
             charged_ns: read(&own.charged_ns),
             bytes_elided: read(&own.bytes_elided),
             bytes_unchanged: read(&own.bytes_unchanged),
+            bytes_handed_over: read(&row.compute.bytes_handed_over),
+            bytes_taken_over: read(&row.compute.bytes_taken_over),
             submissions: read(&own.submissions),
             held_submissions: read(&own.held_submissions),
             stall: own.stall.load(Ordering::Acquire),
@@ -283,6 +285,10 @@ pub struct ClientInfo {
     pub bytes_elided: u64,
     /// Bytes given up on the GPU without a copy, because the host had the same.
     pub bytes_unchanged: u64,
+    /// Bytes whose GPU memory was handed to replicas.
+    pub bytes_handed_over: u64,
+    /// Bytes whose GPU memory has come from replicas, so that they were not copied to the GPU.
+    pub bytes_taken_over: u64,
     /// Times that threads of its process passed the gate to submit work, on whatever GPU, as of its engine's last look.
     pub submissions: u64,
     /// Of these, those that had to wait at the gate.

@@ -10,10 +10,11 @@
 //! | [`ipc`] | memory that several processes have open |
 //! | [`async_pool`] | stream-ordered memory: cuMemAllocAsync and the pools that it comes from |
 //! | [`memory`] | what is allocated, where its bytes are, and how they move |
+//! | [`replicas`] | how processes with the same data find each other and hand memory over |
 //! | [`submit`] | the gate that threads pass, flow control, and waiting for submitted work |
 //! | [`state`] | whether nvshare does anything in this process, and whether its memory is intact |
 //! | [`cuda`] | the driver |
-//! | [`thread`], [`settings`], [`log`] | a number for each thread, the environment's settings, the log |
+//! | [`thread`], [`settings`], [`log`], [`local_socket`] | a number for each thread, the environment's settings, the log, sockets to other processes of the user |
 //!
 //! Pure parts are in the core crate: the gate, the order of several GPUs, figures of memory, the policy.
 //!
@@ -35,7 +36,7 @@
 //! | `DEVICES` | the GPUs and contexts of the process; no thread blocks while it holds this | `memory/devices.rs` |
 //! | streams of a GPU | the streams that are tracked | `submit/drain.rs` |
 //! | `GANG` | the state of the process on each GPU; the gate is opened and shut under it | `submit/gang.rs` |
-//! | leaves | `GREENS`, `ENDS`, `PAIRS`, `PRIMARIES`, `FLAGGED`, `GONE`: held only to read or write one entry | in their files |
+//! | leaves | `GREENS`, `ENDS`, `PAIRS`, `PRIMARIES`, `FLAGGED`, `GONE`, a group's keys and inbox (`replicas/`): held only to read or write one entry | in their files |
 
 #![cfg_attr(test, allow(dead_code))]
 
@@ -43,9 +44,11 @@ mod async_pool;
 mod cuda;
 mod interpose;
 mod ipc;
+mod local_socket;
 mod log;
 mod memory;
 mod process;
+mod replicas;
 mod settings;
 mod state;
 mod submit;

@@ -48,6 +48,8 @@ pub struct Settings {
     pub keep_freed: Duration,
     /// NVSHARE_KEEP_COPIES: `off`, `on` or `verify`.
     pub keep_copies: KeepCopies,
+    /// NVSHARE_REPLICAS: the name of the processes of this user that have the same data and hand GPU memory to each other.
+    pub replicas: Option<String>,
     /// NVSHARE_GANG: the name of the processes that this one waits for and that wait for it, and how many they are with it.
     pub gang: Option<(String, u32)>,
     /// NVSHARE_WEIGHT, NVSHARE_PRIORITY, NVSHARE_MEMORY_LIMIT and NVSHARE_COMPUTE_LIMIT: the shares with which the process registers.
@@ -151,6 +153,7 @@ impl Settings {
                     _ => None,
                 },
             )?,
+            replicas: get("NVSHARE_REPLICAS").filter(|text| !text.is_empty()),
             gang: parse(
                 get("NVSHARE_GANG").filter(|text| !text.is_empty()),
                 "NVSHARE_GANG",
@@ -266,6 +269,8 @@ mod tests {
         assert_eq!(read("NVSHARE_UNMOVABLE", "auto").unwrap().unmovable, None);
         assert_eq!(read("NVSHARE_GANG", "a:b:2").unwrap().gang, Some(("a:b".into(), 2)));
         assert_eq!(read("NVSHARE_GANG", "").unwrap().gang, None);
+        assert_eq!(read("NVSHARE_REPLICAS", "llama").unwrap().replicas, Some("llama".into()));
+        assert_eq!(read("NVSHARE_REPLICAS", "").unwrap().replicas, None);
         assert_eq!(read("NVSHARE_CLIENT_NAME", "job 7").unwrap().name, "job 7");
         assert_eq!(
             read("NVSHARE_WEIGHT", "300").unwrap().shares,

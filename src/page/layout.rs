@@ -278,12 +278,16 @@ pub struct ComputeWords {
     pub(crate) turns: AtomicU64,
     /// Times that others went on beside it, because it did not give up the turn.
     pub(crate) overruns: AtomicU64,
-    _to_the_next_line: Padding<48>,
+    /// Not about turns: its own words have no room left. Bytes whose GPU memory it has handed to replicas, which need not copy them in.
+    pub(crate) bytes_handed_over: AtomicU64,
+    /// Bytes whose GPU memory it was handed by replicas, so that it has not copied them in.
+    pub(crate) bytes_taken_over: AtomicU64,
+    _to_the_next_line: Padding<32>,
 }
 
 impl ComputeWords {
     /// All of them, to be cleared for the slot's next owner.
-    pub(crate) fn all(&self) -> [&AtomicU64; 10] {
+    pub(crate) fn all(&self) -> [&AtomicU64; 12] {
         let Self {
             claim,
             virtual_time,
@@ -295,9 +299,24 @@ impl ComputeWords {
             held_ns,
             turns,
             overruns,
+            bytes_handed_over,
+            bytes_taken_over,
             ..
         } = self;
-        [claim, virtual_time, paid_until, gpu_ns, recent_ns, recent_at, since, held_ns, turns, overruns]
+        [
+            claim,
+            virtual_time,
+            paid_until,
+            gpu_ns,
+            recent_ns,
+            recent_at,
+            since,
+            held_ns,
+            turns,
+            overruns,
+            bytes_handed_over,
+            bytes_taken_over,
+        ]
     }
 }
 
@@ -386,6 +405,8 @@ impl Page {
                 held_ns: word(),
                 turns: word(),
                 overruns: word(),
+                bytes_handed_over: word(),
+                bytes_taken_over: word(),
                 _to_the_next_line: Padding::new(),
             },
             account: Line::new(packed()),

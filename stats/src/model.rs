@@ -207,6 +207,10 @@ statistics! {
         bytes_elided: u64 => counter(Bytes).named("elided"),
         /// Bytes given up on the GPU without a copy, because host memory had the same ones.
         bytes_unchanged: u64 => counter(Bytes).named("unchanged"),
+        /// Bytes whose GPU memory was handed to replicas (NVSHARE_REPLICAS).
+        bytes_handed_over: u64 => counter(Bytes).named("handed_over"),
+        /// Bytes whose GPU memory has come from replicas, so that they were not copied to the GPU.
+        bytes_taken_over: u64 => counter(Bytes).named("taken_over"),
         /// Time spent copying in, ns.
         fill_ns: u64 => counter(Nanoseconds),
         /// Time spent copying out, ns.

@@ -288,6 +288,8 @@ fn client(
         bytes_out: details.bytes_out,
         bytes_elided: details.bytes_elided,
         bytes_unchanged: details.bytes_unchanged,
+        bytes_handed_over: details.bytes_handed_over,
+        bytes_taken_over: details.bytes_taken_over,
         fill_ns: details.fill_ns,
         evict_ns: details.evict_ns,
         run_ns: details.run_ns,

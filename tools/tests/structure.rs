@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 /// The shim's rooms and the files of its root, from the lowest up. Those in one row do not use each other.
 const ROOMS: [&[&str]; 9] = [
-    &["thread", "settings", "log"],
+    &["thread", "settings", "log", "local_socket"],
     &["cuda"],
     &["state"],
-    &["submit"],
+    &["submit", "replicas"],
     &["memory"],
     &["async_pool", "ipc"],
     &["process"],

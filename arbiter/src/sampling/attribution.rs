@@ -31,6 +31,8 @@ pub(super) struct Sampled {
     pub resident: Granules,
     /// Granules moved while the sample was taken: nothing is known of its context.
     pub moving: bool,
+    /// It has handed memory to a replica, or was handed some.
+    pub replica: bool,
 }
 
 /// What earlier samples have shown.
@@ -106,6 +108,7 @@ fn merge_slots(clients: &[Sampled]) -> (Vec<Sampled>, Vec<(SlotIndex, u32)>) {
             Some(process) => {
                 process.resident = process.resident.saturating_add(client.resident);
                 process.moving |= client.moving;
+                process.replica |= client.replica;
                 others.push((client.slot, client.pid));
             }
             None => processes.push(*client),
@@ -115,10 +118,25 @@ fn merge_slots(clients: &[Sampled]) -> (Vec<Sampled>, Vec<(SlotIndex, u32)>) {
 }
 
 /// Adds the contexts of the clients that NVML shows by their pids. Returns their sum in bytes.
+///
+/// Memory that was handed over may be shown for the process that made it, and another one holds it by the books. When a replica is
+/// shown with less than it holds, only the sum of the replicas' contexts is known, and each counts as an equal part of it.
 fn add_seen_contexts(found: &mut Attribution, seen: &[&Sampled], reading: &Reading) -> u64 {
-    let mut sum = 0;
-    for process in seen {
-        let context = reading.processes[&process.pid].saturating_sub(bytes(process.resident));
+    let shown = |process: &Sampled| reading.processes[&process.pid];
+    let (replicas, others): (Vec<&Sampled>, Vec<&Sampled>) = seen.iter().partition(|process| process.replica);
+    let is_short = replicas.iter().any(|process| shown(process) < bytes(process.resident));
+    let (mut sum, each) = match is_short {
+        true => {
+            let all: u64 = replicas.iter().map(|process| shown(process)).sum();
+            let resident: u64 = replicas.iter().map(|process| bytes(process.resident)).sum();
+            let contexts = all.saturating_sub(resident);
+            add_equal_parts(found, &replicas, contexts);
+            (contexts, others.as_slice())
+        }
+        false => (0, seen),
+    };
+    for process in each {
+        let context = shown(process).saturating_sub(bytes(process.resident));
         sum += context;
         if !process.moving {
             found.contexts.push((process.slot, granules_for(context)));
@@ -170,11 +188,11 @@ fn unseen_contexts(
     }
 }
 
-/// Gives each client that NVML does not show an equal part of the sum of their contexts, in bytes.
-fn add_equal_parts(found: &mut Attribution, unseen: &[&Sampled], sum: u64) {
-    if !unseen.iter().any(|process| process.moving) {
-        let each = granules_for(sum.div_ceil(unseen.len() as u64));
-        found.contexts.extend(unseen.iter().map(|process| (process.slot, each)));
+/// Gives each of some clients an equal part of the sum of their contexts, in bytes.
+fn add_equal_parts(found: &mut Attribution, clients: &[&Sampled], sum: u64) {
+    if !clients.iter().any(|process| process.moving) {
+        let each = granules_for(sum.div_ceil(clients.len() as u64));
+        found.contexts.extend(clients.iter().map(|process| (process.slot, each)));
     }
 }
 
@@ -194,7 +212,7 @@ mod tests {
             shown in 0..3usize,
         ) {
             let clients: Vec<_> = residents.iter().enumerate().map(|(index, resident)| Sampled {
-                slot: SlotIndex::new(index).unwrap(), pid: 10 + index as u32, resident: *resident, moving: false,
+                slot: SlotIndex::new(index).unwrap(), pid: 10 + index as u32, resident: *resident, moving: false, replica: false,
             }).collect();
             let has = clients.iter().zip(&contexts).map(|(client, context)| (client.pid, u64::from(client.resident) + context));
             let used = has.clone().map(|(_, granules)| granules).sum::<u64>() + foreign;
@@ -216,6 +234,42 @@ mod tests {
             prop_assert!((expected..expected + clients.len() as u64).contains(&sum), "{sum} and not {expected}");
             prop_assert_eq!(found.foreign, foreign * GRANULE);
             prop_assert_eq!(found.unattributed, Some(0));
+        }
+
+        /// Memory that was handed over counts once, whether NVML shows it for the replica that has it, for the one that made it, or for
+        /// nobody; and another client's context is its own.
+        #[test]
+        fn memory_that_was_handed_over_is_no_context(
+            residents in [0u32..200, 200u32..400],
+            contexts in [1u64..40, 1u64..40],
+            handed in 0u64..200,
+            shown_for in 0..3usize,
+        ) {
+            let client = |index: usize, resident: u32, replica: bool| Sampled {
+                slot: SlotIndex::new(index).unwrap(), pid: 10 + index as u32, resident, moving: false, replica,
+            };
+            let clients = [client(0, residents[0], true), client(1, residents[1], true), client(2, 50, false)];
+            let has = [u64::from(residents[0]) + contexts[0], u64::from(residents[1]) + contexts[1], 50 + 7];
+            // The second one holds what the first one made.
+            let [mut first, mut second, third] = has;
+            if shown_for > 0 {
+                second -= handed;
+            }
+            if shown_for == 1 {
+                first += handed;
+            }
+            let processes = [(10, first), (11, second), (12, third)];
+            let reading = Reading {
+                processes: processes.into_iter().map(|(pid, granules)| (pid, granules * GRANULE)).collect(),
+                memory: Some(DeviceMemory { total: 2_000 * GRANULE, reserved: 0, used: has.iter().sum::<u64>() * GRANULE }),
+            };
+            let foreign = HashSet::new();
+            let found = attribute(&clients, &reading, Known { foreign: &foreign, hidden_before: false, idle: 0 });
+            let sum: u64 = found.contexts.iter().map(|(_, context)| u64::from(*context)).sum();
+            let unattributed = found.unattributed.unwrap().div_ceil(GRANULE);
+            let expected = contexts[0] + contexts[1] + 7;
+            prop_assert!((expected..expected + 2).contains(&(sum + unattributed)), "{sum} and {unattributed}, not {expected}");
+            prop_assert!(found.contexts.contains(&(SlotIndex::new(2).unwrap(), 7)));
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::process::UNSEEN;
 use nvshare::account::Account;
 use nvshare::page::{Page, Phase};
 use nvshare::slot::SlotIndex;
+use nvshare::snapshot::ClientInfo;
 use nvshare::units::Granules;
 use std::collections::{HashMap, HashSet};
 
@@ -204,7 +205,9 @@ fn sampled(page: &Page, slot: SlotIndex, account: Account) -> Option<Sampled> {
     let moving = account.operation.is_some() || page.account(slot) != account;
     // A process in another pid namespace gets a number that NVML shows for none.
     let pid = if owner.started & UNSEEN == 0 { owner.pid } else { u32::MAX - slot.get() as u32 };
-    Some(Sampled { slot, pid, resident: account.resident, moving })
+    let handed = |client: ClientInfo| client.bytes_handed_over > 0 || client.bytes_taken_over > 0;
+    let replica = page.details(slot).is_some_and(handed);
+    Some(Sampled { slot, pid, resident: account.resident, moving, replica })
 }
 
 #[cfg(test)]

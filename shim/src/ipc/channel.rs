@@ -13,7 +13,6 @@
 use crate::cuda::abi::CuResult;
 use crate::ipc::handle::{Key, MAGIC, VERSION};
 use bytemuck::{Pod, Zeroable};
-use nix::sys::socket::{getsockopt, sockopt};
 use nvshare::scm_rights::MOST_DESCRIPTORS;
 use nvshare::units::GRANULE;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -207,17 +206,6 @@ impl Answer {
         }
         Ok(Ok((extent, fds.into_iter().zip(sizes.iter().copied()).collect())))
     }
-}
-
-/// Whether the process at the other end may see this one's memory: it is the same user's, or root's, who could
-/// read it anyway.
-///
-/// # Errors
-/// The socket's.
-pub fn peer(socket: impl AsFd) -> nix::Result<(bool, i32)> {
-    let peer = getsockopt(&socket, sockopt::PeerCredentials)?;
-    let ours = nix::unistd::geteuid().as_raw();
-    Ok((peer.uid() == ours || peer.uid() == 0, peer.pid()))
 }
 
 /// The descriptors of some pieces, to be [sent](nvshare::scm_rights::send_with).

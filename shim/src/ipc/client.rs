@@ -1,8 +1,9 @@
 //! The opener's end of the channel.
 
 use crate::cuda::abi::CuResult;
-use crate::ipc::channel::{Answer, Ask, Extent, Refusal, RequestKind, peer};
+use crate::ipc::channel::{Answer, Ask, Extent, Refusal, RequestKind};
 use crate::ipc::handle::{Exporter, Handle};
+use crate::local_socket::peer;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,

@@ -99,6 +99,5 @@ pub fn exporter(handle: &CUipcMemHandle) -> Option<[u8; 16]> {
 
 /// Closes the sockets in a forked child, where they belong to the parent.
 pub fn after_fork() {
-    server::after_fork();
     imports::after_fork();
 }

@@ -6,19 +6,17 @@
 //! bounded too, in log lines and in time: after a number of refusals no connection is accepted for a moment.
 
 use crate::cuda::abi::CuResult;
-use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, RequestKind, descriptors, peer};
+use crate::ipc::channel::{Answer, Ask, BATCH, Extent, Pieces, Refusal, RequestKind, descriptors};
 use crate::ipc::handle::{Exporter, Key};
+use crate::local_socket::{self, Socket, peer};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{
-    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
-};
+use nix::sys::socket::MsgFlags;
 use nvshare::log_limit::LogLimit;
 use nvshare::scm_rights::{receive, send_with};
 use nvshare::sync::now;
 use nvshare::units::{MILLISECOND, Nanos};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::os::fd::AsFd;
 
 /// The most connections at a time. A process has one to each exporter whose memory it has open.
 const MOST_PEERS: usize = 128;
@@ -49,47 +47,6 @@ pub trait Lender {
     /// # Errors
     /// The driver's.
     fn pieces(&self, loan: &Self::Loan, from: u32, most: usize) -> Result<Pieces, CuResult>;
-}
-
-/// The sockets of this process, for [`after_fork`]. Without a lock, because in a forked child it might be held forever.
-static SOCKETS: [AtomicI32; MOST_PEERS + 1] = [const { AtomicI32::new(NONE) }; MOST_PEERS + 1];
-
-const NONE: i32 = -1;
-
-/// A socket that is on the list.
-pub struct Socket {
-    entry: Option<&'static AtomicI32>,
-    fd: OwnedFd,
-}
-
-impl Socket {
-    fn new(fd: OwnedFd) -> Self {
-        let taken = |entry: &&AtomicI32| {
-            entry.compare_exchange(NONE, fd.as_raw_fd(), Ordering::AcqRel, Ordering::Relaxed).is_ok()
-        };
-        Self { entry: SOCKETS.iter().find(taken), fd }
-    }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Before it is closed, after which its number may be reused.
-        if let Some(entry) = self.entry {
-            entry.store(NONE, Ordering::Release);
-        }
-    }
-}
-
-/// In a forked child, which does not have the server's thread: closes its copies of the sockets, so that peers do not connect
-/// in vain, and notice when the parent ends.
-pub fn after_fork() {
-    for entry in &SOCKETS {
-        let fd = entry.swap(NONE, Ordering::AcqRel);
-        if fd >= 0 {
-            // SAFETY: the copy of a descriptor whose owner is a thread that exists only in the parent.
-            unsafe { libc::close(fd) };
-        }
-    }
 }
 
 /// Refusals of strangers and of broken peers, whose log lines are limited.
@@ -134,12 +91,8 @@ struct Peer<L> {
 /// # Errors
 /// The system's.
 pub fn open(exporter: &Exporter) -> nix::Result<Socket> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    bind(listener.as_raw_fd(), &UnixAddr::new_abstract(exporter.socket_name().as_bytes())?)?;
-    listen(&listener, Backlog::new(64).unwrap_or(Backlog::MAXCONN))?;
-    // Registered before its thread starts, because the process may fork before that.
-    Ok(Socket::new(listener))
+    // It is on the list of sockets before its thread starts, because the process may fork before that.
+    local_socket::listen_at(&exporter.socket_name())
 }
 
 /// Serves forever.
@@ -178,8 +131,8 @@ impl<L> Server<L> {
         });
         let listens = self.retry_at.is_none() && self.peers.len() < MOST_PEERS;
         let interest = if listens { PollFlags::POLLIN } else { PollFlags::empty() };
-        let mut fds = vec![PollFd::new(self.listener.fd.as_fd(), interest)];
-        fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.fd.as_fd(), PollFlags::POLLIN)));
+        let mut fds = vec![PollFd::new(self.listener.as_fd(), interest)];
+        fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.as_fd(), PollFlags::POLLIN)));
         if poll(&mut fds, timeout).is_err() {
             // A signal, or the kernel had no memory: the state of the sockets is unknown, so all are tried.
             std::thread::yield_now();
@@ -211,10 +164,8 @@ impl<L> Server<L> {
     }
 
     fn admit(&mut self) {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = match accept4(self.listener.fd.as_raw_fd(), flags) {
-            // SAFETY: a descriptor that was just opened and has no other owner.
-            Ok(fd) => unsafe { OwnedFd::from_raw_fd(fd) },
+        let socket = match local_socket::accept(&self.listener) {
+            Ok(fd) => fd,
             Err(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::ENOBUFS) => {
                 self.retry_at = Some(now() + RETRY_DELAY);
                 return;
@@ -244,7 +195,7 @@ impl<L> Server<L> {
 fn hear<L>(peer: &mut Peer<L>, lender: &impl Lender<Loan = L>, nuisances: &mut Nuisances) -> bool {
     // One byte longer than a request, so that a message that is too long is detected.
     let room = size_of::<Ask>() + 1;
-    let (bytes, sent) = match receive(peer.socket.fd.as_fd(), room, MsgFlags::MSG_DONTWAIT) {
+    let (bytes, sent) = match receive(peer.socket.as_fd(), room, MsgFlags::MSG_DONTWAIT) {
         // A peer that has opened something before it disconnects does not count as refused.
         Ok((bytes, _)) if bytes.is_empty() => {
             nuisances.turned_away += u32::from(peer.loans.is_empty());
@@ -296,7 +247,7 @@ fn answer<L>(
             );
         }
         let bytes = Answer::refused(why);
-        let said = send_with(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &[], MsgFlags::MSG_DONTWAIT);
+        let said = send_with(peer.socket.as_fd(), bytemuck::bytes_of(&bytes), &[], MsgFlags::MSG_DONTWAIT);
         said.is_ok() && why != Refusal::Denied
     };
     if ask.from == 0 {
@@ -316,8 +267,7 @@ fn answer<L>(
         Ok(pieces) => {
             let bytes = Answer::given(*extent, &pieces);
             let fds = descriptors(&pieces);
-            send_with(peer.socket.fd.as_fd(), bytemuck::bytes_of(&bytes), &fds, MsgFlags::MSG_DONTWAIT)
-                .is_ok()
+            send_with(peer.socket.as_fd(), bytemuck::bytes_of(&bytes), &fds, MsgFlags::MSG_DONTWAIT).is_ok()
         }
         Err(result) => {
             let why = if result == CuResult::INVALID_VALUE { Refusal::Gone } else { Refusal::Driver(result) };

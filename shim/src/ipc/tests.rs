@@ -97,7 +97,7 @@ fn be_an_exporter() {
             // SAFETY: the child only closes a descriptor and waits.
             match unsafe { nix::unistd::fork() }.unwrap() {
                 nix::unistd::ForkResult::Child => {
-                    server::after_fork();
+                    crate::local_socket::after_fork();
                     let handle = hex(&Handle::new(exporter, 1, Key::draw().unwrap()));
                     nix::unistd::write(std::io::stdout(), format!("\n{handle}\n").as_bytes()).unwrap();
                     // Wait until the test has ended, in whatever way.

@@ -5,6 +5,7 @@ use crate::cuda::driver::Driver;
 use crate::memory::engine_context::{DriverPinner, EngineContext, Successor};
 use crate::memory::host::HostPool;
 use crate::memory::map::Memory;
+use crate::replicas::Group;
 use crate::submit::drain::Streams;
 use crate::submit::gang;
 use nvshare::Books;
@@ -13,7 +14,7 @@ use nvshare::memory_info::MemoryInfo;
 use nvshare::slot::SlotSet;
 use nvshare::snapshot::Snapshot;
 use nvshare::units::GpuUuid;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 
 /// One GPU: the state that the engine and the application's threads share.
 pub struct Device {
@@ -38,6 +39,8 @@ pub struct Device {
     pub(super) oversubscribe: bool,
     /// The context that the engine works in.
     pub engine_context: EngineContext,
+    /// The group of replicas that the client is a member of, if it is one.
+    pub replicas: OnceLock<Arc<Group>>,
 }
 
 impl Device {
@@ -64,6 +67,7 @@ impl Device {
             engine_context: EngineContext::new(pinner),
             streams: Arc::default(),
             memory: Mutex::default(),
+            replicas: OnceLock::new(),
         }
     }
 

@@ -26,6 +26,11 @@ impl Fingerprint {
     /// would be copied.)
     const NONE: Self = Self([0; 2]);
 
+    /// Its two sums, for a digest of several; `None` if it is none.
+    pub fn sums(self) -> Option<[u64; 2]> {
+        (self != Self::NONE).then_some(self.0)
+    }
+
     /// One that only tests have.
     #[cfg(test)]
     pub fn of(number: u64) -> Self {
@@ -50,8 +55,13 @@ pub struct FingerprintEntry {
     fingerprints: Fingerprints,
 }
 
-/// Two random numbers of this process, from the system's source of randomness (which std seeds its hash maps with).
-static KEYS: LazyLock<[u64; 2]> = LazyLock::new(|| [0_u8, 1].map(|which| RandomState::new().hash_one(which)));
+/// The multipliers of a process that has no replicas: two random numbers, from the system's source of randomness (which std seeds its
+/// hash maps with).
+pub fn own_keys() -> [u64; 2] {
+    static KEYS: LazyLock<[u64; 2]> =
+        LazyLock::new(|| [0_u8, 1].map(|which| RandomState::new().hash_one(which)));
+    *KEYS
+}
 
 // SAFETY: every word is a valid one.
 unsafe impl Entry for FingerprintEntry {
@@ -70,10 +80,6 @@ unsafe impl Entry for FingerprintEntry {
 
     fn answer(&self) -> Fingerprints {
         self.fingerprints
-    }
-
-    fn keys() -> [u64; 2] {
-        *KEYS
     }
 }
 
@@ -107,8 +113,8 @@ mod tests {
 
     #[test]
     fn the_keys_of_a_process_stay_and_differ() {
-        let [first, second] = FingerprintEntry::keys();
+        let [first, second] = own_keys();
         assert_ne!(first, second);
-        assert_eq!(FingerprintEntry::keys(), [first, second]);
+        assert_eq!(own_keys(), [first, second]);
     }
 }

@@ -15,13 +15,16 @@ use std::collections::{BTreeMap, BTreeSet};
 /// chunks come from the beginning.
 type FillOrder = (Reverse<CUdeviceptr>, CUdeviceptr);
 
+/// A chunk that can be filled. Those that are to be filled in host memory come first, because the others fit on the GPU only without
+/// them; those that another replica hands over come last.
+type Missing = (Reverse<bool>, bool, FillOrder);
+
 /// The index.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Index {
-    /// Chunks that are not on the GPU and can be filled. First those that are to be filled in host memory, because the others
-    /// fit on the GPU only without them.
-    missing: BTreeSet<(Reverse<bool>, FillOrder)>,
-    /// Of `missing`, the chunks with a copy in host memory that are to be filled on the GPU, by size.
+    /// Chunks that are not on the GPU and can be filled.
+    missing: BTreeSet<Missing>,
+    /// Of `missing`, the chunks with a copy in host memory that are to be filled from it on the GPU, by size.
     evicted: BTreeSet<(Granules, FillOrder)>,
     /// Chunks that are mapped to host memory and may move to the GPU.
     overflow: BTreeSet<FillOrder>,
@@ -61,7 +64,7 @@ fn need(chunk: &Chunk) -> Need {
 /// A chunk's entries in the index: for each set the key, if the chunk is in it.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Keys {
-    missing: Option<(Reverse<bool>, FillOrder)>,
+    missing: Option<Missing>,
     evicted: Option<(Granules, FillOrder)>,
     overflow: Option<FillOrder>,
     overflowed: Granules,
@@ -84,8 +87,9 @@ impl Keys {
         let overflowed = matches!(backing, Backing::Overflow(_));
         let evictable = chunk.evictable();
         Self {
-            missing: chunk.is_missing().then_some((Reverse(chunk.spill), place)),
-            evicted: (matches!(backing, Backing::Evicted(_)) && !chunk.spill).then_some((granules, place)),
+            missing: chunk.is_missing().then_some((Reverse(chunk.spill), chunk.promised, place)),
+            evicted: (matches!(backing, Backing::Evicted(_)) && !chunk.spill && !chunk.promised)
+                .then_some((granules, place)),
             overflow: (overflowed && !chunk.pinned).then_some(place),
             overflowed: if overflowed { granules } else { 0 },
             unusable: !backing.usable(),
@@ -147,17 +151,32 @@ impl Index {
 
     /// The next chunk to fill.
     pub fn next_missing(&self) -> Option<CUdeviceptr> {
-        self.missing.first().map(|(_, (_, address))| *address)
+        self.missing.first().map(|(.., (_, address))| *address)
+    }
+
+    /// The chunks that another replica hands over.
+    pub fn promised(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.missing.iter().filter(|(_, promised, _)| *promised).map(|(.., (_, address))| *address)
+    }
+
+    /// The chunks with a copy in host memory that are to be filled from it on the GPU.
+    pub fn evicted(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.evicted.iter().map(|(_, (_, address))| *address)
+    }
+
+    /// The chunks that can be evicted, those first that need least host memory and are to be copied least.
+    pub fn by_need(&self) -> impl Iterator<Item = CUdeviceptr> {
+        self.by_need.keys().map(|(.., address)| *address)
     }
 
     /// All chunks that can be filled.
     pub fn missing(&self) -> impl Iterator<Item = CUdeviceptr> {
-        self.missing.iter().map(|(_, (_, address))| *address)
+        self.missing.iter().map(|(.., (_, address))| *address)
     }
 
     /// The chunks that are to be filled in host memory.
     pub fn spilled(&self) -> impl Iterator<Item = CUdeviceptr> {
-        self.missing.iter().take_while(|(Reverse(spill), _)| *spill).map(|(_, (_, address))| *address)
+        self.missing.iter().take_while(|(Reverse(spill), ..)| *spill).map(|(.., (_, address))| *address)
     }
 
     /// The largest chunk with a copy in host memory that has at most `room` granules.

@@ -17,15 +17,18 @@ mod tests;
 
 use crate::cuda::abi::{CUcontext, CUdeviceptr, CUmemAllocationProp, CUmemGenericAllocationHandle};
 use crate::memory::bounds;
+use crate::memory::fingerprint::Fingerprints;
 use crate::memory::gaps::Gaps;
 use crate::memory::index::{Index, Keys};
 use crate::memory::region::{
     Backing, Chunk, ChunkMapping, HostCopy, InUse, Kind, Object, Region, Seen, View,
 };
 use crate::memory::spares::Spares;
+use crate::replicas::{Digest, MOST_OFFERED};
 use nvshare::units::{GRANULE, Granules};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// Allocations of up to this many bytes share slabs.
 pub const SMALL: u64 = 1 << 20;
@@ -492,6 +495,7 @@ impl Memory {
             chunk.backing = backing;
             // A chunk is chosen for host memory for one fill; the next fill chooses again.
             chunk.spill &= chunk.is_missing();
+            chunk.promised &= matches!(chunk.backing, Backing::Evicted(_));
         });
     }
 
@@ -586,7 +590,18 @@ impl Memory {
     /// need no copy come first.
     pub fn next_resident(&mut self, most: u64) -> Option<Outgoing> {
         let most = Granules::try_from(most / GRANULE).unwrap_or(Granules::MAX);
-        let (place, backing, (seen, kept, changed)) = self.take(self.index.next_resident(most), |chunk| {
+        self.outgoing(self.index.next_resident(most)?)
+    }
+
+    /// The same for the chunk that begins at an address, if it can be evicted.
+    pub fn take_resident(&mut self, address: CUdeviceptr) -> Option<Outgoing> {
+        let (region, at) = self.chunk(address)?;
+        let chunk = &region.chunks[at];
+        (chunk.address == address && chunk.evictable()).then(|| self.outgoing(address))?
+    }
+
+    fn outgoing(&mut self, address: CUdeviceptr) -> Option<Outgoing> {
+        let (place, backing, (seen, kept, changed)) = self.take(Some(address), |chunk| {
             let mut seen = chunk.seen.clone().unwrap_or(Seen { in_use: InUse::All, fingerprints: None });
             let (changed, all) = (chunk.changed(), seen.in_use.bytes(chunk.size) / GRANULE);
             match (&seen.fingerprints, &chunk.kept) {
@@ -601,6 +616,123 @@ impl Memory {
             (seen, chunk.kept.take(), changed)
         })?;
         Some(Outgoing { place, backing, seen, kept, changed })
+    }
+
+    /// What could be handed over to a replica if it was evicted: the address of each chunk, and what stands for its contents. At most
+    /// `most`, those first that need no copy.
+    pub fn offers(&self, most: usize) -> Vec<(CUdeviceptr, Digest)> {
+        let offer = |address: CUdeviceptr| {
+            let (region, at) = self.chunk(address)?;
+            let chunk = &region.chunks[at];
+            let seen = chunk.seen.as_ref().filter(|_| region.may_change_hands())?;
+            Some((address, seen.digest(chunk.size)?))
+        };
+        self.index.by_need().filter_map(offer).take(most).collect()
+    }
+
+    /// Of chunks that a replica offers, those that are in host memory here, until they have `most` granules together: the place of each
+    /// in the offer, in that order, and the address of the chunk with the same contents. They are promised from now on.
+    pub fn promise(&mut self, offered: &[Digest], most: Granules) -> Vec<(u32, CUdeviceptr)> {
+        let mut lacking: BTreeMap<Digest, Vec<(CUdeviceptr, Granules)>> = BTreeMap::new();
+        for address in self.index.evicted().take(2 * MOST_OFFERED) {
+            let Some((region, at)) = self.chunk(address) else { continue };
+            let chunk = &region.chunks[at];
+            if let Some(digest) = chunk.digest_of_copy().filter(|_| region.may_change_hands()) {
+                lacking.entry(digest).or_default().push((address, chunk.granules()));
+            }
+        }
+        let mut left = most;
+        let mut promised = Vec::new();
+        for (place, digest) in (0..).zip(offered) {
+            // Chunks are only evicted whole, so the last one may be too large by a part.
+            if left == 0 {
+                break;
+            }
+            if let Some((address, granules)) = lacking.get_mut(digest).and_then(Vec::pop) {
+                left = left.saturating_sub(granules);
+                promised.push((place, address));
+            }
+        }
+        for (_, address) in &promised {
+            self.change(*address, |chunk| chunk.promised = true);
+        }
+        promised
+    }
+
+    /// Chunks that were promised will not come, or not in time.
+    pub fn unpromise(&mut self, addresses: &[CUdeviceptr]) {
+        for address in addresses {
+            self.change(*address, |chunk| chunk.promised &= chunk.address != *address);
+        }
+    }
+
+    /// The chunks that are promised.
+    pub fn promised(&self) -> Vec<CUdeviceptr> {
+        self.index.promised().collect()
+    }
+
+    /// The next chunk to fill on the GPU: its granules, and whether it is promised. `None` if there is none, or if another is to be
+    /// filled in host memory first.
+    pub fn next_on_gpu(&self) -> Option<(Granules, bool)> {
+        let (region, at) = self.chunk(self.index.next_missing()?)?;
+        let chunk = &region.chunks[at];
+        (!chunk.spill).then_some((chunk.granules(), chunk.promised))
+    }
+
+    /// Takes the chunk of `size` bytes that begins at an address and marks it as moving, if it is in host memory and has these
+    /// contents: its memory has come from a replica.
+    pub fn take_handed(
+        &mut self,
+        address: CUdeviceptr,
+        size: u64,
+        digest: Digest,
+    ) -> Option<(ChunkMapping, HostCopy)> {
+        let (region, at) = self.chunk(address)?;
+        let chunk = &region.chunks[at];
+        let fits = (chunk.address, chunk.size) == (address, size) && region.may_change_hands();
+        if !fits || chunk.digest_of_copy() != Some(digest) {
+            return None;
+        }
+        match self.take(Some(address), |_| ())? {
+            (place, Backing::Evicted(copy), ()) => Some((place, copy)),
+            _ => unreachable!("a chunk with the digest of a copy has one"),
+        }
+    }
+
+    /// Takes the chunk that begins at an address and marks it as moving, if its granules in use have other fingerprints now than the
+    /// copy that is kept of it, or if `now` is not known: its memory, and that copy.
+    pub fn take_wrong(
+        &mut self,
+        address: CUdeviceptr,
+        now: Option<&Fingerprints>,
+    ) -> Option<(ChunkMapping, CUmemGenericAllocationHandle, HostCopy)> {
+        let (region, at) = self.chunk(address)?;
+        let (chunk, kept) = (&region.chunks[at], region.chunks[at].kept.as_ref()?);
+        let seen = now.map(|now| Seen { in_use: kept.in_use, fingerprints: Some(Arc::new(*now)) });
+        let is_right = seen.is_some_and(|seen| kept.changed(&seen, chunk.granules()) == Some(0));
+        if is_right || !matches!(chunk.backing, Backing::Device(_)) {
+            return None;
+        }
+        match self.take(Some(address), |chunk| chunk.kept.take())? {
+            (place, Backing::Device(handle), Some(copy)) => Some((place, handle, copy)),
+            _ => unreachable!("it is on the GPU and has a copy"),
+        }
+    }
+
+    /// Forgets all fingerprints, which were taken with another key than those to come. Returns the copies that were kept and are of no
+    /// use without them.
+    pub fn forget_fingerprints(&mut self) -> Vec<HostCopy> {
+        self.unsee();
+        let copies = self.take_kept(u64::MAX);
+        let missing: Vec<_> = self.index.missing().collect();
+        for address in missing {
+            self.change(address, |chunk| {
+                if let Backing::Evicted(copy) = &mut chunk.backing {
+                    copy.fingerprints = None;
+                }
+            });
+        }
+        copies
     }
 
     /// Granules that can be evicted if there is enough host memory.

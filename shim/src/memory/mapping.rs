@@ -99,6 +99,11 @@ impl Device {
     /// Unmaps and releases a chunk's memory.
     pub fn release(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle) {
         self.unmap(place);
+        self.release_unmapped(place, handle);
+    }
+
+    /// Releases a chunk's memory, which is mapped no more.
+    pub fn release_unmapped(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle) {
         self.report(place, self.driver.mem_release(handle));
     }
 

@@ -10,6 +10,7 @@
 //! | [`mapping`] | physical memory of chunks: creating and mapping it |
 //! | [`vmm`], [`mappings`], [`stale_objects`] | memory that the application maps itself (cuMemCreate, cuMemMap) |
 //! | [`swap`] | moving chunks between GPU and host |
+//! | [`replicas`] | what other processes with the same data are told of this one's memory |
 //! | [`scan`], [`zero_scan`], [`fingerprint`] | what the GPU finds in its memory before it moves: granules that are all zero, fingerprints of the others |
 //! | [`host`] | the pool of host memory for evicted data |
 //! | [`engine_context`] | the context that the engine works in, and how it leaves one that is being destroyed |
@@ -19,7 +20,7 @@
 //! | [`bookkeeping`] | a measurement of what the bookkeeping of many regions costs |
 //! | [`error`] | why memory could not be moved |
 //!
-//! May use `submit`, `cuda` and the files of the crate's root, and no room above: neither the engine nor the entry points.
+//! May use `submit`, `replicas`, `cuda` and the files of the crate's root, and no room above: neither the engine nor the entry points.
 
 pub mod allocate;
 pub mod bookkeeping;
@@ -39,6 +40,7 @@ pub mod mapping;
 pub mod mappings;
 pub mod peer_access;
 pub mod region;
+pub mod replicas;
 pub mod scan;
 pub mod spares;
 pub mod stale_objects;

@@ -7,6 +7,8 @@ use crate::memory::CHUNK;
 use crate::memory::fingerprint::Fingerprints;
 use crate::memory::gaps::Gaps;
 use crate::memory::host::HostMemory;
+use crate::memory::scan::SLOTS;
+use crate::replicas::Digest;
 use nvshare::units::{GRANULE, Granules};
 use std::sync::Arc;
 
@@ -83,7 +85,29 @@ pub struct HostCopy {
     pub fingerprints: Option<Arc<Fingerprints>>,
 }
 
+impl Seen {
+    /// What stands for a chunk of `size` bytes in which scans have found this, among replicas. `None` without the fingerprints of all
+    /// of its granules in use, or if none are.
+    pub fn digest(&self, size: u64) -> Option<Digest> {
+        digest(size, self.in_use, self.fingerprints.as_deref()?)
+    }
+}
+
+fn digest(size: u64, in_use: InUse, fingerprints: &Fingerprints) -> Option<Digest> {
+    let granules =
+        u32::try_from(size / GRANULE).ok().filter(|granules| (1..=SLOTS as u32).contains(granules))?;
+    let places = (0..granules).filter(|granule| in_use.has(u64::from(*granule)));
+    let sums = |place: u32| fingerprints[place as usize].sums();
+    let bits = places.clone().try_fold(0, |bits, place| sums(place).map(|_| bits | 1 << place))?;
+    (bits != 0).then(|| Digest::of(size, bits, places.filter_map(sums)))
+}
+
 impl HostCopy {
+    /// What stands for the chunk of `size` bytes that it is a copy of ([`Seen::digest`]).
+    pub fn digest(&self, size: u64) -> Option<Digest> {
+        digest(size, self.in_use, self.fingerprints.as_deref()?)
+    }
+
     /// The pieces to copy for a chunk of `size` bytes: offset in the chunk, host address, and length of each, in bytes.
     pub fn pieces(&self, size: u64) -> impl Iterator<Item = (u64, *mut u8, u64)> {
         self.pieces_of(size, InUse::All)
@@ -260,6 +284,8 @@ pub struct Chunk {
     pub pinned: bool,
     /// It is to be filled in host memory, because it does not fit on the GPU.
     pub(super) spill: bool,
+    /// Another replica hands it over: it is filled from host memory after all others, if at all.
+    pub(super) promised: bool,
     /// The result of a scan since the client last ran.
     pub(super) seen: Option<Seen>,
     /// While it is on the GPU: what it held when it was last evicted, in host memory.
@@ -276,6 +302,7 @@ impl Chunk {
             backing: Backing::Absent,
             pinned: false,
             spill: false,
+            promised: false,
             seen: None,
             kept: None,
             constancy: Constancy::default(),
@@ -295,6 +322,14 @@ impl Chunk {
     /// The granules in use that differ from the copy that was kept ([`HostCopy::changed`]); `None` if there is none.
     pub(super) fn changed(&self) -> Option<u32> {
         self.kept.as_ref()?.changed(self.seen.as_ref()?, self.granules())
+    }
+
+    /// What stands for its contents among replicas, while it is in host memory and is to come to the GPU.
+    pub(super) fn digest_of_copy(&self) -> Option<Digest> {
+        match &self.backing {
+            Backing::Evicted(copy) if !self.spill => copy.digest(self.size),
+            _ => None,
+        }
     }
 
     pub(super) fn evictable(&self) -> bool {
@@ -427,6 +462,12 @@ impl Region {
         (self.size / GRANULE) as Granules
     }
 
+    /// Whether its memory may be another replica's instead: memory of cuMemAlloc, all of which has the same properties and no
+    /// views.
+    pub(super) fn may_change_hands(&self) -> bool {
+        matches!(self.kind, Kind::Whole | Kind::Slab(_)) && self.lent == 0
+    }
+
     /// Whether the GPU can use all of it.
     pub fn usable(&self) -> bool {
         self.chunks.iter().all(|chunk| chunk.backing.usable())
@@ -512,6 +553,8 @@ impl Region {
     fn cut(&mut self, index: usize, offset: u64) {
         let chunk = &mut self.chunks[index];
         let mut rest = Chunk::new(chunk.address + offset, chunk.size - offset);
+        // What a replica hands over has the size of the whole.
+        chunk.promised = false;
         rest.constancy = chunk.constancy;
         if let Backing::Evicted(copy) = std::mem::replace(&mut chunk.backing, Backing::Absent) {
             let [before, after] = copy.cut((offset / GRANULE) as Granules, chunk.size);

@@ -59,11 +59,6 @@ pub unsafe trait Entry: Copy + Send + 'static {
 
     /// What the kernel has written.
     fn answer(&self) -> Self::Answer;
-
-    /// The kernel's parameters behind table and slots, if it has any.
-    fn keys() -> [u64; 2] {
-        [0; 2]
-    }
 }
 
 /// An entry for a chunk that is to be scanned; `None` if it is not one to [`CHUNK`] bytes of whole granules.
@@ -173,21 +168,25 @@ impl<E: Entry> Scanner<E> {
     }
 
     /// Submits a scan of chunks to `stream`, given the address and bytes of each: whole granules, [`CHUNK`] at most. Several
-    /// scans may be in progress.
+    /// scans may be in progress. `keys` are the kernel's parameters behind table and slots, if it has any.
     ///
     /// All of the memory must be mapped until the scan is done: an access to unmapped memory would break the application's
     /// context.
     ///
     /// # Errors
     /// The driver's, or CUDA_ERROR_INVALID_VALUE for what is not a chunk. No scan is in progress then.
-    pub fn scan(&mut self, chunks: &[(CUdeviceptr, u64)], stream: CUstream) -> Result<Scan<E>, SwapError> {
+    pub fn scan(
+        &mut self,
+        chunks: &[(CUdeviceptr, u64)],
+        stream: CUstream,
+        [first, second]: [u64; 2],
+    ) -> Result<Scan<E>, SwapError> {
         let no_chunk = || SwapError::Driver { call: "a scan", result: CuResult::INVALID_VALUE };
         let entries = chunks.iter().map(|(address, size)| entry(*address, *size));
         let entries: Vec<_> = entries.collect::<Option<_>>().ok_or_else(no_chunk)?;
         let slots = u32::try_from(entries.len() * SLOTS).map_err(|_| no_chunk())?;
         let mut table = self.table(entries.len())?;
         table.write(&entries);
-        let [first, second] = E::keys();
         // SAFETY: these are the kernel's parameters, of which it has two or four. It accesses the table, which nothing else uses until the event
         // below has passed, and the memory, for which the caller is responsible.
         let launched = unsafe {

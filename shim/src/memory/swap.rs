@@ -20,17 +20,20 @@
 //! A chunk that is being moved is [`Backing::Moving`], and only the swap engine touches it. The map is locked only
 //! to take a chunk out and to put it back.
 
+mod hand_over;
+
 use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::device::Device;
 use crate::memory::error::{SwapError, driver_said};
-use crate::memory::fingerprint::FingerprintEntry;
+use crate::memory::fingerprint::{FingerprintEntry, own_keys};
 use crate::memory::host::HostPoolError;
 use crate::memory::map::Outgoing;
 use crate::memory::region::{Backing, ChunkMapping, HostCopy, InUse, Seen};
 use crate::memory::scan::Scan;
 use crate::memory::scan::kernel::Kernel;
 use crate::memory::zero_scan::ZeroEntry;
+use crate::replicas::giving::{Giving, Wanted};
 use crate::settings::{KeepCopies, settings};
 use crate::submit::gang;
 use crate::submit::gate::gate;
@@ -148,6 +151,12 @@ pub struct Swap {
     forecast: Option<u64>,
     /// No work of the client is under way: memory that it uses may be replaced by other memory.
     pub quiet: bool,
+    /// The connections to replicas, if the client is a member of a group.
+    giving: Option<Giving>,
+    /// During an eviction: the chunks that a replica lacks, by address.
+    handing: BTreeMap<CUdeviceptr, Wanted>,
+    /// During a fill: the chunks whose memory has come from a replica, and their bytes.
+    taken: Vec<(CUdeviceptr, u64)>,
 }
 
 impl Swap {
@@ -158,6 +167,9 @@ impl Swap {
     pub fn new(device: Arc<Device>) -> Result<Self, SwapError> {
         let (stream, events) = stream_and_events(device.driver)?;
         Ok(Self {
+            giving: device.replicas.get().cloned().map(Giving::new),
+            handing: BTreeMap::new(),
+            taken: Vec::new(),
             device,
             stream,
             events,
@@ -318,9 +330,14 @@ impl Swap {
     }
 
     /// Gives a chunk's GPU memory back to the pool: its bytes have been copied out, or are all zero.
-    fn release_resident(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle, backing: Backing) {
-        // Release first, then account: the GPU never holds more than the accounts say.
-        self.device.release(place, handle);
+    fn release_resident(
+        &mut self,
+        place: &ChunkMapping,
+        handle: CUmemGenericAllocationHandle,
+        backing: Backing,
+    ) {
+        // Release first, then account: the GPU never holds more than the accounts say, and what is on its way to a replica.
+        self.unmap_or_hand_over(place, handle);
         self.device.memory().settle(place.address, backing);
         self.device.books.give(place.granules());
     }
@@ -351,11 +368,23 @@ impl Swap {
     }
 
     fn fill_all(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
+        loop {
+            let filled = self.fill_chunks(moved);
+            if !self.drop_what_is_wrong()? || filled != Ok(Fill::Complete) {
+                return filled;
+            }
+        }
+    }
+
+    fn fill_chunks(&mut self, moved: &mut u64) -> Result<Fill, SwapError> {
         // A fill means that memory is wanted: release freed memory that was kept for reuse.
         self.device.drop_spares(&mut self.device.memory());
-        let mut refused = None;
+        let (mut refused, mut heard) = (None, None);
         self.spill()?;
         loop {
+            if self.takes_handed(&mut heard)? {
+                continue;
+            }
             let next = self.device.memory().next_missing();
             let Some((place, backing, spill)) = next else {
                 self.finish()?;
@@ -370,6 +399,10 @@ impl Swap {
                         // Only reservations are missing, which cannot lie in host memory.
                         self.device.memory().deny_reservations();
                     }
+                    continue;
+                }
+                TakeOutcome::HandedOver => {
+                    self.device.memory().settle(place.address, backing);
                     continue;
                 }
                 TakeOutcome::Interrupted => {
@@ -480,6 +513,11 @@ impl Swap {
         Ok(spilled)
     }
 
+    /// Whether the engine is called to another task.
+    fn is_called_away(&self) -> bool {
+        self.device.engine_context.is_called_away() || !self.quiet && gang::is_called_away(self.device.gpu)
+    }
+
     /// Takes granules for a chunk from the pool. Waits while other clients can still free as many.
     fn take_for_chunk(&self, granules: Granules) -> TakeOutcome {
         let books = &self.device.books;
@@ -488,10 +526,7 @@ impl Swap {
             return TakeOutcome::Ready;
         }
         let too_large = || self.shortage() > 0;
-        let called_away = || {
-            self.device.engine_context.is_called_away()
-                || !self.quiet && gang::is_called_away(self.device.gpu)
-        };
+        let called_away = || self.is_called_away();
         loop {
             if !books.admitted() {
                 return TakeOutcome::Recalled;
@@ -502,7 +537,11 @@ impl Swap {
             if too_large() {
                 return TakeOutcome::TooLarge;
             }
-            if books.take_unless(granules, || too_large() || called_away()) == Fill::Complete {
+            if self.has_handed() {
+                return TakeOutcome::HandedOver;
+            }
+            let gives_up = || too_large() || called_away() || self.has_handed();
+            if books.take_unless(granules, gives_up) == Fill::Complete {
                 return TakeOutcome::Ready;
             }
         }
@@ -524,7 +563,7 @@ impl Swap {
                     settle(Backing::Overflow(host));
                     return Ok(Fill::Recalled);
                 }
-                TakeOutcome::TooLarge | TakeOutcome::Interrupted => {
+                TakeOutcome::TooLarge | TakeOutcome::Interrupted | TakeOutcome::HandedOver => {
                     settle(Backing::Overflow(host));
                     break;
                 }
@@ -612,12 +651,14 @@ impl Swap {
 
     /// Evicts `granules`, as far as there is host memory: if a chunk does not fit in it, smaller chunks are evicted instead.
     fn evict_some(&mut self, granules: Granules, moved: &mut u64) -> Result<(), SwapError> {
+        self.agree_on_key();
         self.scan_unseen()?;
         let spare = self.device.drop_spares(&mut self.device.memory());
         let (mut left, mut most, mut refused) = (granules.saturating_sub(spare), u64::MAX, None);
         let resident = self.device.books.resident();
         // What is on its way out, granules.
         let mut leaving = 0;
+        let mut lacked = self.offer(left);
         while left > 0 {
             // Others may have given way meanwhile whose memory is needed later, and nobody may need it any more.
             let gone = resident.saturating_sub(self.device.books.resident());
@@ -625,7 +666,14 @@ impl Swap {
             if left == 0 {
                 break;
             }
-            let next = self.device.memory().next_resident(most);
+            let first = lacked.pop_front();
+            let next = match first {
+                Some(address) => self.device.memory().take_resident(address),
+                None => self.device.memory().next_resident(most),
+            };
+            if first.is_some() && next.is_none() {
+                continue;
+            }
             let Some(Outgoing { place, backing, seen, kept, changed }) = next else { break };
             let Backing::Device(handle) = backing else {
                 self.device.memory().settle(place.address, Backing::Absent);
@@ -707,6 +755,11 @@ impl Swap {
         }
     }
 
+    /// The key with which fingerprints are taken.
+    fn keys(&self) -> [u64; 2] {
+        self.giving.as_ref().map_or_else(own_keys, |giving| giving.group().key().halves())
+    }
+
     /// Scans the chunks that were not scanned since the client last ran. None of the client's work may be under way: the
     /// engine drains before it evicts.
     fn scan_unseen(&mut self) -> Result<(), SwapError> {
@@ -720,6 +773,7 @@ impl Swap {
             return Ok(());
         }
         let keeps = !tried.is_empty();
+        let keys = self.keys();
         let (device, stream) = (&self.device, self.stream);
         if keeps {
             // So that both kernels are compiled at the same time, if they must be.
@@ -727,11 +781,11 @@ impl Swap {
             self.fingerprints.prepare(device);
         }
         let Some(scanner) = self.zero_scan.load(device) else { return Ok(()) };
-        let scan = scanner.scan(&unseen, stream)?;
+        let scan = scanner.scan(&unseen, stream, [0; 2])?;
         let fingerprints = if keeps { self.fingerprints.load(device) } else { None };
         let mut found = BTreeMap::new();
         if let Some(scanner) = fingerprints {
-            let scan = scanner.scan(&tried, stream)?;
+            let scan = scanner.scan(&tried, stream, keys)?;
             let answers = scanner.finish(scan)?;
             found.extend(tried.iter().map(|(address, _)| *address).zip(answers));
         }
@@ -753,7 +807,7 @@ impl Swap {
             self.fingerprints.prepare(&self.device);
         }
         let Some(scanner) = self.zero_scan.ready() else { return Ok(None) };
-        scanner.scan(chunks, self.stream).map(Some)
+        scanner.scan(chunks, self.stream, [0; 2]).map(Some)
     }
 
     /// Loads the kernels for scans, if their code is at hand. Only while no work of the client is in flight.
@@ -883,6 +937,8 @@ enum TakeOutcome {
     Recalled,
     /// The engine is called to another task, and will fill again afterwards.
     Interrupted,
+    /// A replica has handed memory over, which is taken first.
+    HandedOver,
 }
 
 impl Runtime for Swap {
@@ -893,6 +949,7 @@ impl Runtime for Swap {
         gang::filling(self.device.gpu);
         self.load_kernels();
         let (filled, moved, took) = self.moving(Self::fill_all);
+        self.end_taking();
         // Only the time of the copies counts, not the time waiting for another client to evict.
         self.device.books.copied(Direction::In, moved, self.copying);
         if moved > 0 {
@@ -913,6 +970,7 @@ impl Runtime for Swap {
 
     fn evict(&mut self, granules: Granules) -> Result<(), SwapError> {
         let (evicted, moved, took) = self.moving(|swap, moved| swap.evict_some(granules, moved));
+        self.end_handing();
         // Only the time of the copies counts, not that of allocating host memory (once per process) and of scanning.
         self.device.books.copied(Direction::Out, moved, self.copying);
         self.log("evicted", moved, took);

@@ -16,7 +16,7 @@ use crate::submit::gate::gate;
 use crate::submit::green::{self, Green};
 use crate::submit::{captures, flow, gang};
 use crate::thread::{self, ThreadId};
-use crate::{async_pool, ipc, state};
+use crate::{async_pool, ipc, local_socket, state};
 use nvshare::map::MappedPage;
 use nvshare::register::{self, RegisterError};
 use nvshare::units::GpuUuid;
@@ -81,6 +81,7 @@ fn missing_arbiter(error: &RegisterError, policy: OnMissingArbiter) -> Result<()
 }
 
 extern "C" fn after_fork() {
+    local_socket::after_fork();
     ipc::after_fork();
     if ATTACHED.load(Ordering::Relaxed) > 0 {
         state::set_forked();

@@ -19,6 +19,7 @@
 //! | `NVSHARE_SIM_NVML_FAULTS` | a file with faults that the simulated GPU's NVML lets GPUs have (`tests/simnvml/src/faults.rs`) | none |
 //! | `NVSHARE_SIM_UUIDS` | the order of the GPUs' UUIDs: `ascending` with their numbers; `any`: as the machine's name makes them | any |
 //! | `NVSHARE_SIM_WATCH` | 1: a call that submits work while memory is out is an illegal access | 0 |
+//! | `NVSHARE_SIM_SPOIL_IMPORTS` | 1: memory that comes as a file descriptor has another first byte than it had | 0 |
 //! | `NVSHARE_SIM_FAIL` | `name:count[:error],...`: the next calls of a driver function fail | none |
 //!
 //! Sizes and rates are numbers with an optional suffix: `K`, `M`, `G`, `T` or `KiB`, ... (all powers of 1,024).
@@ -82,6 +83,8 @@ pub struct Config {
     pub ascending_uuids: bool,
     /// Whether calls that come while memory is out are illegal accesses.
     pub watch: bool,
+    /// Whether memory that is imported has another first byte than it had.
+    pub spoil_imports: bool,
     /// Functions that are to fail.
     pub fail: Vec<FailRule>,
 }
@@ -150,6 +153,7 @@ impl Config {
                 }
             },
             watch: number::<u8>(var, "NVSHARE_SIM_WATCH", "0 or 1")?.unwrap_or(0) != 0,
+            spoil_imports: number::<u8>(var, "NVSHARE_SIM_SPOIL_IMPORTS", "0 or 1")?.unwrap_or(0) != 0,
             fail: fail_rules(var)?,
         })
     }

@@ -3,6 +3,7 @@ use crate::memory::CHUNK;
 use crate::memory::fingerprint::Fingerprint;
 use crate::memory::host::HostPool;
 use crate::memory::region::WHOLE;
+use crate::replicas::Digest;
 use std::sync::Arc;
 
 const CONTEXT: CUcontext = CUcontext(1);
@@ -340,7 +341,7 @@ fn the_index_agrees_with_the_chunks() {
         };
         let (mut memory, mut bases, mut next) = (Memory::default(), Vec::new(), 1u64 << 40);
         for _ in 0..200 {
-            match below(13) {
+            match below(16) {
                 0..=2 => {
                     let size = (1 + below(70)) * GRANULE;
                     match below(3) {
@@ -412,6 +413,30 @@ fn the_index_agrees_with_the_chunks() {
                     memory.take_back(bases.swap_remove(below(bases.len() as u64) as usize));
                 }
                 12 => drop(memory.take_kept(below(4) * GRANULE)),
+                13 => {
+                    let offered: Vec<_> = digests(&memory).into_iter().filter(|_| below(2) > 0).collect();
+                    let promised = memory.promise(&offered, below(40) as Granules);
+                    let [mut take, mut back] = [Vec::new(), Vec::new()];
+                    for (place, address) in promised {
+                        [&mut take, &mut back][below(2) as usize].push((place, address));
+                    }
+                    memory.unpromise(&back.into_iter().map(|(_, address)| address).collect::<Vec<_>>());
+                    for (place, address) in take.into_iter().filter(|_| below(2) > 0) {
+                        let size = memory.chunk(address).map(|(region, at)| region.chunks[at].size).unwrap();
+                        let (place, copy) =
+                            memory.take_handed(address, size, offered[place as usize]).unwrap();
+                        memory.settle_kept(place.address, 1, copy);
+                    }
+                }
+                14 => {
+                    let resident: Vec<_> = memory.index.by_need().collect();
+                    if let Some(address) = resident.get(below(20) as usize)
+                        && let Some(outgoing) = memory.take_resident(*address)
+                    {
+                        memory.settle(*address, outgoing.backing);
+                    }
+                }
+                15 => drop(memory.forget_fingerprints()),
                 _ => memory.deny_reservations(),
             }
             assert_eq!(memory.index, fresh(&memory), "seed {seed}");
@@ -551,4 +576,138 @@ fn a_copy_that_is_cut_keeps_its_fingerprints_in_their_places() {
         let used = [1, 0, 3, 4][at as usize..][..granules as usize].iter().any(|content| *content != 0);
         assert_eq!(changed, used.then_some(0), "{granules} granules at {at}");
     }
+}
+
+/// What stands for the chunks that are in host memory.
+fn digests(memory: &Memory) -> Vec<Digest> {
+    let chunk = |address| memory.chunk(address).map(|(region, at)| &region.chunks[at]);
+    memory.index.evicted().filter_map(|address| chunk(address)?.digest_of_copy()).collect()
+}
+
+/// Chunks of four granules, each with these contents, which have been evicted; and their addresses.
+fn evicted(contents: &[[u64; 4]]) -> (Memory, Vec<CUdeviceptr>, HostPool) {
+    let (mut memory, pool) = (Memory::default(), HostPool::untouched(1 << 30).unwrap());
+    let bases: Vec<_> = (0..contents.len() as u64).map(|index| (1 << 40) + index * (1 << 32)).collect();
+    for (base, contents) in bases.iter().zip(contents) {
+        memory.add_whole(*base, 4 * GRANULE, 4 * GRANULE, CONTEXT);
+        let Seen { in_use, fingerprints } = look(contents);
+        let copy = HostCopy { memory: pool.alloc(in_use.bytes(4 * GRANULE)).unwrap(), in_use, fingerprints };
+        memory.settle(*base, Backing::Evicted(copy));
+    }
+    (memory, bases, pool)
+}
+
+fn digest(contents: &[u64; 4]) -> Digest {
+    look(contents).digest(4 * GRANULE).unwrap()
+}
+
+#[test]
+fn chunks_with_the_same_contents_have_the_same_digest_and_no_others() {
+    let of = |contents: &[u64]| look(contents).digest(contents.len() as u64 * GRANULE);
+    assert_eq!(of(&[1, 2, 0, 4]), of(&[1, 2, 0, 4]));
+    let all = [
+        &[1, 2, 0, 4][..],
+        &[1, 2, 0, 5],
+        &[2, 1, 0, 4],
+        &[1, 2, 4, 0],
+        &[1, 2, 0],
+        &[1, 2, 3, 4],
+        &[1, 2, 0, 4, 0],
+    ];
+    let different: BTreeSet<_> = all.into_iter().map(|contents| of(contents).unwrap()).collect();
+    assert_eq!(different.len(), all.len());
+    assert_eq!(of(&[0, 0]), None, "nothing but zeros is no copy");
+    assert_eq!(Seen { in_use: InUse::All, fingerprints: None }.digest(GRANULE), None);
+    let whole = Seen { in_use: InUse::Granules(15), ..look(&[1, 2, 3, 4]) };
+    assert_eq!(whole.digest(4 * GRANULE), of(&[1, 2, 3, 4]), "all granules, however that is said");
+}
+
+#[test]
+fn of_what_is_offered_that_is_promised_which_lies_in_host_memory_and_it_comes_last() {
+    let contents = [[1, 2, 3, 4], [5, 6, 7, 8], [5, 6, 7, 8], [9, 0, 9, 0]];
+    let (mut memory, bases, _pool) = evicted(&contents);
+    let offered =
+        [[5, 6, 7, 8], [4, 4, 4, 4], [9, 0, 9, 0], [5, 6, 7, 8], [5, 6, 7, 8]].map(|one| digest(&one));
+    let promised = memory.promise(&offered, 100);
+    assert_eq!(
+        promised.iter().map(|(place, _)| *place).collect::<Vec<_>>(),
+        [0, 2, 3],
+        "as often as it lacks it"
+    );
+    let addresses: BTreeSet<_> = promised.iter().map(|(_, address)| *address).collect();
+    assert_eq!(addresses, bases[1..].iter().copied().collect());
+    assert!(memory.promise(&offered, 100).is_empty(), "not twice");
+    assert_eq!(memory.next_evicted(100).unwrap().0.address, bases[0], "nor is it brought in ahead");
+    assert_eq!(memory.next_on_gpu(), Some((4, true)), "nothing else is left");
+    memory.unpromise(&[bases[2]]);
+    assert_eq!(memory.next_on_gpu(), Some((4, false)));
+    assert_eq!(memory.next_missing().unwrap().0.address, bases[2]);
+    assert_eq!(memory.promised().len(), 2);
+}
+
+#[test]
+fn no_more_is_promised_than_is_wanted_and_the_last_chunk_whole() {
+    let contents = [[1; 4], [2; 4], [3; 4]];
+    for (granules, chunks) in [(0, 0), (1, 1), (4, 1), (5, 2), (12, 3)] {
+        let (mut memory, ..) = evicted(&contents);
+        assert_eq!(memory.promise(&contents.map(|one| digest(&one)), granules).len(), chunks, "{granules}");
+    }
+}
+
+#[test]
+fn memory_from_a_replica_is_for_the_chunk_that_it_was_promised_for() {
+    let (mut memory, bases, _pool) = evicted(&[[1, 2, 3, 4], [5, 6, 7, 8]]);
+    let size = 4 * GRANULE;
+    let right = digest(&[1, 2, 3, 4]);
+    assert!(memory.take_handed(bases[0], size, digest(&[5, 6, 7, 8])).is_none(), "other contents");
+    assert!(memory.take_handed(bases[0], 2 * size, right).is_none(), "another size");
+    assert!(memory.take_handed(bases[0] + GRANULE, size, right).is_none(), "another address");
+    assert!(memory.take_handed(7, size, right).is_none(), "none at all");
+    let (place, copy) = memory.take_handed(bases[0], size, right).unwrap();
+    assert!(memory.take_handed(bases[0], size, right).is_none(), "it is being moved");
+    memory.settle_kept(place.address, 1, copy);
+    assert!(memory.take_handed(bases[0], size, right).is_none(), "it is there");
+    // What has come holds what the copy holds, or is taken away again.
+    let found = |contents: &[u64]| *look(contents).fingerprints.unwrap();
+    assert!(memory.take_wrong(bases[0], Some(&found(&[1, 2, 3, 4]))).is_none());
+    let (place, handle, copy) = memory.take_wrong(bases[0], Some(&found(&[1, 2, 3, 5]))).unwrap();
+    assert_eq!((place.address, handle), (bases[0], 1));
+    memory.settle_kept(bases[0], 2, copy);
+    assert!(memory.take_wrong(bases[0], None).is_some(), "nor is it believed unseen");
+}
+
+#[test]
+fn memory_that_the_application_maps_itself_or_that_others_have_open_does_not_change_hands() {
+    let (mut memory, bases, pool) = evicted(&[[1, 2, 3, 4], [5, 6, 7, 8]]);
+    let object = 1 << 50;
+    memory.add_object(
+        object,
+        4 * GRANULE,
+        CUmemAllocationProp::pinned(crate::cuda::abi::CUmemLocation::device(0)),
+    );
+    let Seen { in_use, fingerprints } = look(&[9, 9, 9, 9]);
+    let copy = HostCopy { memory: pool.alloc(4 * GRANULE).unwrap(), in_use, fingerprints };
+    memory.settle(object, Backing::Evicted(copy));
+    memory.lend(bases[0]);
+    let offered = [[1, 2, 3, 4], [5, 6, 7, 8], [9; 4]].map(|one| digest(&one));
+    assert_eq!(memory.promise(&offered, 100), [(1, bases[1])]);
+    for address in [object, bases[0], bases[1]] {
+        memory.settle(address, Backing::Device(1));
+        memory.saw(address, look(&[1, 2, 3, 4]));
+    }
+    assert_eq!(memory.offers(10), [(bases[1], digest(&[1, 2, 3, 4]))]);
+    assert!(memory.offers(0).is_empty());
+}
+
+#[test]
+fn after_another_key_nothing_is_the_same_as_before() {
+    let (mut memory, bases, pool) = evicted(&[[1, 2, 3, 4], [5, 6, 7, 8]]);
+    let (place, backing, _) = memory.next_missing().unwrap();
+    let Backing::Evicted(copy) = backing else { panic!("it was evicted") };
+    memory.settle_kept(place.address, 1, copy);
+    memory.saw(place.address, look(&[5, 6, 7, 8]));
+    memory.forget_fingerprints().into_iter().for_each(|copy| pool.free(copy.memory));
+    assert!(memory.offers(10).is_empty() && digests(&memory).is_empty());
+    let outgoing = memory.next_resident(u64::MAX).unwrap();
+    assert!(outgoing.kept.is_none() && outgoing.changed.is_none() && outgoing.place.address == bases[1]);
 }

@@ -2,7 +2,7 @@
 //! the simulated GPU runs in a process of its own, because a process has one driver and one machine.
 
 use super::*;
-use crate::memory::fingerprint::FingerprintEntry;
+use crate::memory::fingerprint::{FingerprintEntry, own_keys};
 use crate::memory::zero_scan::ZeroEntry;
 use nvshare_test_support::Dice;
 use std::path::PathBuf;
@@ -84,7 +84,7 @@ fn answer<E: Entry>(
     chunks: &[(CUdeviceptr, u64)],
     stream: CUstream,
 ) -> Result<Vec<E::Answer>, SwapError> {
-    let scan = scanner.scan(chunks, stream)?;
+    let scan = scanner.scan(chunks, stream, own_keys())?;
     scanner.finish(scan)
 }
 
@@ -128,9 +128,9 @@ fn a_scan_sees_the_work_before_it_in_its_stream() {
     on_a_gpu("a_scan_sees_the_work_before_it_in_its_stream", &[], |driver, stream| {
         let mut scanner = loaded::<ZeroEntry>(driver).unwrap();
         let chunk = chunk(driver, stream, 4);
-        let before = scanner.scan(&[chunk], stream).unwrap();
+        let before = scanner.scan(&[chunk], stream, own_keys()).unwrap();
         driver.memset_d8_async(chunk.0 + 2 * GRANULE, 1, 1, stream).unwrap();
-        let after = scanner.scan(&[chunk], stream).unwrap();
+        let after = scanner.scan(&[chunk], stream, own_keys()).unwrap();
         assert_eq!(scanner.finish(after).unwrap(), [0b0100]);
         assert_eq!(scanner.finish(before).unwrap(), [0b0000], "its table was not used for the other");
     });

@@ -53,6 +53,7 @@ fn walk(device: Arc<Device>, client: Client<MappedPage>, context: CUcontext) -> 
     let _ = device.driver.exchange_capture_mode(CU_STREAM_CAPTURE_MODE_RELAXED);
     let current = device.driver.ctx_set_current(context);
     current.map_err(|result| SwapError::Driver { call: "cuCtxSetCurrent", result })?;
+    device.join_replicas();
     let swap = Swap::new(device.clone())?;
     let flow_control = settings().is_ok_and(|settings| settings.flow_control);
     let mut engine = Engine::new(device, client, swap, flow_control);
@@ -124,6 +125,7 @@ struct Ended(Arc<Device>);
 impl Drop for Ended {
     fn drop(&mut self) {
         self.0.set_moving(false);
+        self.0.leave_replicas();
         self.0.engine_context.engine_ended();
     }
 }

@@ -177,10 +177,25 @@ pub fn export(driver: &Driver, physical: &Physical) -> Result<OwnedFd> {
     duplicate(physical.extent.fd())
 }
 
+/// Changes the first byte.
+fn spoil(fd: i32) -> Result {
+    let mut byte = [0u8];
+    // SAFETY: reads and writes one byte of a file, from and to a byte of our own.
+    let done = unsafe {
+        let read = libc::pread(fd, byte.as_mut_ptr().cast(), 1, 0);
+        byte[0] ^= 1;
+        read == 1 && libc::pwrite(fd, byte.as_ptr().cast(), 1, 0) == 1
+    };
+    if done { Ok(()) } else { Err(Error::OPERATING_SYSTEM) }
+}
+
 /// The memory that a descriptor stands for; the descriptor stays the caller's.
 pub fn import(driver: &'static Driver, fd: i32, handle: Handle) -> Result<Physical> {
     let mut label = Label::read(driver, fd)?;
     let file = Arc::new(duplicate(fd)?);
+    if driver.config.spoil_imports {
+        spoil(fd)?;
+    }
     let extent = Extent { file, offset: 0, size: label.size };
     let (location, types) = (label.location, label.handle_types);
     if location.kind != LOCATION_DEVICE {
