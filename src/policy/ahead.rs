@@ -5,6 +5,9 @@
 //! than a switch before that moment on it is *expected*: it brings its memory in, where nobody needs the room sooner. Then
 //! its switch moves nothing.
 //!
+//! A client whose process waits for another GPU first is expected when that is likely to come ([`crate::policy::turn_comes`]), or at once
+//! if it is [`NEXT`] there.
+//!
 //! - It takes nothing from anybody who waits or runs: while somebody waits, or fills, nobody is expected, and room is made
 //!   only by clients without work that need their memory later.
 //! - A holder in a pause gives way to it if its own forecast says that it will be back later ([`gives_way_ahead`]). It would
@@ -13,7 +16,7 @@
 //!   much as it was early is no forecast any more, and a pause of another length is none for the next pauses.
 
 use crate::page::Phase;
-use crate::policy::{awaited, copy_time, missing};
+use crate::policy::{NEXT, awaited, copy_time, missing};
 use crate::slot::SlotIndex;
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, MILLISECOND, Nanos};
@@ -36,10 +39,11 @@ pub fn head_start(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
     switch.saturating_add(switch / 4).saturating_add(LATE)
 }
 
-/// When an idle client will be back, ns, if it has said so and is not overdue.
+/// When an idle client will be back, ns, if it has said so and is not overdue. One that is [`NEXT`] on another GPU never is.
 fn forecast(snapshot: &Snapshot, slot: SlotIndex) -> Option<Nanos> {
     let at = snapshot.view(slot).returns_at;
-    (at > 0 && snapshot.now <= at.saturating_add(head_start(snapshot, slot))).then_some(at)
+    let due = || at == NEXT || snapshot.now <= at.saturating_add(head_start(snapshot, slot));
+    (at > 0 && due()).then_some(at)
 }
 
 /// In how long an idle client needs its memory, ns: as it has said; else after the mean of its pauses, or in as long as it has
@@ -175,6 +179,16 @@ mod tests {
         // It will be back sooner.
         snapshot.slots[1].returns_at = back - 1;
         assert_eq!(of(&snapshot, evict_share), [0, 0]);
+        // What comes next on another GPU comes whenever that is.
+        snapshot.slots[0].returns_at = NEXT;
+        for now in [NOW - SECOND, NOW, NOW + 1_000 * SECOND] {
+            let snapshot = snapshot.at(now);
+            assert_eq!((expected(&snapshot), expected_from(&snapshot, slot(0))), (Some(slot(0)), Some(0)));
+            assert_eq!(of(&snapshot, evict_share), [0, 800]);
+        }
+        snapshot.slots[1].returns_at = NEXT;
+        assert_eq!(of(&snapshot, evict_share), [0, 0], "neither comes before the other");
+        (snapshot.slots[0].returns_at, snapshot.slots[1].returns_at) = (back, back - 1);
         // What is free is there for it all the same.
         snapshot.slots[1].resident = 900;
         snapshot.slots[1].demand = 900;
