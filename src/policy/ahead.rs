@@ -76,10 +76,15 @@ pub fn expected_from(snapshot: &Snapshot, slot: SlotIndex) -> Option<Nanos> {
     Some(at.saturating_sub(head_start(snapshot, slot)))
 }
 
-/// Whether a client makes room for the one that is expected: it has no work, and needs its memory later.
+/// Whether a client makes room for the one that is expected: it has no work, and needs its memory later. Not one that has said when its
+/// pause will be over, for one that is [`NEXT`]: that may come later still.
 pub(super) fn makes_room(snapshot: &Snapshot, slot: SlotIndex, expected: SlotIndex) -> bool {
     let view = snapshot.view(slot);
-    slot != expected && !view.phase.wants_gpu() && next_use(snapshot, slot) > next_use(snapshot, expected)
+    let pauses = || view.pause > 0 && forecast(snapshot, slot).is_some();
+    slot != expected
+        && !view.phase.wants_gpu()
+        && next_use(snapshot, slot) > next_use(snapshot, expected)
+        && !(snapshot.view(expected).returns_at == NEXT && pauses())
 }
 
 /// Whether the client in `slot`, which runs, takes note of its pauses though nobody needs the GPU: not everybody's memory fits,
@@ -101,7 +106,7 @@ pub(super) fn lacking_for(snapshot: &Snapshot, expected: SlotIndex) -> Granules 
 }
 
 /// Whether a holder without work gives way, that will be back at `returns_at`, ns: a client is expected before, and those who
-/// are idle do not hold enough of what it lacks.
+/// are idle do not hold enough of what it lacks. Never for one that is [`NEXT`]: nobody knows when that one comes.
 pub fn gives_way_ahead(snapshot: &Snapshot, slot: SlotIndex, returns_at: Nanos) -> bool {
     let Some(expected) = expected(snapshot) else { return false };
     let idle: u64 = snapshot
@@ -109,7 +114,9 @@ pub fn gives_way_ahead(snapshot: &Snapshot, slot: SlotIndex, returns_at: Nanos) 
         .filter(|(other, _)| *other != slot && makes_room(snapshot, *other, expected))
         .map(|(_, view)| u64::from(view.evictable()))
         .sum();
-    snapshot.view(expected).returns_at < returns_at
+    let comes = snapshot.view(expected).returns_at;
+    comes != NEXT
+        && comes < returns_at
         && snapshot.view(slot).evictable() > 0
         && u64::from(lacking_for(snapshot, expected)) > idle
 }
@@ -186,8 +193,13 @@ mod tests {
             assert_eq!((expected(&snapshot), expected_from(&snapshot, slot(0))), (Some(slot(0)), Some(0)));
             assert_eq!(of(&snapshot, evict_share), [0, 800]);
         }
+        snapshot.slots[1].pause = SECOND;
+        assert_eq!(of(&snapshot, evict_share), [0, 0], "the other one may be back from its pause before");
+        snapshot.slots[1].returns_at = 0;
+        assert_eq!(of(&snapshot, evict_share), [0, 800], "nobody knows when it will be back");
         snapshot.slots[1].returns_at = NEXT;
         assert_eq!(of(&snapshot, evict_share), [0, 0], "neither comes before the other");
+        snapshot.slots[1].pause = 0;
         (snapshot.slots[0].returns_at, snapshot.slots[1].returns_at) = (back, back - 1);
         // What is free is there for it all the same.
         snapshot.slots[1].resident = 900;
@@ -220,6 +232,9 @@ mod tests {
         let mut snapshot = with(0, 0);
         snapshot.free = 799;
         assert_eq!([601, 600, 0].map(|ms| gives(&snapshot, ms)), [true, false, false]);
+        let before = std::mem::replace(&mut snapshot.slots[0].returns_at, NEXT);
+        assert!(!gives(&snapshot, 601), "nobody knows when it comes");
+        snapshot.slots[0].returns_at = before;
         snapshot.now = NOW - SECOND;
         assert!(!gives(&snapshot, 1_000), "it is not expected yet");
     }
