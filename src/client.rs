@@ -120,6 +120,8 @@ pub struct Client<P> {
     gpu_time: GpuTime,
     /// For how long it has had no work in its present slice while nobody needed the GPU, ns.
     unused: Nanos,
+    /// When it said that it will be back because it then has another GPU, ns; 0 if it has not.
+    foreseen: Nanos,
 }
 
 impl<P: Deref<Target = Page> + Clone> Client<P> {
@@ -140,6 +142,7 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
             held: false,
             gpu_time: GpuTime::default(),
             unused: 0,
+            foreseen: 0,
         }
     }
 
@@ -449,8 +452,10 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.enter_by(Phase::Running, Event::Runs { bytes });
         // If a waiter has come while this client was filling, its decision has rung this client, as it rings every admitted
         // one, and the next look finds the waiter and the end of the slice. Another client's slice may be over now that was
-        // not over while this client was filling: so decide.
-        if self.awaited() {
+        // not over while this client was filling: so decide. The same for a client that is expected: nobody was while this one was
+        // filling, and one that is next on another GPU has no time at which it wakes.
+        let snapshot = self.look();
+        if policy::awaited(&snapshot) || policy::expected(&snapshot).is_some() {
             self.page().decide();
         }
     }
@@ -562,6 +567,23 @@ impl<P: Deref<Target = Page> + Clone> Client<P> {
         self.own().idle_since.store(since, Ordering::Relaxed);
         self.own().pause.store(pause, Ordering::Relaxed);
         self.own().returns_at.store(returns_at, Ordering::Relaxed);
+    }
+
+    /// Says when an idle client will need the GPU, ns, or that it is [`policy::NEXT`], because its process is likely to have another GPU then that it waits for
+    /// ([`crate::gang_order::GangOrder::asks_at`]); or that this is not so any more. True if it is anything new: then
+    /// [`Client::poll`] may have something to do.
+    pub fn foresee(&mut self, asks_at: Option<Nanos>) -> bool {
+        let (at, own) = (asks_at.unwrap_or(0), &self.own().returns_at);
+        // What it has said of a pause since then stays.
+        let said = self.foreseen != 0 && own.load(Ordering::Relaxed) == self.foreseen;
+        if self.phase != Phase::Idle || (at == 0 && !said) || (said && at == self.foreseen) {
+            return false;
+        }
+        own.store(at, Ordering::Relaxed);
+        self.foreseen = at;
+        // Others may have to make room for it, or need not any more.
+        self.page().decide();
+        true
     }
 
     /// Gives the slot up. The caller has released all memory; the books say so, whatever they said
@@ -706,6 +728,53 @@ mod tests {
         let quantum = Quantum::Fixed(u64::MAX);
         page.set_settings(Settings { quantum, ..Settings::default() });
         page
+    }
+
+    /// Its process waits for another GPU: it brings its memory in before it asks, and says no more of it afterwards than of its pauses.
+    #[test]
+    fn an_idle_client_is_expected_when_its_process_is_likely_to_have_another_gpu() {
+        let page = page(8);
+        let (mut client, mut runtime) = client(&page, 4);
+        let said = |client: &Client<Shared>| client.own().returns_at.load(Ordering::Relaxed);
+        let sleeps_until = |next| match next {
+            Ok(Next::Sleep { until, .. }) => until,
+            other => panic!("{other:?}"),
+        };
+        let later = now() + 1_000 * SECOND;
+        assert!(client.foresee(Some(later)) && !client.foresee(Some(later)));
+        let until = sleeps_until(client.poll(&mut runtime)).expect("it is expected before that");
+        assert!(until < later && client.books().resident() == 0);
+        assert!(client.foresee(Some(now())));
+        let _ = client.poll(&mut runtime);
+        assert_eq!((client.books().resident(), client.phase()), (4, Phase::Idle));
+        assert!(client.foresee(None) && !client.foresee(None));
+        assert_eq!(said(&client), 0);
+        // What it says of a pause is not taken back.
+        assert!(client.foresee(Some(later)));
+        client.idle(1, 2, 3);
+        assert!(!client.foresee(None));
+        assert_eq!(said(&client), 3);
+        client.request();
+        assert!(!client.foresee(Some(later)), "it has asked");
+        assert_eq!(said(&client), 3);
+    }
+
+    /// Nobody is expected while a client fills. Afterwards the one that is next is, and nothing else would wake it.
+    #[test]
+    fn who_is_next_on_another_gpu_is_rung_when_a_fill_is_over() {
+        let page = page(8);
+        let (mut holder, mut holders) = client(&page, 4);
+        let (mut next, mut runtime) = client(&page, 4);
+        holder.request();
+        assert!(next.foresee(Some(policy::NEXT)));
+        let _ = next.poll(&mut runtime);
+        assert_eq!(next.books().resident(), 0, "the other one fills");
+        let rung = || page.doorbell(next.books().slot());
+        let before = rung();
+        assert_eq!(holder.poll(&mut holders), Ok(Next::Open));
+        assert_ne!(rung(), before);
+        let _ = next.poll(&mut runtime);
+        assert_eq!(next.books().resident(), 4);
     }
 
     /// The holder's process waits for another GPU, so its slice has not begun, and is not over although a client waits.

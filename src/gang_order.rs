@@ -24,13 +24,18 @@
 //! One may begin just as another one gives up a GPU that it has not used yet. That one sees it and drains with it
 //! ([`crate::gang_cut::others_work`]). How the processes stop together is in [`crate::gang_cut`].
 //!
+//! **What comes next.** While it waits for one GPU the process is idle on the later ones, and will need its memory there as soon as
+//! it has the one. So it says when its turn is likely to come ([`GangOrder::expect`], [`crate::policy::turn_comes`]), and is expected on
+//! the later ones then ([`GangOrder::asks_at`]), as a client is that is back from a pause. Without that, of three gangs that take turns
+//! the memory of the next one would be the first to go on those GPUs, because it has been idle for longest.
+//!
 //! **Who blocks for ever.** A process that waits for a GPU where a client's work does not end ([`GangOrder::is_blocked`]) does
 //! not keep its other GPUs from those who wait for them: that work may be waiting for one of those.
 //!
 //! This module knows neither gates nor drivers. The shim acts on its answers.
 
 use crate::slot::SlotIndex;
-use crate::units::GpuUuid;
+use crate::units::{GpuUuid, MILLISECOND, Nanos};
 use std::cmp::Ordering;
 
 /// What a process has of one GPU.
@@ -57,6 +62,22 @@ pub enum GpuState {
 /// A GPU, and the slot of a process there.
 pub type Seat = (GpuUuid, SlotIndex);
 
+/// What another process of the gang shows of one of its seats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// The seat.
+    pub seat: Seat,
+    /// What the process has there.
+    pub state: GpuState,
+    /// It waits there for a client whose work does not end.
+    pub blocked: bool,
+    /// When its turn is likely to come there, ns, or [`NEXT`](crate::policy::NEXT), if it waits.
+    pub turn: Option<Nanos>,
+}
+
+/// A forecast that differs from the one before by less than this, ns, is taken for the same, so that nobody is woken for it.
+const SAME_FORECAST: Nanos = 10 * MILLISECOND;
+
 /// The GPUs of one process, and those of the other processes of its gang.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct GangOrder {
@@ -66,12 +87,14 @@ pub struct GangOrder {
     others: Vec<(Seat, GpuState)>,
     /// The seats that wait for a client whose work does not end.
     blocked: Vec<Seat>,
+    /// When the turns of seats that wait are likely to come, ns.
+    turns: Vec<(Seat, Nanos)>,
 }
 
 impl GangOrder {
     /// An order without GPUs.
     pub const fn new() -> Self {
-        Self { members: Vec::new(), others: Vec::new(), blocked: Vec::new() }
+        Self { members: Vec::new(), others: Vec::new(), blocked: Vec::new(), turns: Vec::new() }
     }
 
     /// The process begins to use a GPU, where it has this slot.
@@ -83,6 +106,7 @@ impl GangOrder {
     pub fn leave(&mut self, gpu: GpuUuid) {
         self.members.retain(|((member, _), _)| *member != gpu);
         self.blocked.retain(|(member, _)| *member != gpu);
+        self.turns.retain(|((member, _), _)| *member != gpu);
     }
 
     /// Writes what the process has of a GPU now. True if that has changed; false also for a GPU that the process does not
@@ -94,15 +118,48 @@ impl GangOrder {
         std::mem::replace(present, state) != state
     }
 
-    /// Writes what the other processes of the gang have, and which of their seats are blocked.
-    pub fn see(&mut self, others: impl IntoIterator<Item = (Seat, GpuState, bool)>) {
+    /// Writes what the other processes of the gang show.
+    pub fn see(&mut self, others: impl IntoIterator<Item = Seen>) {
         self.others.clear();
         let own = |seat: &Seat| self.members.iter().any(|(member, _)| member == seat);
         self.blocked.retain(own);
-        for (seat, state, blocked) in others {
+        self.turns.retain(|(seat, _)| own(seat));
+        for Seen { seat, state, blocked, turn } in others {
             self.others.push((seat, state));
             self.blocked.extend(blocked.then_some(seat));
+            self.turns.extend(turn.map(|turn| (seat, turn)));
         }
+    }
+
+    /// Writes when the turn of the process on a GPU that it waits for is likely to come, ns, if that is known. True if that has
+    /// changed by more than a little.
+    pub fn expect(&mut self, gpu: GpuUuid, turn: Option<Nanos>) -> bool {
+        let Some(seat) = self.seat(gpu) else { return false };
+        let before = self.turn(gpu);
+        if let (Some(before), Some(turn)) = (before, turn)
+            && before.abs_diff(turn) < SAME_FORECAST
+        {
+            return false;
+        }
+        self.turns.retain(|(known, _)| *known != seat);
+        self.turns.extend(turn.map(|turn| (seat, turn)));
+        before != turn
+    }
+
+    /// When the turn of the process on a GPU that it waits for is likely to come, ns, as it was last written.
+    pub fn turn(&self, gpu: GpuUuid) -> Option<Nanos> {
+        let seat = self.seat(gpu)?;
+        self.turns.iter().find(|(known, _)| *known == seat).map(|(_, turn)| *turn)
+    }
+
+    /// When the process will ask for a GPU, ns, if it waits for others before it and knows when it is likely to have them: then it
+    /// will need its memory there.
+    pub fn asks_at(&self, gpu: GpuUuid) -> Option<Nanos> {
+        let waits = |seat: &Seat| {
+            let mut all = self.members.iter().chain(&self.others);
+            seat.0 < gpu && all.any(|(one, state)| one == seat && *state == GpuState::Waiting)
+        };
+        self.turns.iter().filter(|(seat, _)| waits(seat)).map(|(_, turn)| *turn).max()
     }
 
     /// Writes whether the process waits for a GPU where a client's work does not end. True if that has changed.

@@ -71,8 +71,10 @@ struct Line {
     doorbell: AtomicU32,
     /// What the client last saw there.
     answer: AtomicU32,
+    /// When the client's turn on its GPU is likely to come, CLOCK_MONOTONIC ns, or [`NEXT`](crate::policy::NEXT); 0 if it does not wait.
+    turn: AtomicU64,
     /// Nothing. Atomic, because other processes may write it all the same.
-    _rest: [AtomicU64; 13],
+    _rest: [AtomicU64; 12],
 }
 
 /// The page.
@@ -128,6 +130,7 @@ impl GangPage {
                 pid: AtomicU64::new(0),
                 doorbell: AtomicU32::new(0),
                 answer: AtomicU32::new(0),
+                turn: AtomicU64::new(0),
                 _rest: std::array::from_fn(|_| AtomicU64::new(0)),
             }),
         });
@@ -175,6 +178,7 @@ impl GangPage {
         }
         if gang == 0 {
             line.row.store(Row::default(), Ordering::Relaxed);
+            line.turn.store(0, Ordering::Relaxed);
         }
         self.gangs[place.get()].store(gang, Ordering::Relaxed);
         if gang == 0 {
@@ -207,6 +211,16 @@ impl GangPage {
     pub fn show(&self, place: Place, row: Row) {
         self.line(place).row.store(row, Ordering::SeqCst);
         fence(Ordering::SeqCst);
+    }
+
+    /// When the client's turn on its GPU is likely to come, ns, if it waits and has said so.
+    pub fn turn(&self, place: Place) -> Option<Nanos> {
+        Some(self.line(place).turn.load(Ordering::Relaxed)).filter(|turn| *turn > 0)
+    }
+
+    /// Writes when the client's turn on its GPU is likely to come, ns. A forecast, so in no order with anything else.
+    pub fn expect(&self, place: Place, turn: Option<Nanos>) {
+        self.line(place).turn.store(turn.unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Rings the doorbell of a client.
@@ -280,8 +294,12 @@ mod tests {
         page.set_gang(place(0, 1), 8, 71);
         assert_eq!(page.members_with(place(0, 3)), [place(0, 0), place(0, 3)]);
         page.show(place(0, 3), Row { works: true, ..Row::default() });
+        assert_eq!(page.turn(place(0, 3)), None);
+        page.expect(place(0, 3), Some(5));
+        assert_eq!((page.turn(place(0, 3)), page.turn(place(0, 0))), (Some(5), None));
         assert!(!page.set_gang(place(0, 3), 7, 70), "it is in that gang already");
         assert!(page.set_gang(place(0, 3), 0, 0) && !page.row(place(0, 3)).works);
+        assert_eq!(page.turn(place(0, 3)), None);
         assert_eq!(page.members_with(place(0, 0)), [place(0, 0)]);
     }
 

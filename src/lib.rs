@@ -181,6 +181,8 @@ pub mod paths;
 #[cfg(not(loom))]
 pub mod presence;
 #[cfg(not(loom))]
+pub mod processes;
+#[cfg(not(loom))]
 mod quiet_thread;
 #[cfg(not(loom))]
 pub mod record;

@@ -25,6 +25,11 @@ pub fn key(kind: &str, common: &[u8]) -> GangKey {
     bytemuck::cast([half(0), half(1)])
 }
 
+/// The key of what two processes have in common, which is the same for both. `own` and `peer` are what each is identified by.
+pub fn key_of_two(kind: &str, own: &[u8], peer: &[u8]) -> GangKey {
+    key(kind, &[own.min(peer), own.max(peer)].concat())
+}
+
 /// Reads a gang's name and the number of its processes, as in `training:2`: two or more. `None` if it is something else.
 pub fn parse_name(text: &str) -> Option<(String, u32)> {
     let (name, size) = text.rsplit_once(':')?;
@@ -72,5 +77,13 @@ mod tests {
         assert_ne!(first, key("name", &common));
         common[127] = 8;
         assert_ne!(first, key("nccl", &common));
+    }
+
+    #[test]
+    fn two_processes_have_one_key_whoever_asks() {
+        let [one, two, three] = [[1; 16], [2; 16], [3; 16]];
+        assert_eq!(key_of_two("ipc", &one, &two), key_of_two("ipc", &two, &one));
+        assert_ne!(key_of_two("ipc", &one, &two), key_of_two("ipc", &one, &three));
+        assert_ne!(key_of_two("ipc", &one, &two), key_of_two("descriptors", &one, &two));
     }
 }

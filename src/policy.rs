@@ -21,6 +21,7 @@
 //! | `order` | who is served before whom |
 //! | `room` | who makes room, and how much |
 //! | `ahead` | who brings memory in before it is back from a pause |
+//! | `forecast` | when the turn of one who waits is likely to come |
 //!
 //! **Bound on a wait** (L1). A waiter's deadline is at most P away ([`enter_queue`]): nothing for one of high priority; for a
 //! normal one D, a setting (up to ten times, for a weight of less than a tenth of the largest), and twice a round of the others'
@@ -46,12 +47,14 @@
 
 mod ahead;
 mod fair_share;
+mod forecast;
 mod order;
 mod room;
 mod slice;
 mod turn;
 
 pub use ahead::{expected, expected_from, gives_way_ahead, head_start, watches_pauses};
+pub use forecast::{NEXT, turn_comes};
 pub use order::{Order, Standing, Waiting, hurried};
 pub use room::{
     evict_share, evictors, lacking, needed, prefetch, prefetcher, spare_holders, spares_are_wanted,

@@ -13,6 +13,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nvshare::SlotIndex;
 use nvshare::paths;
+pub use nvshare::processes::own_namespace;
 use nvshare::slot::Process;
 use nvshare::units::GpuUuid;
 use serde::{Deserialize, Serialize};
@@ -47,11 +48,6 @@ impl ClientRecord {
     pub fn is_seen(&self) -> bool {
         self.namespace != 0 && self.namespace == own_namespace()
     }
-}
-
-/// The inode number of this process's pid namespace; 0 without /proc.
-pub fn own_namespace() -> u64 {
-    fs::metadata("/proc/self/ns/pid").map_or(0, |namespace| namespace.ino())
 }
 
 /// A slot's lock file. It stays when this is dropped, for the next arbiter; [`ClientLock::remove`] removes it.

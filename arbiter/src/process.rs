@@ -1,8 +1,8 @@
 //! Processes: pidfds, and start times, which tell a process from a later one with the same pid.
 
 use nix::errno::Errno;
+pub use nvshare::processes::started;
 use nvshare::slot::Process;
-pub use nvshare_stats::process::started;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 

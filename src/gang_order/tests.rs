@@ -55,6 +55,36 @@ fn who_waits_for_one_gives_up_those_after_it() {
     assert!(order.complete());
 }
 
+/// It asks for the GPUs after the one that it waits for when it has that one.
+#[test]
+fn who_waits_for_one_is_expected_on_those_after_it() {
+    let mut order = three();
+    let asks = |order: &GangOrder| [0, 1, 2].map(|number| order.asks_at(gpu(number)));
+    assert!(order.expect(gpu(1), Some(1_000)));
+    assert_eq!(asks(&order), [None; 3], "it does not wait");
+    order.set(gpu(1), GpuState::Waiting);
+    assert_eq!(asks(&order), [None, None, Some(1_000)]);
+    assert!(!order.expect(gpu(1), Some(1_000 + SAME_FORECAST - 1)), "that is the same");
+    assert!(order.expect(gpu(1), Some(1_000 + SAME_FORECAST)) && !order.expect(gpu(7), Some(1)));
+    assert_eq!(asks(&order), [None, None, Some(1_000 + SAME_FORECAST)]);
+    assert!(order.expect(gpu(1), None) && !order.expect(gpu(1), None));
+    assert_eq!(asks(&order), [None; 3]);
+    // The other processes of its gang, of which the last one counts.
+    let other = |number, turn| Seen {
+        seat: (gpu(number), SlotIndex::new(1).unwrap()),
+        state: GpuState::Waiting,
+        blocked: false,
+        turn,
+    };
+    order.see([other(0, Some(7)), other(1, Some(9)), other(2, Some(11))]);
+    assert_eq!(asks(&order), [None, Some(7), Some(9)]);
+    order.see([other(0, None)]);
+    assert_eq!(asks(&order), [None; 3], "it does not know");
+    order.expect(gpu(1), Some(5));
+    order.leave(gpu(1));
+    assert_eq!(asks(&order), [None; 3]);
+}
+
 #[test]
 fn no_gpu_is_all_there_is_to_have() {
     let mut order = GangOrder::new();

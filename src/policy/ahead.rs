@@ -5,6 +5,9 @@
 //! than a switch before that moment on it is *expected*: it brings its memory in, where nobody needs the room sooner. Then
 //! its switch moves nothing.
 //!
+//! A client whose process waits for another GPU first is expected when that is likely to come ([`crate::policy::turn_comes`]), or at once
+//! if it is [`NEXT`] there.
+//!
 //! - It takes nothing from anybody who waits or runs: while somebody waits, or fills, nobody is expected, and room is made
 //!   only by clients without work that need their memory later.
 //! - A holder in a pause gives way to it if its own forecast says that it will be back later ([`gives_way_ahead`]). It would
@@ -13,7 +16,7 @@
 //!   much as it was early is no forecast any more, and a pause of another length is none for the next pauses.
 
 use crate::page::Phase;
-use crate::policy::{awaited, copy_time, missing};
+use crate::policy::{NEXT, awaited, copy_time, missing};
 use crate::slot::SlotIndex;
 use crate::snapshot::{SlotView, Snapshot};
 use crate::units::{Granules, MILLISECOND, Nanos};
@@ -36,10 +39,11 @@ pub fn head_start(snapshot: &Snapshot, slot: SlotIndex) -> Nanos {
     switch.saturating_add(switch / 4).saturating_add(LATE)
 }
 
-/// When an idle client will be back, ns, if it has said so and is not overdue.
+/// When an idle client will be back, ns, if it has said so and is not overdue. One that is [`NEXT`] on another GPU never is.
 fn forecast(snapshot: &Snapshot, slot: SlotIndex) -> Option<Nanos> {
     let at = snapshot.view(slot).returns_at;
-    (at > 0 && snapshot.now <= at.saturating_add(head_start(snapshot, slot))).then_some(at)
+    let due = || at == NEXT || snapshot.now <= at.saturating_add(head_start(snapshot, slot));
+    (at > 0 && due()).then_some(at)
 }
 
 /// In how long an idle client needs its memory, ns: as it has said; else after the mean of its pauses, or in as long as it has
@@ -72,10 +76,15 @@ pub fn expected_from(snapshot: &Snapshot, slot: SlotIndex) -> Option<Nanos> {
     Some(at.saturating_sub(head_start(snapshot, slot)))
 }
 
-/// Whether a client makes room for the one that is expected: it has no work, and needs its memory later.
+/// Whether a client makes room for the one that is expected: it has no work, and needs its memory later. Not one that has said when its
+/// pause will be over, for one that is [`NEXT`]: that may come later still.
 pub(super) fn makes_room(snapshot: &Snapshot, slot: SlotIndex, expected: SlotIndex) -> bool {
     let view = snapshot.view(slot);
-    slot != expected && !view.phase.wants_gpu() && next_use(snapshot, slot) > next_use(snapshot, expected)
+    let pauses = || view.pause > 0 && forecast(snapshot, slot).is_some();
+    slot != expected
+        && !view.phase.wants_gpu()
+        && next_use(snapshot, slot) > next_use(snapshot, expected)
+        && !(snapshot.view(expected).returns_at == NEXT && pauses())
 }
 
 /// Whether the client in `slot`, which runs, takes note of its pauses though nobody needs the GPU: not everybody's memory fits,
@@ -97,7 +106,7 @@ pub(super) fn lacking_for(snapshot: &Snapshot, expected: SlotIndex) -> Granules 
 }
 
 /// Whether a holder without work gives way, that will be back at `returns_at`, ns: a client is expected before, and those who
-/// are idle do not hold enough of what it lacks.
+/// are idle do not hold enough of what it lacks. Never for one that is [`NEXT`]: nobody knows when that one comes.
 pub fn gives_way_ahead(snapshot: &Snapshot, slot: SlotIndex, returns_at: Nanos) -> bool {
     let Some(expected) = expected(snapshot) else { return false };
     let idle: u64 = snapshot
@@ -105,7 +114,9 @@ pub fn gives_way_ahead(snapshot: &Snapshot, slot: SlotIndex, returns_at: Nanos) 
         .filter(|(other, _)| *other != slot && makes_room(snapshot, *other, expected))
         .map(|(_, view)| u64::from(view.evictable()))
         .sum();
-    snapshot.view(expected).returns_at < returns_at
+    let comes = snapshot.view(expected).returns_at;
+    comes != NEXT
+        && comes < returns_at
         && snapshot.view(slot).evictable() > 0
         && u64::from(lacking_for(snapshot, expected)) > idle
 }
@@ -175,6 +186,21 @@ mod tests {
         // It will be back sooner.
         snapshot.slots[1].returns_at = back - 1;
         assert_eq!(of(&snapshot, evict_share), [0, 0]);
+        // What comes next on another GPU comes whenever that is.
+        snapshot.slots[0].returns_at = NEXT;
+        for now in [NOW - SECOND, NOW, NOW + 1_000 * SECOND] {
+            let snapshot = snapshot.at(now);
+            assert_eq!((expected(&snapshot), expected_from(&snapshot, slot(0))), (Some(slot(0)), Some(0)));
+            assert_eq!(of(&snapshot, evict_share), [0, 800]);
+        }
+        snapshot.slots[1].pause = SECOND;
+        assert_eq!(of(&snapshot, evict_share), [0, 0], "the other one may be back from its pause before");
+        snapshot.slots[1].returns_at = 0;
+        assert_eq!(of(&snapshot, evict_share), [0, 800], "nobody knows when it will be back");
+        snapshot.slots[1].returns_at = NEXT;
+        assert_eq!(of(&snapshot, evict_share), [0, 0], "neither comes before the other");
+        snapshot.slots[1].pause = 0;
+        (snapshot.slots[0].returns_at, snapshot.slots[1].returns_at) = (back, back - 1);
         // What is free is there for it all the same.
         snapshot.slots[1].resident = 900;
         snapshot.slots[1].demand = 900;
@@ -206,6 +232,9 @@ mod tests {
         let mut snapshot = with(0, 0);
         snapshot.free = 799;
         assert_eq!([601, 600, 0].map(|ms| gives(&snapshot, ms)), [true, false, false]);
+        let before = std::mem::replace(&mut snapshot.slots[0].returns_at, NEXT);
+        assert!(!gives(&snapshot, 601), "nobody knows when it comes");
+        snapshot.slots[0].returns_at = before;
         snapshot.now = NOW - SECOND;
         assert!(!gives(&snapshot, 1_000), "it is not expected yet");
     }

@@ -1056,6 +1056,7 @@ proptest! {
             let _ = (quantum(&snapshot, slot), switch_time(&snapshot, slot), evict_share(&snapshot, slot));
             let _ = (turn_length(&snapshot, slot), enter_queue(&snapshot.at(now), slot), end_slice(&snapshot.at(now), slot, Spent::default()));
             let _ = (next_turn(&snapshot.at(now), slot), prefetch(&snapshot, slot), earliest_end(&snapshot.at(now), slot));
+            let _ = turn_comes(&snapshot.at(now), slot);
         }
         page.decide();
         page.audit();

@@ -2,20 +2,13 @@
 
 use crate::container::{self, CONTAINER_LOGS, KubernetesName};
 use nix::unistd::{Uid, User};
+pub use nvshare::processes::started;
 use nvshare::slot::Process;
 use nvshare::sync::now;
 use nvshare::units::{Nanos, SECOND};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// When a process started, in clock ticks since boot: field 22 of /proc/PID/stat. `None` if there is no such process.
-pub fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, and may hold anything.
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
-}
 
 /// What is known of a client's process beside what stands in the page.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

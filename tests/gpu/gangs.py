@@ -1,6 +1,6 @@
 """Jobs of several ranks on all GPUs of a machine, PyTorch's DistributedDataParallel with NCCL, that do not fit together.
 
-    python3 tests/gpu/gangs.py [--bin target/release] [--gpus N] [--iterations 400] [--only NAME ...]
+    python3 tests/gpu/gangs.py [--bin target/release] [--gpus N] [--iterations 400] [--only NAME ...] [--traces FOLDER]
 
 Needs two GPUs or more; uses all of them, or the first N. A rank is a process with a GPU of its own, as torchrun starts them, and has
 8 GiB of it; pools are of 12 GiB. Each job checks a digest of its parameters, which must be that of the job alone without
@@ -12,8 +12,9 @@ nvshare, to the last bit: one ring of NCCL and deterministic kernels add up in t
 - `a_rank_dies`: one rank of a job is killed in the middle. The other job goes on and ends well; what is left of the first one
   is ended as torchrun would, and its memory is free then.
 
-Prints the raw figures as it goes, one JSON object a line, and a table at the end. Exit status 1 if a result was wrong or a bar
-was missed. `--check-arguments` only reads the arguments, for machines without PyTorch.
+Prints the raw figures as it goes, one JSON object a line, and a table at the end: of each scenario also how long filling, evicting,
+draining and filling ahead took on each GPU, s, the first ones apart from the others (`spans`). `--traces` keeps what `nvshare trace`
+says, a file for each scenario. Exit status 1 if a result was wrong or a bar was missed. `--check-arguments` only reads the arguments, for machines without PyTorch.
 """
 
 import argparse
@@ -261,12 +262,32 @@ def right(results, wanted):
     return all(rank["right"] and rank["status"] == 0 and rank["digest"] in (wanted, "alone") for rank in ranks)
 
 
+# What a switch is made of, in a trace.
+SPANS = ["filling", "evicts", "draining", "prefetches", "running"]
+
+
+def spans(trace, since, clients):
+    """What the clients did after the time `since`, us on the clock of time.monotonic(): by kind and GPU, how often, the mean of the
+    first round, s, in which each client has done it once, that of all later ones, and GiB."""
+    found = {}
+    for event in sorted((event for event in trace["traceEvents"] if event["ph"] == "X"), key=lambda event: event["ts"]):
+        if event["name"] in SPANS and event["ts"] >= since:
+            found.setdefault((event["name"], event["pid"]), []).append(event)
+    rows = {}
+    for (name, gpu), events in sorted(found.items()):
+        took = [event["dur"] / 1e6 for event in events]
+        mean = lambda some: round(sum(some) / len(some), 4) if some else None
+        gib = sum(event["args"].get("bytes", 0) for event in events) / GIB
+        rows[f"{name}, GPU {gpu}"] = {"times": len(took), "first_s": mean(took[:clients]), "later_s": mean(took[clients:]), "gib": round(gib, 2)}
+    return rows
+
+
 class Machine:
     """What the scenarios need: binaries, GPUs, iterations, and how long a job takes alone without nvshare."""
 
     def __init__(self, options, folder):
         self.binaries, self.gpus, self.iterations, self.folder = options.bin.resolve(), options.gpus, options.iterations, folder
-        self.timeout, self.reference = options.timeout, {}
+        self.timeout, self.reference, self.traces = options.timeout, {}, options.traces
 
     def start(self, kind, environment):
         return Job(kind, self.gpus, self.iterations, environment, self.folder)
@@ -282,6 +303,15 @@ class Machine:
             self.reference[kind] = span(results), seen.pop()
         return self.reference[kind]
 
+    def trace(self, arbiter, name):
+        """What the clients did, which the pages still have when they have ended."""
+        command = [self.binaries / "nvshare", "trace", "--runtime-dir", arbiter.directory, "-"]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        if self.traces:
+            self.traces.mkdir(parents=True, exist_ok=True)
+            (self.traces / f"{name}.json").write_text(said)
+        return json.loads(said)
+
     def together(self, name, kinds):
         one_after_another = sum(self.alone(kind)[0] for kind in kinds)
         wanted = self.alone("rank")[1]
@@ -296,7 +326,10 @@ class Machine:
                 for job in jobs:
                     print("\n".join(job.said(rank, 20_000) for rank in range(len(job.processes))))
                 raise
+            trace = self.trace(arbiter, name)
         clients = list(watch.last(NAME).values())
+        begin = max((rank["start"] for job in results for rank in job if "start" in rank), default=0)
+        say(f"{name}_spans", spans=spans(trace, begin * 1e6, len(kinds)))
         factor, pause = span(results) / one_after_another, longest_pause(results)
         retries = sum(client["drain_retries"] for client in clients)
         turns = sum(client["slices"] for client in clients)
@@ -357,6 +390,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=0, help="use the first N [default: all]")
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--timeout", type=float, default=500, help="seconds for each scenario's jobs")
+    parser.add_argument("--traces", type=pathlib.Path, help="a folder for what nvshare trace says")
     parser.add_argument("--check-arguments", action="store_true")
     scenarios = [two_jobs, three_jobs, beside_one_process, a_rank_dies]
     parser.add_argument("--only", nargs="*", choices=[scenario.__name__ for scenario in scenarios])

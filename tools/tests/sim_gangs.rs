@@ -62,6 +62,19 @@ fn three_gangs_share_their_gpus_by_weight() {
     assert!(heavy + 2.0 * each > 0.94, "{heavy}, {each}");
 }
 
+/// Of three gangs, two fit into pools of 18 GiB but for the contexts, so a switch has little to move. On the GPUs that a gang asks for
+/// later the next gang's memory is in place as on the first one, though the gang is idle there until it has that.
+#[test]
+fn the_next_gangs_memory_comes_in_on_all_its_gpus() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/scenarios");
+    let text = std::fs::read_to_string(folder.join("two-gangs.toml")).unwrap();
+    let text = text.replace("12GiB", "18GiB").replace("count = 2", "count = 3").replace("60s", "24s");
+    let scenario = Scenario::parse(&text).unwrap();
+    let report = Report::of(&scenario, 1, &world::simulate(&scenario, 1, false));
+    assert!(report.clients.iter().all(|row| row.finished == 1), "{:?}", report.clients);
+    assert!(report.seconds <= 1.05 * 3.0 * 24.0, "{} s", report.seconds);
+}
+
 /// The gang's first GPU is its own, and on the second one it takes turns with the other job.
 #[test]
 fn a_gang_beside_a_job_with_one_gpu() {

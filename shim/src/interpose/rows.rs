@@ -331,6 +331,9 @@ macro_rules! with_rows {
                     cuIpcOpenMemHandle(pdptr: *mut CUdeviceptr, handle: CUipcMemHandle, flags: u32) @ 4_010;
                     cuIpcOpenMemHandle_v2(pdptr: *mut CUdeviceptr, handle: CUipcMemHandle, flags: u32) @ 11_000;
                     cuIpcCloseMemHandle(dptr: CUdeviceptr) @ 4_010;
+                    cuMemImportFromShareableHandle(
+                        handle: *mut CUmemGenericAllocationHandle, shareable: *mut c_void, kind: u32
+                    ) @ 10_020;
                 }
                 Export {
                     cuIpcGetMemHandle(handle: *mut CUipcMemHandle, dptr: CUdeviceptr) @ 4_010;
@@ -718,7 +721,6 @@ macro_rules! with_rows {
                 cuMemHostGetDevicePointer_v2 @ 3_020;
                 cuMemHostGetFlags @ 2_030;
                 cuMemHostUnregister @ 4_000;
-                cuMemImportFromShareableHandle @ 10_020;
                 cuMemPoolExportPointer @ 11_020;
                 cuMemPoolExportToShareableHandle @ 11_020;
                 cuMemPoolGetAccess @ 11_020;

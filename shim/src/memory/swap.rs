@@ -447,11 +447,12 @@ impl Swap {
     }
 
     /// Fills evicted chunks that fit in free granules of the pool. Chunks with nothing to copy are left for the fill, for
-    /// which they cost little. Ends when threads are back that find the client idle: it must ask for its turn.
+    /// which they cost little. Ends when threads are back that find the client idle, and it can ask for its turn: those of a process
+    /// that waits for another GPU first may have stood at the gate all the time.
     fn prefetch_some(&mut self, moved: &mut u64) -> Result<(), SwapError> {
         let books = &self.device.books;
         let idle = books.page().view(books.slot()).phase == Phase::Idle;
-        while !(idle && gate().waiting() > 0) {
+        while !(idle && gate().waiting() > 0 && gang::may_ask(self.device.gpu)) {
             let room = self.device.books.ahead();
             let next = self.device.memory().next_evicted(room);
             let Some((place, copy)) = next else { return Ok(()) };

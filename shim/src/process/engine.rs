@@ -269,6 +269,12 @@ impl Engine {
         let host_shortage = self.host_shortage.look(&self.device);
         let spares = self.device.tidy_spares();
         let of_gang = self.update_gang();
+        let asks = self.client.phase() == Phase::Idle && gang::is_wanted() && gang::may_ask(gpu);
+        // Not if it is about to ask: until it has, others would take what it has brought in ahead.
+        if self.client.phase() == Phase::Idle && !asks && self.client.foresee(gang::asks_at(gpu)) {
+            // Its memory may have to come in now, or another one's to stay.
+            return;
+        }
         let until = match self.client.phase() {
             Phase::Idle if self.client.is_paused() => {
                 // A user has paused it. The arbiter rings when it is resumed; `until` is when the pause ends by itself.
@@ -278,7 +284,7 @@ impl Engine {
             }
             Phase::Idle if self.host_shortage.asks_at().is_some() => self.host_shortage.asks_at(),
             Phase::Idle if self.leaves_it_to_others() => by(until, now() + STUCK_POLL_INTERVAL),
-            Phase::Idle if gang::is_wanted() && gang::may_ask(gpu) => {
+            Phase::Idle if asks => {
                 self.idle.returns();
                 return self.client.request();
             }
@@ -361,7 +367,8 @@ impl Engine {
         }
         self.too_large = too_large;
         let contended = self.others_use_it(&snapshot);
-        let again = gang::update(gpu, gang::Report { needed, contended, too_large, blocked });
+        let turn = if phase == Phase::Waiting { policy::turn_comes(&snapshot, self.slot()) } else { None };
+        let again = gang::update(gpu, gang::Report { needed, contended, too_large, blocked, turn });
         // Nothing rings when a client's work has not ended for long.
         let watch = (phase == Phase::Waiting).then(|| now() + STUCK_POLL_INTERVAL);
         [again, watch].into_iter().flatten().min()

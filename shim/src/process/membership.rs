@@ -1,20 +1,23 @@
 //! What this process has in common with others that it waits for, and the arbiter's word on who those are.
 //!
 //! - A communicator of NCCL: its unique id, which all ranks are given ([`crate::interpose::nccl`] sees it).
-//! - Memory of each other: two processes that have each opened memory of the other by CUDA IPC. A process that only reads what
-//!   another one exports waits for nobody in a kernel, so one direction is not enough.
+//! - Memory of each other: two processes that have each opened memory of the other by CUDA IPC, or that have each imported a
+//!   descriptor of the other's ([`crate::process::descriptors`]). A process that only reads what another one exports waits for
+//!   nobody in a kernel, so one direction is not enough.
 //! - A name: NVSHARE_GANG.
 //!
 //! Each becomes a key ([`nvshare::membership`]), which every client of the process tells the arbiter. An arbiter that begins
 //! later is told again. A process without a key has no connection for this and no page.
 
 use crate::log;
+use crate::process::descriptors;
 use crate::settings::settings;
 use crate::state;
 use crate::submit::gang;
 use nvshare::wire::GangKey;
-use nvshare::{membership, paths, presence};
+use nvshare::{membership, paths, presence, processes};
 use std::collections::BTreeSet;
+use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard, Once};
 use std::time::Duration;
 
@@ -85,8 +88,7 @@ impl Keys {
     fn add_peers(&mut self) {
         let Some(own) = self.exporter else { return };
         for peer in std::mem::take(&mut self.opened) {
-            let (first, second) = if own < peer { (own, peer) } else { (peer, own) };
-            self.add(membership::key("ipc", &[first, second].concat()), 0);
+            self.add(membership::key_of_two("ipc", &own, &peer), 0);
         }
     }
 }
@@ -135,6 +137,37 @@ pub fn opened(peer: [u8; 16]) {
     let mut keys = keys();
     keys.opened.insert(peer);
     keys.add_peers();
+}
+
+/// What identifies a process of this pid namespace, in keys: the namespace, the pid and when the process started. `None` if it has
+/// ended.
+fn identity(pid: u32) -> Option<[u8; 24]> {
+    let started = processes::started(pid)?;
+    Some(bytemuck::cast([processes::own_namespace(), u64::from(pid), started]))
+}
+
+/// The process has exported memory as this descriptor, which the driver has just opened: those who import it will know whose it is.
+pub fn exported(descriptor: RawFd) {
+    if state::enabled() {
+        descriptors::exported(descriptor);
+    }
+}
+
+/// The process has imported memory that another one has exported as this descriptor. Each of two that have done so adds the same
+/// key, and only then do two processes have it.
+pub fn imported(descriptor: RawFd) {
+    if !state::enabled() {
+        return;
+    }
+    let Some(peer) = descriptors::exporter(descriptor).and_then(identity) else { return };
+    let Some(own) = identity(std::process::id()) else { return };
+    let key = membership::key_of_two("descriptors", &own, &peer);
+    let mut keys = keys();
+    // A process imports hundreds of descriptors of another.
+    if !keys.held.iter().any(|held| held.key == key) {
+        log::initialise();
+        keys.add(key, 0);
+    }
 }
 
 /// The process exports memory, and is identified by this.

@@ -20,7 +20,7 @@ use crate::submit::gate::gate;
 use crate::submit::turn;
 use nvshare::Books;
 use nvshare::gang_cut::{self, Cut, Row, Stage};
-use nvshare::gang_order::{GangOrder, GpuState};
+use nvshare::gang_order::{GangOrder, GpuState, Seat, Seen};
 use nvshare::gang_page::Place;
 use nvshare::map::{MappedGangPage, MappedPage};
 use nvshare::slot::SlotSet;
@@ -58,6 +58,8 @@ pub struct Report {
     pub too_large: bool,
     /// The process waits for this GPU, and a client whose work does not end is in its way.
     pub blocked: bool,
+    /// When its turn is likely to come, ns, if it waits for this GPU.
+    pub turn: Option<Nanos>,
 }
 
 /// How a drain stands whose work is done.
@@ -167,10 +169,14 @@ impl Gang {
         }
         let rows = self.seats.look();
         let apart = self.reports.iter().any(|(_, report)| report.too_large)
-            || rows.iter().any(|(_, row)| row.too_large);
+            || rows.iter().any(|(_, row, _)| row.too_large);
         let rows = if apart { Vec::new() } else { rows };
-        self.order.see(rows.iter().map(|(seat, row)| (*seat, row.state, row.blocked)));
-        self.others = rows.into_iter().map(|(_, row)| row).collect();
+        let seen = |(seat, row, turn): &(Seat, Row, Option<Nanos>)| {
+            let (seat, turn) = (*seat, *turn);
+            Seen { seat, state: row.state, blocked: row.blocked, turn }
+        };
+        self.order.see(rows.iter().map(seen));
+        self.others = rows.into_iter().map(|(_, row, _)| row).collect();
     }
 
     /// What the others must know of this process and a GPU.
@@ -194,7 +200,7 @@ impl Gang {
     /// Shows the other processes what they must know of this one.
     fn show(&mut self) {
         let mut seats = std::mem::replace(&mut self.seats, Seats::new());
-        seats.show(|gpu| self.row(gpu));
+        seats.show(|gpu| (self.row(gpu), self.order.turn(gpu)));
         self.seats = seats;
     }
 
@@ -297,9 +303,10 @@ pub fn sit(gpu: GpuUuid, page: MappedGangPage, place: Place) {
 pub fn update(gpu: GpuUuid, report: Report) -> Option<Nanos> {
     let mut gang = gang();
     let blocked = gang.order.block(gpu, report.blocked);
+    let turn = gang.order.expect(gpu, report.turn);
     gang.reports.retain(|(of, _)| *of != gpu);
     gang.reports.push((gpu, report));
-    if blocked {
+    if blocked || turn {
         gang.wake_all_but(gpu);
     }
     if gang.seats.is_empty() {
@@ -318,7 +325,7 @@ pub fn describe() -> String {
         .seats
         .look()
         .into_iter()
-        .map(|((gpu, slot), row)| format!("; slot {} of {gpu}: {row}", slot.get()));
+        .map(|((gpu, slot), row, _)| format!("; slot {} of {gpu}: {row}", slot.get()));
     format!(
         "this process, {}, {} threads at its gate, {} inside{}",
         own.join("; "),
@@ -338,7 +345,7 @@ pub fn is_shared() -> bool {
 pub fn beside(gpu: GpuUuid) -> SlotSet {
     let mut gang = gang();
     let rows = gang.seats.look();
-    rows.into_iter().filter(|((of, _), _)| *of == gpu).map(|((_, slot), _)| slot).collect()
+    rows.into_iter().filter(|((of, _), ..)| *of == gpu).map(|((_, slot), ..)| slot).collect()
 }
 
 /// Whether threads stand at the gate of this process or of another one of its gang, which needs this one's GPUs too.
@@ -650,6 +657,13 @@ pub fn waits_beyond(gpu: GpuUuid) -> bool {
     let mut gang = gang();
     gang.look();
     gang.order.waits_beyond(gpu)
+}
+
+/// See [`GangOrder::asks_at`].
+pub fn asks_at(gpu: GpuUuid) -> Option<Nanos> {
+    let mut gang = gang();
+    gang.look();
+    gang.order.asks_at(gpu)
 }
 
 /// Whether the process may wait for long for what lets it run: see [`GangOrder::is_blocked`], or a process of its gang does not

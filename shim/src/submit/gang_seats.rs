@@ -25,13 +25,14 @@ struct OwnSeat {
     gpu: GpuUuid,
     page: MappedGangPage,
     place: Place,
-    shown: Row,
+    shown: (Row, Option<Nanos>),
     ended: Arc<AtomicBool>,
 }
 
 impl Drop for OwnSeat {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Release);
+        self.page.expect(self.place, None);
         self.page.show(self.place, Row::default());
         self.page.ring(self.place);
     }
@@ -93,7 +94,7 @@ impl Seats {
             tracing::warn!(%gpu, "a thread could not be started: {error}; this process does not run together with those that it shares communicators with");
             return;
         }
-        self.own.push(OwnSeat { gpu, page, place, shown: Row::default(), ended });
+        self.own.push(OwnSeat { gpu, page, place, shown: (Row::default(), None), ended });
         self.listed.clear();
     }
 
@@ -107,14 +108,16 @@ impl Seats {
         }
     }
 
-    /// Shows what `row` returns for each GPU. The others are rung if that is anything new.
-    pub fn show(&mut self, row: impl Fn(GpuUuid) -> Row) {
+    /// Shows what `row` returns for each GPU: its row, and when its turn there is likely to come, ns. The others are rung if that is
+    /// anything new.
+    pub fn show(&mut self, row: impl Fn(GpuUuid) -> (Row, Option<Nanos>)) {
         let mut changed = false;
         for seat in &mut self.own {
-            let row = row(seat.gpu);
-            if row != seat.shown {
-                seat.page.show(seat.place, row);
-                (seat.shown, changed) = (row, true);
+            let shown = row(seat.gpu);
+            if shown != seat.shown {
+                seat.page.expect(seat.place, shown.1);
+                seat.page.show(seat.place, shown.0);
+                (seat.shown, changed) = (shown, true);
             }
         }
         if changed {
@@ -154,8 +157,8 @@ impl Seats {
         self.ring_others();
     }
 
-    /// What the others show, without those who do not answer.
-    pub fn look(&mut self) -> Vec<(Seat, Row)> {
+    /// What the others show, and when their turns are likely to come, ns, without those who do not answer.
+    pub fn look(&mut self) -> Vec<(Seat, Row, Option<Nanos>)> {
         if self.own.is_empty() {
             return Vec::new();
         }
@@ -166,7 +169,7 @@ impl Seats {
             other.check(time);
             if !other.left_out {
                 let seat = (other.page.gpu(other.place), other.place.slot());
-                rows.push((seat, other.page.row(other.place)));
+                rows.push((seat, other.page.row(other.place), other.page.turn(other.place)));
             }
         }
         rows

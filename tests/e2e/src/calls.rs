@@ -22,6 +22,7 @@ use nvshare_tools::Failure;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::{BufRead, Write};
+use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 
 /// `CUresult`.
@@ -39,6 +40,8 @@ struct Caller {
     held: entry_points::Held,
     /// By context.
     kernels: HashMap<Handle, graphs::Kernels>,
+    /// Where descriptors come in from other processes.
+    mailbox: Option<UnixDatagram>,
 }
 
 /// The driver's function of that name, with the type that `cuda.h` gives it.
@@ -196,6 +199,7 @@ pub fn run() -> Result<(), Failure> {
         contexts: Vec::new(),
         held: Default::default(),
         kernels: HashMap::new(),
+        mailbox: None,
     };
     for line in std::io::stdin().lock().lines().map_while(Result::ok) {
         let (code, given) = caller.call(&line)?;

@@ -42,6 +42,14 @@ pub fn machine(gpus: u32) -> Machine {
 /// # Panics
 /// The workspace is not built.
 pub fn machine_with(gpus: u32, uuids: &str, more: &[&str]) -> Machine {
+    machine_of(gpus, uuids, "64MiB", "50ms", more)
+}
+
+/// The same with pools of another size, 256 MiB at most, and another quantum.
+///
+/// # Panics
+/// The workspace is not built.
+pub fn machine_of(gpus: u32, uuids: &str, capacity: &str, quantum: &str, more: &[&str]) -> Machine {
     let set = |name: &'static str, value: &str| (name, value.to_owned());
     let gpu = SimulatedGpu::new(&[
         set("UUIDS", uuids),
@@ -51,7 +59,7 @@ pub fn machine_with(gpus: u32, uuids: &str, more: &[&str]) -> Machine {
         set("LINK_BANDWIDTH", "8GiB"),
     ])
     .expect("the workspace is built: cargo build --workspace");
-    let usual = ["--capacity", "64MiB", "--quantum", "50ms"];
+    let usual = ["--capacity", capacity, "--quantum", quantum];
     let arguments: Vec<_> = usual.iter().chain(more).map(ToString::to_string).collect();
     let node = Node::start(gpu.environment(&[]), &arguments);
     Machine { gpu, node: node.unwrap(), arguments, dir: TempDir::new().unwrap() }

@@ -1,7 +1,10 @@
 //! Weights and priorities of gangs, and three gangs on the same GPUs: real processes that always have work, no two jobs of which fit
 //! together. Verdicts are on rounds that the jobs have done while all lived, by comparison with each other.
 
-use nvshare_e2e::ranks::{Job, Machine, Shape, TIMEOUT, job, machine_with};
+use nvshare_e2e::built;
+use nvshare_e2e::ranks::{Job, Machine, Shape, TIMEOUT, job, machine_of, machine_with};
+use serde_json::Value;
+use std::process::Command;
 
 /// Two GPUs whose arbiter waits for pauses as long as a busy machine may make them: all jobs here always have work.
 fn two_gpus(more: &[&str]) -> Machine {
@@ -64,4 +67,31 @@ fn three_gangs_on_the_same_gpus_get_on_alike() {
     let machine = two_gpus(&[]);
     let rounds = rounds_beside_each_other(&machine, &[pair(&[]), pair(&[]), pair(&[])], 100);
     assert!(rounds.iter().max() < rounds.iter().min().map(|least| least * 2).as_ref(), "{rounds:?}");
+}
+
+/// How often memory came in ahead of a turn on each of two GPUs, in the order of their UUIDs.
+fn prefetches(machine: &Machine) -> [usize; 2] {
+    let mut command = Command::new(built("nvshare"));
+    let done = command.arg("trace").arg("--runtime-dir").arg(machine.node.dir()).arg("-").output().unwrap();
+    let trace: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let on =
+        |gpu: u64| events.iter().filter(|event| event["name"] == "prefetches" && event["pid"] == gpu).count();
+    [on(0), on(1)]
+}
+
+/// A rank is idle on its GPU as long as its gang waits for an earlier one. The next gang's memory comes in there all the same, while
+/// another one runs, and what goes for it is that of the one after it.
+#[test]
+fn the_next_gangs_memory_comes_in_on_all_its_gpus() {
+    let machine = machine_of(2, "ascending", "200MiB", "200ms", &["--idle-grace", "200ms"]);
+    let large = Shape { mib: 130, ..pair(&[]) };
+    let jobs = ["first", "second", "third"].map(|name| Job::start(&machine, name, &large));
+    TIMEOUT.until("all jobs are ready", || jobs.iter().all(Job::is_ready));
+    TIMEOUT.until("memory has come in ahead of its turn on both GPUs", || {
+        prefetches(&machine).iter().all(|times| *times >= 3)
+    });
+    println!("{:?}", prefetches(&machine));
+    jobs.into_iter().for_each(Job::ends_well);
+    machine.balances();
 }

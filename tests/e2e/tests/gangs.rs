@@ -169,6 +169,50 @@ fn processes_that_have_memory_of_each_other_open_are_a_gang() {
     [first, second, third].into_iter().for_each(|application| _ = application.ends_well());
 }
 
+/// Memory that `from` has made to be exported: the descriptor comes to `to`, which imports it.
+fn pass(from: &mut Application, to: &mut Application) {
+    let object = from.number(&format!("object {} 0 1", 2 * MIB));
+    let descriptor = from.number(&format!("export-object {object}"));
+    let pid = to.number("mailbox");
+    from.does(&format!("post {descriptor} {pid}"));
+    let came = to.number("collect");
+    to.number(&format!("import-object {came}"));
+}
+
+/// The same for memory that the application exports itself and whose descriptors it passes itself: nvshare sees neither socket nor
+/// message.
+#[test]
+fn processes_that_have_imported_descriptors_of_each_other_are_a_gang() {
+    let gpu = application::gpu();
+    let node = application::node(&gpu);
+    let [mut first, mut second, mut third] = [(); 3].map(|()| Application::ready(&node));
+    let gangs = || {
+        let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
+        clients.iter().map(|client| client.gang).collect::<Vec<_>>()
+    };
+    pass(&mut first, &mut second);
+    pass(&mut first, &mut third);
+    assert_eq!(gangs(), [None; 3], "the first one has imported nothing");
+    pass(&mut second, &mut first);
+    assert!(gangs()[0].is_some() && gangs()[0] == gangs()[1], "{:?}", gangs());
+    assert_eq!(gangs()[2], None);
+    // The third one's memory comes to another than the one whose memory it has.
+    pass(&mut third, &mut second);
+    assert_eq!(gangs()[2], None);
+    // What a process exports and imports itself makes it no gang.
+    let object = third.number(&format!("object {} 0 1", 2 * MIB));
+    let own = third.number(&format!("export-object {object}"));
+    third.number(&format!("import-object {own}"));
+    assert_eq!(gangs()[2], None);
+    pass(&mut third, &mut first);
+    assert_eq!(
+        gangs()[2],
+        gangs()[0],
+        "those who wait for one that waits for a third may wait for that one too"
+    );
+    [first, second, third].into_iter().for_each(|application| _ = application.ends_well());
+}
+
 /// Two processes that say that they wait for each other, and do not fit together on their GPU: they are told, and take turns as
 /// strangers do. (These do not really wait, or they could not run at all.)
 #[test]

@@ -102,6 +102,16 @@ impl Seat {
         self.team.borrow().order.must_give_up(self.gpu)
     }
 
+    /// Writes when the client's turn is likely to come, ns, if it waits for its GPU.
+    pub fn expects(&self, turn: Option<Nanos>) {
+        self.team.borrow_mut().order.expect(self.gpu, turn);
+    }
+
+    /// As [`GangOrder::asks_at`].
+    pub fn asks_at(&self) -> Option<Nanos> {
+        self.team.borrow().order.asks_at(self.gpu)
+    }
+
     /// Whether the client works: it has begun to run with the others, and has not drained since.
     pub fn works(&self) -> bool {
         self.team.borrow_mut().own(self.gpu).works

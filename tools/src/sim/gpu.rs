@@ -354,6 +354,27 @@ impl Gpu {
         }
     }
 
+    /// Those that wait for this GPU tell the others of their team when their turn is likely to come, and those that wait for an
+    /// earlier one are expected here when that is. True if somebody is that was not.
+    fn foresee(&mut self) -> bool {
+        let mut changed = false;
+        for slot in self.slots() {
+            let Some(seat) = self.client(slot).seat.clone() else { continue };
+            match self.snapshot.view(slot).phase {
+                Phase::Waiting => seat.expects(self.snapshot.turn_comes(slot)),
+                Phase::Idle => {
+                    seat.expects(None);
+                    // One that pauses has said when it will be back.
+                    if let Some(at) = seat.asks_at() {
+                        changed |= self.snapshot.foresees(slot, at);
+                    }
+                }
+                _ => seat.expects(None),
+            }
+        }
+        changed
+    }
+
     /// Whether it has work and all its memory is in place: it computes, if it takes no turns or has the turn.
     fn can_compute(&self, slot: SlotIndex) -> bool {
         let works = self.client(slot).seat.as_ref().is_none_or(Seat::works);
@@ -474,6 +495,7 @@ impl Gpu {
             }
             changed |= self.depart(now);
             changed |= self.take_turns(now);
+            changed |= self.foresee();
             self.show_need();
             self.tally.owes(-i64::from(self.snapshot.free));
             if !changed {

@@ -144,6 +144,22 @@ impl Observed {
         ends.iter().copied().filter(|end| *end > decided).min()
     }
 
+    /// As [`policy::turn_comes`].
+    pub fn turn_comes(&self, slot: SlotIndex) -> Option<Nanos> {
+        self.order().turn_comes(slot)
+    }
+
+    /// A client that is idle says when it will be back, ns; 0 if it does not know. True if it has said something else before.
+    pub fn foresees(&mut self, slot: SlotIndex, at: Nanos) -> bool {
+        let view = &mut self.snapshot.slots[slot.get()];
+        let changed = std::mem::replace(&mut view.returns_at, at) != at;
+        if changed {
+            // Nobody's place and no slice depends on that.
+            self.of_memory = OfMemory::default();
+        }
+        changed
+    }
+
     /// As [`policy::evict_share`].
     pub fn evict_share(&self, slot: SlotIndex) -> Granules {
         self.of_memory.evict_shares.get_or_init(|| self.order().evict_shares())[slot.get()]

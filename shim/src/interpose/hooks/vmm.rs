@@ -7,8 +7,10 @@ use crate::cuda::abi::*;
 use crate::interpose::driver_calls;
 use crate::memory::mappings::{self, Verdict};
 use crate::memory::{devices, stale_objects};
+use crate::process::membership;
 use crate::submit::pass;
 use std::ffi::c_void;
+use std::os::fd::RawFd;
 
 /// Whether a range overlaps allocations, whose mappings belong to nvshare. Like the driver, nvshare refuses to change
 /// mappings of allocations.
@@ -252,8 +254,30 @@ pub unsafe fn cuMemExportToShareableHandle(
     flags: u64,
 ) -> CuResult {
     // SAFETY: the caller's arguments, and the handle behind its own.
-    handing_on(handle, kind, |handle| unsafe {
+    let result = handing_on(handle, kind, |handle| unsafe {
         driver_calls::cuMemExportToShareableHandle(shareable, handle, kind, flags)
+    });
+    if result.is_success() && kind == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR {
+        // SAFETY: for this kind of handle the driver has just written an int there.
+        membership::exported(unsafe { shareable.cast::<RawFd>().read() });
+    }
+    result
+}
+
+/// Whoever has imported memory of another process, and has memory of its own imported by that one, may wait for its work.
+pub unsafe fn cuMemImportFromShareableHandle(
+    handle: *mut CUmemGenericAllocationHandle,
+    shareable: *mut c_void,
+    kind: u32,
+) -> CuResult {
+    guarded(|| {
+        // SAFETY: the caller's arguments.
+        let result = unsafe { driver_calls::cuMemImportFromShareableHandle(handle, shareable, kind) };
+        if result.is_success() && kind == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR {
+            // The descriptor travels in the place of a pointer.
+            membership::imported(shareable as usize as RawFd);
+        }
+        result
     })
 }
 

@@ -214,7 +214,7 @@ impl Swap {
             return Ok(false);
         }
         let (keys, stream) = (self.keys(), self.stream);
-        let found = match self.fingerprints.ready(&self.device) {
+        let found = match self.fingerprints.ready() {
             Some(scanner) => {
                 let scan = scanner.scan(&taken, stream, keys)?;
                 scanner.finish(scan)?.into_iter().map(Some).collect()

@@ -2,8 +2,14 @@
 //! with one. Rights are `CUmemAccess_flags`: 0 for none, 1 to read, 3 to read and write.
 
 use super::{Answer, Caller, Code, DevicePointer, driver};
+use nix::sys::socket::MsgFlags;
+use nvshare::scm_rights;
 use nvshare_tools::Failure;
 use std::ffi::{c_int, c_uint, c_void};
+use std::fmt::Display;
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Barrier;
 
 /// `CUmemGenericAllocationHandle`.
@@ -31,6 +37,15 @@ struct Prop {
     location: Location,
     win32: usize,
     flags: [u8; 8],
+}
+
+fn failed(error: impl Display) -> Failure {
+    Failure::with_status(1, error.to_string())
+}
+
+/// The socket to which descriptors for a process are sent.
+fn mailbox(pid: u64) -> Result<SocketAddr, Failure> {
+    SocketAddr::from_abstract_name(format!("nvshare-test-calls-{pid}")).map_err(failed)
 }
 
 impl Prop {
@@ -167,6 +182,29 @@ impl Caller {
                 // SAFETY: as said; the descriptor travels in the place of a pointer.
                 let code = unsafe { import(&mut object, *descriptor as usize, FILE_DESCRIPTOR) };
                 (code, object.to_string())
+            }
+            // Descriptors are passed as applications do it: over a socket, which is named after the process that receives them.
+            ("mailbox", []) => {
+                let pid = std::process::id();
+                if self.mailbox.is_none() {
+                    self.mailbox = Some(UnixDatagram::bind_addr(&mailbox(pid.into())?).map_err(failed)?);
+                }
+                (0, pid.to_string())
+            }
+            ("post", [descriptor, pid]) => {
+                let socket = UnixDatagram::unbound().map_err(failed)?;
+                socket.connect_addr(&mailbox(*pid)?).map_err(failed)?;
+                // SAFETY: the test says that it is a descriptor of this process, and this program closes none.
+                let descriptor = unsafe { BorrowedFd::borrow_raw(*descriptor as RawFd) };
+                scm_rights::send(socket.as_fd(), b"memory", &[descriptor]).map_err(failed)?;
+                (0, String::new())
+            }
+            ("collect", []) => {
+                let mailbox = self.mailbox.as_ref().ok_or_else(|| Failure::usage("there is no mailbox"))?;
+                let (_, mut sent) =
+                    scm_rights::receive(mailbox.as_fd(), 16, MsgFlags::empty()).map_err(failed)?;
+                let descriptor = sent.pop().ok_or_else(|| Failure::usage("no descriptor came"))?;
+                (0, descriptor.into_raw_fd().to_string())
             }
             _ => return Ok(None),
         };
