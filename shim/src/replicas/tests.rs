@@ -281,6 +281,7 @@ fn nonsense_closes_the_connection_and_leaves_nothing_open() {
         (id, Message::Done.encode(), "the same"),
     ] {
         let (mut reader, writer) = memory();
+        assert_eq!(says(&page, &taker, greeting, &bytes, &[]), b"", "{why}, without memory");
         assert_eq!(says(&page, &taker, greeting, &bytes, &[&writer]), b"", "{why}");
         drop(writer);
         assert_eq!(reader.read(&mut [0]).unwrap(), 0, "{why}: its memory stays open");

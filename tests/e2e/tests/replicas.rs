@@ -310,6 +310,12 @@ fn a_child_keeps_nothing_of_what_was_handed_over() {
     let model = model();
     let [mut one, mut other] = two(&node, [OF_A_GROUP; 2]);
     one.application.does("fork");
+    let sockets = inodes(&one);
+    let pid = one.application.pid();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let child: i32 = children.trim().parse().unwrap();
+    assert!(has_one_of(pid.as_raw(), &sockets), "the parent has none of {sockets:?}");
+    TIMEOUT.until("the child has closed its copies", || !has_one_of(child, &sockets));
     other.sees(&model);
     one.sees(&model);
     one.application.kill();
@@ -328,6 +334,21 @@ fn sockets(replica: &Replica) -> Vec<String> {
     let of_process = |name: &&str| name.starts_with("nvshare-replica-") && name.contains(&pid);
     // Once for the listener, and once for each connection.
     names.filter(of_process).map(str::to_owned).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// The inodes of the sockets with these names: the listener's, and those of connections to it.
+fn inodes(replica: &Replica) -> Vec<String> {
+    let names = sockets(replica);
+    let all = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let ours = all.lines().filter(|line| names.iter().any(|name| line.ends_with(name)));
+    ours.map(|line| format!("socket:[{}]", line.split_whitespace().nth(6).unwrap())).collect()
+}
+
+/// Whether a process has one of some sockets open.
+fn has_one_of(pid: i32, sockets: &[String]) -> bool {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    fds.filter_map(|fd| std::fs::read_link(fd.path()).ok())
+        .any(|link| sockets.iter().any(|socket| link.to_str() == Some(socket)))
 }
 
 fn connected(name: &str) -> OwnedFd {
