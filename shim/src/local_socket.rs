@@ -11,9 +11,9 @@ use nix::sys::socket::{
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
-/// As many as a process has in the worst case: 128 peers for CUDA IPC, and for replicas 48 each way and the memory under way. Those
-/// beyond are not closed in a child.
-const MOST: usize = 1024;
+/// As many as a process has in the worst case: 128 peers for CUDA IPC, for replicas 48 each way and the memory under way, and half of
+/// all for memory that came from replicas (128 GiB). Those beyond are not closed in a child.
+pub const MOST: usize = 4096;
 
 /// The descriptors of this process that a forked child closes. Without a lock, because in a forked child it might be held forever.
 static SOCKETS: [AtomicI32; MOST] = [const { AtomicI32::new(NONE) }; MOST];

@@ -190,7 +190,7 @@ impl Lender for Exports {
             .skip(from as usize)
             .take(most)
             .map(|chunk| match chunk.backing {
-                Backing::Device(handle) => Ok((device.driver.mem_export(handle)?, chunk.size)),
+                Backing::Device(handle) => Ok((device.imported.export(device.driver, handle)?, chunk.size)),
                 // It stays on the GPU, so this happens only if the client has failed.
                 _ => Err(CuResult::INVALID_VALUE),
             })

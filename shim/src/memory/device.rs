@@ -4,6 +4,7 @@ use crate::cuda::abi::*;
 use crate::cuda::driver::Driver;
 use crate::memory::engine_context::{DriverPinner, EngineContext, Successor};
 use crate::memory::host::HostPool;
+use crate::memory::imported::Imported;
 use crate::memory::map::Memory;
 use crate::replicas::Group;
 use crate::submit::drain::Streams;
@@ -39,6 +40,8 @@ pub struct Device {
     pub(super) oversubscribe: bool,
     /// The context that the engine works in.
     pub engine_context: EngineContext,
+    /// The descriptors of memory that came from other processes.
+    pub imported: Imported,
     /// The group of replicas that the client is a member of, if it is one.
     pub replicas: OnceLock<Arc<Group>>,
 }
@@ -67,6 +70,7 @@ impl Device {
             engine_context: EngineContext::new(pinner),
             streams: Arc::default(),
             memory: Mutex::default(),
+            imported: Imported::default(),
             replicas: OnceLock::new(),
         }
     }

@@ -18,6 +18,8 @@ pub enum SwapError {
     Gpu(String),
     /// The engine must do something else first: its context is being destroyed, or the process has failed.
     Interrupted,
+    /// The client has work in flight, and what is to be done must wait for its end.
+    InFlight,
     /// The engine panicked, because of a bug in nvshare or because the kernel refused something: the panic's message.
     Panic(String),
 }
@@ -29,6 +31,7 @@ impl std::fmt::Display for SwapError {
             Self::Host(why) => write!(out, "no host memory: {why}"),
             Self::Gpu(why) => write!(out, "no memory on the GPU: {why}"),
             Self::Interrupted => write!(out, "interrupted"),
+            Self::InFlight => write!(out, "work is in flight"),
             Self::Panic(why) => write!(out, "nvshare's engine has panicked, {why}"),
         }
     }
@@ -51,7 +54,7 @@ impl SwapError {
         match self {
             Self::Driver { result, .. } => *result,
             Self::Host(_) | Self::Gpu(_) => CuResult::OUT_OF_MEMORY,
-            Self::Interrupted | Self::Panic(_) => CuResult::UNKNOWN,
+            Self::Interrupted | Self::InFlight | Self::Panic(_) => CuResult::UNKNOWN,
         }
     }
 

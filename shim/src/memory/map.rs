@@ -23,6 +23,7 @@ use crate::memory::index::{Index, Keys};
 use crate::memory::region::{
     Backing, Chunk, ChunkMapping, HostCopy, InUse, Kind, Object, Region, Seen, View,
 };
+use crate::memory::scan::SLOTS;
 use crate::memory::spares::Spares;
 use crate::replicas::{Digest, MOST_OFFERED};
 use nvshare::units::{GRANULE, Granules};
@@ -699,17 +700,22 @@ impl Memory {
         }
     }
 
-    /// Takes the chunk that begins at an address and marks it as moving, if its granules in use have other fingerprints now than the
-    /// copy that is kept of it, or if `now` is not known: its memory, and that copy.
+    /// Takes the chunk that begins at an address and marks it as moving, if its contents are not those of the copy that is kept of it,
+    /// or are not known: its memory, and that copy. `now` is what scans have found: the granules that are not all zero, one bit for
+    /// each, and fingerprints.
     pub fn take_wrong(
         &mut self,
         address: CUdeviceptr,
-        now: Option<&Fingerprints>,
+        now: Option<(u32, &Fingerprints)>,
     ) -> Option<(ChunkMapping, CUmemGenericAllocationHandle, HostCopy)> {
         let (region, at) = self.chunk(address)?;
         let (chunk, kept) = (&region.chunks[at], region.chunks[at].kept.as_ref()?);
-        let seen = now.map(|now| Seen { in_use: kept.in_use, fingerprints: Some(Arc::new(*now)) });
-        let is_right = seen.is_some_and(|seen| kept.changed(&seen, chunk.granules()) == Some(0));
+        let is_right = now.is_some_and(|(not_zero, fingerprints)| {
+            // What the copy has no place for is zero.
+            let beyond = (0..SLOTS as u64).any(|at| not_zero & 1 << at != 0 && !kept.in_use.has(at));
+            let seen = Seen { in_use: kept.in_use, fingerprints: Some(Arc::new(*fingerprints)) };
+            !beyond && kept.changed(&seen, chunk.granules()) == Some(0)
+        });
         if is_right || !matches!(chunk.backing, Backing::Device(_)) {
             return None;
         }

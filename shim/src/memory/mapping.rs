@@ -104,6 +104,7 @@ impl Device {
 
     /// Releases a chunk's memory, which is mapped no more.
     pub fn release_unmapped(&self, place: &ChunkMapping, handle: CUmemGenericAllocationHandle) {
+        self.imported.forget(handle);
         self.report(place, self.driver.mem_release(handle));
     }
 

@@ -6,6 +6,7 @@
 //! | [`devices`] | all of them, and the contexts on each |
 //! | [`map`], [`region`], `index`, `gaps` | what is allocated, and where each chunk's bytes are; these never call the driver |
 //! | [`allocate`], [`free`] | cuMemAlloc and cuMemFree |
+//! | [`imported`] | the descriptors of memory that came from another process |
 //! | [`keep_freed`], [`spares`] | memory that was freed a moment ago, for the next allocation |
 //! | [`mapping`] | physical memory of chunks: creating and mapping it |
 //! | [`vmm`], [`mappings`], [`stale_objects`] | memory that the application maps itself (cuMemCreate, cuMemMap) |
@@ -33,6 +34,7 @@ pub mod fingerprint;
 pub mod free;
 mod gaps;
 pub mod host;
+pub mod imported;
 mod index;
 pub mod keep_freed;
 pub mod map;

@@ -57,7 +57,7 @@ impl InUse {
     }
 
     /// Whether a granule is one of them. `Granules` knows the first 32 only.
-    fn has(self, granule: u64) -> bool {
+    pub(super) fn has(self, granule: u64) -> bool {
         match self {
             Self::All => true,
             Self::Granules(bits) => granule < 32 && bits >> granule & 1 == 1,

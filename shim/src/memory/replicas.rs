@@ -62,6 +62,7 @@ impl Taker for Lacking {
         if !device.books.admitted() {
             return Vec::new();
         }
+        let offered = &offered[..offered.len().min(device.imported.room())];
         device.memory().promise(offered, most)
     }
 

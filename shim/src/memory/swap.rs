@@ -493,18 +493,29 @@ impl Swap {
     /// Chooses the chunks to fill in host memory because the GPU has no room for them; returns how many granules.
     ///
     /// # Errors
-    /// The host has not enough memory.
-    fn spill(&self) -> Result<Granules, SwapError> {
+    /// The host has not enough memory; or work is in flight, and there may be enough when it is done ([`HostPool::spare`]).
+    ///
+    /// [`HostPool::spare`]: crate::memory::host::HostPool::spare
+    fn spill(&mut self) -> Result<Granules, SwapError> {
         let shortage = self.shortage();
         let mut memory = self.device.memory();
         let spilled = memory.spill(shortage);
         drop(memory);
         if spilled > 0 {
             let bytes = bytes_of(spilled);
-            let spare = || self.device.host.spare(bytes, self.quiet);
-            let spared =
-                spare().or_else(|error| if self.give_up_copies(u64::MAX) { spare() } else { Err(error) });
-            spared.map_err(|error| SwapError::Host(error.to_string()))?;
+            if let Err(error) = self.device.host.spare(bytes, self.quiet) {
+                if !self.quiet && self.device.host.capacity() > 0 {
+                    return Err(SwapError::InFlight);
+                }
+                // With the copies goes what memory from replicas is compared with.
+                self.drop_what_is_wrong()?;
+                let spared = if self.give_up_copies(u64::MAX) {
+                    self.device.host.spare(bytes, self.quiet)
+                } else {
+                    Err(error)
+                };
+                spared.map_err(|error| SwapError::Host(error.to_string()))?;
+            }
             tracing::info!(
                 gpu = %self.device.gpu,
                 "this process needs {} more than the GPU has left for it: it uses as much host memory over the link, which is slower",

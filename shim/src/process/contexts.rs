@@ -76,7 +76,8 @@ pub fn end(
 ) -> CuResult {
     let Some((device, successor)) = devices::ending(context) else { return call() };
     // Before the engine leaves: it unloads modules and unregisters host memory, for which the driver would wait with a lock that keeps
-    // other threads' calls out, and the context's work may be waiting for one of these.
+    // other threads' calls out, and the context's work may be waiting for one of these. Beside an open capture nobody can ask whether
+    // the work is done; the driver ends the capture with the context.
     let idle = await_context(&device, context);
     device.leave_context(context, successor);
     let parted = device.streams.part(context, !idle);

@@ -183,6 +183,8 @@ impl Engine {
                     self.give_way(true);
                 }
                 Err(SwapError::Interrupted) => {}
+                Err(SwapError::InFlight) if self.client.has_work() => self.give_way(true),
+                Err(SwapError::InFlight) => self.swap.quiet = true,
                 Err(SwapError::Host(why) | SwapError::Gpu(why)) => self.no_memory(&why),
                 Err(error) => return Err(error),
             }

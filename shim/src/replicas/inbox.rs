@@ -17,7 +17,8 @@ use std::time::Duration;
 /// How long something waits in it before it is dropped, ns.
 pub const KEPT_FOR: Nanos = 1_000 * MILLISECOND;
 
-/// The memory of a chunk that another replica has handed over. When it is dropped, taken or not, the giver is told.
+/// The memory of a chunk that another replica has handed over. When it is dropped, taken or not, the giver is told, after the
+/// descriptor was closed.
 #[derive(Debug)]
 pub struct Handed {
     /// The descriptor of the memory.
@@ -28,16 +29,20 @@ pub struct Handed {
     pub size: u64,
     /// What it holds, as the giver says.
     pub digest: super::Digest,
-    /// The connection to the giver.
-    pub(super) giver: Arc<Socket>,
     /// When it came, ns.
     pub(super) since: Nanos,
+    /// Tells the giver. The last field, because fields are dropped in their order.
+    pub(super) _giver: Giver,
 }
 
-impl Drop for Handed {
+/// The connection to the giver of a chunk, which is told when this is dropped.
+#[derive(Debug)]
+pub(super) struct Giver(pub(super) Arc<Socket>);
+
+impl Drop for Giver {
     fn drop(&mut self) {
         // Its queue has room for as many answers as it has chunks under way; if it is gone, nobody needs the answer.
-        let _ = send_with(self.giver.as_fd(), &Message::Done.encode(), &[], MsgFlags::MSG_DONTWAIT);
+        let _ = send_with(self.0.as_fd(), &Message::Done.encode(), &[], MsgFlags::MSG_DONTWAIT);
     }
 }
 

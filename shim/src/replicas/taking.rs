@@ -7,7 +7,7 @@
 
 use crate::local_socket::{self, Socket, peer};
 use crate::replicas::group::Serving;
-use crate::replicas::inbox::Handed;
+use crate::replicas::inbox::{Giver, Handed};
 use crate::replicas::message::{Digest, MOST_BYTES, Message};
 use crate::replicas::{Group, MOST_UNDER_WAY, socket_name};
 use nix::errno::Errno;
@@ -272,12 +272,12 @@ fn hear(peer: &mut Peer, group: &Group, taker: &impl Taker, nuisances: &mut Nuis
             Some(true)
         }
         (Some(Message::Here(place, size)), Some(memory), true) => {
-            // Each that is under way holds the socket.
-            let few = Arc::strong_count(&peer.socket) <= MOST_UNDER_WAY;
+            // Each that is under way holds the socket; so does, for a moment, one for which the giver has just been told that it is done.
+            let few = Arc::strong_count(&peer.socket) <= MOST_UNDER_WAY + 1;
             let promised = if few { peer.promised.remove(&place) } else { None };
             promised.map(|(address, digest)| {
-                let (memory, giver, since) = (Socket::new(memory), peer.socket.clone(), now());
-                group.inbox.push(Handed { memory, address, size, digest, giver, since });
+                let (memory, _giver, since) = (Socket::new(memory), Giver(peer.socket.clone()), now());
+                group.inbox.push(Handed { memory, address, size, digest, since, _giver });
                 true
             })
         }

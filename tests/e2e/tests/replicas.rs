@@ -112,6 +112,28 @@ fn what_a_replica_has_on_the_gpu_is_never_copied_in() {
     balances(&node);
 }
 
+/// The driver does not export memory that was imported.
+#[test]
+fn memory_that_came_from_a_replica_can_be_opened_by_others() {
+    let gpu = quick_gpu();
+    let node = node(&gpu);
+    let mut replicas = two(&node, [OF_A_GROUP; 2]);
+    replicas[0].sees(&model());
+    assert!(replicas[0].moved(&node).taken > 0);
+    let mut user = Application::ready(&node);
+    for at in 0..replicas[0].pieces.len() {
+        let piece = replicas[0].pieces[at];
+        let opened = user.open(&replicas[0].application.export(piece));
+        user.sees(opened, PIECE, model()[at]);
+        user.close(opened);
+    }
+    user.ends_well();
+    for replica in replicas {
+        replica.application.ends_well();
+    }
+    balances(&node);
+}
+
 /// Two replicas that have each been out, so that each has a copy in host memory of all that was.
 fn two(node: &Node, groups: [&[(&str, &str)]; 2]) -> [Replica; 2] {
     let model = model();

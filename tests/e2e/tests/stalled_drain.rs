@@ -88,26 +88,34 @@ fn competitor(node: &Node) -> Program {
 }
 
 fn quick_node(gpu: &SimulatedGpu) -> Node {
-    let arguments = ["--capacity", "64MiB", "--quantum", "10ms"].map(str::to_owned);
+    node_with_quantum(gpu, "10ms")
+}
+
+fn node_with_quantum(gpu: &SimulatedGpu, quantum: &str) -> Node {
+    let arguments = ["--capacity", "64MiB", "--quantum", quantum].map(str::to_owned);
     Node::start(gpu.environment(&[]), &arguments).unwrap()
+}
+
+#[track_caller]
+fn both_go_on(case: &str, gpu: &SimulatedGpu) {
+    both_go_on_at(case, &quick_node(gpu));
 }
 
 /// Both go on, and a drain came in the middle of it.
 #[track_caller]
-fn both_go_on(case: &str, gpu: &SimulatedGpu) {
-    let node = quick_node(gpu);
+fn both_go_on_at(case: &str, node: &Node) {
     let mut command = Command::new(program("entangled"));
     let entangled = Program::ready(command.args([case, kernels()]), node.environment());
-    let mut competitor = competitor(&node);
+    let mut competitor = competitor(node);
     let (mut retries, mut stalls) = (0, 0);
     TIMEOUT.until(&format!("{case}: the competitor has had its turns"), || {
-        let clients = clients(&node, &entangled);
+        let clients = clients(node, &entangled);
         retries = clients.iter().map(|client| client.drain_retries).sum::<u64>().max(retries);
         stalls = clients.iter().map(|client| client.stalls).sum::<u64>().max(stalls);
         if competitor.has_ended() && retries == 0 {
             // Its turns came at moments when nothing waited for a thread.
             assert!(competitor.0.wait().unwrap().success());
-            competitor = self::competitor(&node);
+            competitor = self::competitor(node);
         }
         competitor.has_ended()
     });
@@ -151,11 +159,15 @@ fn two_gpus() -> SimulatedGpu {
     gpu_with(&[("GPUS", "2"), ("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB")])
 }
 
-/// The driver must compile the kernels that scan memory. To load one, it waits for the resident kernel, and keeps the copy out that feeds
-/// it.
+/// While its slice lasts, a client finds out how much of its memory is in use, with a kernel of nvshare's. To load that, the driver
+/// waits for the resident kernel, and keeps the copy out that feeds it. Its code is at hand, or the driver must compile it.
 #[test]
-fn a_resident_kernel_beside_scan_kernels_that_must_be_compiled() {
-    both_go_on("copy", &gpu_with(&[("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("REFUSES_CODE", "1")]));
+fn a_resident_kernel_beside_the_kernel_that_scans_memory() {
+    for refuses_code in ["0", "1"] {
+        let gpu =
+            gpu_with(&[("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("REFUSES_CODE", refuses_code)]);
+        both_go_on_at("copy", &node_with_quantum(&gpu, "300ms"));
+    }
 }
 
 /// One process launches its part on one GPU, and not yet on the other.

@@ -669,11 +669,15 @@ fn memory_from_a_replica_is_for_the_chunk_that_it_was_promised_for() {
     assert!(memory.take_handed(bases[0], size, right).is_none(), "it is there");
     // What has come holds what the copy holds, or is taken away again.
     let found = |contents: &[u64]| *look(contents).fingerprints.unwrap();
-    assert!(memory.take_wrong(bases[0], Some(&found(&[1, 2, 3, 4]))).is_none());
-    let (place, handle, copy) = memory.take_wrong(bases[0], Some(&found(&[1, 2, 3, 5]))).unwrap();
+    assert!(memory.take_wrong(bases[0], Some((0b1111, &found(&[1, 2, 3, 4])))).is_none());
+    let (place, handle, copy) = memory.take_wrong(bases[0], Some((0b1111, &found(&[1, 2, 3, 5])))).unwrap();
     assert_eq!((place.address, handle), (bases[0], 1));
     memory.settle_kept(bases[0], 2, copy);
-    assert!(memory.take_wrong(bases[0], None).is_some(), "nor is it believed unseen");
+    let (_, _, copy) = memory.take_wrong(bases[0], None).expect("nor is it believed unseen");
+    // The copy has no place for the last granule, which is zero.
+    memory.settle_kept(bases[0], 3, HostCopy { in_use: InUse::Granules(0b0111), ..copy });
+    assert!(memory.take_wrong(bases[0], Some((0b0011, &found(&[1, 2, 3, 4])))).is_none());
+    assert!(memory.take_wrong(bases[0], Some((0b1011, &found(&[1, 2, 3, 4])))).is_some());
 }
 
 #[test]

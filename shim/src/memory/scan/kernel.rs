@@ -35,6 +35,8 @@ impl<E: Entry> Kernel<E> {
         let Some(code) = Self::code(device) else { return };
         match Scanner::new(device.driver, code) {
             Ok(scanner) => *self = Self::Ready(scanner),
+            // The GPU is full. It is tried again the next time.
+            Err(error) if error.is_out_of_memory() => {}
             // Perhaps the driver is too old for this code. Its own compiler makes code that it takes.
             Err(error) => {
                 tracing::debug!(gpu = %device.gpu, "the driver does not load the code of {}, so it is compiled: {error}", Self::name());
@@ -73,6 +75,7 @@ impl<E: Entry> Kernel<E> {
         if let Self::Compiling(compiling) = self {
             match compiling.look()?.and_then(|code| Scanner::new(device.driver, &code)) {
                 Ok(scanner) => *self = Self::Ready(scanner),
+                Err(error) if error.is_out_of_memory() => *self = Self::NotTried,
                 Err(error) => self.unavailable(device, &error),
             }
         }

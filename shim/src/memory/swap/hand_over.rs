@@ -8,6 +8,7 @@ use super::Swap;
 use crate::cuda::abi::{CUdeviceptr, CUmemGenericAllocationHandle};
 use crate::local_socket::Socket;
 use crate::memory::error::{SwapError, driver_said};
+use crate::memory::fingerprint::Fingerprints;
 use crate::memory::region::{Backing, ChunkMapping};
 use crate::replicas::MOST_OFFERED;
 use crate::replicas::giving::PATIENCE;
@@ -75,7 +76,7 @@ impl Swap {
             self.handing.remove(&place.address);
             return None;
         }
-        match self.device.driver.mem_export(handle) {
+        match self.device.imported.export(self.device.driver, handle) {
             Ok(memory) => Some(Socket::new(memory)),
             Err(result) => {
                 self.handing.remove(&place.address);
@@ -159,9 +160,10 @@ impl Swap {
             self.device.memory().settle(address, Backing::Evicted(copy));
             return self.device.memory().unpromise(&[address]);
         }
-        let mapped = self.device.driver.mem_import(handed.memory.as_fd());
+        let mapped = self.device.imported.import(self.device.driver, handed.memory.as_fd());
         let mapped = mapped.map_err(driver_said("cuMemImportFromShareableHandle")).and_then(|handle| {
             self.device.map_at(&place, handle).map(|()| handle).inspect_err(|_| {
+                self.device.imported.forget(handle);
                 let _ = self.device.driver.mem_release(handle);
             })
         });
@@ -203,8 +205,8 @@ impl Swap {
     }
 
     /// Looks at what has come from replicas in this fill: memory with other contents than the copy in host memory is dropped, to be copied
-    /// from there. Then this client hands and takes nothing any more, because one of the group is not what it says. True if there was
-    /// such memory.
+    /// from there. Then this client hands and takes nothing any more, because one of the group is not what it says. What cannot be
+    /// looked at is copied too, and nobody is blamed. True if memory was dropped.
     ///
     /// # Errors
     /// The driver's: the context is broken.
@@ -213,29 +215,23 @@ impl Swap {
         if taken.is_empty() {
             return Ok(false);
         }
-        let (keys, stream) = (self.keys(), self.stream);
-        let found = match self.fingerprints.ready() {
-            Some(scanner) => {
-                let scan = scanner.scan(&taken, stream, keys)?;
-                scanner.finish(scan)?.into_iter().map(Some).collect()
-            }
-            None => vec![None; taken.len()],
-        };
-        let mut wrong = 0;
-        for ((address, size), found) in taken.into_iter().zip(found) {
-            let dropped = self.device.memory().take_wrong(address, found.as_ref());
-            if let Some((place, handle, copy)) = dropped {
+        let found = self.look_at(&taken)?;
+        let mut dropped = 0;
+        for (at, (address, size)) in taken.into_iter().enumerate() {
+            let now = found.as_ref().map(|(not_zero, fingerprints)| (not_zero[at], &fingerprints[at]));
+            let wrong = self.device.memory().take_wrong(address, now);
+            if let Some((place, handle, copy)) = wrong {
                 self.device.release(&place, handle);
                 self.device.memory().settle(address, Backing::Evicted(copy));
                 self.device.books.give(place.granules());
-                wrong += size;
+                dropped += size;
             }
         }
-        if wrong > 0 {
+        if dropped > 0 && found.is_some() {
             tracing::error!(
                 gpu = %self.device.gpu,
                 "{} of GPU memory that replicas have handed over hold something else than they said, and are copied from host memory: this process has no replicas from now on. If all processes with this NVSHARE_REPLICAS run the same release of nvshare, report this as a bug",
-                format_size(wrong)
+                format_size(dropped)
             );
             self.device.leave_replicas();
             // It takes fingerprints with a key of its own from now on.
@@ -243,7 +239,27 @@ impl Swap {
             let copies = self.device.memory().forget_fingerprints();
             self.free_copies(copies);
         }
-        Ok(wrong > 0)
+        Ok(dropped > 0)
+    }
+
+    /// What chunks hold: the granules that are not all zero, and fingerprints. `None` if that cannot be found out: a kernel is not loaded, or
+    /// there is no memory for its table.
+    ///
+    /// # Errors
+    /// The driver's: the context is broken.
+    fn look_at(
+        &mut self,
+        chunks: &[(CUdeviceptr, u64)],
+    ) -> Result<Option<(Vec<u32>, Vec<Fingerprints>)>, SwapError> {
+        let (keys, stream) = (self.keys(), self.stream);
+        let (Some(zeros), Some(prints)) = (self.zero_scan.ready(), self.fingerprints.ready()) else {
+            return Ok(None);
+        };
+        let Ok(zero_scan) = zeros.scan(chunks, stream, [0; 2]) else { return Ok(None) };
+        let fingerprints = prints.scan(chunks, stream, keys);
+        let not_zero = zeros.finish(zero_scan)?;
+        let Ok(fingerprints) = fingerprints else { return Ok(None) };
+        Ok(Some((not_zero, prints.finish(fingerprints)?)))
     }
 
     /// The fill has ended, in whatever way.

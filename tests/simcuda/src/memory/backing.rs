@@ -100,6 +100,8 @@ pub struct Physical {
     pub location: MemLocation,
     /// `CUmemAllocationHandleType`s by which it can be exported.
     pub handle_types: u32,
+    /// It came from another process.
+    pub imported: bool,
     /// The account of its GPU, if it is on one.
     ledger: Option<&'static Ledger>,
     /// The process's part in it, if others may have one too. Until then, this process pays.
@@ -132,7 +134,9 @@ impl Physical {
         }
         let hold = Mutex::default();
         match extent() {
-            Ok(extent) => Ok(Physical { extent, handle, location, handle_types, ledger, hold }),
+            Ok(extent) => {
+                Ok(Physical { extent, handle, location, handle_types, imported: false, ledger, hold })
+            }
             Err(error) => {
                 ledger.inspect(|ledger| ledger.give(Kind::Allocation, size));
                 Err(error)
@@ -149,7 +153,7 @@ impl Physical {
         hold: Option<Hold>,
     ) -> Physical {
         let ledger = hold.as_ref().map(Hold::ledger);
-        Physical { extent, handle, location, handle_types, ledger, hold: Mutex::new(hold) }
+        Physical { extent, handle, location, handle_types, imported: true, ledger, hold: Mutex::new(hold) }
     }
 
     pub fn size(&self) -> u64 {

@@ -168,8 +168,11 @@ fn duplicate(fd: i32) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-/// A descriptor of the caller's own for exportable memory.
+/// A descriptor of the caller's own for exportable memory. Who has imported it cannot export it again, as on an H200.
 pub fn export(driver: &Driver, physical: &Physical) -> Result<OwnedFd> {
+    if physical.imported {
+        return Err(Error::INVALID_VALUE);
+    }
     if let Some(share) = physical.share()? {
         let (location, handle_types) = (physical.location, physical.handle_types);
         Label { size: physical.size(), location, handle_types, share }.write(driver, physical.extent.fd())?;
@@ -205,7 +208,8 @@ pub fn import(driver: &'static Driver, fd: i32, handle: Handle) -> Result<Physic
     if let Some(hold) = Hold::join(ledger, label.share) {
         return Ok(Physical::joined(extent, handle, location, types, Some(hold)));
     }
-    let physical = Physical::charged(handle, location, types, Some(ledger), label.size, || Ok(extent))?;
+    let mut physical = Physical::charged(handle, location, types, Some(ledger), label.size, || Ok(extent))?;
+    physical.imported = true;
     if let Some(share) = physical.share()? {
         label.share = share;
         label.write(driver, fd)?;
