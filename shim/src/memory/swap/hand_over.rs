@@ -218,7 +218,7 @@ impl Swap {
         let found = self.look_at(&taken)?;
         let mut dropped = 0;
         for (at, (address, size)) in taken.into_iter().enumerate() {
-            let now = found.as_ref().map(|(not_zero, fingerprints)| (not_zero[at], &fingerprints[at]));
+            let now = found.as_ref().map(|found| (found[at].0, &found[at].1));
             let wrong = self.device.memory().take_wrong(address, now);
             if let Some((place, handle, copy)) = wrong {
                 self.device.release(&place, handle);
@@ -250,7 +250,7 @@ impl Swap {
     fn look_at(
         &mut self,
         chunks: &[(CUdeviceptr, u64)],
-    ) -> Result<Option<(Vec<u32>, Vec<Fingerprints>)>, SwapError> {
+    ) -> Result<Option<Vec<(u32, Fingerprints)>>, SwapError> {
         let (keys, stream) = (self.keys(), self.stream);
         let (Some(zeros), Some(prints)) = (self.zero_scan.ready(), self.fingerprints.ready()) else {
             return Ok(None);
@@ -259,7 +259,7 @@ impl Swap {
         let fingerprints = prints.scan(chunks, stream, keys);
         let not_zero = zeros.finish(zero_scan)?;
         let Ok(fingerprints) = fingerprints else { return Ok(None) };
-        Ok(Some((not_zero, prints.finish(fingerprints)?)))
+        Ok(Some(not_zero.into_iter().zip(prints.finish(fingerprints)?).collect()))
     }
 
     /// The fill has ended, in whatever way.
