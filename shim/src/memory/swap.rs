@@ -157,6 +157,10 @@ pub struct Swap {
     handing: BTreeMap<CUdeviceptr, Wanted>,
     /// During a fill: the chunks whose memory has come from a replica, and their bytes.
     taken: Vec<(CUdeviceptr, u64)>,
+    /// During a fill: when the first of them came, ns, and how many bytes came.
+    arrivals: Option<(Nanos, u64)>,
+    /// How long the last fill took, ns, if more of it came from replicas than over the link.
+    taken_over_in: Option<Nanos>,
 }
 
 impl Swap {
@@ -170,6 +174,8 @@ impl Swap {
             giving: device.replicas.get().cloned().map(Giving::new),
             handing: BTreeMap::new(),
             taken: Vec::new(),
+            arrivals: None,
+            taken_over_in: None,
             device,
             stream,
             events,
@@ -523,6 +529,12 @@ impl Swap {
             );
         }
         Ok(spilled)
+    }
+
+    /// How long the switch to a client takes, ns, that the policy takes to last `reckoned` because of its bytes. What replicas hand over
+    /// does not come over the link: then it takes as long as the last one.
+    pub fn switch_time(&self, reckoned: Nanos) -> Nanos {
+        self.taken_over_in.map_or(reckoned, |took| took.min(reckoned))
     }
 
     /// Whether the engine is called to another task.
@@ -962,6 +974,10 @@ impl Runtime for Swap {
         self.load_kernels();
         let (filled, moved, took) = self.moving(Self::fill_all);
         self.end_taking();
+        let taken = self.arrivals.take();
+        if moved > 0 || taken.is_some() {
+            self.taken_over_in = taken.filter(|(_, bytes)| *bytes > moved).map(|(since, _)| now() - since);
+        }
         // Only the time of the copies counts, not the time waiting for another client to evict.
         self.device.books.copied(Direction::In, moved, self.copying);
         if moved > 0 {

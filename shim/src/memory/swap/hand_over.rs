@@ -172,6 +172,7 @@ impl Swap {
                 self.device.books.taken_over(size);
                 self.device.memory().settle_kept(address, handle, copy);
                 self.taken.push((address, size));
+                self.arrivals.get_or_insert((now(), 0)).1 += size;
             }
             Err(error) => {
                 let mut memory = self.device.memory();

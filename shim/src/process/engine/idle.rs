@@ -187,7 +187,7 @@ impl Engine {
         let since = self.idle.paused.map_or(time, |pause| pause.since);
         // Of one that began unseen nobody knows how long it has lasted.
         let kept = if self.idle.watched || needed.is_none() {
-            self.idle.pauses.worth_waiting(needed.unwrap_or(self.idle.long))
+            self.idle.pauses.worth_waiting(self.swap.switch_time(needed.unwrap_or(self.idle.long)))
         } else {
             0
         };
@@ -231,7 +231,8 @@ impl Engine {
         let drained = Pause { since: self.drained_at, seen: false, counts: true };
         let since = self.idle.paused.get_or_insert(drained).since;
         let snapshot = self.device.snapshot();
-        let kept = self.idle.pauses.worth_waiting(policy::switch_time(&snapshot, self.slot()));
+        let switch = self.swap.switch_time(policy::switch_time(&snapshot, self.slot()));
+        let kept = self.idle.pauses.worth_waiting(switch);
         let quiet = since.max(self.drained_at) + kept.max(self.page().settings().idle_grace);
         if now() < quiet {
             return Turn::Look(quiet);
