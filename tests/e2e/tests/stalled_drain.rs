@@ -156,7 +156,7 @@ fn gpu_with(settings: &[(&'static str, &str)]) -> SimulatedGpu {
 }
 
 fn two_gpus() -> SimulatedGpu {
-    gpu_with(&[("GPUS", "2"), ("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB")])
+    gpu_with(&[("GPUS", "2"), ("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("LOADS_WAIT", "1")])
 }
 
 /// While its slice lasts, a client finds out how much of its memory is in use, with a kernel of nvshare's. To load that, the driver

@@ -11,7 +11,7 @@
 //! | `NVSHARE_SIM_DEVICE_BANDWIDTH` | bytes/s inside the GPU | 8GiB |
 //! | `NVSHARE_SIM_KERNEL_NS` | least duration of a kernel that touches memory | 0 |
 //! | `NVSHARE_SIM_COMPILE_NS` | how long the driver's compiler takes for PTX text | 0 |
-//! | `NVSHARE_SIM_LOADS_WAIT` | 1: loading and unloading a module and unregistering host memory wait for all work of the context, and calls that need the driver's lock wait for that, as on a real GPU (`tests/gpu/waits.cu`); 0: they do not | 1 |
+//! | `NVSHARE_SIM_LOADS_WAIT` | 1: loading and unloading a module and unregistering host memory wait for all work of the context, and calls that need the driver's lock wait for that, as on a real GPU (`tests/gpu/waits.cu`); 0: they do not | 0 |
 //! | `NVSHARE_SIM_REFUSES_CODE` | 1: code that was compiled before (a cubin) is for another GPU, so only PTX text can be loaded | 0 |
 //! | `NVSHARE_SIM_UM_FAULT_BANDWIDTH` | bytes/s of demand-faulted managed pages | 8/51 of the link, as measured |
 //! | `NVSHARE_SIM_UM_EVICT_BANDWIDTH` | bytes/s of evicted managed pages | the same |
@@ -137,7 +137,7 @@ impl Config {
             device_bandwidth: bytes(var, "NVSHARE_SIM_DEVICE_BANDWIDTH")?.unwrap_or(8 * GIB),
             kernel_ns: number(var, "NVSHARE_SIM_KERNEL_NS", "a number of nanoseconds")?.unwrap_or(0),
             compile_ns: number(var, "NVSHARE_SIM_COMPILE_NS", "a number of nanoseconds")?.unwrap_or(0),
-            loads_wait: number::<u8>(var, "NVSHARE_SIM_LOADS_WAIT", "0 or 1")?.unwrap_or(1) != 0,
+            loads_wait: number::<u8>(var, "NVSHARE_SIM_LOADS_WAIT", "0 or 1")?.unwrap_or(0) != 0,
             refuses_code: number::<u8>(var, "NVSHARE_SIM_REFUSES_CODE", "0 or 1")?.unwrap_or(0) != 0,
             um_fault_bandwidth: bytes(var, "NVSHARE_SIM_UM_FAULT_BANDWIDTH")?.unwrap_or(um),
             um_evict_bandwidth: bytes(var, "NVSHARE_SIM_UM_EVICT_BANDWIDTH")?.unwrap_or(um),
