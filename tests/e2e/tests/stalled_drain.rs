@@ -164,8 +164,12 @@ fn two_gpus() -> SimulatedGpu {
 #[test]
 fn a_resident_kernel_beside_the_kernel_that_scans_memory() {
     for refuses_code in ["0", "1"] {
-        let gpu =
-            gpu_with(&[("MEMORY", "256MiB"), ("CONTEXT_BYTES", "2MiB"), ("REFUSES_CODE", refuses_code)]);
+        let gpu = gpu_with(&[
+            ("MEMORY", "256MiB"),
+            ("CONTEXT_BYTES", "2MiB"),
+            ("LOADS_WAIT", "1"),
+            ("REFUSES_CODE", refuses_code),
+        ]);
         both_go_on_at("copy", &node_with_quantum(&gpu, "300ms"));
     }
 }
