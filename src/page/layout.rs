@@ -288,34 +288,19 @@ pub struct ComputeWords {
 impl ComputeWords {
     /// All of them, to be cleared for the slot's next owner.
     pub(crate) fn all(&self) -> [&AtomicU64; 12] {
-        let Self {
-            claim,
-            virtual_time,
-            paid_until,
-            gpu_ns,
-            recent_ns,
-            recent_at,
-            since,
-            held_ns,
-            turns,
-            overruns,
-            bytes_handed_over,
-            bytes_taken_over,
-            ..
-        } = self;
         [
-            claim,
-            virtual_time,
-            paid_until,
-            gpu_ns,
-            recent_ns,
-            recent_at,
-            since,
-            held_ns,
-            turns,
-            overruns,
-            bytes_handed_over,
-            bytes_taken_over,
+            &self.claim,
+            &self.virtual_time,
+            &self.paid_until,
+            &self.gpu_ns,
+            &self.recent_ns,
+            &self.recent_at,
+            &self.since,
+            &self.held_ns,
+            &self.turns,
+            &self.overruns,
+            &self.bytes_handed_over,
+            &self.bytes_taken_over,
         ]
     }
 }

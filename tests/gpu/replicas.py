@@ -18,7 +18,7 @@ import sys
 import time
 
 from harness import GIB, HERE, Arbiter, Job, percentile, program, report, say
-from servers import MATRIX, SIDE
+from servers import MATRIX, model
 
 BAR = 0.1
 COUNTERS = ("bytes_in", "bytes_out", "bytes_handed_over", "bytes_taken_over")
@@ -28,13 +28,10 @@ def serve(torch, gib, number, differ):
     """A server whose every `differ`-th matrix is its own; none if 0. Answers "request" with the time that it took, s, and whether the result was right, and "check" with whether all weights are."""
     import json
 
-    torch.manual_seed(20261130)
-    count = round(gib * GIB / MATRIX)
-    weights = [torch.randn(SIDE, SIDE, dtype=torch.float16, device="cuda") / SIDE**0.5 for _ in range(count)]
+    weights, request = model(torch, gib, 20261130)
     if differ:
         for matrix in weights[::differ]:
             matrix.add_(0.001 * (number + 1))
-    vector = torch.randn(SIDE, 1, dtype=torch.float16, device="cuda")
     places = torch.arange(MATRIX // 8, device="cuda") * 2 + 1
 
     def sums():
@@ -42,21 +39,13 @@ def serve(torch, gib, number, differ):
         words = [matrix.view(-1).view(torch.int64) for matrix in weights]
         return [(one.sum().item(), (one * places).sum().item()) for one in words]
 
-    def request():
-        began = time.monotonic()
-        result = vector
-        for matrix in weights:
-            result = torch.tanh(matrix @ result)
-        first = result.float().sum().item()
-        return time.monotonic() - began, first
-
     request()
     _, expected = request()
     all_words = sums()
     # Their room would be taken from the others for good.
     torch.cuda.empty_cache()
     alone = sorted(request()[0] for _ in range(5))[2]
-    print(json.dumps({"ready": True, "alone_s": alone, "bytes": count * MATRIX}), flush=True)
+    print(json.dumps({"ready": True, "alone_s": alone, "bytes": len(weights) * MATRIX}), flush=True)
     while wish := sys.stdin.readline().strip():
         if wish == "check":
             print(json.dumps({"right": sums() == all_words}), flush=True)

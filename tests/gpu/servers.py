@@ -26,15 +26,13 @@ SIDE = 8192
 MATRIX = SIDE * SIDE * 2
 
 
-def serve(torch, gib, every):
-    """Answers a request for each line that it is told: the time that it took, s, and whether the result was right."""
-    import json
-
-    torch.manual_seed(os.getpid())
+def model(torch, gib, seed):
+    """Weights of `gib` GiB, and what a request needs all of them for, as the first token of an answer does. A request returns the time that it
+    took, s, and its result."""
+    torch.manual_seed(seed)
     count = round(gib * GIB / MATRIX)
     weights = [torch.randn(SIDE, SIDE, dtype=torch.float16, device="cuda") / SIDE**0.5 for _ in range(count)]
     vector = torch.randn(SIDE, 1, dtype=torch.float16, device="cuda")
-    changes = 0
 
     def request():
         began = time.monotonic()
@@ -43,6 +41,16 @@ def serve(torch, gib, every):
             result = torch.tanh(matrix @ result)
         first = result.float().sum().item()
         return time.monotonic() - began, first
+
+    return weights, request
+
+
+def serve(torch, gib, every):
+    """Answers a request for each line that it is told: the time that it took, s, and whether the result was right."""
+    import json
+
+    weights, request = model(torch, gib, os.getpid())
+    changes = 0
 
     def change():
         """One number in each `every`-th granule, and back the next time."""
@@ -61,7 +69,7 @@ def serve(torch, gib, every):
             expected[1] = expected[0]
             break
     alone = sorted(request()[0] for _ in range(5))[2]
-    print(json.dumps({"ready": True, "alone_s": alone, "pid": os.getpid(), "bytes": count * MATRIX}), flush=True)
+    print(json.dumps({"ready": True, "alone_s": alone, "pid": os.getpid(), "bytes": len(weights) * MATRIX}), flush=True)
     while sys.stdin.readline().strip():
         if every:
             change()

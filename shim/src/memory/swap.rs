@@ -531,8 +531,8 @@ impl Swap {
         Ok(spilled)
     }
 
-    /// How long the switch to a client takes, ns, that the policy takes to last `reckoned` because of its bytes. What replicas hand over
-    /// does not come over the link: then it takes as long as the last one.
+    /// How long a switch takes, ns. The policy has computed `reckoned` from the bytes that go over the link. If most of the last fill came
+    /// from replicas, and not over the link, the time of that fill is the better estimate.
     pub fn switch_time(&self, reckoned: Nanos) -> Nanos {
         self.taken_over_in.map_or(reckoned, |took| took.min(reckoned))
     }
@@ -801,7 +801,6 @@ impl Swap {
         let (device, stream) = (&self.device, self.stream);
         if keeps {
             // So that both kernels are compiled at the same time, if they must be.
-            self.fingerprints.load_if_compiled(device);
             self.fingerprints.prepare(device);
         }
         let Some(scanner) = self.zero_scan.load(device) else { return Ok(()) };

@@ -75,9 +75,9 @@ pub fn end(
     has_ended: impl FnOnce(CuResult) -> bool,
 ) -> CuResult {
     let Some((device, successor)) = devices::ending(context) else { return call() };
-    // Before the engine leaves: it unloads modules and unregisters host memory, for which the driver would wait with a lock that keeps
-    // other threads' calls out, and the context's work may be waiting for one of these. Beside an open capture nobody can ask whether
-    // the work is done; the driver ends the capture with the context.
+    // The context's work must end before the engine leaves. When the engine leaves, it unloads modules and unregisters host memory. The
+    // driver waits for the work then, and other threads' calls wait for the driver; the work may need one of those calls to end. While a
+    // capture is open, nobody can ask whether the work is done. The driver ends the capture with the context.
     let idle = await_context(&device, context);
     device.leave_context(context, successor);
     let parted = device.streams.part(context, !idle);

@@ -272,9 +272,9 @@ impl Engine {
         let spares = self.device.tidy_spares();
         let of_gang = self.update_gang();
         let asks = self.client.phase() == Phase::Idle && gang::is_wanted() && gang::may_ask(gpu);
-        // Not if it is about to ask: until it has, others would take what it has brought in ahead.
+        // A client that asks below tells no forecast: while it is Idle without one, others could take the memory that it has brought in.
         if self.client.phase() == Phase::Idle && !asks && self.client.foresee(gang::asks_at(gpu)) {
-            // Its memory may have to come in now, or another one's to stay.
+            // The forecast has changed, so the client may have to bring its memory in now.
             return;
         }
         let until = match self.client.phase() {

@@ -51,6 +51,25 @@ struct Connection {
     expects: bool,
 }
 
+impl State {
+    /// Not asked for so long, ns, and for twice as long the next time.
+    fn away_for(pause: Nanos) -> Self {
+        Self::Away(now() + pause, (2 * pause).min(LONGEST_PAUSE))
+    }
+}
+
+/// What has come from the other end of a connection.
+enum Heard {
+    /// Nothing yet.
+    Nothing,
+    /// That a chunk has arrived, which was counted.
+    Arrived,
+    /// Another message.
+    Said(Message),
+    /// Nonsense, or the end.
+    Broken,
+}
+
 /// Why there is no connection.
 #[derive(Debug)]
 enum Refusal {
@@ -83,17 +102,30 @@ impl Connection {
         send_with(self.socket.as_fd(), &message.encode(), fds, MsgFlags::MSG_DONTWAIT)
     }
 
-    /// The next message but those that say that a chunk has arrived, which are counted. Waits for it until `until`, ns. `None` if
-    /// none comes, or nonsense.
+    /// What has come, without waiting.
+    fn hear(&mut self) -> Heard {
+        match receive(self.socket.as_fd(), MOST_BYTES + 1, MsgFlags::MSG_DONTWAIT) {
+            Ok((bytes, fds)) if fds.is_empty() => match Message::decode(&bytes) {
+                Some(Message::Done) if self.under_way > 0 => {
+                    self.under_way -= 1;
+                    Heard::Arrived
+                }
+                Some(Message::Done) | None => Heard::Broken,
+                Some(message) => Heard::Said(message),
+            },
+            Err(Errno::EAGAIN) => Heard::Nothing,
+            _ => Heard::Broken,
+        }
+    }
+
+    /// The next message. Waits for it until `until`, ns. `None` if none comes, or nonsense.
     fn next(&mut self, until: Nanos) -> Option<Message> {
         loop {
-            match receive(self.socket.as_fd(), MOST_BYTES + 1, MsgFlags::MSG_DONTWAIT) {
-                Ok((bytes, fds)) if fds.is_empty() => match Message::decode(&bytes)? {
-                    Message::Done => self.under_way = self.under_way.checked_sub(1)?,
-                    message => return Some(message),
-                },
-                Err(Errno::EAGAIN) if now() < until => self.wait(until),
-                _ => return None,
+            match self.hear() {
+                Heard::Said(message) => return Some(message),
+                Heard::Arrived => {}
+                Heard::Nothing if now() < until => self.wait(until),
+                Heard::Nothing | Heard::Broken => return None,
             }
         }
     }
@@ -114,14 +146,11 @@ impl Connection {
     fn has_room(&mut self) -> bool {
         let until = now() + PATIENCE;
         loop {
-            match receive(self.socket.as_fd(), MOST_BYTES + 1, MsgFlags::MSG_DONTWAIT) {
-                Ok((bytes, fds)) if fds.is_empty() && Message::decode(&bytes) == Some(Message::Done) => {
-                    let Some(fewer) = self.under_way.checked_sub(1) else { return false };
-                    self.under_way = fewer;
-                }
-                Err(Errno::EAGAIN) if self.under_way < MOST_UNDER_WAY => return true,
-                Err(Errno::EAGAIN) if now() < until => self.wait(until),
-                _ => return false,
+            match self.hear() {
+                Heard::Arrived => {}
+                Heard::Nothing if self.under_way < MOST_UNDER_WAY => return true,
+                Heard::Nothing if now() < until => self.wait(until),
+                Heard::Nothing | Heard::Said(_) | Heard::Broken => return false,
             }
         }
     }
@@ -177,7 +206,7 @@ impl Giving {
                 }
                 Err(why) => {
                     tracing::trace!(gpu = %self.group.gpu, slot = slot.get(), "no replica: {why:?}");
-                    State::Away(now() + pause, (2 * pause).min(LONGEST_PAUSE))
+                    State::away_for(pause)
                 }
             };
             match known {
@@ -219,39 +248,43 @@ impl Giving {
                         slot = peer.slot.get(),
                         "a replica did not say what it lacks ({answer:?}): memory is evicted without it"
                     );
-                    peer.state = State::Away(now() + PAUSE, 2 * PAUSE);
+                    peer.state = State::away_for(PAUSE);
                 }
             }
         }
         wanted
     }
 
+    fn peer(&mut self, slot: SlotIndex) -> Option<&mut Peer> {
+        self.peers.iter_mut().find(|peer| peer.slot == slot)
+    }
+
     /// Whether the replica that wants a chunk can be sent one now. If not, it gets no more in this eviction.
     pub fn has_room(&mut self, wanted: &Wanted) -> bool {
-        let Some(peer) = self.peers.iter_mut().find(|peer| peer.slot == wanted.by) else { return false };
+        let Some(peer) = self.peer(wanted.by) else { return false };
         let State::Open(connection) = &mut peer.state else { return false };
         let has_room = connection.expects && connection.has_room();
         if !has_room {
+            // The end of the connection tells it that nothing more comes.
+            peer.state = State::away_for(PAUSE);
             tracing::debug!(
                 gpu = %self.group.gpu,
-                slot = peer.slot.get(),
+                slot = wanted.by.get(),
                 "a replica does not take what it lacks: memory is evicted without it"
             );
-            // The end of the connection tells it that nothing more comes.
-            peer.state = State::Away(now() + PAUSE, 2 * PAUSE);
         }
         has_room
     }
 
     /// Sends a chunk of `size` bytes to the replica that wants it. False if that cannot be done.
     pub fn send(&mut self, wanted: &Wanted, size: u64, memory: BorrowedFd<'_>) -> bool {
-        let Some(peer) = self.peers.iter_mut().find(|peer| peer.slot == wanted.by) else { return false };
+        let Some(peer) = self.peer(wanted.by) else { return false };
         let State::Open(connection) = &mut peer.state else { return false };
         let sent = connection.say(&Message::Here(wanted.place, size), &[memory]).is_ok();
         if sent {
             connection.under_way += 1;
         } else {
-            peer.state = State::Away(now() + PAUSE, 2 * PAUSE);
+            peer.state = State::away_for(PAUSE);
         }
         sent
     }
@@ -261,7 +294,7 @@ impl Giving {
         for peer in &mut self.peers {
             let State::Open(connection) = &mut peer.state else { continue };
             if std::mem::take(&mut connection.expects) && connection.say(&Message::Over, &[]).is_err() {
-                peer.state = State::Away(now() + PAUSE, 2 * PAUSE);
+                peer.state = State::away_for(PAUSE);
             }
         }
     }

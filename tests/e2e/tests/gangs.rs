@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use nvshare_e2e::application::{self, Application, MIB};
 use nvshare_e2e::ranks::{Job, Rank, Shape, TIMEOUT, all_get_on, all_take_turns, job, machine, machine_with};
 use nvshare_test_support::{Dice, program_with_nccl};
+use nvshare_tools::node::Node;
 use nvshare_tools::status::{self, Client};
 use std::os::unix::process::ExitStatusExt;
 
@@ -145,16 +146,19 @@ fn nobody_else_waits_for_the_second_rank_if_it_is_stopped() {
     nobody_else_waits_for_a_stopped_rank(1);
 }
 
+/// The gangs of the clients of the first GPU, by slot.
+fn gangs(node: &Node) -> Vec<Option<u64>> {
+    let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
+    clients.iter().map(|client| client.gang).collect()
+}
+
 /// Two processes that have memory of each other open may wait for each other's kernels; one that only opens another's does not.
 #[test]
 fn processes_that_have_memory_of_each_other_open_are_a_gang() {
     let gpu = application::gpu();
     let node = application::node(&gpu);
     let [mut first, mut second, mut third] = [(); 3].map(|()| Application::ready(&node));
-    let gangs = || {
-        let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
-        clients.iter().map(|client| client.gang).collect::<Vec<_>>()
-    };
+    let gangs = || gangs(&node);
     let [one, two] = [&mut first, &mut second].map(|application| {
         let address = application.alloc(2 * MIB);
         application.export(address)
@@ -186,10 +190,7 @@ fn processes_that_have_imported_descriptors_of_each_other_are_a_gang() {
     let gpu = application::gpu();
     let node = application::node(&gpu);
     let [mut first, mut second, mut third] = [(); 3].map(|()| Application::ready(&node));
-    let gangs = || {
-        let clients = status::read(node.dir()).unwrap().gpus.remove(0).clients;
-        clients.iter().map(|client| client.gang).collect::<Vec<_>>()
-    };
+    let gangs = || gangs(&node);
     pass(&mut first, &mut second);
     pass(&mut first, &mut third);
     assert_eq!(gangs(), [None; 3], "the first one has imported nothing");

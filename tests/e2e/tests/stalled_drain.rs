@@ -160,9 +160,9 @@ fn two_gpus() -> SimulatedGpu {
 }
 
 /// While its slice lasts, a client finds out how much of its memory is in use, with a kernel of nvshare's. To load that, the driver
-/// waits for the resident kernel, and keeps the copy out that feeds it. Its code is at hand, or the driver must compile it.
+/// waits for all work, and keeps out the call that lets the work end. The kernel's code is at hand, or the driver must compile it.
 #[test]
-fn a_resident_kernel_beside_the_kernel_that_scans_memory() {
+fn work_that_waits_beside_the_kernel_that_scans_memory() {
     for refuses_code in ["0", "1"] {
         let gpu = gpu_with(&[
             ("MEMORY", "256MiB"),
@@ -170,7 +170,9 @@ fn a_resident_kernel_beside_the_kernel_that_scans_memory() {
             ("LOADS_WAIT", "1"),
             ("REFUSES_CODE", refuses_code),
         ]);
-        both_go_on_at("copy", &node_with_quantum(&gpu, "300ms"));
+        for case in ["copy", "value64", "callback"] {
+            both_go_on_at(case, &node_with_quantum(&gpu, "300ms"));
+        }
     }
 }
 

@@ -595,8 +595,8 @@ impl HostPool {
     }
 
     /// Checks that the bounds leave `bytes` outside the pool, for memory that the pool has promised and the driver will
-    /// allocate. If they do not, and `quiet`, gives up unused arenas: the driver unregisters memory only when all work of the context is
-    /// done (tests/gpu/waits.cu), so no work of the client may be in flight then.
+    /// allocate. If they do not, unused arenas are given up, but only if the client has no work in flight (`quiet`): to unregister
+    /// memory, the driver waits for all work of the context (tests/gpu/waits.cu).
     ///
     /// # Errors
     /// They leave fewer.
